@@ -1,0 +1,1 @@
+"""The training core: nothing in here knows any competition."""

@@ -1,0 +1,68 @@
+"""The window: the samples of one optimizer step, before anything is cut to fit the memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = Any  # a tensor, or a tuple, list or dict of trees; every tensor has the window's B rows
+
+
+def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """Apply `function` to every tensor of a tree and keep the shape of the tree."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tree(function, value) for value in tree)
+    raise TypeError(f"a window holds tensors in tuples, lists and dicts, not {type(tree).__name__}")
+
+
+def tensors_of(tree: Tree) -> list[Tensor]:
+    """All tensors of a tree, in a fixed order (dicts by insertion)."""
+    found: list[Tensor] = []
+    map_tree(found.append, tree)
+    return found
+
+
+@dataclass(frozen=True)
+class Window:
+    """An effective batch of B samples (this process's share of it when there are several ranks).
+
+    `index` [B] is the row of every sample in its dataset, `weights` [B] an optional weight per sample,
+    `number` the window's place in its epoch and `total` the samples of the window over all ranks.
+    """
+
+    inputs: Tree
+    targets: Tree
+    index: Tensor
+    weights: Tensor | None = None
+    epoch: int = 0
+    number: int = 0
+    total: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def slice(self, start: int, stop: int) -> "Window":
+        """Samples start..stop as views of the same memory: a micro-batch costs no copy."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Window":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Window":
+        """Page-locked copies, so that the transfer to a CUDA card can overlap with its work."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Window":
+        return replace(
+            self,
+            inputs=map_tree(function, self.inputs),
+            targets=map_tree(function, self.targets),
+            index=function(self.index),
+            weights=None if self.weights is None else function(self.weights),
+        )

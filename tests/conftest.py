@@ -1,0 +1,28 @@
+"""Settings of the whole suite: no network, no surprises, real data only where it is at hand."""
+
+import os
+from pathlib import Path
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations asks the package index for news when imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # a weight download then fails at once instead of after retries
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two cores are faster with one thread a test, and sums keep their order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with real competition files (KIT_REAL_DATA, or shared/data beside the checkout); skips without it."""
+    folder = Path(os.environ.get("KIT_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: set KIT_REAL_DATA to a folder laid out like {folder}")
+    return folder
