@@ -28,7 +28,7 @@ class Config:
     # The optimizer step.
     epochs: int = flag(10, "passes over the training part", "epochs")
     batch_size: int = flag(64, "effective batch: samples of one optimizer step, over all processes", "samples")
-    micro_batch: int | Literal["auto"] = flag("auto", "samples on the device at a time; never changes the result", "samples")
+    micro_batch: int | Literal["auto"] = flag("auto", "samples on the device at once; never changes the result", "samples")
     optimizer: Literal["adamw", "adam", "radam", "sgd"] = flag("adamw", "optimizer; sgd uses Nesterov momentum")
     lr: float = flag(1e-3, "peak learning rate", "per optimizer step")
     weight_decay: float = flag(1e-2, "decoupled weight decay; none on biases and normalisation")
@@ -36,9 +36,10 @@ class Config:
     schedule: Literal["cosine", "onecycle", "linear", "constant"] = flag("cosine", "learning rate over the run")
     warmup: float = flag(0.05, "part of the run in which the learning rate rises", "fraction of the steps")
     clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips")
-    ema: float = flag(0.0, "decay of the moving average of the weights that is evaluated and kept; 0 keeps the weights", "per step")
+    ema: float = flag(0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step")
     # Evaluation and stopping.
     evaluate_every: int = flag(1, "validate after this many epochs; the last epoch always", "epochs")
+    keep: Literal["best", "last"] = flag("best", "weights to keep: of the best validation or of the last step")
     patience: int = flag(0, "stop after this many validations without a better score; 0 never stops", "validations")
     views: bool = flag(True, "average the test-time views of the competition")
     # The machine: these change speed and memory only (low precisions round).
@@ -148,7 +149,8 @@ def checked(config: ConfigType) -> ConfigType:
         if get_origin(hints[item.name]) is Literal and value not in choices:
             near = difflib.get_close_matches(str(value), map(str, choices), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"--{item.name.replace('_', '-')} {value}: expected one of {', '.join(map(str, choices))}.{hint}")
+            name, expected = item.name.replace("_", "-"), ", ".join(map(str, choices))
+            raise UserError(f"--{name} {value}: expected one of {expected}.{hint}")
     rules = [("epochs", config.epochs >= 1, "at least 1"), ("batch-size", config.batch_size >= 1, "at least 1"),
              ("folds", config.folds >= 2, "at least 2"), ("ema", 0 <= config.ema < 1, "0 up to, not including, 1"),
              ("workers", config.workers >= 0, "0 or more"), ("evaluate-every", config.evaluate_every >= 1, "at least 1"),

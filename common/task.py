@@ -66,6 +66,7 @@ class Task:
     metrics: tuple[Metric, ...]  # the first one chooses the best epoch and is the run's score
     predict: Callable[[Tree], Tensor]  # outputs -> predictions [B, ...], in the space where averaging is right
     decide: Callable[[Tensor, Learnt], Tree]  # predictions -> decisions
+    columns: tuple[str, ...]  # header of the submission, the id first
     rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]]  # ids, decisions -> rows of the CSV
     sample_submission: Callable[[], Iterable[str]]  # opens the competition's sample file: its lines
     valid: Callable[[Sequence[str]], str | None]  # a CSV row without its id -> what is wrong with it, or None

@@ -1,0 +1,142 @@
+"""The raw data of a competition: a folder or the archive as it was downloaded, or the generated sample."""
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import UserError
+
+DATA = Path("data")
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Files of a competition under one `path`, a folder or a zip archive, opened by their names on Kaggle."""
+
+    path: Path
+    competition: str
+    is_sample: bool = False
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile | None:
+        if self.path.is_dir():
+            return None
+        try:
+            return zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{self.path} is not a whole zip archive ({error}): download it again with "
+                            f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip") from error
+
+    def names(self) -> list[str]:
+        """Names of all files, relative to the data, sorted."""
+        if self._archive is not None:
+            return sorted(name for name in self._archive.namelist() if not name.endswith("/"))
+        return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
+
+    def exists(self, name: str) -> bool:
+        return name in self._archive.namelist() if self._archive is not None else (self.path / name).is_file()
+
+    def open(self, name: str) -> BinaryIO:
+        """The file as a binary stream; raises UserError when it is missing or its archive is damaged."""
+        if not self.exists(name):
+            found = ", ".join(self.names()[:8]) or "nothing"
+            raise UserError(f"{self.path} has no {name} (found: {found}): get the files with "
+                            f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip")
+        try:
+            return self._archive.open(name) if self._archive is not None else open(self.path / name, "rb")
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{self.path}: {name} cannot be read ({error}): download it again with "
+                            f"make data COMP={self.competition}") from error
+
+    def read(self, name: str) -> bytes:
+        """The whole file; raises UserError when the archive is truncated or its checksum is wrong."""
+        try:
+            with self.open(name) as stream:
+                return stream.read()
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise UserError(f"{self.path}: {name} is damaged ({error}): download it again with "
+                            f"make data COMP={self.competition}") from error
+
+    def folder(self) -> Path:
+        """A folder that holds the files; an archive is unpacked once into the cache."""
+        if self._archive is None:
+            return self.path
+        target = self.cache / f"unpacked-{self.stamp()[:16]}"
+        if not target.is_dir():
+            from common.kaggle.archive import unpack
+
+            unpack(self.path, target)
+        return target
+
+    def stamp(self, *names: str) -> str:
+        """Cheap key of the files as they are on disk (path, size, time): what a cache beside the data is keyed by."""
+        files = [self.path] if self._archive is not None else [self.path / name for name in names]
+        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr((facts, names)).encode()).hexdigest()
+
+    def fingerprint(self, *names: str) -> str:
+        """sha256 over the names and contents of the files: the same data gives the same value on any machine."""
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(name.encode() + b"\0")
+            with self.open(name) as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def cache(self) -> Path:
+        """Folder for derived files: `cache/` beside the data, or under data/cache where that cannot be written."""
+        beside = (self.path if self.path.is_dir() else self.path.parent) / "cache"
+        for folder in (beside, DATA / "cache" / self.competition):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    return folder
+            except OSError:
+                continue
+        raise UserError(f"neither {beside} nor {DATA / 'cache'} can be written: free space or change their owner")
+
+
+def find(competition: str, given: str | None, write_sample: Callable[[Path], None], announce=print) -> RawData:
+    """The data to use: `given` (DATA=), else data/<competition>, else the generated sample; announces the last."""
+    if given:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise UserError(f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files")
+        return RawData(_only_archive(path), competition)
+    home = DATA / competition
+    if home.is_dir() and any(home.iterdir()):
+        return RawData(_only_archive(home), competition)
+    announce(f"sample: no data in {home}, so this trains on a small generated sample. Real data: "
+             f"make data COMP={competition}, or DATA=/path/to/folder-or-zip")
+    return RawData(_sample(competition, write_sample), competition, is_sample=True)
+
+
+def _only_archive(path: Path) -> Path:
+    """A folder that holds nothing but one zip stands for that zip: so `kaggle competitions download -p DIR` leaves it."""
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.name != "cache"]
+        if len(files) == 1 and files[0].suffix == ".zip":
+            return files[0]
+    return path
+
+
+def _sample(competition: str, write_sample: Callable[[Path], None]) -> Path:
+    """The sample's folder, generated once; written beside and renamed, so that half a sample is never read."""
+    folder = DATA / "sample" / competition
+    if not folder.is_dir():
+        draft = folder.with_name(f"{competition}.{os.getpid()}.part")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write_sample(draft)
+        try:
+            draft.rename(folder)
+        except OSError:  # another process was faster: its sample is the same
+            shutil.rmtree(draft)
+    return folder

@@ -1,0 +1,177 @@
+"""A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
+
+import fcntl
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common import config as configs
+from common.config import Config
+from common.errors import UserError
+from common.files import write_text
+
+RUNS = Path("runs")
+HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its folder and the facts about it (`origin`: competition, recipe, data, commit ...)."""
+
+    path: Path
+    origin: dict[str, Any]
+    is_writer: bool = True  # the first of several processes; the others neither print nor write
+    _lock: list = field(default_factory=list, repr=False)  # holds the open lock file while this process lives
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run found (score, metrics, learnt), or None while it is not finished."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def log(self, message: str) -> None:
+        """Print a line and append it to log.txt with the time."""
+        if self.is_writer:
+            print(message, flush=True)
+            with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
+                stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.is_writer:
+            write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
+        return configs.from_json(config_class, (self.path / "config.json").read_text())
+
+    def lock(self) -> None:
+        """Keep a second process out of this run; the lock goes with the process, however it ends."""
+        stream = open(self.path / "lock", "w")  # noqa: SIM115  stays open as long as the process
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.path} is being trained by another process: wait for it, or name another RUN=") from error
+        self._lock.append(stream)
+
+
+def load(competition: str, name: str) -> Run:
+    """An existing run; raises UserError listing the runs there are."""
+    path = RUNS / competition / name
+    if not (path / "run.json").is_file():
+        names = ", ".join(run.name for run in all_runs(competition)) or "none yet"
+        raise UserError(f"RUN={name}: there is no such run of {competition} (runs: {names}). "
+                        f"Train one: make train COMP={competition}")
+    return Run(path, json.loads((path / "run.json").read_text()))
+
+
+def all_runs(competition: str) -> list[Run]:
+    """Every run of a competition, oldest first."""
+    files = sorted((RUNS / competition).glob("*/run.json"), key=lambda file: (file.stat().st_mtime_ns, file))
+    return [Run(file.parent, json.loads(file.read_text())) for file in files]
+
+
+def open_run(competition: str, name: str | None, config: Config, origin: dict[str, Any]) -> Run:
+    """The run to train: `name` if it is given, else an unfinished run of the same config and data, else a new one.
+
+    Raises UserError when the named run was started with another config or other data, listing what differs.
+    """
+    if name is not None and not (RUNS / competition / name / "run.json").is_file():
+        return _new_run(competition, name, config, origin)
+    if name is None:
+        unfinished = [run for run in reversed(all_runs(competition)) if run.result is None]
+        for run in unfinished:
+            if not _obstacles(run, config, origin):
+                return _resumed(run)
+        return _new_run(competition, None, config, origin)
+    run = load(competition, name)
+    if obstacles := _obstacles(run, config, origin):
+        raise UserError(f"RUN={name} was started differently ({'; '.join(obstacles)}): repeat its own command to resume "
+                        f"it, name another RUN=, or delete {run.path}")
+    return _resumed(run)
+
+
+def _obstacles(run: Run, config: Config, origin: dict[str, Any]) -> list[str]:
+    """Why this command cannot go on with that run."""
+    try:
+        found = configs.differences(run.config(type(config)), config)
+    except UserError as error:
+        return [str(error)]
+    if run.origin["data_fingerprint"] != origin["data_fingerprint"]:
+        found.append(f"data: {run.origin['data']} -> {origin['data']}, other contents")
+    return found
+
+
+def _resumed(run: Run) -> Run:
+    run.lock()
+    if run.result is None:
+        run.log(f"resuming {run.path}")
+    return run
+
+
+def _new_run(competition: str, name: str | None, config: Config, origin: dict[str, Any]) -> Run:
+    """Make the folder; the number in a generated name counts the runs of the competition."""
+    home = RUNS / competition
+    home.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
+    while True:
+        path = home / (name or f"{number:03d}-{origin['recipe']}{'-sample' if origin['sample'] else ''}")
+        try:
+            path.mkdir(exist_ok=name is not None)
+            break
+        except FileExistsError:
+            number += 1
+    run = Run(path, {"run": path.name, **origin, "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"})
+    run.lock()
+    write_text(path / "config.json", configs.to_json(config) + "\n")
+    run.write_json("run.json", run.origin)  # last: a folder with run.json is a whole run
+    run.log(f"run {path}: {' '.join(sys.argv[1:])}")
+    return run
+
+
+def commit() -> str:
+    """The git commit of the code, with '+changes' when files differ from it; 'unknown' outside a checkout."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def machine() -> str:
+    """The hardware and versions that a figure was measured on, in one line."""
+    import os
+
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{card}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def progress(items: Iterable[Item], label: str, total: int, unit: str = "window", show: bool = True) -> Iterator[Item]:
+    """Pass the items on with a bar on a terminal, or with a plain line every 20 seconds anywhere else."""
+    if not show:
+        yield from items
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=label, total=total, unit=unit, leave=False)
+    else:
+        start = last = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if now - last > HEARTBEAT_SECONDS and done < total:
+                last = now
+                print(f"{label}: {done}/{total} {unit}s, {(now - start) / done * (total - done):.0f} s to go", flush=True)
