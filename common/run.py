@@ -131,12 +131,16 @@ def _new_run(competition: str, name: str | None, config: Config, origin: dict[st
             break
         except FileExistsError:
             number += 1
-    run = Run(path, {"run": path.name, **origin, "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"})
+    run = Run(path, {"run": path.name, **origin, "created": now()})
     run.lock()
     write_text(path / "config.json", configs.to_json(config) + "\n")
     run.write_json("run.json", run.origin)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")
     return run
+
+
+def now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def commit() -> str:

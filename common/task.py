@@ -6,6 +6,14 @@ The way of a batch through its slots:
     inputs -> model -> outputs -> predict -> predictions                averaged over views, folds and runs
     predictions -> decide(learnt) -> decisions -> metrics, rows         scored, or written to the submission
     out-of-fold predictions -> learn -> learnt                          thresholds and the like, kept in the run
+
+competitions/<name>/task.py gives the core five names; it imports nothing heavy, so that --help stays instant:
+
+    Config                      its settings, one level below common.config.Config
+    RECIPES: dict[str, Config]  named settings, "default" among them
+    SOURCE                      where the data comes from (common.kaggle.source)
+    write_sample(folder)        generates a small data set in the real file formats
+    build(config, raw) -> Task  reads the data (common.raw.RawData) and fills in the slots below
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -77,5 +85,5 @@ class Task:
     lr_scales: dict[str, float] = field(default_factory=dict)  # prefix of parameter names -> factor on the learning rate
     fingerprint: str = ""  # sha256 of the data that was read
     paths: Sequence[Path] = ()  # every image file, for `make check`
-    prediction_type: str = "float32"  # NumPy type in which out-of-fold predictions are kept
+    prediction_type: str = "float32"  # how out-of-fold predictions are kept: float32, float16, or uint8 for probabilities
     report: Callable[[Any], None] | None = None  # draws the run's pictures once it is finished

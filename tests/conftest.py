@@ -7,8 +7,8 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations asks the package 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a weight download then fails at once instead of after retries
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,0 +1,23 @@
+"""Where and how exactly a run computes: the device, the precision and the seeds of a fresh model."""
+
+import torch
+
+from common.config import Config
+from common.errors import UserError
+
+
+def device_of(config: Config, local_rank: int = 0) -> torch.device:
+    """The device that --device names; `auto` takes a CUDA card, then Apple's GPU, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, there in available.items() if there) if config.device == "auto" else config.device
+    if not available.get(kind.split(":")[0], False):
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"--device {config.device} is not there: expected auto or one of {there}")
+    return torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
+
+
+def precision_of(config: Config, device: torch.device) -> str:
+    """fp32, bf16 or fp16; `auto` is bf16 on CUDA cards that multiply it natively and fp32 anywhere else."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

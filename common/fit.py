@@ -1,0 +1,207 @@
+"""The only training loop: windows in, a fold's best weights and its out-of-fold predictions out."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.config import Config
+from common.device import device_of, precision_of
+from common.engine.average import Average
+from common.engine.optimizers import allocate_state, build_optimizer
+from common.engine.ranks import Ranks
+from common.engine.schedule import learning_rate_factor, set_learning_rate
+from common.engine.step import Engine
+from common.errors import UserError
+from common.files import write_text, write_with
+from common.loading import orders
+from common.loading.keys import keyed_seed
+from common.loading.loader import Loader
+from common.predict import AS_IS, Predictor, pack, score
+from common.run import Run, progress
+from common.task import Task, View
+
+
+@dataclass
+class State:
+    """Where the loop stands: everything besides tensors that a resumed run needs, in plain types."""
+
+    epoch: int = 0
+    window: int = 0  # windows of this epoch that are done
+    step: int = 0  # optimizer steps that are done
+    loss_sum: float = 0.0  # of this epoch, times samples
+    samples: int = 0  # of this epoch
+    best: float | None = None
+    stale: int = 0  # validations since the best one
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.csv per epoch
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a training, saved and restored together."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    engine: Engine
+    average: Average | None
+
+    def save(self, path: Path, state: State) -> None:
+        named = {"model": self.model, "optimizer": self.optimizer, "engine": self.engine, "average": self.average}
+        checkpoint.save(path, {"state": vars(state)} | {name: part.state_dict() for name, part in named.items() if part})
+
+    def restore(self, path: Path) -> State:
+        found = checkpoint.load(path)
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.engine.load_state_dict(found["engine"])
+        if self.average:
+            self.average.load_state_dict(found["average"])
+        return State(**found["state"])
+
+    def averaged(self) -> AbstractContextManager:
+        """The model with its averaged weights, when there are any, inside the block."""
+        return self.average.swapped(self.model) if self.average else nullcontext()
+
+
+def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) -> Path:
+    """Train on every row outside `fold` (None: on all rows) and return the folder with model.pt and oof.npy.
+
+    A fold that is finished is left as it is; one that was interrupted goes on, to the same bits on a CPU.
+    Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
+    """
+    folder = run.path / ("fold-none" if fold is None else f"fold-{fold}")
+    if (folder / "model.pt").is_file():
+        return folder
+    train_rows = np.flatnonzero(task.folds != fold) if fold is not None else np.arange(len(task.ids))
+    held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
+    if not len(train_rows) or (fold is not None and not len(held_rows)):
+        raise UserError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_rows)} to validate: "
+                        f"choose --fold and --folds so that both have some")
+
+    device = device_of(config, ranks.local_rank)
+    torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if fold is None else fold))
+    model = task.model().to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    optimizer = build_optimizer(model, config, task.lr_scales)
+    allocate_state(optimizer)
+    engine = Engine(model, task.loss, optimizer, micro_batch=config.micro_batch, precision=precision_of(config, device),
+                    clip_norm=config.clip_norm, seed=config.seed, ranks=ranks, log=run.log)
+    average = Average(model, config.ema) if config.ema else None
+    order = task.order(train_rows) if task.order else orders.shuffled(train_rows)
+    loader = Loader(task.labelled, order, config.batch_size, seed=config.seed, workers=config.workers, rank=ranks.rank,
+                    world=ranks.world, device=device, bad_images=config.bad_images, mix=task.mix)
+    total_steps = config.epochs * loader.windows_per_epoch
+    parts = Parts(model, optimizer, engine, average)
+    last = folder / "last.pt"
+    state = parts.restore(last) if last.is_file() else State()
+    if state.step:
+        run.log(f"fold {fold}: resumed at epoch {state.epoch + 1}, window {state.window} of {loader.windows_per_epoch}")
+    saved = time.monotonic()
+
+    while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
+        model.train()
+        started = time.monotonic()
+        label = f"fold {fold} epoch {state.epoch + 1}/{config.epochs}"
+        windows = progress(loader.epoch(state.epoch, start=state.window), label,
+                           loader.windows_per_epoch - state.window, show=ranks.is_writer)
+        for window in windows:
+            factor = learning_rate_factor(state.step, total_steps, config.schedule, config.warmup)
+            set_learning_rate(optimizer, factor)
+            report = engine.step(window, state.step)
+            if average:
+                average.update(model)
+            state.step += 1
+            state.window += 1
+            state.loss_sum += float(report.loss) * window.total
+            state.samples += window.total
+            if ranks.is_writer and time.monotonic() - saved > config.save_every:
+                parts.save(last, state)
+                saved = time.monotonic()
+        seconds = time.monotonic() - started
+        state.seconds += seconds
+
+        row = {"fold": fold, "epoch": state.epoch + 1, "step": state.step, "lr": config.lr * factor,
+               "loss": state.loss_sum / state.samples}
+        if len(held_rows) and ((state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs):
+            with parts.averaged():
+                row |= validate(model, task, config, engine, held_rows, ranks)
+                _remember_best(state, row[task.metrics[0].name], task, config, model, folder, ranks)
+        state.history.append(row)
+        state.epoch, state.window, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
+        if ranks.is_writer and time.monotonic() - saved > config.save_every:
+            parts.save(last, state)
+            saved = time.monotonic()
+        if ranks.is_writer:
+            write_metrics(run, folder, state.history)
+        facts = [f"{name} {value:.5g}" for name, value in row.items() if name not in ("fold", "epoch", "step")]
+        run.log(f"{label}: {', '.join(facts)}, {seconds:.1f} s")
+    loader.close()
+
+    with parts.averaged():
+        if (folder / "best.pt").is_file():
+            model.load_state_dict(checkpoint.load(folder / "best.pt")["model"])
+        if len(held_rows):
+            write_out_of_fold(folder, model, task, config, engine, held_rows, ranks)
+        if ranks.is_writer:
+            checkpoint.save(folder / "model.pt", {"model": model.state_dict(), "seconds": state.seconds, "best": state.best,
+                                                  "micro_batch": engine.micro_batch, "steps": state.step})
+    ranks.barrier()  # nobody goes on before model.pt, which marks the fold as finished, is there
+    if ranks.is_writer:
+        last.unlink(missing_ok=True)
+        (folder / "best.pt").unlink(missing_ok=True)
+    return folder
+
+
+def _remember_best(state: State, value: float, task: Task, config: Config, model: nn.Module, folder: Path,
+                   ranks: Ranks) -> None:
+    """Count validations since the best one and keep the weights of the best in best.pt (--keep last keeps none)."""
+    better = state.best is None or (value > state.best if task.metrics[0].higher_is_better else value < state.best)
+    state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
+    if better and config.keep == "best" and ranks.is_writer:
+        checkpoint.save(folder / "best.pt", {"model": model.state_dict()})
+
+
+def _predictor(model: nn.Module, task: Task, views: Sequence[View], config: Config, engine: Engine) -> Predictor:
+    batch_size = max(1, min(config.batch_size, engine.micro_batch))
+    return Predictor([model.eval()], task, views, config, batch_size, next(model.parameters()).device)
+
+
+def validate(model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray, ranks: Ranks) -> dict[str, float]:
+    """The task's metrics on `rows` without views: every rank scores its share, the sums are added."""
+    share = np.array_split(rows, ranks.world)[ranks.rank]
+    batches = _predictor(model, task, AS_IS, config, engine).batches(task.plain, share)
+    return score(task, ((predictions, targets) for _, predictions, targets in batches), {}, ranks)
+
+
+def write_out_of_fold(folder: Path, model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray,
+                      ranks: Ranks) -> None:
+    """oof.npy [m, ...], the predictions of the held-out rows with all views, and oof_rows.npy [m], their row numbers."""
+    if not ranks.is_writer:
+        return
+    views = task.views if config.views else AS_IS
+    draft, kept = folder / ".oof.npy.part", None
+    batches = _predictor(model, task, views, config, engine).batches(task.plain, rows, f"predicting {folder.name}")
+    position = 0
+    for index, predictions, _ in batches:
+        packed = pack(predictions, task.prediction_type)
+        if kept is None:
+            kept = np.lib.format.open_memmap(draft, "w+", packed.dtype, (len(rows), *packed.shape[1:]))
+        kept[position : position + len(index)] = packed
+        position += len(index)
+    kept.flush()
+    draft.replace(folder / "oof.npy")
+    write_with(folder / "oof_rows.npy", lambda stream: np.save(stream, rows))
+
+
+def write_metrics(run: Run, folder: Path, history: list[dict[str, Any]]) -> None:
+    """metrics.csv of the fold: a line per epoch, nothing in it that differs between two equal runs."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    lines = [",".join(str(row.get(name, "")) for name in columns) for row in history]
+    write_text(folder / "metrics.csv", "\n".join([",".join(columns), *lines]) + "\n")

@@ -1,0 +1,194 @@
+"""Predictions: averaged over views, folds and runs, and streamed into the submission."""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint, raw, submission
+from common import run as runs
+from common.config import Config, with_flags
+from common.device import device_of, precision_of
+from common.engine import memory
+from common.engine.ranks import SINGLE, Ranks
+from common.errors import UserError
+from common.loading import orders
+from common.loading.loader import Loader
+from common.run import Run, progress
+from common.task import Learnt, Task, View
+from common.window import Tree, map_tree
+
+AS_IS = (View("as is"),)
+
+
+class Predictor:
+    """Averages models and views over the batches of a dataset; shrinks its batches when the memory does not hold them."""
+
+    def __init__(self, models: Sequence[nn.Module], task: Task, views: Sequence[View], config: Config,
+                 batch_size: int, device: torch.device):
+        self.models, self.task, self.views, self.config = models, task, views, config
+        self.device, self.batch_size = device, batch_size
+        precision = precision_of(config, device)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+    def batches(self, dataset: Any, rows: np.ndarray, label: str | None = None,
+                ) -> Iterator[tuple[np.ndarray, Tensor, Tree]]:
+        """Yields (rows [B], predictions [B, ...], targets [B, ...]) over `rows` of `dataset`, in their order."""
+        workers = min(self.config.workers, len(rows) // self.batch_size)  # a small set is read before workers start
+        loader = Loader(dataset, orders.sequential(rows), self.batch_size, seed=self.config.seed, workers=workers,
+                        device=self.device, bad_images=self.config.bad_images)
+        try:
+            windows = progress(loader.epoch(0), label or "", loader.windows_per_epoch, "batch", show=label is not None)
+            for window in windows:
+                yield window.index.cpu().numpy(), self._average(window.inputs), window.targets
+        finally:
+            loader.close()
+
+    @torch.inference_mode()
+    def _average(self, inputs: Tree) -> Tensor:
+        size = len(_first(inputs))
+        parts, start, step = [], 0, size
+        while start < size:
+            part, failed = None, False
+            try:
+                part = self._forward(map_tree(lambda x: x[start : start + step].to(self.device), inputs))  # noqa: B023
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error) or step == 1:
+                    raise
+                failed = True
+            if failed:  # outside `except`: the traceback keeps every activation alive
+                memory.release()
+                step = (step + 1) // 2
+                continue
+            parts.append(part)
+            start += step
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _forward(self, inputs: Tree) -> Tensor:
+        """Mean over models and views of the predictions of one batch; raises UserError on a value that is not finite."""
+        total = None
+        for model in self.models:
+            for view in self.views:
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                    outputs = model(view.apply(inputs))
+                outputs = map_tree(lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, outputs)
+                predictions = view.undo(self.task.predict(outputs))
+                total = predictions if total is None else total + predictions
+        mean = total / (len(self.models) * len(self.views)) if total.is_floating_point() else total
+        if mean.is_floating_point() and not bool(torch.isfinite(mean).all()):
+            raise UserError("a prediction is NaN or infinite, so no submission is written: train with a lower --lr, "
+                            "with --clip-norm 1, or with --precision fp32")
+        return mean
+
+
+def _first(tree: Tree) -> Tensor:
+    while not isinstance(tree, Tensor):
+        tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
+    return tree
+
+
+def pack(predictions: Tensor, kind: str) -> np.ndarray:
+    """Predictions [B, ...] as they are kept on disk; uint8 holds probabilities in 255 steps."""
+    array = predictions.detach().cpu().numpy()
+    return np.rint(array * 255).astype(np.uint8) if kind == "uint8" else array.astype(kind)
+
+
+def unpack(kept: np.ndarray) -> Tensor:
+    """What `pack` kept, as float32 predictions [B, ...]."""
+    return torch.from_numpy(kept.astype(np.float32) / (255 if kept.dtype == np.uint8 else 1))
+
+
+def score(task: Task, batches: Iterable[tuple[Tensor, Tree]], learnt: Learnt, ranks: Ranks = SINGLE) -> dict[str, float]:
+    """Every metric of the task over (predictions, targets) batches: sums per metric over all ranks, divided once."""
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64)
+    for predictions, targets in batches:
+        targets = map_tree(lambda x: x.to(predictions.device), targets)  # noqa: B023
+        decisions = task.decide(predictions, learnt)
+        for metric in task.metrics:
+            stats = metric.stats(decisions, targets).detach().cpu().double().sum(0)
+            sums[metric.name] = sums[metric.name] + stats if metric.name in sums else stats
+        count += len(predictions)
+    for total in (count, *sums.values()):
+        ranks.sum_(total)
+    return {metric.name: float(metric.value(sums[metric.name], float(count))) for metric in task.metrics}
+
+
+def load_models(run: Run, task: Task, config: Config, device: torch.device) -> list[nn.Module]:
+    """The finished fold models of a run, in evaluation mode on `device`."""
+    files = sorted(run.path.glob("fold-*/model.pt"))
+    if not files:
+        raise UserError(f"{run.path} holds no finished model: train it to the end with the command it was started with")
+    models = []
+    for file in files:
+        model = task.model()
+        model.load_state_dict(checkpoint.load(file)["model"])
+        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        models.append(model.to(device, memory_format=memory_format).eval())
+    return models
+
+
+def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config]], is_sample: bool) -> Path:
+    """Average the members' predictions of the test rows and write the checked CSV; returns its path."""
+    first_run, task, config = members[0]
+    device = device_of(config)
+    rows = np.arange(len(task.test))
+    streams = []
+    for run, member_task, member_config in members:
+        if list(member_task.test_ids) != list(task.test_ids):
+            raise UserError(f"runs {first_run.name} and {run.name} predict different test rows: average runs of the same data")
+        models = load_models(run, member_task, member_config, device)
+        views = member_task.views if member_config.views else AS_IS
+        batch_size = min(member_config.batch_size, (run.result or {}).get("micro_batch", member_config.batch_size))
+        predictor = Predictor(models, member_task, views, member_config, batch_size, device)
+        label = f"predicting {run.name}" if run is first_run else None
+        streams.append(_sample_by_sample(predictor.batches(member_task.test, rows, label)))
+    learnt = (first_run.result or {}).get("learnt", {})
+
+    def csv_rows() -> Iterator[Sequence[Any]]:
+        together = zip(*streams, strict=True)
+        while chunk := list(islice(together, config.batch_size)):
+            index = [member[0][0] for member in chunk]
+            mean = torch.stack([sum(p for _, p in member) / len(member) if len(member) > 1 else member[0][1]
+                                for member in chunk])
+            yield from task.rows([task.test_ids[row] for row in index], task.decide(mean, learnt))
+
+    name = "+".join(run.name for run, _, _ in members) + ("-sample" if is_sample and "sample" not in first_run.name else "")
+    scores = [(run.result or {}).get("score") for run, _, _ in members]
+    origin = {"competition": competition, "run": ",".join(run.name for run, _, _ in members),
+              "recipe": first_run.origin["recipe"], "score": scores[0] if len(scores) == 1 else None,
+              "monitor": task.metrics[0].name, "commit": runs.commit(), "data_fingerprint": task.fingerprint,
+              "sample": is_sample, "created": runs.now()}
+    path = submission.SUBMISSIONS / competition / f"{name}.csv"
+    return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, origin)
+
+
+def _sample_by_sample(batches: Iterator[tuple[np.ndarray, Tensor, Tree]]) -> Iterator[tuple[int, Tensor]]:
+    for rows, predictions, _ in batches:
+        yield from zip(rows.tolist(), predictions, strict=True)
+
+
+def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> None:
+    """`make predict`: the submission of finished runs again, from their own configs and the data they were trained on."""
+    finished = [run for run in runs.all_runs(competition) if run.result is not None]
+    if given.run is None and not finished:
+        raise UserError(f"no finished run of {competition}: make train COMP={competition}")
+    chosen = [runs.load(competition, name) for name in given.run.split(",")] if given.run else [finished[-1]]
+    members, samples = [], set()
+    for run in chosen:
+        if run.result is None:
+            raise UserError(f"{run.path} is not finished: repeat its command to finish it "
+                            f"({json.dumps(run.origin.get('command', ''))})")
+        config = with_flags(run.config(type(module.RECIPES["default"])), given)
+        data = given.data or (None if run.origin["sample"] else run.origin["data"])
+        found = raw.find(competition, data, module.write_sample)
+        samples.add(found.is_sample or run.origin["sample"])
+        members.append((run, module.build(config, found), config))
+    print(f"submission: {write_submission(competition, members, is_sample=any(samples))}")
