@@ -10,10 +10,12 @@ The way of a batch through its slots:
 competitions/<name>/task.py gives the core five names; it imports nothing heavy, so that --help stays instant:
 
     Config                      its settings, one level below common.config.Config
-    RECIPES: dict[str, Config]  named settings, "default" among them
+    RECIPES: dict[str, Config]  named settings; "default" is trained without RECIPE=, "smoke" takes seconds on the sample
     SOURCE                      where the data comes from (common.kaggle.source)
     write_sample(folder)        generates a small data set in the real file formats
     build(config, raw) -> Task  reads the data (common.raw.RawData) and fills in the slots below
+    VERBS                       optional: further verbs, or its own way of a verb: {"backtest": backtest}, where
+                                backtest(competition, argv) parses its flags with common.cli and has a line of help
 """
 
 from collections.abc import Callable, Iterable, Sequence

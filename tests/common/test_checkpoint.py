@@ -1,0 +1,48 @@
+"""Checkpoints are replaced as a whole and hold plain types only."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoint
+from common.errors import UserError
+
+
+def test_round_trip(tmp_path):
+    state = {"model": {"w": torch.randn(3)}, "history": [{"loss": 0.5, "fold": None}], "step": 3}
+    checkpoint.save(tmp_path / "a.pt", state)
+    again = checkpoint.load(tmp_path / "a.pt")
+    assert torch.equal(again["model"]["w"], state["model"]["w"]) and again["history"] == state["history"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    """The limit makes the operating system itself refuse the write in the middle of torch.save."""
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"step": 1})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="a.pt could not be written.*the file that was there is untouched"):
+            checkpoint.save(path, {"w": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"junk" * 9])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"w": torch.zeros(1000)})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="a.pt cannot be read as a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_objects_that_could_run_code_are_refused(tmp_path):
+    torch.save({"path": Path("x")}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load(tmp_path / "a.pt")

@@ -1,0 +1,93 @@
+"""Flags are the fields of a Config: types, nearest names, help with units, round trip through JSON."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from common.config import Config, Parser, add_flags, differences, flag, from_json, to_json, with_flags
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example(Config):
+    size: tuple[int, int] = flag((384, 576), "height and width of the images", "pixels")
+    scales: tuple[float, ...] = flag((0.5, 1.0), "scales")
+    head: Literal["pixels", "both"] = flag("both", "which heads")
+    hull: bool = flag(False, "fill the hull")
+
+
+def parse(*argv: str, config: Config = Example()) -> Config:  # noqa: B008
+    parser = Parser(prog="kit", allow_abbrev=False)
+    add_flags(parser, config)
+    return with_flags(config, parser.parse_args(list(argv)))
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--lr", "3e-4"], "lr", 3e-4),
+        (["--lr=3e-4"], "lr", 3e-4),
+        (["--epochs", "3"], "epochs", 3),
+        (["--size", "350,525"], "size", (350, 525)),
+        (["--size", "350x525"], "size", (350, 525)),
+        (["--scales", "1,2,3.5"], "scales", (1.0, 2.0, 3.5)),
+        (["--head", "pixels"], "head", "pixels"),
+        (["--hull"], "hull", True),
+        (["--hull", "false"], "hull", False),
+        (["--micro-batch", "4"], "micro_batch", 4),
+        (["--micro-batch", "auto"], "micro_batch", "auto"),
+    ],
+)
+def test_a_flag_sets_its_field_in_its_type(argv, field, value):
+    config = parse(*argv)
+    assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
+    assert differences(config, parse()) == [] or [line.split(":")[0] for line in differences(parse(), config)] == [field]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lrr", "1"], ["--lrr", "Did you mean --lr?"]),
+        (["--epoch", "1"], ["--epoch", "Did you mean --epochs?"]),
+        (["--lr", "fast"], ["--lr fast", "float"]),
+        (["--epochs", "1.5"], ["--epochs 1.5", "int"]),
+        (["--head", "pixel"], ["--head pixel", "pixels"]),
+        (["--size", "350"], ["--size 350", "expected 2 values"]),
+        (["--hull", "maybe"], ["--hull maybe", "true|false"]),
+        (["--fold", "5"], ["--fold 5", "0 to 4"]),
+        (["--epochs", "0"], ["--epochs 0", "at least 1"]),
+        (["--micro-batch", "0"], ["--micro-batch 0", "auto or at least 1"]),
+        (["--ema", "1"], ["--ema 1"]),
+        (["3"], ["unknown flag 3"]),
+    ],
+)
+def test_a_wrong_flag_names_the_value_and_what_is_expected(argv, words):
+    with pytest.raises(UserError) as raised:
+        parse(*argv)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_help_shows_every_field_with_its_default_and_unit():
+    parser = Parser(prog="kit", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=500))
+    add_flags(parser, Example(lr=0.5))
+    lines = [line.strip() for line in parser.format_help().splitlines()]
+    assert any(line.startswith("--size") and line.endswith("height and width of the images [384,576 pixels]") for line in lines)
+    assert any(line.startswith("--lr") and "[0.5 per optimizer step]" in line for line in lines)
+
+
+def test_json_round_trip_keeps_every_value_and_type():
+    config = parse("--size", "10,20", "--lr", "1e-5", "--micro-batch", "3")
+    again = from_json(Example, to_json(config))
+    assert again == config and type(again.size) is tuple
+
+
+def test_a_config_of_another_version_is_refused_by_the_names_that_differ():
+    with pytest.raises(UserError, match="head, hull, scales, size"):
+        from_json(Example, to_json(Config()))
+
+
+def test_fields_of_the_machine_do_not_count_as_differences():
+    assert differences(Config(), Config(workers=7, micro_batch=3)) == []
+    assert differences(Config(), Config(lr=0.5, seed=3)) == ["seed: 0 -> 3", "lr: 0.001 -> 0.5"]

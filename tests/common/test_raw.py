@@ -1,0 +1,102 @@
+"""Where the data comes from: the given path, data/<competition>, or the sample, with folder and archive alike."""
+
+import hashlib
+import zipfile
+
+import pytest
+
+from common import raw
+from common.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def sample(folder):
+    (folder / "train.csv").write_text("sample")
+
+
+def archive(path, **files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as stream:
+        for name, text in files.items():
+            stream.writestr(f"{name}.csv", text)
+    return path
+
+
+def test_without_data_the_sample_is_made_once_and_announced(tmp_path):
+    said = []
+    found = raw.find("toy", None, sample, said.append)
+    assert found.is_sample and found.read("train.csv") == b"sample"
+    assert len(said) == 1 and "sample" in said[0] and "make data COMP=toy" in said[0] and "DATA=" in said[0]
+    again = raw.find("toy", None, lambda folder: pytest.fail("made twice"), said.append)
+    assert again.path == found.path and list((tmp_path / "data" / "sample").iterdir()) == [tmp_path / found.path]
+
+
+def test_a_sample_that_fails_half_way_is_not_taken_for_whole(tmp_path):
+    def broken(folder):
+        (folder / "train.csv").write_text("half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        raw.find("toy", None, broken, str)
+    assert raw.find("toy", None, sample, str).read("train.csv") == b"sample"
+
+
+def test_the_data_folder_wins_over_the_sample(tmp_path):
+    home = tmp_path / "data" / "toy"
+    home.mkdir(parents=True)
+    (home / "train.csv").write_text("real")
+    found = raw.find("toy", None, sample, pytest.fail)
+    assert not found.is_sample and found.read("train.csv") == b"real"
+
+
+def test_a_zip_and_the_folder_that_holds_it_read_alike(tmp_path):
+    path = archive(tmp_path / "download" / "toy.zip", train="a,b", test="c")
+    for given in (path, path.parent):
+        found = raw.find("toy", str(given), sample, pytest.fail)
+        assert found.path == path and found.names() == ["test.csv", "train.csv"]
+        assert found.read("train.csv") == b"a,b"
+    folder = tmp_path / "unpacked"
+    zipfile.ZipFile(path).extractall(folder)
+    assert raw.RawData(folder, "toy").fingerprint("train.csv", "test.csv") == found.fingerprint("train.csv", "test.csv")
+
+
+def test_fingerprint_depends_on_names_and_contents(tmp_path):
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"2")
+    data = raw.RawData(tmp_path, "toy")
+    assert data.fingerprint("a") == hashlib.sha256(b"a\0" + hashlib.sha256(b"1").digest()).hexdigest()
+    assert len({data.fingerprint("a", "b"), data.fingerprint("b", "a"), data.fingerprint("a")}) == 3
+
+
+def test_errors_name_the_path_and_the_next_command(tmp_path):
+    with pytest.raises(UserError, match="DATA=/nowhere does not exist"):
+        raw.find("toy", "/nowhere", sample, str)
+    path = archive(tmp_path / "toy.zip", train="x" * 10_000)
+    with pytest.raises(UserError, match=r"has no test.csv \(found: train.csv\).*make data COMP=toy"):
+        raw.RawData(path, "toy").open("test.csv")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match="not a whole zip archive.*make data COMP=toy"):
+        raw.RawData(path, "toy").read("train.csv")
+
+
+def test_a_damaged_member_is_named(tmp_path):
+    path = archive(tmp_path / "toy.zip", train="x" * 10_000)
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="train.csv is damaged.*CRC"):
+        raw.RawData(path, "toy").read("train.csv")
+
+
+def test_the_cache_lies_beside_the_data_or_where_it_can(tmp_path, monkeypatch):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    assert raw.RawData(folder, "toy").cache == folder / "cache"
+    read_only = tmp_path / "read-only"
+    read_only.mkdir()
+    (read_only / "cache").touch()  # a folder of that name cannot be made: as on a disk without write permission
+    assert raw.RawData(read_only, "toy").cache == raw.DATA / "cache" / "toy"

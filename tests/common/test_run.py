@@ -1,0 +1,74 @@
+"""Runs: numbered, resumed by the same command, refused by another one, never trained twice at once."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common import run as runs
+from common.config import Config
+from common.errors import UserError
+
+ORIGIN = {"competition": "toy", "recipe": "fast", "sample": True, "data": "/data", "data_fingerprint": "f"}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def open_run(name=None, config=Config(), **origin):  # noqa: B008
+    run = runs.open_run("toy", name, config, ORIGIN | origin)
+    run._lock[0].close()  # as if the process had ended
+    return run
+
+
+def test_an_unfinished_run_goes_on_and_a_finished_one_is_followed_by_the_next():
+    first = open_run()
+    assert first.name == "001-fast-sample" and open_run().name == first.name
+    first.write_json("result.json", {"score": 1.0})
+    second = open_run()
+    assert second.name == "002-fast-sample" and open_run(config=Config(workers=0)).name == second.name
+    assert open_run(config=Config(lr=0.1)).name == "003-fast-sample"
+    assert open_run(data_fingerprint="g", sample=False).name == "004-fast"
+    assert [run.name[:3] for run in runs.all_runs("toy")] == ["001", "002", "003", "004"]
+
+
+def test_a_named_run_resumes_with_its_own_config_only():
+    assert open_run("mine").name == "mine" == open_run("mine").name
+    with pytest.raises(UserError, match="lr: 0.001 -> 0.1; seed: 0 -> 3|seed: 0 -> 3; lr: 0.001 -> 0.1"):
+        open_run("mine", replace(Config(), lr=0.1, seed=3))
+    with pytest.raises(UserError, match="data: /data -> /data, other contents"):
+        open_run("mine", data_fingerprint="g")
+
+
+def test_the_config_and_origin_are_read_back():
+    run = open_run("mine", Config(lr=0.25))
+    again = runs.load("toy", "mine")
+    assert again.config(Config) == Config(lr=0.25) and again.origin == run.origin and again.result is None
+    with pytest.raises(UserError, match="RUN=other.*runs: mine"):
+        runs.load("toy", "other")
+
+
+def test_a_second_process_is_kept_out():
+    code = ("from common import run; from common.config import Config; import sys; "
+            f"held = run.open_run('toy', 'mine', Config(), {ORIGIN!r}); print('locked', flush=True); sys.stdin.read()")
+    root = Path(runs.__file__).parents[1]
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             env={"PYTHONPATH": str(root), "PATH": ""})
+    assert "run runs/toy/mine" in child.stdout.readline() and child.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match="trained by another process"):
+        runs.open_run("toy", "mine", Config(), ORIGIN)
+    child.kill()
+    child.wait()
+    assert open_run("mine").name == "mine"
+
+
+def test_progress_passes_everything_on(capsys, monkeypatch):
+    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.0)
+    assert list(runs.progress(range(3), "reading", 3)) == [0, 1, 2]
+    assert "reading: 1/3 windows" in capsys.readouterr().out
+    assert list(runs.progress(range(3), "reading", 3, show=False)) == [0, 1, 2]
+    assert capsys.readouterr().out == ""

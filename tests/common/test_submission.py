@@ -1,0 +1,89 @@
+"""A CSV is checked against the sample before it takes its place; a bad one leaves no trace."""
+
+import csv
+import errno
+import hashlib
+import json
+
+import pytest
+
+from common import files, submission
+from common.errors import UserError
+
+SAMPLE = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
+
+
+def digit(values):
+    return None if values[0] in set("0123456789") else f"label {values[0]!r} is not 0 to 9"
+
+
+def write(path, rows, columns=("ImageId", "Label")):
+    return submission.write(path, columns, rows, SAMPLE, digit, {"competition": "toy", "sample": False})
+
+
+def test_a_good_submission_is_written_with_its_origin(tmp_path):
+    path = write(tmp_path / "toy" / "run.csv", [(1, 7), (2, 0), (3, 9)])
+    assert list(csv.reader(open(path))) == [["ImageId", "Label"], ["1", "7"], ["2", "0"], ["3", "9"]]
+    origin = json.loads(path.with_suffix(".json").read_text())
+    assert origin == {"competition": "toy", "sample": False, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert submission.check(path, SAMPLE, digit) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(1, 7), (2, 0)], "line 4: id 3 is missing"),
+        ([(1, 7), (2, 0), (3, 1), (4, 1)], "line 5: id 4 is not in the sample"),
+        ([(2, 7), (1, 0), (3, 1)], "line 2: id 2, expected 1"),
+        ([(1, 7), (1, 0), (3, 1)], "line 3: id 1 is there twice"),
+        ([(1, 7), (2, float("nan")), (3, 1)], "line 3: id 2 has the value nan"),
+        ([(1, 7), (2, float("-inf")), (3, 1)], "line 3: id 2 has the value -inf"),
+        ([(1, 7), (2, 10), (3, 1)], "line 3: id 2: label '10' is not 0 to 9"),
+        ([(1, 7), (2,), (3, 1)], "line 3: 1 values, expected 2"),
+        ([], "line 2: id 1 is missing"),
+    ],
+)
+def test_a_bad_submission_is_refused_and_the_old_one_stays(tmp_path, rows, message):
+    path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        write(path, rows)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]
+
+
+def test_the_header_must_be_the_samples(tmp_path):
+    with pytest.raises(UserError, match="header is 'id,Label', expected 'ImageId,Label'"):
+        write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)], columns=("id", "Label"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_five_offenders_are_named_and_no_more(tmp_path):
+    sample = ["id,y\n", *(f"{i},0\n" for i in range(20))]
+    with pytest.raises(UserError) as raised:
+        submission.write(tmp_path / "x.csv", ("id", "y"), [(i + 100, 0) for i in range(20)], sample, None, {})
+    assert str(raised.value).count("line ") == 5
+
+
+def test_a_generator_that_fails_half_way_leaves_nothing(tmp_path):
+    def rows():
+        yield (1, 7)
+        raise UserError("a prediction is NaN")
+
+    with pytest.raises(UserError, match="NaN"):
+        write(tmp_path / "run.csv", rows())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write(path, [(1, 1), (2, 1), (3, 1)])
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]

@@ -1,0 +1,109 @@
+"""Every competition folder, end to end on its sample: killed, resumed, checked, predicted again, through the real command.
+
+The folders are found, not listed: a new competition is tested from its first commit.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.cli import competitions
+
+ROOT = Path(__file__).parents[1]
+LIMIT_SECONDS = 240
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "common", *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*words), cwd=folder, env=environment(), capture_output=True, text=True,
+                          timeout=LIMIT_SECONDS)
+
+
+def train(competition: str) -> list[str]:
+    return ["train", competition, "--recipe", "smoke", "--workers", "0", "--save-every", "0", "--run", "smoke"]
+
+
+def killed(folder: Path, words: list[str], when) -> bool:
+    """Start the command and SIGKILL it as soon as `when()` holds; False when it ended before."""
+    child = subprocess.Popen(command(*words), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while child.poll() is None and time.monotonic() < deadline:
+        if when():
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            return True
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    return False
+
+
+def outputs(folder: Path, competition: str) -> tuple:
+    """Everything that must not depend on an interruption: weights, metrics, learnt values and the CSV."""
+    home = folder / "runs" / competition / "smoke"
+    models = {file.parent.name: torch.load(file, weights_only=True)["model"] for file in sorted(home.glob("fold-*/model.pt"))}
+    result = json.loads((home / "result.json").read_text())
+    kept = {name: result[name] for name in ("score", "metrics", "learnt", "rows")}
+    (table,) = (folder / "submissions" / competition).glob("*.csv")
+    return models, kept, (home / "metrics.csv").read_text(), table.read_bytes()
+
+
+@pytest.mark.parametrize("competition", competitions())
+def test_sample_to_submission_killed_and_resumed(competition, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight.mkdir()
+    broken.mkdir()
+    whole = run(straight, *train(competition))
+    assert whole.returncode == 0, whole.stderr + whole.stdout
+    lines = whole.stdout.strip().splitlines()
+    assert sum("sample" in line and "make data" in line for line in lines) == 1, "the banner is one line"
+    assert lines[-1].startswith(f"submission: submissions/{competition}/") and "sample" in lines[-1]
+    table = straight / lines[-1].removeprefix("submission: ")
+    origin = json.loads(table.with_suffix(".json").read_text())
+    assert origin["sample"] is True and origin["competition"] == competition and origin["run"] == "smoke"
+    assert len(list(csv.reader(open(table)))) > 2
+
+    (broken / "data").mkdir()
+    (broken / "data" / "sample").symlink_to(straight / "data" / "sample")
+    checkpoint = broken / "runs" / competition / "smoke"
+    assert killed(broken, train(competition), lambda: any(checkpoint.glob("fold-*/last.pt"))), "ended before a checkpoint"
+    log = checkpoint / "log.txt"
+    killed(broken, train(competition), lambda: "resumed" in log.read_text() and "epoch" in log.read_text().split("resumed")[-1])
+    resumed = run(broken, *train(competition))
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    expected, found = outputs(straight, competition), outputs(broken, competition)
+    assert found[1:] == expected[1:]
+    for fold, weights in expected[0].items():
+        assert all(torch.equal(weights[name], found[0][fold][name]) for name in weights), fold
+
+    table.unlink()
+    again = run(straight, "predict", competition, "--run", "smoke")
+    assert again.returncode == 0 and again.stdout.strip().splitlines()[-1] == lines[-1], again.stderr
+    assert table.read_bytes() == expected[3]
+
+
+@pytest.mark.parametrize("competition", competitions())
+def test_help_is_generated_and_needs_no_torch(competition):
+    code = ("import sys; from common.cli import main\n"
+            f"try: main(['train', '{competition}', '--help'])\n"
+            "except SystemExit: pass\n"
+            "print('HEAVY', sorted({'torch', 'cv2', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)))")
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert "--lr" in shown.stdout and "samples" in shown.stdout
+    assert shown.stdout.strip().endswith("HEAVY []"), shown.stdout[-200:] + shown.stderr
