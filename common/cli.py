@@ -34,7 +34,7 @@ def task_module(competition: str) -> ModuleType:
     return importlib.import_module(f"competitions.{competition}.task")
 
 
-def verbverb_parser(verb: str, competition: str, description: str) -> Parser:
+def verb_parser(verb: str, competition: str, description: str) -> Parser:
     """A parser for `python -m common VERB COMPETITION` with the flag that every verb has."""
     parser = Parser(prog=f"python -m common {verb} {competition}", description=description, allow_abbrev=False)
     parser.add_argument("--data", metavar="PATH", help="folder or zip archive with the competition's files [data/COMP]")
