@@ -24,4 +24,6 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): delete it and repeat the command") from error
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason}): delete it and repeat the command"
+        ) from error

@@ -26,7 +26,9 @@ def known(name: str, verb: str) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     what = f"COMP={name} is not a competition." if name else "COMP= is missing."
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"{what}{hint} There are: {', '.join(names)}. Try: make {verb} COMP={near[0] if near else names[0]}")
+    raise UserError(
+        f"{what}{hint} There are: {', '.join(names)}. Try: make {verb} COMP={near[0] if near else names[0]}"
+    )
 
 
 def task_module(competition: str) -> ModuleType:

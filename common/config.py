@@ -28,7 +28,9 @@ class Config:
     # The optimizer step.
     epochs: int = flag(10, "passes over the training part", "epochs")
     batch_size: int = flag(64, "effective batch: samples of one optimizer step, over all processes", "samples")
-    micro_batch: int | Literal["auto"] = flag("auto", "samples on the device at once; never changes the result", "samples")
+    micro_batch: int | Literal["auto"] = flag(
+        "auto", "samples on the device at once; never changes the result", "samples"
+    )
     optimizer: Literal["adamw", "adam", "radam", "sgd"] = flag("adamw", "optimizer; sgd uses Nesterov momentum")
     lr: float = flag(1e-3, "peak learning rate", "per optimizer step")
     weight_decay: float = flag(1e-2, "decoupled weight decay; none on biases and normalisation")
@@ -36,7 +38,9 @@ class Config:
     schedule: Literal["cosine", "onecycle", "linear", "constant"] = flag("cosine", "learning rate over the run")
     warmup: float = flag(0.05, "part of the run in which the learning rate rises", "fraction of the steps")
     clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips")
-    ema: float = flag(0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step")
+    ema: float = flag(
+        0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step"
+    )
     # Evaluation and stopping.
     evaluate_every: int = flag(1, "validate after this many epochs; the last epoch always", "epochs")
     keep: Literal["best", "last"] = flag("best", "weights to keep: of the best validation or of the last step")
@@ -128,16 +132,25 @@ def add_flags(parser: argparse.ArgumentParser, config: Config) -> None:
         default = _value_text(getattr(config, item.name))
         help_text = f"{item.metadata.get('help', '')} [{default}{' ' + unit if unit else ''}]".replace("%", "%%")
         optional_value = {"nargs": "?", "const": "true"} if hints[item.name] is bool else {}
-        parser.add_argument(f"--{name}", dest=item.name, default=MISSING, metavar=_type_text(hints[item.name]),
-                            help=help_text, **optional_value)
+        parser.add_argument(
+            f"--{name}",
+            dest=item.name,
+            default=MISSING,
+            metavar=_type_text(hints[item.name]),
+            help=help_text,
+            **optional_value,
+        )
 
 
 def with_flags(config: ConfigType, given: argparse.Namespace) -> ConfigType:
     """`config` with the fields that were given on the command line replaced; checks their types."""
     hints = get_type_hints(type(config))
     values = {item.name: getattr(given, item.name, MISSING) for item in fields(config)}
-    changes = {name: _parse_value(name.replace("_", "-"), hints[name], text)
-               for name, text in values.items() if text is not MISSING}
+    changes = {
+        name: _parse_value(name.replace("_", "-"), hints[name], text)
+        for name, text in values.items()
+        if text is not MISSING
+    }
     return checked(replace(config, **changes))
 
 
@@ -151,12 +164,20 @@ def checked(config: ConfigType) -> ConfigType:
             hint = f" Did you mean {near[0]}?" if near else ""
             name, expected = item.name.replace("_", "-"), ", ".join(map(str, choices))
             raise UserError(f"--{name} {value}: expected one of {expected}.{hint}")
-    rules = [("epochs", config.epochs >= 1, "at least 1"), ("batch-size", config.batch_size >= 1, "at least 1"),
-             ("folds", config.folds >= 2, "at least 2"), ("ema", 0 <= config.ema < 1, "0 up to, not including, 1"),
-             ("workers", config.workers >= 0, "0 or more"), ("evaluate-every", config.evaluate_every >= 1, "at least 1"),
-             ("micro-batch", config.micro_batch == "auto" or config.micro_batch >= 1, "auto or at least 1"),
-             ("fold", config.fold in ("all", "none") or config.fold.isdecimal() and int(config.fold) < config.folds,
-              f"all, none or 0 to {config.folds - 1}")]
+    rules = [
+        ("epochs", config.epochs >= 1, "at least 1"),
+        ("batch-size", config.batch_size >= 1, "at least 1"),
+        ("folds", config.folds >= 2, "at least 2"),
+        ("ema", 0 <= config.ema < 1, "0 up to, not including, 1"),
+        ("workers", config.workers >= 0, "0 or more"),
+        ("evaluate-every", config.evaluate_every >= 1, "at least 1"),
+        ("micro-batch", config.micro_batch == "auto" or config.micro_batch >= 1, "auto or at least 1"),
+        (
+            "fold",
+            config.fold in ("all", "none") or config.fold.isdecimal() and int(config.fold) < config.folds,
+            f"all, none or 0 to {config.folds - 1}",
+        ),
+    ]
     for name, holds, expected in rules:
         if not holds:
             raise UserError(f"--{name} {getattr(config, name.replace('-', '_'))}: expected {expected}")
@@ -178,5 +199,8 @@ def from_json(config_class: type[ConfigType], text: str) -> ConfigType:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Fields in which two runs compute something different, as lines 'lr: 0.001 -> 0.003'."""
-    return [f"{item.name}: {getattr(old, item.name)} -> {getattr(new, item.name)}" for item in fields(old)
-            if item.name not in MACHINE_FIELDS and getattr(old, item.name) != getattr(new, item.name)]
+    return [
+        f"{item.name}: {getattr(old, item.name)} -> {getattr(new, item.name)}"
+        for item in fields(old)
+        if item.name not in MACHINE_FIELDS and getattr(old, item.name) != getattr(new, item.name)
+    ]

@@ -24,8 +24,10 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
             os.fsync(stream.fileno())
         os.replace(draft, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error}); the file that was there is untouched. "
-                        f"Free disk space in {path.parent} and repeat the same command") from error
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}); the file that was there is untouched. "
+            f"Free disk space in {path.parent} and repeat the same command"
+        ) from error
     finally:
         draft.unlink(missing_ok=True)
 

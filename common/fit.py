@@ -55,7 +55,9 @@ class Parts:
 
     def save(self, path: Path, state: State) -> None:
         named = {"model": self.model, "optimizer": self.optimizer, "engine": self.engine, "average": self.average}
-        checkpoint.save(path, {"state": vars(state)} | {name: part.state_dict() for name, part in named.items() if part})
+        checkpoint.save(
+            path, {"state": vars(state)} | {name: part.state_dict() for name, part in named.items() if part}
+        )
 
     def restore(self, path: Path) -> State:
         found = checkpoint.load(path)
@@ -83,20 +85,43 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     train_rows = np.flatnonzero(task.folds != fold) if fold is not None else np.arange(len(task.ids))
     held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
     if not len(train_rows) or (fold is not None and not len(held_rows)):
-        raise UserError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_rows)} to validate: "
-                        f"choose --fold and --folds so that both have some")
+        raise UserError(
+            f"fold {fold} has {len(train_rows)} rows to train on and {len(held_rows)} to validate: "
+            f"choose --fold and --folds so that both have some"
+        )
 
     device = device_of(config, ranks.local_rank)
     torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if fold is None else fold))
-    model = task.model().to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    model = task.model().to(
+        device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
+    )
     optimizer = build_optimizer(model, config, task.lr_scales)
     allocate_state(optimizer)
-    engine = Engine(model, task.loss, optimizer, micro_batch=config.micro_batch, precision=precision_of(config, device),
-                    clip_norm=config.clip_norm, seed=config.seed, ranks=ranks, log=run.log)
+    engine = Engine(
+        model,
+        task.loss,
+        optimizer,
+        micro_batch=config.micro_batch,
+        precision=precision_of(config, device),
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+        ranks=ranks,
+        log=run.log,
+    )
     average = Average(model, config.ema) if config.ema else None
     order = task.order(train_rows) if task.order else orders.shuffled(train_rows)
-    loader = Loader(task.labelled, order, config.batch_size, seed=config.seed, workers=config.workers, rank=ranks.rank,
-                    world=ranks.world, device=device, bad_images=config.bad_images, mix=task.mix)
+    loader = Loader(
+        task.labelled,
+        order,
+        config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=device,
+        bad_images=config.bad_images,
+        mix=task.mix,
+    )
     total_steps = config.epochs * loader.windows_per_epoch
     parts = Parts(model, optimizer, engine, average)
     last = folder / "last.pt"
@@ -109,8 +134,12 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         model.train()
         started = time.monotonic()
         label = f"fold {fold} epoch {state.epoch + 1}/{config.epochs}"
-        windows = progress(loader.epoch(state.epoch, start=state.window), label,
-                           loader.windows_per_epoch - state.window, show=ranks.is_writer)
+        windows = progress(
+            loader.epoch(state.epoch, start=state.window),
+            label,
+            loader.windows_per_epoch - state.window,
+            show=ranks.is_writer,
+        )
         for window in windows:
             factor = learning_rate_factor(state.step, total_steps, config.schedule, config.warmup)
             set_learning_rate(optimizer, factor)
@@ -127,8 +156,13 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         seconds = time.monotonic() - started
         state.seconds += seconds
 
-        row = {"fold": fold, "epoch": state.epoch + 1, "step": state.step, "lr": config.lr * factor,
-               "loss": state.loss_sum / state.samples}
+        row = {
+            "fold": fold,
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "lr": config.lr * factor,
+            "loss": state.loss_sum / state.samples,
+        }
         if len(held_rows) and ((state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs):
             with parts.averaged():
                 row |= validate(model, task, config, engine, held_rows, ranks)
@@ -150,8 +184,16 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         if len(held_rows):
             write_out_of_fold(folder, model, task, config, engine, held_rows, ranks)
         if ranks.is_writer:
-            checkpoint.save(folder / "model.pt", {"model": model.state_dict(), "seconds": state.seconds, "best": state.best,
-                                                  "micro_batch": engine.micro_batch, "steps": state.step})
+            checkpoint.save(
+                folder / "model.pt",
+                {
+                    "model": model.state_dict(),
+                    "seconds": state.seconds,
+                    "best": state.best,
+                    "micro_batch": engine.micro_batch,
+                    "steps": state.step,
+                },
+            )
     ranks.barrier()  # nobody goes on before model.pt, which marks the fold as finished, is there
     if ranks.is_writer:
         last.unlink(missing_ok=True)
@@ -159,8 +201,9 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     return folder
 
 
-def _remember_best(state: State, value: float, task: Task, config: Config, model: nn.Module, folder: Path,
-                   ranks: Ranks) -> None:
+def _remember_best(
+    state: State, value: float, task: Task, config: Config, model: nn.Module, folder: Path, ranks: Ranks
+) -> None:
     """Count validations since the best one and keep the weights of the best in best.pt (--keep last keeps none)."""
     better = state.best is None or (value > state.best if task.metrics[0].higher_is_better else value < state.best)
     state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
@@ -173,16 +216,19 @@ def _predictor(model: nn.Module, task: Task, views: Sequence[View], config: Conf
     return Predictor([model.eval()], task, views, config, batch_size, next(model.parameters()).device)
 
 
-def validate(model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray, ranks: Ranks) -> dict[str, float]:
+def validate(
+    model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray, ranks: Ranks
+) -> dict[str, float]:
     """The task's metrics on `rows` without views: every rank scores its share, the sums are added."""
     share = np.array_split(rows, ranks.world)[ranks.rank]
     batches = _predictor(model, task, AS_IS, config, engine).batches(task.plain, share)
     return score(task, ((predictions, targets) for _, predictions, targets in batches), {}, ranks)
 
 
-def write_out_of_fold(folder: Path, model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray,
-                      ranks: Ranks) -> None:
-    """oof.npy [m, ...], the predictions of the held-out rows with all views, and oof_rows.npy [m], their row numbers."""
+def write_out_of_fold(
+    folder: Path, model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray, ranks: Ranks
+) -> None:
+    """oof.npy [m, ...], the predictions of the held-out rows with all views; oof_rows.npy [m], their numbers."""
     if not ranks.is_writer:
         return
     views = task.views if config.views else AS_IS

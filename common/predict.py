@@ -29,21 +29,39 @@ AS_IS = (View("as is"),)
 
 
 class Predictor:
-    """Averages models and views over the batches of a dataset; shrinks its batches when the memory does not hold them."""
+    """Averages models and views over the batches of a dataset; shrinks a batch that the memory does not hold."""
 
-    def __init__(self, models: Sequence[nn.Module], task: Task, views: Sequence[View], config: Config,
-                 batch_size: int, device: torch.device):
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        task: Task,
+        views: Sequence[View],
+        config: Config,
+        batch_size: int,
+        device: torch.device,
+    ):
         self.models, self.task, self.views, self.config = models, task, views, config
         self.device, self.batch_size = device, batch_size
         precision = precision_of(config, device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
-    def batches(self, dataset: Any, rows: np.ndarray, label: str | None = None,
-                ) -> Iterator[tuple[np.ndarray, Tensor, Tree]]:
+    def batches(
+        self,
+        dataset: Any,
+        rows: np.ndarray,
+        label: str | None = None,
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tree]]:
         """Yields (rows [B], predictions [B, ...], targets [B, ...]) over `rows` of `dataset`, in their order."""
         workers = min(self.config.workers, len(rows) // self.batch_size)  # a small set is read before workers start
-        loader = Loader(dataset, orders.sequential(rows), self.batch_size, seed=self.config.seed, workers=workers,
-                        device=self.device, bad_images=self.config.bad_images)
+        loader = Loader(
+            dataset,
+            orders.sequential(rows),
+            self.batch_size,
+            seed=self.config.seed,
+            workers=workers,
+            device=self.device,
+            bad_images=self.config.bad_images,
+        )
         try:
             windows = progress(loader.epoch(0), label or "", loader.windows_per_epoch, "batch", show=label is not None)
             for window in windows:
@@ -72,7 +90,7 @@ class Predictor:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _forward(self, inputs: Tree) -> Tensor:
-        """Mean over models and views of the predictions of one batch; raises UserError on a value that is not finite."""
+        """Mean over models and views of one batch's predictions; raises UserError on a value that is not finite."""
         total = None
         for model in self.models:
             for view in self.views:
@@ -83,8 +101,10 @@ class Predictor:
                 total = predictions if total is None else total + predictions
         mean = total / (len(self.models) * len(self.views)) if total.is_floating_point() else total
         if mean.is_floating_point() and not bool(torch.isfinite(mean).all()):
-            raise UserError("a prediction is NaN or infinite, so no submission is written: train with a lower --lr, "
-                            "with --clip-norm 1, or with --precision fp32")
+            raise UserError(
+                "a prediction is NaN or infinite, so no submission is written: train with a lower --lr, "
+                "with --clip-norm 1, or with --precision fp32"
+            )
         return mean
 
 
@@ -105,7 +125,9 @@ def unpack(kept: np.ndarray) -> Tensor:
     return torch.from_numpy(kept.astype(np.float32) / (255 if kept.dtype == np.uint8 else 1))
 
 
-def score(task: Task, batches: Iterable[tuple[Tensor, Tree]], learnt: Learnt, ranks: Ranks = SINGLE) -> dict[str, float]:
+def score(
+    task: Task, batches: Iterable[tuple[Tensor, Tree]], learnt: Learnt, ranks: Ranks = SINGLE
+) -> dict[str, float]:
     """Every metric of the task over (predictions, targets) batches: sums per metric over all ranks, divided once."""
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), dtype=torch.float64)
@@ -143,7 +165,9 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
     streams = []
     for run, member_task, member_config in members:
         if list(member_task.test_ids) != list(task.test_ids):
-            raise UserError(f"runs {first_run.name} and {run.name} predict different test rows: average runs of the same data")
+            raise UserError(
+                f"runs {first_run.name} and {run.name} predict different test rows: average runs of the same data"
+            )
         models = load_models(run, member_task, member_config, device)
         views = member_task.views if member_config.views else AS_IS
         batch_size = min(member_config.batch_size, (run.result or {}).get("micro_batch", member_config.batch_size))
@@ -156,16 +180,26 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
         together = zip(*streams, strict=True)
         while chunk := list(islice(together, config.batch_size)):
             index = [member[0][0] for member in chunk]
-            mean = torch.stack([sum(p for _, p in member) / len(member) if len(member) > 1 else member[0][1]
-                                for member in chunk])
+            mean = torch.stack(
+                [sum(p for _, p in member) / len(member) if len(member) > 1 else member[0][1] for member in chunk]
+            )
             yield from task.rows([task.test_ids[row] for row in index], task.decide(mean, learnt))
 
-    name = "+".join(run.name for run, _, _ in members) + ("-sample" if is_sample and "sample" not in first_run.name else "")
+    name = "+".join(run.name for run, _, _ in members) + (
+        "-sample" if is_sample and "sample" not in first_run.name else ""
+    )
     scores = [(run.result or {}).get("score") for run, _, _ in members]
-    origin = {"competition": competition, "run": ",".join(run.name for run, _, _ in members),
-              "recipe": first_run.origin["recipe"], "score": scores[0] if len(scores) == 1 else None,
-              "monitor": task.metrics[0].name, "commit": runs.commit(), "data_fingerprint": task.fingerprint,
-              "sample": is_sample, "created": runs.now()}
+    origin = {
+        "competition": competition,
+        "run": ",".join(run.name for run, _, _ in members),
+        "recipe": first_run.origin["recipe"],
+        "score": scores[0] if len(scores) == 1 else None,
+        "monitor": task.metrics[0].name,
+        "commit": runs.commit(),
+        "data_fingerprint": task.fingerprint,
+        "sample": is_sample,
+        "created": runs.now(),
+    }
     path = submission.SUBMISSIONS / competition / f"{name}.csv"
     return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, origin)
 
@@ -176,7 +210,7 @@ def _sample_by_sample(batches: Iterator[tuple[np.ndarray, Tensor, Tree]]) -> Ite
 
 
 def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> None:
-    """`make predict`: the submission of finished runs again, from their own configs and the data they were trained on."""
+    """`make predict`: the submission of finished runs again, from their own configs and the data of their training."""
     finished = [run for run in runs.all_runs(competition) if run.result is not None]
     if given.run is None and not finished:
         raise UserError(f"no finished run of {competition}: make train COMP={competition}")
@@ -184,8 +218,10 @@ def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> 
     members, samples = [], set()
     for run in chosen:
         if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command to finish it "
-                            f"({json.dumps(run.origin.get('command', ''))})")
+            raise UserError(
+                f"{run.path} is not finished: repeat its command to finish it "
+                f"({json.dumps(run.origin.get('command', ''))})"
+            )
         config = with_flags(run.config(type(module.RECIPES["default"])), given)
         data = given.data or (None if run.origin["sample"] else run.origin["data"])
         found = raw.find(competition, data, module.write_sample)

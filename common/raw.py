@@ -30,8 +30,10 @@ class RawData:
         try:
             return zipfile.ZipFile(self.path)
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.path} is not a whole zip archive ({error}): download it again with "
-                            f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip") from error
+            raise UserError(
+                f"{self.path} is not a whole zip archive ({error}): download it again with "
+                f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
+            ) from error
 
     def names(self) -> list[str]:
         """Names of all files, relative to the data, sorted."""
@@ -46,13 +48,17 @@ class RawData:
         """The file as a binary stream; raises UserError when it is missing or its archive is damaged."""
         if not self.exists(name):
             found = ", ".join(self.names()[:8]) or "nothing"
-            raise UserError(f"{self.path} has no {name} (found: {found}): get the files with "
-                            f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip")
+            raise UserError(
+                f"{self.path} has no {name} (found: {found}): get the files with "
+                f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
+            )
         try:
             return self._archive.open(name) if self._archive is not None else open(self.path / name, "rb")
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({error}): download it again with "
-                            f"make data COMP={self.competition}") from error
+            raise UserError(
+                f"{self.path}: {name} cannot be read ({error}): download it again with "
+                f"make data COMP={self.competition}"
+            ) from error
 
     def read(self, name: str) -> bytes:
         """The whole file; raises UserError when the archive is truncated or its checksum is wrong."""
@@ -60,8 +66,9 @@ class RawData:
             with self.open(name) as stream:
                 return stream.read()
         except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise UserError(f"{self.path}: {name} is damaged ({error}): download it again with "
-                            f"make data COMP={self.competition}") from error
+            raise UserError(
+                f"{self.path}: {name} is damaged ({error}): download it again with make data COMP={self.competition}"
+            ) from error
 
     def folder(self) -> Path:
         """A folder that holds the files; an archive is unpacked once into the cache."""
@@ -108,18 +115,22 @@ def find(competition: str, given: str | None, write_sample: Callable[[Path], Non
     if given:
         path = Path(given).expanduser()
         if not path.exists():
-            raise UserError(f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files")
+            raise UserError(
+                f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files"
+            )
         return RawData(_only_archive(path), competition)
     home = DATA / competition
     if home.is_dir() and any(home.iterdir()):
         return RawData(_only_archive(home), competition)
-    announce(f"sample: no data in {home}, so this trains on a small generated sample. Real data: "
-             f"make data COMP={competition}, or DATA=/path/to/folder-or-zip")
+    announce(
+        f"sample: no data in {home}, so this trains on a small generated sample. Real data: "
+        f"make data COMP={competition}, or DATA=/path/to/folder-or-zip"
+    )
     return RawData(_sample(competition, write_sample), competition, is_sample=True)
 
 
 def _only_archive(path: Path) -> Path:
-    """A folder that holds nothing but one zip stands for that zip: so `kaggle competitions download -p DIR` leaves it."""
+    """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
     if path.is_dir():
         files = [file for file in path.iterdir() if file.name != "cache"]
         if len(files) == 1 and files[0].suffix == ".zip":

@@ -57,11 +57,13 @@ class Run:
 
     def lock(self) -> None:
         """Keep a second process out of this run; the lock goes with the process, however it ends."""
-        stream = open(self.path / "lock", "w")  # noqa: SIM115  stays open as long as the process
+        stream = open(self.path / "lock", "w")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{self.path} is being trained by another process: wait for it, or name another RUN=") from error
+            raise UserError(
+                f"{self.path} is being trained by another process: wait for it, or name another RUN="
+            ) from error
         self._lock.append(stream)
 
 
@@ -70,8 +72,10 @@ def load(competition: str, name: str) -> Run:
     path = RUNS / competition / name
     if not (path / "run.json").is_file():
         names = ", ".join(run.name for run in all_runs(competition)) or "none yet"
-        raise UserError(f"RUN={name}: there is no such run of {competition} (runs: {names}). "
-                        f"Train one: make train COMP={competition}")
+        raise UserError(
+            f"RUN={name}: there is no such run of {competition} (runs: {names}). "
+            f"Train one: make train COMP={competition}"
+        )
     return Run(path, json.loads((path / "run.json").read_text()))
 
 
@@ -96,8 +100,10 @@ def open_run(competition: str, name: str | None, config: Config, origin: dict[st
         return _new_run(competition, None, config, origin)
     run = load(competition, name)
     if obstacles := _obstacles(run, config, origin):
-        raise UserError(f"RUN={name} was started differently ({'; '.join(obstacles)}): repeat its own command to resume "
-                        f"it, name another RUN=, or delete {run.path}")
+        raise UserError(
+            f"RUN={name} was started differently ({'; '.join(obstacles)}): repeat its own command to resume "
+            f"it, name another RUN=, or delete {run.path}"
+        )
     return _resumed(run)
 
 
@@ -178,4 +184,6 @@ def progress(items: Iterable[Item], label: str, total: int, unit: str = "window"
             now = time.monotonic()
             if now - last > HEARTBEAT_SECONDS and done < total:
                 last = now
-                print(f"{label}: {done}/{total} {unit}s, {(now - start) / done * (total - done):.0f} s to go", flush=True)
+                print(
+                    f"{label}: {done}/{total} {unit}s, {(now - start) / done * (total - done):.0f} s to go", flush=True
+                )

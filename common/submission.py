@@ -1,4 +1,4 @@
-"""The submission: a CSV checked against the competition's sample file before anybody sees it, and where it came from."""
+"""The submission: a CSV checked against the sample file before anybody sees it, and where it came from."""
 
 import csv
 import hashlib
@@ -65,13 +65,22 @@ def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = Non
             if len(found) == OFFENDERS:
                 break
     if found:
-        raise UserError(f"{path.name} is not a valid submission and was not kept: " + "; ".join(found)
-                        + ". Compare with the sample submission, then train or predict again")
+        raise UserError(
+            f"{path.name} is not a valid submission and was not kept: "
+            + "; ".join(found)
+            + ". Compare with the sample submission, then train or predict again"
+        )
     return count - 1
 
 
-def write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], sample_lines: Iterable[str],
-          valid: Validator | None, origin: dict[str, Any]) -> Path:
+def write(
+    path: Path,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    sample_lines: Iterable[str],
+    valid: Validator | None,
+    origin: dict[str, Any],
+) -> Path:
     """Stream `rows` into `path`, check the whole file, then put it in place with the sidecar `<name>.json`.
 
     Nothing is left behind, and an older file stays, when anything is wrong (UserError).

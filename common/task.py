@@ -10,7 +10,7 @@ The way of a batch through its slots:
 competitions/<name>/task.py gives the core five names; it imports nothing heavy, so that --help stays instant:
 
     Config                      its settings, one level below common.config.Config
-    RECIPES: dict[str, Config]  named settings; "default" is trained without RECIPE=, "smoke" takes seconds on the sample
+    RECIPES: dict[str, Config]  named settings; "default" needs no RECIPE=, "smoke" takes seconds on the sample
     SOURCE                      where the data comes from (common.kaggle.source)
     write_sample(folder)        generates a small data set in the real file formats
     build(config, raw) -> Task  reads the data (common.raw.RawData) and fills in the slots below
@@ -46,7 +46,7 @@ class View:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score over a whole set, from sums over its samples: the same code for validation, out-of-fold and local scoring.
+    """A score over a whole set, from sums over its samples: one code for validation, out-of-fold and local scoring.
 
     `stats(decisions, targets) -> [B, ...]` are each sample's additive statistics, `value(sums, count)` is the score,
     where sums (float64) has the shape of `stats` without B and count is the number of samples.
@@ -80,12 +80,18 @@ class Task:
     rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]]  # ids, decisions -> rows of the CSV
     sample_submission: Callable[[], Iterable[str]]  # opens the competition's sample file: its lines
     valid: Callable[[Sequence[str]], str | None]  # a CSV row without its id -> what is wrong with it, or None
-    learn: Callable[[np.ndarray, np.ndarray], Learnt] = lambda predictions, rows: {}  # out-of-fold [m, ...], row numbers [m]
+    learn: Callable[[np.ndarray, np.ndarray], Learnt] = (
+        lambda predictions, rows: {}
+    )  # out-of-fold [m, ...], row numbers [m]
     views: tuple[View, ...] = (View("as is"),)
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
     mix: Any = None  # MixUp or CutMix of common.loading.mixing
-    lr_scales: dict[str, float] = field(default_factory=dict)  # prefix of parameter names -> factor on the learning rate
+    lr_scales: dict[str, float] = field(
+        default_factory=dict
+    )  # prefix of parameter names -> factor on the learning rate
     fingerprint: str = ""  # sha256 of the data that was read
     paths: Sequence[Path] = ()  # every image file, for `make check`
-    prediction_type: str = "float32"  # how out-of-fold predictions are kept: float32, float16, or uint8 for probabilities
+    prediction_type: str = (
+        "float32"  # how out-of-fold predictions are kept: float32, float16, or uint8 for probabilities
+    )
     report: Callable[[Any], None] | None = None  # draws the run's pictures once it is finished

@@ -21,7 +21,9 @@ from common.run import Run
 from common.task import Task
 
 
-def train(competition: str, module: ModuleType, config: Config, recipe: str, data: str | None, run_name: str | None) -> None:
+def train(
+    competition: str, module: ModuleType, config: Config, recipe: str, data: str | None, run_name: str | None
+) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -29,9 +31,15 @@ def train(competition: str, module: ModuleType, config: Config, recipe: str, dat
         found = raw.find(competition, data, module.write_sample, announce=print if ranks.is_writer else _silent)
         task = module.build(config, found)
         origin = {
-            "competition": competition, "recipe": recipe, "sample": found.is_sample, "data": str(found.path.resolve()),
-            "data_fingerprint": task.fingerprint, "folds_fingerprint": fingerprint(task.folds, task.ids),
-            "command": f"python -m common {' '.join(sys.argv[1:])}", "commit": runs.commit(), "machine": runs.machine(),
+            "competition": competition,
+            "recipe": recipe,
+            "sample": found.is_sample,
+            "data": str(found.path.resolve()),
+            "data_fingerprint": task.fingerprint,
+            "folds_fingerprint": fingerprint(task.folds, task.ids),
+            "command": f"python -m common {' '.join(sys.argv[1:])}",
+            "commit": runs.commit(),
+            "machine": runs.machine(),
         }
         run = open_together(competition, run_name, config, origin, ranks)
         if run.result is None:
@@ -40,7 +48,9 @@ def train(competition: str, module: ModuleType, config: Config, recipe: str, dat
             if ranks.is_writer:
                 finish(run, task, config, folders)
         else:
-            run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train, predicting again")
+            run.log(
+                f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train, only to predict"
+            )
         writer = ranks.is_writer
     if writer:
         print(f"submission: {write_submission(competition, [(run, task, config)], found.is_sample)}")
@@ -69,9 +79,15 @@ def open_together(competition: str, name: str | None, config: Config, origin: di
 def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     """Join the folds' predictions, learn from them, score them with the views, and mark the run as finished."""
     models = [checkpoint.load(folder / "model.pt") for folder in folders]
-    result = {"monitor": task.metrics[0].name, "score": None, "metrics": {}, "learnt": {}, "rows": 0,
-              "training_seconds": round(sum(model["seconds"] for model in models), 1),
-              "micro_batch": min(model["micro_batch"] for model in models)}
+    result = {
+        "monitor": task.metrics[0].name,
+        "score": None,
+        "metrics": {},
+        "learnt": {},
+        "rows": 0,
+        "training_seconds": round(sum(model["seconds"] for model in models), 1),
+        "micro_batch": min(model["micro_batch"] for model in models),
+    }
     write_text(run.path / "metrics.csv", joined_metrics(folders))
     if (folders[0] / "oof.npy").is_file():
         rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
@@ -87,7 +103,9 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
         (folder / "oof.npy").unlink(missing_ok=True)
     if result["metrics"]:
         facts = ", ".join(f"{name} {value:.5f}" for name, value in result["metrics"].items())
-        run.log(f"held-out score of {run.path}: {facts} on {result['rows']} rows, {result['training_seconds']} s of training")
+        run.log(
+            f"held-out score of {run.path}: {facts} on {result['rows']} rows, trained {result['training_seconds']} s"
+        )
     if task.report:
         task.report(run)
 

@@ -30,8 +30,9 @@ def environment() -> dict[str, str]:
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*words), cwd=folder, env=environment(), capture_output=True, text=True,
-                          timeout=LIMIT_SECONDS)
+    return subprocess.run(
+        command(*words), cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
 
 
 def train(competition: str) -> list[str]:
@@ -40,8 +41,9 @@ def train(competition: str) -> list[str]:
 
 def killed(folder: Path, words: list[str], when) -> bool:
     """Start the command and SIGKILL it as soon as `when()` holds; False when it ended before."""
-    child = subprocess.Popen(command(*words), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        command(*words), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + LIMIT_SECONDS
     while child.poll() is None and time.monotonic() < deadline:
         if when():
@@ -57,7 +59,9 @@ def killed(folder: Path, words: list[str], when) -> bool:
 def outputs(folder: Path, competition: str) -> tuple:
     """Everything that must not depend on an interruption: weights, metrics, learnt values and the CSV."""
     home = folder / "runs" / competition / "smoke"
-    models = {file.parent.name: torch.load(file, weights_only=True)["model"] for file in sorted(home.glob("fold-*/model.pt"))}
+    models = {
+        file.parent.name: torch.load(file, weights_only=True)["model"] for file in sorted(home.glob("fold-*/model.pt"))
+    }
     result = json.loads((home / "result.json").read_text())
     kept = {name: result[name] for name in ("score", "metrics", "learnt", "rows")}
     (table,) = (folder / "submissions" / competition).glob("*.csv")
@@ -82,9 +86,15 @@ def test_sample_to_submission_killed_and_resumed(competition, tmp_path):
     (broken / "data").mkdir()
     (broken / "data" / "sample").symlink_to(straight / "data" / "sample")
     checkpoint = broken / "runs" / competition / "smoke"
-    assert killed(broken, train(competition), lambda: any(checkpoint.glob("fold-*/last.pt"))), "ended before a checkpoint"
+    assert killed(broken, train(competition), lambda: any(checkpoint.glob("fold-*/last.pt"))), (
+        "ended before a checkpoint"
+    )
     log = checkpoint / "log.txt"
-    killed(broken, train(competition), lambda: "resumed" in log.read_text() and "epoch" in log.read_text().split("resumed")[-1])
+    killed(
+        broken,
+        train(competition),
+        lambda: "resumed" in log.read_text() and "epoch" in log.read_text().split("resumed")[-1],
+    )
     resumed = run(broken, *train(competition))
     assert resumed.returncode == 0, resumed.stderr + resumed.stdout
     expected, found = outputs(straight, competition), outputs(broken, competition)
@@ -100,10 +110,12 @@ def test_sample_to_submission_killed_and_resumed(competition, tmp_path):
 
 @pytest.mark.parametrize("competition", competitions())
 def test_help_is_generated_and_needs_no_torch(competition):
-    code = ("import sys; from common.cli import main\n"
-            f"try: main(['train', '{competition}', '--help'])\n"
-            "except SystemExit: pass\n"
-            "print('HEAVY', sorted({'torch', 'cv2', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)))")
+    code = (
+        "import sys; from common.cli import main\n"
+        f"try: main(['train', '{competition}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'cv2', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)))"
+    )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert "--lr" in shown.stdout and "samples" in shown.stdout
     assert shown.stdout.strip().endswith("HEAVY []"), shown.stdout[-200:] + shown.stderr

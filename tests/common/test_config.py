@@ -18,7 +18,7 @@ class Example(Config):
     hull: bool = flag(False, "fill the hull")
 
 
-def parse(*argv: str, config: Config = Example()) -> Config:  # noqa: B008
+def parse(*argv: str, config: Config = Example()) -> Config:
     parser = Parser(prog="kit", allow_abbrev=False)
     add_flags(parser, config)
     return with_flags(config, parser.parse_args(list(argv)))
@@ -43,7 +43,9 @@ def parse(*argv: str, config: Config = Example()) -> Config:  # noqa: B008
 def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     config = parse(*argv)
     assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
-    assert differences(config, parse()) == [] or [line.split(":")[0] for line in differences(parse(), config)] == [field]
+    assert differences(config, parse()) == [] or [line.split(":")[0] for line in differences(parse(), config)] == [
+        field
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,9 @@ def test_help_shows_every_field_with_its_default_and_unit():
     parser = Parser(prog="kit", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=500))
     add_flags(parser, Example(lr=0.5))
     lines = [line.strip() for line in parser.format_help().splitlines()]
-    assert any(line.startswith("--size") and line.endswith("height and width of the images [384,576 pixels]") for line in lines)
+    assert any(
+        line.startswith("--size") and line.endswith("height and width of the images [384,576 pixels]") for line in lines
+    )
     assert any(line.startswith("--lr") and "[0.5 per optimizer step]" in line for line in lines)
 
 

@@ -53,11 +53,18 @@ def test_the_config_and_origin_are_read_back():
 
 
 def test_a_second_process_is_kept_out():
-    code = ("from common import run; from common.config import Config; import sys; "
-            f"held = run.open_run('toy', 'mine', Config(), {ORIGIN!r}); print('locked', flush=True); sys.stdin.read()")
+    code = (
+        "from common import run; from common.config import Config; import sys; "
+        f"held = run.open_run('toy', 'mine', Config(), {ORIGIN!r}); print('locked', flush=True); sys.stdin.read()"
+    )
     root = Path(runs.__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             env={"PYTHONPATH": str(root), "PATH": ""})
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": str(root), "PATH": ""},
+    )
     assert "run runs/toy/mine" in child.stdout.readline() and child.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match="trained by another process"):
         runs.open_run("toy", "mine", Config(), ORIGIN)

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,18 +33,24 @@ def toy_train(run: str = "one", **changes) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {f"{file.parent.name}/{name}": value for file in sorted(folder.glob("fold-*/model.pt"))
-            for name, value in torch.load(file, weights_only=True)["model"].items()}
+    return {
+        f"{file.parent.name}/{name}": value
+        for file in sorted(folder.glob("fold-*/model.pt"))
+        for name, value in torch.load(file, weights_only=True)["model"].items()
+    }
 
 
 def same(one: Path, other: Path) -> bool:
     first, second = weights(one), weights(other)
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
-    return (first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-            and (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-            and all(results[0][name] == results[1][name] for name in ("score", "metrics", "learnt", "rows"))
-            and Path(f"submissions/toy/{one.name}-sample.csv").read_bytes()
-            == Path(f"submissions/toy/{other.name}-sample.csv").read_bytes())
+    return (
+        first.keys() == second.keys()
+        and all(torch.equal(first[name], second[name]) for name in first)
+        and (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+        and all(results[0][name] == results[1][name] for name in ("score", "metrics", "learnt", "rows"))
+        and Path(f"submissions/toy/{one.name}-sample.csv").read_bytes()
+        == Path(f"submissions/toy/{other.name}-sample.csv").read_bytes()
+    )
 
 
 def test_a_run_learns_and_leaves_everything_behind(capsys):
@@ -60,9 +65,13 @@ def test_a_run_learns_and_leaves_everything_behind(capsys):
     accuracy = float((torch.from_numpy(kept).argmax(1) == truth[[int(name[1:]) for name in ids]]).float().mean())
     assert result["score"] == pytest.approx(accuracy, abs=1e-12), "the score is that of the kept predictions"
     metrics = list(csv.DictReader(open(folder / "metrics.csv")))
-    assert [(row["fold"], row["epoch"]) for row in metrics] == [(str(f), str(e)) for f in range(3) for e in range(1, 13)]
+    assert [(row["fold"], row["epoch"]) for row in metrics] == [
+        (str(f), str(e)) for f in range(3) for e in range(1, 13)
+    ]
     assert float(metrics[11]["loss"]) < float(metrics[0]["loss"])
-    assert {"config.json", "run.json", "log.txt", "metrics.csv", "oof.npy", "oof_ids.txt"} <= {f.name for f in folder.iterdir()}
+    assert {"config.json", "run.json", "log.txt", "metrics.csv", "oof.npy", "oof_ids.txt"} <= {
+        f.name for f in folder.iterdir()
+    }
     assert not list(folder.glob("fold-*/last.pt")) and not list(folder.glob("fold-*/best.pt"))
 
 
@@ -106,9 +115,11 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch)
 def test_sigkill_at_random_moments_ends_with_the_same_bits():
     """Real kills of the real process, wherever it is: reading, stepping, saving, validating, writing the CSV."""
     straight = toy_train("straight", fold="all", epochs=4, save_every=0)
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
-            "from tests.common import test_train\n"
-            "print('ready', flush=True); test_train.toy_train('broken', fold='all', epochs=4, save_every=0)")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
+        "from tests.common import test_train\n"
+        "print('ready', flush=True); test_train.toy_train('broken', fold='all', epochs=4, save_every=0)"
+    )
     moments = np.random.default_rng(5).uniform(0.0, 0.5, size=6)
     kills = 0
     for seconds in [*moments, 60.0]:

@@ -57,7 +57,9 @@ def build(config: ToyConfig, raw: RawData) -> Task:
         ids=[f"r{row}" for row in range(config.rows)],
         test_ids=ids,
         folds=np.arange(config.rows) % config.folds,
-        model=lambda: nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 3)),
+        model=lambda: nn.Sequential(
+            nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 3)
+        ),
         loss=CrossEntropy(),
         metrics=(Metric("accuracy", lambda decisions, targets: (decisions == targets).float()),),
         predict=lambda outputs: outputs.softmax(1),
