@@ -49,7 +49,7 @@ def train(
                 finish(run, task, config, folders)
         else:
             run.log(
-                f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train, only to predict"
+                f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): only predicting"
             )
         writer = ranks.is_writer
     if writer:

@@ -1,4 +1,4 @@
-"""Every competition folder, end to end on its sample: killed, resumed, checked, predicted again, through the real command.
+"""Every competition folder, end to end on its sample and by the real command: killed, resumed, checked.
 
 The folders are found, not listed: a new competition is tested from its first commit.
 """
