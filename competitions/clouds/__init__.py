@@ -1,0 +1,1 @@
+"""Understanding Clouds from Satellite Images: segmentation of four cloud patterns."""

@@ -1,0 +1,65 @@
+"""Training augmentation: albumentations on uint8 images and their four masks, and the blackout of a class."""
+
+from typing import Any
+
+import albumentations as A
+import cv2
+import numpy as np
+
+MIRROR = cv2.BORDER_REFLECT_101
+
+
+class Blackout(A.DualTransform):
+    """Paint the region of one present class black and take its pixels out of every mask.
+
+    The network then has to call the class absent although the rest of the image is as it was. The presence of the
+    classes is read from the masks afterwards, so an overlapping class that vanishes with it is absent too.
+    """
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        masks = data["mask"]  # [H, W, 4]
+        present = np.flatnonzero(masks.any((0, 1)))
+        if not len(present):
+            return {"region": np.zeros(masks.shape[:2], bool)}
+        return {"region": masks[:, :, self.py_random.choice(present.tolist())] > 0}
+
+    def apply(self, img: np.ndarray, region: np.ndarray, **params: Any) -> np.ndarray:
+        return np.where(region[:, :, None], np.uint8(0), img)
+
+    def apply_to_mask(self, mask: np.ndarray, region: np.ndarray, **params: Any) -> np.ndarray:
+        return np.where(region[:, :, None], np.uint8(0), mask)
+
+
+def pipeline(strength: str, blackout: float) -> A.Compose:
+    """The augmentation by name: none, light (flips, shift, scale, turn) or strong (also warps, light and colour).
+
+    `blackout` is the part of the samples that lose a class.
+    """
+    flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
+    place = A.Affine(scale=(0.8, 1.25), translate_percent=(-0.1, 0.1), rotate=(-10, 10), border_mode=MIRROR, p=0.7)
+    wide_place = A.Affine(
+        scale=(0.7, 1.4),
+        translate_percent=(-0.15, 0.15),
+        rotate=(-20, 20),
+        shear=(-8, 8),
+        border_mode=MIRROR,
+        p=0.8,
+    )
+    warp = A.OneOf(
+        [
+            A.GridDistortion(num_steps=5, distort_limit=0.3, border_mode=MIRROR),
+            A.OpticalDistortion(distort_limit=0.5, border_mode=MIRROR),
+        ],
+        p=0.3,
+    )
+    light = A.OneOf([A.RandomBrightnessContrast(0.2, 0.3), A.RandomGamma((70, 140))], p=0.5)
+    colour = A.OneOf([A.ToGray(), A.ChannelShuffle(), A.HueSaturationValue(10, 25, 10)], p=0.3)
+    texture = A.OneOf([A.Sharpen(), A.GaussianBlur(blur_limit=(3, 5)), A.GaussNoise((0.02, 0.08))], p=0.2)
+    steps = {
+        "none": [],
+        "light": [*flips, place],
+        "strong": [*flips, wide_place, warp, light, colour, texture],
+    }[strength]
+    if blackout:
+        steps = [*steps, Blackout(p=blackout)]
+    return A.Compose(steps)

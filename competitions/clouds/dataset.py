@@ -1,0 +1,49 @@
+"""Images and masks as samples: decoded at the working size, augmented, uint8 until they are on the device."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.loading import images
+from competitions.clouds.reader import SUBMISSION_SIZE, Runs
+
+
+class CloudImages:
+    """Samples of `size` (height, width): input uint8 [3, H, W] and a target that depends on what it is used for.
+
+    With `transform`: {"pixels": uint8 [4, H, W], "classes": uint8 [4]}, the presence counted after the transform.
+    With runs but without a transform: {"masks": uint8 [4, 350, 525]}, the truth at the size that is scored.
+    Without runs (test images): an empty tensor.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: tuple[int, int],
+        runs: Runs | None = None,
+        transform: Callable[..., dict[str, Any]] | None = None,
+    ):
+        self.paths, self.size, self.runs, self.transform = list(paths), size, runs, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Any]:
+        image = images.decode(self.paths[row], self.size)  # [H, W, 3]
+        if self.runs is None:
+            return _channels_first(image), torch.empty(0)
+        if self.transform is None:
+            truth = self.runs.masks(row, SUBMISSION_SIZE)
+            return _channels_first(image), {"masks": torch.from_numpy(truth.view(np.uint8))}
+        masks = np.stack([mask.view(np.uint8) for mask in self.runs.masks(row, self.size)], axis=-1)  # [H, W, 4]
+        changed = self.transform(image=image, mask=masks)
+        pixels = _channels_first(changed["mask"])
+        return _channels_first(changed["image"]), {"pixels": pixels, "classes": pixels.flatten(1).any(1).to(torch.uint8)}
+
+
+def _channels_first(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
