@@ -1,0 +1,155 @@
+"""What a loss must say of itself so that a window can be cut into micro-batches and its gradient stay exact.
+
+A loss is one of three kinds. `kind(loss)` tells them apart by what they have; nothing is registered, nothing inherited.
+Below w_i is the weight of sample i (1 when the window has none).
+
+"per_sample"   Any callable `loss(outputs, targets) -> [B]`. One pass.
+               window value = sum_i w_i l_i / sum_i w_i m_i, where m = `loss.mass(targets)` [B] if the loss has that
+               attribute, else 1. With a mass, l_i is the sum over the sample and not its mean: class weights, ignored
+               and missing targets. The mass reads the targets only, so that the normaliser is known before any forward.
+               A loss of several normalisers (several heads) sets `loss.columns = K` and returns [B, K] from both calls:
+               window value = sum_k (sum_i w_i l_ik / sum_i w_i m_ik).
+"sums"         An object with `stats(outputs, targets) -> [B, ...]`, additive over samples, and
+               `value(sums, count) -> scalar`: sums = sum_i w_i stats_i has the shape of stats without B, count is the
+               normaliser of the kind above: sum_i w_i m_i, a scalar, or [K] when the loss has columns.
+               `value` holds no parameters. One pass when sums has a single element, else two that keep the sums only.
+               `stats` has run in this process before `value` does: a combination learns its layout there.
+"whole_batch"  A callable with the attribute `whole_batch = True`: `loss(outputs, targets, weights) -> scalar` with
+               weights [B] or None. Two passes that keep the outputs.
+
+An object which can be several kinds, by its settings, names the one it is in the attribute `kind`.
+Losses turn bfloat16 and float16 outputs into float32 themselves and leave float64 alone. One that holds tensors or
+parameters is an nn.Module, for the engine to move; the parameters get their gradient once per window, like the model's.
+Sums over samples go through `normaliser`, `linear_value` and `weighted_sums`, for the engine and the reference
+`window_value` alike: they divide by 1 where nothing weighs anything, so a window of ignored targets has value 0.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.window import Tree, tensors_of
+
+Kind = Literal["per_sample", "sums", "whole_batch"]
+Loss = Any  # one of the three shapes above
+
+
+def kind(loss: Loss) -> Kind:
+    """The kind of a loss: what it names itself, else what its attributes show."""
+    named = getattr(loss, "kind", None)
+    if named is not None:
+        return named
+    if getattr(loss, "whole_batch", False):
+        return "whole_batch"
+    return "sums" if hasattr(loss, "stats") and hasattr(loss, "value") else "per_sample"
+
+
+class WholeBatch(nn.Module):
+    """A scalar loss together with the promise that it is called once with all the outputs of a window."""
+
+    whole_batch = True
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+        called = function.forward if isinstance(function, nn.Module) else function
+        self.takes_weights = len(inspect.signature(called).parameters) >= 3
+
+    def forward(self, outputs: Tree, targets: Tree, weights: Tensor | None = None) -> Tensor:
+        if self.takes_weights:
+            return self.function(outputs, targets, weights)
+        if weights is not None:
+            raise UserError(
+                f"the window has sample weights but the loss {_name(self.function)} takes none: "
+                "declare it as loss(outputs, targets, weights), or train without weights"
+            )
+        return self.function(outputs, targets)
+
+
+def whole_batch(function: Callable[..., Tensor]) -> WholeBatch:
+    """Declare (or decorate) a scalar loss `function(outputs, targets[, weights])` as one over the whole batch."""
+    return WholeBatch(function)
+
+
+def full_precision(outputs: Tensor) -> Tensor:
+    """bfloat16 and float16 as float32: a sum of a thousand exponentials has no place in 8 bits of mantissa."""
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+
+
+def columns_of(loss: Loss) -> int:
+    """How many normalisers a loss has."""
+    return getattr(loss, "columns", 1)
+
+
+def mass_of(loss: Loss, targets: Tree) -> Tensor:
+    """What every sample adds to the normaliser: [B], or [B, K] for a loss of K columns."""
+    if hasattr(loss, "mass"):
+        return loss.mass(targets)
+    first = tensors_of(targets)[0]
+    shape = (len(first),) if columns_of(loss) == 1 else (len(first), columns_of(loss))
+    return torch.ones(shape, device=first.device)
+
+
+def normaliser(loss: Loss, targets: Tree, weights: Tensor | None = None) -> Tensor:
+    """sum_i w_i m_i, a scalar or [K]: add it over the micro-batches and ranks before the first forward."""
+    return weighted_sums(mass_of(loss, targets), weights)
+
+
+def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_i w_i values_i over the first axis, in float64 where the device has it. [B, ...] -> [...]
+
+    No matrix product: autocast would run it in half precision.
+    """
+    if values.device.type != "mps":
+        values = values.double()
+    if weights is not None:
+        values = values * weights.to(values).reshape(-1, *[1] * (values.ndim - 1))
+    return values.sum(0)
+
+
+def linear_value(values: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:
+    """The share of these samples in the window value: values [B] or [B, K], total = the window's normaliser."""
+    return (weighted_sums(values, weights) / positive(total)).sum()
+
+
+def positive(total: Tensor) -> Tensor:
+    """A normaliser that can be divided by: 1 where nothing weighs anything (the sum above it is 0 as well)."""
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def check_per_sample(values: Tensor, batch: int, loss: Loss = None) -> Tensor:
+    """Return `values` if they are one per sample. Raises UserError that shows how to declare anything else."""
+    columns = columns_of(loss)
+    if values.shape == ((batch,) if columns == 1 else (batch, columns)):
+        return values
+    if values.ndim:
+        raise UserError(
+            f"the loss {_name(loss)} returned shape {list(values.shape)} for {batch} samples, [{batch}] is expected: "
+            "take the mean over all axes but the first, for example values.flatten(1).mean(1)"
+        )
+    raise UserError(
+        f"the loss {_name(loss)} returned one number for {batch} samples, so a window cannot be cut into micro-batches "
+        f"exactly: return one value per sample, shape [{batch}] (reduction='none'), or declare that it needs them all:\n"
+        "    from common.losses import whole_batch\n"
+        "    loss = whole_batch(loss)"
+    )
+
+
+def window_value(loss: Loss, outputs: Tree, targets: Tree, weights: Tensor | None = None) -> Tensor:
+    """The value of a loss over a whole window in one graph: the reference, and the value in validation."""
+    which = kind(loss)
+    if which == "whole_batch":
+        return loss(outputs, targets, weights)
+    total = normaliser(loss, targets, weights)
+    if which == "sums":
+        return loss.value(weighted_sums(loss.stats(outputs, targets), weights), total)
+    values = check_per_sample(loss(outputs, targets), len(tensors_of(targets)[0]), loss)
+    return linear_value(values, weights, total)
+
+
+def _name(loss: Loss) -> str:
+    return getattr(loss, "__name__", type(loss).__name__) if loss is not None else "function"
