@@ -42,7 +42,8 @@ class CloudImages:
         masks = np.stack([mask.view(np.uint8) for mask in self.runs.masks(row, self.size)], axis=-1)  # [H, W, 4]
         changed = self.transform(image=image, mask=masks)
         pixels = _channels_first(changed["mask"])
-        return _channels_first(changed["image"]), {"pixels": pixels, "classes": pixels.flatten(1).any(1).to(torch.uint8)}
+        present = pixels.flatten(1).any(1).to(torch.uint8)
+        return _channels_first(changed["image"]), {"pixels": pixels, "classes": present}
 
 
 def _channels_first(array: np.ndarray) -> Tensor:

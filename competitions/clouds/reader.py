@@ -16,13 +16,14 @@ CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, whatever the size of the images
 SUBMISSION_SIZE = (350, 525)  # height and width that the runs of a submission refer to
 COLUMNS = ("Image_Label", "EncodedPixels")
+AGAIN = "mend the file, or get it again with make data COMP=clouds"
 
 
 @dataclass(frozen=True)
 class Runs:
     """The masks of n images: one flat array instead of 4n small ones, which worker processes copy at once.
 
-    `runs` int32 [all runs, 2] (first pixel from 0, length) at MASK_SIZE, `starts` int64 [4n + 1] where each mask begins.
+    `runs` int32 [all runs, 2]: first pixel from 0 and length, at MASK_SIZE. `starts` int64 [4n + 1]: each mask's first run.
     """
 
     runs: np.ndarray
@@ -69,11 +70,10 @@ def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
         try:
             table = pd.read_csv(stream, dtype=str, keep_default_na=False)
         except (ValueError, pd.errors.ParserError) as error:
-            raise UserError(f"{raw.path}/{name} is no CSV ({error}): {_again(raw)}") from error
+            raise UserError(f"{raw.path}/{name} is no CSV ({error}): {AGAIN}") from error
     if tuple(table.columns) != COLUMNS:
-        raise UserError(
-            f"{raw.path}/{name} has the columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}: {_again(raw)}"
-        )
+        found, expected = ", ".join(table.columns), ", ".join(COLUMNS)
+        raise UserError(f"{raw.path}/{name} has the columns {found}; expected {expected}: {AGAIN}")
     known = {label: number for number, label in enumerate(CLASSES)}
     for line, (key, cell) in enumerate(zip(*(table[column] for column in COLUMNS), strict=True), start=2):
         image, _, label = key.rpartition("_")
@@ -82,7 +82,7 @@ def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(
                 f"{raw.path}/{name} line {line}: {key!r} names no class{hint}; expected IMAGE.jpg_CLASS "
-                f"with one of {', '.join(CLASSES)}: {_again(raw)}"
+                f"with one of {', '.join(CLASSES)}: {AGAIN}"
             )
         yield line, image, known[label], "" if cell.lower() == "nan" else cell
 
@@ -93,20 +93,20 @@ def _train(raw: RawData) -> tuple[list[str], Runs]:
         masks = cells.setdefault(image, [None] * len(CLASSES))
         where = f"{raw.path}/train.csv line {line} ({image}, {CLASSES[label]})"
         if masks[label] is not None:
-            raise UserError(f"{where}: this image and class are there twice: {_again(raw)}")
+            raise UserError(f"{where}: this image and class are there twice: {AGAIN}")
         try:
             runs = rle.parse(text)
         except ValueError as error:
-            raise UserError(f"{where}: {error}: {_again(raw)}") from None
+            raise UserError(f"{where}: {error}: {AGAIN}") from None
         if fault := rle.problem(runs, MASK_SIZE[0] * MASK_SIZE[1]):
-            raise UserError(f"{where}: {fault}: {_again(raw)}")
+            raise UserError(f"{where}: {fault}: {AGAIN}")
         masks[label] = runs
     if not cells:
-        raise UserError(f"{raw.path}/train.csv has no rows: {_again(raw)}")
+        raise UserError(f"{raw.path}/train.csv has no rows: {AGAIN}")
     for image, masks in cells.items():
         missing = [CLASSES[label] for label, runs in enumerate(masks) if runs is None]
         if missing:
-            raise UserError(f"{raw.path}/train.csv: {image} has no row for {', '.join(missing)}: {_again(raw)}")
+            raise UserError(f"{raw.path}/train.csv: {image} has no row for {', '.join(missing)}: {AGAIN}")
     images = sorted(cells)
     flat = [runs for image in images for runs in cells[image]]
     starts = np.cumsum([0, *map(len, flat)])
@@ -122,7 +122,7 @@ def _test(raw: RawData) -> dict[str, list[int]]:
         if image in classes and image != last:
             raise UserError(f"{where}: the rows of an image are not together, so they cannot be written one by one")
         if label in classes.setdefault(image, []):
-            raise UserError(f"{where}: this image and class are there twice: {_again(raw)}")
+            raise UserError(f"{where}: this image and class are there twice: {AGAIN}")
         classes[image].append(label)
         last = image
     return classes
@@ -146,7 +146,3 @@ def _paths(folder: Path, images: list[str], table: str) -> list[Path]:
 def _some(names: list[str]) -> str:
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{rest}"
-
-
-def _again(raw: RawData) -> str:
-    return "mend the file, or get it again with make data COMP=clouds"

@@ -1,0 +1,157 @@
+"""The network: uint8 images in, logits of the four masks and of the four classes out."""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial, wraps
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from competitions.clouds.reader import CLASSES
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIVISOR = 32  # of the sides that every encoder can halve five times
+TOP_PIXELS = 10
+REACHABLE_SECONDS = 15.0  # to answer once; a download that then stalls is given up after as many seconds
+
+
+class CloudNet(nn.Module):
+    """An encoder with a decoder for the masks and a head on its deepest features for the presence of the classes.
+
+    `class_head` "topk" has no parameters: a class is as present as the mean of its ten largest pixel logits.
+    """
+
+    def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float, checkpointing: bool):
+        super().__init__()
+        pooled = {"classes": len(CLASSES), "pooling": "avg", "dropout": dropout}
+        try:
+            self.net = smp.create_model(
+                architecture,
+                encoder,
+                encoder_weights=None,
+                classes=len(CLASSES),
+                aux_params=pooled if class_head == "pooled" else None,
+            )
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"--architecture {architecture} --encoder {encoder} cannot be built ({error}): expected an encoder of "
+                f"segmentation-models-pytorch such as resnet34 or efficientnet-b3, or tu- and a timm name"
+            ) from error
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        if checkpointing:
+            checkpoint_blocks(self.net.encoder)
+            checkpoint_blocks(self.net.decoder)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, H, W] -> {"pixels": logits [B, 4, H, W], "classes": logits [B, 4]}, for any H and W."""
+        height, width = images.shape[-2:]
+        inputs = (images.to(self.mean.dtype) - self.mean) / self.std
+        inputs = pad(inputs, (0, -width % DIVISOR, 0, -height % DIVISOR), mode="replicate")
+        outputs = self.net(inputs)
+        pixels, classes = outputs if isinstance(outputs, tuple) else (outputs, None)
+        pixels = pixels[..., :height, :width]
+        if classes is None:
+            classes = pixels.flatten(2).float().topk(min(TOP_PIXELS, height * width), dim=2).values.mean(2)
+        return {"pixels": pixels, "classes": classes}
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Recompute every block of a stack (residual blocks, decoder blocks) in the backward pass, from its input.
+
+    Memory falls to the blocks' inputs plus one block; a step costs a second forward pass. Names of weights stay.
+    """
+    for child in module.children():
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in child.children()):
+            child.forward = _recomputed(child, child.forward)
+        else:
+            checkpoint_blocks(child)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    contexts = partial(_contexts, block)
+
+    @wraps(forward)
+    def run(*inputs: Any, **options: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*inputs, **options)
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+    return run
+
+
+def _contexts(block: nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), _statistics_kept(block)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module):
+    """Normalise as in training without another update of the running statistics: the batch was counted already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def load_encoder_weights(model: CloudNet, encoder: str) -> None:
+    """Put the encoder's published ImageNet weights into a fresh model.
+
+    Raises UserError within a minute when they are neither in the cache nor can be fetched; never goes on without.
+    """
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        os.environ.setdefault(name, str(int(REACHABLE_SECONDS)))
+    weights = True if encoder.startswith("tu-") else "imagenet"
+    try:
+        with _cache_only_unless_reachable():
+            source = smp.encoders.get_encoder(encoder, weights=weights)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"--encoder-weights imagenet: those of {encoder} are not in the cache and cannot be fetched "
+            f"({reason[0][:120]}): connect to the network, or set HF_HOME to a folder that holds them, or train from "
+            f"scratch with --encoder-weights none"
+        ) from error
+    model.net.encoder.load_state_dict(source.state_dict())
+
+
+@contextmanager
+def _cache_only_unless_reachable():
+    """Let the hub's library look into its cache only when the hub does not answer, instead of retrying for minutes."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    """Whether a server replies with anything; asked in a thread, because looking up a name knows no timeout."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(OSError):
+            with suppress(urllib.error.HTTPError):  # any answer will do
+                urllib.request.urlopen(url, timeout=REACHABLE_SECONDS).close()
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACHABLE_SECONDS)
+    return answered.is_set()
