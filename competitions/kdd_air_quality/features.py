@@ -1,0 +1,174 @@
+"""What the boosted forecaster sees of the past: everything as logarithms relative to the series' own daily cycle.
+
+SMAPE is a function of the logarithm of forecast / truth, so ratios are the natural scale: a model of ratios needs to
+know neither the unit nor the season, and what it learnt in winter holds in May.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from competitions.kdd_air_quality.medians import by_day, median_of, sliding_medians
+from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS
+from competitions.kdd_air_quality.reader import Observations
+from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network, city_of
+
+FLOOR = 0.5  # ug/m3: smaller and negative values count as this much before the logarithm
+BASE_DAYS = (7, 14, 30)  # windows whose median of medians is the daily cycle that everything is relative to
+MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
+RECENT_HOURS = (1, 3, 6, 12, 24, 48, 72, 168)
+CITY_HOURS = (1, 3, 6, 12, 24, 48, 168)
+PAST_HOURS = 168
+CATEGORICAL = ("station", "pollutant", "type", "weekday")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of N origins: what holds for a series, for a series at an hour of the day, and for an hour ahead."""
+
+    base: np.ndarray  # [N, 24, S] log of the daily cycle, 0 where a series has no value at all
+    per_series: np.ndarray  # [N, S, F1]
+    per_hour: np.ndarray  # [N, 24, S, F2], relative to base
+    calendar: np.ndarray  # [N, 48, F3]
+    fixed: np.ndarray  # [S, F4]
+    names: tuple[str, ...]
+
+    def table(self, origin: np.ndarray, hour: np.ndarray, series: np.ndarray) -> np.ndarray:
+        """Rows [B, F] for numbers of origins, hours ahead and series, each [B]."""
+        return np.concatenate(
+            [
+                hour[:, None].astype(np.float32),
+                self.calendar[origin, hour],
+                self.base[origin, hour % 24, series][:, None],
+                self.per_hour[origin, hour % 24, series],
+                self.per_series[origin, series],
+                self.fixed[series],
+            ],
+            axis=1,
+            dtype=np.float32,
+        )
+
+
+def log_of(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values, FLOOR))  # NaN stays
+
+
+def build(observations: Observations, ends: np.ndarray) -> Features:
+    """Features of the origins `ends` [N], as numbers of days since the start of the data (ascending).
+
+    Origin e sees hours before e * 24 only, whatever else the data hold.
+    """
+    network, values = observations.network, observations.values
+    lanes = log_of(values.reshape(len(values), -1))  # [hours, stations * 6]
+    days = by_day(lanes[: len(lanes) // 24 * 24])
+    scored = np.array([station * len(ALL_POLLUTANTS) + pollutant for station, pollutant in network.series])
+
+    medians = sliding_medians(days, tuple(sorted({*BASE_DAYS, *MEDIAN_DAYS})), ends)
+    lengths = sorted({*BASE_DAYS, *MEDIAN_DAYS})
+    base = _mean_of(medians[[lengths.index(n) for n in BASE_DAYS]], 0)  # [N, 24, lanes]
+    base = np.where(np.isfinite(base), base, _mean_of(medians, 0))
+
+    padded = np.concatenate([np.full((PAST_HOURS, lanes.shape[1]), np.nan, np.float32), lanes])
+    past = np.stack([padded[end * 24 : end * 24 + PAST_HOURS] for end in ends])  # [N, 168, lanes]
+    past = past - np.tile(base, (1, PAST_HOURS // 24, 1))
+
+    per_series, names = _per_series(past, scored, network)
+    per_hour = [medians[lengths.index(n)][..., scored] - base[..., scored] for n in MEDIAN_DAYS]
+    hour_names = [f"median_{n}_days" for n in MEDIAN_DAYS]
+    smooth = _smooth(past[..., scored])
+    for back in (1, 2, 3, 7):
+        per_hour.append(smooth[:, PAST_HOURS - 24 * back : PAST_HOURS - 24 * (back - 1)])
+        hour_names.append(f"same_hour_{back}_days_ago")
+    calendar, calendar_names = _calendar(observations.start, ends)
+    fixed = np.array(
+        [
+            (number, pollutant, sorted(set(STATION_TYPE.values())).index(STATION_TYPE[network.stations[number]]))
+            for number, pollutant in network.series
+        ],
+        np.float32,
+    )
+    return Features(
+        np.nan_to_num(base[..., scored]),
+        per_series,
+        np.stack(per_hour, axis=-1),
+        calendar,
+        fixed,
+        ("hours_ahead", *calendar_names, "base", *hour_names, *names, "station", "pollutant", "type"),
+    )
+
+
+def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over `axis` without the missing values; NaN where all are."""
+    there = np.isfinite(values)
+    count = there.sum(axis)
+    return np.divide(
+        np.where(there, values, 0).sum(axis), count, out=np.full(count.shape, np.nan, np.float32), where=count > 0
+    )
+
+
+def _smooth(past: np.ndarray) -> np.ndarray:
+    """Mean of each hour and its two neighbours [N, hours, S]."""
+    around = np.pad(past, ((0, 0), (1, 1), (0, 0)), constant_values=np.nan)
+    return _mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
+
+
+def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> tuple[np.ndarray, list[str]]:
+    """Features [N, S, F] of the last week `past` [N, 168, lanes], and their names."""
+    own = past[..., scored]
+    parts, names = [], []
+
+    def add(name: str, values: np.ndarray) -> None:
+        parts.append(values)
+        names.append(name)
+
+    for hours in RECENT_HOURS:
+        add(f"last_{hours}_hours", _mean_of(own[:, -hours:], 1))
+    for back in range(1, 7):
+        add(f"day_{back}_ago", _mean_of(own[:, PAST_HOURS - 24 * (back + 1) : PAST_HOURS - 24 * back], 1))
+    there = np.isfinite(own)
+    age = np.argmax(there[:, ::-1], axis=1)
+    add("last_value", np.take_along_axis(own, (PAST_HOURS - 1 - age)[:, None], axis=1)[:, 0])
+    add("hours_since_last_value", np.where(there.any(1), age, PAST_HOURS).astype(np.float32))
+    day = own[:, -24:]
+    spread = _mean_of((day - _mean_of(day, 1)[:, None]) ** 2, 1)
+    add("spread_last_day", np.sqrt(spread))
+    filled = np.where(np.isfinite(day), day, np.nan)
+    add("lowest_last_day", np.fmin.reduce(filled, axis=1))
+    add("highest_last_day", np.fmax.reduce(filled, axis=1))
+    add("trend_last_day", _mean_of(own[:, -6:], 1) - _mean_of(own[:, -24:-6], 1))
+
+    city = np.array([CITIES.index(city_of(network.stations[n])) for n, _ in network.series])
+    pollutant = np.array([p for _, p in network.series])
+    means = _city_means(past, network)  # [N, 168, cities, 6]
+    for hours in CITY_HOURS:
+        recent = _mean_of(means[:, -hours:], 1)  # [N, cities, 6]
+        add(f"city_last_{hours}_hours", recent[:, city, pollutant])
+        if hours in (3, 24, 168):
+            for number, name in enumerate(ALL_POLLUTANTS):
+                add(f"city_{name}_last_{hours}_hours", recent[:, city, number])
+    for back in (1, 2, 3, 4):
+        one_day = _mean_of(means[:, PAST_HOURS - 24 * (back + 1) : PAST_HOURS - 24 * back], 1)
+        add(f"city_day_{back}_ago", one_day[:, city, pollutant])
+    stations = np.array([n for n, _ in network.series])
+    for number, name in enumerate(ALL_POLLUTANTS):
+        for hours in (6, 24):
+            add(f"here_{name}_last_{hours}_hours", _mean_of(past[:, -hours:, stations * len(ALL_POLLUTANTS) + number], 1))
+    return np.stack(parts, axis=-1).astype(np.float32), names
+
+
+def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
+    """Mean over each city's stations [N, 168, cities, 6]."""
+    grid = past.reshape(*past.shape[:2], len(network.stations), len(ALL_POLLUTANTS))
+    return np.stack([_mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
+
+
+def _calendar(start: np.datetime64, ends: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Hour, weekday and season of the 48 hours after each origin [N, 48, 4]."""
+    first = start.astype("datetime64[D]") + ends * DAY
+    hours = np.arange(HORIZON_HOURS)
+    dates = first[:, None] + (hours // 24) * DAY
+    weekday = (dates.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
+    of_year = (dates - dates.astype("datetime64[Y]")).astype(int) * (2 * np.pi / 365.25)
+    hour = np.broadcast_to(hours % 24, dates.shape)
+    table = np.stack([hour, weekday, np.sin(of_year), np.cos(of_year)], axis=-1).astype(np.float32)
+    return table, ["hour", "weekday", "season_sine", "season_cosine"]

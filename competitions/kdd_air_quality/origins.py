@@ -1,0 +1,50 @@
+"""Time in this competition. All hours are UTC, and every date below goes through `first_hour`.
+
+A forecast is named by its submit day D. It knows every hour before (D+1) 00:00, its origin, and says what the 48 hours
+from there on will be: hours 0-23 are D+1, hours 24-47 are D+2.
+"""
+
+import numpy as np
+
+from common.errors import UserError
+
+HORIZON_HOURS = 48
+HOUR = np.timedelta64(1, "h")
+DAY = np.timedelta64(1, "D")
+
+
+def first_hour(day: np.datetime64) -> np.datetime64:
+    """The origin of submit day `day`: the first hour that is forecast and the first one that is not known."""
+    return (np.datetime64(day, "D") + DAY).astype("datetime64[h]")
+
+
+def forecast_hours(day: np.datetime64) -> np.ndarray:
+    """The 48 hours that submit day `day` forecasts."""
+    return first_hour(day) + np.arange(HORIZON_HOURS) * HOUR
+
+
+def last_day(end: np.datetime64) -> np.datetime64:
+    """The last submit day whose known hours are all there when the data end before the hour `end`.
+
+    A last day that has begun counts as whole: its missing hours are missing values, and today must be forecast too.
+    """
+    last_observed = (end - HOUR).astype("datetime64[D]")
+    return last_observed
+
+
+def days_between(first: str | np.datetime64, last: str | np.datetime64) -> np.ndarray:
+    """All submit days from `first` to `last`, both included; raises UserError when that is none or not a date."""
+    days = np.arange(parse_day(first), parse_day(last) + DAY, dtype="datetime64[D]")
+    if not len(days):
+        raise UserError(f"--last-day {last} is before --first-day {first}: expected a later or the same day")
+    return days
+
+
+def parse_day(text: str | np.datetime64) -> np.datetime64:
+    try:
+        day = np.datetime64(text, "D")
+    except ValueError as error:
+        raise UserError(f"{text!r} is not a day: expected year-month-day as in 2018-04-30") from error
+    if np.isnat(day):
+        raise UserError("a day is missing: expected year-month-day as in 2018-04-30")
+    return day
