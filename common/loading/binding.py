@@ -1,0 +1,184 @@
+"""Finds the random generators that a dataset holds and starts them afresh for every sample.
+
+A worker process gets a copy of every generator, so without this all workers draw the same numbers. albumentations
+2.0.8 does so in every worker and every epoch, and gives all transforms of a Compose(seed=...) one seed; its transforms
+take one shared pair of generators instead, once per process.
+"""
+
+import random
+import site
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.loading.keys import KeyedGenerator
+
+GLOBAL_RANDOM = random.seed.__self__  # the instance behind random.random() and its siblings
+GLOBAL_GENERATORS = (GLOBAL_RANDOM, np.random.mtrand._rand, torch.default_generator)
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
+LEAVES = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType,
+          torch.Tensor, np.generic, np.dtype)
+LIBRARIES = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
+REPLACED = (".random_generator", ".py_random")  # attributes that set_random_state overwrites
+SEED_WORDS = 4  # of a sample's stream: three for the global generators, one spare to fill the block
+
+
+class Binding:
+    """A dataset's generators, bound to the key of the sample that is loaded; made once in every process.
+
+    Raises UserError naming the attribute when the dataset holds a generator that cannot be restarted.
+    """
+
+    def __init__(self, dataset: Any, seed: int):
+        self._keyed = KeyedGenerator(seed)
+        self._restart = []
+        for path, found in held_generators(dataset):
+            if _takes_generators(found):
+                # The global `random` serves as its second generator: seeding another would cost 4 us a sample.
+                found.set_random_state(self._keyed.generator, GLOBAL_RANDOM)
+            else:
+                self._restart.append(_restarter(path, found))
+
+    def rekey(self, epoch: int, index: int, draw: int = 0) -> np.random.Generator:
+        """Start all randomness of the process at the sample's key; returns the generator to hand to the dataset."""
+        generator = self._keyed.jump(epoch, index, draw)
+        words = self._keyed.words(SEED_WORDS)
+        GLOBAL_RANDOM.seed(words[0])
+        np.random.seed(words[1] & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(words[2] & 0xFFFFFFFF)  # torch.manual_seed would take 100 us
+        for restart in self._restart:
+            restart(self._keyed.words(4))
+        return generator
+
+
+@contextmanager
+def kept_global_state() -> Iterator[None]:
+    """Whatever the block draws or seeds, `random`, `np.random` and torch go on as if it had not been there."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def held_generators(root: Any, name: str = "dataset") -> list[tuple[str, Any]]:
+    """Every generator or albumentations transform reachable from `root`, with its path ("dataset.noise[2].rng").
+
+    Looks into attributes, containers, partials, bound methods and, for functions outside of installed libraries,
+    their closures, defaults and the module variables that they name.
+    """
+    found, seen, waiting = [], {}, [(name, root)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, LEAVES) or id(value) in seen or any(value is known for known in GLOBAL_GENERATORS):
+            continue
+        seen[id(value)] = value  # held, so that no other object gets its id meanwhile
+        if isinstance(value, GENERATORS):
+            found.append((path, value))
+        elif _takes_generators(value):
+            found.append((path, value))
+            waiting.extend(part for part in _parts(path, value) if not part[0].endswith(REPLACED))  # functions in it
+        else:
+            waiting.extend(_parts(path, value))
+    return found
+
+
+def _parts(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """The objects directly inside `value`, with their paths."""
+    if isinstance(value, dict):
+        yield from ((f"{path}[{key!r}]", part) for key, part in value.items() if not isinstance(part, LEAVES))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((f"{path}[{place}]", part) for place, part in enumerate(value) if not isinstance(part, LEAVES))
+    elif isinstance(value, np.ndarray):
+        if value.dtype == object:
+            yield from ((f"{path}[{place}]", part) for place, part in enumerate(value.flat))
+    elif isinstance(value, types.MethodType):
+        yield from ((path, value.__self__), (path, value.__func__))
+    elif isinstance(value, types.FunctionType):
+        yield from _parts_of_function(path, value)
+    elif isinstance(value, partial):
+        yield from ((f"{path}.func", value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords))
+    elif type(value).__module__.partition(".")[0] not in ("pandas", "pyarrow"):
+        yield from _parts_of_object(path, value)
+
+
+def _parts_of_object(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+    for attribute, part in getattr(value, "__dict__", {}).items():
+        if not isinstance(part, LEAVES):
+            yield f"{path}.{attribute}", part
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            yield f"{path}.{slot}", getattr(value, slot, None)
+        for attribute, part in vars(kind).items():
+            if isinstance(part, (staticmethod, classmethod)):
+                part = part.__func__
+            if isinstance(part, types.FunctionType):
+                if not _is_library(part):
+                    yield f"{path}.{attribute}", part
+            elif isinstance(part, (*GENERATORS, list, tuple, dict)) or _takes_generators(part):
+                yield f"{path}.{attribute}", part  # class attributes
+
+
+def _parts_of_function(path: str, function: types.FunctionType) -> Iterable[tuple[str, Any]]:
+    if _is_library(function):
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f"{path}:{name}", cell.cell_contents
+        except ValueError:
+            continue  # the cell of a name that was never assigned
+    yield f"{path}:defaults", (function.__defaults__, function.__kwdefaults__)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes.extend(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield f"{function.__module__}.{name}", function.__globals__[name]
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    return function.__code__.co_filename.startswith((*LIBRARIES, "<frozen"))
+
+
+def _takes_generators(value: Any) -> bool:
+    """True for albumentations' transforms and compositions, which hand a pair of generators on to their parts."""
+    return callable(getattr(type(value), "set_random_state", None)) and hasattr(value, "py_random")
+
+
+def _restarter(path: str, generator: Any):
+    """A function that restarts `generator` from four 64-bit words; raises UserError when there is no way to."""
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return lambda words: generator.seed(words[0])
+    if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+        return lambda words: generator.manual_seed(words[0] & 0xFFFFFFFF)
+    if isinstance(generator, np.random.RandomState) and isinstance(generator._bit_generator, np.random.MT19937):
+        return lambda words: generator.seed(words[0] & 0xFFFFFFFF)
+    if isinstance(generator, np.random.Generator):
+        return _restarter(path, generator.bit_generator)
+    if isinstance(generator, np.random.MT19937):
+        return lambda words: generator._legacy_seeding(words[0] & 0xFFFFFFFF)
+    if isinstance(generator, (np.random.PCG64, np.random.PCG64DXSM)):
+        fresh = {"bit_generator": type(generator).__name__, "has_uint32": 0, "uinteger": 0}
+        return lambda words: setattr(generator, "state", fresh | {
+            "state": {"state": words[0] << 64 | words[1], "inc": words[2] << 64 | words[3] | 1}})
+    if isinstance(generator, np.random.Philox):
+        fresh = generator.state | {"buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+        return lambda words: setattr(generator, "state", fresh | {
+            "state": {"key": np.array(words[:2], np.uint64), "counter": np.array([0, 0, *words[2:]], np.uint64)}})
+    if isinstance(generator, np.random.SFC64):
+        fresh = {"bit_generator": "SFC64", "has_uint32": 0, "uinteger": 0}
+        return lambda words: setattr(generator, "state", fresh | {"state": {"state": np.array(words, np.uint64)}})
+    kind = f"{type(generator).__module__}.{type(generator).__name__}"
+    raise UserError(f"{path} is a {kind}, which cannot be restarted for every sample, so batches would depend on the "
+                    f"number of workers: draw from the `rng` of sample(index, rng), or hold a np.random.Generator")

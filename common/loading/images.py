@@ -1,0 +1,113 @@
+"""Image files: decoded fast, at a reduced size where that is enough, and refused by name when they are broken."""
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import UserError
+
+REDUCED = {2: (cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
+           4: (cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
+           8: (cv2.IMREAD_REDUCED_COLOR_8, cv2.IMREAD_REDUCED_GRAYSCALE_8)}
+FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
+START_OF_SCAN = 0xDA
+
+
+class BadImage(UserError):
+    """An image that cannot be read; `row` is its row in the dataset, which the loader fills in."""
+
+    def __init__(self, path: str | PathLike, reason: str, row: int | None = None):
+        super().__init__(str(path), reason, row)
+        self.path, self.reason, self.row = str(path), reason, row
+
+    def __str__(self) -> str:
+        row = "" if self.row is None else f" (row {self.row})"
+        return (f"image {self.path}{row} {self.reason}: replace the file, or leave such images out with --bad-images skip; "
+                "make check COMP= lists them all")
+
+
+def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool = False) -> np.ndarray:
+    """The image in RGB, uint8 [H, W, 3], or uint8 [H, W] for `gray`; resized to `size` (height, width) where given.
+
+    A JPEG at least twice as large as `size` is decoded at 1/2, 1/4 or 1/8: that skips most of its inverse transform.
+    Raises BadImage when the file is missing, empty, truncated or not an image.
+    """
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise BadImage(path, f"cannot be opened ({error.strerror or error})") from error
+    if not data:
+        raise BadImage(path, "is empty")
+    flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
+    reduced = False
+    if data[:2] == b"\xff\xd8":
+        header = jpeg_header(data)
+        # OpenCV fills what is missing of a JPEG with grey and says so on the terminal only.
+        if header is None or data.find(b"\xff\xd9", header[2]) < 0:
+            raise BadImage(path, "is truncated")
+        factor = 0 if size is None else min(header[0] // size[0], header[1] // size[1])
+        if factor >= 2:
+            flags = REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2][gray]
+            reduced = True
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if image is None:
+        raise BadImage(path, "is truncated or not an image")
+    if reduced and not gray:
+        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    if size is not None and image.shape[:2] != size:
+        smaller = image.shape[0] > size[0] or image.shape[1] > size[1]
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+    return image
+
+
+def jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """(height, width, place where the compressed pixels start), or None when the file ends before them.
+
+    Walks from marker to marker: a thumbnail inside the header has markers of its own, which must not count.
+    """
+    place, height, width = 2, 0, 0
+    while place + 9 <= len(data):
+        if data[place] != 0xFF:
+            return None
+        marker = data[place + 1]
+        if marker == 0xFF:  # padding
+            place += 1
+            continue
+        if marker in FRAME_HEADERS:
+            height, width = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+        if marker == START_OF_SCAN:
+            return height, width, place
+    return None
+
+
+def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImage]:
+    """Every image of `paths` that cannot be read, in their order; reads all of them once, behind a progress bar."""
+
+    def problem(row: int) -> BadImage | None:
+        try:
+            decode(paths[row], size=(1, 1), gray=True)  # the compressed data is read in full, the pixels at 1/8
+        except BadImage as error:
+            error.row = row
+            return error
+        return None
+
+    with ThreadPoolExecutor() as pool:  # OpenCV decodes outside of Python's lock
+        checked = tqdm(pool.map(problem, range(len(paths))), "checking", len(paths), unit="image", file=sys.stderr,
+                       disable=not show, mininterval=0.5)
+        return [error for error in checked if error]
+
+
+def check_folder(paths: Sequence[str | PathLike], show: bool = True) -> None:
+    """`make check`: raises UserError naming every image of `paths` that cannot be read, and its row."""
+    bad = find_bad(paths, show)
+    if bad:
+        named = "; ".join(f"{error.path} (row {error.row}) {error.reason}" for error in bad)
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP= downloads "
+                        "the data again), or train without them: --bad-images skip")

@@ -1,0 +1,189 @@
+"""Windows of a dataset, bit-identical for any number of workers, any number of processes and after any restart.
+
+A dataset is any object with `__len__` and one of
+
+    batch(indices [B], keys) -> (inputs, targets)     many samples at once, in the training process: small data, as tensors
+    sample(index, rng) -> (input, target)             one sample, drawing from the np.random.Generator that it is handed
+    __getitem__(index) -> (input, target)             one sample, drawing from generators that it holds, or global ones
+
+Inputs and targets are arrays, tensors or numbers, or tuples and dicts of them. An optional attribute `weights` [n]
+gives every row a weight. Images stay uint8 until they are on the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.loading.binding import held_generators
+from common.loading.keys import MIX_STREAM, Keys
+from common.loading.orders import Order, Plan, share
+from common.loading.worker import Loaded, WindowKey, WindowReader, as_tensors, start_worker
+from common.window import Window, tensors_of
+
+PREFETCH_LIMIT = 0.1  # of a card's memory: larger windows wait on the host, and travel in micro-batches
+
+
+class Loader:
+    """Yields this process's share of every window; `order` (common.loading.orders) decides what the windows are.
+
+    The share of rank r of `world` is a contiguous block of whole pairs. `mix` (common.loading.mixing) blends pairs.
+    `bad_images="skip"` leaves unreadable images out of their windows and lists them in `skipped`. Window.total is then
+    what this rank knows of; the true size over all ranks is the sum of their lengths, which the engine forms anyway.
+    On a CUDA `device` the next window is copied while the model works; otherwise windows stay where they were made.
+    """
+
+    def __init__(self, dataset: Any, order: Order, batch_size: int, *, seed: int, workers: int = 0, rank: int = 0,
+                 world: int = 1, keep_tail: bool = True, start_method: Literal["fork", "spawn"] | None = None,
+                 device: torch.device | str | None = None, bad_images: Literal["raise", "skip"] = "raise", mix: Any = None):
+        self.dataset, self.order, self.batch_size, self.seed = dataset, order, batch_size, seed
+        self.rank, self.world, self.keep_tail, self.mix = rank, world, keep_tail, mix
+        self.device = torch.device(device or "cpu")
+        self.in_batches = hasattr(dataset, "batch")
+        self.workers = 0 if self.in_batches else workers
+        self._start_method = start_method
+        self._skipped: dict[int, str] = {}
+        self._planned: tuple[int, Plan] | None = None
+        self._torch_loader: torch.utils.data.DataLoader | None = None
+        held = held_generators(dataset) if self.in_batches else []
+        if held:
+            raise UserError(f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from `keys` "
+                            "alone: numbers drawn for many samples at once depend on which samples come together")
+        self._reader = WindowReader(dataset, seed, bad_images == "skip")
+        self.windows_per_epoch = len(self._plan(0).bounds(batch_size, keep_tail)) - 1
+        if not self.windows_per_epoch:
+            raise UserError(f"{len(self._plan(0).index)} samples give no window of {batch_size}: keep the tail, or use a "
+                            "smaller --batch-size")
+
+    @property
+    def skipped(self) -> list[tuple[int, str]]:
+        """The samples that were left out so far, sorted: their row and the reason."""
+        return sorted(self._skipped.items())
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        """The windows of an epoch from number `start` on; those before it are not loaded."""
+        loaded = self._with_batch(epoch, start) if self.in_batches else self._with_reader(epoch, start)
+        finished = (self._finished(part) for part in loaded)
+        return _one_ahead(finished, self.device) if self.device.type == "cuda" else (window for window in finished)
+
+    def close(self) -> None:
+        """Stop the worker processes; the next epoch starts new ones."""
+        self._torch_loader = None
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _plan(self, epoch: int) -> Plan:
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self.order(self.seed, epoch)
+        return self._planned[1]
+
+    def _keys(self, epoch: int, start: int) -> Iterator[WindowKey]:
+        plan = self._plan(epoch)
+        bounds = plan.bounds(self.batch_size, self.keep_tail).tolist()
+        for number in range(start, len(bounds) - 1):
+            total = bounds[number + 1] - bounds[number]
+            first, last = share(total, self.rank, self.world)
+            part = slice(bounds[number] + first, bounds[number] + last)
+            yield WindowKey(epoch, number, plan.index[part], plan.draw[part], np.arange(first, last), total)
+
+    def _with_batch(self, epoch: int, start: int) -> Iterator[Loaded]:
+        weights = getattr(self.dataset, "weights", None)
+        for key in self._keys(epoch, start):
+            # A share of no samples still has the shapes of one, for the engine.
+            index, draw = (key.index, key.draw) if len(key.index) else (np.zeros(1, np.int64), np.zeros(1, np.int64))
+            inputs, targets = as_tensors(self.dataset.batch(index, Keys(self.seed, epoch, index, draw)))
+            window = Window(inputs, targets, torch.from_numpy(index),
+                            None if weights is None else torch.as_tensor(weights)[index], epoch, key.number, key.total)
+            yield Loaded(window.slice(0, len(key.index)), key.place, [])
+
+    def _with_reader(self, epoch: int, start: int) -> Iterator[Loaded]:
+        """Windows of single samples, from worker processes where there are any; raises their UserErrors here."""
+        keys = self._keys(epoch, start)
+        try:
+            for loaded in self._in_workers(keys) if self.workers else map(self._reader.__getitem__, keys):
+                if isinstance(loaded, UserError):
+                    raise loaded
+                self._skipped |= loaded.skipped
+                if not len(loaded.window) and self.world == 1:
+                    raise UserError(f"not one image of window {loaded.window.number} can be read: make check COMP= lists them")
+                yield loaded
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError("a worker process was ended from outside, mostly for want of memory: use fewer --workers or a "
+                            f"smaller --batch-size ({str(error).splitlines()[0]})") from error
+
+    def _in_workers(self, keys: Iterator[WindowKey]) -> Iterator[Loaded | UserError]:
+        if self._torch_loader is None:
+            # Its own generator: the DataLoader draws a base seed, which must not come from the training's stream.
+            self._torch_loader = torch.utils.data.DataLoader(
+                self._reader, batch_size=None, sampler=_Sampler(), num_workers=min(self.workers, self.windows_per_epoch), collate_fn=_as_it_is,
+                persistent_workers=True, multiprocessing_context=self._start_method, worker_init_fn=start_worker,
+                pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        self._torch_loader.sampler.keys = keys
+        return iter(self._torch_loader)
+
+    def _finished(self, loaded: Loaded) -> Window:
+        """The window on its device, with its pairs blended."""
+        window, place = loaded.window, loaded.place
+        if self.device.type == "cuda":
+            window = _sent(window, self.device)
+        if self.mix is None or not len(window):
+            return window
+        local = {position: row for row, position in enumerate(place.tolist())}
+        partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
+        keys = Keys(self.seed, window.epoch, place // 2, window.number)
+        inputs, targets = self.mix(window.inputs, window.targets, torch.tensor(partner), keys, MIX_STREAM)
+        return replace(window, inputs=inputs, targets=targets)
+
+
+class _Sampler:
+    """Hands the keys of the epoch at hand to the workers, which live through all epochs."""
+
+    def __init__(self):
+        self.keys: Iterator[WindowKey] = iter(())
+
+    def __iter__(self) -> Iterator[WindowKey]:
+        return self.keys
+
+
+def _as_it_is(loaded: Loaded | UserError) -> Loaded | UserError:
+    return loaded
+
+
+def _sent(window: Window, device: torch.device) -> Window:
+    """The window on the card, unless it would take too much of it: then pinned on the host."""
+    size = sum(tensor.nbytes for tensor in tensors_of((window.inputs, window.targets)))
+    limit = PREFETCH_LIMIT * torch.cuda.get_device_properties(device).total_memory
+    pinned = window if window.index.is_pinned() or window.index.is_cuda else _pinned(window)
+    return pinned.to(device, non_blocking=True) if size <= limit else pinned
+
+
+def _pinned(window: Window) -> Window:
+    return window._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+
+def _one_ahead(windows: Iterator[Window], device: torch.device) -> Iterator[Window]:
+    """Yields every window after the copy of the next one was started on a stream of its own."""
+    copies, ahead = torch.cuda.Stream(device), None
+    while True:
+        with torch.cuda.stream(copies):
+            window = next(windows, None)
+            arrived = torch.cuda.Event()
+            arrived.record(copies)
+        if ahead is not None:
+            torch.cuda.current_stream(device).wait_event(ahead[1])
+            for tensor in tensors_of((ahead[0].inputs, ahead[0].targets, ahead[0].index)):
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(device))
+            yield ahead[0]
+        if window is None:
+            return
+        ahead = window, arrived

@@ -1,0 +1,122 @@
+"""Which rows make up the windows of an epoch: functions (seed, epoch) -> Plan, the same in every process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import UserError
+from common.loading.keys import ORDER_STREAM, KeyedGenerator
+
+Rows = int | np.ndarray  # a number of rows n (all of 0..n-1), or the row numbers themselves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The samples of an epoch in their global order.
+
+    `index` [m] are rows of the dataset, `draw` [m] counts how often the row came before in this epoch (zeros unless
+    rows repeat), `sizes` are the samples of every window where the order decides it, else the batch size does.
+    """
+
+    index: np.ndarray
+    draw: np.ndarray
+    sizes: np.ndarray | None = None
+
+    def bounds(self, batch_size: int, keep_tail: bool = True) -> np.ndarray:
+        """Window w holds the samples bounds[w] to bounds[w + 1], int64 [windows + 1]."""
+        if self.sizes is not None:
+            return np.concatenate([[0], np.cumsum(self.sizes)])
+        bounds = np.arange(0, len(self.index) + 1, batch_size)
+        has_tail = bounds[-1] < len(self.index)
+        return np.append(bounds, len(self.index)) if has_tail and keep_tail else bounds
+
+
+Order = Callable[[int, int], Plan]
+
+
+def share(size: int, rank: int, world: int) -> tuple[int, int]:
+    """The samples start..stop of a window of `size` that `rank` loads: contiguous, and never half of a pair.
+
+    Samples 2k and 2k + 1 of a window are a pair for MixUp and CutMix, which so never need another process.
+    """
+    pairs = (size + 1) // 2
+    return min(pairs * rank // world * 2, size), min(pairs * (rank + 1) // world * 2, size)
+
+
+def sequential(rows: Rows) -> Order:
+    """Every row once, in the given order, the same in every epoch."""
+    plan = _once(_row_numbers(rows))
+    return lambda seed, epoch: plan
+
+
+def shuffled(rows: Rows) -> Order:
+    """Every row once, in an order of its own for every epoch."""
+    rows = _row_numbers(rows)
+    return lambda seed, epoch: _once(rows[_generator(seed, epoch).permutation(len(rows))])
+
+
+def weighted(weights: np.ndarray, samples_per_epoch: int | None = None, rows: np.ndarray | None = None) -> Order:
+    """`samples_per_epoch` draws with replacement, row i with probability weights[i] / sum(weights).
+
+    `rows` are the row numbers that `weights` [n] belong to (default 0..n-1). Every further draw of a row in an epoch
+    has a key of its own, hence another augmentation. Raises UserError on weights that are no probabilities.
+    """
+    weights, rows = np.asarray(weights, np.float64), _row_numbers(len(weights) if rows is None else rows)
+    if len(rows) != len(weights) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.sum() > 0:
+        raise UserError(f"sampling weights: expected {len(rows)} finite numbers from 0 up, not all 0, found {len(weights)} "
+                        f"from {weights.min()} to {weights.max()}")
+    edges = np.cumsum(weights)
+    edges /= edges[-1]  # exactly 1 at the end, above every draw
+
+    def order(seed: int, epoch: int) -> Plan:
+        drawn = _generator(seed, epoch).random(samples_per_epoch or len(rows))
+        index = rows[np.searchsorted(edges, drawn, side="right")]
+        return Plan(index, _repeats(index))
+
+    return order
+
+
+def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_window: int = 1) -> Order:
+    """Every window is all rows of a group (or of a few groups), the groups in an order of their own for every epoch.
+
+    `groups` [n] names the group of each of `rows` (default 0..n-1). The batch size has no say.
+    """
+    groups = np.asarray(groups)
+    rows = _row_numbers(len(groups) if rows is None else rows)
+    _, number = np.unique(groups, return_inverse=True)
+    counts = np.bincount(number)
+    members = np.split(rows[np.argsort(number, kind="stable")], np.cumsum(counts)[:-1])
+
+    def order(seed: int, epoch: int) -> Plan:
+        chosen = _generator(seed, epoch).permutation(len(counts))
+        sizes = np.add.reduceat(counts[chosen], np.arange(0, len(chosen), groups_per_window))
+        index = np.concatenate([members[group] for group in chosen])
+        return Plan(index, np.zeros(len(index), np.int64), sizes)
+
+    return order
+
+
+def _row_numbers(rows: Rows) -> np.ndarray:
+    rows = np.arange(rows) if isinstance(rows, (int, np.integer)) else np.asarray(rows)
+    if not len(rows):
+        raise UserError("an order of no rows: expected at least one; is the fold, or the folder of images, empty?")
+    return rows.astype(np.int64)
+
+
+def _once(rows: np.ndarray) -> Plan:
+    return Plan(rows, np.zeros(len(rows), np.int64))
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return KeyedGenerator(seed).jump(epoch, 0, stream=ORDER_STREAM)
+
+
+def _repeats(index: np.ndarray) -> np.ndarray:
+    """How often each entry came before: [5, 7, 5, 5] gives [0, 0, 1, 2]."""
+    by_row = np.argsort(index, kind="stable")
+    new = np.flatnonzero(np.diff(index[by_row], prepend=-1))  # where the sorted rows change
+    counts = np.diff(np.append(new, len(index)))
+    repeats = np.empty_like(index)
+    repeats[by_row] = np.arange(len(index)) - np.repeat(new, counts)
+    return repeats

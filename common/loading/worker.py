@@ -1,0 +1,158 @@
+"""What happens inside a worker process: whole windows are loaded, sample by sample, each under its own key."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.loading.binding import Binding, kept_global_state
+from common.loading.images import BadImage
+from common.window import Tree, Window
+
+
+class WindowKey(NamedTuple):
+    """Everything that decides a rank's share of a window."""
+
+    epoch: int
+    number: int
+    index: np.ndarray  # [B] rows of the dataset
+    draw: np.ndarray  # [B] how often each row came before in the epoch
+    place: np.ndarray  # [B] places of the samples in the window over all ranks
+    total: int  # samples of the window over all ranks
+
+
+class Loaded(NamedTuple):
+    """A window, the places in it that its samples have, and the (row, reason) of samples that were left out."""
+
+    window: Window
+    place: np.ndarray
+    skipped: list[tuple[int, str]]
+
+
+class WindowReader(torch.utils.data.Dataset):
+    """A dataset of single samples, read a window at a time: `reader[key]` is the window of a WindowKey.
+
+    Errors that a user can mend are returned instead of raised, so that they cross the process border as they are.
+    """
+
+    def __init__(self, dataset: Any, seed: int, skip_bad_images: bool):
+        self.dataset, self.seed, self.skip_bad_images = dataset, seed, skip_bad_images
+        self._binding: Binding | None = None
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_binding": None}
+
+    def __getitem__(self, key: WindowKey) -> Loaded | UserError:
+        try:
+            if torch.utils.data.get_worker_info():
+                return self._read(key)
+            with kept_global_state():
+                return self._read(key)
+        except UserError as error:
+            return error
+
+    def _read(self, key: WindowKey) -> Loaded:
+        if self._binding is None or self._process != os.getpid():
+            self._binding, self._process = Binding(self.dataset, self.seed), os.getpid()
+            self._check_repeatable(key)
+        samples, kept, skipped = [], [], []
+        for position, (index, draw) in enumerate(zip(key.index.tolist(), key.draw.tolist(), strict=True)):
+            try:
+                samples.append(self._load(key.epoch, index, draw))
+                kept.append(position)
+            except BadImage as error:
+                if not self.skip_bad_images:
+                    raise
+                skipped.append((index, str(error)))
+        index = torch.from_numpy(key.index[kept])
+        if not samples:  # a share of no samples still has the shapes of one, for the engine
+            samples, index = [self._any_sample()], torch.zeros(1, dtype=torch.int64)
+        inputs, targets = collate(samples)
+        weights = getattr(self.dataset, "weights", None)
+        weights = None if weights is None else torch.as_tensor(weights)[index]
+        window = Window(inputs, targets, index, weights, key.epoch, key.number, key.total - len(skipped))
+        return Loaded(window if kept else window.slice(0, 0), key.place[kept], skipped)
+
+    def _load(self, epoch: int, index: int, draw: int) -> tuple[Tree, Tree]:
+        generator = self._binding.rekey(epoch, index, draw)
+        try:
+            sample = self.dataset.sample(index, generator) if hasattr(self.dataset, "sample") else self.dataset[index]
+        except BadImage as error:
+            error.row = index
+            raise
+        if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+            raise UserError(f"row {index} of {type(self.dataset).__name__} is a {type(sample).__name__}: expected a pair "
+                            "(input, target)")
+        return sample
+
+    def _any_sample(self) -> tuple[Tree, Tree]:
+        """The first sample that can be read."""
+        for index in range(len(self.dataset)):
+            try:
+                return self._load(0, index, 0)
+            except BadImage:
+                continue
+        raise UserError("not one image of the dataset can be read: make check COMP= lists them")
+
+    def _check_repeatable(self, key: WindowKey) -> None:
+        """Load one sample twice: catches randomness that no search can find, such as a generator made per sample."""
+        for index in key.index[:1].tolist():
+            try:
+                first, second = self._load(key.epoch, index, 0), self._load(key.epoch, index, 0)
+            except BadImage:
+                return
+            if not _same(first, second):
+                raise UserError(f"row {index} of {type(self.dataset).__name__} differs between two loads under one key: it "
+                                "draws from a generator that it makes itself, or keeps state. Draw from the `rng` of "
+                                "sample(index, rng)")
+
+
+def collate(samples: list[Any]) -> Tree:
+    """Samples that are trees of arrays, tensors and numbers to one tree of tensors [B, ...]; dtypes stay."""
+    first = samples[0]
+    if isinstance(first, dict):
+        return {name: collate([sample[name] for sample in samples]) for name in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(collate(list(part)) for part in zip(*samples, strict=True))
+    if isinstance(first, (Tensor, np.ndarray, np.generic)):
+        if any(sample.shape != first.shape for sample in samples):
+            shapes = sorted({tuple(sample.shape) for sample in samples})
+            raise UserError(f"the samples of a window have the shapes {shapes}: resize or crop them to one shape")
+        # np.stack copies, so read-only arrays are welcome.
+        return torch.stack(samples) if isinstance(first, Tensor) else torch.from_numpy(np.stack(samples))
+    if isinstance(first, (bool, int, float)):
+        return torch.tensor(samples)
+    raise UserError(f"a sample holds a {type(first).__name__}: expected arrays, tensors or numbers in tuples and dicts")
+
+
+def as_tensors(tree: Tree) -> Tree:
+    """The tree that a `batch` returned, with its arrays as tensors."""
+    if isinstance(tree, dict):
+        return {name: as_tensors(part) for name, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(as_tensors(part) for part in tree)
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(tree if tree.flags.writeable else tree.copy())
+    return tree
+
+
+def start_worker(worker: int) -> None:
+    """One thread a process: the processes are the parallelism, and threads of OpenCV and torch would fight over cores."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, Tensor):
+        return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+    return np.asarray(first).tobytes() == np.asarray(second).tobytes()
