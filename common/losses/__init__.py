@@ -1,5 +1,33 @@
 """Losses that say what their value over a window is made of; see common.losses.protocol."""
 
+from common.losses.classification import BCE, CosineProximity, CrossEntropy, Focal, PositivesVersusNegatives, SoftFBeta
+from common.losses.combine import Heads, Weighted
 from common.losses.protocol import kind, whole_batch, window_value
+from common.losses.regression import MAE, MSE, RMSE, SMAPE, ClippedMAE, LogSMAPE
+from common.losses.segmentation import BCEDice, Dice, Jaccard, LovaszHinge, LovaszSoftmax, Tversky
 
-__all__ = ["kind", "whole_batch", "window_value"]
+__all__ = [
+    "BCE",
+    "MAE",
+    "MSE",
+    "RMSE",
+    "SMAPE",
+    "BCEDice",
+    "ClippedMAE",
+    "CosineProximity",
+    "CrossEntropy",
+    "Dice",
+    "Focal",
+    "Heads",
+    "Jaccard",
+    "LogSMAPE",
+    "LovaszHinge",
+    "LovaszSoftmax",
+    "PositivesVersusNegatives",
+    "SoftFBeta",
+    "Tversky",
+    "Weighted",
+    "kind",
+    "whole_batch",
+    "window_value",
+]

@@ -57,11 +57,11 @@ class WholeBatch(nn.Module):
         super().__init__()
         self.function = function
         called = function.forward if isinstance(function, nn.Module) else function
-        self.takes_weights = len(inspect.signature(called).parameters) >= 3
+        self.takes_weights = "weights" in inspect.signature(called).parameters
 
     def forward(self, outputs: Tree, targets: Tree, weights: Tensor | None = None) -> Tensor:
         if self.takes_weights:
-            return self.function(outputs, targets, weights)
+            return self.function(outputs, targets, weights=weights)
         if weights is not None:
             raise UserError(
                 f"the window has sample weights but the loss {_name(self.function)} takes none: "
@@ -71,7 +71,7 @@ class WholeBatch(nn.Module):
 
 
 def whole_batch(function: Callable[..., Tensor]) -> WholeBatch:
-    """Declare (or decorate) a scalar loss `function(outputs, targets[, weights])` as one over the whole batch."""
+    """Declare (or decorate) a scalar loss as one over the whole batch; `weights` [B] are passed if it has them."""
     return WholeBatch(function)
 
 
@@ -132,8 +132,8 @@ def check_per_sample(values: Tensor, batch: int, loss: Loss = None) -> Tensor:
             "take the mean over all axes but the first, for example values.flatten(1).mean(1)"
         )
     raise UserError(
-        f"the loss {_name(loss)} returned one number for {batch} samples, so a window cannot be cut into micro-batches "
-        f"exactly: return one value per sample, shape [{batch}] (reduction='none'), or declare that it needs them all:\n"
+        f"the loss {_name(loss)} returned one number for {batch} samples, so a window cannot be cut into micro-batches"
+        f" exactly: return one value per sample, shape [{batch}] (reduction='none'), or declare it in two lines:\n"
         "    from common.losses import whole_batch\n"
         "    loss = whole_batch(loss)"
     )

@@ -1,0 +1,33 @@
+"""Means over the entries of a sample, some of which may be unknown: NaN stands for a target nobody knows."""
+
+import torch
+from torch import Tensor
+
+
+def sample_mean(values: Tensor) -> Tensor:
+    """Mean over all axes but the first. [B, ...] -> [B]"""
+    return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
+def known(targets: Tensor) -> Tensor | None:
+    """Where targets are given; None, at no cost, for the integer types, which cannot say otherwise. [B, ...]"""
+    return ~targets.isnan() if targets.is_floating_point() else None
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over the entries of the mask divided by the number of all: goes with the mass `share`. [B, ...] -> [B]
+
+    `values` must have finite gradients outside the mask too: fill the targets there before they meet the outputs.
+    """
+    return sample_mean(values if mask is None else torch.where(mask, values, 0.0))
+
+
+def share(mask: Tensor | None, targets: Tensor) -> Tensor:
+    """Share of the entries of every sample that count: a sum over some entries needs it as its mass. [B, ...] -> [B]"""
+    return torch.ones(len(targets), device=targets.device) if mask is None else sample_mean(mask.float())
+
+
+def filled(targets: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Targets in the type of the outputs, 0 outside the mask. [B, ...]"""
+    targets = targets.to(dtype)
+    return targets if mask is None else torch.where(mask, targets, 0.0)

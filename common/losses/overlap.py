@@ -1,0 +1,44 @@
+"""The sums that F-beta, Dice, Jaccard and Tversky share: true positives, predicted mass, target mass."""
+
+import torch
+from torch import Tensor
+
+from common.losses.missing import filled, known
+from common.losses.protocol import full_precision
+
+IGNORED = -100  # class number of a pixel that counts nowhere, torch's own
+
+
+def sigmoid_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and targets of independent classes, both 0 where the target is NaN. [B, C, ...] each"""
+    probabilities, mask = full_precision(outputs).sigmoid(), known(targets)
+    if mask is not None:
+        probabilities = torch.where(mask, probabilities, 0.0)
+    return probabilities, filled(targets, mask, probabilities.dtype)
+
+
+def softmax_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and one-hot targets of exclusive classes, 0 where the target is ignored. [B, C, ...], [B, ...]"""
+    probabilities = full_precision(outputs).softmax(1)
+    mask = (targets == IGNORED).unsqueeze(1)
+    labels = targets.masked_fill(targets == IGNORED, 0).unsqueeze(1)
+    hot = torch.zeros_like(probabilities).scatter_(1, labels, 1.0)
+    return probabilities.masked_fill(mask, 0.0), hot.masked_fill(mask, 0.0)
+
+
+def overlap_sums(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """TP = sum p t, P = sum p and T = sum t over the pixels of every sample and class. [B, C, ...] -> [B, 3, C]"""
+    p, t = probabilities[..., None].flatten(2), targets[..., None].flatten(2)  # [B, C, pixels]
+    return torch.stack([(p * t).sum(2), p.sum(2), t.sum(2)], 1)
+
+
+def overlap_loss(sums: Tensor, false_positive: float, false_negative: float, smooth: float) -> Tensor:
+    """1 - (TP + s) / (TP + a FP + b FN + s), FP = P - TP, FN = T - TP, axis 1 = (TP, P, T). [N, 3, ...] -> [N, ...]
+
+    Where nothing is predicted, nothing wanted and s = 0, the loss is 0 and so is its gradient. So it is where the sum
+    below is a denormal, which would make the gradient infinite.
+    """
+    hits, predicted, wanted = sums.unbind(1)
+    total = hits + false_positive * (predicted - hits) + false_negative * (wanted - hits) + smooth
+    empty = total < torch.finfo(total.dtype).tiny
+    return torch.where(empty, 0.0, 1 - (hits + smooth) / torch.where(empty, 1.0, total))
