@@ -1,0 +1,77 @@
+"""Out of memory: telling it from other errors, and giving everything back before the next try."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# What the allocators of CUDA, ROCm, MPS and the CPU say, and what cuDNN and cuBLAS say instead when it is their
+# workspace that did not fit. Not all of them raise torch.OutOfMemoryError.
+TEXTS = (
+    "out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Unable to find a valid cuDNN algorithm",
+    "unable to find an engine",
+    "can't allocate memory",
+    "not enough memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch can mend the error; a CUDA context broken by anything else must not be used again."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
+
+
+def release() -> None:
+    """Give cached memory back. Call it outside `except`: the traceback there keeps every activation alive."""
+    gc.collect()  # cycles through autograd nodes outlive their last name
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def slices(count: int, largest: int) -> list[tuple[int, int]]:
+    """Cut `count` samples into the fewest parts of at most `largest`, as equal as they can be: [(start, stop)].
+
+    Equal parts leave no last part of one sample, over which BatchNorm could not normalise.
+    """
+    parts = -(-count // largest)
+    return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+class Buffers:
+    """A model's buffers (BatchNorm's running statistics) as they were before the window, for a pass that is repeated.
+
+    Copied without looking for changes: batch norm writes to its statistics behind the back of autograd's version
+    counters. Costs a second copy of the buffers, nothing for a model without any.
+    """
+
+    def __init__(self, model: nn.Module):
+        owners = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        # By owner and name: a module may assign a new tensor to its buffer.
+        self._owners = [(owner, name) for owner, name in owners if owner[name] is not None]
+        self._copies = [owner[name].clone() for owner, name in self._owners]
+        self._touched = False
+
+    def keep(self) -> None:
+        self._copy(lambda buffer, copy: copy.copy_(buffer))
+        self._touched = False
+
+    def begin_pass(self) -> None:
+        """Every pass over a window, repeated or not, starts from the same buffers."""
+        if self._touched:
+            self._copy(lambda buffer, copy: buffer.copy_(copy))
+        self._touched = True
+
+    def floating(self) -> list[Tensor]:
+        return [owner[name] for owner, name in self._owners if owner[name].is_floating_point()]
+
+    @torch.no_grad()
+    def _copy(self, copy: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for (owner, name), kept in zip(self._owners, self._copies, strict=True):
+            copy(owner[name], kept)

@@ -1,0 +1,81 @@
+"""Optimizers: parameters in groups with a learning rate and a decay each, and their memory taken in advance."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group: by learning rate, and with or without decay.
+
+    `lr_scales` maps the name of a module (`encoder`, `encoder.layer1`) to the factor on its learning rate; the longest
+    name that fits a parameter counts, 0 freezes. Vectors and scalars (biases, normalisation) get no decay.
+    Raises UserError for a name that fits no parameter.
+    """
+    scales = dict(lr_scales or {})
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    used: set[str] = set()
+    for name, parameter in model.named_parameters():  # a parameter shared by two modules comes once
+        if not parameter.requires_grad:
+            continue
+        fitting = [prefix for prefix in scales if name == prefix or name.startswith(prefix.removesuffix(".") + ".")]
+        used.update(fitting)
+        scale = scales[max(fitting, key=len)] if fitting else 1.0
+        groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+    for prefix in scales.keys() - used:
+        modules = [name for name, _ in model.named_modules() if name]
+        near = difflib.get_close_matches(prefix, modules, n=3, cutoff=0.0)
+        raise UserError(f"lr_scales names {prefix!r}, which has no trainable parameter: expected one of {near}")
+    return [
+        {"params": parameters, "lr": lr * scale, "weight_decay": weight_decay if decays else 0.0}
+        for (scale, decays), parameters in groups.items()
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, config: Any, lr_scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of `config` (.optimizer, .lr, .weight_decay, .momentum) over the model's parameter groups.
+
+    adamw and radam shrink the weights themselves (Loshchilov and Hutter, 2019); sgd and adam add weight_decay * weight
+    to the gradient, as in their papers. `momentum` is sgd's, with Nesterov's look-ahead, and beta1 of the others.
+    """
+    groups = parameter_groups(model, config.lr, config.weight_decay, lr_scales)
+    betas = (config.momentum, 0.999)
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        case "adam":
+            return torch.optim.Adam(groups, lr=config.lr, betas=betas)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, betas=betas)
+        case "radam":
+            return torch.optim.RAdam(groups, lr=config.lr, betas=betas, decoupled_weight_decay=True)
+    raise UserError(f"--optimizer {config.optimizer}: expected sgd, adam, adamw or radam")
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate moments and counters now, so that the first step needs no memory that the first window did not leave.
+
+    A step of rate 0 along a gradient of 0 leaves weights and moments as they are; the counters go back to 0.
+    """
+    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0

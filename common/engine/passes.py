@@ -1,0 +1,184 @@
+"""The gradient of a window from its micro-batches, for each of the three kinds of loss (common.losses.protocol).
+
+Each function fills .grad with the gradient of the window value, summed over the ranks, and returns that value. They
+multiply what they send backward by `engine.scale.factor`. In the formulas, i runs over the samples of the window.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common.losses.protocol import check_per_sample, columns_of, normaliser, positive, weighted_sums, window_value
+from common.window import Tree, Window, map_tree, tensors_of
+
+if TYPE_CHECKING:
+    from common.engine.step import Engine
+
+
+def per_sample(engine: "Engine", window: Window) -> Tensor:
+    """value = sum_i w_i l_i / sum_i w_i m_i. One pass: the normaliser needs the targets only, so it is known before."""
+    loss = engine.loss
+    total = window_normaliser(engine, window)
+    slope = engine.scale.factor / total
+
+    def backward() -> Tensor:
+        sums = torch.zeros_like(total)
+        engine.begin_pass()
+        for inputs, targets, weights, size in engine.parts(window):
+            losses = check_per_sample(loss(engine.forward(inputs), targets), size, loss)
+            losses.backward(sent_back(losses, slope, weights))
+            sums += weighted_sums(losses.detach(), weights)
+        return sums
+
+    sums = engine.together(backward)
+    engine.sum_gradients()
+    return (engine.ranks.sum_(sums) / total).sum()
+
+
+def sums(engine: "Engine", window: Window) -> Tensor:
+    """value = g(S), S = sum_i w_i s_i. The gradient is <g'(S), sum_i w_i grad s_i>, and g'(S) needs all samples.
+
+    With a single sum g'(S) is one factor on the whole gradient and comes last; else a first pass finds S.
+    Only S is kept between the passes, not the outputs.
+    """
+    if engine.fits_whole(window):
+        return whole(engine, window)
+    loss = engine.loss
+    count = window_normaliser(engine, window)
+
+    def add_up(sent: Tensor | None, keep_sums: bool) -> Tensor | None:
+        """A pass that sends `sent` back into the statistics (None: nothing) and returns their sums on this rank."""
+        total = None
+        engine.begin_pass()
+        with torch.set_grad_enabled(sent is not None):
+            for inputs, targets, weights, _ in engine.parts(window):
+                stats = loss.stats(engine.forward(inputs), targets)
+                if sent is not None:
+                    stats.backward(sent_back(stats, sent, weights))
+                if keep_sums:
+                    part = weighted_sums(stats.detach(), weights)
+                    total = part if total is None else total + part
+        return total
+
+    if engine.single_sum:
+        unit = count.max()  # only against overflow: the sum of a large window in fp16
+        total = engine.together(lambda: add_up(engine.scale.factor / unit, True))
+        value, slope = value_and_slope(engine, total, count)
+        engine.sum_gradients()
+        engine.multiply_gradients(slope.reshape(()) * unit)
+        return value
+    total = engine.together(lambda: add_up(None, True))
+    value, slope = value_and_slope(engine, total, count)
+    engine.single_sum = slope.numel() == 1  # known from now on; the first window may take two passes all the same
+    engine.together(lambda: add_up(slope * engine.scale.factor, False))
+    engine.sum_gradients()
+    return value
+
+
+def whole_batch(engine: "Engine", window: Window) -> Tensor:
+    """value = L(z_1 ... z_n) without any structure: keep the outputs z, take dL/dz, send it back in a second pass."""
+    if engine.fits_whole(window):
+        return whole(engine, window)
+    ranks, count = engine.ranks, len(window)
+
+    def forward() -> dict[str, Tree] | None:
+        engine.begin_pass()
+        with torch.no_grad():
+            found = [(engine.forward(inputs), targets, weights) for inputs, targets, weights, _ in engine.parts(window)]
+        if not found:
+            return None
+        outputs, targets, weights = zip(*found, strict=True)
+        kept = {"outputs": joined(outputs), "targets": joined(targets)}
+        return kept if weights[0] is None else kept | {"weights": torch.cat(weights)}
+
+    kept, first = ranks.gather(engine.together(forward))
+
+    def loss_step() -> tuple[Tensor, list[Tensor | None]]:
+        # Every rank computes the loss of all samples; its own parameters must get their gradient once all the same.
+        outputs = map_tree(lambda x: x.requires_grad_() if x.is_floating_point() else x, kept["outputs"])
+        value = engine.loss(outputs, kept["targets"], kept.get("weights"))
+        leaves = [leaf for leaf in tensors_of(outputs) if leaf.requires_grad]
+        found = torch.autograd.grad(value * engine.scale.factor, leaves + engine.loss_parameters, allow_unused=True)
+        if ranks.is_writer:
+            for parameter, gradient in zip(engine.loss_parameters, found[len(leaves) :], strict=True):
+                parameter.grad = gradient
+        return value.detach(), [None if g is None else g[first : first + count] for g in found[: len(leaves)]]
+
+    value, slopes = engine.together(loss_step)
+    del kept
+
+    def backward() -> None:
+        start = 0
+        engine.begin_pass()
+        for inputs, _, _, size in engine.parts(window):
+            outputs = [leaf for leaf in tensors_of(engine.forward(inputs)) if leaf.is_floating_point()]
+            pairs = [(leaf, slope) for leaf, slope in zip(outputs, slopes, strict=True) if slope is not None]
+            torch.autograd.backward([leaf for leaf, _ in pairs], [slope[start : start + size] for _, slope in pairs])
+            start += size
+
+    engine.together(backward)
+    engine.sum_gradients()
+    return value
+
+
+PASSES = {"per_sample": per_sample, "sums": sums, "whole_batch": whole_batch}
+
+
+def whole(engine: "Engine", window: Window) -> Tensor:
+    """One graph for a window that is not cut: nothing has to be found out by a first pass."""
+
+    def backward() -> Tensor:
+        engine.begin_pass()
+        ((inputs, targets, weights, _),) = engine.parts(window)
+        value = window_value(engine.loss, engine.forward(inputs), targets, weights)
+        (value * engine.scale.factor).backward()
+        return value.detach()
+
+    return engine.together(backward)
+
+
+def window_normaliser(engine: "Engine", window: Window) -> Tensor:
+    """sum_i w_i m_i over all ranks, [] or [K], 1 where it is 0."""
+    loss, device = engine.loss, engine.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if window.weights is None and not hasattr(loss, "mass"):
+        total = torch.full(
+            () if columns_of(loss) == 1 else (columns_of(loss),), len(window), dtype=dtype, device=device
+        )
+        return engine.ranks.sum_(total)
+
+    def local() -> Tensor:
+        total = torch.zeros(() if columns_of(loss) == 1 else (columns_of(loss),), dtype=dtype, device=device)
+        for _, targets, weights, _ in engine.parts(window, with_inputs=False):
+            total += normaliser(loss, targets, weights)
+        return total
+
+    return positive(engine.ranks.sum_(engine.together(local)))
+
+
+def value_and_slope(engine: "Engine", total: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+    """g(S) and dg/dS for the sums of all ranks. A rank without samples (None) never saw the statistics: it is told."""
+    ranks = engine.ranks
+    gathered, _ = ranks.gather(None if total is None else total[None])
+    everything = gathered[0] if ranks.world == 1 else gathered.sum(0)
+    found = None
+    if total is not None:
+        leaf = everything.requires_grad_()
+        value = engine.loss.value(leaf, count)
+        (slope,) = torch.autograd.grad(value, leaf)
+        found = (value.detach()[None], slope[None])
+    (values, slopes), _ = ranks.gather(found)
+    return values[0], slopes[0]
+
+
+def sent_back(values: Tensor, slope: Tensor, weights: Tensor | None) -> Tensor:
+    """w_i times `slope`, in the shape and type of `values` [B, ...]: what .backward of a weighted sum would start from."""
+    sent = slope.to(values.dtype).expand_as(values)
+    return sent if weights is None else sent * weights.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def joined(parts: tuple[Tree, ...]) -> Tree:
+    """Trees of consecutive samples as one."""
+    columns = zip(*(tensors_of(part) for part in parts), strict=True)
+    return map_tree(lambda _: torch.cat(next(columns)), parts[0])

@@ -1,0 +1,161 @@
+"""The processes of one training: who they are, and the few things that they tell each other.
+
+torchrun starts them and its environment names them. Votes and other small things travel on the CPU (gloo), so that
+they work when a card is full and never wait for it; gradients on CUDA cards travel by nccl.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from common.errors import UserError
+from common.window import Tree, map_tree, tensors_of
+
+PATIENCE_MINUTES = 60.0  # the others wait that long, for example while the first process predicts the held-out rows
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` processes; alone, every call below returns at once."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # the number among the processes of this computer: the card it uses
+
+    @staticmethod
+    def from_environment(patience_minutes: float = PATIENCE_MINUTES) -> "Ranks":
+        """Meet the other processes that torchrun started; without torchrun there are none. Close it at the end."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            return SINGLE
+        ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"]))
+        cards = torch.cuda.device_count()
+        if ranks.local_rank < cards:
+            torch.cuda.set_device(ranks.local_rank)
+        with ranks._expecting_the_others():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if cards else "gloo", timeout=timedelta(minutes=patience_minutes)
+            )
+        return ranks
+
+    @property
+    def is_writer(self) -> bool:
+        """Only the first process writes files and speaks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process."""
+        return flag if self.world == 1 else bool(self.sum_(torch.tensor(float(flag))) > 0)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over the processes, the same bits in each, and return it."""
+        if self.world > 1:
+            with self._expecting_the_others():
+                distributed.all_reduce(tensor)
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """The first process's `value`, in every process; the others' is ignored."""
+        if self.world == 1:
+            return value
+        box = [value]
+        with self._expecting_the_others():
+            distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, tree: Tree | None) -> tuple[Tree, int]:
+        """The rows of all processes in the order of their ranks, and the number of this process's first row.
+
+        The processes may have different numbers of rows; one that has none and does not know the tree passes None.
+        """
+        if self.world == 1:
+            return tree, 0
+        shapes: list[Tree | None] = [None] * self.world
+        with self._expecting_the_others():
+            distributed.all_gather_object(shapes, None if tree is None else map_tree(lambda x: x.to("meta"), tree))
+        template = next(shape for shape in shapes if shape is not None)
+        rows = [0 if shape is None else len(tensors_of(shape)[0]) for shape in shapes]
+        own = iter([] if tree is None else tensors_of(tree))
+        device = torch.device("cpu") if tree is None else tensors_of(tree)[0].device
+        if distributed.get_backend() != "gloo" and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+
+        def joined(like: Tensor) -> Tensor:
+            # Collectives want one size, so padded to the longest share; and as bytes, gloo knows no bool.
+            padded = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=device)
+            padded[: rows[self.rank]] = next(own, padded[:0])
+            received = [torch.empty_like(padded) for _ in rows]
+            with self._expecting_the_others():
+                distributed.all_gather([_bytes(part) for part in received], _bytes(padded))
+            return torch.cat([part[:count] for part, count in zip(received, rows, strict=True)])
+
+        return map_tree(joined, template), sum(rows[: self.rank])
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Sum every parameter's gradient over the processes: one message per type of number.
+
+        A parameter without a gradient in any process keeps none, so that the optimizer leaves it alone as it would
+        in a single process.
+        """
+        if self.world == 1:
+            return
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            alike = [parameter for parameter in parameters if parameter.dtype == dtype]
+            present = torch.tensor([float(parameter.grad is not None) for parameter in alike])
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+            flat = torch.cat([*(part.reshape(-1) for part in parts), present.to(parts[0])])
+            *sums, present = self.sum_(flat).split([*(part.numel() for part in parts), len(alike)])
+            for parameter, total, count in zip(alike, sums, present.tolist(), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(total.view_as(parameter))
+                elif count:
+                    parameter.grad = total.view_as(parameter)
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over the processes: one message per type of number."""
+        if self.world == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in alike])) / self.world
+            for tensor, mean in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.any(False)
+
+    def close(self) -> None:
+        if self.world > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        if kind is None:  # after an error the end of the process tells the others, a farewell could wait for them
+            self.close()
+
+    @contextmanager
+    def _expecting_the_others(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(
+                f"process {self.rank} of {self.world} lost the others ({reason}): one of them was killed or stopped, "
+                "its own message says why. Repeat the same command to go on from the last checkpoint"
+            ) from error
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+SINGLE = Ranks()

@@ -1,0 +1,240 @@
+"""The engine: exactly one optimizer step over one window, whatever part of it fits into the memory at once."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from common.engine import memory
+from common.engine.passes import PASSES
+from common.engine.precision import LossScale, forward
+from common.engine.ranks import SINGLE, Ranks
+from common.errors import UserError
+from common.loading.keys import keyed_seed
+from common.losses.protocol import kind
+from common.window import Tree, Window, map_tree
+
+Result = TypeVar("Result")
+
+
+class StepReport(NamedTuple):
+    """What a step did: the window value and the norm of its gradient before clipping (0-d tensors), the micro-batch."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    micro_batch: int
+
+
+class DoesNotFit(Exception):
+    """A pass ran out of memory on some rank; raised on every rank at the same place."""
+
+
+class Engine:
+    """Steps `optimizer` along the exact gradient of `loss` over a window, in micro-batches of `micro_batch` samples.
+
+    "auto" begins with the whole window and halves when the memory does not hold it; so does a given size. A window
+    that failed starts again from its first sample, so nothing is lost or counted twice, and the smaller size is kept.
+    Dropout starts from a function of (seed, step, rank) in every pass. BatchNorm normalises over micro-batches, which
+    no accumulation can undo; its running statistics move once a micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batch: int | Literal["auto"] = "auto",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        clip_norm: float = 0.0,
+        seed: int = 0,
+        ranks: Ranks = SINGLE,
+        log: Callable[[str], Any] = print,
+    ):
+        refuse_collectives(model)
+        self.model, self.loss, self.optimizer, self.ranks = model, loss, optimizer, ranks
+        self.device = next(model.parameters()).device
+        self.loss_parameters: list[Tensor] = []
+        if isinstance(loss, nn.Module):
+            self.loss_parameters = list(loss.to(self.device).parameters())
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *self.loss_parameters]))
+        self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
+        self.scale = LossScale(precision)
+        self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
+        self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the window
+        self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
+        self.buffers = memory.Buffers(model)
+        self._first_seed = keyed_seed(seed, ranks.rank)
+        self._log = log if ranks.is_writer else lambda message: None
+        self._told = False
+
+    def step(self, window: Window, step_number: int) -> StepReport:
+        """One optimizer step over the window. Raises UserError, before the update, when it is not a finite one."""
+        value = self.gradients(window, step_number)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = math.isfinite(value + norm)  # the one place where a step waits for a GPU
+        if not finite and (self.precision != "fp16" or not math.isfinite(value)):
+            what = "the loss" if not math.isfinite(value) else "the gradient of the loss"
+            raise UserError(
+                f"{what} is not finite in step {step_number + 1} (epoch {window.epoch + 1}, window {window.number + 1})"
+                ": train with a lower --lr, with --clip-norm 1, or with --precision fp32, and look at the data"
+            )
+        if finite:
+            if self.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            self._update_weights(step_number)
+        self.scale.update(overflow=not finite)
+        self._drop_gradients()
+        return StepReport(value, norm, self.micro_batch)
+
+    def gradients(self, window: Window, step_number: int) -> Tensor:
+        """Fill .grad with the exact gradient of the window, summed over all ranks, and return the window's value.
+
+        Raises UserError when not even one sample fits into the memory.
+        """
+        self._seed = (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
+        self.buffers.keep()
+        if not self.limited:
+            self.micro_batch = max(self.micro_batch, len(window))
+        fits = False
+        while not fits:
+            self._drop_gradients()
+            try:
+                value = PASSES[self.kind](self, window)
+                fits = True
+            except DoesNotFit:
+                self._drop_gradients()
+            if not fits:  # outside `except`, where the failed pass can be given back
+                self._halve(len(window))
+        self.scale.unscale_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        self.ranks.average_(self.buffers.floating())  # every rank continues, and is restored, with the same statistics
+        self._tell_once(len(window))
+        return value
+
+    # What the passes of common.engine.passes use.
+
+    def begin_pass(self) -> None:
+        """Every pass over a window sees the same dropout and the same buffers."""
+        torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(self._seed)
+        self.buffers.begin_pass()
+
+    def parts(self, window: Window, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
+        """(inputs, targets, weights, size) of each micro-batch, on the device: views of the window until they move."""
+        for start, stop in memory.slices(len(window), self.micro_batch):
+
+            def part(tensor: Tensor) -> Tensor:
+                view = tensor[start:stop]  # noqa: B023 (used before the loop goes on)
+                return view if view.device == self.device else view.to(self.device, non_blocking=True)
+
+            inputs = map_tree(part, window.inputs) if with_inputs else None
+            weights = None if window.weights is None else part(window.weights)
+            yield inputs, map_tree(part, window.targets), weights, stop - start
+
+    def forward(self, inputs: Tree) -> Tree:
+        return forward(self.model, inputs, self.precision, self.device.type)
+
+    def fits_whole(self, window: Window) -> bool:
+        """Whether the window is a single micro-batch of a single rank."""
+        return self.ranks.world == 1 and len(window) <= self.micro_batch
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Run `work`, then vote: DoesNotFit is raised on every rank if any ran out of memory. No collectives inside."""
+        result, fits = None, False
+        try:
+            result, fits = work(), True
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        if self.ranks.any(not fits):
+            del result
+            raise DoesNotFit
+        return result
+
+    def sum_gradients(self) -> None:
+        self.ranks.sum_gradients(self.parameters)
+
+    def multiply_gradients(self, factor: Tensor) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    # What is kept, and what is told.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "asked": self.asked,
+            "micro_batch": self.micro_batch,
+            "limited": self.limited,
+            "single_sum": self.single_sum,
+            "loss_scale": self.scale.factor,
+            "good_steps": self.scale.good_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the micro-batch that was found to fit, unless another one is asked for by now."""
+        if state["asked"] == self.asked:
+            self.micro_batch, self.limited = state["micro_batch"], state["limited"]
+        self.single_sum = state["single_sum"]
+        self.scale.factor, self.scale.good_steps = state["loss_scale"], state["good_steps"]
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _update_weights(self, step_number: int) -> None:
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            # Some weights have moved and some have not, so this window cannot start again.
+            raise UserError(
+                f"out of memory inside the optimizer, in step {step_number + 1}: repeat the command with "
+                f"--micro-batch {max(1, self.micro_batch // 2)}, it goes on from the last checkpoint"
+            ) from error
+
+    def _halve(self, count: int) -> None:
+        """Half of the largest micro-batch of any rank, for all ranks; raises UserError when that was one sample."""
+        memory.release()
+        largest = max(stop - start for start, stop in memory.slices(count, self.micro_batch)) if count else 0
+        sizes, _ = self.ranks.gather(torch.tensor([largest]))
+        largest = int(sizes.max())
+        if largest <= 1:
+            raise UserError(
+                "out of memory with a single sample on the device: try --checkpointing, a smaller input size, "
+                "--precision bf16 on a card that has it, or a smaller model"
+            )
+        self.micro_batch, self.limited, self._told = (largest + 1) // 2, True, False
+        self._log(f"out of memory at {largest} samples: the same window again in micro-batches of {self.micro_batch}")
+
+    def _tell_once(self, count: int) -> None:
+        if self._told:
+            return
+        self._told = True
+        whole = count <= self.micro_batch
+        self._log(f"micro-batch {self.micro_batch}: " + ("the whole window fits" if whole else f"a window of {count}"))
+        if not whole and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
+            self._log(
+                f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the window "
+                f"of {count}: another --micro-batch is another function for it"
+            )
+
+
+def refuse_collectives(model: nn.Module) -> None:
+    """Raise UserError for modules that talk to other processes: one that is out of memory would leave them waiting."""
+    parallel = (nn.SyncBatchNorm, nn.parallel.DistributedDataParallel, nn.DataParallel)
+    for name, module in model.named_modules():
+        if isinstance(module, parallel):
+            raise UserError(
+                f"the model's {name or 'outermost module'} is a {type(module).__name__}: give the engine the plain "
+                "module, it sums the gradients of all processes itself"
+            )
