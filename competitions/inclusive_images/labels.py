@@ -1,0 +1,197 @@
+"""The competition's label files as one index of codes and sparse matrices [images, labels]."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+
+from common.errors import UserError
+from common.raw import RawData
+
+CLASSES, DESCRIPTIONS = "classes-trainable.csv", "class-descriptions.csv"
+TRAIN, TUNING = "train_human_labels.csv", "tuning_labels.csv"
+AGAIN = "mend the file, or get it again with make data COMP=inclusive_images"
+ROWS_AT_ONCE = 200_000  # a chunk's ids fit the processor's cache: faster than the whole file, and a third of the memory
+
+
+class LabelIndex:
+    """Trainable codes in the order of classes-trainable.csv: code <-> column, a bijection."""
+
+    def __init__(self, codes: Sequence[str], names: dict[str, str] | None = None):
+        self.codes = tuple(codes)
+        self.column = {code: column for column, code in enumerate(self.codes)}
+        self.names = tuple((names or {}).get(code, code) for code in self.codes)
+        if len(self.column) != len(self.codes):
+            twice = next(code for code, count in Counter(self.codes).items() if count > 1)
+            raise UserError(f"{CLASSES}: the code {twice} is there twice: {AGAIN}")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def columns(self, text: str) -> list[int]:
+        """Columns of space-separated codes; codes that are not trainable are left out."""
+        return [self.column[code] for code in text.split() if code in self.column]
+
+    def text(self, columns: Iterable[int]) -> str:
+        """Space-separated codes of columns, as a submission has them."""
+        return " ".join(self.codes[column] for column in columns)
+
+
+@dataclass
+class Counts:
+    """What a label file held besides the labels that were kept, so that nothing vanishes silently."""
+
+    rows: int = 0
+    zero_confidence: int = 0  # verified as absent
+    untrainable: Counter = field(default_factory=Counter)  # rows of every code outside classes-trainable.csv
+    repeated: int = 0  # the same image and label again
+    unseen: int = 0  # trainable labels that no image has
+    without_labels: int = 0  # images all of whose labels were dropped
+    without_file: int = 0  # images that have labels but no file
+
+    def __str__(self) -> str:
+        facts = [
+            (self.zero_confidence, "rows of confidence 0"),
+            (self.untrainable.total(), f"rows of {len(self.untrainable)} codes that are not trainable"),
+            (self.repeated, "repeated labels"),
+            (self.without_labels, "images without a label"),
+            (self.without_file, "images without a file"),
+        ]
+        left_out = ", ".join(f"{count:,} {what}" for count, what in facts if count) or "nothing"
+        return f"{self.rows:,} rows read, left out: {left_out}; {self.unseen:,} trainable labels never occur"
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels of n images: `ids` [n] sorted, `matrix` uint8 csr [n, m] with sorted columns and no empty row."""
+
+    ids: np.ndarray
+    matrix: csr_matrix
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> "LabelTable":
+        return LabelTable(self.ids[rows], self.matrix[rows], self.counts)
+
+
+def read_index(raw: RawData) -> LabelIndex:
+    """classes-trainable.csv, with the names of class-descriptions.csv where they are given."""
+    codes = [row[0] for _, row in _rows(raw, CLASSES, ("label_code",))]
+    if not codes:
+        raise UserError(f"{raw.path}/{CLASSES} lists no code: {AGAIN}")
+    names = {}
+    if raw.exists(DESCRIPTIONS):
+        names = {row[0]: row[1] for _, row in _rows(raw, DESCRIPTIONS, ("label_code", "description")) if len(row) > 1}
+    return LabelIndex(codes, names)
+
+
+def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
+    """train_human_labels.csv: 8 million rows in seconds; raises UserError for other columns or confidences."""
+    counts, numbers = Counts(), {}  # image id -> number by first appearance, sorted at the end
+    images, labels = [], []
+    columns = {"ImageID": "category", "LabelName": "category", "Confidence": "float32"}
+    try:
+        with raw.open(TRAIN) as stream:
+            for chunk in pd.read_csv(
+                stream, usecols=list(columns), dtype=columns, chunksize=ROWS_AT_ONCE, keep_default_na=False
+            ):
+                image, label = chunk["ImageID"].cat, chunk["LabelName"].cat
+                positive = chunk["Confidence"].to_numpy() > 0
+                column_of = np.array([index.column.get(code, -1) for code in label.categories.tolist()], np.int32)
+                label_codes = label.codes.to_numpy()
+                column = column_of[label_codes]
+                counts.rows += len(chunk)
+                counts.zero_confidence += int((~positive).sum())
+                unknown = np.bincount(label_codes[positive & (column < 0)], minlength=len(column_of))
+                counts.untrainable.update(
+                    {label.categories[code]: int(unknown[code]) for code in np.flatnonzero(unknown)}
+                )
+                number_of = np.array([numbers.setdefault(name, len(numbers)) for name in image.categories.tolist()], np.int32)
+                kept = positive & (column >= 0)
+                images.append(number_of[image.codes.to_numpy()[kept]])
+                labels.append(column[kept])
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UserError(
+            f"{raw.path}/{TRAIN} cannot be read ({error}): expected the columns ImageID,Source,LabelName,Confidence; "
+            f"{AGAIN}"
+        ) from error
+    if not numbers:
+        raise UserError(f"{raw.path}/{TRAIN} has no rows: {AGAIN}")
+    table = _table(np.array(list(numbers)), np.concatenate(images), np.concatenate(labels), len(index), counts)
+    if not len(table):
+        some = ", ".join(list(counts.untrainable)[:3]) or "none"
+        raise UserError(
+            f"{raw.path}/{TRAIN}: no row has a trainable label of confidence above 0 (codes found: {some}): "
+            f"the file and {CLASSES} must be of one competition; {AGAIN}"
+        )
+    return table
+
+
+def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
+    """tuning_labels.csv, which has no header: `ImageID,code code ...`; raises UserError when an image is there twice."""
+    counts = Counts()
+    numbers, images, labels = {}, [], []
+    for line, row in _rows(raw, TUNING, None):
+        if len(row) != 2 or not row[0]:
+            raise UserError(
+                f"{raw.path}/{TUNING} line {line} is {','.join(row)!r}: expected ImageID,code code ...: {AGAIN}"
+            )
+        if row[0] in numbers:
+            raise UserError(f"{raw.path}/{TUNING} line {line}: the image {row[0]} is there twice: {AGAIN}")
+        numbers[row[0]] = len(numbers)
+        codes = row[1].split()
+        counts.rows += len(codes)
+        counts.untrainable.update(code for code in codes if code not in index.column)
+        columns = index.columns(row[1])
+        images += [numbers[row[0]]] * len(columns)
+        labels += columns
+    return _table(np.array(list(numbers), str), np.array(images, int), np.array(labels, int), len(index), counts)
+
+
+def read_submission_ids(raw: RawData, name: str) -> list[str]:
+    """Image ids of a sample submission in its order; raises UserError for another header or an id that is there twice."""
+    ids = [row[0] for _, row in _rows(raw, name, ("image_id", "labels"))]
+    if len(set(ids)) != len(ids):
+        twice = next(image for image, count in Counter(ids).items() if count > 1)
+        raise UserError(f"{raw.path}/{name}: the image {twice} is there twice: {AGAIN}")
+    return ids
+
+
+def _table(names: np.ndarray, images: np.ndarray, labels: np.ndarray, m: int, counts: Counts) -> LabelTable:
+    """Sort the images by id, whatever the order of the file, and leave out those without a label."""
+    order = np.argsort(names)
+    place = np.empty(len(names), np.int64)
+    place[order] = np.arange(len(names))
+    matrix = csr_matrix((np.ones(len(images), np.uint8), (place[images], labels)), shape=(len(names), m))
+    matrix.sum_duplicates()
+    counts.repeated = len(images) - matrix.nnz
+    matrix.data[:] = 1
+    matrix.sort_indices()
+    labelled = np.flatnonzero(np.diff(matrix.indptr))
+    counts.without_labels = len(names) - len(labelled)
+    counts.unseen = int(m - len(np.unique(labels)))
+    return LabelTable(names[order][labelled], matrix[labelled], counts)
+
+
+def _rows(raw: RawData, name: str, header: tuple[str, ...] | None) -> Iterator[tuple[int, list[str]]]:
+    """Lines of a small CSV with their numbers; raises UserError when it does not begin with `header`."""
+    try:
+        reader = csv.reader(io.StringIO(raw.read(name).decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{raw.path}/{name} is no UTF-8 text ({error}): {AGAIN}") from error
+    if header is not None:
+        found = next(reader, [])
+        if tuple(found[: len(header)]) != header:
+            raise UserError(
+                f"{raw.path}/{name} begins with {','.join(found)!r}, expected {','.join(header)!r}: {AGAIN}"
+            )
+    for row in reader:
+        if row:
+            yield reader.line_num, row
