@@ -23,7 +23,7 @@ AGAIN = "mend the file, or get it again with make data COMP=clouds"
 class Runs:
     """The masks of n images: one flat array instead of 4n small ones, which worker processes copy at once.
 
-    `runs` int32 [all runs, 2]: first pixel from 0 and length, at MASK_SIZE. `starts` int64 [4n + 1]: each mask's first run.
+    `runs` int32 [all runs, 2] of (first pixel from 0, length) at MASK_SIZE; `starts` int64 [4n + 1], each mask's first.
     """
 
     runs: np.ndarray

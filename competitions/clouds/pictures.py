@@ -1,0 +1,157 @@
+"""The pictures of a finished run: what it found beside the truth, the scores, and how the thresholds move them."""
+
+import csv
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.predict import unpack
+from common.report import Report
+from common.run import Run
+from competitions.clouds import decision, tuning
+from competitions.clouds.dataset import CloudImages
+from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE, CloudFiles
+
+COLOURS = {"Fish": (230, 60, 60), "Flower": (60, 200, 80), "Gravel": (70, 130, 255), "Sugar": (250, 210, 40)}
+OVERLAYS = 8  # images on the page: from the best to the worst
+CURVE_IMAGES = 150  # that the threshold curves are drawn from
+
+
+def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
+    """Write report.html and its PNG files into the run's folder."""
+    result = run.result or {}
+    page = Report(run.path, f"Clouds: {run.name}")
+    page.text(
+        f"{run.origin.get('command', '')} on {run.origin.get('data', '')}, commit {run.origin.get('commit', '')}, "
+        f"{run.origin.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
+    )
+    page.figure(training_curves(run.path / "metrics.csv"), "training", "Loss and validation score of every epoch")
+    if (run.path / "oof.npy").is_file():
+        _out_of_fold(page, run, result, files, images)
+    page.write()
+
+
+def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: CloudImages) -> None:
+    predictions = np.load(run.path / "oof.npy", mmap_mode="r")
+    row_of = {name: row for row, name in enumerate(files.images)}
+    rows = [row_of[name] for name in (run.path / "oof_ids.txt").read_text().split()]
+    learnt = result["learnt"]
+    truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
+    scores = np.array([score(decided(predictions[at], learnt), truth[at]()) for at in range(len(rows))])
+
+    page.text(
+        f"{len(rows)} images that the network was not trained on. The rules were chosen on these images; 'held out' "
+        f"chooses them on four fifths and scores the fifth, part by part."
+    )
+    page.table(["rules", "held out"], learnt["held_out"].items())
+    present = files.runs.present()[rows].mean(0)
+    facts = [
+        (name, float(scores[:, label].mean()), float(present[label]), *learnt["rules"][name].values())
+        for label, name in enumerate(CLASSES)
+    ]
+    page.table(["class", "Dice", "in part of the images", *learnt["rules"][CLASSES[0]]], facts)
+    page.figure(class_scores(scores, present), "dice", "Dice of each class, and the score of leaving every mask empty")
+    some = np.linspace(0, len(rows) - 1, min(CURVE_IMAGES, len(rows))).astype(int)
+    tables = tuning.tables(predictions[some], lambda at: truth[some[at]]())
+    page.figure(threshold_curves(tables, learnt), "thresholds", f"Dice of {len(some)} images along each threshold")
+
+    order = np.argsort(-scores.mean(1), kind="stable")
+    for place, at in enumerate(order[np.linspace(0, len(order) - 1, min(OVERLAYS, len(order))).astype(int)]):
+        row = rows[at]
+        image = images[row][0].permute(1, 2, 0).numpy()
+        figure = overlay(image, truth[at](), decided(predictions[at], learnt))
+        words = ", ".join(f"{name} {value:.2f}" for name, value in zip(CLASSES, scores[at], strict=True))
+        page.figure(figure, f"overlay-{place + 1}", f"{files.images[row]}: Dice {scores[at].mean():.3f} ({words})")
+
+
+def decided(kept: np.ndarray, learnt: dict[str, Any]) -> np.ndarray:
+    """Masks bool [4, 350, 525] of one image's kept predictions."""
+    return decision.decide(unpack(kept[None]), learnt)[0].numpy().astype(bool)
+
+
+def score(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Dice [4] of bool [4, H, W]."""
+    both, total = (masks & truth).sum((1, 2)), masks.sum((1, 2)) + truth.sum((1, 2))
+    return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+
+
+def overlay(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Figure:
+    """The image uint8 [H, W, 3] twice: under the true masks and under those that were found."""
+    image = cv2.resize(image, SUBMISSION_SIZE[::-1], interpolation=cv2.INTER_AREA)
+    figure = Figure(figsize=(13, 4.8))
+    for place, (title, masks) in enumerate((("truth", truth), ("found", found))):
+        axes = figure.add_subplot(1, 2, place + 1)
+        axes.imshow(painted(image, masks))
+        axes.set_title(title)
+        axes.axis("off")
+    handles = [figure.axes[0].plot([], [], color=np.array(COLOURS[name]) / 255, linewidth=6)[0] for name in CLASSES]
+    figure.legend(handles, CLASSES, loc="lower center", ncols=len(CLASSES), frameon=False)
+    return figure
+
+
+def painted(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] with every mask as a tint and an outline."""
+    result = image.astype(np.float32)
+    for name, mask in zip(CLASSES, masks, strict=True):
+        colour = np.array(COLOURS[name], np.float32)
+        inner = cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
+        result[mask] = 0.72 * result[mask] + 0.28 * colour
+        result[mask & ~inner] = colour
+    return result.astype(np.uint8)
+
+
+def training_curves(path: Path) -> Figure:
+    """Loss and Dice against the epoch, one line per fold."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    figure = Figure(figsize=(11, 3.6))
+    for place, column in enumerate(("loss", "dice")):
+        axes = figure.add_subplot(1, 2, place + 1)
+        for fold in dict.fromkeys(line["fold"] for line in lines):
+            known = [line for line in lines if line["fold"] == fold and line.get(column)]
+            epochs, values = [int(line["epoch"]) for line in known], [float(line[column]) for line in known]
+            axes.plot(epochs, values, marker="." if len(known) < 30 else "", label=f"fold {fold}")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(column)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:
+    """Bars of the Dice [m, 4] per class; `present` [4] is the part of the images with the class."""
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.add_subplot()
+    colours = [np.array(COLOURS[name]) / 255 for name in CLASSES]
+    axes.bar(CLASSES, scores.mean(0), color=colours, width=0.6, label="this run")
+    axes.bar(CLASSES, 1 - present, width=0.6, fill=False, edgecolor="black", linestyle="--", label="all empty")
+    axes.set_ylabel("Dice")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(frameon=False)
+    return figure
+
+
+def threshold_curves(tables: list[tuning.Table], learnt: dict[str, Any]) -> Figure:
+    """Mean Dice when one threshold of the learnt rules moves and the others stay."""
+    grids = {"gate": tuning.GATES, "top": tuning.LEVELS, "size": tuning.SIZES}
+    figure = Figure(figsize=(13, 3.6))
+    for place, (part, grid) in enumerate(grids.items()):
+        axes = figure.add_subplot(1, len(grids), place + 1)
+        for name, table in zip(CLASSES, tables, strict=True):
+            kept = learnt["rules"][name] | {"hull": False}
+            means = []
+            for value in grid:
+                rule = decision.Rule(**kept | {part: value})
+                rule = decision.Rule(**vars(rule) | {"bottom": min(rule.bottom, rule.top)})
+                means.append(float(tuning.dice_of(table, rule).mean()))
+            axes.plot(grid, means, color=np.array(COLOURS[name]) / 255, label=name)
+            axes.axvline(kept[part], color=np.array(COLOURS[name]) / 255, linestyle=":", linewidth=1)
+        axes.set_xlabel({"gate": "gate", "top": "pixel threshold", "size": "least region, pixels"}[part])
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Dice")
+    figure.axes[0].legend(frameon=False)
+    return figure

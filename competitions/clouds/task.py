@@ -1,0 +1,210 @@
+"""Understanding Clouds from Satellite Images: where on an image are Fish, Flower, Gravel and Sugar clouds?
+
+The score is the mean Dice over images and classes, at 350x525.  make train COMP=clouds RECIPE=small
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from common.config import Config, flag
+from common.errors import UserError
+from common.raw import RawData
+
+if TYPE_CHECKING:
+    from common.task import Metric, Task
+    from competitions.clouds.reader import CloudFiles
+
+Architecture = Literal[
+    "unet", "unetplusplus", "fpn", "linknet", "manet", "pan", "pspnet", "deeplabv3plus", "upernet", "segformer"
+]
+
+
+@dataclass(frozen=True)
+class CloudConfig(Config):
+    """The settings of clouds: the network, the size it works at, the augmentation and the parts of the loss."""
+
+    size: tuple[int, int] = flag((384, 576), "height and width the network works at, up to 1400,2100", "pixels")
+    architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
+    encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
+    encoder_weights: Literal["imagenet", "none"] = flag("imagenet", "where the encoder starts; none is from scratch")
+    encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr")
+    class_head: Literal["pooled", "topk"] = flag(
+        "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"
+    )
+    dropout: float = flag(0.2, "part of the deepest features that the class head does without in training")
+    augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
+    blackout: float = flag(0.1, "part of the training images that lose a class", "fraction")
+    bce: float = flag(1.0, "weight of the pixels' cross-entropy")
+    dice: float = flag(1.0, "weight of the Dice loss over the batch")
+    lovasz: float = flag(0.0, "weight of the Lovasz hinge over the batch")
+    present: float = flag(0.0, "weight of .75 BCE + .25 Dice per image, on the classes an image has")
+    classes: float = flag(0.5, "weight of the class head's cross-entropy")
+
+
+DEFAULT = CloudConfig(epochs=20, batch_size=16, lr=1e-3, weight_decay=1e-2, ema=0.99, keep="last")
+RECIPES: dict[str, CloudConfig] = {
+    "default": DEFAULT,
+    "small": replace(
+        DEFAULT,
+        epochs=40,
+        size=(192, 288),
+        architecture="fpn",
+        encoder="resnet18",
+        encoder_weights="none",
+        encoder_lr=1.0,
+        augment="strong",
+        channels_last=True,
+        evaluate_every=5,
+    ),
+    "full": replace(
+        DEFAULT, epochs=15, size=(1400, 2100), encoder="efficientnet-b3", checkpointing=True, lr=5e-4, clip_norm=1.0
+    ),
+    "best": replace(
+        DEFAULT,
+        fold="all",
+        epochs=25,
+        size=(576, 864),
+        encoder="efficientnet-b5",
+        augment="strong",
+        lr=5e-4,
+        ema=0.998,
+        checkpointing=True,
+        clip_norm=1.0,
+    ),
+}
+
+
+def write_sample(folder: Path) -> None:
+    """A handful of generated cloud images in the competition's files."""
+    from competitions.clouds import sample
+
+    sample.write(folder)
+
+
+def build(config: CloudConfig, raw: RawData) -> Task:
+    """Read and check the files, and put the competition together; raises UserError for what is wrong with either."""
+    from common.loading.folds import multilabel_stratified
+    from common.task import Task, View
+    from competitions.clouds import decision, pictures, reader, rle, tuning
+    from competitions.clouds.augment import pipeline
+    from competitions.clouds.dataset import CloudImages
+
+    _check(config)
+    if raw.is_sample and config.encoder_weights != "none":
+        if os.environ.get("RANK", "0") == "0":
+            print("sample: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
+        config = replace(config, encoder_weights="none", encoder_lr=1.0)
+    files = reader.read(raw)
+    plain = CloudImages(files.train_paths, config.size, files.runs)
+
+    def learn(predictions: Any, rows: Any) -> dict[str, Any]:
+        return tuning.learn(predictions, lambda i: files.runs.masks(int(rows[i]), reader.SUBMISSION_SIZE), config.seed)
+
+    def rows(ids: Sequence[str], masks: Any) -> Iterator[tuple[str, str]]:
+        for image, of_classes in zip(ids, masks.cpu().numpy(), strict=True):
+            for label in files.test_classes[image]:
+                yield f"{image}_{reader.CLASSES[label]}", rle.encode(of_classes[label])
+
+    return Task(
+        labelled=CloudImages(files.train_paths, config.size, files.runs, pipeline(config.augment, config.blackout)),
+        plain=plain,
+        test=CloudImages(files.test_paths, config.size),
+        ids=files.images,
+        test_ids=files.test_images,
+        folds=multilabel_stratified(files.images, files.runs.present(), config.folds, config.seed),
+        model=partial(_model, config),
+        loss=_loss(config),
+        metrics=_metrics(reader.CLASSES),
+        predict=decision.predict,
+        decide=decision.decide,
+        columns=reader.COLUMNS,
+        rows=rows,
+        sample_submission=lambda: io.TextIOWrapper(raw.open("sample_submission.csv"), encoding="utf-8"),
+        valid=lambda values: rle.problem_of_text(values[0], reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]),
+        learn=learn,
+        views=tuple(View(name, partial(_flip, sides), partial(_unflip, sides)) for name, sides in FLIPS.items()),
+        lr_scales={"net.encoder.": config.encoder_lr},
+        fingerprint=_fingerprint(raw, files),
+        paths=[*files.train_paths, *files.test_paths],
+        prediction_type="uint8",
+        report=lambda run: pictures.report(run, files, plain),
+    )
+
+
+FLIPS: dict[str, tuple[int, ...]] = {"as is": (), "left-right": (-1,), "up-down": (-2,), "half turn": (-1, -2)}
+
+
+def _flip(sides: tuple[int, ...], images: Any) -> Any:
+    return images.flip(sides) if sides else images
+
+
+def _unflip(sides: tuple[int, ...], predictions: Any) -> Any:
+    from competitions.clouds.decision import flip_predictions
+
+    return flip_predictions(predictions, sides) if sides else predictions
+
+
+def _check(config: CloudConfig) -> None:
+    height, width = config.size
+    if min(height, width) < 64:
+        raise UserError(f"--size {height},{width}: expected at least 64,64, for example 384,576")
+    if not 0 <= config.blackout <= 1:
+        raise UserError(f"--blackout {config.blackout}: expected 0 to 1, for example 0.1")
+    weights = {name: getattr(config, name) for name in ("bce", "dice", "lovasz", "present", "classes")}
+    for name, weight in weights.items():
+        if weight < 0:
+            raise UserError(f"--{name} {weight}: expected a weight of 0 or more")
+    if not any(weight for name, weight in weights.items() if name != "classes"):
+        raise UserError("all weights of the pixels' loss are 0: give --bce, --dice, --lovasz or --present one above 0")
+
+
+def _model(config: CloudConfig) -> Any:
+    from competitions.clouds import model
+
+    net = model.CloudNet(
+        config.architecture, config.encoder, config.class_head, config.dropout, config.checkpointing
+    )
+    if config.encoder_weights == "imagenet":
+        model.load_encoder_weights(net, config.encoder)
+    return net
+
+
+def _loss(config: CloudConfig) -> Any:
+    from common.losses import BCE, BCEDice, Dice, Heads, LovaszHinge, Weighted
+
+    pixels = [
+        (BCE(), config.bce),
+        (Dice(average="batch"), config.dice),
+        (LovaszHinge(), config.lovasz),
+        (BCEDice(0.75, 0.25, present_only=True), config.present),
+    ]
+    heads = {"pixels": (Weighted(*[part for part in pixels if part[1]]), 1.0)}
+    return Heads(heads | ({"classes": (BCE(), config.classes)} if config.classes else {}))
+
+
+def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:
+    """The competition's score, then the same of every class."""
+    from common.task import Metric
+    from competitions.clouds.decision import dice
+
+    def stats(label: int | None) -> Callable[[Any, Any], Any]:
+        return lambda masks, targets: dice(masks, targets["masks"])[:, slice(None) if label is None else label]
+
+    whole = Metric("dice", stats(None), lambda sums, count: float(sums.mean()) / count)
+    return whole, *(Metric(f"dice_{name.lower()}", stats(label)) for label, name in enumerate(names))
+
+
+def _fingerprint(raw: RawData, files: CloudFiles) -> str:
+    """sha256 over the tables, and over names and sizes of the images: reading 6 GB would take a minute."""
+    digest = hashlib.sha256(raw.fingerprint("train.csv", "sample_submission.csv").encode())
+    for path in (*files.train_paths, *files.test_paths):
+        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
