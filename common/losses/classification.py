@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.losses.missing import filled, known, masked_mean, sample_mean, share
 from common.losses.overlap import overlap_loss, overlap_sums, sigmoid_pair
-from common.losses.protocol import Kind, full_precision
+from common.losses.protocol import Kind, full_precision, most_precise
 
 
 class CrossEntropy(nn.Module):
@@ -47,8 +47,9 @@ class CrossEntropy(nn.Module):
             return share(None, targets)
         counted = targets != self.ignore_index
         if self.class_weights is None:
-            return sample_mean(counted.float())
-        return sample_mean(torch.where(counted, self.class_weights[torch.where(counted, targets, 0)], 0.0))
+            return share(counted, targets)
+        weights = most_precise(self.class_weights)
+        return sample_mean(torch.where(counted, weights[torch.where(counted, targets, 0)], 0.0))
 
 
 class BCE(nn.Module):

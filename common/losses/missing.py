@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from common.losses.protocol import most_precise
+
 
 def sample_mean(values: Tensor) -> Tensor:
     """Mean over all axes but the first. [B, ...] -> [B]"""
@@ -24,7 +26,10 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def share(mask: Tensor | None, targets: Tensor) -> Tensor:
     """Share of the entries of every sample that count: a sum over some entries needs it as its mass. [B, ...] -> [B]"""
-    return torch.ones(len(targets), device=targets.device) if mask is None else sample_mean(mask.float())
+    if mask is None:
+        return torch.ones(len(targets), device=targets.device)
+    count = mask if mask.ndim == 1 else mask.flatten(1).sum(1)
+    return most_precise(count) / max(mask[:1].numel(), 1)
 
 
 def filled(targets: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

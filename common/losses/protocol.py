@@ -80,6 +80,11 @@ def full_precision(outputs: Tensor) -> Tensor:
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
+def most_precise(values: Tensor) -> Tensor:
+    """float64, or float32 on the one device that has no more."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
 def columns_of(loss: Loss) -> int:
     """How many normalisers a loss has."""
     return getattr(loss, "columns", 1)
@@ -104,8 +109,7 @@ def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
     No matrix product: autocast would run it in half precision.
     """
-    if values.device.type != "mps":
-        values = values.double()
+    values = most_precise(values)
     if weights is not None:
         values = values * weights.to(values).reshape(-1, *[1] * (values.ndim - 1))
     return values.sum(0)

@@ -74,6 +74,7 @@ def Dice(average: Literal["image", "batch"] = "image", smooth: float = 1.0, **se
     """1 - (2 TP + s) / (P + T + s), P = sum p, T = sum t (Milletari et al. 2016, with P and T not squared).
 
     The Tversky loss with a = b = 1/2 and half the smoothing; its docstring has shapes, kinds and further settings.
+    segmentation_models_pytorch 0.6 adds its smooth twice to both sides: half of it there is the same loss.
     """
     return Tversky(0.5, 0.5, average, smooth / 2, **settings)
 
