@@ -35,7 +35,7 @@ class Config:
     lr: float = flag(1e-3, "peak learning rate", "per optimizer step")
     weight_decay: float = flag(1e-2, "decoupled weight decay; none on biases and normalisation")
     momentum: float = flag(0.9, "momentum of sgd, beta1 of the others")
-    schedule: Literal["cosine", "onecycle", "linear", "constant"] = flag("cosine", "learning rate over the run")
+    schedule: Literal["cosine", "onecycle", "linear", "step", "constant"] = flag("cosine", "learning rate over the run")
     warmup: float = flag(0.05, "part of the run in which the learning rate rises", "fraction of the steps")
     clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips")
     ema: float = flag(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,9 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         mix=task.mix,
     )
     total_steps = config.epochs * loader.windows_per_epoch
+    rate = partial(  # of a step, relative to --lr
+        learning_rate_factor, total_steps=total_steps, schedule=config.schedule, warmup_fraction=config.warmup
+    )
     parts = Parts(model, optimizer, engine, average)
     last = folder / "last.pt"
     state = parts.restore(last) if last.is_file() else State()
@@ -141,8 +145,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             show=ranks.is_writer,
         )
         for window in windows:
-            factor = learning_rate_factor(state.step, total_steps, config.schedule, config.warmup)
-            set_learning_rate(optimizer, factor)
+            set_learning_rate(optimizer, rate(state.step))
             report = engine.step(window, state.step)
             if average:
                 average.update(model)
@@ -160,7 +163,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             "fold": fold,
             "epoch": state.epoch + 1,
             "step": state.step,
-            "lr": config.lr * factor,
+            "lr": config.lr * rate(state.step - 1),
             "loss": state.loss_sum / state.samples,
         }
         if len(held_rows) and ((state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs):

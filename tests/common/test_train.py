@@ -80,18 +80,12 @@ def test_equal_commands_give_equal_bits_and_another_seed_does_not():
     assert not same(Path("runs/toy/one"), toy_train("three", seed=1))
 
 
-def test_the_micro_batch_changes_only_rounding():
-    """With BatchNorm out of the way (its statistics see micro-batches) one window is one update."""
-    whole, cut = weights(toy_train("whole", epochs=1)), weights(toy_train("cut", epochs=1, micro_batch=16))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
 class Killed(BaseException):
     """As abrupt as a signal: nothing in the kit catches it."""
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-@pytest.mark.parametrize("step", [1, 4, 5, 9, 14])
+@pytest.mark.parametrize("step", [1, 4, 5, 14])
 def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch):
     """Five windows an epoch: inside an epoch, at its end, after a validation, in the last epoch."""
     straight = toy_train("straight", keep=keep, save_every=0)
@@ -140,7 +134,7 @@ def test_early_stop_restores_the_best_weights():
     folder = toy_train(epochs=60, patience=3, lr=0.05, ema=0.0, views=False)
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     scores = [float(row["accuracy"]) for row in rows]
-    assert len(rows) < 60 and max(scores) not in scores[-3:]
+    assert len(rows) < 60 and scores.index(max(scores)) == len(rows) - 4, "three validations without a better one"
     assert json.loads((folder / "result.json").read_text())["score"] == max(scores)
 
 

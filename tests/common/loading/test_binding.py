@@ -1,0 +1,179 @@
+import random
+from functools import partial
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.loading import orders
+from common.loading.binding import Binding, held_generators, kept_global_state
+from common.loading.loader import Loader
+from tests.common.loading import datasets
+from tests.common.loading.datasets import Everything, HoldsClosure, HoldsSystemRandom, MakesItsOwn, UsesModuleGenerator
+
+
+class Holder:
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+
+class Slotted:
+    __slots__ = ("rng",)
+
+    def __init__(self):
+        self.rng = random.Random(0)
+
+
+class Draws:
+    shared = np.random.default_rng(0)  # an attribute of the class
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def noise(self):
+        return self.rng.random()
+
+
+def paths(**parts):
+    return {path for path, _ in held_generators(Holder(**parts))}
+
+
+def test_generators_are_found_wherever_they_hide():
+    rng = np.random.default_rng(0)
+    assert paths(rng=rng) == {"dataset.rng"}
+    assert paths(parts=[1, {"noise": (None, rng)}]) == {"dataset.parts[1]['noise'][1]"}
+    assert paths(inner=Holder(deep=Holder(rng=torch.Generator()))) == {"dataset.inner.deep.rng"}
+    assert paths(noise=lambda: rng.random()) == {"dataset.noise:rng"}
+    assert paths(noise=partial(np.add, rng.random)) == {"dataset.noise.args[1].__self__"} or paths(
+        noise=partial(lambda source: source.random(), rng)) == {"dataset.noise.args[0]"}
+    assert paths(noise=Draws().noise) == {"dataset.noise.rng", "dataset.noise.shared"}
+    assert paths(inner=Slotted()) == {"dataset.inner.rng"}
+    assert paths(old=np.random.RandomState(0), words=np.array([random.Random(0)])) == {"dataset.old", "dataset.words[0]"}
+    assert {path for path, _ in held_generators(UsesModuleGenerator())} == {f"{datasets.__name__}.MODULE_GENERATOR"}
+    subset = torch.utils.data.Subset(Holder(rng=rng), [0])
+    assert {path for path, _ in held_generators(subset)} == {"dataset.dataset.rng"}
+
+
+def test_what_is_no_generator_is_not_found():
+    cycle = Holder(random=random, numpy=np.random, name="rng", kind=random.Random, data=np.zeros(3), tensor=torch.zeros(3),
+                   paths=["a.jpg"] * 1000, globals_=[random.seed.__self__, torch.default_generator])
+    cycle.itself = cycle
+    assert held_generators(cycle) == []
+
+
+def test_a_transform_inside_of_a_transform_is_bound_with_its_functions():
+    rng = random.Random(0)
+    pipeline = A.Compose([A.Lambda(image=lambda image, **_: image + rng.random(), p=1), A.OneOf([A.HorizontalFlip()])])
+    binding = Binding(Holder(pipeline=pipeline), seed=0)
+
+    def draw():
+        binding.rekey(0, 3)
+        return pipeline(image=np.zeros((4, 4, 3), np.float32))["image"]
+
+    np.testing.assert_array_equal(draw(), draw())
+    assert pipeline.transforms[1].transforms[0].py_random is random.seed.__self__
+
+
+GENERATORS = [random.Random(0), torch.Generator(), np.random.RandomState(0), np.random.RandomState(np.random.MT19937(0)),
+              *(np.random.Generator(kind(0)) for kind in
+                (np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64, np.random.MT19937))]
+
+
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: repr(generator)[:30])
+def test_every_kind_of_generator_restarts(generator):
+    def draw(index):
+        binding.rekey(1, index)
+        if isinstance(generator, torch.Generator):
+            return torch.randn(5, generator=generator).tolist()
+        if isinstance(generator, random.Random):
+            return [generator.gauss(0, 1) for _ in range(5)]  # leaves half a pair behind
+        narrow = generator.integers(9, size=3, dtype=np.uint32) if hasattr(generator, "integers") else generator.randint(9, size=3)
+        return [*generator.normal(size=5), *narrow]
+
+    with kept_global_state():
+        binding = Binding(Holder(rng=generator), seed=0)
+        first, second, again = draw(1), draw(2), draw(1)
+    assert first == again and first != second
+
+
+def test_two_generators_of_a_sample_are_independent():
+    holder = Holder(one=np.random.default_rng(0), two=np.random.default_rng(0), three=random.Random(0), four=random.Random(0))
+    with kept_global_state():
+        binding = Binding(holder, seed=0)
+        drawn = []
+        for index in range(500):
+            rng = binding.rekey(0, index)
+            drawn.append([rng.random(), holder.one.random(), holder.two.random(), holder.three.random(),
+                          holder.four.random(), random.random(), np.random.rand(), torch.rand(()).item()])
+    correlation = np.corrcoef(np.array(drawn).T) - np.eye(8)
+    assert abs(correlation).max() < 0.15
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset, path", [
+    (HoldsSystemRandom(), r"^dataset.parts\['noise'\]\[1\] is a random.SystemRandom, which cannot be restarted"),
+    (MakesItsOwn(), r"^row 0 of MakesItsOwn differs between two loads")])
+def test_what_cannot_be_bound_is_refused_by_name(dataset, path, workers):
+    with Loader(dataset, orders.sequential(64), 8, seed=0, workers=workers) as loader, pytest.raises(UserError, match=path):
+        list(loader.epoch(0))
+
+
+def test_a_batch_that_holds_a_generator_is_refused():
+    dataset = datasets.Batches()
+    dataset.rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="dataset.rng is a Generator, but batch"):
+        Loader(dataset, orders.sequential(64), 8, seed=0)
+
+
+@pytest.mark.parametrize("dataset", [UsesModuleGenerator(), HoldsClosure()])
+def test_hidden_generators_are_the_same_in_workers(dataset):
+    def load(workers):
+        with Loader(dataset, orders.sequential(64), 8, seed=0, workers=workers) as loader:
+            return torch.cat([window.inputs for window in loader.epoch(0)])
+
+    assert torch.equal(load(0), load(2))
+    assert len(set(load(2)[:, 0].tolist())) == 64
+
+
+def flips(rekey, count=400):
+    """Which of three flips happened, [count, 3]."""
+    image = np.zeros((3, 4, 4), np.uint8)
+    gates = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.Transpose(p=0.5)]
+    pipeline = A.Compose(gates)
+    happened = []
+    for gate in gates:
+        gate.apply = partial(lambda image, number, **_: image | np.uint8(1 << number), number=len(happened))
+        happened.append(gate)
+    image = np.zeros((4, 4, 3), np.uint8)
+    restart = rekey(pipeline)
+    bits = []
+    for index in range(count):
+        restart(index)
+        bits.append(int(pipeline(image=image)["image"].max()))
+    return np.array(bits)[:, None] >> np.arange(3) & 1
+
+
+def test_flips_are_independent_and_reach_all_outcomes():
+    def ours(pipeline):
+        binding = Binding(Holder(pipeline=pipeline), seed=0)
+        return lambda index: binding.rekey(0, index)
+
+    with kept_global_state():
+        found = flips(ours)
+    correlation = np.corrcoef(found.T) - np.eye(3)
+    assert abs(correlation).max() < 0.1
+    assert len(set(map(tuple, found))) == 8
+
+
+def test_seeding_the_pipeline_itself_would_tie_its_flips_together():
+    found = flips(lambda pipeline: pipeline.set_random_seed)
+    assert np.corrcoef(found.T).min() > 0.99
+    assert len(set(map(tuple, found))) == 2
+
+
+def test_the_pipeline_of_everything_is_bound():
+    assert {path for path, _ in held_generators(Everything())} >= {
+        "dataset.steps['pipeline']", "dataset.generators[0]", "dataset.generators[1][0]", "dataset.generators[2]",
+        "dataset.torch_generator", "dataset.philox"}

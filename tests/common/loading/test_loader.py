@@ -1,0 +1,220 @@
+import os
+import random
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.loading import orders
+from common.loading.loader import Loader
+from common.loading.mixing import MixUp
+from tests.common.loading.datasets import ROWS, Batches, Everything, Holey, Numbers, digest
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+SIZE = 6  # 23 rows make 3 windows of 6 and one of 5
+
+
+def digests(dataset, epoch=0, starts=(0,), order=None, **settings):
+    """Digest of every window, its ranks joined, for each of the windows that the epoch begins at."""
+    world = settings.pop("world", 1)
+    order = order or orders.shuffled(len(dataset))
+    loaders = [Loader(dataset, order, SIZE, seed=5, rank=rank, world=world, **settings) for rank in range(world)]
+    found = [[digest(*shares) for shares in zip(*(loader.epoch(epoch, start) for loader in loaders), strict=True)]
+             for start in starts]
+    for loader in loaders:
+        loader.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return [digests(Everything(), epoch)[0] for epoch in range(2)]
+
+
+@pytest.mark.parametrize("workers, start_method, world", [
+    (0, None, 1), (0, None, 2), (0, None, 4), (1, "fork", 1), (2, "fork", 1), (8, "fork", 1), (1, "fork", 4),
+    (2, "fork", 2), (2, "fork", 4), (1, "spawn", 2), (8, "spawn", 1)])
+def test_windows_are_the_same_for_any_workers_ranks_and_restart(workers, start_method, world, expected):
+    starts = range(len(expected[0]))
+    found = digests(Everything(), 1, starts, workers=workers, start_method=start_method, world=world)
+    assert found == [expected[1][start:] for start in starts]
+
+
+def test_epochs_and_seeds_differ(expected):
+    assert not set(expected[0]) & set(expected[1])
+    other = Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=6)
+    assert not set(expected[0]) & {digest(window) for window in other.epoch(0)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**63), st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 50), st.sampled_from([1, 2, 3, 4]),
+       st.data())
+def test_ranks_and_restarts_for_any_seed_epoch_and_size(seed, epoch, rows, size, world, data):
+    dataset, order = Numbers(rows), orders.weighted(np.arange(1.0, rows + 1), 2 * rows)
+    mix = MixUp(0.4, probability=0.7, classes=rows)
+    whole = Loader(dataset, order, size, seed=seed, mix=mix)
+    expected = [digest(window) for window in whole.epoch(epoch)]
+    assert len(expected) == whole.windows_per_epoch
+    start = data.draw(st.integers(0, len(expected)))
+    shares = [Loader(dataset, order, size, seed=seed, rank=rank, world=world, mix=mix) for rank in range(world)]
+    found = list(zip(*(loader.epoch(epoch, start) for loader in shares), strict=True))
+    assert [digest(*parts) for parts in found] == expected[start:]
+    assert all(sum(map(len, parts)) == parts[0].total for parts in found)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(0, 3))
+def test_workers_for_any_seed(seed, workers, start):
+    expected = [digest(w) for w in Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=seed).epoch(3, start)]
+    with Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=seed, workers=workers) as loader:
+        for _ in loader.epoch(2):
+            break  # an epoch that is left early must not leak into the next one
+        assert [digest(w) for w in loader.epoch(3, start)] == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", [Everything(), Batches()])
+def test_the_random_state_of_the_training_is_untouched(workers, dataset):
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    with Loader(dataset, orders.shuffled(len(dataset)), SIZE, seed=0, workers=workers) as loader:
+        for _ in loader.epoch(0):
+            after = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            assert after[0] == before[0] and torch.equal(after[2], before[2])
+            assert all(np.array_equal(a, b) for a, b in zip(after[1], before[1], strict=True))
+
+
+def test_four_workers_draw_distinct_numbers_in_every_epoch():
+    with Loader(Everything(), orders.weighted(np.ones(ROWS), 64), 4, seed=0, workers=4) as loader:
+        epochs = [torch.cat([window.inputs["numbers"] for window in loader.epoch(epoch)]) for epoch in range(2)]
+    for column in range(epochs[0].shape[1]):
+        values = [set(epoch[:, column].tolist()) for epoch in epochs]
+        assert min(map(len, values)) >= 60
+        assert not values[0] & values[1]
+
+
+def test_batches_are_the_same_for_any_batching_and_rank():
+    def rows(size, **settings):
+        found = {}
+        for window in Loader(Batches(), orders.shuffled(64), size, seed=1, **settings).epoch(2):
+            for index, uniform, normal in zip(window.index.tolist(), *window.inputs.values(), strict=True):
+                found[index] = (*uniform.tolist(), normal.item())
+        return found
+
+    whole = rows(64)
+    assert rows(5) == whole and len(set(whole.values())) == 64
+    assert rows(7, rank=0, world=2) | rows(7, rank=1, world=2) == whole
+    assert digests(Batches(), world=4) == digests(Batches())
+
+
+def test_skipped_windows_are_not_loaded():
+    class Counting(Numbers):
+        def __init__(self):
+            super().__init__(40)
+            self.loaded = set()
+
+        def sample(self, index, rng):
+            self.loaded.add(index)
+            return super().sample(index, rng)
+
+    dataset = Counting()
+    windows = list(Loader(dataset, orders.sequential(40), 8, seed=0).epoch(0, start=3))
+    assert [window.number for window in windows] == [3, 4]
+    assert dataset.loaded == set(range(24, 40))
+
+
+def test_windows_carry_types_weights_and_places():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the masks are read-only arrays
+        windows = list(Loader(Everything(), orders.sequential(ROWS), SIZE, seed=0).epoch(1))
+    first, last = windows[0], windows[-1]
+    assert first.inputs["image"].dtype == torch.uint8 and first.inputs["image"].shape == (6, 8, 8, 4)
+    assert first.inputs["numbers"].dtype == torch.float64
+    assert first.targets[0].shape == (6, 8, 8, 2) and first.targets[1].tolist() == first.index.tolist()
+    assert (last.epoch, last.number, last.total, len(last)) == (1, 3, 5, 5)
+    np.testing.assert_array_equal(last.weights, Everything().weights[last.index])
+    assert len(list(Loader(Everything(), orders.sequential(ROWS), SIZE, seed=0, keep_tail=False).epoch(0))) == 3
+
+
+@pytest.mark.parametrize("workers, world", [(0, 1), (2, 1), (0, 2), (1, 3)])
+def test_bad_images_are_left_out_and_listed(workers, world):
+    bad = {0, 7, 8, 9}
+    clean = Loader(Numbers(20), orders.shuffled(20), 6, seed=0)
+    shares = [Loader(Holey(20, bad), orders.shuffled(20), 6, seed=0, workers=workers, rank=rank, world=world,
+                     bad_images="skip") for rank in range(world)]
+    windows = zip(clean.epoch(0), *(loader.epoch(0) for loader in shares), strict=True)
+    for whole, *parts in windows:
+        kept = torch.tensor([row not in bad for row in whole.index.tolist()])
+        found = torch.cat([part.inputs for part in parts])
+        assert torch.equal(found, whole.inputs[kept])
+        assert torch.cat([part.index for part in parts]).tolist() == whole.index[kept].tolist()
+        if world == 1:
+            assert parts[0].total == len(parts[0])
+    assert sorted(row for loader in shares for row, _ in loader.skipped) == sorted(bad)
+    assert "image-7.jpg (row 7) is truncated" in dict(sum((loader.skipped for loader in shares), []))[7]
+    for loader in shares:
+        loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_stops_the_epoch_by_name(workers):
+    loader = Loader(Holey(20, {13}), orders.sequential(20), 6, seed=0, workers=workers)
+    with pytest.raises(UserError, match=r"^image image-13.jpg \(row 13\) is truncated: .*--bad-images skip"), loader:
+        list(loader.epoch(0))
+
+
+def test_a_window_without_any_readable_image_is_refused():
+    loader = Loader(Holey(20, {6, 7, 8, 9, 10, 11}), orders.sequential(20), 6, seed=0, bad_images="skip")
+    with pytest.raises(UserError, match="not one image of window 1"):
+        list(loader.epoch(0))
+
+
+def test_a_pair_with_a_bad_half_is_left_unmixed_for_any_ranks():
+    mix = MixUp(0.5, classes=20)
+    clean = next(Loader(Holey(20, {4}), orders.sequential(20), 8, seed=0, bad_images="skip").epoch(0))
+    mixed = next(Loader(Holey(20, {4}), orders.sequential(20), 8, seed=0, bad_images="skip", mix=mix).epoch(0))
+    assert mixed.index.tolist() == [0, 1, 2, 3, 5, 6, 7]
+    assert torch.equal(mixed.inputs[4], clean.inputs[4]) and (mixed.inputs != clean.inputs).all(1).sum() == 6
+    parts = [next(Loader(Holey(20, {4}), orders.sequential(20), 8, seed=0, bad_images="skip", mix=mix, rank=rank,
+                         world=2).epoch(0)) for rank in range(2)]
+    assert digest(*parts) == digest(mixed)
+
+
+def test_empty_shares_have_the_shapes_of_a_sample():
+    windows = [list(Loader(Everything(), orders.sequential(ROWS), 21, seed=0, rank=rank, world=4).epoch(0))[-1]
+               for rank in range(4)]  # two samples for four ranks
+    assert [len(window) for window in windows] == [0, 0, 0, 2]
+    assert windows[0].inputs["image"].shape == (0, 8, 8, 4) and windows[0].weights.shape == (0,)
+    empty = list(Loader(Batches(), orders.sequential(64), 62, seed=0, rank=0, world=4).epoch(0))[-1]
+    assert empty.inputs["uniform"].shape == (0, 3) and empty.total == 2
+
+
+class Dying(Numbers):
+    def sample(self, index, rng):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Ragged(Numbers):
+    def sample(self, index, rng):
+        return np.zeros(index + 1), index
+
+
+class Single(Numbers):
+    def sample(self, index, rng):
+        return np.zeros(2)
+
+
+def test_what_goes_wrong_is_said_in_one_line():
+    with (pytest.raises(UserError, match="fewer --workers"),
+          Loader(Dying(), orders.sequential(8), 4, seed=0, workers=1) as loader):
+        list(loader.epoch(0))
+    with pytest.raises(UserError, match=r"shapes \[\(1,\), \(2,\)\]"):
+        list(Loader(Ragged(), orders.sequential(2), 4, seed=0).epoch(0))
+    with pytest.raises(UserError, match=r"expected a pair \(input, target\)"):
+        list(Loader(Single(), orders.sequential(2), 4, seed=0).epoch(0))
+    with pytest.raises(UserError, match="no window of 9"):
+        Loader(Numbers(8), orders.sequential(8), 9, seed=0, keep_tail=False)
