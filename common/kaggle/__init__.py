@@ -1,0 +1,1 @@
+"""The round trip with Kaggle: data in, submission out, score back; the kaggle program does the talking."""
