@@ -1,0 +1,70 @@
+"""Training augmentation and test-time views: small affine and elastic changes of many images at once, no flips.
+
+Everything here is elementwise, or works on one image at a time, so an image's result does not depend on which others
+are in its batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.loading.keys import Keys
+
+SIZE = 28  # pixels of a side
+CONTROL_POINTS = 5  # of the elastic field along a side: about one for every stroke
+# Pixel coordinates from the centre of the image, [28, 28] each.
+Y, X = torch.meshgrid(*[torch.arange(SIZE, dtype=torch.float32) - (SIZE - 1) / 2] * 2, indexing="ij")
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far an image may change: uniform in both directions, except the elastic shifts, which are normal."""
+
+    rotation: float = 0.0  # degrees
+    scale: float = 0.0  # logarithm of the factor, each axis on its own
+    shear: float = 0.0  # pixels sideways for each pixel of height
+    shift: float = 0.0  # pixels, each axis on its own
+    elastic: float = 0.0  # pixels, standard deviation at the control points of a smooth field
+
+
+def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
+    """Turn, scale, shear, shift and bend every image by its own key; uint8 [B, 1, 28, 28] to the same."""
+    # float64 on [B] numbers costs nothing and keeps the six coefficients exact to float32.
+    draws = keys.uniform((6,), stream=0) * 2 - 1
+    turn = draws[:, 0] * math.radians(strength.rotation)
+    stretch_x, stretch_y = np.exp(draws[:, 1] * strength.scale), np.exp(draws[:, 2] * strength.scale)
+    shear = draws[:, 3] * strength.shear
+    cos, sin = np.cos(turn), np.sin(turn)
+    coefficients = [
+        stretch_x * cos,
+        stretch_x * (shear - sin),
+        draws[:, 4] * strength.shift,
+        stretch_y * sin,
+        stretch_y * cos,
+        draws[:, 5] * strength.shift,
+    ]
+    xx, xy, x0, yx, yy, y0 = (torch.from_numpy(value).float().reshape(-1, 1, 1) for value in coefficients)
+    from_x, from_y = xx * X + xy * Y + x0, yx * X + yy * Y + y0  # [B, 28, 28]
+    if strength.elastic:
+        bend = torch.from_numpy(keys.normal((2, CONTROL_POINTS, CONTROL_POINTS), stream=1)).float() * strength.elastic
+        bend = F.interpolate(bend, size=(SIZE, SIZE), mode="bicubic", align_corners=True)  # [B, 2, 28, 28]
+        from_x, from_y = from_x + bend[:, 0], from_y + bend[:, 1]
+    return _sampled(images, from_x, from_y).round_().to(torch.uint8)
+
+
+def view(images: Tensor, rotation: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Every image turned by `rotation` degrees and `scale` times as large; [B, 1, 28, 28] to float32 in 0..255."""
+    cos, sin = math.cos(math.radians(rotation)) / scale, math.sin(math.radians(rotation)) / scale
+    x, y = X.to(images.device), Y.to(images.device)
+    from_x, from_y = (grid.expand(len(images), -1, -1) for grid in (cos * x - sin * y, sin * x + cos * y))
+    return _sampled(images, from_x, from_y)
+
+
+def _sampled(images: Tensor, from_x: Tensor, from_y: Tensor) -> Tensor:
+    """Bilinear values of `images` at the coordinates [B, 28, 28], black outside; float32 [B, 1, 28, 28]."""
+    grid = torch.stack([from_x, from_y], -1) / (SIZE / 2)
+    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,36 @@
+"""The generated sample: the exact files of the competition, real digits inside, the same bytes every time."""
+
+import csv
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from common.raw import RawData
+from competitions.digit_recognizer.reader import FILES, read
+from competitions.digit_recognizer.sample import TRAIN_ROWS, write_sample
+
+
+def test_files_are_those_of_the_competition(tmp_path):
+    write_sample(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(FILES)
+    for name, columns in FILES.items():
+        rows = list(csv.reader((tmp_path / name).open()))
+        assert rows[0] == columns and {len(row) for row in rows} == {len(columns)}
+    assert rows[1] == ["1", "0"] and rows[-1] == ["300", "0"]
+    again = tmp_path / "again"
+    again.mkdir()
+    write_sample(again)
+    assert all((again / name).read_bytes() == (tmp_path / name).read_bytes() for name in FILES)
+
+
+def test_digits_are_the_bundled_ones(tmp_path):
+    write_sample(tmp_path)
+    files = read(RawData(tmp_path, "digit_recognizer"))
+    small, labels = load_digits(return_X_y=True)
+    assert files.images.shape == (TRAIN_ROWS, 1, 28, 28) and len(files.test_images) == len(small) - TRAIN_ROWS
+    assert np.array_equal(files.labels, labels[:TRAIN_ROWS])
+    assert not files.images[:, 0, :4].any() and not files.images[:, 0, :, -4:].any(), "a border as in the real images"
+    # Averaged back to 4x4 blocks, the enlarged images are the small ones.
+    inner = files.images[:, 0, 4:24, 4:24].reshape(-1, 4, 5, 4, 5).mean((2, 4)) / 255
+    blocks = small[:TRAIN_ROWS].reshape(-1, 4, 2, 4, 2).mean((2, 4)) / 16
+    assert np.corrcoef(inner.ravel(), blocks.ravel())[0, 1] > 0.99
