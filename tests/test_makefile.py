@@ -1,0 +1,59 @@
+"""The front door: what make prints and which command it runs, without installing or training anything."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from common.cli import competitions
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def command(*words: str) -> str:
+    """The last command that make would run."""
+    return make("--dry-run", *words).stdout.strip().splitlines()[-1]
+
+
+def test_help_names_every_target_and_competition():
+    shown = make("help").stdout
+    targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {"train", "predict", "test", "data", "submit", "board", "kernel", "check", "bench", "help"} <= set(targets)
+    for target in targets:
+        assert len(re.findall(rf"^  {target} +\S", shown, flags=re.MULTILINE)) == 1, target
+    assert all(name in shown for name in competitions())
+
+
+def test_the_variables_become_flags():
+    line = command("train", "COMP=clouds", "RECIPE=best", "DATA=/a b", "FOLD=all", "RUN=x", "ARGS=--epochs 3 --lr 1e-3")
+    assert re.sub(" +", " ", line) == (
+        '.venv/bin/python -m common train clouds --data="/a b" --recipe="best" --run="x" --fold="all" --epochs 3 --lr 1e-3'
+    )
+
+
+def test_several_processes_start_under_torchrun():
+    line = command("train", "COMP=clouds", "NPROC=2")
+    assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m common train clouds" in line
+    line = command("train", "COMP=clouds", "NPROC=4", "NNODES=2", "MASTER=host:29500")
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint host:29500 --nproc-per-node 4" in line
+
+
+def test_a_missing_or_unknown_competition_is_named_before_anything_is_installed():
+    missing, unknown = make("train"), make("train", "COMP=digit_recogniser")
+    assert missing.returncode and unknown.returncode
+    assert "COMP= is missing" in missing.stderr and all(name in missing.stderr for name in competitions())
+    assert "Did you mean digit_recognizer?" in unknown.stderr
+    assert "install" not in missing.stdout + unknown.stdout
+
+
+def test_an_old_python_gets_one_clear_line(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.10" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    refused = make("train", "COMP=digit_recognizer", f"PYTHON={old}")
+    assert refused.returncode
+    assert "Python 3.11 or newer is needed" in refused.stdout + refused.stderr
+    assert "Python 3.8.10" in refused.stdout + refused.stderr
