@@ -27,6 +27,7 @@ LEAVES = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleT
           torch.Tensor, np.generic, np.dtype)
 LIBRARIES = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
 REPLACED = (".random_generator", ".py_random")  # attributes that set_random_state overwrites
+KEYED = KeyedGenerator()  # one for all loaders of a process: the datasets of two of them may share a transform
 SEED_WORDS = 4  # of a sample's stream: three for the global generators, one spare to fill the block
 
 
@@ -37,24 +38,23 @@ class Binding:
     """
 
     def __init__(self, dataset: Any, seed: int):
-        self._keyed = KeyedGenerator(seed)
-        self._restart = []
+        self._seed, self._restart = seed, []
         for path, found in held_generators(dataset):
             if _takes_generators(found):
                 # The global `random` serves as its second generator: seeding another would cost 4 us a sample.
-                found.set_random_state(self._keyed.generator, GLOBAL_RANDOM)
+                found.set_random_state(KEYED.generator, GLOBAL_RANDOM)
             else:
                 self._restart.append(_restarter(path, found))
 
     def rekey(self, epoch: int, index: int, draw: int = 0) -> np.random.Generator:
         """Start all randomness of the process at the sample's key; returns the generator to hand to the dataset."""
-        generator = self._keyed.jump(epoch, index, draw)
-        words = self._keyed.words(SEED_WORDS)
+        generator = KEYED.jump(self._seed, epoch, index, draw)
+        words = KEYED.words(SEED_WORDS)
         GLOBAL_RANDOM.seed(words[0])
         np.random.seed(words[1] & 0xFFFFFFFF)
         torch.default_generator.manual_seed(words[2] & 0xFFFFFFFF)  # torch.manual_seed would take 100 us
         for restart in self._restart:
-            restart(self._keyed.words(4))
+            restart(KEYED.words(4))
         return generator
 
 

@@ -1,8 +1,10 @@
 """Image files: decoded fast, at a reduced size where that is enough, and refused by name when they are broken."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from os import PathLike
 
 import cv2
@@ -11,9 +13,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 
-REDUCED = {2: (cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
-           4: (cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
-           8: (cv2.IMREAD_REDUCED_COLOR_8, cv2.IMREAD_REDUCED_GRAYSCALE_8)}
+REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
 START_OF_SCAN = 0xDA
 
@@ -27,8 +27,8 @@ class BadImage(UserError):
 
     def __str__(self) -> str:
         row = "" if self.row is None else f" (row {self.row})"
-        return (f"image {self.path}{row} {self.reason}: replace the file, or leave such images out with --bad-images skip; "
-                "make check COMP= lists them all")
+        return (f"image {self.path}{row} {self.reason}: replace the file, or leave such images out with "
+                "--bad-images skip; make check COMP= lists them all")
 
 
 def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool = False) -> np.ndarray:
@@ -45,7 +45,6 @@ def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool
     if not data:
         raise BadImage(path, "is empty")
     flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
-    reduced = False
     if data[:2] == b"\xff\xd8":
         header = jpeg_header(data)
         # OpenCV fills what is missing of a JPEG with grey and says so on the terminal only.
@@ -53,13 +52,10 @@ def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool
             raise BadImage(path, "is truncated")
         factor = 0 if size is None else min(header[0] // size[0], header[1] // size[1])
         if factor >= 2:
-            flags = REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2][gray]
-            reduced = True
+            flags |= REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None:
         raise BadImage(path, "is truncated or not an image")
-    if reduced and not gray:
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
     if size is not None and image.shape[:2] != size:
         smaller = image.shape[0] > size[0] or image.shape[1] > size[1]
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
@@ -88,20 +84,35 @@ def jpeg_header(data: bytes) -> tuple[int, int, int] | None:
 
 
 def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImage]:
-    """Every image of `paths` that cannot be read, in their order; reads all of them once, behind a progress bar."""
+    """Every image of `paths` that cannot be read or is damaged, in their order; reads all, behind a progress bar."""
+    with ProcessPoolExecutor(initializer=_keep_warnings) as pool:
+        problems = tqdm(pool.map(_problem, paths, chunksize=8), "checking", len(paths), unit="image", file=sys.stderr,
+                        disable=not show, mininterval=0.5)
+        bad = []
+        for row, error in enumerate(problems):
+            if error:
+                error.row = row
+                bad.append(error)
+        return bad
 
-    def problem(row: int) -> BadImage | None:
-        try:
-            decode(paths[row], size=(1, 1), gray=True)  # the compressed data is read in full, the pixels at 1/8
-        except BadImage as error:
-            error.row = row
-            return error
-        return None
 
-    with ThreadPoolExecutor() as pool:  # OpenCV decodes outside of Python's lock
-        checked = tqdm(pool.map(problem, range(len(paths))), "checking", len(paths), unit="image", file=sys.stderr,
-                       disable=not show, mininterval=0.5)
-        return [error for error in checked if error]
+def _keep_warnings() -> None:
+    """Send the terminal output of this process to a file: libjpeg names damaged data there and nowhere else."""
+    cv2.setNumThreads(0)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+
+def _problem(path: str | PathLike) -> BadImage | None:
+    start = os.lseek(2, 0, os.SEEK_END)
+    try:
+        decode(path, size=(1, 1), gray=True)  # the compressed data is read in full, the pixels are made at 1/8
+    except BadImage as error:
+        return error
+    os.lseek(2, start, os.SEEK_SET)
+    said = os.read(2, 4096).decode(errors="replace").strip().splitlines()
+    serious = [line for line in said if "premature end" in line or "Huffman" in line]
+    return BadImage(path, f"is damaged, part of it is grey ({serious[0]})") if serious else None
 
 
 def check_folder(paths: Sequence[str | PathLike], show: bool = True) -> None:
@@ -109,5 +120,5 @@ def check_folder(paths: Sequence[str | PathLike], show: bool = True) -> None:
     bad = find_bad(paths, show)
     if bad:
         named = "; ".join(f"{error.path} (row {error.row}) {error.reason}" for error in bad)
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP= downloads "
-                        "the data again), or train without them: --bad-images skip")
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP= "
+                        "downloads the data again), or train without them: --bad-images skip")

@@ -28,16 +28,15 @@ def keyed_seed(seed: int, *counters: int) -> int:
 class KeyedGenerator:
     """A numpy Generator that jumps to the start of any sample's stream in about a microsecond."""
 
-    def __init__(self, seed: int):
+    def __init__(self):
         self._philox = np.random.Philox(0)
         self.generator = np.random.Generator(self._philox)
         self._state = self._philox.state
         self._key, self._counter = self._state["state"]["key"], self._state["state"]["counter"]
-        self._key[0] = seed % WORD
 
-    def jump(self, epoch: int, index: int, draw: int = 0, stream: int = 0) -> np.random.Generator:
+    def jump(self, seed: int, epoch: int, index: int, draw: int = 0, stream: int = 0) -> np.random.Generator:
         """The generator, at the start of the stream; what it drew before has no influence."""
-        self._key[1] = epoch
+        self._key[0], self._key[1] = seed % WORD, epoch
         self._counter[1], self._counter[2], self._counter[3] = draw, index, stream
         self._philox.state = self._state
         return self.generator
@@ -70,9 +69,9 @@ class Keys:
             stream, self._unnamed = self._unnamed, self._unnamed + 1
         count = int(np.prod(shape))
         if count > VECTOR_LIMIT:
-            keyed, rows = KeyedGenerator(self.seed), np.empty((len(self), count), np.uint64)
+            keyed, rows = KeyedGenerator(), np.empty((len(self), count), np.uint64)
             for row, index, draw in zip(rows, self.index.tolist(), self.draw.tolist(), strict=True):
-                row[:] = keyed.jump(self.epoch, index, draw, stream).bit_generator.random_raw(count)
+                row[:] = keyed.jump(self.seed, self.epoch, index, draw, stream).bit_generator.random_raw(count)
             return rows.reshape(len(self), *shape)
         blocks = -(-count // 4)
         counter = np.empty((4, len(self), blocks), np.uint64)

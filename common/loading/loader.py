@@ -2,9 +2,9 @@
 
 A dataset is any object with `__len__` and one of
 
-    batch(indices [B], keys) -> (inputs, targets)     many samples at once, in the training process: small data, as tensors
-    sample(index, rng) -> (input, target)             one sample, drawing from the np.random.Generator that it is handed
-    __getitem__(index) -> (input, target)             one sample, drawing from generators that it holds, or global ones
+    batch(indices [B], keys) -> (inputs, targets)   many samples at once, in the training process: small data as tensors
+    sample(index, rng) -> (input, target)           one sample, drawing from the np.random.Generator that it is handed
+    __getitem__(index) -> (input, target)           one sample, drawing from generators that it holds, or global ones
 
 Inputs and targets are arrays, tensors or numbers, or tuples and dicts of them. An optional attribute `weights` [n]
 gives every row a weight. Images stay uint8 until they are on the device.
@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.loading.binding import held_generators
 from common.loading.keys import MIX_STREAM, Keys
 from common.loading.orders import Order, Plan, share
-from common.loading.worker import Loaded, WindowKey, WindowReader, as_tensors, start_worker
+from common.loading.worker import Loaded, WindowKey, WindowReader, as_tensors, send_generators_whole, start_worker
 from common.window import Window, tensors_of
 
 PREFETCH_LIMIT = 0.1  # of a card's memory: larger windows wait on the host, and travel in micro-batches
@@ -38,7 +38,8 @@ class Loader:
 
     def __init__(self, dataset: Any, order: Order, batch_size: int, *, seed: int, workers: int = 0, rank: int = 0,
                  world: int = 1, keep_tail: bool = True, start_method: Literal["fork", "spawn"] | None = None,
-                 device: torch.device | str | None = None, bad_images: Literal["raise", "skip"] = "raise", mix: Any = None):
+                 device: torch.device | str | None = None, bad_images: Literal["raise", "skip"] = "raise",
+                 mix: Any = None):
         self.dataset, self.order, self.batch_size, self.seed = dataset, order, batch_size, seed
         self.rank, self.world, self.keep_tail, self.mix = rank, world, keep_tail, mix
         self.device = torch.device(device or "cpu")
@@ -50,13 +51,13 @@ class Loader:
         self._torch_loader: torch.utils.data.DataLoader | None = None
         held = held_generators(dataset) if self.in_batches else []
         if held:
-            raise UserError(f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from `keys` "
-                            "alone: numbers drawn for many samples at once depend on which samples come together")
+            raise UserError(f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from "
+                            "`keys` alone: other numbers would depend on which samples come together")
         self._reader = WindowReader(dataset, seed, bad_images == "skip")
         self.windows_per_epoch = len(self._plan(0).bounds(batch_size, keep_tail)) - 1
         if not self.windows_per_epoch:
-            raise UserError(f"{len(self._plan(0).index)} samples give no window of {batch_size}: keep the tail, or use a "
-                            "smaller --batch-size")
+            raise UserError(f"{len(self._plan(0).index)} samples give no window of {batch_size}: keep the tail, or use "
+                            "a smaller --batch-size")
 
     @property
     def skipped(self) -> list[tuple[int, str]]:
@@ -112,21 +113,24 @@ class Loader:
                     raise loaded
                 self._skipped |= loaded.skipped
                 if not len(loaded.window) and self.world == 1:
-                    raise UserError(f"not one image of window {loaded.window.number} can be read: make check COMP= lists them")
+                    raise UserError(f"not one image of window {loaded.window.number} can be read: make check COMP= "
+                                    "lists them")
                 yield loaded
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError("a worker process was ended from outside, mostly for want of memory: use fewer --workers or a "
-                            f"smaller --batch-size ({str(error).splitlines()[0]})") from error
+            raise UserError("a worker process was ended from outside, mostly for want of memory: use fewer --workers "
+                            f"or a smaller --batch-size ({str(error).splitlines()[0]})") from error
 
     def _in_workers(self, keys: Iterator[WindowKey]) -> Iterator[Loaded | UserError]:
         if self._torch_loader is None:
+            send_generators_whole()
             # Its own generator: the DataLoader draws a base seed, which must not come from the training's stream.
             self._torch_loader = torch.utils.data.DataLoader(
-                self._reader, batch_size=None, sampler=_Sampler(), num_workers=min(self.workers, self.windows_per_epoch), collate_fn=_as_it_is,
-                persistent_workers=True, multiprocessing_context=self._start_method, worker_init_fn=start_worker,
-                pin_memory=self.device.type == "cuda", generator=torch.Generator())
+                self._reader, batch_size=None, sampler=_Sampler(), collate_fn=_as_it_is, worker_init_fn=start_worker,
+                num_workers=min(self.workers, self.windows_per_epoch), persistent_workers=True,
+                multiprocessing_context=self._start_method, pin_memory=self.device.type == "cuda",
+                generator=torch.Generator())
         self._torch_loader.sampler.keys = keys
         return iter(self._torch_loader)
 

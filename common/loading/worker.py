@@ -1,6 +1,7 @@
 """What happens inside a worker process: whole windows are loaded, sample by sample, each under its own key."""
 
 import os
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,8 +86,8 @@ class WindowReader(torch.utils.data.Dataset):
             error.row = index
             raise
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-            raise UserError(f"row {index} of {type(self.dataset).__name__} is a {type(sample).__name__}: expected a pair "
-                            "(input, target)")
+            raise UserError(f"row {index} of {type(self.dataset).__name__} is a {type(sample).__name__}: expected a "
+                            "pair (input, target)")
         return sample
 
     def _any_sample(self) -> tuple[Tree, Tree]:
@@ -106,8 +107,8 @@ class WindowReader(torch.utils.data.Dataset):
             except BadImage:
                 return
             if not _same(first, second):
-                raise UserError(f"row {index} of {type(self.dataset).__name__} differs between two loads under one key: it "
-                                "draws from a generator that it makes itself, or keeps state. Draw from the `rng` of "
+                raise UserError(f"row {index} of {type(self.dataset).__name__} differs between two loads under one key:"
+                                " it makes a generator of its own, or keeps state. Draw from the `rng` of "
                                 "sample(index, rng)")
 
 
@@ -141,11 +142,22 @@ def as_tensors(tree: Tree) -> Tree:
 
 
 def start_worker(worker: int) -> None:
-    """One thread a process: the processes are the parallelism, and threads of OpenCV and torch would fight over cores."""
+    """One thread a process: the processes are the parallelism, more threads would only fight over the cores."""
     import cv2
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def send_generators_whole() -> None:
+    """Let torch generators travel to spawned processes: torch 2.14 sends their state as shared memory, which fails."""
+    ForkingPickler.register(torch.Generator, lambda g: (_generator, (g.device, g.get_state().numpy().tobytes())))
+
+
+def _generator(device: torch.device, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
 
 
 def _same(first: Any, second: Any) -> bool:

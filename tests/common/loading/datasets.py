@@ -17,7 +17,9 @@ class Everything:
     """Four-channel images and masks through a nested pipeline, and a number from every kind of generator."""
 
     def __init__(self):
-        inner = A.Compose([A.OneOf([A.GaussNoise(p=1), A.Affine(rotate=(-45, 45), p=1)], p=0.9), A.HorizontalFlip(p=0.5)])
+        inner = A.Compose(
+            [A.OneOf([A.GaussNoise(p=1), A.Affine(rotate=(-45, 45), p=1)], p=0.9), A.HorizontalFlip(p=0.5)]
+        )
         self.steps = {"pipeline": A.Compose([inner, A.VerticalFlip(p=0.5)], seed=1)}
         self.generators = [np.random.default_rng(0), (random.Random(0),), np.random.RandomState(0)]
         self.torch_generator = torch.Generator()
@@ -31,9 +33,16 @@ class Everything:
         image = np.arange(8 * 8 * 4, dtype=np.uint8).reshape(8, 8, 4) ^ np.uint8(index)
         changed = self.steps["pipeline"](image=image, mask=image[..., :2])
         numpy_generator, (python_generator,), old_generator = self.generators
-        numbers = [numpy_generator.random(), python_generator.random(), old_generator.normal(), self.philox.random(),
-                   random.random(), np.random.rand(), torch.rand(()).item(),
-                   torch.rand((), generator=self.torch_generator).item()]
+        numbers = [
+            numpy_generator.random(),
+            python_generator.random(),
+            old_generator.normal(),
+            self.philox.random(),
+            random.random(),
+            np.random.rand(),
+            torch.rand(()).item(),
+            torch.rand((), generator=self.torch_generator).item(),
+        ]
         mask = changed["mask"].copy()
         mask.setflags(write=False)
         return {"image": changed["image"], "numbers": np.array(numbers)}, (mask, index)

@@ -54,7 +54,7 @@ def test_multilabel_rates_are_within_a_percent_where_plain_folds_are_not():
 def test_groups_stay_together_and_folds_are_about_equal():
     made = MAKERS["grouped"](ALL, 0)
     for group in set(GROUPS):
-        assert len(set(made[GROUPS == group])) == 1
+        assert len(set(made[group == GROUPS])) == 1
     sizes = np.bincount(made)
     assert sizes.max() - sizes.min() <= np.bincount(GROUPS).max()
 
@@ -64,7 +64,9 @@ def test_time_splits_are_those_of_scikit_learn_on_regular_times(splits, length, 
     times = np.random.default_rng(0).permutation(100)
     rows_by_time = np.argsort(times)
     reference = TimeSeriesSplit(splits, test_size=length, gap=gap).split(np.arange(100))
-    for (train, held), (train_times, held_times) in zip(folds.time_splits(times, splits, length, gap), reference, strict=True):
+    for (train, held), (train_times, held_times) in zip(
+        folds.time_splits(times, splits, length, gap), reference, strict=True
+    ):
         np.testing.assert_array_equal(train, rows_by_time[train_times])
         np.testing.assert_array_equal(held, rows_by_time[held_times])
 

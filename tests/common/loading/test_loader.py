@@ -15,7 +15,9 @@ from common.loading.loader import Loader
 from common.loading.mixing import MixUp
 from tests.common.loading.datasets import ROWS, Batches, Everything, Holey, Numbers, digest
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than this machine has cores
 SIZE = 6  # 23 rows make 3 windows of 6 and one of 5
 
 
@@ -24,8 +26,10 @@ def digests(dataset, epoch=0, starts=(0,), order=None, **settings):
     world = settings.pop("world", 1)
     order = order or orders.shuffled(len(dataset))
     loaders = [Loader(dataset, order, SIZE, seed=5, rank=rank, world=world, **settings) for rank in range(world)]
-    found = [[digest(*shares) for shares in zip(*(loader.epoch(epoch, start) for loader in loaders), strict=True)]
-             for start in starts]
+    found = [
+        [digest(*shares) for shares in zip(*(loader.epoch(epoch, start) for loader in loaders), strict=True)]
+        for start in starts
+    ]
     for loader in loaders:
         loader.close()
     return found
@@ -36,9 +40,22 @@ def expected():
     return [digests(Everything(), epoch)[0] for epoch in range(2)]
 
 
-@pytest.mark.parametrize("workers, start_method, world", [
-    (0, None, 1), (0, None, 2), (0, None, 4), (1, "fork", 1), (2, "fork", 1), (8, "fork", 1), (1, "fork", 4),
-    (2, "fork", 2), (2, "fork", 4), (1, "spawn", 2), (8, "spawn", 1)])
+@pytest.mark.parametrize(
+    "workers, start_method, world",
+    [
+        (0, None, 1),
+        (0, None, 2),
+        (0, None, 4),
+        (1, "fork", 1),
+        (2, "fork", 1),
+        (8, "fork", 1),
+        (1, "fork", 4),
+        (2, "fork", 2),
+        (2, "fork", 4),
+        (1, "spawn", 2),
+        (8, "spawn", 1),
+    ],
+)
 def test_windows_are_the_same_for_any_workers_ranks_and_restart(workers, start_method, world, expected):
     starts = range(len(expected[0]))
     found = digests(Everything(), 1, starts, workers=workers, start_method=start_method, world=world)
@@ -52,8 +69,14 @@ def test_epochs_and_seeds_differ(expected):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**63), st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 50), st.sampled_from([1, 2, 3, 4]),
-       st.data())
+@given(
+    st.integers(0, 2**63),
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.sampled_from([1, 2, 3, 4]),
+    st.data(),
+)
 def test_ranks_and_restarts_for_any_seed_epoch_and_size(seed, epoch, rows, size, world, data):
     dataset, order = Numbers(rows), orders.weighted(np.arange(1.0, rows + 1), 2 * rows)
     mix = MixUp(0.4, probability=0.7, classes=rows)
@@ -144,8 +167,12 @@ def test_windows_carry_types_weights_and_places():
 def test_bad_images_are_left_out_and_listed(workers, world):
     bad = {0, 7, 8, 9}
     clean = Loader(Numbers(20), orders.shuffled(20), 6, seed=0)
-    shares = [Loader(Holey(20, bad), orders.shuffled(20), 6, seed=0, workers=workers, rank=rank, world=world,
-                     bad_images="skip") for rank in range(world)]
+    shares = [
+        Loader(
+            Holey(20, bad), orders.shuffled(20), 6, seed=0, workers=workers, rank=rank, world=world, bad_images="skip"
+        )
+        for rank in range(world)
+    ]
     windows = zip(clean.epoch(0), *(loader.epoch(0) for loader in shares), strict=True)
     for whole, *parts in windows:
         kept = torch.tensor([row not in bad for row in whole.index.tolist()])
@@ -179,14 +206,22 @@ def test_a_pair_with_a_bad_half_is_left_unmixed_for_any_ranks():
     mixed = next(Loader(Holey(20, {4}), orders.sequential(20), 8, seed=0, bad_images="skip", mix=mix).epoch(0))
     assert mixed.index.tolist() == [0, 1, 2, 3, 5, 6, 7]
     assert torch.equal(mixed.inputs[4], clean.inputs[4]) and (mixed.inputs != clean.inputs).all(1).sum() == 6
-    parts = [next(Loader(Holey(20, {4}), orders.sequential(20), 8, seed=0, bad_images="skip", mix=mix, rank=rank,
-                         world=2).epoch(0)) for rank in range(2)]
+    parts = [
+        next(
+            Loader(
+                Holey(20, {4}), orders.sequential(20), 8, seed=0, bad_images="skip", mix=mix, rank=rank, world=2
+            ).epoch(0)
+        )
+        for rank in range(2)
+    ]
     assert digest(*parts) == digest(mixed)
 
 
 def test_empty_shares_have_the_shapes_of_a_sample():
-    windows = [list(Loader(Everything(), orders.sequential(ROWS), 21, seed=0, rank=rank, world=4).epoch(0))[-1]
-               for rank in range(4)]  # two samples for four ranks
+    windows = [
+        list(Loader(Everything(), orders.sequential(ROWS), 21, seed=0, rank=rank, world=4).epoch(0))[-1]
+        for rank in range(4)
+    ]  # two samples for four ranks
     assert [len(window) for window in windows] == [0, 0, 0, 2]
     assert windows[0].inputs["image"].shape == (0, 8, 8, 4) and windows[0].weights.shape == (0,)
     empty = list(Loader(Batches(), orders.sequential(64), 62, seed=0, rank=0, world=4).epoch(0))[-1]
@@ -209,8 +244,10 @@ class Single(Numbers):
 
 
 def test_what_goes_wrong_is_said_in_one_line():
-    with (pytest.raises(UserError, match="fewer --workers"),
-          Loader(Dying(), orders.sequential(8), 4, seed=0, workers=1) as loader):
+    with (
+        pytest.raises(UserError, match="fewer --workers"),
+        Loader(Dying(), orders.sequential(8), 4, seed=0, workers=1) as loader,
+    ):
         list(loader.epoch(0))
     with pytest.raises(UserError, match=r"shapes \[\(1,\), \(2,\)\]"):
         list(Loader(Ragged(), orders.sequential(2), 4, seed=0).epoch(0))

@@ -56,9 +56,16 @@ def test_grouped_windows_hold_whole_groups(groups, groups_per_window, epoch):
     assert sorted(plan.index) == list(range(len(groups)))
 
 
-@pytest.mark.parametrize("rows, size, keep_tail, expected", [
-    (10, 4, True, [0, 4, 8, 10]), (10, 4, False, [0, 4, 8]), (8, 4, True, [0, 4, 8]), (3, 4, True, [0, 3]),
-    (3, 4, False, [0])])
+@pytest.mark.parametrize(
+    "rows, size, keep_tail, expected",
+    [
+        (10, 4, True, [0, 4, 8, 10]),
+        (10, 4, False, [0, 4, 8]),
+        (8, 4, True, [0, 4, 8]),
+        (3, 4, True, [0, 3]),
+        (3, 4, False, [0]),
+    ],
+)
 def test_the_tail_is_kept_or_dropped(rows, size, keep_tail, expected):
     assert orders.sequential(rows)(0, 0).bounds(size, keep_tail).tolist() == expected
 

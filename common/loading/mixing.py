@@ -1,0 +1,105 @@
+"""Blends the two samples of a pair, 2k and 2k + 1 of a window: the same blends for any number of processes.
+
+The loader passes the keys of the pairs (both samples of a pair have one key), so every draw below is one per pair.
+A sample whose partner is missing is its own partner and stays as it is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+from common.errors import UserError
+from common.loading.keys import Keys
+from common.window import Tree, map_tree
+
+
+@dataclass(frozen=True)
+class MixUp:
+    """x = l x + (1 - l) x', the same for the targets, l from Beta(alpha, alpha) (Zhang et al., ICLR 2018).
+
+    `probability` is the part of the pairs that is blended; `classes` turns integer targets [B] into one-hot rows
+    [B, classes]. Images stay uint8, rounded; targets become float32. Raises UserError on integer targets without it.
+    """
+
+    alpha: float = 0.4
+    probability: float = 1.0
+    classes: int | None = None
+
+    def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
+        """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
+        part = _own_part(partner, keys, stream, self)
+        targets = map_tree(lambda tensor: _as_amounts(tensor, self.classes), targets)
+        return (map_tree(lambda tensor: _blend(tensor, partner, part), inputs),
+                map_tree(lambda tensor: _blend(tensor, partner, part), targets))
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Pastes a box of the partner's image, 1 - l of the area, l from Beta(alpha, alpha) (Yun et al., ICCV 2019).
+
+    Tensors as large as the images [B, ..., H, W] are pasted, masks among the targets too; other targets are blended by
+    the area that is left of the box inside the image. Other arguments are MixUp's.
+    """
+
+    alpha: float = 1.0
+    probability: float = 1.0
+    classes: int | None = None
+
+    def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
+        """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
+        sizes = set()
+        map_tree(lambda tensor: sizes.add(tuple(tensor.shape[-2:]) if tensor.ndim >= 4 else None), inputs)
+        if len(sizes) != 1 or None in sizes:
+            raise UserError(f"CutMix needs images [B, C, H, W] of one size as inputs, found {sizes}: use MixUp")
+        height, width = sizes.pop()
+        part = torch.from_numpy(_own_part(partner, keys, stream, self))
+        centre = torch.from_numpy(keys.uniform((2,), stream + 2)) * torch.tensor([height, width])  # [B, 2]
+        half = (1 - part).sqrt()[:, None] * torch.tensor([height, width]) / 2
+        first = (centre - half).round().clamp(min=0)
+        last = torch.minimum((centre + half).round(), torch.tensor([height, width]))
+        rows, columns = torch.arange(height), torch.arange(width)
+        inside = (((rows >= first[:, :1]) & (rows < last[:, :1]))[:, :, None]
+                  & ((columns >= first[:, 1:]) & (columns < last[:, 1:]))[:, None, :])  # [B, H, W]
+        left = 1 - inside.double().mean((1, 2)).numpy()
+
+        def paste(tensor: Tensor) -> Tensor:
+            mask = inside.reshape(len(inside), *[1] * (tensor.ndim - 3), height, width).to(tensor.device)
+            return torch.where(mask, tensor[partner.to(tensor.device)], tensor)
+
+        def mix_target(tensor: Tensor) -> Tensor:
+            if tensor.ndim >= 3 and tuple(tensor.shape[-2:]) == (height, width):
+                return paste(tensor)
+            return _blend(_as_amounts(tensor, self.classes), partner, left)
+
+        return map_tree(paste, inputs), map_tree(mix_target, targets)
+
+
+def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> np.ndarray:
+    """What every sample keeps of itself, float64 [B]: l of its pair, or 1 where it is left alone."""
+    part = betaincinv(mix.alpha, mix.alpha, keys.uniform(stream=stream))  # by inversion: one draw a pair
+    alone = partner.numpy() == np.arange(len(partner))
+    part[alone | (keys.uniform(stream=stream + 1) >= mix.probability)] = 1
+    return part
+
+
+def _as_amounts(target: Tensor, classes: int | None) -> Tensor:
+    """Targets that can be blended: float32, one-hot where they were class numbers [B]."""
+    if target.is_floating_point():
+        return target
+    if target.ndim == 1 and classes is not None:
+        return torch.nn.functional.one_hot(target.long(), classes).float()
+    if target.ndim == 1 and target.dtype != torch.bool:
+        raise UserError("integer targets [B] cannot be blended: give the mix their number, such as MixUp(classes=10)")
+    return target.float()
+
+
+def _blend(tensor: Tensor, partner: Tensor, part: np.ndarray) -> Tensor:
+    """part x + (1 - part) x[partner] in the tensor's own type; integers are rounded."""
+    weight = torch.from_numpy(part).to(tensor.device, torch.float32).reshape(len(tensor), *[1] * (tensor.ndim - 1))
+    own = tensor if tensor.is_floating_point() else tensor.float()
+    mixed = own * weight + own[partner.to(tensor.device)] * (1 - weight)
+    mixed = torch.where(weight == 1, own, mixed)  # 1 x + 0 x' is not x where x' is infinite
+    return mixed if tensor.is_floating_point() else mixed.round().to(tensor.dtype)

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from common.errors import UserError
+from common.loading.keys import Keys
+from common.loading.mixing import CutMix, MixUp
+
+SIZE = 40
+IMAGES = torch.randint(0, 256, (SIZE, 3, 10, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.arange(SIZE) % 5
+MASKS = torch.randint(0, 2, (SIZE, 4, 10, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+PARTNER = torch.arange(SIZE) ^ 1
+
+
+def mixed(mix, targets, inputs=IMAGES, partner=PARTNER, number=0):
+    return mix(inputs, targets, partner, Keys(0, 0, np.arange(SIZE) // 2, number), 0)
+
+
+def test_mixup_blends_pairs_and_their_targets_alike():
+    inputs, targets = mixed(MixUp(0.4, classes=5), CLASSES)
+    assert inputs.dtype == torch.uint8 and targets.shape == (SIZE, 5)
+    for row in range(SIZE):
+        other = row ^ 1
+        part = targets[row, CLASSES[row]] if CLASSES[row] != CLASSES[other] else torch.tensor(1.0)
+        expected = part * IMAGES[row].double() + (1 - part) * IMAGES[other].double()
+        assert (inputs[row] - expected).abs().max() <= 0.501
+        assert targets[row].sum() == pytest.approx(1)
+    assert torch.allclose(targets[0::2] + targets[1::2], torch.eye(5)[CLASSES[0::2]] + torch.eye(5)[CLASSES[1::2]])
+
+
+def test_mixup_parts_follow_the_beta_distribution_and_the_window():
+    keys = [Keys(0, 0, np.arange(2000), number) for number in range(2)]
+    rows = torch.zeros(2000, 1).index_fill_(0, torch.arange(0, 2000, 2), 1.0)
+    parts = [MixUp(0.4)(rows, rows, torch.arange(2000) ^ 1, key, 0)[0][0::2, 0].numpy() for key in keys]
+    assert stats.kstest(parts[0], stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
+    assert (parts[0] != parts[1]).mean() > 0.99
+
+
+def test_probability_leaves_pairs_alone_to_the_bit():
+    floats = IMAGES.float() / 255
+    inputs, targets = mixed(MixUp(0.4, probability=0.5, classes=5), CLASSES, floats)
+    untouched = (inputs == floats).flatten(1).all(1)
+    assert 8 < untouched.sum() < 32 and torch.equal(untouched[0::2], untouched[1::2])
+    alone, _ = mixed(CutMix(classes=5), CLASSES, floats, partner=torch.arange(SIZE))
+    assert torch.equal(alone, floats)
+
+
+def test_cutmix_pastes_boxes_into_images_and_masks_and_counts_their_area():
+    inputs, targets = mixed(CutMix(), {"pixels": MASKS, "share": torch.eye(SIZE)})
+    assert inputs.dtype == torch.uint8 and targets["pixels"].dtype == torch.uint8
+    for row in range(SIZE):
+        own, other = IMAGES[row], IMAGES[row ^ 1]
+        pasted = (inputs[row] != own).any(0)  # pixels [H, W]; equal by chance in all channels is very rare
+        assert torch.equal(torch.where(pasted, other, own), inputs[row])
+        assert torch.equal(torch.where(pasted, MASKS[row ^ 1], MASKS[row]), targets["pixels"][row])
+        assert targets["share"][row, row] == pytest.approx(1 - pasted.float().mean().item(), abs=1e-6)
+        rows, columns = pasted.any(1).nonzero(), pasted.any(0).nonzero()
+        if len(rows):
+            box = pasted[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert box.all()
+    assert (inputs != IMAGES).flatten(1).any(1).sum() > SIZE / 2
+
+
+def test_masks_become_amounts_under_mixup():
+    _, targets = mixed(MixUp(1.0), MASKS)
+    assert targets.dtype == torch.float32 and ((targets > 0) & (targets < 1)).any()
+
+
+def test_what_cannot_be_mixed_is_refused():
+    with pytest.raises(UserError, match="MixUp\\(classes=10\\)"):
+        mixed(MixUp(), CLASSES)
+    with pytest.raises(UserError, match="CutMix needs images"):
+        mixed(CutMix(classes=5), CLASSES, torch.zeros(SIZE, 7))
