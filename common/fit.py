@@ -50,23 +50,21 @@ class Parts:
     """The tensors of a training, saved and restored together."""
 
     model: nn.Module
+    loss: nn.Module | None
     optimizer: torch.optim.Optimizer
     engine: Engine
     average: Average | None
 
-    def save(self, path: Path, state: State) -> None:
-        named = {"model": self.model, "optimizer": self.optimizer, "engine": self.engine, "average": self.average}
-        checkpoint.save(
-            path, {"state": vars(state)} | {name: part.state_dict() for name, part in named.items() if part}
-        )
+    def _named(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if part is not None}
 
-    def restore(self, path: Path) -> State:
-        found = checkpoint.load(path)
-        self.model.load_state_dict(found["model"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        self.engine.load_state_dict(found["engine"])
-        if self.average:
-            self.average.load_state_dict(found["average"])
+    def save(self, path: Path, state: State) -> None:
+        tensors = {name: part.state_dict() for name, part in self._named().items()}
+        checkpoint.save(path, {"state": vars(state)} | tensors)
+
+    def restore(self, found: dict[str, Any]) -> State:
+        for name, part in self._named().items():
+            part.load_state_dict(found[name])
         return State(**found["state"])
 
     def averaged(self) -> AbstractContextManager:
@@ -81,7 +79,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
     """
     folder = run.path / ("fold-none" if fold is None else f"fold-{fold}")
-    if (folder / "model.pt").is_file():
+    if ranks.share((folder / "model.pt").is_file()):
         return folder
     train_rows = np.flatnonzero(task.folds != fold) if fold is not None else np.arange(len(task.ids))
     held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
@@ -96,11 +94,18 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     model = task.model().to(
         device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )
+    last = folder / "last.pt"
+    resumed = ranks.share(checkpoint.load(last) if ranks.is_writer and last.is_file() else None)
+    if task.pretrain and not resumed:
+        task.pretrain(model)
+    loss = task.loss.to(device) if isinstance(task.loss, nn.Module) else task.loss
     optimizer = build_optimizer(model, config, task.lr_scales)
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        optimizer.add_param_group({"params": list(loss.parameters()), "weight_decay": 0.0})
     allocate_state(optimizer)
     engine = Engine(
         model,
-        task.loss,
+        loss,
         optimizer,
         micro_batch=config.micro_batch,
         precision=precision_of(config, device),
@@ -127,10 +132,9 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     rate = partial(  # of a step, relative to --lr
         learning_rate_factor, total_steps=total_steps, schedule=config.schedule, warmup_fraction=config.warmup
     )
-    parts = Parts(model, optimizer, engine, average)
-    last = folder / "last.pt"
-    state = parts.restore(last) if last.is_file() else State()
-    if state.step:
+    parts = Parts(model, loss if isinstance(loss, nn.Module) else None, optimizer, engine, average)
+    state = parts.restore(resumed) if resumed else State()
+    if resumed:
         run.log(f"fold {fold}: resumed at epoch {state.epoch + 1}, window {state.window} of {loader.windows_per_epoch}")
     saved = time.monotonic()
 

@@ -35,6 +35,10 @@ def _same(tree: Tree) -> Tree:
     return tree
 
 
+def _nothing(predictions: np.ndarray, rows: np.ndarray) -> Learnt:
+    return {}
+
+
 @dataclass(frozen=True)
 class View:
     """A test-time view: `apply` changes the inputs, `undo` maps the predictions back (a flip is its own inverse)."""
@@ -80,9 +84,8 @@ class Task:
     rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]]  # ids, decisions -> rows of the CSV
     sample_submission: Callable[[], Iterable[str]]  # opens the competition's sample file: its lines
     valid: Callable[[Sequence[str]], str | None]  # a CSV row without its id -> what is wrong with it, or None
-    learn: Callable[[np.ndarray, np.ndarray], Learnt] = (
-        lambda predictions, rows: {}
-    )  # out-of-fold [m, ...], row numbers [m]
+    learn: Callable[[np.ndarray, np.ndarray], Learnt] = _nothing  # out-of-fold [m, ...], row numbers [m] -> learnt
+    pretrain: Callable[[nn.Module], None] | None = None  # fetches a fresh model's weights, for training only
     views: tuple[View, ...] = (View("as is"),)
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
     mix: Any = None  # MixUp or CutMix of common.loading.mixing
