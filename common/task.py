@@ -89,12 +89,8 @@ class Task:
     views: tuple[View, ...] = (View("as is"),)
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
     mix: Any = None  # MixUp or CutMix of common.loading.mixing
-    lr_scales: dict[str, float] = field(
-        default_factory=dict
-    )  # prefix of parameter names -> factor on the learning rate
+    lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
     fingerprint: str = ""  # sha256 of the data that was read
     paths: Sequence[Path] = ()  # every image file, for `make check`
-    prediction_type: str = (
-        "float32"  # how out-of-fold predictions are kept: float32, float16, or uint8 for probabilities
-    )
+    prediction_type: str = "float32"  # of the kept out-of-fold predictions; uint8 for probabilities in 255 steps
     report: Callable[[Any], None] | None = None  # draws the run's pictures once it is finished

@@ -48,9 +48,7 @@ def train(
             if ranks.is_writer:
                 finish(run, task, config, folders)
         else:
-            run.log(
-                f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): only predicting"
-            )
+            run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): only predicting")
         writer = ranks.is_writer
     if writer:
         print(f"submission: {write_submission(competition, [(run, task, config)], found.is_sample)}")
