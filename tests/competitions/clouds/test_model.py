@@ -1,0 +1,138 @@
+"""The network: any size, both heads, checkpointing that changes memory only, weights never silently left out."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import UserError
+from competitions.clouds import model as models
+from competitions.clouds.model import CloudNet, load_encoder_weights
+
+
+def net(architecture="unet", encoder="resnet18", head="pooled", checkpointing=False):
+    torch.manual_seed(0)
+    return CloudNet(architecture, encoder, head, 0.0, checkpointing)
+
+
+def images(height=64, width=96, batch=2):
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn"])
+@pytest.mark.parametrize("head", ["pooled", "topk"])
+def test_any_size_in_and_the_same_size_out(architecture, head):
+    network = net(architecture, head=head).eval()
+    for height, width in ((64, 96), (70, 105)):
+        with torch.inference_mode():
+            outputs = network(images(height, width))
+        assert outputs["pixels"].shape == (2, 4, height, width)
+        assert outputs["classes"].shape == (2, 4)
+
+
+def test_padding_is_to_the_right_and_below_and_cut_off_again():
+    network = net().eval()
+    seen = []
+    network.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    small = images(70, 105)
+    with torch.inference_mode():
+        outputs = network(small)
+        assert seen[0].shape == (2, 3, 96, 128)
+        expected = (small.float() / 255 - torch.tensor(models.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
+            models.IMAGENET_STD
+        ).view(3, 1, 1)
+        assert torch.allclose(seen[0][..., :70, :105], expected, atol=1e-5)
+        assert torch.equal(network.net(seen[0])[0][..., :70, :105], outputs["pixels"])
+
+
+def test_topk_is_the_mean_of_the_ten_largest_logits():
+    outputs = net(head="topk").eval()(images())
+    slow = torch.stack([torch.stack([mask.flatten().sort().values[-10:].mean() for mask in image]) for image in outputs["pixels"]])
+    assert torch.allclose(outputs["classes"], slow, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["pooled", "topk"])
+def test_both_heads_send_gradients_to_the_encoder(head):
+    for name in ("pixels", "classes"):
+        network = net(head=head)
+        network(images())[name].square().sum().backward()
+        assert network.net.encoder.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("architecture", "encoder"), [("unet", "resnet18"), ("fpn", "resnet18"), ("unet", "efficientnet-b0")])
+def test_checkpointing_gives_the_same_gradients_and_running_statistics(architecture, encoder):
+    plain, cheap = net(architecture, encoder).double(), net(architecture, encoder, checkpointing=True).double()
+    cheap.load_state_dict(plain.state_dict())
+    results = []
+    for network in (plain, cheap):
+        torch.manual_seed(3)  # drop-connect of efficientnet, dropout of fpn
+        network.train()
+        outputs = network(images())
+        (outputs["pixels"].square().mean() + outputs["classes"].sum()).backward()
+        results.append({name: value.grad for name, value in network.named_parameters()})
+    assert plain.state_dict().keys() == cheap.state_dict().keys()
+    for name, gradient in results[0].items():
+        assert (gradient is None) == (results[1][name] is None)
+        assert gradient is None or torch.allclose(gradient, results[1][name], rtol=1e-9, atol=1e-12), name
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, cheap.state_dict()[name]), name
+    assert any("running_mean" in name and value.abs().sum() > 0 for name, value in plain.state_dict().items())
+
+
+def test_checkpointing_keeps_fewer_activations():
+    def kept(network):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            network.train()(images())
+        return sum(sizes)
+
+    assert kept(net(checkpointing=True)) < 0.5 * kept(net())
+
+
+def test_a_checkpointed_network_can_be_copied():
+    network = net(checkpointing=True)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert network.train()(images())["pixels"].abs().sum() > 0
+    assert other.train()(images())["pixels"].abs().sum() == 0
+
+
+def test_unknown_encoder_is_one_clear_error():
+    with pytest.raises(UserError, match="--encoder resnet19"):
+        net(encoder="resnet19")
+
+
+def test_weights_that_cannot_be_fetched_stop_the_run_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load_encoder_weights(net(), "resnet18")
+    assert "--encoder-weights none" in str(caught.value) and "HF_HOME" in str(caught.value)
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 30
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "REACHABLE_SECONDS", 0.2)
+    monkeypatch.setattr(models.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or time.sleep(30))
+    started = time.monotonic()
+    assert not models._answers("https://hub.example")
+    assert asked and time.monotonic() - started < 10
+
+
+def test_weights_that_are_there_go_into_the_encoder(monkeypatch):
+    network, source = net(), net().net.encoder
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1)
+    monkeypatch.setattr(models, "_answers", lambda url: True)
+    monkeypatch.setattr(models.smp.encoders, "get_encoder", lambda name, weights: source)
+    load_encoder_weights(network, "resnet18")
+    for name, value in source.state_dict().items():
+        assert torch.equal(network.net.encoder.state_dict()[name], value)
+    assert isinstance(network.net.classification_head, nn.Module)

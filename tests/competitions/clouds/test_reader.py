@@ -1,0 +1,137 @@
+"""The files of the competition, and every way in which they can be wrong."""
+
+import random
+import zipfile
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.raw import RawData
+from competitions.clouds import reader, rle
+from competitions.clouds.reader import CLASSES
+
+from .conftest import NAMES, TEST_NAMES, rows_of, truth_of, write_image, write_rows
+
+
+def read(folder):
+    return reader.read(RawData(folder, "clouds"))
+
+
+def test_masks_and_order(folder):
+    files = read(folder)
+    assert files.images == sorted(NAMES)
+    assert files.test_images == TEST_NAMES  # as in the sample, not sorted
+    for row, name in enumerate(files.images):
+        for label in range(4):
+            truth = truth_of(NAMES.index(name), label)
+            assert (rle.decode(files.runs.of(row, label), 1400, 2100) == truth).all()
+            assert files.runs.present()[row, label] == truth.any()
+        small = files.runs.masks(row, (70, 105))
+        assert small.shape == (4, 70, 105)
+        assert (small[1] == truth_of(NAMES.index(name), 1).reshape(70, 20, 105, 20).mean((1, 3)).__ge__(0.5)).all()
+
+
+def test_rows_in_any_order_are_the_same_data(folder):
+    before = read(folder)
+    rows = rows_of(folder, "train.csv")
+    random.Random(1).shuffle(rows)
+    write_rows(folder, "train.csv", rows)
+    after = read(folder)
+    assert after.images == before.images
+    assert (after.runs.runs == before.runs.runs).all() and (after.runs.starts == before.runs.starts).all()
+
+
+def test_classes_of_the_sample_in_another_order(folder):
+    order = ["Sugar", "Fish", "Gravel", "Flower"]
+    write_rows(folder, "sample_submission.csv", [f"{name}_{label},1 1" for name in TEST_NAMES for label in order])
+    assert read(folder).test_classes == {name: [CLASSES.index(label) for label in order] for name in TEST_NAMES}
+
+
+def test_nan_is_an_empty_mask(folder):
+    rows = [f"{NAMES[0]}_Fish,NaN" if row.startswith(f"{NAMES[0]}_Fish") else row for row in rows_of(folder, "train.csv")]
+    write_rows(folder, "train.csv", rows)
+    files = read(folder)
+    assert not files.runs.present()[files.images.index(NAMES[0]), 0]
+
+
+def test_a_class_that_no_image_has(folder):
+    write_rows(folder, "train.csv", [row.split(",")[0] + "," if "Sugar" in row else row for row in rows_of(folder, "train.csv")])
+    assert read(folder).runs.present()[:, 3].sum() == 0
+
+
+def test_zip_archive(folder, tmp_path_factory):
+    archive = tmp_path_factory.mktemp("zip") / "clouds.zip"
+    with zipfile.ZipFile(archive, "w") as stream:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                stream.write(file, file.relative_to(folder))
+    pytest.importorskip("common.kaggle.archive")
+    files = read(archive)
+    assert files.images == sorted(NAMES) and all(path.is_file() for path in files.train_paths)
+
+
+def changed(number, old, new):
+    """A fault: in row `number` of train.csv `old` becomes `new`."""
+
+    def apply(folder):
+        rows = rows_of(folder, "train.csv")
+        assert old in rows[number]
+        rows[number] = rows[number].replace(old, new)
+        write_rows(folder, "train.csv", rows)
+
+    return apply
+
+
+def cell(text):
+    def apply(folder):
+        rows = rows_of(folder, "train.csv")
+        rows[5] = f"{rows[5].split(',')[0]},{text}"
+        write_rows(folder, "train.csv", rows)
+
+    return apply
+
+
+def sample_row(row):
+    def apply(folder):
+        write_rows(folder, "sample_submission.csv", [*rows_of(folder, "sample_submission.csv"), row])
+
+    return apply
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    (changed(2, "_Gravel", "_Gravle"), ["train.csv line 4", "Gravle", "did you mean Gravel", "Fish, Flower"]),
+    (changed(2, "_Gravel", ""), ["train.csv line 4", "names no class"]),
+    (changed(3, "_Sugar", "_Gravel"), ["train.csv line 5", "Gravel", "twice"]),
+    (cell("1 2 3"), ["train.csv line 7", "Flower", "3 numbers, expected pairs"]),
+    (cell("1 x"), ["line 7", "'x' is not a whole number"]),
+    (cell("1 10 5 3"), ["line 7", "overlaps"]),
+    (cell("2940000 2"), ["line 7", "out of range", "2940000"]),
+    (cell("0 2"), ["line 7", "out of range"]),
+    (lambda f: write_rows(f, "train.csv", rows_of(f, "train.csv")[:-1]), ["train.csv", NAMES[-1], "no row for Sugar"]),
+    (lambda f: write_rows(f, "train.csv", []), ["train.csv has no rows"]),
+    (lambda f: (f / "train.csv").write_text("a,b\n1,2\n"), ["columns a, b", "expected Image_Label, EncodedPixels"]),
+    (lambda f: (f / "train_images" / NAMES[3]).unlink(), ["train.csv names", NAMES[3], "train_images"]),
+    (lambda f: write_image(f / "train_images" / "extra.jpg", 140, 210, 0), ["train_images holds extra.jpg", "train.csv"]),
+    (lambda f: (f / "test_images" / TEST_NAMES[0]).unlink(), ["sample_submission.csv names", TEST_NAMES[0]]),
+    (lambda f: write_image(f / "test_images" / "extra.jpg", 140, 210, 0), ["test_images holds extra.jpg"]),
+    (sample_row("unknown.jpg_Fish,1 1"), ["sample_submission.csv names unknown.jpg", "test_images"]),
+    (sample_row(f"{TEST_NAMES[0]}_Fish,1 1"), ["line 10", "not together"]),
+    (sample_row(f"{TEST_NAMES[1]}_Fish,1 1"), ["line 10", "twice"]),
+    (sample_row(f"{TEST_NAMES[1]}_Dog,1 1"), ["sample_submission.csv line 10", "names no class"]),
+])
+def test_faults_are_named_with_file_and_row(folder, fault, words):
+    fault(folder)
+    with pytest.raises(UserError) as caught:
+        read(folder)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_real_files(real_data):
+    for name, count, tests in (("small", 500, 120), ("full", 40, 16)):
+        files = read(real_data / "understanding_cloud_organization" / name)
+        assert (len(files.images), len(files.test_images)) == (count, tests)
+        assert files.runs.present().any(1).all()
+        share = np.mean([files.runs.masks(row, (35, 50)).mean() for row in range(20)])
+        assert 0.05 < share < 0.4
