@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from competitions.kdd_air_quality.medians import by_day, median_of, sliding_medians
+from competitions.kdd_air_quality.medians import by_day, sliding_medians
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network, city_of
@@ -26,7 +26,7 @@ CATEGORICAL = ("station", "pollutant", "type", "weekday")
 class Features:
     """Features of N origins: what holds for a series, for a series at an hour of the day, and for an hour ahead."""
 
-    base: np.ndarray  # [N, 24, S] log of the daily cycle, 0 where a series has no value at all
+    base: np.ndarray  # [N, 24, S] log of the daily cycle; without any value of the series, of its city
     per_series: np.ndarray  # [N, S, F1]
     per_hour: np.ndarray  # [N, 24, S, F2], relative to base
     calendar: np.ndarray  # [N, 48, F3]
@@ -88,13 +88,27 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
         np.float32,
     )
     return Features(
-        np.nan_to_num(base[..., scored]),
+        whole(base[..., scored], network),
         per_series,
         np.stack(per_hour, axis=-1),
         calendar,
         fixed,
         ("hours_ahead", *calendar_names, "base", *hour_names, *names, "station", "pollutant", "type"),
     )
+
+
+def whole(values: np.ndarray, network: Network) -> np.ndarray:
+    """[N, hours, S] with nothing missing: from the series' other hours, its group's other stations, then anything."""
+    groups = np.array(network.groups)
+    result = values.copy()
+    for fallback in (
+        lambda: np.broadcast_to(_mean_of(result, 1)[:, None], result.shape),
+        lambda: np.stack([_mean_of(result[..., groups == name], 2) for name in groups], axis=-1),
+        lambda: np.broadcast_to(_mean_of(result, 2)[..., None], result.shape),
+    ):
+        if np.isnan(result).any():
+            result = np.where(np.isnan(result), fallback(), result)
+    return np.nan_to_num(result)
 
 
 def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:

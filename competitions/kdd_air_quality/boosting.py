@@ -1,0 +1,141 @@
+"""The direct forecaster: gradient boosting over all series and all 48 hours, one set of models per city.
+
+It predicts the logarithm of the value relative to the series' daily cycle. Two losses are averaged: L1, whose optimum is
+the median, and the SMAPE itself, 2 tanh(|d| / 2), whose slope fades for hours that cannot be foreseen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import UserError
+from competitions.kdd_air_quality import features
+from competitions.kdd_air_quality.origins import HORIZON_HOURS
+from competitions.kdd_air_quality.parallel import in_parallel
+from competitions.kdd_air_quality.reader import Observations
+from competitions.kdd_air_quality.stations import CITIES
+
+FEWEST_ORIGINS = 5
+HISTORY_DAYS = 21  # an origin needs this much past to be trained on
+LEFT_OUT = ("season_sine", "season_cosine")  # with one May in the history they name the days, not the season
+LOSSES = ("l1", "smape")
+SETTINGS = {
+    "learning_rate": 0.06,
+    "num_leaves": 31,
+    "min_data_in_leaf": 200,
+    "feature_fraction": 0.3,
+    "bagging_fraction": 0.5,
+    "bagging_freq": 1,
+    "max_bin": 63,
+    "lambda_l2": 1.0,
+    "cat_smooth": 50.0,
+    "num_threads": 1,
+    "deterministic": True,
+    "force_row_wise": True,
+    "verbose": -1,
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One fitted model: for the series of a city, as text."""
+
+    city: str
+    loss: str
+    seed: int
+    text: str
+
+
+def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient of 2 tanh(|d| / 2) at d = scores - target, rounded off at 0, with a constant curvature.
+
+    The true curvature is negative away from 0, which boosting cannot use; a constant makes the step a plain gradient's.
+    """
+    difference = scores - data.get_label()
+    slope = 1 - np.tanh(difference / 2) ** 2
+    gradient = slope * np.clip(difference / 0.05, -1, 1)
+    return gradient, np.ones_like(gradient)
+
+
+def columns(known: features.Features) -> list[int]:
+    return [number for number, name in enumerate(known.names) if name not in LEFT_OUT]
+
+
+def targets(observations: Observations, base: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Logarithm of the truth relative to the daily cycle [N, 48, S]; NaN where it is missing or not above 0."""
+    series = observations.series()
+    padded = np.concatenate([series, np.full((HORIZON_HOURS, series.shape[1]), np.nan, np.float32)])
+    ahead = np.stack([padded[end * 24 : end * 24 + HORIZON_HOURS] for end in ends])
+    return np.where(ahead > 0, features.log_of(ahead) - np.tile(base, (1, 2, 1)), np.nan).astype(np.float32)
+
+
+def training_ends(observations: Observations) -> np.ndarray:
+    """Origins whose 48 hours are over when the data end: with the fit at that end nothing is trained on the future."""
+    last = (len(observations.values) - HORIZON_HOURS) // 24
+    first = min(HISTORY_DAYS, max(last // 2, 1))
+    return np.arange(first, last + 1)
+
+
+def fit(observations: Observations, draws: list[int], rounds: int, share: float, jobs: int, seed: int,
+        label: str = "boosting") -> Iterator[tuple[int, list[Member]]]:
+    """Fit losses x cities on everything that is over at the end of the data; yields the members of each draw when done.
+
+    Every draw takes another `share` of the rows (origin, hour ahead, series). Raises UserError on too short a history.
+    """
+    ends = training_ends(observations)
+    if len(ends) < FEWEST_ORIGINS:
+        raise UserError(
+            f"{len(observations.values) // 24} days of history before {observations.end} leave {max(len(ends), 0)} "
+            f"origins to train on, expected at least {FEWEST_ORIGINS}: add earlier files, or use --models medians"
+        )
+    known = features.build(observations, ends)
+    wanted = targets(observations, known.base, ends)
+    kept = columns(known)
+    categorical = [kept.index(number) for number, name in enumerate(known.names) if name in features.CATEGORICAL]
+    for draw in draws:
+        random = np.random.default_rng([seed, draw])
+        chosen = np.isfinite(wanted) & (random.random(wanted.shape, dtype=np.float32) < share)
+        work, members = [], []
+        for city in CITIES:
+            own = np.array([group.startswith(city) for group in observations.network.groups])
+            origin, hour, series = np.nonzero(chosen & own)
+            if not len(origin):
+                continue
+            table = known.table(origin, hour, series)[:, kept]
+            target = wanted[origin, hour, series]
+            for loss in LOSSES:
+                number = seed * 1000 + draw
+                work.append((_fit_one, (table, target, categorical, loss, rounds, number)))
+                members.append((city, loss, number))
+        texts = in_parallel(work, jobs, f"{label}, draw {draw + 1}")
+        yield draw, [Member(*member, text) for member, text in zip(members, texts, strict=True)]
+
+
+def _fit_one(table: np.ndarray, target: np.ndarray, categorical: list[int], loss: str, rounds: int, seed: int) -> str:
+    import lightgbm
+
+    settings = SETTINGS | {"seed": seed, "objective": smape_gradient if loss == "smape" else loss}
+    settings["min_data_in_leaf"] = min(SETTINGS["min_data_in_leaf"], max(len(target) // 100, 1))
+    data = lightgbm.Dataset(table, target, categorical_feature=categorical, params={"max_bin": SETTINGS["max_bin"]})
+    return lightgbm.train(settings, data, rounds).model_to_string()
+
+
+def forecast(members: list[Member], observations: Observations, ends: np.ndarray) -> np.ndarray:
+    """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
+    from lightgbm import Booster
+
+    known = features.build(observations, ends)
+    kept = columns(known)
+    count = len(observations.network.series)
+    result = np.zeros((len(ends), HORIZON_HOURS, count))
+    boosters = [(member, Booster(model_str=member.text)) for member in members]
+    for city in CITIES:
+        own = np.flatnonzero([group.startswith(city) for group in observations.network.groups])
+        of_city = [booster for member, booster in boosters if member.city == city]
+        for number in range(len(ends)) if len(own) and of_city else ():
+            hour, place = (grid.ravel() for grid in np.meshgrid(np.arange(HORIZON_HOURS), own, indexing="ij"))
+            table = known.table(np.full(len(hour), number), hour, place)[:, kept]
+            mean = sum(booster.predict(table, num_threads=1) for booster in of_city) / len(of_city)
+            result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
+    return np.exp(result + np.tile(known.base, (1, 2, 1)))

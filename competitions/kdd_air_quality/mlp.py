@@ -1,0 +1,195 @@
+"""The shortcut network on the core's training loop: one network for both cities, all series and all 48 hours.
+
+Row = a series at an origin. It sees the hours before the origin, gaps imputed, and the hour-of-day medians of several
+windows ending at the origin and a day before it, all as logarithms relative to the series' daily cycle, and what
+names the series. It says 48 logarithms relative to the same cycle, so a forecast is positive by construction.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.loading import orders
+from common.losses import LogSMAPE
+from common.task import Metric, Task
+from competitions.kdd_air_quality import features, medians
+from competitions.kdd_air_quality.origins import HORIZON_HOURS
+from competitions.kdd_air_quality.reader import Observations
+from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, Network, city_of
+
+MEDIAN_SHIFTS_DAYS = 2  # windows that end at the origin, and those that end a day earlier
+LIMIT = 5.0  # largest logarithm that is fed in: the factor 150 is an outage, not weather
+
+
+class ShortcutMLP(nn.Module):
+    """Dense layers; the raw inputs join again after the first one. inputs [B, F] -> [B, 48]."""
+
+    def __init__(self, inputs: int, units: int, dropout: float):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Dropout(dropout))
+        self.rest = nn.Sequential(
+            nn.Linear(units + inputs, units),
+            nn.ReLU(),
+            nn.BatchNorm1d(units),
+            nn.Dropout(dropout),
+            nn.Linear(units, units),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units, units),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units, HORIZON_HOURS),
+        )
+        nn.init.zeros_(self.rest[-1].weight)  # the first forecast is the daily cycle itself
+        nn.init.zeros_(self.rest[-1].bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.rest(torch.cat([self.first(inputs), inputs], dim=1))
+
+
+def input_count(network: Network, history_days: int, windows: tuple[int, ...], context: int = 0) -> int:
+    """Inputs of a row: hours, medians, indicators and the recent means of `features`; the blog's 9,024 have no more
+
+    than the first two: 360 days and golden_8 (10,464 are 420 days and fib_8).
+    """
+    indicators = len(CITIES) + len(network.stations) + len(POLLUTANTS) if context else 0
+    return history_days * 24 + MEDIAN_SHIFTS_DAYS * len(windows) * 24 + indicators + context
+
+
+class Rows:
+    """Dataset of all series at the origins `ends`: row = position of the origin * S + number of the series.
+
+    `completed` [hours, S] are values without gaps, in which hours after an origin are never looked at but as targets.
+    """
+
+    def __init__(self, observations: Observations, completed: np.ndarray, ends: np.ndarray, history_days: int,
+                 windows: tuple[int, ...]):
+        self.network = observations.network
+        self.series_count = completed.shape[1]
+        self.ends = np.asarray(ends)
+        self.hours = history_days * 24
+        logs = features.log_of(completed).astype(np.float32)
+        self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # before the data: their first hour
+        days = medians.by_day(logs[: len(logs) // 24 * 24])
+        shifted = np.unique(np.concatenate([np.maximum(self.ends - back, 1) for back in range(MEDIAN_SHIFTS_DAYS)]))
+        self.median_ends = shifted
+        self.medians = medians.sliding_medians(days, windows, shifted)  # [windows, ends, 24, S]
+        known = features.build(observations, self.ends)
+        self.base = known.base
+        self.context = np.nan_to_num(np.concatenate(
+            [known.per_series, known.per_hour.transpose(0, 2, 1, 3).reshape(*known.per_series.shape[:2], -1)], axis=-1
+        )).clip(-LIMIT, LIMIT)
+        self.context[..., known.names.index("hours_since_last_value") - known.names.index("last_1_hours")] /= 24
+        self.indicators = _indicators(self.network)
+        targets = observations.series()
+        padded = np.concatenate([targets, np.full((HORIZON_HOURS, self.series_count), np.nan, np.float32)])
+        self.targets = np.where(padded > 0, features.log_of(padded), np.nan).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.ends) * self.series_count
+
+    def batch(self, indices: np.ndarray, keys=None) -> tuple[Tensor, Tensor]:
+        """(inputs [B, F], targets [B, 48]: logarithms relative to the daily cycle, NaN where the truth is missing)."""
+        position, series = np.divmod(np.asarray(indices), self.series_count)
+        base = self.base[position, :, series]  # [B, 24]
+        hour = self.ends[position] * 24
+        past = self.logs[hour[:, None] + np.arange(self.hours), series[:, None]]
+        parts = [past - np.tile(base, (1, self.hours // 24))]
+        for back in range(MEDIAN_SHIFTS_DAYS):
+            place = np.searchsorted(self.median_ends, np.maximum(self.ends[position] - back, 1))
+            parts.extend(window[place, :, series] - base for window in self.medians)
+        parts += [self.context[position, series], self.indicators[series]]
+        inputs = np.concatenate(parts, axis=1).clip(-LIMIT, LIMIT).astype(np.float32)
+        ahead = np.minimum(hour[:, None] + np.arange(HORIZON_HOURS), len(self.targets) - 1)
+        targets = self.targets[ahead, series[:, None]] - np.tile(base, (1, HORIZON_HOURS // 24))
+        return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.float32))
+
+    def forecast(self, relative: np.ndarray) -> np.ndarray:
+        """[origins * S, 48] relative logarithms of all rows in order -> ug/m3 [origins, 48, S]."""
+        shaped = relative.reshape(len(self.ends), self.series_count, HORIZON_HOURS).transpose(0, 2, 1)
+        return np.exp(shaped + np.tile(self.base, (1, HORIZON_HOURS // 24, 1)))
+
+
+def _indicators(network: Network) -> np.ndarray:
+    """City, station and pollutant of every series as ones and zeros [S, 2 + stations + 3]."""
+    table = np.zeros((len(network.series), len(CITIES) + len(network.stations) + len(POLLUTANTS)), np.float32)
+    for number, (station, pollutant) in enumerate(network.series):
+        table[number, CITIES.index(city_of(network.stations[station]))] = 1
+        table[number, len(CITIES) + station] = 1
+        table[number, len(CITIES) + len(network.stations) + pollutant] = 1
+    return table
+
+
+@dataclass(frozen=True)
+class Split:
+    """Origins of a training: `train` [n], and `held` [m], whose days are validated on and never trained on."""
+
+    train: np.ndarray
+    held: np.ndarray
+
+
+def task(rows: Rows, split: Split, fold: int, units: int, dropout: float) -> Task:
+    """The Task of the core's `fit`: rows of the training origins always train, those of the held ones are `fold`."""
+    positions = {end: place for place, end in enumerate(rows.ends.tolist())}
+    chosen = np.concatenate([split.train, split.held])
+    order = np.array([positions[end] for end in chosen.tolist()])
+    count = rows.series_count
+    index = (order[:, None] * count + np.arange(count)).ravel()  # row of the task -> row of `rows`
+    dataset = _Chosen(rows, index)
+    width = dataset.batch(np.zeros(1, np.int64))[0].shape[1]
+    of_day = np.repeat(chosen, count)
+    return Task(
+        labelled=dataset,
+        plain=dataset,
+        test=dataset,
+        ids=[f"{end}/{name}" for end in chosen for name in rows.network.names],
+        test_ids=(),
+        folds=np.repeat(np.where(np.isin(chosen, split.held), fold, -1), count),
+        model=lambda: ShortcutMLP(width, units, dropout),
+        loss=LogSMAPE(),
+        metrics=(Metric("smape", _smape_stats, _smape_value, higher_is_better=False),),
+        predict=lambda outputs: outputs,
+        decide=lambda predictions, learnt: predictions,
+        columns=(),
+        rows=lambda ids, decisions: (),
+        sample_submission=lambda: (),
+        valid=lambda values: None,
+        order=lambda train: orders.grouped(of_day[train], train),  # a window is one day: all series share its weather
+    )
+
+
+class _Chosen:
+    """Some rows of a dataset, renumbered."""
+
+    def __init__(self, rows: Rows, index: np.ndarray):
+        self.rows, self.index = rows, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batch(self, indices: np.ndarray, keys=None) -> tuple[Tensor, Tensor]:
+        return self.rows.batch(self.index[indices], keys)
+
+
+def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the terms and number of known hours of every row [B, 2]."""
+    known = ~targets.isnan()
+    terms = torch.where(known, 2 * ((predictions - targets).abs() / 2).tanh(), 0.0)
+    return torch.stack([terms.sum(1), known.sum(1).to(terms.dtype)], dim=1)
+
+
+def _smape_value(sums: Tensor, count: float) -> float:
+    return float(sums[0] / sums[1].clamp(min=1))
+
+
+@torch.inference_mode()
+def predict(rows: Rows, state: dict[str, Tensor], units: int, dropout: float) -> np.ndarray:
+    """ug/m3 [origins, 48, S] of a fitted network for all origins of `rows`, a day at a time."""
+    width = rows.batch(np.zeros(1, np.int64))[0].shape[1]
+    model = ShortcutMLP(width, units, dropout).eval()
+    model.load_state_dict(state)
+    count = rows.series_count
+    parts = [model(rows.batch(np.arange(count) + day * count)[0]).numpy() for day in range(len(rows.ends))]
+    return rows.forecast(np.concatenate(parts))

@@ -1,0 +1,214 @@
+"""The verbs: from files to forecasts, with everything that is finished kept in the run."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+from common import raw as raw_data
+from common import run as runs
+from common import submission
+from common.errors import UserError
+from common.raw import RawData
+from common.run import Run
+from competitions.kdd_air_quality import blend, metric, models, table
+from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, report, summarise
+from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, parse_day
+from competitions.kdd_air_quality.reader import Observations, read
+from competitions.kdd_air_quality.task import PRIVATE, Config, write_sample
+
+TRUTH_DAYS = 2  # a submit day is scored on the two days after it
+
+
+def opened(competition: str, data: str | None) -> tuple[RawData, list[str], Observations]:
+    """The data, the sample submission's lines, and the observations of its stations."""
+    found = raw_data.find(competition, data, write_sample)
+    lines = table.sample_lines(found)
+    return found, lines, read(found, table.stations_of(lines))
+
+
+def started(competition: str, found: RawData, config: Config, given: argparse.Namespace) -> Run:
+    """A new run, or the interrupted one of the same command and data."""
+    names = [name for name in found.names() if not name.startswith("cache/")]
+    origin = {
+        "competition": competition,
+        "recipe": given.recipe,
+        "sample": found.is_sample,
+        "data": str(found.path.resolve()),
+        "data_fingerprint": found.fingerprint(*names),
+        "command": f"python -m common {' '.join(sys.argv[1:])}",
+        "commit": runs.commit(),
+        "machine": runs.machine(),
+    }
+    return runs.open_run(competition, given.run, config, origin)
+
+
+def train(competition: str, config: Config, given: argparse.Namespace) -> None:
+    """`make train`: backtest the last days, fit the blend on them, fit the models on everything, forecast and write."""
+    names = models.names_of(config)
+    found, lines, observations = opened(competition, given.data)
+    day = parse_day(config.last_day) if config.last_day else last_day(observations.end)
+    if first_hour(day) <= observations.start + DAY:
+        first = observations.start.astype("datetime64[D]")
+        raise UserError(f"--last-day {day} is before the data, which begin on {first}: expected a later day")
+    known = observations.before(first_hour(day))
+    run = started(competition, found, config, given)
+    if run.result is None:
+        for warning in observations.warnings:
+            run.log(f"warning: {warning}")
+        stop = day - TRUTH_DAYS * DAY
+        period = Period(0, days_between(stop - (config.backtest_days - 1) * DAY, stop))
+        backtested = forecasts_of(run, known, config, period)
+        truth = known.truth(period.days)
+        weights = fitted_blend(backtested, truth, known)
+        rows = summarise(run, [(period, backtested | {"blend": blended(weights, backtested, known)})], known)
+        for name in names:
+            models.fit(name, known, config, run, None)
+        run.write_json("result.json", {
+            "monitor": "smape",
+            "score": rows["blend"]["mean"],
+            "metrics": rows,
+            "learnt": {"weights": weights, "models": names},
+            "rows": int(metric.valid_points(truth, known.network.stations).sum()),
+            "fitted_before": str(first_hour(day)),
+            "last_day": str(day),
+            "finished": runs.now(),
+        })
+    else:
+        run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train")
+    result, sample = run.result, found.is_sample
+    forecasts = write_forecasts(run, config, observations, np.array([day]), lines, sample)
+    if result is not None:
+        report(run, known, config, forecasts)
+    print(f"submission: {forecasts['paths'][-1]}")
+
+
+def fitted_blend(forecasts: dict[str, np.ndarray], truth: np.ndarray, observations: Observations) -> blend.Weights:
+    """Weights from backtest forecasts {model: [days, 48, S]} and the truth [days, 48, stations, 3]."""
+    numbers = np.array(observations.network.series)
+    valid = metric.valid_points(truth, observations.network.stations)
+    own = np.s_[:, :, numbers[:, 0], numbers[:, 1]]
+    return blend.fit(forecasts, truth[own], valid[own], observations.network.groups)
+
+
+def blended(weights: blend.Weights, forecasts: dict[str, np.ndarray], observations: Observations) -> np.ndarray:
+    return blend.apply(weights, forecasts, observations.network.groups)
+
+
+def write_forecasts(run: Run, config: Config, observations: Observations, days: np.ndarray, lines: list[str],
+                    sample: bool) -> dict:
+    """Forecast the submit days with the run's models and write a checked CSV for each; what is missing is said."""
+    learnt = run.result["learnt"]
+    parts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
+    forecast = blended(learnt["weights"], parts, observations)
+    scores = metric.daily(observations.truth(days), table.grid(forecast, observations.network),
+                          observations.network.stations)
+    paths = []
+    for number, day in enumerate(days):
+        known = observations.before(first_hour(day)).series()
+        silent = [name for name, there in zip(observations.network.names, np.isfinite(known[-24:]).any(0), strict=True)
+                  if not there]
+        if silent:
+            run.log(f"{day}: no value in the last 24 hours of {len(silent)} of {known.shape[1]} series: "
+                    f"{', '.join(silent[:6])}{' ...' if len(silent) > 6 else ''}")
+        name = f"{run.name}{'-sample' if sample and 'sample' not in run.name else ''}-{day}"
+        origin = {
+            "competition": run.origin["competition"],
+            "run": run.name,
+            "recipe": run.origin["recipe"],
+            "score": run.result["score"],
+            "monitor": "smape",
+            "day": str(day),
+            "first_hour": str(first_hour(day)),
+            "official_score": None if np.isnan(scores[number]) else round(float(scores[number]), 6),
+            "series_without_recent_values": silent,
+            "submit": PRIVATE,
+            "commit": runs.commit(),
+            "data_fingerprint": run.origin["data_fingerprint"],
+            "sample": sample,
+            "created": runs.now(),
+        }
+        path = submission.SUBMISSIONS / run.origin["competition"] / f"{name}.csv"
+        rows = table.rows(lines, forecast[number], observations.network)
+        paths.append(submission.write(path, table.COLUMNS, rows, lines, table.valid, origin))
+        if not np.isnan(scores[number]):
+            run.log(f"{day}: official score {scores[number]:.4f}")
+    return {"paths": paths, "days": days, "models": parts | {"blend": forecast}}
+
+
+def predict(competition: str, given: argparse.Namespace) -> None:
+    """`make predict`: forecasts of any submit days with a fitted run."""
+    run = finished(competition, given.run)
+    config = run.config(Config)
+    data = given.data or (None if run.origin["sample"] else run.origin["data"])
+    found, lines, observations = opened(competition, data)
+    first = given.first_day or given.last_day or run.result["last_day"]
+    days = days_between(first, given.last_day or first)
+    for warning in observations.warnings:
+        print(f"warning: {warning}")
+    early = days[days < parse_day(run.result["last_day"])]
+    if len(early):
+        print(f"{run.path} was fitted on everything before {run.result['fitted_before']}: forecasts of earlier days "
+              f"({early[0]} ...) use it only after the fact, make backtest COMP={competition} is the honest way")
+    written = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"])
+    print(f"{PRIVATE}")
+    for path in written["paths"]:
+        print(f"submission: {path}")
+
+
+def finished(competition: str, name: str | None) -> Run:
+    """The named run, or the newest fitted one; raises UserError when there is none or it is not finished."""
+    if name:
+        run = runs.load(competition, name)
+        if run.result is None:
+            raise UserError(f"{run.path} is not finished: repeat its command ({run.origin.get('command', '')})")
+        if "fitted_before" not in run.result:
+            raise UserError(f"RUN={name} is a backtest and has no fitted models: make train COMP={competition}")
+        return run
+    there = [run for run in runs.all_runs(competition) if run.result is not None and "fitted_before" in run.result]
+    if not there:
+        raise UserError(f"no finished run of {competition}: make train COMP={competition}")
+    return there[-1]
+
+
+def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:
+    """`make backtest`: every model and the blend over a range of days, refitted as the days pass, or a run as it is."""
+    models.names_of(config)
+    found, _, observations = opened(competition, given.data)
+    newest = last_day(observations.end) - TRUTH_DAYS * DAY
+    days = days_between(config.first_day or newest - 29 * DAY, config.last_day or newest)
+    config = replace(config, first_day=str(days[0]), last_day=str(days[-1]))
+    if given.run and (fitted := runs.load(competition, given.run)).result and "fitted_before" in fitted.result:
+        _backtest_of(fitted, observations, days)
+        return
+    run = started(competition, found, config, given)
+    for warning in observations.warnings:
+        run.log(f"warning: {warning}")
+    # The blend's weights come from the period before: no forecast is scored with weights that saw its days.
+    before, *scored = periods_of(days, config.refit_days, config.backtest_days)
+    parts, earlier = [], before
+    earlier_forecasts = forecasts_of(run, observations, config, before)
+    for period in scored:
+        weights = fitted_blend(earlier_forecasts, observations.truth(earlier.days), observations)
+        run.log(f"blend before {period.days[0]}: {json.dumps(weights)}")
+        found_forecasts = forecasts_of(run, observations, config, period)
+        parts.append((period, found_forecasts | {"blend": blended(weights, found_forecasts, observations)}))
+        earlier, earlier_forecasts = period, found_forecasts
+    rows = summarise(run, parts, observations)
+    run.write_json("result.json", {"monitor": "smape", "score": rows["blend"]["mean"], "metrics": rows, "learnt": {},
+                                   "rows": len(days), "finished": runs.now()})
+    together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
+    report(run, observations, config, {"days": days, "models": together})
+
+
+def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None:
+    """The fitted run as it is over the days; nothing is fitted or written into it."""
+    config = run.config(Config)
+    learnt = run.result["learnt"]
+    forecasts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
+    forecasts["blend"] = blended(learnt["weights"], forecasts, observations)
+    print(f"{run.path}, fitted before {run.result['fitted_before']}")
+    summarise(replace(run, path=run.path / f"backtest-{days[0]}-{days[-1]}"), [(Period(0, days), forecasts)],
+              observations)

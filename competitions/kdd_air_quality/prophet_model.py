@@ -1,0 +1,127 @@
+"""Prophet, one model per series, fitted in parallel and kept as the little that its forecast is made of.
+
+With weekly and daily seasonality and no yearly one (16 months of data hold no second year) a forecast is a straight line
+plus a table over the hours of the week. The fitted model is that line and that table: forecasting needs no Prophet.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import UserError
+from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
+from competitions.kdd_air_quality.parallel import in_parallel
+from competitions.kdd_air_quality.reader import Observations
+
+HISTORY_DAYS = 475
+CHANGEPOINTS = 67
+CHANGEPOINT_SCALE = {"Beijing": 0.003, "London": 0.001}
+WEEK_HOURS = 168
+FEWEST_VALUES = 48
+
+
+@dataclass(frozen=True)
+class Lines:
+    """`level` + `slope` * hours since `start` + `week`[hour of the week], per series; NaN where none was fitted."""
+
+    start: np.datetime64  # the first forecast hour of the fit
+    level: np.ndarray  # [S]
+    slope: np.ndarray  # [S], ug/m3 per hour
+    week: np.ndarray  # [168, S]; hour 0 is Monday 00:00 UTC
+
+    def at(self, hours: np.ndarray) -> np.ndarray:
+        """Forecast [hours, S] in ug/m3, never below 0."""
+        since = ((hours - self.start) / HOUR).astype(float)[:, None]
+        return np.maximum(self.level + self.slope * since + self.week[_hour_of_week(hours)], 0)
+
+
+def _hour_of_week(hours: np.ndarray) -> np.ndarray:
+    return (hours.astype("datetime64[h]").astype(int) + 72) % WEEK_HOURS  # 1970-01-01 was a Thursday
+
+
+def fit(observations: Observations, jobs: int, label: str = "prophet") -> Lines:
+    """Fit every series on the last 475 days before the end of `observations`; raises UserError without Prophet."""
+    try:
+        import prophet  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "prophet is not installed: pip install prophet, or leave it out with --models medians,boosting,mlp"
+        ) from error
+    known = observations.history(HISTORY_DAYS * 24)
+    hours = known.start + np.arange(len(known.values)) * HOUR
+    series = known.series()
+    cities = [group.split(" ")[0] for group in known.network.groups]
+    work = [(fit_one, (hours, series[:, number], city)) for number, city in enumerate(cities)]
+    fitted = in_parallel(work, jobs, label)
+    return Lines(
+        observations.end,
+        np.array([level for level, _, _ in fitted]),
+        np.array([slope for _, slope, _ in fitted]),
+        np.stack([week for _, _, week in fitted], axis=1),
+    )
+
+
+def fit_one(hours: np.ndarray, values: np.ndarray, city: str) -> tuple[float, float, np.ndarray]:
+    """Level, slope per hour and week table [168] of one series after its last hour; NaN with too few values."""
+    there = np.isfinite(values)
+    if there.sum() < FEWEST_VALUES:
+        return np.nan, np.nan, np.full(WEEK_HOURS, np.nan)
+    model = fitted_prophet(hours[there], values[there], city)
+    import pandas as pd
+
+    first = hours[-1] + HOUR
+    ahead = pd.DataFrame({"ds": (first + np.arange(WEEK_HOURS) * HOUR).astype("datetime64[ns]")})
+    ahead = model.setup_dataframe(ahead)
+    trend = np.asarray(model.predict_trend(ahead))
+    seasonal = model.predict_seasonal_components(ahead)["additive_terms"].to_numpy()
+    week = np.empty(WEEK_HOURS)
+    week[_hour_of_week(first + np.arange(WEEK_HOURS) * HOUR)] = seasonal
+    return float(trend[0]), float(trend[-1] - trend[0]) / (WEEK_HOURS - 1), week
+
+
+def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str):
+    """A fitted prophet.Prophet with the competition's settings, silent."""
+    import pandas as pd
+
+    for name in ("cmdstanpy", "prophet", "prophet.plot"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from prophet import Prophet
+
+    frame = pd.DataFrame({"ds": hours.astype("datetime64[ns]"), "y": values.astype(float)})
+    model = Prophet(
+        growth="linear",
+        n_changepoints=CHANGEPOINTS,
+        changepoint_prior_scale=CHANGEPOINT_SCALE[city],
+        weekly_seasonality=True,
+        daily_seasonality=True,
+        yearly_seasonality=False,
+        uncertainty_samples=0,
+    )
+    with _quiet():
+        model.fit(frame)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Stan writes to the file descriptors themselves: point both to nowhere while it runs."""
+    saved = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(nowhere)
+
+
+def forecast(lines: Lines, first_hours: np.ndarray) -> np.ndarray:
+    """ug/m3 [origins, 48, S] from the origins `first_hours`; NaN for a series that had too few values."""
+    return np.stack([lines.at(first + np.arange(HORIZON_HOURS) * HOUR) for first in first_hours])

@@ -1,0 +1,94 @@
+"""A small data set in the organisers' file formats: two cities with daily cycles, shared episodes, gaps and outages."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from competitions.kdd_air_quality.stations import FULL_NAME, city_of
+
+BEIJING = ("dongsi_aq", "aotizhongxin_aq", "fangshan_aq", "dingling_aq", "qianmen_aq")
+LONDON = ("CD1", "BL0", "MY7")
+FIRST_DAY = "2018-01-01"
+DAYS = 90
+API_DAYS = 20  # the last days come as the organisers' API gave them, with cut station names
+# Typical level, and how deep the daily cycle cuts (factor between trough and peak), of each pollutant.
+LEVELS = {"PM2.5": (50, 1.5), "PM10": (80, 1.6), "NO2": (45, 2.0), "CO": (0.9, 1.5), "O3": (40, 4.0), "SO2": (8, 1.6)}
+PEAK_HOUR = {"Beijing": {"O3": 8}, "London": {}}  # UTC; everything else peaks in the evening
+
+
+def write(folder: Path, seed: int = 7, days: int = DAYS) -> None:
+    """Write the history, the API files and the sample submission."""
+    random = np.random.default_rng(seed)
+    hours = pd.date_range(FIRST_DAY, periods=days * 24, freq="h")
+    beijing = _city("Beijing", BEIJING, hours, random, 1.0)
+    london = _city("London", LONDON, hours, random, 0.3)
+    history = hours[: (days - API_DAYS) * 24]
+
+    frame = beijing[beijing["time"].isin(history)].rename(columns={"station": "stationId", "time": "utc_time"})
+    twice = frame.sample(20, random_state=seed)  # the real files repeat rows
+    pd.concat([frame, twice]).to_csv(folder / "beijing_17_18_aq.csv", index=False)
+    frame = london[london["time"].isin(history)]
+    pd.DataFrame({
+        "MeasurementDateGMT": frame["time"].dt.strftime("%Y/%-m/%-d %-H:%M"),
+        "station_id": frame["station"],
+        **{f"{name} (ug/m3)": frame[name] for name in ("PM2.5", "PM10", "NO2")},
+    }).to_csv(folder / "London_historical_aqi_forecast_stations_20180331.csv")
+    short = {full: cut for cut, full in FULL_NAME.items()} | {full: cut for cut, full in FULL_NAME.items() if cut != full}
+    for city, table in (("bj", beijing), ("ld", london)):
+        frame = table[~table["time"].isin(history)].reset_index(drop=True)
+        pd.DataFrame({
+            "id": frame.index + 1,
+            "station_id": frame["station"].map(short),
+            "time": frame["time"],
+            **{f"{name.replace('.', '')}_Concentration": frame[name] for name in LEVELS},
+        }).to_csv(folder / f"{city}_aq_2018.csv", index=False)
+    lines = ["test_id,PM2.5,PM10,O3"]
+    lines += [f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
+              for station in (*BEIJING, *LONDON) for hour in range(48)]
+    (folder / "sample_submission.csv").write_text("\n".join(lines) + "\n")
+
+
+def _city(city: str, stations: tuple[str, ...], hours: pd.DatetimeIndex, random: np.random.Generator,
+          scale: float) -> pd.DataFrame:
+    """Long table station, time and six pollutants of one city."""
+    episode = _wandering(len(hours), random, hours_of_memory=40)  # the weather that all stations share
+    parts = []
+    for station in stations:
+        own = random.normal(0, 0.15)
+        columns = {"station": station, "time": hours}
+        for name, (level, depth) in LEVELS.items():
+            peak = PEAK_HOUR[city].get(name, 13)
+            cycle = np.log(depth) / 2 * np.cos((hours.hour.to_numpy() - peak) * 2 * np.pi / 24)
+            weather = (-0.3 if name == "O3" else 0.7) * episode
+            noise = 0.1 * random.normal(size=len(hours)) + 0.2 * _wandering(len(hours), random, hours_of_memory=6)
+            values = np.round(level * scale * np.exp(own + cycle + weather + noise), 1)
+            values[_gaps(len(hours), random)] = np.nan
+            if city == "London" and name in ("CO", "O3", "SO2"):
+                values[:] = np.nan
+            if city == "London":
+                values[random.random(len(hours)) < 0.002] = -0.4  # instruments drift below zero
+            columns[name] = values
+        table = pd.DataFrame(columns)
+        parts.append(table[random.random(len(hours)) > 0.01])  # whole rows are missing too
+    return pd.concat(parts, ignore_index=True)
+
+
+def _wandering(count: int, random: np.random.Generator, hours_of_memory: float) -> np.ndarray:
+    """A stationary process of deviation 1 that forgets over `hours_of_memory`."""
+    keep = np.exp(-1 / hours_of_memory)
+    steps = random.normal(size=count) * np.sqrt(1 - keep**2)
+    result = np.empty(count)
+    value = random.normal()
+    for number, step in enumerate(steps):
+        value = keep * value + step
+        result[number] = value
+    return result
+
+
+def _gaps(count: int, random: np.random.Generator) -> np.ndarray:
+    """Missing hours: single ones, and an outage of up to three days now and then."""
+    missing = random.random(count) < 0.03
+    for start in np.flatnonzero(random.random(count) < 1 / (24 * 40)):
+        missing[start : start + random.integers(6, 72)] = True
+    return missing
