@@ -8,7 +8,7 @@ import numpy as np
 from competitions.clouds import rle
 from competitions.clouds.reader import CLASSES, MASK_SIZE
 
-TRAIN_IMAGES, TEST_IMAGES = 20, 6
+TRAIN_IMAGES, TEST_IMAGES = 24, 6
 SEED = 2019
 HALF = (MASK_SIZE[0] // 2, MASK_SIZE[1] // 2)  # where textures are drawn: seconds instead of a minute
 SEA = np.array((38, 58, 92), np.float32)  # RGB

@@ -169,9 +169,7 @@ def _check(config: CloudConfig) -> None:
 def _model(config: CloudConfig) -> Any:
     from competitions.clouds import model
 
-    net = model.CloudNet(
-        config.architecture, config.encoder, config.class_head, config.dropout, config.checkpointing
-    )
+    net = model.CloudNet(config.architecture, config.encoder, config.class_head, config.dropout, config.checkpointing)
     if config.encoder_weights == "imagenet":
         model.load_encoder_weights(net, config.encoder)
     return net

@@ -15,6 +15,12 @@ SIZES = (1, 500, 1000, 2500, 5000, 7500, 10000, 15000, 20000)  # pixels of 183,7
 GATES = tuple(round(0.05 * step, 2) for step in range(20))
 PAIRS = tuple((bottom, top) for top in range(len(LEVELS)) for bottom in range(top + 1))
 STAGES = ("plain", "gate", "threshold", "size", "bottom")  # each frees one more part of the rule
+# Of rules with the same score the one nearest to one half is taken: they come in plateaus, and its edge is a bad place.
+TIE_BREAK = 1e-6 * (
+    np.abs(np.array(GATES) - 0.5)[:, None]
+    + np.repeat([abs(LEVELS[top] - 0.5) + abs(LEVELS[bottom] - 0.5) for bottom, top in PAIRS], len(SIZES))
+    + np.tile(np.arange(len(SIZES)) / len(SIZES), len(PAIRS))
+)  # [gates, pairs * sizes]
 SPLITS = 5  # parts of the nested check
 
 
@@ -102,10 +108,12 @@ def allowed(stage: str) -> tuple[np.ndarray, np.ndarray]:
 
 def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
     """The rule with the best mean Dice over `rows`; thousands of combinations in one matrix product."""
+    if not len(rows):
+        return Rule()
     gates, cells = allowed(stage)
     passes = (table.presence[rows] >= np.rint(np.array(GATES)[:, None] * STEPS)).astype(np.float32)  # [gates, m]
     gain = (table.dice[rows] - table.empty[rows, None, None]).reshape(len(rows), -1)
-    scores = np.where(gates[:, None] & cells.reshape(-1), passes @ gain, -np.inf)
+    scores = np.where(gates[:, None] & cells.reshape(-1), passes @ gain - TIE_BREAK, -np.inf)
     gate, cell = np.unravel_index(scores.argmax(), scores.shape)
     pair, size = divmod(int(cell), len(SIZES))
     bottom, top = PAIRS[pair]
@@ -147,7 +155,7 @@ def choose(table: Table, rows: np.ndarray, stage: str, hulls: Hulls | None = Non
     """The best rule of a stage on `rows`, with filled hulls where that is better still."""
     rule = search(table, rows, stage)
     filled = replace(rule, hull=True)
-    if hulls and dice_of(table, filled, hulls)[rows].mean() > dice_of(table, rule)[rows].mean():
+    if hulls and dice_of(table, filled, hulls)[rows].sum() > dice_of(table, rule)[rows].sum():
         return filled
     return rule
 

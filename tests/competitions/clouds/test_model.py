@@ -18,7 +18,9 @@ def net(architecture="unet", encoder="resnet18", head="pooled", checkpointing=Fa
 
 
 def images(height=64, width=96, batch=2):
-    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.mark.parametrize("architecture", ["unet", "fpn"])
@@ -49,7 +51,9 @@ def test_padding_is_to_the_right_and_below_and_cut_off_again():
 
 def test_topk_is_the_mean_of_the_ten_largest_logits():
     outputs = net(head="topk").eval()(images())
-    slow = torch.stack([torch.stack([mask.flatten().sort().values[-10:].mean() for mask in image]) for image in outputs["pixels"]])
+    slow = torch.stack(
+        [torch.stack([mask.flatten().sort().values[-10:].mean() for mask in image]) for image in outputs["pixels"]]
+    )
     assert torch.allclose(outputs["classes"], slow, atol=1e-6)
 
 
@@ -61,7 +65,9 @@ def test_both_heads_send_gradients_to_the_encoder(head):
         assert network.net.encoder.conv1.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("architecture", "encoder"), [("unet", "resnet18"), ("fpn", "resnet18"), ("unet", "efficientnet-b0")])
+@pytest.mark.parametrize(
+    ("architecture", "encoder"), [("unet", "resnet18"), ("fpn", "resnet18"), ("unet", "efficientnet-b0")]
+)
 def test_checkpointing_gives_the_same_gradients_and_running_statistics(architecture, encoder):
     plain, cheap = net(architecture, encoder).double(), net(architecture, encoder, checkpointing=True).double()
     cheap.load_state_dict(plain.state_dict())

@@ -49,14 +49,20 @@ def test_classes_of_the_sample_in_another_order(folder):
 
 
 def test_nan_is_an_empty_mask(folder):
-    rows = [f"{NAMES[0]}_Fish,NaN" if row.startswith(f"{NAMES[0]}_Fish") else row for row in rows_of(folder, "train.csv")]
+    rows = [
+        f"{NAMES[0]}_Fish,NaN" if row.startswith(f"{NAMES[0]}_Fish") else row for row in rows_of(folder, "train.csv")
+    ]
     write_rows(folder, "train.csv", rows)
     files = read(folder)
     assert not files.runs.present()[files.images.index(NAMES[0]), 0]
 
 
 def test_a_class_that_no_image_has(folder):
-    write_rows(folder, "train.csv", [row.split(",")[0] + "," if "Sugar" in row else row for row in rows_of(folder, "train.csv")])
+    write_rows(
+        folder,
+        "train.csv",
+        [row.split(",")[0] + "," if "Sugar" in row else row for row in rows_of(folder, "train.csv")],
+    )
     assert read(folder).runs.present()[:, 3].sum() == 0
 
 
@@ -99,27 +105,36 @@ def sample_row(row):
     return apply
 
 
-@pytest.mark.parametrize(("fault", "words"), [
-    (changed(2, "_Gravel", "_Gravle"), ["train.csv line 4", "Gravle", "did you mean Gravel", "Fish, Flower"]),
-    (changed(2, "_Gravel", ""), ["train.csv line 4", "names no class"]),
-    (changed(3, "_Sugar", "_Gravel"), ["train.csv line 5", "Gravel", "twice"]),
-    (cell("1 2 3"), ["train.csv line 7", "Flower", "3 numbers, expected pairs"]),
-    (cell("1 x"), ["line 7", "'x' is not a whole number"]),
-    (cell("1 10 5 3"), ["line 7", "overlaps"]),
-    (cell("2940000 2"), ["line 7", "out of range", "2940000"]),
-    (cell("0 2"), ["line 7", "out of range"]),
-    (lambda f: write_rows(f, "train.csv", rows_of(f, "train.csv")[:-1]), ["train.csv", NAMES[-1], "no row for Sugar"]),
-    (lambda f: write_rows(f, "train.csv", []), ["train.csv has no rows"]),
-    (lambda f: (f / "train.csv").write_text("a,b\n1,2\n"), ["columns a, b", "expected Image_Label, EncodedPixels"]),
-    (lambda f: (f / "train_images" / NAMES[3]).unlink(), ["train.csv names", NAMES[3], "train_images"]),
-    (lambda f: write_image(f / "train_images" / "extra.jpg", 140, 210, 0), ["train_images holds extra.jpg", "train.csv"]),
-    (lambda f: (f / "test_images" / TEST_NAMES[0]).unlink(), ["sample_submission.csv names", TEST_NAMES[0]]),
-    (lambda f: write_image(f / "test_images" / "extra.jpg", 140, 210, 0), ["test_images holds extra.jpg"]),
-    (sample_row("unknown.jpg_Fish,1 1"), ["sample_submission.csv names unknown.jpg", "test_images"]),
-    (sample_row(f"{TEST_NAMES[0]}_Fish,1 1"), ["line 10", "not together"]),
-    (sample_row(f"{TEST_NAMES[1]}_Fish,1 1"), ["line 10", "twice"]),
-    (sample_row(f"{TEST_NAMES[1]}_Dog,1 1"), ["sample_submission.csv line 10", "names no class"]),
-])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (changed(2, "_Gravel", "_Gravle"), ["train.csv line 4", "Gravle", "did you mean Gravel", "Fish, Flower"]),
+        (changed(2, "_Gravel", ""), ["train.csv line 4", "names no class"]),
+        (changed(3, "_Sugar", "_Gravel"), ["train.csv line 5", "Gravel", "twice"]),
+        (cell("1 2 3"), ["train.csv line 7", "Flower", "3 numbers, expected pairs"]),
+        (cell("1 x"), ["line 7", "'x' is not a whole number"]),
+        (cell("1 10 5 3"), ["line 7", "overlaps"]),
+        (cell("2940000 2"), ["line 7", "out of range", "2940000"]),
+        (cell("0 2"), ["line 7", "out of range"]),
+        (
+            lambda f: write_rows(f, "train.csv", rows_of(f, "train.csv")[:-1]),
+            ["train.csv", NAMES[-1], "no row for Sugar"],
+        ),
+        (lambda f: write_rows(f, "train.csv", []), ["train.csv has no rows"]),
+        (lambda f: (f / "train.csv").write_text("a,b\n1,2\n"), ["columns a, b", "expected Image_Label, EncodedPixels"]),
+        (lambda f: (f / "train_images" / NAMES[3]).unlink(), ["train.csv names", NAMES[3], "train_images"]),
+        (
+            lambda f: write_image(f / "train_images" / "extra.jpg", 140, 210, 0),
+            ["train_images holds extra.jpg", "train.csv"],
+        ),
+        (lambda f: (f / "test_images" / TEST_NAMES[0]).unlink(), ["sample_submission.csv names", TEST_NAMES[0]]),
+        (lambda f: write_image(f / "test_images" / "extra.jpg", 140, 210, 0), ["test_images holds extra.jpg"]),
+        (sample_row("unknown.jpg_Fish,1 1"), ["sample_submission.csv names unknown.jpg", "test_images"]),
+        (sample_row(f"{TEST_NAMES[0]}_Fish,1 1"), ["line 10", "not together"]),
+        (sample_row(f"{TEST_NAMES[1]}_Fish,1 1"), ["line 10", "twice"]),
+        (sample_row(f"{TEST_NAMES[1]}_Dog,1 1"), ["sample_submission.csv line 10", "names no class"]),
+    ],
+)
 def test_faults_are_named_with_file_and_row(folder, fault, words):
     fault(folder)
     with pytest.raises(UserError) as caught:

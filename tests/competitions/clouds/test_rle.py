@@ -107,19 +107,22 @@ def test_runs_that_touch_or_cross_columns():
         assert (got == slow_resize(slow_decode("2 7", 3, 4), height, width)).all()
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("1 2 3", "3 numbers, expected pairs"),
-    ("1 2 x 4", "'x' is not a whole number"),
-    ("1 2.5", "'2.5' is not a whole number"),
-    ("1 nan", "'nan' is not a whole number"),
-    ("-4 2", "'-4' is not a whole number|out of range"),
-    ("0 2", "run 0 2 is out of range, pixels are 1 to 100"),
-    ("99 3", "run 99 3 is out of range, pixels are 1 to 100"),
-    ("99999999999999999999 1", "not a whole number|out of range"),
-    ("3 0", "run 3 0 has no pixels"),
-    ("5 4 8 2", "run 8 2 overlaps the run 5 4"),
-    ("20 2 3 2", "run 3 2 is not sorted, it starts before the run 20 2"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1 2 3", "3 numbers, expected pairs"),
+        ("1 2 x 4", "'x' is not a whole number"),
+        ("1 2.5", "'2.5' is not a whole number"),
+        ("1 nan", "'nan' is not a whole number"),
+        ("-4 2", "'-4' is not a whole number|out of range"),
+        ("0 2", "run 0 2 is out of range, pixels are 1 to 100"),
+        ("99 3", "run 99 3 is out of range, pixels are 1 to 100"),
+        ("99999999999999999999 1", "not a whole number|out of range"),
+        ("3 0", "run 3 0 has no pixels"),
+        ("5 4 8 2", "run 8 2 overlaps the run 5 4"),
+        ("20 2 3 2", "run 3 2 is not sorted, it starts before the run 20 2"),
+    ],
+)
 def test_faults_are_named(text, words):
     found = rle.problem_of_text(text, 100)
     assert found is not None and any(part in found for part in words.split("|")), found

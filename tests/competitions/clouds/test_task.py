@@ -1,0 +1,164 @@
+"""The competition as a whole: from raw files to a checked CSV, and the flags that make no sense."""
+
+import csv
+import io
+import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common.__main__ import main
+from common.config import checked
+from common.errors import UserError
+from common.losses import kind, window_value
+from common.raw import RawData
+from competitions.clouds import reader, rle, sample, task
+from competitions.clouds.reader import CLASSES
+
+from .conftest import NAMES, TEST_NAMES, truth_of, write_rows
+
+TINY = replace(
+    task.RECIPES["default"], epochs=2, folds=3, size=(64, 96), encoder="resnet18", encoder_weights="none", workers=0
+)
+FLAGS = "--epochs 2 --folds 3 --size 64,96 --encoder resnet18 --encoder-weights none --workers 0 --batch-size 2".split()
+
+
+def build(folder, **changes):
+    return task.build(checked(replace(TINY, **changes)), RawData(folder, "clouds"))
+
+
+def run(*words: str) -> tuple[int, str]:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        code = main(list(words))
+    return code, out.getvalue()
+
+
+@pytest.fixture
+def here(tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
+def test_from_files_to_a_checked_csv_and_pictures(folder, here, tmp_path):
+    order = ["Sugar", "Gravel", "Fish", "Flower"]
+    write_rows(folder, "sample_submission.csv", [f"{name}_{label},1 1" for name in TEST_NAMES for label in order])
+    code, output = run("train", "clouds", "--data", str(folder), "--run", "one", *FLAGS)
+    assert code == 0, output
+    with open("submissions/clouds/one.csv", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    assert header == ["Image_Label", "EncodedPixels"]
+    assert [row[0] for row in rows] == [f"{name}_{label}" for name in TEST_NAMES for label in order]
+    assert all(rle.problem_of_text(row[1], 350 * 525) is None for row in rows)
+    result = json.load(open("runs/clouds/one/result.json"))
+    assert set(result["learnt"]["rules"]) == set(CLASSES) and 0 <= result["score"] <= 1
+    assert result["metrics"]["dice"] == pytest.approx(np.mean([result["metrics"][f"dice_{n.lower()}"] for n in CLASSES]))
+    page = open("runs/clouds/one/report.html").read()
+    assert page.count("data:image/png;base64") >= 4 and not re.search(r'src="(?!data:)', page)
+    kept = np.load("runs/clouds/one/oof.npy")
+    assert kept.dtype == np.uint8 and kept.shape == (2, 4, 1 + 350 * 525)
+
+    first = open("submissions/clouds/one.csv").read()
+    code, output = run("predict", "clouds", "--run", "one")
+    assert code == 0, output
+    assert open("submissions/clouds/one.csv").read() == first
+
+
+def test_the_generated_sample_needs_no_network(here, monkeypatch):
+    monkeypatch.setattr(sample, "TRAIN_IMAGES", 6)
+    monkeypatch.setattr(sample, "TEST_IMAGES", 1)
+    code, output = run("train", "clouds", *[flag for flag in FLAGS if flag not in ("--encoder-weights", "none")])
+    assert code == 0, output
+    assert "sample: the encoder starts from scratch (--encoder-weights none)" in output
+    assert "-sample.csv" in output
+
+
+def test_the_sample_is_the_same_every_time_and_has_the_competitions_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "TRAIN_IMAGES", 4)
+    monkeypatch.setattr(sample, "TEST_IMAGES", 1)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        task.write_sample(tmp_path / name)
+    one, two = ({p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in ("one", "two"))
+    assert one == two and len(one) == 7
+    files = reader.read(RawData(tmp_path / "one", "clouds"))
+    assert files.runs.present().any(0).all() and files.runs.present().any(1).all()
+    image = cv2.imread(str(files.train_paths[0]))
+    assert image.shape == (1400, 2100, 3) and image.std() > 10
+
+
+def test_weights_of_imagenet_are_asked_for_on_real_data(folder, here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "no cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = [flag for flag in FLAGS if flag not in ("--encoder-weights", "none")]
+    code, output = run("train", "clouds", "--data", str(folder), *flags)
+    assert code == 1 and "--encoder-weights none" in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_folds_hold_every_class_and_do_not_depend_on_the_order_of_the_rows(folder):
+    built = build(folder)
+    assert sorted(np.bincount(built.folds, minlength=3)) == [2, 2, 2]
+    rows = (folder / "train.csv").read_text().splitlines()
+    (folder / "train.csv").write_text("\n".join([rows[0], *reversed(rows[1:])]) + "\n")
+    assert (build(folder).folds == built.folds).all()
+
+
+def test_validation_and_submission_use_one_metric(folder):
+    built = build(folder)
+    targets = {"masks": torch.stack([built.plain[row][1]["masks"] for row in range(len(NAMES))])}
+    empty = torch.zeros_like(targets["masks"])
+    stats = [metric.stats(empty, targets).double().sum(0) for metric in built.metrics]
+    values = [metric.value(sums, len(NAMES)) for metric, sums in zip(built.metrics, stats, strict=True)]
+    absent = np.array([[not truth_of(n, c).any() for c in range(4)] for n in range(len(NAMES))])
+    assert values[0] == pytest.approx(absent.mean())  # all empty scores the empty share
+    assert values[1:] == pytest.approx(absent.mean(0).tolist())
+    assert [metric.name for metric in built.metrics] == ["dice", *(f"dice_{name.lower()}" for name in CLASSES)]
+
+
+@pytest.mark.parametrize(("weights", "expected"), [
+    ({"bce": 1, "dice": 0, "lovasz": 0, "present": 0, "classes": 0.5}, "per_sample"),
+    ({"bce": 1, "dice": 1, "lovasz": 0, "present": 0, "classes": 0.5}, "sums"),
+    ({"bce": 0, "dice": 0, "lovasz": 1, "present": 1, "classes": 0}, "whole_batch"),
+])  # fmt: skip
+def test_the_loss_is_made_of_the_flags(folder, weights, expected):
+    loss = build(folder, **weights).loss
+    outputs = {"pixels": torch.randn(3, 4, 16, 24, requires_grad=True), "classes": torch.randn(3, 4, requires_grad=True)}
+    pixels = (torch.rand(3, 4, 16, 24) > 0.6).to(torch.uint8)
+    targets = {"pixels": pixels, "classes": pixels.flatten(2).any(2).to(torch.uint8)}
+    assert kind(loss) == expected
+    window_value(loss, outputs, targets).backward()
+    assert outputs["pixels"].grad.abs().sum() > 0
+    assert (outputs["classes"].grad is not None) == bool(weights["classes"])
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"bce": 0, "dice": 0}, "--bce, --dice, --lovasz or --present"),
+    ({"dice": -1.0}, "--dice -1.0: expected a weight of 0 or more"),
+    ({"blackout": 1.5}, "--blackout 1.5: expected 0 to 1"),
+    ({"size": (32, 96)}, "--size 32,96"),
+    ({"architecture": "unett"}, "Did you mean unet"),
+])  # fmt: skip
+def test_flags_that_make_no_sense(folder, changes, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        build(folder, **changes)
+
+
+def test_recipes_are_what_they_are_called():
+    assert task.RECIPES["full"].size == (1400, 2100) and task.RECIPES["full"].checkpointing
+    assert task.RECIPES["full"].batch_size == 16 and task.RECIPES["small"].encoder_weights == "none"
+    assert task.RECIPES["best"].fold == "all" and task.RECIPES["best"].views
+    assert {recipe.encoder_weights for name, recipe in task.RECIPES.items() if name != "small"} == {"imagenet"}
+
+
+def test_importing_the_task_costs_no_torch():
+    import subprocess
+    import sys
+
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys, competitions.clouds.task; print('torch' in sys.modules, 'cv2' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.split() == ["False", "False"]
