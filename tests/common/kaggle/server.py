@@ -44,6 +44,7 @@ class Kaggle(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128
 
     def __init__(self, files: dict[str, bytes] | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -120,9 +121,9 @@ class Kaggle(ThreadingHTTPServer):
 
     def submitted(self, description: str, name: str) -> dict:
         ref = 1000 + len(self.submissions)
-        self.submissions.insert(
-            0, {"ref": ref, "description": description, "fileName": name, "date": "2026-01-02T03:04:05.000Z", "polls": 0}
-        )
+        date = "2026-01-02T03:04:05.000Z"
+        row = {"ref": ref, "description": description, "fileName": name, "date": date, "polls": 0}
+        self.submissions.insert(0, row)
         return {"message": "Successfully submitted to Toy", "ref": ref}
 
     def GetSubmissionLimits(self, body: dict) -> dict:

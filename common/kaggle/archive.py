@@ -1,0 +1,223 @@
+"""Unpacking archives that strangers made: nothing leaves the folder, nothing fills the disk, nothing is half done."""
+
+import hashlib
+import lzma
+import os
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from common.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+# deflate cannot pack tighter than 1 to 1032; real competition files stay below 1 to 50
+LARGEST_RATIO = 200
+HARMLESS_BYTES = 64 << 20  # archives that unpack to less than this may have any ratio
+DEEPEST_NESTING = 4
+SPARE_BYTES = 64 << 20  # what must stay free on the disk
+THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all run outside Python's lock
+
+
+class Damaged(UserError):
+    """The archive is not what was packed: a new download may mend it."""
+
+
+class Unsafe(UserError):
+    """The archive would do harm, and so would the next copy of it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file that was unpacked: `size` in bytes and the sha256 of its content."""
+
+    size: int
+    sha256: str
+
+
+def unpack(archive: Path, target: Path) -> dict[str, Entry]:
+    """Unpack `archive`, and the archives in it, as the new folder `target`; returns its files by relative name.
+
+    Works in a folder beside the target and renames it: raises Damaged or Unsafe and leaves nothing behind.
+    """
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        entries = unpack_into(archive, draft)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return entries
+
+
+def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
+    """Unpack into `folder`, which may hold other files; archives inside are replaced by what they hold."""
+    budget = _Budget(archive)
+    try:
+        entries = _unpack_one(archive, folder, PurePosixPath(), budget)
+        for depth in range(DEEPEST_NESTING + 1):
+            nested = [name for name in entries if name.lower().endswith(".zip") and zipfile.is_zipfile(folder / name)]
+            if not nested:
+                return entries
+            if depth == DEEPEST_NESTING:
+                raise Unsafe(f"{archive.name}: {nested[0]} is an archive in {DEEPEST_NESTING} archives: unpack it by "
+                             f"hand and pass DATA=/path/to/folder")  # fmt: skip
+            for name in nested:
+                inner = folder / name
+                holder = inner.with_name(f"{inner.name}.part")  # its content may have the archive's own name
+                inner.rename(holder)
+                place = _place(holder, PurePosixPath(name))
+                for inside, entry in _unpack_one(holder, folder, place, budget, shown=name).items():
+                    if inside != name and inside in entries:
+                        raise Unsafe(f"{archive.name}: {inside} is there as a file and in {name}")
+                    entries[inside] = entry
+                if not (folder / name).is_file():
+                    del entries[name]
+                holder.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {archive.name} could not be unpacked ({error.strerror or error}): free some disk space, "
+            "then repeat the same command"
+        ) from error
+    return entries
+
+
+def copy_into(file: Path, folder: Path) -> dict[str, Entry]:
+    """A file that is no archive, hard-linked or copied into `folder`."""
+    target = folder / file.name
+    try:
+        target.hardlink_to(file)
+    except OSError:  # file systems without links
+        shutil.copyfile(file, target)
+    with open(target, "rb") as stream:
+        return {file.name: Entry(target.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())}
+
+
+def _place(holder: Path, name: PurePosixPath) -> PurePosixPath:
+    """The folder for the content of the nested archive `name`.
+
+    train.csv.zip with train.csv goes beside itself, so does images.zip with images/...; any other images.zip makes
+    the folder images, as its content would mix with that of its neighbours.
+    """
+    stem = name.name[: -len(".zip")]
+    with opened(holder, str(name)) as stream:
+        tops = {PurePosixPath(_plain(member.filename)).parts[0] for member in stream.infolist() if member.filename}
+    return name.parent if tops == {stem} else name.parent / stem
+
+
+class _Budget:
+    """How much may still be unpacked: a ratio to the outermost archive, and the free space of the disk."""
+
+    def __init__(self, archive: Path):
+        self.archive, self.packed, self.unpacked = archive, archive.stat().st_size, 0
+
+    def spend(self, members: Sequence[zipfile.ZipInfo], folder: Path) -> None:
+        size = sum(member.file_size for member in members)
+        self.unpacked += size
+        tight = [m for m in members if m.file_size > max(HARMLESS_BYTES, LARGEST_RATIO * m.compress_size)]
+        if tight or self.unpacked > max(HARMLESS_BYTES, LARGEST_RATIO * self.packed):
+            what = tight[0].filename if tight else "its content"
+            raise Unsafe(
+                f"{self.archive.name}: {what} unpacks to more than {LARGEST_RATIO} times its size, as archives do that "
+                "are made to fill a disk. If it is meant to be so, unpack it by hand and pass DATA=/path/to/folder"
+            )
+        free = shutil.disk_usage(folder).free
+        if size + SPARE_BYTES > free:
+            raise UserError(
+                f"{folder}: {self.archive.name} needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: free some "
+                "space, then repeat the same command; the download is kept"
+            )
+
+
+def _unpack_one(
+    archive: Path, folder: Path, place: PurePosixPath, budget: _Budget, shown: str = ""
+) -> dict[str, Entry]:
+    """One archive without those inside it, by several threads; every checksum is verified on the way."""
+    shown = shown or archive.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with opened(archive, shown) as stream:
+        members = {name: member for name, member in _safe_names(stream, shown) if not member.is_dir()}
+    budget.spend(list(members.values()), folder)
+    targets = {str(place / name): member for name, member in members.items()}
+    for parent in {str((folder / name).parent) for name in targets}:
+        _make_folder(Path(parent), folder, shown)
+
+    shares: list[list[tuple[str, zipfile.ZipInfo]]] = [[] for _ in range(THREADS)]
+    loads = [0] * THREADS
+    for name, member in sorted(targets.items(), key=lambda item: -item[1].file_size):  # large ones first, evenly
+        lightest = loads.index(min(loads))
+        shares[lightest].append((name, member))
+        loads[lightest] += member.file_size + 50_000  # opening a file costs about as much as so many bytes
+
+    def work(share: list[tuple[str, zipfile.ZipInfo]]) -> dict[str, Entry]:
+        with opened(archive, shown) as stream:  # a handle of its own: a shared one takes turns
+            return {name: _extract(stream, member, folder / name, shown) for name, member in share}
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(work, [share for share in shares if share]))
+    found = {name: entry for result in results for name, entry in result.items()}
+    return {name: found[name] for name in targets}
+
+
+def opened(archive: Path, shown: str) -> zipfile.ZipFile:
+    """The archive; raises Damaged when it is not a whole one."""
+    try:
+        return zipfile.ZipFile(archive)
+    except (zipfile.BadZipFile, UnicodeDecodeError, ValueError) as error:
+        raise Damaged(f"{shown} is not a whole zip archive ({error})") from error
+
+
+def _plain(name: str) -> str:
+    return name.replace("\\", "/")  # written by Windows programs that break the rules
+
+
+def _safe_names(stream: zipfile.ZipFile, shown: str) -> list[tuple[str, zipfile.ZipInfo]]:
+    """(relative name, member) of everything in the archive; raises Unsafe for what must not be unpacked."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in stream.infolist():
+        name = _plain(member.filename)
+        parts = PurePosixPath(name).parts
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        problem = ""
+        if name.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")) or not parts:
+            problem = "leads out of the folder"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "is a link or a device, not a file"
+        elif member.flag_bits & 1:
+            problem = "is encrypted"
+        elif str(PurePosixPath(name)) in found and not member.is_dir():
+            problem = "is there twice"
+        if problem:
+            raise Unsafe(f"{shown}: the entry {member.filename!r} {problem}: nothing of it was kept. Get the files "
+                         f"from the competition's page by hand and pass DATA=/path/to/folder")  # fmt: skip
+        found[str(PurePosixPath(name))] = member
+    return list(found.items())
+
+
+def _make_folder(path: Path, folder: Path, shown: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Unsafe(f"{shown}: {path.relative_to(folder)} is there as a file and as a folder") from error
+
+
+def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, shown: str) -> Entry:
+    """Write one file with the archive's time; raises Damaged when its length or checksum is not the packed one."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with stream.open(member) as source, open(target, "xb") as out:
+            while chunk := source.read(CHUNK_BYTES):
+                size += len(chunk)
+                digest.update(chunk)
+                out.write(chunk)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise Damaged(f"{shown}: {member.filename} is damaged ({error})") from error
+    except FileExistsError as error:
+        raise Unsafe(f"{shown}: {member.filename} is there twice") from error
+    if size != member.file_size:
+        raise Damaged(f"{shown}: {member.filename} has {size} bytes, expected {member.file_size}")
+    return Entry(size, digest.hexdigest())

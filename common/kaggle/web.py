@@ -1,0 +1,180 @@
+"""Plain downloads over HTTPS: resumed, bounded, checked against a published checksum."""
+
+import hashlib
+import http.client
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from common.errors import UserError
+from common.kaggle.archive import SPARE_BYTES
+from common.kaggle.cli import patience
+from common.kaggle.credentials import hide_addresses
+from common.kaggle.progress import Progress
+
+CHUNK_BYTES = 1 << 20
+ATTEMPTS = 3
+BROKEN_LINE = (urllib.error.URLError, http.client.HTTPException, OSError)
+
+
+def mirrored(address: str, mirror: str) -> str:
+    """`address` on another server that has the same paths: MIRROR's scheme and host, its path in front."""
+    parts, other = urlsplit(address), urlsplit(mirror)
+    return urlunsplit((other.scheme, other.netloc, other.path.rstrip("/") + parts.path, parts.query, ""))
+
+
+def open_url(address: str, headers: dict[str, str] | None = None):
+    """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY."""
+    request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
+    try:
+        return urllib.request.urlopen(request, timeout=patience())
+    except urllib.error.HTTPError as error:
+        if error.code in (416, 429) or error.code >= 500:
+            raise
+        raise UserError(
+            f"{hide_addresses(address)} answers {error.code} {error.reason}: open it in a browser, "
+            'or name another address with ARGS="--url ..."'
+        ) from error
+    except ValueError as error:
+        raise UserError(f"--url {address}: expected an address like https://host/path ({error})") from error
+
+
+def download(address: str, target: Path, checksum: str) -> None:
+    """Fetch `address` into `target`, going on where an earlier call stopped; `checksum` as md5:... or sha256:...
+
+    Raises UserError when the server cannot be reached, the disk is full or the checksum differs (nothing is kept).
+    """
+    draft = target.with_name(f"{target.name}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failure: Exception | None = None
+    with Progress(f"downloading {target.name}") as progress:
+        for _ in range(ATTEMPTS):
+            try:
+                _append(address, draft, progress)
+                break
+            except BROKEN_LINE as error:
+                failure = error
+                if isinstance(error, OSError) and error.errno == 28:
+                    raise UserError(f"{target}: the disk is full: free some space, then repeat the command") from error
+                if isinstance(error, urllib.error.HTTPError) and error.code == 416:
+                    draft.unlink(missing_ok=True)  # what is here is longer than the file there
+        else:
+            raise unreachable(address, failure)
+    found = digest(draft, checksum.split(":")[0]) if checksum else ""
+    if found != checksum:
+        draft.unlink()
+        raise UserError(
+            f"{hide_addresses(address)}: the file's checksum is {found}, expected {checksum}: the file is damaged or "
+            'another one and was not kept. Repeat the same command, or name a good copy with ARGS="--url ..."'
+        )
+    draft.rename(target)
+    _validator(draft).unlink(missing_ok=True)
+
+
+def unreachable(address: str, failure: Exception | None) -> UserError:
+    return UserError(
+        f"{hide_addresses(address)} cannot be read ({getattr(failure, 'reason', '') or failure}): check the network, "
+        "and HTTPS_PROXY where there is a proxy, then repeat the same command; it goes on where it stopped"
+    )
+
+
+def _validator(draft: Path) -> Path:
+    return draft.with_name(f"{draft.name}.etag")
+
+
+def _append(address: str, draft: Path, progress: Progress) -> None:
+    """Bring the draft to its full length; raises OSError or HTTPException when the line breaks."""
+    have = draft.stat().st_size if draft.is_file() else 0
+    known = _validator(draft).read_text() if have and _validator(draft).is_file() else ""
+    headers = {"Range": f"bytes={have}-", "If-Range": known} if known else {}
+    with open_url(address, headers) as answer:
+        start = have if answer.status == 206 else 0
+        length = int(answer.headers.get("Content-Length") or 0)
+        if length + SPARE_BYTES > (free := shutil.disk_usage(draft.parent).free):
+            raise UserError(
+                f"{draft.parent}: {length / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free some space, "
+                "then repeat the same command"
+            )
+        _validator(draft).write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+        with open(draft, "ab" if start else "wb") as out:
+            while chunk := answer.read(CHUNK_BYTES):
+                out.write(chunk)
+                out.flush()
+                progress.bytes(out.tell(), start + length)
+            done = out.tell()
+    if length and done < start + length:
+        raise ConnectionError(f"cut after {done:,} of {start + length:,} bytes")
+
+
+def digest(file: Path, algorithm: str) -> str:
+    """Checksum of a file as algorithm:hex; raises UserError for an algorithm that Python does not have."""
+    try:
+        with open(file, "rb") as stream:
+            return f"{algorithm}:{hashlib.file_digest(stream, algorithm).hexdigest()}"
+    except ValueError as error:
+        raise UserError(f"--checksum {algorithm}:...: expected md5:... or sha256:...") from error
+
+
+def published_checksum(record: str, name: str) -> str:
+    """The checksum of the file `name` in a record as zenodo.org publishes it: {"files": [{"key", "checksum"}]}."""
+    try:
+        with open_url(record) as answer:
+            files = json.load(answer)["files"]
+        return next(file["checksum"] for file in files if file["key"] == name)
+    except BROKEN_LINE as error:
+        raise unreachable(record, error) from error
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f'{record} names no checksum for {name}: give it with ARGS="--checksum md5:..."') from error
+
+
+def download_many(addresses: Iterable[tuple[str, Path]], total: int, label: str) -> list[str]:
+    """Fetch many small files, 16 at a time; those that are there already are left. Returns what failed, with why.
+
+    Raises UserError as soon as the first ones all fail: the network is down then, not a file missing.
+    """
+    failures, done = [], 0
+
+    def one(job: tuple[str, Path]) -> str | None:
+        address, target = job
+        if target.is_file():
+            return None
+        draft = target.with_name(f".{target.name}.part")
+        try:
+            with open_url(address) as answer, open(draft, "wb") as out:
+                expected = answer.headers.get("Content-Length")
+                shutil.copyfileobj(answer, out)
+            if expected is not None and draft.stat().st_size != int(expected):
+                raise ConnectionError("cut")
+            draft.rename(target)
+            return None
+        except (*BROKEN_LINE, UserError) as error:
+            draft.unlink(missing_ok=True)
+            return f"{target.name}: {error}"
+
+    with ThreadPoolExecutor(16) as pool, Progress(label) as progress:
+        for failure in _bounded(pool, one, addresses):
+            done += 1
+            if failure:
+                failures.append(failure)
+            if done >= 16 and len(failures) == done:
+                pool.shutdown(wait=False, cancel_futures=True)
+                reason = hide_addresses(failures[-1])
+                raise UserError(f"{label}: none of the first {done} files could be read ({reason}): check the network, "
+                                "then repeat the same command")  # fmt: skip
+            progress.update(f"{done:,} of {total:,} files")
+    return failures
+
+
+def _bounded(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable) -> Iterable:
+    """Results in order with at most 64 jobs waiting: a million futures would need a gigabyte."""
+    waiting = []
+    for job in jobs:
+        waiting.append(pool.submit(work, job))
+        if len(waiting) >= 64:
+            yield waiting.pop(0).result()
+    yield from (future.result() for future in waiting)

@@ -1,0 +1,517 @@
+"""make data against everything that Kaggle, the network, the disk and an archive can do."""
+
+import errno
+import io
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.kaggle import data
+from common.kaggle.source import Images, Source
+from tests.common.kaggle.server import DROP, HANG, KEY, SLUG, TOKEN, Reply, archive
+
+pytestmark = pytest.mark.usefixtures("no_secrets")
+HOME = Path("data/toy")
+DENIED = b"<html>Forbidden</html>"
+
+
+def fetch(source, **options):
+    return data.fetch("toy", source, **options)
+
+
+def contents(folder: Path = HOME) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def leftovers() -> set[str]:
+    return {path.name for path in Path("data").iterdir()} if Path("data").is_dir() else set()
+
+
+def assert_nothing_kept():
+    """No data, no stamp, no half of anything; a download to be resumed is the only thing that may stay."""
+    assert leftovers() <= {".toy.download"}
+
+
+def big(kaggle, size=3_000_000):
+    """An archive that is worth resuming."""
+    kaggle.files["train.csv"] = os.urandom(size)
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    kaggle.archive = archive(kaggle.files)
+
+
+# What works.
+
+
+def test_data_arrives_whole_and_a_second_call_does_nothing(kaggle, source, capfd):
+    assert fetch(source) == HOME
+    assert contents() == kaggle.files
+    assert leftovers() == {"toy", "toy.stamp.json"}
+    facts = json.loads(Path("data/toy.stamp.json").read_text())
+    assert facts["files"]["train.csv"]["size"] == len(kaggle.files["train.csv"]) and facts["source"] == source.page
+    asked = len(kaggle.asked)
+    fetch(source)
+    assert len(kaggle.asked) == asked, "the second call asks Kaggle nothing"
+    out = capfd.readouterr().out
+    assert "Kaggle account: KAGGLE_USERNAME and KAGGLE_KEY of someone" in out and "is complete: 2 files" in out
+
+
+@pytest.mark.parametrize("spoil", ["changed", "shorter", "missing"])
+def test_damage_is_noticed_and_mended(kaggle, source, capfd, spoil):
+    fetch(source)
+    Path("data/toy/own.txt").write_text("kept")
+    file = HOME / "train.csv"
+    if spoil == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"x" * (len(kaggle.files["train.csv"]) - (spoil == "shorter")))
+    fetch(source)
+    assert contents() == kaggle.files | {"own.txt": b"kept"}
+    assert "data/toy is damaged (train.csv" in capfd.readouterr().out
+
+
+def test_a_copy_with_other_times_is_not_damaged(kaggle, source, capfd):
+    fetch(source)
+    os.utime(HOME / "train.csv", (1, 1))
+    asked = len(kaggle.asked)
+    fetch(source)
+    assert len(kaggle.asked) == asked
+
+
+def test_nested_archives_are_unpacked_where_readers_look(kaggle, source):
+    inner = archive({"a.jpg": b"1", "b.jpg": b"2"})
+    kaggle.files |= {
+        "train.csv.zip": archive({"train.csv": b"unpacked"}),
+        "test_images.zip": inner,
+        "train_images.zip": archive({"train_images/c.jpg": b"3"}),
+        "deep.zip": archive({"deeper.zip": archive({"x.txt": b"4"})}),
+    }
+    del kaggle.files["train.csv"]
+    kaggle.archive = archive(kaggle.files)
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    fetch(replace(source, expected=("train.csv", "test_images/*.jpg")))
+    assert contents() == {
+        "train.csv": b"unpacked",
+        "test_images/a.jpg": b"1",
+        "test_images/b.jpg": b"2",
+        "train_images/c.jpg": b"3",
+        "deep/deeper/x.txt": b"4",
+        "sample_submission.csv": kaggle.files["sample_submission.csv"],
+    }
+
+
+def test_labels_alone(kaggle, source, capfd):
+    fetch(source, labels_only=True)
+    assert contents() == {"train.csv": kaggle.files["train.csv"]}
+    fetch(source, labels_only=True)
+    assert len(kaggle.calls("DownloadDataFile")) == 1
+    fetch(source)
+    assert contents() == kaggle.files
+
+
+def test_a_listing_of_many_pages_is_read_to_its_end(kaggle, source):
+    kaggle.files |= {f"train_images/{n}.jpg": b"%d" % n for n in range(250)}
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    kaggle.archive = archive({n: c for n, c in kaggle.files.items() if n != "train_images/249.jpg"})
+    with pytest.raises(UserError, match="train_images/249.jpg is missing"):
+        fetch(source)
+    assert len(kaggle.calls("ListDataFiles")) == 4  # two pages, two attempts
+    assert_nothing_kept()
+
+
+def test_images_from_elsewhere_by_number(kaggle, source, capfd):
+    kaggle.files["train.csv"] = b"ImageID,LabelName\n" + b"".join(b"im%d,/m/1\n" % (n // 2) for n in range(60))
+    kaggle.listing["train.csv"] = len(kaggle.files["train.csv"])
+    kaggle.archive = archive(kaggle.files)
+    for n in range(30):
+        kaggle.blobs[f"/train/im{n}.jpg"] = b"jpeg %d" % n
+    images = Images(f"{kaggle.address}/train/{{id}}.jpg", "train.csv", "ImageID", "train_images", "30 images (525 GB)")
+    source = replace(source, images=images)
+    fetch(source, labels_only=True, images=5)
+    first = {name for name in contents() if name.endswith(".jpg")}
+    assert len(first) == 5 and all(contents()[name] == b"jpeg " + name[15:-4].encode() for name in first)
+    fetch(source, labels_only=True, images=9)
+    second = {name for name in contents() if name.endswith(".jpg")}
+    assert len(second) == 9 and first < second
+    assert len(kaggle.calls("GET")) == 1 + 9, "images that are there are not fetched again"
+    assert "9 of the 30 images (525 GB)" in capfd.readouterr().out
+
+
+def test_missing_images_are_counted_and_named(kaggle, source):
+    kaggle.files["train.csv"] = b"ImageID\n" + b"".join(b"im%d\n" % n for n in range(20))
+    for n in range(19):
+        kaggle.blobs[f"/train/im{n}.jpg"] = b"jpeg"
+    images = Images(f"{kaggle.address}/train/{{id}}.jpg", "train.csv", "ImageID", "train_images", "20")
+    with pytest.raises(UserError, match="1 of 20 images could not be read.*im19.jpg.*404"):
+        fetch(replace(source, images=images), labels_only=True, images=20)
+    assert len(list((HOME / "train_images").iterdir())) == 19
+
+
+# What Kaggle says.
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Reply(401, "Unauthenticated"), r"does not accept KAGGLE_USERNAME and KAGGLE_KEY of someone \(401\)"),
+        (Reply(401), r"does not accept .* \(401\)"),
+        (
+            Reply(403, "You must accept this competition's rules before you'll be able to download files."),
+            f"Open https://www.kaggle.com/c/{SLUG}/rules in a browser, accept the rules",
+        ),
+        (Reply(403, "Permission 'competitions.participate' was denied"), f"Open https://www.kaggle.com/c/{SLUG}/rules"),
+        (Reply(403, body=DENIED), f"403 Client Error.*rules are not accepted: open https://www.kaggle.com/c/{SLUG}"),
+        (Reply(404, "Not Found"), f"does not find it.*https://www.kaggle.com/c/{SLUG}"),
+        (Reply(429, "Too many requests"), "slow down .429.: repeat the same command in some minutes"),
+        (Reply(429), "slow down .429."),
+        (Reply(500, "Internal Server Error"), "Kaggle itself fails"),
+        (Reply(503), "Kaggle itself fails.*503.*repeat the same command"),
+        (DROP, "cannot be reached.*check the network.*HTTPS_PROXY"),
+    ],
+)
+def test_refusals_of_the_server(kaggle, source, fault, message):
+    kaggle.on = {"DownloadDataFiles": fault, "ListDataFiles": fault}
+    with pytest.raises(UserError, match=message) as raised:
+        fetch(source)
+    assert "\n" not in str(raised.value)
+    assert_nothing_kept()
+
+
+def test_a_listing_that_fails_stops_the_download(kaggle, source):
+    big(kaggle)
+    kaggle.bytes_per_second = 300_000
+    kaggle.on = {"ListDataFiles": Reply(503)}
+    start = time.monotonic()
+    with pytest.raises(UserError, match="listing the files of toy-competition: Kaggle itself fails"):
+        fetch(source)
+    assert time.monotonic() - start < 9, "not the ten seconds of the download"
+    assert not HOME.exists()
+
+
+def test_a_server_that_never_answers(kaggle, source, monkeypatch):
+    kaggle.on = {"DownloadDataFiles": HANG, "ListDataFiles": HANG}
+    monkeypatch.setenv("KIT_PATIENCE", "1.5")
+    with pytest.raises(UserError, match="no answer from Kaggle for 2 s: check the network.*KIT_PATIENCE=300"):
+        fetch(source)
+    assert_nothing_kept()
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_no_network(kaggle, source, monkeypatch, token):
+    """Nobody listens there: with a token the kaggle program shows a traceback, the kit one line."""
+    if token:
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    monkeypatch.setenv("http_proxy", "http://someone:planted-key-0123456789@127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be reached.*check the network") as raised:
+        fetch(source)
+    assert "\n" not in str(raised.value) and KEY not in str(raised.value)
+
+
+# What happens on the way.
+
+
+def test_a_short_cut_is_mended_by_the_kaggle_program(kaggle, source):
+    big(kaggle)
+    kaggle.cut_after = [1_500_000]
+    fetch(source)
+    assert contents() == kaggle.files
+    assert [headers.get("Range") for asked, _, headers in kaggle.asked if asked == "GET"] == [None, "bytes=1500000-"]
+
+
+def test_a_stalled_download_is_stopped_and_resumed_by_the_next_call(kaggle, source, monkeypatch):
+    big(kaggle)
+    kaggle.stall_after = 2_000_000
+    monkeypatch.setenv("KIT_PATIENCE", "2")
+    with pytest.raises(UserError, match="no answer from Kaggle for 2 s"):
+        fetch(source)
+    assert_nothing_kept()
+    assert {file.name for file in Path("data/.toy.download").iterdir()} == {
+        "lock", f"{SLUG}.zip", f"{SLUG}.zip.kaggle-partial"
+    }  # fmt: skip
+    kaggle.stall_after = None
+    monkeypatch.setenv("KIT_PATIENCE", "20")
+    fetch(source)
+    assert contents() == kaggle.files and leftovers() == {"toy", "toy.stamp.json"}
+    assert [headers.get("Range") for asked, _, headers in kaggle.asked if asked == "GET"][-1] == "bytes=2000000-"
+
+
+def test_another_archive_since_the_cut_is_not_appended(kaggle, source, monkeypatch):
+    big(kaggle)
+    kaggle.stall_after = 1_000_000
+    monkeypatch.setenv("KIT_PATIENCE", "2")
+    with pytest.raises(UserError):
+        fetch(source)
+    kaggle.stall_after = None
+    big(kaggle, 2_000_000)
+    monkeypatch.setenv("KIT_PATIENCE", "20")
+    fetch(source)
+    assert contents() == kaggle.files
+
+
+def test_a_second_make_data_waits_its_turn(kaggle, source):
+    Path("data/.toy.download").mkdir(parents=True)
+    code = (
+        "import fcntl, sys, time; lock = open('data/.toy.download/lock', 'w'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match="data/toy is being downloaded by another process"):
+        fetch(source)
+    child.communicate()
+    assert kaggle.asked == []
+
+
+# What is in the archive.
+
+
+def test_a_corrupt_archive_of_the_right_length_is_fetched_again(kaggle, source, capfd):
+    big(kaggle, 200_000)
+    good = kaggle.archive
+    kaggle.archive = good[:100_000] + bytes([good[100_000] ^ 1]) + good[100_001:]
+
+    def second_time_good(body):
+        if kaggle.counts["DownloadDataFiles"] > 1:
+            kaggle.archive = good
+        return kaggle.DownloadDataFiles(body)
+
+    kaggle.on = {"DownloadDataFiles": second_time_good}
+    fetch(source)
+    assert contents() == kaggle.files
+    assert "train.csv is damaged" in capfd.readouterr().out
+
+
+def test_twice_corrupt_is_refused(kaggle, source):
+    good = kaggle.archive
+    kaggle.archive = good[:40] + bytes([good[40] ^ 1]) + good[41:]
+    with pytest.raises(UserError, match="is damaged.*a second download was no better and nothing was kept"):
+        fetch(source)
+    assert leftovers() == set()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda k: setattr(k, "archive", k.archive[:-30]), "not a whole zip archive"),
+        (lambda k: setattr(k, "archive", b"<html>please log in</html>"), "not a whole zip archive"),
+        (lambda k: k.listing.update({"train.csv": 99}), "train.csv has 13 bytes, Kaggle lists 99 .FORCE=1 keeps"),
+        (lambda k: k.listing.update({"more.csv": 1}), "more.csv is missing"),
+        (
+            lambda k: (setattr(k, "archive", archive({"other.csv": b"1"})), k.listing.clear()),
+            r"no train.csv, sample_submission.csv \(found: other.csv\)",
+        ),
+    ],
+)
+def test_incomplete_archives(kaggle, source, spoil, message):
+    spoil(kaggle)
+    with pytest.raises(UserError, match=message):
+        fetch(source)
+    assert leftovers() == set()
+
+
+def test_force_keeps_what_the_listing_denies(kaggle, source):
+    kaggle.listing["train.csv"] = 99
+    fetch(source, force=True)
+    assert contents() == kaggle.files
+
+
+def link(target: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as out:
+        entry = zipfile.ZipInfo("train.csv")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        out.writestr(entry, target)
+    return stream.getvalue()
+
+
+def encrypted() -> bytes:
+    content = bytearray(archive({"train.csv": b"1"}))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    return bytes(content)
+
+
+MALICIOUS = {
+    "parent": (archive({"../evil.txt": b"x"}), "leads out of the folder"),
+    "hidden parent": (archive({"train_images/../../evil.txt": b"x"}), "leads out of the folder"),
+    "windows parent": (archive({"..\\evil.txt": b"x"}), "leads out of the folder"),
+    "absolute": (archive({"/tmp/kaggle-starter-kit-evil.txt": b"x"}), "leads out of the folder"),
+    "drive": (archive({"C:/evil.txt": b"x"}), "leads out of the folder"),
+    "link": (link("/etc/passwd"), "is a link or a device"),
+    "encrypted": (encrypted(), "is encrypted"),
+    "file and folder": (archive({"a": b"x", "a/b": b"y"}), "is there as a file and as a folder|there twice"),
+    "bomb": (archive({"zeros.csv": bytes(100 << 20)}), "unpacks to more than 200 times its size"),
+    "nested": (archive({"inner.zip": archive({"../../evil.txt": b"x"})}), "inner.zip: the entry.*leads out"),
+    "nested bomb": (
+        archive({f"{n}.zip": archive({"zeros.csv": bytes(40 << 20)}) for n in range(2)}),
+        "unpacks to more than 200 times its size",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MALICIOUS)
+def test_malicious_archives_leave_nothing(kaggle, source, tmp_path, kind):
+    before = {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)}
+    kaggle.archive, message = MALICIOUS[kind]
+    kaggle.listing = {}
+    with pytest.raises(UserError, match=message):
+        fetch(source)
+    assert {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)} == before
+    assert_nothing_kept()
+    assert not Path("/tmp/kaggle-starter-kit-evil.txt").exists()
+
+
+def test_a_member_that_lies_about_its_size(kaggle, source):
+    """The header says 10 bytes, the data unpack to 10 MB: reading stops there, and the checksum tells."""
+    content = bytearray(archive({"train.csv": bytes(10 << 20)}))
+    for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        struct.pack_into("<I", content, content.index(signature) + offset, 10)
+    kaggle.archive, kaggle.listing = bytes(content), {}
+    with pytest.raises(UserError, match="train.csv is damaged"):
+        fetch(source)
+    assert leftovers() == set()
+
+
+# The disk.
+
+
+def test_a_disk_that_is_too_small_is_told_from_the_listing(kaggle, source):
+    big(kaggle)
+    kaggle.bytes_per_second = 300_000
+    kaggle.listing["train.csv"] = 10**15
+    with pytest.raises(UserError, match=r"toy-competition needs 2000000.\d* GB .archive and files., .* GB are free"):
+        fetch(source)
+    assert_nothing_kept()
+
+
+def test_a_disk_that_fills_up_on_the_way(kaggle, source, tmp_path):
+    """On a disk of two megabytes of its own, as make data would meet it; the listing says nothing of the size."""
+    big(kaggle)
+    kaggle.listing = {}
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from common.kaggle import archive, data; from tests.common.kaggle.conftest import SOURCE\n"
+        "archive.SPARE_BYTES = 0\n"
+        "try: data.fetch('toy', SOURCE)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    root = Path(__file__).parents[3]
+    mounted = 'mkdir -p data && mount -t tmpfs -o size=2m none data && "$@"; status=$?; ls -A data; exit $status'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mounted, "sh", sys.executable, "-c", code, root]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("no unshare program here, so no small disk can be made")
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    assert "UserError downloading toy-competition: the disk is full: free some space" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == ".toy.download", "nothing but the download to go on with"
+
+
+def test_a_disk_that_is_full_while_unpacking(kaggle, source, monkeypatch):
+    from common.kaggle import archive as archives
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(archives, "_extract", full)
+    with pytest.raises(UserError, match="could not be unpacked .No space left on device.: free some disk space"):
+        fetch(source)
+    assert_nothing_kept()
+    monkeypatch.undo()
+
+
+# The user's own files and choices.
+
+
+def test_files_put_there_by_hand_are_not_replaced_unasked(kaggle, source):
+    HOME.mkdir(parents=True)
+    (HOME / "train.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that make data has not put there \(train.csv\).*FORCE=1"):
+        fetch(source)
+    assert contents() == {"train.csv": b"mine"} and kaggle.asked == []
+
+
+def test_choices_that_a_competition_does_not_have(kaggle, source):
+    with pytest.raises(UserError, match="--labels-only: toy has no such choice"):
+        fetch(replace(source, labels=()), labels_only=True)
+    with pytest.raises(UserError, match="--images: toy has no such choice"):
+        fetch(source, images=3)
+    with pytest.raises(UserError, match="--url, --checksum: toy comes from https://www.kaggle.com"):
+        fetch(source, url="http://x")
+
+
+# Data that is not on Kaggle.
+
+
+@pytest.fixture
+def elsewhere(kaggle, monkeypatch):
+    """The record of an archive on a server with the paths of zenodo.org; no Kaggle account is needed."""
+    import hashlib
+
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("http_proxy")
+    content = archive({"series.tsf": os.urandom(2_000_000)})
+    kaggle.blobs["/records/7/files/series.zip"] = content
+    checksum = f"md5:{hashlib.md5(content).hexdigest()}"
+    kaggle.blobs["/api/records/7"] = json.dumps({"files": [{"key": "series.zip", "checksum": checksum}]}).encode()
+    return Source(
+        "", ("*.tsf",), higher_is_better=False, url="https://zenodo.org/records/7/files/series.zip",
+        checksum_url="https://zenodo.org/api/records/7", nowhere_to_submit="the contest ended in 2018",
+    )  # fmt: skip
+
+
+def test_plain_download_with_a_published_checksum(kaggle, elsewhere):
+    fetch(elsewhere, url=kaggle.address)
+    assert len(contents()["series.tsf"]) == 2_000_000 and leftovers() == {"toy", "toy.stamp.json"}
+
+
+def test_plain_download_is_resumed(kaggle, elsewhere, monkeypatch):
+    kaggle.cut_after = [10**9, 500_000, 300_000]  # the record, then two cuts
+    fetch(elsewhere, url=kaggle.address)
+    ranges = [headers.get("Range") for asked, _, headers in kaggle.asked if asked == "GET"]
+    assert ranges == [None, None, "bytes=500000-", "bytes=800000-"] and len(contents()) == 1
+
+
+def test_plain_download_with_a_wrong_checksum_is_not_kept(kaggle, elsewhere):
+    with pytest.raises(UserError, match="checksum is md5:.*, expected md5:00.*not kept"):
+        fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum="md5:00")
+    assert leftovers() == set()
+
+
+def test_another_copy_needs_a_checksum(kaggle, elsewhere):
+    with pytest.raises(UserError, match="no checksum is known for other.zip"):
+        fetch(elsewhere, url=f"{kaggle.address}/other.zip")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Reply(404), "answers 404 Not Found: open it in a browser"),
+        (Reply(503), "cannot be read .*check the network"),
+        (DROP, "cannot be read .*check the network"),
+        (HANG, "cannot be read .*timed out.*check the network"),
+    ],
+)
+def test_plain_download_failures(kaggle, elsewhere, monkeypatch, fault, message):
+    monkeypatch.setenv("KIT_PATIENCE", "0.3")
+    kaggle.on = {"GET": fault}
+    with pytest.raises(UserError, match=message):
+        fetch(elsewhere, url=kaggle.address)
+    assert_nothing_kept()
+
+
+def test_a_record_without_the_file(kaggle, elsewhere):
+    kaggle.blobs["/api/records/7"] = b'{"files": []}'
+    with pytest.raises(UserError, match="names no checksum for series.zip: give it with"):
+        fetch(elsewhere, url=kaggle.address)
