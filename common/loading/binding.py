@@ -23,8 +23,21 @@ from common.loading.keys import KeyedGenerator
 GLOBAL_RANDOM = random.seed.__self__  # the instance behind random.random() and its siblings
 GLOBAL_GENERATORS = (GLOBAL_RANDOM, np.random.mtrand._rand, torch.default_generator)
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
-LEAVES = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType,
-          torch.Tensor, np.generic, np.dtype)
+LEAVES = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    torch.Tensor,
+    np.generic,
+    np.dtype,
+)
 LIBRARIES = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
 REPLACED = (".random_generator", ".py_random")  # attributes that set_random_state overwrites
 KEYED = KeyedGenerator()  # one for all loaders of a process: the datasets of two of them may share a transform
@@ -170,15 +183,24 @@ def _restarter(path: str, generator: Any):
         return lambda words: generator._legacy_seeding(words[0] & 0xFFFFFFFF)
     if isinstance(generator, (np.random.PCG64, np.random.PCG64DXSM)):
         fresh = {"bit_generator": type(generator).__name__, "has_uint32": 0, "uinteger": 0}
-        return lambda words: setattr(generator, "state", fresh | {
-            "state": {"state": words[0] << 64 | words[1], "inc": words[2] << 64 | words[3] | 1}})
+        return lambda words: setattr(
+            generator,
+            "state",
+            fresh | {"state": {"state": words[0] << 64 | words[1], "inc": words[2] << 64 | words[3] | 1}},
+        )
     if isinstance(generator, np.random.Philox):
         fresh = generator.state | {"buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-        return lambda words: setattr(generator, "state", fresh | {
-            "state": {"key": np.array(words[:2], np.uint64), "counter": np.array([0, 0, *words[2:]], np.uint64)}})
+        return lambda words: setattr(
+            generator,
+            "state",
+            fresh
+            | {"state": {"key": np.array(words[:2], np.uint64), "counter": np.array([0, 0, *words[2:]], np.uint64)}},
+        )
     if isinstance(generator, np.random.SFC64):
         fresh = {"bit_generator": "SFC64", "has_uint32": 0, "uinteger": 0}
         return lambda words: setattr(generator, "state", fresh | {"state": {"state": np.array(words, np.uint64)}})
     kind = f"{type(generator).__module__}.{type(generator).__name__}"
-    raise UserError(f"{path} is a {kind}, which cannot be restarted for every sample, so batches would depend on the "
-                    f"number of workers: draw from the `rng` of sample(index, rng), or hold a np.random.Generator")
+    raise UserError(
+        f"{path} is a {kind}, which cannot be restarted for every sample, so batches would depend on the "
+        f"number of workers: draw from the `rng` of sample(index, rng), or hold a np.random.Generator"
+    )

@@ -71,8 +71,10 @@ def time_splits(times: Sequence, splits: int, length, gap) -> list[tuple[np.ndar
         train = order[: np.searchsorted(ordered, start - gap, side="right")]
         first, stop = np.searchsorted(ordered, [start, start + length], side="right")
         if not len(train) or first == stop:
-            raise UserError(f"{splits} periods of {length} with a gap of {gap} do not fit between {ordered[0]} and "
-                            f"{ordered[-1]}: use fewer or shorter ones")
+            raise UserError(
+                f"{splits} periods of {length} with a gap of {gap} do not fit between {ordered[0]} and "
+                f"{ordered[-1]}: use fewer or shorter ones"
+            )
         result.append((train, order[first:stop]))
     return result
 
@@ -96,8 +98,10 @@ def read_csv(path: Path, ids: Sequence) -> np.ndarray:
         saved = {row["id"]: int(row["fold"]) for row in csv.DictReader(stream)}
     missing = [name for name in map(str, ids) if name not in saved]
     if missing:
-        raise UserError(f"{path} has no fold for {len(missing)} of {len(ids)} ids, first {missing[0]}: it belongs to "
-                        "other data, delete it to make new folds")
+        raise UserError(
+            f"{path} has no fold for {len(missing)} of {len(ids)} ids, first {missing[0]}: it belongs to "
+            "other data, delete it to make new folds"
+        )
     return np.array([saved[str(name)] for name in ids])
 
 
@@ -107,8 +111,9 @@ def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.nda
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     for before, after in zip(order, order[1:], strict=False):
         if hashes[before] == hashes[after]:
-            raise UserError(f"{what} must differ, but {ids[before]} comes twice: use `grouped` for rows that belong "
-                            "together")
+            raise UserError(
+                f"{what} must differ, but {ids[before]} comes twice: use `grouped` for rows that belong together"
+            )
     if len(hashes) < folds:
         raise UserError(f"{len(hashes)} {what} cannot fill {folds} folds: use fewer --folds")
     return np.array(order)

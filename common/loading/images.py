@@ -27,8 +27,10 @@ class BadImage(UserError):
 
     def __str__(self) -> str:
         row = "" if self.row is None else f" (row {self.row})"
-        return (f"image {self.path}{row} {self.reason}: replace the file, or leave such images out with "
-                "--bad-images skip; make check COMP= lists them all")
+        return (
+            f"image {self.path}{row} {self.reason}: replace the file, or leave such images out with "
+            "--bad-images skip; make check COMP= lists them all"
+        )
 
 
 def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool = False) -> np.ndarray:
@@ -86,8 +88,15 @@ def jpeg_header(data: bytes) -> tuple[int, int, int] | None:
 def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImage]:
     """Every image of `paths` that cannot be read or is damaged, in their order; reads all, behind a progress bar."""
     with ProcessPoolExecutor(initializer=_keep_warnings) as pool:
-        problems = tqdm(pool.map(_problem, paths, chunksize=8), "checking", len(paths), unit="image", file=sys.stderr,
-                        disable=not show, mininterval=0.5)
+        problems = tqdm(
+            pool.map(_problem, paths, chunksize=8),
+            "checking",
+            len(paths),
+            unit="image",
+            file=sys.stderr,
+            disable=not show,
+            mininterval=0.5,
+        )
         bad = []
         for row, error in enumerate(problems):
             if error:
@@ -120,5 +129,7 @@ def check_folder(paths: Sequence[str | PathLike], show: bool = True) -> None:
     bad = find_bad(paths, show)
     if bad:
         named = "; ".join(f"{error.path} (row {error.row}) {error.reason}" for error in bad)
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP= "
-                        "downloads the data again), or train without them: --bad-images skip")
+        raise UserError(
+            f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP= "
+            "downloads the data again), or train without them: --bad-images skip"
+        )

@@ -36,10 +36,22 @@ class Loader:
     On a CUDA `device` the next window is copied while the model works; otherwise windows stay where they were made.
     """
 
-    def __init__(self, dataset: Any, order: Order, batch_size: int, *, seed: int, workers: int = 0, rank: int = 0,
-                 world: int = 1, keep_tail: bool = True, start_method: Literal["fork", "spawn"] | None = None,
-                 device: torch.device | str | None = None, bad_images: Literal["raise", "skip"] = "raise",
-                 mix: Any = None):
+    def __init__(
+        self,
+        dataset: Any,
+        order: Order,
+        batch_size: int,
+        *,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        keep_tail: bool = True,
+        start_method: Literal["fork", "spawn"] | None = None,
+        device: torch.device | str | None = None,
+        bad_images: Literal["raise", "skip"] = "raise",
+        mix: Any = None,
+    ):
         self.dataset, self.order, self.batch_size, self.seed = dataset, order, batch_size, seed
         self.rank, self.world, self.keep_tail, self.mix = rank, world, keep_tail, mix
         self.device = torch.device(device or "cpu")
@@ -51,13 +63,17 @@ class Loader:
         self._torch_loader: torch.utils.data.DataLoader | None = None
         held = held_generators(dataset) if self.in_batches else []
         if held:
-            raise UserError(f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from "
-                            "`keys` alone: other numbers would depend on which samples come together")
+            raise UserError(
+                f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from "
+                "`keys` alone: other numbers would depend on which samples come together"
+            )
         self._reader = WindowReader(dataset, seed, bad_images == "skip")
         self.windows_per_epoch = len(self._plan(0).bounds(batch_size, keep_tail)) - 1
         if not self.windows_per_epoch:
-            raise UserError(f"{len(self._plan(0).index)} samples give no window of {batch_size}: keep the tail, or use "
-                            "a smaller --batch-size")
+            raise UserError(
+                f"{len(self._plan(0).index)} samples give no window of {batch_size}: keep the tail, or use "
+                "a smaller --batch-size"
+            )
 
     @property
     def skipped(self) -> list[tuple[int, str]]:
@@ -100,8 +116,15 @@ class Loader:
             # A share of no samples still has the shapes of one, for the engine.
             index, draw = (key.index, key.draw) if len(key.index) else (np.zeros(1, np.int64), np.zeros(1, np.int64))
             inputs, targets = as_tensors(self.dataset.batch(index, Keys(self.seed, epoch, index, draw)))
-            window = Window(inputs, targets, torch.from_numpy(index),
-                            None if weights is None else torch.as_tensor(weights)[index], epoch, key.number, key.total)
+            window = Window(
+                inputs,
+                targets,
+                torch.from_numpy(index),
+                None if weights is None else torch.as_tensor(weights)[index],
+                epoch,
+                key.number,
+                key.total,
+            )
             yield Loaded(window.slice(0, len(key.index)), key.place, [])
 
     def _with_reader(self, epoch: int, start: int) -> Iterator[Loaded]:
@@ -113,24 +136,34 @@ class Loader:
                     raise loaded
                 self._skipped |= loaded.skipped
                 if not len(loaded.window) and self.world == 1:
-                    raise UserError(f"not one image of window {loaded.window.number} can be read: make check COMP= "
-                                    "lists them")
+                    raise UserError(
+                        f"not one image of window {loaded.window.number} can be read: make check COMP= lists them"
+                    )
                 yield loaded
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError("a worker process was ended from outside, mostly for want of memory: use fewer --workers "
-                            f"or a smaller --batch-size ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                "a worker process was ended from outside, mostly for want of memory: use fewer --workers "
+                f"or a smaller --batch-size ({str(error).splitlines()[0]})"
+            ) from error
 
     def _in_workers(self, keys: Iterator[WindowKey]) -> Iterator[Loaded | UserError]:
         if self._torch_loader is None:
             send_generators_whole()
             # Its own generator: the DataLoader draws a base seed, which must not come from the training's stream.
             self._torch_loader = torch.utils.data.DataLoader(
-                self._reader, batch_size=None, sampler=_Sampler(), collate_fn=_as_it_is, worker_init_fn=start_worker,
-                num_workers=min(self.workers, self.windows_per_epoch), persistent_workers=True,
-                multiprocessing_context=self._start_method, pin_memory=self.device.type == "cuda",
-                generator=torch.Generator())
+                self._reader,
+                batch_size=None,
+                sampler=_Sampler(),
+                collate_fn=_as_it_is,
+                worker_init_fn=start_worker,
+                num_workers=min(self.workers, self.windows_per_epoch),
+                persistent_workers=True,
+                multiprocessing_context=self._start_method,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),
+            )
         self._torch_loader.sampler.keys = keys
         return iter(self._torch_loader)
 
@@ -164,30 +197,32 @@ def _as_it_is(loaded: Loaded | UserError) -> Loaded | UserError:
 
 def _sent(window: Window, device: torch.device) -> Window:
     """The window on the card, unless it would take too much of it: then pinned on the host."""
-    size = sum(tensor.nbytes for tensor in tensors_of((window.inputs, window.targets)))
+    tensors = tensors_of((window.inputs, window.targets))
+    if any(tensor.is_cuda for tensor in tensors):
+        return window.to(device)
+    pinned = window if window.index.is_pinned() else window.pin_memory()
     limit = PREFETCH_LIMIT * torch.cuda.get_device_properties(device).total_memory
-    pinned = window if window.index.is_pinned() or window.index.is_cuda else _pinned(window)
-    return pinned.to(device, non_blocking=True) if size <= limit else pinned
-
-
-def _pinned(window: Window) -> Window:
-    return window._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+    return pinned.to(device, non_blocking=True) if sum(tensor.nbytes for tensor in tensors) <= limit else pinned
 
 
 def _one_ahead(windows: Iterator[Window], device: torch.device) -> Iterator[Window]:
     """Yields every window after the copy of the next one was started on a stream of its own."""
     copies, ahead = torch.cuda.Stream(device), None
+    copies.wait_stream(torch.cuda.current_stream(device))  # data that lives on the card may still be on its way
     while True:
         with torch.cuda.stream(copies):
             window = next(windows, None)
             arrived = torch.cuda.Event()
             arrived.record(copies)
         if ahead is not None:
-            torch.cuda.current_stream(device).wait_event(ahead[1])
-            for tensor in tensors_of((ahead[0].inputs, ahead[0].targets, ahead[0].index)):
-                if tensor.is_cuda:
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            yield ahead[0]
+            ready, its_arrival = ahead
+            model_stream = torch.cuda.current_stream(device)
+            model_stream.wait_event(its_arrival)
+            weights = () if ready.weights is None else (ready.weights,)
+            for tensor in tensors_of((ready.inputs, ready.targets, ready.index, *weights)):
+                if tensor.is_cuda:  # the memory must not be given to the next copy before the model is done with it
+                    tensor.record_stream(model_stream)
+            yield ready
         if window is None:
             return
         ahead = window, arrived

@@ -32,8 +32,10 @@ class MixUp:
         """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
         part = _own_part(partner, keys, stream, self)
         targets = map_tree(lambda tensor: _as_amounts(tensor, self.classes), targets)
-        return (map_tree(lambda tensor: _blend(tensor, partner, part), inputs),
-                map_tree(lambda tensor: _blend(tensor, partner, part), targets))
+        return (
+            map_tree(lambda tensor: _blend(tensor, partner, part), inputs),
+            map_tree(lambda tensor: _blend(tensor, partner, part), targets),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class CutMix:
         first = (centre - half).round().clamp(min=0)
         last = torch.minimum((centre + half).round(), torch.tensor([height, width]))
         rows, columns = torch.arange(height), torch.arange(width)
-        inside = (((rows >= first[:, :1]) & (rows < last[:, :1]))[:, :, None]
-                  & ((columns >= first[:, 1:]) & (columns < last[:, 1:]))[:, None, :])  # [B, H, W]
+        inside = ((rows >= first[:, :1]) & (rows < last[:, :1]))[:, :, None] & (
+            (columns >= first[:, 1:]) & (columns < last[:, 1:])
+        )[:, None, :]  # [B, H, W]
         left = 1 - inside.double().mean((1, 2)).numpy()
 
         def paste(tensor: Tensor) -> Tensor:

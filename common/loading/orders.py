@@ -64,8 +64,10 @@ def weighted(weights: np.ndarray, samples_per_epoch: int | None = None, rows: np
     """
     weights, rows = np.asarray(weights, np.float64), _row_numbers(len(weights) if rows is None else rows)
     if len(rows) != len(weights) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.sum() > 0:
-        raise UserError(f"sampling weights: expected {len(rows)} finite numbers from 0 up, not all 0, found "
-                        f"{len(weights)} from {weights.min()} to {weights.max()}")
+        raise UserError(
+            f"sampling weights: expected {len(rows)} finite numbers from 0 up, not all 0, found "
+            f"{len(weights)} from {weights.min()} to {weights.max()}"
+        )
     edges = np.cumsum(weights)
     edges /= edges[-1]  # exactly 1 at the end, above every draw
 

@@ -54,14 +54,18 @@ def test_reduced_decoding_is_the_full_one_resized(tmp_path, jpeg, size, gray):
     assert np.abs(found - expected).mean() < 4
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda data: data[: len(data) // 2], "truncated"),
-    (lambda data: data[: len(data) * 99 // 100], "truncated"),
-    (lambda data: data[:-2], "truncated"),  # OpenCV takes this one without a word in its result
-    (lambda data: data[:300], "truncated"),
-    (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), "truncated"),  # a half-written file
-    (lambda data: b"", "empty"),
-    (lambda data: b"<html>not found</html>", "not an image")])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[: len(data) * 99 // 100], "truncated"),
+        (lambda data: data[:-2], "truncated"),  # OpenCV takes this one without a word in its result
+        (lambda data: data[:300], "truncated"),
+        (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), "truncated"),  # a half-written file
+        (lambda data: b"", "empty"),
+        (lambda data: b"<html>not found</html>", "not an image"),
+    ],
+)
 @pytest.mark.parametrize("thumbnail", [False, True])
 @pytest.mark.parametrize("size", [None, (20, 30)])
 def test_broken_jpegs_are_named(tmp_path, jpeg, damage, reason, thumbnail, size):

@@ -1,0 +1,362 @@
+"""Loaders beside their peers: what a key costs, how fast images come, and which guarantees hold.
+
+    make bench BENCH=loaders                                   all three parts
+    make bench BENCH=loaders ARGS="--part guarantees"          overhead, clouds or guarantees
+    make bench BENCH=loaders ARGS="--data path/to/clouds"      real images instead of generated ones
+
+torchdata and Lightning come from requirements-peers.txt; without them their rows say so.
+"""
+
+import argparse
+import importlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from common.loading import orders
+from common.loading.loader import Loader
+from common.loading.worker import start_worker
+
+
+def compare(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Least seconds of each, measured in turns, so that a busy moment of the machine meets all of them."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def timed(windows: Callable[[], Iterator]) -> float:
+    started = time.perf_counter()
+    for _ in windows():
+        pass
+    return time.perf_counter() - started
+
+
+# What a key costs.
+
+
+class Rows:
+    """The least that a dataset can do."""
+
+    def __init__(self, rows: int):
+        self.inputs, self.targets = torch.zeros(rows, 16), torch.zeros(rows, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int):
+        return self.inputs[index], self.targets[index]
+
+
+class Augmented:
+    """Ready images [384, 576, 3] and masks of four classes through a pipeline whose every step always runs."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.image = np.random.default_rng(0).integers(0, 256, (384, 576, 3), dtype=np.uint8)
+        self.masks = np.random.default_rng(1).integers(0, 2, (384, 576, 4), dtype=np.uint8)
+        self.pipeline = A.Compose(
+            [
+                A.HorizontalFlip(p=1),
+                A.VerticalFlip(p=1),
+                A.Affine(rotate=(-10, 10), p=1),
+                A.GridDistortion(p=1),
+                A.RandomBrightnessContrast(p=1),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int):
+        changed = self.pipeline(image=self.image, mask=self.masks)
+        return changed["image"], changed["mask"]
+
+
+def overhead() -> None:
+    print("\n## What a key costs: this kit's Loader beside torch's DataLoader, same dataset, batches and workers\n")
+    print("| dataset | workers | DataLoader us/sample | Loader us/sample | difference | ratio |")
+    print("|---|---|---|---|---|---|")
+    for name, dataset, size, repeats in [
+        ("16 numbers", Rows(32_768), 256, 7),
+        ("albumentations 384x576", Augmented(96), 8, 5),
+    ]:
+        for workers in (0, 1, 2):
+            plain = DataLoader(
+                dataset,
+                size,
+                shuffle=True,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                worker_init_fn=start_worker,
+            )
+            with Loader(dataset, orders.shuffled(len(dataset)), size, seed=0, workers=workers) as loader:
+                epochs = iter(range(1000))
+                runs = {
+                    "plain": lambda p=plain: timed(lambda: p),
+                    "keyed": lambda o=loader, e=epochs: timed(lambda: o.epoch(next(e))),
+                }
+                for run in runs.values():
+                    run()  # starts the workers
+                best = compare(runs, repeats)
+            us = {key: seconds / len(dataset) * 1e6 for key, seconds in best.items()}
+            print(
+                f"| {name} | {workers} | {us['plain']:.1f} | {us['keyed']:.1f} | {us['keyed'] - us['plain']:+.1f} | "
+                f"{us['keyed'] / us['plain']:.3f} |",
+                flush=True,
+            )
+
+
+# How fast images come.
+
+
+def clouds(data: str | None) -> None:
+    from common import raw
+    from competitions.clouds import task as competition
+
+    folder = tempfile.TemporaryDirectory()
+    if data is None:
+        competition.write_sample(Path(folder.name))
+    with redirect_stdout(StringIO()):
+        found = raw.find("clouds", data or folder.name, competition.write_sample)
+        dataset = competition.build(competition.RECIPES["default"], found).labelled
+    rows = np.arange(len(dataset))[:256]
+    if len(rows) < 128:
+        rows = np.tile(rows, 128 // len(rows))
+    cv2.setNumThreads(0)
+
+    def bare(part: np.ndarray) -> None:
+        for row in part:
+            dataset[int(row)]
+
+    def bare_processes() -> float:
+        """Two processes with nothing but the loop, on half of the rows each: all that two cores can do."""
+        context = torch.multiprocessing.get_context("fork")
+        started = time.perf_counter()
+        processes = [context.Process(target=bare, args=(part,)) for part in np.array_split(rows, 2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return time.perf_counter() - started
+
+    with Loader(dataset, orders.shuffled(rows), 8, seed=0, workers=2) as loader:
+        epochs = iter(range(1000))
+        runs = {
+            "one bare loop": lambda: timed(lambda: (dataset[int(row)] for row in rows)),
+            "two bare loops": bare_processes,
+            "Loader, 2 workers": lambda: timed(lambda: loader.epoch(next(epochs))),
+        }
+        for run in runs.values():
+            run()
+        best = compare(runs, 5)
+    folder.cleanup()
+    where = "generated" if data is None else data
+    print(f"\n## Images a second of the clouds training: decode, masks, augment ({where}, {len(rows)} images)\n")
+    print("| | images/s | of two bare loops |\n|---|---|---|")
+    for name, seconds in best.items():
+        print(f"| {name} | {len(rows) / seconds:.1f} | {best['two bare loops'] / seconds:.2f} |")
+
+
+# Which guarantees hold.
+
+
+class Flips:
+    """Three flips and a number of every sample, from the global generators or from an albumentations pipeline."""
+
+    def __init__(self, source: str, rows: int):
+        self.source, self.rows = source, rows
+        self.pipeline = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.InvertImg(p=0.5)], seed=0)
+        self.noise = A.Compose([A.GaussNoise(std_range=(0.1, 0.4), p=1)], seed=1)
+        self.image = np.repeat(np.array([[0, 1], [2, 3]], np.uint8)[:, :, None], 3, axis=2)
+        self.canvas = np.full((8, 8, 3), 0.5, np.float32)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int):
+        if self.source == "globals":
+            flips = [random.random() < 0.5, np.random.rand() < 0.5, torch.rand(()).item() < 0.5]
+            return index, np.array([*flips, random.random() + np.random.rand() + torch.rand(()).item()], np.float64)
+        corner = int(self.pipeline(image=self.image)["image"][0, 0, 0])
+        place = 255 - corner if corner > 127 else corner
+        number = self.noise(image=self.canvas)["image"].sum(dtype=np.float64)
+        return index, np.array([place & 1, place >> 1, corner > 127, number], np.float64)
+
+
+BATCH = 8
+
+
+class Peer:
+    """A way to load: `batches` are (index [B], numbers [B, 4]) of an epoch, resumed after `start` batches."""
+
+    def __init__(
+        self, seed: Callable[[int], Any], init: Callable[[int], Any] | None = None, stateful: type | None = None
+    ):
+        self.seed, self.init, self.stateful = seed, init, stateful
+
+    def epochs(
+        self, dataset: Flips, workers: int, count: int = 1, rank: int = 0, world: int = 1, start: int = 0
+    ) -> list:
+        self.seed(rank)
+        generator = torch.Generator().manual_seed(0)
+        sampler = (
+            DistributedSampler(dataset, world, rank, seed=0)
+            if world > 1
+            else RandomSampler(dataset, generator=generator)
+        )
+        if self.stateful is None:
+            batches = torch.utils.data.BatchSampler(sampler, BATCH, drop_last=False)
+            if start:  # what a careful user does: the same order, without the batches that are done
+                batches = list(batches)[start:]
+            loader = DataLoader(
+                dataset,
+                batch_sampler=batches,
+                num_workers=workers,
+                worker_init_fn=self.init,
+                generator=torch.Generator().manual_seed(1),
+            )
+            return [list(loader) for _ in range(count)]
+
+        def make() -> Any:
+            return self.stateful(
+                dataset,
+                BATCH,
+                sampler=sampler,
+                num_workers=workers,
+                worker_init_fn=self.init,
+                generator=torch.Generator().manual_seed(1),
+            )
+
+        loader = make()
+        if start:
+            batches = iter(loader)
+            for _ in range(start):
+                next(batches)
+            state = loader.state_dict()
+            self.seed(rank)
+            generator.manual_seed(0)
+            loader = make()
+            loader.load_state_dict(state)
+        return [list(loader) for _ in range(count)]
+
+
+class Ours:
+    def epochs(
+        self, dataset: Flips, workers: int, count: int = 1, rank: int = 0, world: int = 1, start: int = 0
+    ) -> list:
+        with Loader(
+            dataset, orders.shuffled(len(dataset)), BATCH * world, seed=0, workers=workers, rank=rank, world=world
+        ) as loader:
+            return [
+                [(window.inputs, window.targets) for window in loader.epoch(epoch, start)] for epoch in range(count)
+            ]
+
+
+def joined(batches: list) -> dict[int, tuple[float, ...]]:
+    """Row -> its numbers."""
+    return {int(index): tuple(numbers.tolist()) for part in batches for index, numbers in zip(*part, strict=True)}
+
+
+def sequence(batches: list) -> list[tuple]:
+    return [(int(index), tuple(numbers.tolist())) for part in batches for index, numbers in zip(*part, strict=True)]
+
+
+def guarantees_of(system: Any, source: str) -> list[bool]:
+    dataset = Flips(source, 64)
+    first, second = (joined(epoch) for epoch in system.epochs(dataset, 4, count=2))
+    numbers = [{row[3] for row in epoch.values()} for epoch in (first, second)]
+    expected = sequence(system.epochs(dataset, 0)[0])
+    counts = [sequence(system.epochs(Flips(source, 64), workers)[0]) for workers in (0, 1, 2, 4)]
+    ranks = [joined(system.epochs(Flips(source, 64), 2, rank=rank, world=2)[0]) for rank in range(2)]
+    whole = sequence(system.epochs(Flips(source, 64), 2)[0])
+    resumed = sequence(system.epochs(Flips(source, 64), 2, start=3)[0])
+    gates = np.array(list(joined(system.epochs(Flips(source, 1024), 2)[0]).values()))[:, :3]
+    correlation = abs(np.corrcoef(gates.T) - np.eye(3)).max()
+    return [
+        len(numbers[0]) >= 60,
+        len(numbers[0] & numbers[1]) <= 4,
+        all(count == expected for count in counts),
+        ranks[0] | ranks[1] == dict(whole),
+        resumed == whole[3 * BATCH :],
+        bool(correlation < 0.15 and len({tuple(gate) for gate in gates}) == 8),
+    ]
+
+
+def peers() -> dict[str, Any]:
+    """The systems by name; a line of text for one that is not installed."""
+
+    def seed_all(rank: int) -> None:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    found: dict[str, Any] = {"torch DataLoader": Peer(seed_all)}
+    missing = "not installed: pip install -r requirements-peers.txt"
+    try:
+        stateful = importlib.import_module("torchdata.stateful_dataloader").StatefulDataLoader
+        found["torchdata StatefulDataLoader"] = Peer(seed_all, stateful=stateful)
+    except ImportError:
+        found["torchdata StatefulDataLoader"] = missing
+    try:
+        seed = importlib.import_module("lightning.fabric.utilities.seed")
+        found["Lightning seed_everything(workers=True)"] = Peer(
+            lambda rank: seed.seed_everything(0, workers=True, verbose=False), seed.pl_worker_init_function
+        )
+    except ImportError:
+        found["Lightning seed_everything(workers=True)"] = missing
+    return found | {"this kit's Loader": Ours()}
+
+
+def guarantees() -> None:
+    columns = [
+        "distinct across workers",
+        "epochs differ",
+        "same for any worker count",
+        "same for any rank count",
+        "exact mid-epoch resume",
+        "independent transforms",
+    ]
+    print("\n## Which guarantees hold: 64 samples, batches of 8, random numbers and their order compared bit by bit\n")
+    print(f"| loader | draws from | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for name, system in peers().items():
+        for source in ("globals", "albumentations"):
+            if isinstance(system, str):
+                print(f"| {name} | {source} | {system} |")
+            else:
+                cells = ["yes" if holds else "no" for holds in guarantees_of(system, source)]
+                print(f"| {name} | {source} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["all", "overhead", "clouds", "guarantees"], default="all")
+    parser.add_argument("--data", help="folder with the competition's files in Kaggle's layout")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.part in ("all", "overhead"):
+        overhead()
+    if given.part in ("all", "clouds"):
+        clouds(given.data)
+    if given.part in ("all", "guarantees"):
+        guarantees()
+
+
+if __name__ == "__main__":
+    main()
