@@ -80,7 +80,8 @@ def watched(
 ) -> Answer:
     """Run a program until it ends, is silent for too long (Silent), or `stop()` returns an error (raised).
 
-    Progress is a change of `measure()`, for example the size of a download, or output where there is no measure.
+    Progress is a change of `measure()`, for example the size of a download, output where there is no measure, or
+    computing: on a busy machine the start alone takes seconds.
     Files in `keep_open` stay open in the program: a lock then lasts as long as the program does.
     """
     child = subprocess.Popen(
@@ -93,7 +94,7 @@ def watched(
         start_new_session=True,  # Ctrl-C reaches the kit alone, which then stops the program and tidies up
     )
     out, err = _Reader(child.stdout, on_line), _Reader(child.stderr)
-    limit, last, since = patience(), -1, time.monotonic()
+    limit, last, since = patience(), None, time.monotonic()
     try:
         while True:
             try:
@@ -103,7 +104,7 @@ def watched(
                 pass
             if stop is not None and (error := stop()):
                 raise error
-            now = measure() if measure is not None else out.count + err.count
+            now = (measure() if measure is not None else out.count + err.count, _ticks(child.pid))
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > limit:
@@ -114,6 +115,15 @@ def watched(
     finally:
         _end(child)
     return Answer(child.returncode, account.hide(out.text()), account.hide(err.text()))
+
+
+def _ticks(process: int) -> str:
+    """Processor time of a process so far; "" where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return f"{fields[11]} {fields[12]}"
+    except (OSError, IndexError):
+        return ""
 
 
 def _end(child: subprocess.Popen) -> None:

@@ -16,6 +16,7 @@ from common.kaggle.progress import Progress
 from common.kaggle.source import Source
 
 PAGE = 200  # the largest page of the listing
+FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
 
 
 def whole_archive(
@@ -48,15 +49,26 @@ def whole_archive(
 
 
 def _download(source, account, work, lock, more, show, stop=None) -> Answer:
-    """Run the kaggle program's download, quietly: the growth of `work` is its progress."""
+    """Run the kaggle program's download, quietly: the growth of `work` is its progress.
+
+    It takes a full disk for a broken line and tries again for a minute: stopped here at once.
+    """
 
     def measure() -> int:
         done = size_of(work)
         show(done)
         return done
 
+    def failure() -> UserError | None:
+        if shutil.disk_usage(work).free < FULL_BYTES:
+            return UserError(
+                f"downloading {source.slug}: the disk is full ({work.parent}): free some space, then repeat the same "
+                "command; it goes on where it stopped"
+            )
+        return stop() if stop is not None else None
+
     command = ("competitions", "download", source.slug, "-p", str(work), "-q", *more)
-    return kaggle(account, *command, measure=measure, stop=stop, keep_open=[lock])
+    return kaggle(account, *command, measure=measure, stop=failure, keep_open=[lock])
 
 
 def size_of(folder: Path) -> int:

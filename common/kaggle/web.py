@@ -32,7 +32,7 @@ def open_url(address: str, headers: dict[str, str] | None = None):
     """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY."""
     request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
     try:
-        return urllib.request.urlopen(request, timeout=patience())
+        return urllib.request.build_opener().open(request, timeout=patience())  # reads the proxies of now
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
@@ -66,6 +66,7 @@ def download(address: str, target: Path, checksum: str) -> None:
         else:
             raise unreachable(address, failure)
     found = digest(draft, checksum.split(":")[0]) if checksum else ""
+    _validator(draft).unlink(missing_ok=True)
     if found != checksum:
         draft.unlink()
         raise UserError(
@@ -73,7 +74,6 @@ def download(address: str, target: Path, checksum: str) -> None:
             'another one and was not kept. Repeat the same command, or name a good copy with ARGS="--url ..."'
         )
     draft.rename(target)
-    _validator(draft).unlink(missing_ok=True)
 
 
 def unreachable(address: str, failure: Exception | None) -> UserError:
