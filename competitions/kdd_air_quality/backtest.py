@@ -64,12 +64,14 @@ def summarise(run: Run, parts: list[tuple[Period, dict[str, np.ndarray]]], obser
     lines = []
     for span, chosen in spans.items():
         for name, values in grids.items():
-            lines.append({"days": span, "model": name, **metric.summary(truth[chosen], values[chosen], network.stations)})
+            figures = metric.summary(truth[chosen], values[chosen], network.stations)
+            lines.append({"span": span, "model": name, **figures})
     for line in ["", *_aligned(lines)]:
         print(line)
     _write_csv(run, "metrics.csv", lines)
     daily = {name: metric.daily(truth, values, network.stations) for name, values in grids.items()}
-    _write_csv(run, "scores.csv", [{"day": day, **{name: daily[name][n] for name in daily}} for n, day in enumerate(days)])
+    rows = [{"day": day, **{name: daily[name][number] for name in daily}} for number, day in enumerate(days)]
+    _write_csv(run, "scores.csv", rows)
     found = {name: metric.breakdown(truth, values, network) for name, values in grids.items()}
     first = next(iter(found.values()))
     _write_csv(run, "breakdown.csv", [
@@ -84,7 +86,8 @@ def summarise(run: Run, parts: list[tuple[Period, dict[str, np.ndarray]]], obser
 
 def _aligned(lines: list[dict]) -> list[str]:
     """Rows of equal keys as text columns."""
-    cells = [list(lines[0])] + [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
+    shown = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
+    cells = [list(lines[0]), *shown]
     widths = [max(len(row[number]) for row in cells) for number in range(len(cells[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
@@ -95,10 +98,3 @@ def _write_csv(run: Run, name: str, lines: list[dict]) -> None:
     writer.writeheader()
     writer.writerows({key: f"{v:.6f}" if isinstance(v, float) else v for key, v in line.items()} for line in lines)
     write_text(run.path / name, stream.getvalue())
-
-
-def report(run: Run, observations: Observations, config: Config, forecasts: dict) -> None:
-    """The run's pictures and its page."""
-    from competitions.kdd_air_quality import pictures
-
-    pictures.draw(run, observations, forecasts)

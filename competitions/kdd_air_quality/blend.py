@@ -1,4 +1,4 @@
-"""The blend: a weighted geometric mean of the models, with weights per city and pollutant from backtest forecasts alone."""
+"""The blend: a weighted geometric mean of the models, its weights per city and pollutant fitted on backtests alone."""
 
 import numpy as np
 

@@ -100,15 +100,11 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
 def whole(values: np.ndarray, network: Network) -> np.ndarray:
     """[N, hours, S] with nothing missing: from the series' other hours, its group's other stations, then anything."""
     groups = np.array(network.groups)
-    result = values.copy()
-    for fallback in (
-        lambda: np.broadcast_to(_mean_of(result, 1)[:, None], result.shape),
-        lambda: np.stack([_mean_of(result[..., groups == name], 2) for name in groups], axis=-1),
-        lambda: np.broadcast_to(_mean_of(result, 2)[..., None], result.shape),
-    ):
-        if np.isnan(result).any():
-            result = np.where(np.isnan(result), fallback(), result)
-    return np.nan_to_num(result)
+    result = np.where(np.isnan(values), _mean_of(values, 1)[:, None], values)
+    for name in dict.fromkeys(network.groups):
+        own = result[..., groups == name]
+        result[..., groups == name] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
+    return np.nan_to_num(np.where(np.isnan(result), _mean_of(result, 2)[..., None], result))
 
 
 def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
@@ -166,7 +162,8 @@ def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> tuple
     stations = np.array([n for n, _ in network.series])
     for number, name in enumerate(ALL_POLLUTANTS):
         for hours in (6, 24):
-            add(f"here_{name}_last_{hours}_hours", _mean_of(past[:, -hours:, stations * len(ALL_POLLUTANTS) + number], 1))
+            here = past[:, -hours:, stations * len(ALL_POLLUTANTS) + number]
+            add(f"here_{name}_last_{hours}_hours", _mean_of(here, 1))
     return np.stack(parts, axis=-1).astype(np.float32), names
 
 

@@ -40,7 +40,7 @@ def fitted_folder(run: Run, fold: int | None) -> Path:
 
 def fit(name: str, known: Observations, config: Config, run: Run, fold: int | None,
         held_days: np.ndarray | None = None, later: Observations | None = None) -> None:
-    """Fit a model on `known`, which ends at the cut. `later` and `held_days` only let the network's log show a score."""
+    """Fit a model on `known`, which ends at the cut. `later` and `held_days` only let the network log a score."""
     folder = fitted_folder(run, fold)
     label = f"{name} before {known.end}"
     if name in ("medians", "mlp") and not (folder / "imputers.json").is_file():
@@ -48,7 +48,8 @@ def fit(name: str, known: Observations, config: Config, run: Run, fold: int | No
         write_text(folder / "imputers.json", json.dumps(found.models))
     if name == "boosting":
         draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
-        fitted = boosting.fit(known, draws, config.boosting_rounds, config.boosting_share, config.jobs, config.seed, label)
+        rounds, share = config.boosting_rounds, config.boosting_share
+        fitted = boosting.fit(known, draws, rounds, share, config.jobs, config.seed, label)
         for draw, members in fitted if draws else ():
             write_text(folder / f"boosting-{draw}.json", json.dumps([vars(member) for member in members]))
     if name == "prophet" and not (folder / "prophet.npz").is_file():
@@ -75,7 +76,7 @@ def _fit_network(known: Observations, config: Config, run: Run, fold: int | None
     train = boosting.training_ends(known)[-config.train_days :]
     rows = mlp.Rows(seen, completed, np.union1d(train, held), config.history_days, medians.windows_of(config.windows))
     task = mlp.task(rows, mlp.Split(train, held), -1 if fold is None else fold, config.units, config.dropout)
-    # The held days only show a score: the weights are those of the last step, or they would be chosen on what is scored.
+    # The held days only show a score: weights chosen on them would be chosen on what is scored.
     settings = replace(config, keep="last", patience=0, evaluate_every=config.epochs)
     train_network(task, settings, run, fold, SINGLE)
 

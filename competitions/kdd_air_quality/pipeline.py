@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from common import submission
 from common.errors import UserError
 from common.raw import RawData
 from common.run import Run
-from competitions.kdd_air_quality import blend, metric, models, table
-from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, report, summarise
+from competitions.kdd_air_quality import blend, metric, models, pictures, table
+from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, read
 from competitions.kdd_air_quality.task import PRIVATE, Config, write_sample
@@ -63,7 +64,8 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
         backtested = forecasts_of(run, known, config, period)
         truth = known.truth(period.days)
         weights = fitted_blend(backtested, truth, known)
-        rows = summarise(run, [(period, backtested | {"blend": blended(weights, backtested, known)})], known)
+        forecasts = backtested | {"blend": blended(weights, backtested, known)}
+        rows = summarise(run, [(period, forecasts)], known)
         for name in names:
             models.fit(name, known, config, run, None)
         run.write_json("result.json", {
@@ -76,13 +78,12 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
             "last_day": str(day),
             "finished": runs.now(),
         })
+        pictures.draw(run, known, period.days, forecasts)
     else:
         run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train")
-    result, sample = run.result, found.is_sample
-    forecasts = write_forecasts(run, config, observations, np.array([day]), lines, sample)
-    if result is not None:
-        report(run, known, config, forecasts)
-    print(f"submission: {forecasts['paths'][-1]}")
+    paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_sample)
+    print(PRIVATE)
+    print(f"submission: {paths[-1]}")
 
 
 def fitted_blend(forecasts: dict[str, np.ndarray], truth: np.ndarray, observations: Observations) -> blend.Weights:
@@ -98,7 +99,7 @@ def blended(weights: blend.Weights, forecasts: dict[str, np.ndarray], observatio
 
 
 def write_forecasts(run: Run, config: Config, observations: Observations, days: np.ndarray, lines: list[str],
-                    sample: bool) -> dict:
+                    sample: bool) -> list[Path]:
     """Forecast the submit days with the run's models and write a checked CSV for each; what is missing is said."""
     learnt = run.result["learnt"]
     parts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
@@ -135,7 +136,7 @@ def write_forecasts(run: Run, config: Config, observations: Observations, days: 
         paths.append(submission.write(path, table.COLUMNS, rows, lines, table.valid, origin))
         if not np.isnan(scores[number]):
             run.log(f"{day}: official score {scores[number]:.4f}")
-    return {"paths": paths, "days": days, "models": parts | {"blend": forecast}}
+    return paths
 
 
 def predict(competition: str, given: argparse.Namespace) -> None:
@@ -152,9 +153,9 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     if len(early):
         print(f"{run.path} was fitted on everything before {run.result['fitted_before']}: forecasts of earlier days "
               f"({early[0]} ...) use it only after the fact, make backtest COMP={competition} is the honest way")
-    written = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"])
-    print(f"{PRIVATE}")
-    for path in written["paths"]:
+    paths = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"])
+    print(PRIVATE)
+    for path in paths:
         print(f"submission: {path}")
 
 
@@ -200,7 +201,7 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     run.write_json("result.json", {"monitor": "smape", "score": rows["blend"]["mean"], "metrics": rows, "learnt": {},
                                    "rows": len(days), "finished": runs.now()})
     together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
-    report(run, observations, config, {"days": days, "models": together})
+    print(f"report: {pictures.draw(run, observations, days, together)}")
 
 
 def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None:

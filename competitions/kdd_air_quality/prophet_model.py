@@ -1,7 +1,7 @@
 """Prophet, one model per series, fitted in parallel and kept as the little that its forecast is made of.
 
-With weekly and daily seasonality and no yearly one (16 months of data hold no second year) a forecast is a straight line
-plus a table over the hours of the week. The fitted model is that line and that table: forecasting needs no Prophet.
+With weekly and daily seasonality and no yearly one (16 months of data hold no second year) a forecast is a straight
+line plus a table over the hours of the week. That line and table are the fitted model: forecasting needs no Prophet.
 """
 
 import logging

@@ -124,7 +124,8 @@ def _csv_table(name: str, content: bytes, warnings: list[str]) -> pd.DataFrame |
     table = pd.DataFrame({"station": frame[station], "hour": _hours(frame[time]), **values})
     unreadable = table["hour"].isna() & frame[time].notna()
     if unreadable.any():
-        warnings.append(f"{name}: {int(unreadable.sum())} times cannot be read, such as {frame[time][unreadable].iloc[0]!r}")
+        example = frame[time][unreadable].iloc[0]
+        warnings.append(f"{name}: {int(unreadable.sum())} times cannot be read, such as {example!r}")
     return table[table["station"].notna() & table["hour"].notna()]
 
 
@@ -142,7 +143,7 @@ def _hours(texts: pd.Series) -> np.ndarray:
 
 
 def _tsf_table(text: str) -> pd.DataFrame:
-    """The Monash archive's file: one line a series, name:city:station:pollutant:start:value,value,... with ? missing."""
+    """The Monash archive's file: a series a line, name:city:station:pollutant:start:value,value,... with ? missing."""
     parts = []
     for line in text.split("@data", 1)[-1].splitlines():
         fields = line.split(":")
@@ -182,7 +183,8 @@ def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawDa
         warnings.append(f"{len(unknown)} unknown stations are left out: {', '.join(unknown[:5])}")
     rows = table[names.isin(number_of.keys())]
     if rows.empty:
-        raise UserError(f"{raw.path}: no row is of a known station such as {network.stations[0]} (found: {unknown[:5]})")
+        example = network.stations[0]
+        raise UserError(f"{raw.path}: no row is of a known station such as {example} (found: {', '.join(unknown[:5])})")
     hours = rows["hour"].to_numpy().astype("datetime64[h]")
     start = hours.min().astype("datetime64[D]").astype("datetime64[h]")
     row = ((hours - start) / HOUR).astype(int)
@@ -202,12 +204,10 @@ def _gaps(observations: Observations, raw: RawData) -> list[str]:
     there = np.isfinite(observations.series()).any(axis=0)
     empty = [name for name, found in zip(observations.network.names, there, strict=True) if not found]
     for city in CITIES:
-        stations = {observations.network.stations[n] for n in observations.network.of_city(city)}
-        without = {name.split(" ")[0] for name in empty}
-        if stations and not any(city_of(name) == city for name in set(observations.network.names) and stations - without):
-            cities = ", ".join(city for city in CITIES)
+        own = [name for name in observations.network.names if city_of(name.split(" ")[0]) == city]
+        if own and set(own) <= set(empty):
             raise UserError(
-                f"{raw.path} has no observation of {city}: add its air quality file (expected both: {cities}), "
+                f"{raw.path} has no observation of {city}: add its file (expected: {' and '.join(CITIES)}), "
                 f"or use a sample submission without its stations"
             )
     return [f"no observation at all, forecast from the city: {', '.join(empty)}"] if empty else []

@@ -34,7 +34,7 @@ def write(folder: Path, seed: int = 7, days: int = DAYS) -> None:
         "station_id": frame["station"],
         **{f"{name} (ug/m3)": frame[name] for name in ("PM2.5", "PM10", "NO2")},
     }).to_csv(folder / "London_historical_aqi_forecast_stations_20180331.csv")
-    short = {full: cut for cut, full in FULL_NAME.items()} | {full: cut for cut, full in FULL_NAME.items() if cut != full}
+    short = {full: full for full in FULL_NAME.values()} | {full: cut for cut, full in FULL_NAME.items() if cut != full}
     for city, table in (("bj", beijing), ("ld", london)):
         frame = table[~table["time"].isin(history)].reset_index(drop=True)
         pd.DataFrame({

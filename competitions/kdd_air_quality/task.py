@@ -1,7 +1,7 @@
 """KDD Cup 2018, fresh air: PM2.5, PM10 and O3 at 48 stations of Beijing and London for the next 48 hours.
 
-    make train COMP=kdd_air_quality DATA=/path/to/files     every model, the blend, and the forecast of the next two days
-    make train COMP=kdd_air_quality ARGS="--models medians" one model alone
+    make train COMP=kdd_air_quality DATA=/path/to/files     every model, the blend, and the next two days' forecast
+    make train COMP=kdd_air_quality ARGS="--model medians"  one model alone
     make predict COMP=kdd_air_quality ARGS="--first-day 2018-05-01 --last-day 2018-05-29"
     make backtest COMP=kdd_air_quality ARGS="--first-day 2018-03-01 --last-day 2018-04-28"
 
