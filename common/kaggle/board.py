@@ -1,0 +1,114 @@
+"""`make board`: validation against leaderboard for everything that was sent, as a table and a picture."""
+
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import write_with
+from common.kaggle import ledger, status
+from common.kaggle.credentials import find
+from common.kaggle.ledger import Row
+from common.kaggle.source import Source
+from common.kaggle.submit import refuse_nowhere
+from common.submission import SUBMISSIONS
+
+
+def board(competition: str, source: Source) -> None:
+    """Refresh the ledger from Kaggle, print it with ranks and draw board.png.
+
+    Where Kaggle cannot be asked, shows what the ledger knows and then raises that UserError.
+    """
+    refuse_nowhere(competition, source)
+    rows, failure, scores, no_rank = ledger.read(competition), None, [], ""
+    try:
+        account = find()
+        rows = refreshed(rows, status.submissions(account, source)[0])
+        if rows:
+            ledger.write(competition, rows)
+        try:
+            scores = status.leaderboard(account, source)
+        except UserError as error:
+            no_rank = str(error)
+    except UserError as error:
+        failure = error
+    if not rows and failure is None:
+        print(f"nothing was submitted to {source.page} yet: make submit COMP={competition}")
+        return
+    if rows:
+        print(table(rows, scores, source))
+        if no_rank:
+            print(f"no ranks: {no_rank}")
+        path = SUBMISSIONS / competition / "board.png"
+        draw(rows, source, path)
+        print(f"picture: {path}")
+    if failure:
+        raise UserError(f"not refreshed: {failure}")
+
+
+def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row]:
+    """The rows with Kaggle's newest scores, and a row for every submission that was not sent from here."""
+    by_ref = {submission.ref: submission for submission in submissions}
+    found = [row.with_answer(by_ref[row.ref]) if row.ref in by_ref else row for row in rows]
+    known = {row.ref for row in rows}
+    found += [
+        Row(time=submission.date, file=submission.file).with_answer(submission)
+        for submission in submissions
+        if submission.ref not in known
+    ]
+    return sorted(found, key=lambda row: row.time)
+
+
+def table(rows: list[Row], scores: list[float], source: Source) -> str:
+    """Rows as aligned text; the rank is that of the public score among all teams of today."""
+    header = ("time", "run", "validation", "public", "private", "rank", "status")
+    lines = []
+    for row in rows:
+        place = status.rank(row.public, scores, source.higher_is_better) if scores else None
+        lines.append(
+            (
+                row.time[:16].replace("T", " "),
+                row.run or Path(row.file).name,
+                f"{float(row.validation):.5f}" if row.validation else "-",
+                row.public or "-",
+                row.private or "-",
+                f"{place} of {len(scores)}" if place else "-",
+                row.status + (f": {row.reason}" if row.reason else ""),
+            )
+        )
+    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *lines)
+    )
+
+
+def draw(rows: list[Row], source: Source, path: Path) -> None:
+    """A point per submission with a validation score; the diagonal is where validation told the truth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, marker in (("public", "o"), ("private", "s")):
+        points = [(row, _number(row.validation), _number(getattr(row, name))) for row in rows]
+        points = [(row, x, y) for row, x, y in points if x is not None and y is not None]
+        if not points:
+            continue
+        axes.scatter([x for _, x, _ in points], [y for _, _, y in points], marker=marker, label=name)
+        for row, x, y in points:
+            axes.annotate(row.run, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    if axes.collections:
+        low, high = (pick(*axes.get_xlim(), *axes.get_ylim()) for pick in (min, max))
+        axes.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0, label="equal")
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "no submission has both scores yet", ha="center", transform=axes.transAxes)
+    axes.set(xlabel="validation", ylabel="leaderboard", title=source.slug)
+    write_with(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,141 @@
+"""Which submission file is sent, and everything that can be known against it before it is."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common import raw, submission
+from common import run as runs
+from common.errors import UserError
+from common.kaggle.source import Source
+from common.submission import SUBMISSIONS
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A submission file and where it came from; `origin` is empty for a file that the kit did not write."""
+
+    path: Path
+    origin: dict[str, Any]
+
+    @property
+    def run(self) -> str:
+        return self.origin.get("run", "")
+
+    @property
+    def score(self) -> float | None:
+        return self.origin.get("score")
+
+    @property
+    def sha256(self) -> str:
+        with open(self.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def choose(competition: str, source: Source, run: str | None, file: str | None) -> Candidate:
+    """FILE= as it is, else the newest file of RUN=, else of the run with the best validation score."""
+    candidates = _written(competition)
+    if file:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            names = ", ".join(str(candidate.path) for candidate in candidates) or "none yet"
+            raise UserError(f"FILE={file} does not exist (submissions: {names}): make predict COMP={competition}")
+        return _with_origin(path, candidates)
+    if run:
+        candidates = [candidate for candidate in candidates if candidate.run == run or candidate.path.stem == run]
+        if not candidates:
+            names = ", ".join(candidate.path.stem for candidate in _written(competition)) or "none yet"
+            raise UserError(
+                f"RUN={run} has no submission (there are: {names}): make predict COMP={competition} RUN={run}"
+            )
+        return candidates[-1]
+    real = [candidate for candidate in candidates if not candidate.origin.get("sample")]
+    if not real:
+        why = f"only samples ({candidates[-1].path})" if candidates else "nothing"
+        raise UserError(
+            f"{SUBMISSIONS / competition} holds {why}: train on the real data first: make data COMP={competition}, "
+            f"then make train COMP={competition}"
+        )
+    scored = [candidate for candidate in real if candidate.score is not None]
+    if not scored:
+        return real[-1]
+    sign = 1 if source.higher_is_better else -1
+    best = max(sign * candidate.score for candidate in scored)
+    return [candidate for candidate in scored if sign * candidate.score == best][-1]
+
+
+def _written(competition: str) -> list[Candidate]:
+    """The submissions that the kit wrote, oldest first."""
+    found = []
+    for sidecar in (SUBMISSIONS / competition).glob("*.json"):
+        path = sidecar.with_suffix(".csv")
+        try:
+            origin = json.loads(sidecar.read_text())
+        except ValueError:
+            continue  # not one of the kit's
+        if path.is_file() and isinstance(origin, dict) and "sha256" in origin:
+            found.append(Candidate(path, origin))
+    return sorted(found, key=lambda one: (one.origin.get("created", ""), one.path.stat().st_mtime_ns))
+
+
+def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
+    """The file with its sidecar, or with that of the submission it is a copy of."""
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file():
+        try:
+            return Candidate(path, json.loads(sidecar.read_text()))
+        except ValueError as error:
+            raise UserError(f"{sidecar} cannot be read ({error}): write the submission again: make predict") from error
+    digest = Candidate(path, {}).sha256
+    same = [candidate.origin for candidate in candidates if candidate.origin["sha256"] == digest]
+    return Candidate(path, same[0] if same else {})
+
+
+def check(candidate: Candidate, competition: str, module: ModuleType, data: str | None) -> int:
+    """Raises UserError for a sample, a changed or stale file, or one that the sample submission denies; its rows."""
+    again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
+    if candidate.origin.get("sample"):
+        raise UserError(
+            f"{candidate.path} was made from the generated sample and means nothing on Kaggle: make data "
+            f"COMP={competition}, then make train COMP={competition}"
+        )
+    if candidate.origin and candidate.sha256 != candidate.origin.get("sha256"):
+        raise UserError(f"{candidate.path} was changed after it was checked: write it again with {again}")
+    for name in filter(None, candidate.run.split(",")):
+        result = runs.RUNS / competition / name / "result.json"
+        finished = json.loads(result.read_text()).get("finished", "") if result.is_file() else ""
+        if finished > candidate.origin.get("created", ""):
+            raise UserError(
+                f"{candidate.path} is older than its run ({candidate.origin.get('created')}, {name} finished "
+                f"{finished}): write it again with {again}"
+            )
+    found = _data(candidate, competition, data)
+    # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
+    valid = None if candidate.origin else module.build(module.RECIPES["default"], found).valid
+    with found.open(module.SOURCE.sample_submission) as stream:
+        return submission.check(candidate.path, io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), valid)
+
+
+def _data(candidate: Candidate, competition: str, data: str | None) -> raw.RawData:
+    """The competition's files: DATA=, those the run was trained on, or data/<competition>."""
+    if data is None:
+        for name in filter(None, candidate.run.split(",")):
+            file = runs.RUNS / competition / name / "run.json"
+            path = json.loads(file.read_text()).get("data", "") if file.is_file() else ""
+            if path and Path(path).exists():
+                data = path
+                break
+    if data is None and not (raw.DATA / competition).is_dir():
+        raise UserError(
+            f"{candidate.path} cannot be compared with the sample submission, there is no {raw.DATA / competition}: "
+            f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
+        )
+    return raw.find(competition, data, _no_sample)
+
+
+def _no_sample(folder: Path) -> None:
+    raise AssertionError(f"no sample is made for a submission: {folder}")

@@ -1,0 +1,242 @@
+"""`make kernel`: train on Kaggle's GPUs and fetch the run and its submission back."""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common import run as runs
+from common.errors import UserError
+from common.files import write_text
+from common.kaggle import ledger, status
+from common.kaggle.cli import Answer, explained, kaggle
+from common.kaggle.credentials import Account, find
+from common.kaggle.notebook import notebook, pack
+from common.kaggle.output import fetch_output
+from common.kaggle.progress import Progress
+from common.kaggle.source import Source
+from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
+from common.kaggle.submit import follow, send
+
+WAIT_SECONDS = 12 * 3600  # the longest that Kaggle lets a notebook run
+READY_SECONDS = 600  # until a new version of the code can be used by a notebook
+ARCHIVE = "kit.zip"
+ENDED = {"COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"}
+
+
+def kernel(
+    competition: str,
+    source: Source,
+    arguments: Sequence[str] = (),
+    *,
+    accelerator: str = "",
+    internet: bool | None = None,
+    fetch: bool = False,
+    wait: float = WAIT_SECONDS,
+    poll: float = 15.0,
+) -> None:
+    """Push a notebook that runs `train COMPETITION ARGUMENTS`, follow it, fetch its run; `fetch` pushes nothing.
+
+    `accelerator` is one of Kaggle's names (NvidiaTeslaT4), `internet` None is on except where notebooks are scored;
+    `wait` and `poll` are seconds. Raises UserError when Kaggle refuses the notebook, or when it failed there.
+    """
+    if not source.slug:
+        raise UserError(
+            f"{competition} is not on Kaggle, so no notebook there can read its files: make train COMP={competition}"
+        )
+    record = runs.RUNS / competition / "kernel.json"
+    account = find()
+    print(f"Kaggle account: {account.where}")
+    if fetch:
+        if not record.is_file():
+            raise UserError(
+                f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}"
+            )
+    else:
+        owner = username(account, source)
+        name = f"kit-{competition}".replace("_", "-").lower()[:40]
+        internet = not source.notebook_only if internet is None else internet
+        with tempfile.TemporaryDirectory(prefix="kaggle-kernel-") as folder:
+            version = push_code(account, source, owner, name, Path(folder), poll)
+            facts = push_notebook(
+                account, source, competition, owner, name, version, arguments, accelerator, internet, Path(folder)
+            )
+        write_text(record, json.dumps(facts | {"pushed": runs.now()}, indent=2) + "\n")
+    facts = json.loads(record.read_text())
+    reference = facts["kernel"]
+    follow_notebook(account, source, competition, reference, wait, poll)
+    table = fetch_output(account, source, competition, reference)
+    if source.notebook_only:
+        submit_version(account, source, competition, facts, table)
+
+
+def username(account: Account, source: Source) -> str:
+    """The account's name, which every address of its notebooks starts with."""
+    answer = kaggle(account, "config", "view")
+    found = re.search(r"^- username: (\S+)$", answer.out, re.MULTILINE)
+    if answer.status != 0 or not found or found.group(1) == "None":
+        raise explained(answer, account, source, "asking for the account's name")
+    return found.group(1)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2))
+
+
+def push_code(account: Account, source: Source, owner: str, name: str, folder: Path, poll: float) -> str:
+    """Upload the code as the private data set OWNER/NAME-code, wait until it can be used; returns its version."""
+    content, version = pack()
+    reference = f"{owner}/{name}-code"
+    code = folder / "code"
+    code.mkdir()
+    (code / ARCHIVE).write_bytes(content)
+    title = f"{name} code"
+    facts = {"id": reference, "title": title, "licenses": [{"name": "other"}]}
+    _write_json(code / "dataset-metadata.json", facts)
+    what = f"uploading the code as {reference}"
+    known = kaggle(account, "datasets", "status", reference)
+    if known.status == 0:
+        answer = kaggle(account, "datasets", "version", "-p", str(code), "-m", f"version {version}")
+    elif re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
+        answer = kaggle(account, "datasets", "create", "-p", str(code))
+    else:
+        raise explained(known, account, source, what)
+    if answer.status != 0:
+        raise explained(answer, account, source, what)
+    if "is being created" not in answer.out:  # it exits 0 then too
+        raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
+    print(f"code: private data set {reference}, version {version}, {len(content) / 1e3:,.0f} kB")
+
+    def ready() -> str | None:
+        answer = kaggle(account, "datasets", "status", reference)
+        return "ready" if answer.status == 0 and "ready" in answer.out.lower() else None
+
+    if _until(ready, f"Kaggle unpacks {reference}", READY_SECONDS, min(poll, 5.0)) is None:
+        raise UserError(
+            f"{reference} is not ready after {READY_SECONDS} s: look at https://www.kaggle.com/datasets/{reference}, "
+            "then repeat the same command"
+        )
+    return version
+
+
+def push_notebook(
+    account: Account,
+    source: Source,
+    competition: str,
+    owner: str,
+    name: str,
+    version: str,
+    arguments: Sequence[str],
+    accelerator: str,
+    internet: bool,
+    folder: Path,
+) -> dict:
+    """Push the notebook with a GPU; returns its facts. Raises UserError for whatever Kaggle did not take."""
+    home = folder / "notebook"
+    home.mkdir()
+    reference = f"{owner}/{name}"
+    text = notebook(name, source.slug, competition, arguments, ARCHIVE, version, internet)
+    (home / f"{name}.ipynb").write_text(text)
+    facts = {
+        "id": reference,
+        "title": name,
+        "code_file": f"{name}.ipynb",
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": "true",
+        "enable_gpu": "true",
+        "enable_tpu": "false",
+        "enable_internet": str(internet).lower(),
+        "dataset_sources": [f"{owner}/{name}-code"],
+        "competition_sources": [source.slug],
+        "kernel_sources": [],
+        "model_sources": [],
+    }
+    _write_json(home / "kernel-metadata.json", facts)
+    more = ["--accelerator", accelerator] if accelerator else []
+    answer = kaggle(account, "kernels", "push", "-p", str(home), *more)
+    what = f"pushing the notebook {reference}"
+    if answer.status != 0:
+        raise explained(answer, account, source, what)
+    pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
+    if not pushed or "not valid" in answer.out:  # both exit 0
+        problem = _error_line(answer)
+        rules = f" Accept the rules at {source.rules_page}" if "competition sources" in problem else ""
+        raise UserError(f"{what}: {problem}.{rules} See https://www.kaggle.com/code/{reference}")
+    words = " ".join(("python -m common train", competition, *arguments))
+    print(f"notebook: https://www.kaggle.com/code/{reference} version {pushed.group(1)}: {words}")
+    return {"kernel": reference, "version": int(pushed.group(1)), "code": version, "arguments": list(arguments)}
+
+
+def _error_line(answer: Answer) -> str:
+    lines = [line.strip() for line in answer.out.splitlines() if re.search(r"error|not valid|unsuccessful", line, re.I)]
+    return (lines[0] if lines else answer.last_line).rstrip(".")
+
+
+def _until(look: Callable[[], str | None], label: str, wait: float, poll: float) -> str | None:
+    """Call `look` until it returns something, at most for `wait` seconds; None then."""
+    start, pause = time.monotonic(), poll
+    with Progress(label) as progress:
+        while True:
+            if found := look():
+                return found
+            seconds = time.monotonic() - start
+            if seconds + pause > wait:
+                return None
+            progress.update(f"{seconds:,.0f} s")
+            time.sleep(pause)
+            pause = min(1.3 * pause, 60)
+
+
+def follow_notebook(
+    account: Account, source: Source, competition: str, reference: str, wait: float, poll: float
+) -> None:
+    """Wait until the notebook has ended well. Raises UserError with Kaggle's reason and the end of its log."""
+    page = f"https://www.kaggle.com/code/{reference}"
+    said = ""
+
+    def look() -> str | None:
+        nonlocal said
+        answer = kaggle(account, "kernels", "status", reference)
+        if answer.status != 0:
+            raise explained(answer, account, source, f"asking for the notebook {reference}")
+        found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', answer.out)
+        failure = re.search(r'Failure message: "(.*)"', answer.out)
+        said = failure.group(1) if failure else ""
+        return found.group(1) if found and found.group(1) in ENDED else None
+
+    state = _until(look, f"training in {page}", wait, poll)
+    if state is None:
+        print(f"the notebook still runs after {wait:,.0f} s")
+        raise UserError(f"{page} is not ready: fetch it later with make kernel COMP={competition} ARGS=--fetch")
+    if state != "COMPLETE":
+        with tempfile.TemporaryDirectory() as folder:
+            kaggle(account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
+            logs = [text for file in Path(folder).glob("*.log") if (text := file.read_text().strip())]
+        last = account.hide(logs[0].splitlines()[-1][-300:]) if logs else "no log"
+        raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
+
+
+def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path) -> None:
+    """For competitions that score notebooks: submit this version of it and follow the score."""
+    known, left = status.submissions(account, source)
+    if left == 0:
+        raise UserError(f"no submission to {source.slug} is left today: submit version {facts['version']} of "
+                        f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
+    message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
+    name = "submission.csv"
+    send(account, source, ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message], known, name,
+         message)  # fmt: skip
+    sidecar = table.with_suffix(".json")
+    origin = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    row = ledger.Row(
+        time=runs.now(),
+        file=str(table),
+        sha256=origin.get("sha256", ""),
+        run=origin.get("run", ""),
+        commit=f"notebook {facts['kernel']}/{facts['version']}",
+        validation=str(origin["score"]) if origin.get("score") is not None else "",
+    )
+    follow(competition, account, source, row, known, name, message, SCORE_SECONDS, 4.0)

@@ -1,0 +1,71 @@
+"""submissions/<competition>/ledger.csv: a line for everything that was ever sent, with what became of it."""
+
+import csv
+import io
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import write_text
+from common.kaggle.status import Submission
+from common.submission import SUBMISSIONS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One submission: when and what was sent, what validation promised and what Kaggle said."""
+
+    time: str
+    file: str
+    sha256: str = ""
+    run: str = ""
+    commit: str = ""
+    validation: str = ""
+    public: str = ""
+    private: str = ""
+    status: str = "PENDING"
+    ref: str = ""  # Kaggle's number of the submission
+    reason: str = ""  # why Kaggle could not score it
+
+    def with_answer(self, submission: Submission) -> "Row":
+        return replace(
+            self,
+            public=submission.public,
+            private=submission.private,
+            status=submission.status,
+            ref=submission.ref,
+            reason=submission.reason,
+        )
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def path_of(competition: str) -> Path:
+    return SUBMISSIONS / competition / "ledger.csv"
+
+
+def read(competition: str) -> list[Row]:
+    """All lines, oldest first; columns that were added by hand are left out."""
+    path = path_of(competition)
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            return [Row(**{name: row.get(name) or "" for name in COLUMNS}) for row in csv.DictReader(stream)]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend it, or move it away to start a new one") from error
+
+
+def write(competition: str, rows: list[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(path_of(competition), text.getvalue())
+
+
+def put(competition: str, row: Row) -> None:
+    """Append the row, or let it take the place of the one with its number."""
+    rows = [other for other in read(competition) if not row.ref or other.ref != row.ref]
+    write(competition, [*rows, row])

@@ -1,0 +1,71 @@
+"""What a notebook on Kaggle has made, put where the runs and submissions made here are."""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from common import run as runs
+from common.errors import UserError
+from common.files import write_text
+from common.kaggle import archive
+from common.kaggle.cli import explained, kaggle
+from common.kaggle.credentials import Account
+from common.kaggle.notebook import OUTPUT
+from common.kaggle.source import Source
+from common.submission import SUBMISSIONS
+
+
+def fetch_output(account: Account, source: Source, competition: str, reference: str) -> Path:
+    """Put the notebook's run and submission in their folders, beside those made here; returns the CSV."""
+    with tempfile.TemporaryDirectory(prefix="kaggle-output-") as name:
+        folder = Path(name)
+        # The pattern also keeps names with ../ away, which the kaggle program would follow.
+        pattern = rf"^{re.escape(OUTPUT)}$"
+        answer = kaggle(account, "kernels", "output", reference, "-p", str(folder / "raw"), "--file-pattern", pattern)
+        if answer.status != 0:
+            raise explained(answer, account, source, f"fetching the output of {reference}")
+        packed = folder / "raw" / OUTPUT
+        if not packed.is_file():
+            raise UserError(
+                f"{reference} has no {OUTPUT} among its outputs: see https://www.kaggle.com/code/{reference}"
+            )
+        archive.unpack(packed, folder / "output")
+        tables = _place(folder / "output", competition)
+    for table in tables:
+        print(f"submission: {table}")
+    return tables[-1]
+
+
+def _place(output: Path, competition: str) -> list[Path]:
+    """Move runs and submissions in; a name that is taken gets -kaggle, -kaggle2 ... so that nothing is replaced."""
+    names: dict[str, str] = {}
+    for run in sorted((output / "runs" / competition).glob("*/run.json")):
+        names[run.parent.name] = _free_name(run.parent.name, competition)
+        target = runs.RUNS / competition / names[run.parent.name]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(run.parent, target)
+        print(f"run: {target}")
+    tables = []
+    for table in sorted((output / "submissions" / competition).glob("*.csv")):
+        sidecar = table.with_suffix(".json")
+        origin = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        old = origin.get("run", table.stem)
+        name = table.stem.replace(old, names.get(old, old))
+        target = SUBMISSIONS / competition / f"{name}.csv"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if origin:
+            write_text(target.with_suffix(".json"), json.dumps(origin | {"run": names.get(old, old)}, indent=2) + "\n")
+        shutil.move(table, target)
+        tables.append(target)
+    if not tables:
+        raise UserError(f"the notebook's output holds no submission of {competition}")
+    return tables
+
+
+def _free_name(name: str, competition: str) -> str:
+    tried, number = name, 1
+    while (runs.RUNS / competition / tried).exists() or (SUBMISSIONS / competition / f"{tried}.csv").exists():
+        tried, number = f"{name}-kaggle{number if number > 1 else ''}", number + 1
+    return tried

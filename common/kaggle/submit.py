@@ -1,0 +1,168 @@
+"""`make submit`: the best checked submission to Kaggle, believed only when Kaggle lists it, and its score back."""
+
+import time
+from pathlib import Path
+from types import ModuleType
+
+from common.errors import UserError
+from common.kaggle import choose, ledger, status
+from common.kaggle.choose import Candidate
+from common.kaggle.cli import Silent, explained, kaggle
+from common.kaggle.credentials import Account, find
+from common.kaggle.progress import Progress
+from common.kaggle.source import Source
+from common.kaggle.status import FAILED, SCORED, Submission
+from common.run import now
+
+WAIT_SECONDS = 900  # for the score; some competitions take an hour, which `make board` then shows
+LONGEST_MESSAGE = 500  # characters
+LISTED_TRIES = 5  # how often the list is read until a submission that was sent must be there
+
+
+def submit(
+    competition: str,
+    module: ModuleType,
+    *,
+    run: str | None = None,
+    file: str | None = None,
+    message: str | None = None,
+    force: bool = False,
+    data: str | None = None,
+    wait: float = WAIT_SECONDS,
+    poll: float = 4.0,
+) -> None:
+    """Check, show, send, wait for the score and write the ledger. Raises UserError when it did not arrive or failed.
+
+    `wait` and `poll` are seconds: how long the score is waited for, and the first pause between two looks.
+    """
+    source: Source = module.SOURCE
+    refuse_nowhere(competition, source)
+    if source.notebook_only:
+        raise UserError(
+            f"{competition} takes submissions from notebooks alone: make kernel COMP={competition} trains on Kaggle "
+            "and submits what the notebook wrote"
+        )
+    candidate = choose.choose(competition, source, run, file)
+    rows = choose.check(candidate, competition, module, data)
+    digest = candidate.sha256
+    before = [row for row in ledger.read(competition) if row.sha256 == digest]
+    if before and not force:
+        raise UserError(
+            f"{candidate.path} was sent before ({before[-1].time}, {before[-1].status} {before[-1].public}): sending "
+            f"the same file again uses up a submission. To do so: make submit COMP={competition} FORCE=1"
+        )
+    account = find()
+    known, left = status.submissions(account, source)
+    if left == 0:
+        raise UserError(f"no submission to {source.slug} is left today: repeat the same command after midnight UTC")
+    message = (message or described(candidate))[:LONGEST_MESSAGE]
+    score = f", {candidate.origin['monitor']} {candidate.score:.5f}" if candidate.score is not None else ""
+    print(f"Kaggle account: {account.where}")
+    print(f"sending {candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score} to {source.page}")
+    print(f"message: {message}\nsubmissions left today: {'unknown' if left is None else left}")
+
+    send(account, source, ["-f", str(candidate.path), "-m", message], known, candidate.path.name, message)
+    row = ledger.Row(
+        time=now(),
+        file=str(candidate.path),
+        sha256=digest,
+        run=candidate.run,
+        commit=candidate.origin.get("commit", ""),
+        validation="" if candidate.score is None else str(candidate.score),
+    )
+    follow(competition, account, source, row, known, candidate.path.name, message, wait, poll)
+
+
+def refuse_nowhere(competition: str, source: Source) -> None:
+    if source.nowhere_to_submit:
+        raise UserError(f"{competition}: there is nowhere to submit ({source.nowhere_to_submit})")
+
+
+def described(candidate: Candidate) -> str:
+    """The default message: run, recipe, score and commit."""
+    origin = candidate.origin
+    score = f"{origin['monitor']} {candidate.score:.5f}" if candidate.score is not None else ""
+    commit = f"commit {origin['commit']}" if origin.get("commit") else ""
+    parts = [candidate.run or candidate.path.name, f"recipe {origin.get('recipe', '-')}", score, commit]
+    return ", ".join(filter(None, parts))
+
+
+def send(
+    account: Account, source: Source, arguments: list[str], known: list[Submission], name: str, message: str
+) -> None:
+    """Send, and raise UserError unless the program says that it did; it exits 0 when the upload fails.
+
+    When the line breaks after the file has left, only Kaggle's list can tell whether it arrived.
+    """
+    what = f"submitting {name}"
+    try:
+        answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
+    except Silent as error:
+        if arrived(status.submissions(account, source)[0], known, name, message):
+            return
+        raise UserError(f"{what}: {error}. It did not arrive: Kaggle does not list it") from error
+    if answer.status != 0:
+        raise explained(answer, account, source, what)
+    if "Successfully submitted" not in answer.text and not arrived(
+        status.submissions(account, source)[0], known, name, message
+    ):
+        said = [line for line in answer.out.splitlines() if line.strip()]
+        raise UserError(
+            f"{what}: the upload failed ({'; '.join(said)[:300] or 'no reason given'}), nothing was submitted: repeat "
+            f"the same command; if it fails again, upload {name} at {source.page}/submit"
+        )
+
+
+def arrived(found: list[Submission], known: list[Submission], name: str, message: str) -> Submission | None:
+    """The submission that is new in the list: ours by its message, or else by its file's name."""
+    seen = {submission.ref for submission in known}
+    new = [submission for submission in found if submission.ref not in seen]
+    ours = [submission for submission in new if submission.message == message] or [
+        submission for submission in new if Path(submission.file).name == name
+    ]
+    return ours[0] if ours else None
+
+
+def follow(
+    competition: str,
+    account: Account,
+    source: Source,
+    row: ledger.Row,
+    known: list[Submission],
+    name: str,
+    message: str,
+    wait: float,
+    poll: float,
+) -> None:
+    """Wait until the submission is listed and scored, keep the ledger up to date, print the scores."""
+    deadline, pause, looks, listed = time.monotonic() + wait, poll, 0, None
+    with Progress(f"waiting for the score of {name}") as progress:
+        while True:
+            listed = arrived(status.submissions(account, source)[0], known, name, message) or listed
+            looks += 1
+            if listed is not None:
+                row = row.with_answer(listed)
+                ledger.put(competition, row)  # at once: interrupted now, nothing of it is lost
+                if listed.status in (SCORED, FAILED):
+                    break
+            elif looks >= LISTED_TRIES:
+                raise UserError(
+                    f"Kaggle said that {name} was submitted but does not list it: look at {source.page}/submissions "
+                    "before sending it again"
+                )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            progress.update(f"{wait - left:.0f} s, at most {wait:.0f} s")
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, 30)
+    if listed is not None and listed.status == FAILED:
+        raise UserError(
+            f"Kaggle could not score {name}: {listed.reason or 'it gives no reason'}. See {source.page}/submissions"
+        )
+    if listed is None or listed.status != SCORED:
+        print(f"{name} is sent but not scored after {wait:.0f} s: make board COMP={competition} shows the score later")
+        return
+    scores = f"public {listed.public or '-'}, private {listed.private or 'not shown yet'}"
+    print(f"score of {name}: {scores}" + (f", validation {float(row.validation):.5f}" if row.validation else ""))
+    print(f"kept in {ledger.path_of(competition)}")

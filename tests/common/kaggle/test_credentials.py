@@ -1,0 +1,153 @@
+"""Which account is used, said without its secret; and the kaggle program agrees with the choice."""
+
+import base64
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.kaggle import credentials
+from common.kaggle.cli import kaggle as run_kaggle
+from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Reply
+
+BASIC = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
+
+
+def place(home: Path, name: str, content: str, mode: int = 0o600) -> Path:
+    file = home / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    file.chmod(mode)
+    return file
+
+
+def login() -> dict:
+    return {"username": "other", "access_token": "oauth-access-secret", "refresh_token": "oauth-refresh-secret",
+            "access_token_expiration": "2099-01-01T00:00:00+00:00", "scopes": []}  # fmt: skip
+
+
+def test_nothing_found_gives_a_recipe(tmp_path):
+    with pytest.raises(UserError, match="no Kaggle credentials found.*settings/api.*export KAGGLE_API_TOKEN") as raised:
+        credentials.find({"HOME": str(tmp_path)})
+    assert "\n" not in str(raised.value)
+
+
+def test_the_order_is_environment_then_files(tmp_path):
+    files = [
+        ("kaggle/credentials.json", json.dumps(login()), "login", "oauth"),
+        ("kaggle/kaggle.json", json.dumps({"username": "filed", "key": "filed-key-123"}), "key of filed", "key"),
+        ("kaggle/access_token", "filed-token-123\n", "access_token", "token"),
+    ]
+    environment = {"HOME": str(tmp_path)}
+    for name, content, where, kind in files:  # each one hides those before
+        place(tmp_path, f".{name}", content)
+        account = credentials.find(environment)
+        assert where in account.where and account.kind == kind
+    account = credentials.find(environment | {"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "my-key-123"})
+    assert account.where == "KAGGLE_USERNAME and KAGGLE_KEY of me"
+    account = credentials.find(
+        environment | {"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "k12345", "KAGGLE_API_TOKEN": TOKEN}
+    )
+    assert account.where == "the token in KAGGLE_API_TOKEN" and account.hide(f"x {TOKEN} y") == "x *** y"
+
+
+def test_a_token_may_be_a_path_to_a_file(tmp_path):
+    file = place(tmp_path, "token", TOKEN + "\n")
+    account = credentials.find({"HOME": str(tmp_path), "KAGGLE_API_TOKEN": str(file)})
+    assert str(file) in account.where and TOKEN not in account.where and account.hide(TOKEN) == "***"
+    with pytest.raises(UserError, match="is empty, expected a Kaggle token"):
+        credentials.find({"HOME": str(tmp_path), "KAGGLE_API_TOKEN": str(place(tmp_path, "empty", " \n"))})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"username": "x"}'])
+def test_a_broken_key_file_is_told(tmp_path, content):
+    place(tmp_path, ".config/kaggle/kaggle.json", content)
+    with pytest.raises(UserError, match="kaggle.json cannot be used.*expected JSON with username and key"):
+        credentials.find({"HOME": str(tmp_path)})
+
+
+def test_folders_of_the_key_file(tmp_path):
+    content = json.dumps({"username": "x", "key": "key-123"})
+    for name, more in (
+        ("xdg/kaggle", {"XDG_CONFIG_HOME": str(tmp_path / "xdg")}),
+        ("given", {"KAGGLE_CONFIG_DIR": str(tmp_path / "given")}),
+    ):
+        file = place(tmp_path, f"{name}/kaggle.json", content)
+        assert str(file) in credentials.find({"HOME": str(tmp_path), **more}).where
+
+
+def test_half_of_an_account_is_refused(tmp_path):
+    with pytest.raises(UserError, match="KAGGLE_USERNAME is set but KAGGLE_KEY is not"):
+        credentials.find({"HOME": str(tmp_path), "KAGGLE_USERNAME": "x"})
+    with pytest.raises(UserError, match="KAGGLE_KEY is set but KAGGLE_USERNAME is not"):
+        credentials.find({"HOME": str(tmp_path), "KAGGLE_KEY": KEY})
+
+
+def test_a_readable_key_file_is_noted(tmp_path, capsys):
+    place(tmp_path, ".kaggle/kaggle.json", json.dumps({"username": "x", "key": "key-123"}), 0o644)
+    credentials.find({"HOME": str(tmp_path)})
+    assert "can be read by other users" in capsys.readouterr().out
+
+
+def test_secrets_are_hidden_in_every_form(tmp_path):
+    account = credentials.find({"HOME": str(tmp_path), "KAGGLE_USERNAME": USER, "KAGGLE_KEY": KEY})
+    text = f"{KEY} {BASIC} http://u:pass-word@proxy:8080/x https://host/a.zip?sig=abcdef&x=1 /storage/a.zip?sig=abcdef"
+    hidden = account.hide(text)
+    assert hidden == "*** Basic *** http://***@proxy:8080/x https://host/a.zip?*** /storage/a.zip?***"
+    assert KEY not in repr(account) and KEY not in str(vars(account)["where"])
+
+
+def test_what_the_kaggle_program_would_do_behind_the_kits_back_is_dropped(tmp_path):
+    environment = {"HOME": str(tmp_path), "KAGGLE_API_TOKEN": TOKEN, "HTTPS_PROXY": "http://proxy:1"}
+    leaking = {"KAGGLE_PATH": "/elsewhere", "KAGGLE_COMPETITION": "titanic", "VERBOSE": "1"}
+    child = credentials.find(environment | leaking).environment
+    assert not leaking.keys() & child.keys() and child["HTTPS_PROXY"] == "http://proxy:1"
+
+
+# With the real program.
+
+
+def test_the_environment_wins_over_a_token_file(kaggle, tmp_path):
+    place(tmp_path / "home", ".kaggle/access_token", TOKEN)
+    assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
+    assert [headers["Authorization"] for _, _, headers in kaggle.asked] == [BASIC]
+
+
+def test_files_are_used_where_the_kit_says(kaggle, tmp_path, monkeypatch):
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    place(tmp_path / "home", ".config/kaggle/kaggle.json", json.dumps({"username": USER, "key": KEY}))
+    account = credentials.find()
+    assert "kaggle.json" in account.where and run_kaggle(account, "competitions", "files", SLUG).status == 0
+    assert kaggle.asked[-1][2]["Authorization"] == BASIC
+    place(tmp_path / "home", ".kaggle/access_token", TOKEN)
+    account = credentials.find()
+    assert "access_token" in account.where and run_kaggle(account, "competitions", "files", SLUG).status == 0
+    assert kaggle.asked[-1][2]["Authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("home", [None, "/nonexistent", "read-only"])
+def test_no_home_folder(kaggle, tmp_path, monkeypatch, home):
+    """Containers have no home, or one that cannot be written: the kaggle program alone dies with a traceback there."""
+    if home is None:
+        monkeypatch.delenv("HOME")
+    elif home == "read-only":
+        (tmp_path / "read-only").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+        monkeypatch.setenv("HOME", str(tmp_path / "read-only" / "none"))
+    else:
+        monkeypatch.setenv("HOME", home)
+    assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
+    assert home is None or not Path(os.environ["HOME"]).exists()
+
+
+def test_a_bad_token_is_told_with_what_it_hides(kaggle, source, monkeypatch):
+    from common.kaggle import data
+
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "bad-token-123")
+    kaggle.on = {name: Reply(401) for name in ("ListDataFiles", "DownloadDataFiles")}
+    with pytest.raises(UserError, match="token in KAGGLE_API_TOKEN .401.; it also hides KAGGLE_USERNAME") as raised:
+        data.fetch("toy", source)
+    assert "bad-token-123" not in str(raised.value)

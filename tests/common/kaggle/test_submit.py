@@ -1,0 +1,363 @@
+"""make submit and make board: nothing bad is sent, nothing is believed until Kaggle lists it, nothing is lost."""
+
+import csv
+import hashlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common.errors import UserError
+from common.kaggle import board as boards
+from common.kaggle import submit as submits
+from common.kaggle.source import Source
+from tests.common.kaggle.server import DROP, HANG, SLUG, Reply
+
+pytestmark = pytest.mark.usefixtures("no_secrets")
+CREATED, GOOD = "2026-01-02T00:00:00Z", "id,label\n1,0\n2,1\n"
+HOME = Path("submissions/toy")
+
+
+@pytest.fixture
+def module(source):
+    def build(config, raw):
+        return SimpleNamespace(valid=lambda values: None if values[0] in "01" else f"label {values[0]} is not 0 or 1")
+
+    return SimpleNamespace(SOURCE=source, RECIPES={"default": None}, build=build)
+
+
+@pytest.fixture(autouse=True)
+def _data(kaggle):
+    Path("data/toy").mkdir(parents=True)
+    Path("data/toy/sample_submission.csv").write_text("id,label\n1,0\n2,0\n")
+
+
+def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", **origin) -> Path:
+    """A submission with its sidecar and its finished run, as make train leaves them."""
+    path = HOME / f"{run}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    facts = {
+        "competition": "toy", "run": run, "recipe": "best", "score": score, "monitor": "accuracy", "commit": "abc123",
+        "data_fingerprint": "f", "sample": False, "created": CREATED,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps(facts | origin))
+    folder = Path("runs/toy") / run
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"data": str(Path("data/toy").resolve())}))
+    (folder / "result.json").write_text(json.dumps({"finished": finished}))
+    return path
+
+
+def submit(module, **options):
+    submits.submit("toy", module, **{"poll": 0.05, "wait": 30, **options})
+
+
+def ledger() -> list[dict]:
+    path = HOME / "ledger.csv"
+    return list(csv.DictReader(open(path))) if path.is_file() else []
+
+
+def sent(kaggle) -> list[str]:
+    return [text.decode() for text in kaggle.uploads]
+
+
+# What is chosen and what is refused; none of these asks Kaggle anything.
+
+
+def choice(module, **options):
+    from common.kaggle import choose
+
+    return choose.choose("toy", module.SOURCE, options.get("run"), options.get("file")).path.stem
+
+
+def test_the_newest_file_of_the_best_run_is_chosen(module):
+    written("001-a", 0.8)
+    written("002-b", 0.9)
+    written("003-c", 0.9, created="2026-01-03T00:00:00Z")
+    written("004-d", 0.85, created="2026-01-04T00:00:00Z")
+    written("005-everything", None, created="2026-01-05T00:00:00Z")
+    written("006-sample", 0.99, sample=True)
+    assert choice(module) == "003-c"
+    module.SOURCE = replace(module.SOURCE, higher_is_better=False)
+    assert choice(module) == "001-a"
+    assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
+    assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (lambda: None, {}, "submissions/toy holds nothing: train on the real data first: make data COMP=toy"),
+        (lambda: written(sample=True), {}, r"holds only samples \(submissions/toy/001-best.csv\)"),
+        (lambda: written(sample=True), {"run": "001-best"}, "made from the generated sample and means nothing"),
+        (lambda: written(), {"run": "002"}, r"RUN=002 has no submission \(there are: 001-best\)"),
+        (lambda: written(), {"file": "x.csv"}, "FILE=x.csv does not exist.*submissions/toy/001-best.csv"),
+        (lambda: written().write_text(GOOD + "3,1\n"), {}, "was changed after it was checked.*make predict COMP=toy"),
+        (
+            lambda: written(finished="2026-01-02T00:00:01Z"),
+            {},
+            r"older than its run \(2026-01-02T00:00:00Z, 001-best finished 2026-01-02T00:00:01Z\)",
+        ),
+        (lambda: written(text="id,label\n1,0\n"), {}, "line 3: id 2 is missing"),
+        (lambda: written(text="id,label\n1,0\n2,nan\n"), {}, "id 2 has the value nan"),
+        (lambda: Path("mine.csv").write_text("id,label\n1,0\n2,7\n"), {"file": "mine.csv"}, "label 7 is not 0 or 1"),
+    ],
+)
+def test_what_is_not_sent(kaggle, module, prepare, options, message):
+    prepare()
+    with pytest.raises(UserError, match=message):
+        submit(module, **options)
+    assert kaggle.asked == [] and ledger() == []
+
+
+def test_a_copy_of_a_sample_is_still_a_sample(kaggle, module):
+    Path("copy.csv").write_bytes(written(sample=True).read_bytes())
+    with pytest.raises(UserError, match="copy.csv was made from the generated sample"):
+        submit(module, file="copy.csv")
+
+
+def test_without_data_it_says_how_to_get_them(kaggle, module):
+    written()
+    Path("data/toy/sample_submission.csv").unlink()
+    Path("data/toy").rmdir()
+    with pytest.raises(UserError, match="cannot be compared with the sample submission.*make data COMP=toy"):
+        submit(module)
+
+
+def test_nowhere_to_submit(kaggle, module):
+    module.SOURCE = Source("", ("*.tsf",), False, nowhere_to_submit="the contest ended in 2018: score it with backtest")
+    with pytest.raises(UserError, match="there is nowhere to submit .the contest ended in 2018"):
+        submit(module)
+    with pytest.raises(UserError, match="there is nowhere to submit"):
+        boards.board("toy", module.SOURCE)
+
+
+# What is sent and what comes back.
+
+
+def test_the_round_trip(kaggle, module, capfd):
+    written()
+    submit(module)
+    assert sent(kaggle) == [GOOD]
+    (created,) = kaggle.calls("CreateSubmission")
+    assert created["submissionDescription"] == "001-best, recipe best, accuracy 0.90000, commit abc123"
+    out = capfd.readouterr().out
+    assert "sending submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000 to https://www.kag" in out
+    assert "submissions left today: 9" in out and "public 0.9, private 0.8, validation 0.90000" in out
+    (row,) = ledger()
+    assert row.pop("time").endswith("Z")
+    assert row == {
+        "file": "submissions/toy/001-best.csv", "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "run": "001-best",
+        "commit": "abc123", "validation": "0.9", "public": "0.9", "private": "0.8", "status": "COMPLETE",
+        "ref": "1000", "reason": "",
+    }  # fmt: skip
+
+    with pytest.raises(UserError, match="was sent before .*COMPLETE 0.9.*FORCE=1"):
+        submit(module)
+    assert len(kaggle.uploads) == 1
+    submit(module, force=True, message="again")
+    assert [row["ref"] for row in ledger()] == ["1000", "1001"]
+    assert kaggle.calls("CreateSubmission")[1]["submissionDescription"] == "again"
+
+
+def test_slow_scoring_is_waited_for(kaggle, module):
+    written()
+    kaggle.polls_until_score = 3
+    submit(module)
+    assert ledger()[0]["status"] == "COMPLETE" and len(kaggle.calls("ListSubmissions")) == 4
+
+
+def test_scoring_that_takes_too_long_is_left_to_the_board(kaggle, module, capfd):
+    written()
+    kaggle.polls_until_score = 1000
+    submit(module, wait=0.01)
+    assert "sent but not scored after 0 s: make board COMP=toy" in capfd.readouterr().out
+    assert ledger()[0]["status"] == "PENDING"
+    kaggle.polls_until_score = 1
+    boards.board("toy", module.SOURCE)
+    assert (ledger()[0]["status"], ledger()[0]["public"]) == ("COMPLETE", "0.9")
+
+
+def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module):
+    written()
+    kaggle.outcome, kaggle.reason = "ERROR", "Submission must have 3 rows"
+    with pytest.raises(UserError, match="could not score 001-best.csv: Submission must have 3 rows.*/submissions"):
+        submit(module)
+    assert (ledger()[0]["status"], ledger()[0]["reason"]) == ("ERROR", "Submission must have 3 rows")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"PUT": Reply(403)}, "the upload failed .Could not submit to competition.*nothing was submitted"),
+        ({"PUT": Reply(500)}, "the upload failed .Could not submit to competition"),
+        ({"PUT": Reply(503)}, "the upload failed .Could not submit to competition"),
+        ({"CreateSubmission": Reply(400, "Submission not allowed: wrong file name")}, "wrong file name"),
+        (
+            {"CreateSubmission": Reply(403, "You cannot submit until you accept the competition rules")},
+            f"Open https://www.kaggle.com/c/{SLUG}/rules in a browser, accept the rules",
+        ),
+        ({"StartSubmissionUpload": Reply(403)}, "rules are not accepted"),
+        ({"StartSubmissionUpload": Reply(429)}, "slow down"),
+        ({"CreateSubmission": Reply(500)}, "Kaggle itself fails"),
+        ({"CreateSubmission": DROP}, "cannot be reached"),
+        ({"CreateSubmission": {"message": "We will think about it"}}, "the upload failed .*We will think about it"),
+    ],
+)
+def test_a_submission_that_fails(kaggle, module, fault, message):
+    written()
+    kaggle.on = fault
+    with pytest.raises(UserError, match=message) as raised:
+        submit(module)
+    assert "\n" not in str(raised.value)
+    assert ledger() == [] and kaggle.submissions == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Reply(401), "does not accept KAGGLE_USERNAME and KAGGLE_KEY of someone .401."),
+        (Reply(404, "Not Found"), "does not find it"),
+        (DROP, "cannot be reached"),
+    ],
+)
+def test_a_list_that_cannot_be_read_stops_before_anything_is_sent(kaggle, module, fault, message):
+    written()
+    kaggle.on = {"ListSubmissions": fault}
+    with pytest.raises(UserError, match=message):
+        submit(module)
+    assert kaggle.uploads == []
+
+
+@pytest.mark.parametrize("where", ["PUT", "CreateSubmission"])
+def test_a_silent_server_is_left_in_bounded_time(kaggle, module, monkeypatch, where):
+    written()
+    kaggle.on = {where: HANG}
+    monkeypatch.setenv("KIT_PATIENCE", "2")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no answer from Kaggle for 2 s.*It did not arrive: Kaggle does not list it"):
+        submit(module)
+    assert time.monotonic() - start < 40
+    assert ledger() == []
+
+
+def test_an_answer_that_gets_lost_after_the_submission_arrived(kaggle, module, monkeypatch):
+    def lost(body):
+        kaggle.CreateSubmission(body)
+        return HANG
+
+    written()
+    kaggle.on = {"CreateSubmission": lost}
+    monkeypatch.setenv("KIT_PATIENCE", "2")
+    submit(module)
+    assert ledger()[0]["status"] == "COMPLETE"
+
+
+def test_an_upload_that_is_dropped_is_not_retried_for_six_minutes(kaggle, module, monkeypatch):
+    written()
+    kaggle.on = {"PUT": DROP}
+    monkeypatch.setenv("KIT_PATIENCE", "2")
+    with pytest.raises(UserError, match="001-best.csv: no answer|the upload failed"):
+        submit(module)
+    assert ledger() == [] and kaggle.submissions == []
+
+
+def test_success_that_is_not_listed_is_not_believed(kaggle, module, monkeypatch):
+    written()
+    monkeypatch.setattr(submits, "LISTED_TRIES", 2)
+    kaggle.on = {"CreateSubmission": {"message": "Successfully submitted to Toy", "ref": 5}}
+    with pytest.raises(UserError, match="said that 001-best.csv was submitted but does not list it"):
+        submit(module)
+    assert ledger() == []
+
+
+def test_somebody_elses_submission_is_not_taken_for_ours(kaggle, module):
+    """A team mate submits a file of the same name at the same moment."""
+
+    def both(body):
+        answer = kaggle.submitted(body["submissionDescription"], "001-best.csv")
+        kaggle.submitted("by a team mate", "001-best.csv")
+        return answer
+
+    written()
+    kaggle.on = {"CreateSubmission": both}
+    submit(module)
+    assert ledger()[0]["ref"] == "1000"
+
+
+def test_no_submissions_left_today(kaggle, module):
+    written()
+    kaggle.allowed_now = 0
+    with pytest.raises(UserError, match="no submission to toy-competition is left today.*after midnight UTC"):
+        submit(module)
+    assert kaggle.uploads == []
+
+
+def test_unknown_limits_do_not_stop_a_submission(kaggle, module, capfd):
+    written()
+    kaggle.on = {"GetSubmissionLimits": Reply(500)}
+    submit(module)
+    assert "submissions left today: unknown" in capfd.readouterr().out and ledger()[0]["status"] == "COMPLETE"
+
+
+def test_a_file_of_the_users_own_is_sent_without_a_score(kaggle, module):
+    Path("mine.csv").write_text(GOOD)
+    submit(module, file="mine.csv")
+    assert (ledger()[0]["file"], ledger()[0]["run"], ledger()[0]["validation"]) == ("mine.csv", "", "")
+
+
+# The board.
+
+
+def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, capfd):
+    written()
+    kaggle.submitted("by hand, in a browser", "byhand.csv")
+    submit(module)
+    kaggle.public = "0.95"
+    boards.board("toy", module.SOURCE)
+    out = capfd.readouterr().out
+    table = [line.split() for line in out[out.index("time ") :].splitlines()]
+    assert table[0] == ["time", "run", "validation", "public", "private", "rank", "status"]
+    assert sorted(line[2:] for line in table[1:3]) == [
+        ["001-best", "0.90000", "0.95", "0.8", "2", "of", "3", "COMPLETE"],
+        ["byhand.csv", "-", "0.95", "0.8", "2", "of", "3", "COMPLETE"],
+    ]
+    assert (HOME / "board.png").read_bytes().startswith(b"\x89PNG")
+    assert {(row["run"], row["public"]) for row in ledger()} == {("001-best", "0.95"), ("", "0.95")}
+
+
+def test_ranks_follow_the_direction_of_the_metric():
+    from common.kaggle.status import rank
+
+    scores = [0.5, 0.4, 0.4, 0.1]
+    assert [rank(score, scores, True) for score in ("0.5", "0.4", "0.05", "")] == [1, 2, 5, None]
+    assert [rank(score, scores, False) for score in ("0.5", "0.4", "0.05")] == [4, 2, 1]
+
+
+def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
+    written()
+    submit(module)
+    kaggle.on = {"DownloadLeaderboard": Reply(403, "Permission denied")}
+    boards.board("toy", module.SOURCE)
+    out = capfd.readouterr().out
+    assert "no ranks: reading the leaderboard of toy-competition: Kaggle refuses it" in out
+    assert (HOME / "board.png").is_file()
+
+
+def test_the_board_without_network_shows_the_ledger_and_says_so(kaggle, module, monkeypatch, capfd):
+    written()
+    submit(module)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="not refreshed: .*cannot be reached"):
+        boards.board("toy", module.SOURCE)
+    assert "001-best" in capfd.readouterr().out and ledger()[0]["public"] == "0.9"
+
+
+def test_an_empty_board(kaggle, module, capfd):
+    boards.board("toy", module.SOURCE)
+    assert "nothing was submitted to https://www.kaggle.com/c/toy-competition yet" in capfd.readouterr().out
