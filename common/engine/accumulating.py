@@ -1,0 +1,92 @@
+"""An optimizer for other people's loops: one real update for every few small batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AccumulatingOptimizer(torch.optim.Optimizer):
+    """Wraps any optimizer so that `accum_iters` calls of `step()` make one real update along their mean gradient.
+
+    The loop around it stays as it is: zero_grad, backward, step, on every small batch. Moments, weight decay and step
+    counts move once per real update, as with one batch of all the samples; call `flush()` after the last batch of an
+    epoch, so that a shorter rest is an update too. Give `step(weight=len(batch))` when the batches are of different
+    sizes. A scheduler that is stepped per real update asks `step`'s answer or `updates`.
+
+    The mean of batch means is the gradient of the whole only for losses that are means over samples; the engine
+    (common.engine.step) has no such limit.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, accum_iters: int):
+        if accum_iters < 1:
+            raise ValueError(f"accum_iters {accum_iters}: expected 1 or more small batches per update")
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.optimizer, self.accum_iters = optimizer, accum_iters
+        self.param_groups, self.state = (
+            optimizer.param_groups,
+            optimizer.state,
+        )
+        self.updates = 0
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._sums: dict[Tensor, Tensor] = {}
+        self._count, self._weight = 0, 0.0
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:
+        """Take the gradient of a small batch in; the last of `accum_iters` updates the weights. Returns closure()."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        with torch.no_grad():
+            for parameter in self._parameters():
+                if parameter.grad is None:
+                    continue
+                if parameter in self._sums:
+                    self._sums[parameter].add_(parameter.grad, alpha=weight)
+                else:
+                    self._sums[parameter] = parameter.grad * weight  # a copy: the loop may zero the gradient in place
+        self._count += 1
+        self._weight += weight
+        if self._count == self.accum_iters:
+            self.flush()
+        return result
+
+    @torch.no_grad()
+    def flush(self) -> bool:
+        """Update along the mean of the batches since the last update; False when there were none."""
+        if not self._count:
+            return False
+        for parameter in self._parameters():
+            total = self._sums.get(parameter)
+            parameter.grad = None if total is None else total.div_(self._weight)
+        self.optimizer.step()
+        self.updates += 1
+        self._start_over()
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, in the middle of a window too."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "sums": [self._sums.get(parameter) for parameter in self._parameters()],
+            "count": self._count,
+            "weight": self._weight,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+        pairs = zip(self._parameters(), state["sums"], strict=True)
+        self._sums = {parameter: total.to(parameter, copy=True) for parameter, total in pairs if total is not None}
+        self._count, self._weight, self.updates = state["count"], state["weight"], state["updates"]

@@ -1,0 +1,144 @@
+"""The accumulating wrapper against the wrapped optimizer on the averaged gradient."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from common.engine.accumulating import AccumulatingOptimizer
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam amsgrad": lambda parameters: torch.optim.Adam(parameters, lr=0.05, amsgrad=True, weight_decay=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1),
+    "radam": lambda parameters: torch.optim.RAdam(parameters, lr=0.05, weight_decay=0.1),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 2)).double()
+
+
+def batches(count, sizes=(5,)):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(sizes[i % len(sizes)], 6, generator=generator, dtype=torch.float64) for i in range(count)]
+
+
+def loss_of(model, rows):
+    return (model(rows) - rows[:, :2]).square().mean()
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def expected(name, rows, groups, share_by_size=False):
+    """The wrapped optimizer, one step per group of batches along their averaged gradient."""
+    model = make()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    start = 0
+    for count in groups:
+        part = rows[start : start + count]
+        total = sum(len(batch) for batch in part)
+        optimizer.zero_grad()
+        for batch in part:
+            (loss_of(model, batch) * (len(batch) / total if share_by_size else 1 / count)).backward()
+        optimizer.step()
+        start += count
+    return weights(model)
+
+
+def close(found, wanted):
+    assert float((found - wanted).norm() / wanted.norm()) <= 1e-12
+
+
+@every_optimizer
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_every_fourth_step_is_an_update_and_the_rest_is_flushed(name, set_to_none):
+    model, rows = make(), batches(15)
+    optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 4)
+    for batch in rows:
+        optimizer.zero_grad(set_to_none)
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert optimizer.updates == 3
+    assert optimizer.flush() and not optimizer.flush()
+    assert optimizer.updates == 4
+    close(weights(model), expected(name, rows, [4, 4, 4, 3]))
+
+
+@every_optimizer
+def test_batches_of_different_sizes(name):
+    model, rows = make(), batches(6, sizes=(8, 3, 1))
+    optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 3)
+    for batch in rows:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step(weight=len(batch))
+    close(weights(model), expected(name, rows, [3, 3], share_by_size=True))
+
+
+@every_optimizer
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_saved_in_the_middle_of_a_window(name, stop):
+    rows = batches(12)
+    model = make()
+    optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 4)
+
+    def run(model, optimizer, part):
+        for batch in part:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+
+    run(model, optimizer, rows[:stop])
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    model = make()
+    optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 4)
+    model.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+    run(model, optimizer, rows[stop:])
+    close(weights(model), expected(name, rows, [4, 4, 4]))
+
+
+def test_naive_steps_are_visibly_different():
+    """The control: four updates are not one."""
+    model, rows = make(), batches(8)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    for batch in rows:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    wanted = expected("adamw", rows, [4, 4])
+    assert float((weights(model) - wanted).norm() / wanted.norm()) > 1e-3
+
+
+def test_schedulers_closures_and_parameters_without_gradient():
+    model = make()
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    inner = torch.optim.AdamW([*model.parameters(), unused], lr=0.1)
+    optimizer = AccumulatingOptimizer(inner, 2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batches(1)[0])
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    optimizer.step(closure)
+    scheduler.step()
+    assert inner.param_groups[0]["lr"] == 0.05 and optimizer.updates == 1
+    assert torch.equal(unused, torch.ones(3, dtype=torch.float64)), "no gradient, no decay"
+
+
+def test_at_least_one():
+    with pytest.raises(ValueError, match="accum_iters 0"):
+        AccumulatingOptimizer(OPTIMIZERS["sgd"](make().parameters()), 0)

@@ -1,0 +1,78 @@
+"""Checkpointing and compiling change the cost of a model, not its gradient."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from common.engine.prepare import enable_checkpointing, prepare
+from common.engine.ranks import SINGLE
+from tests.common.engine.toys import cross_entropy, gradient_of, make_engine, make_window, relative_error, silent
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2))
+
+    def forward(self, inputs, *, scale=1.0):
+        return inputs + scale * self.layers(inputs)
+
+
+def deep(blocks=6, width=20):
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width) for _ in range(blocks)), nn.Linear(width, 6)).double()
+
+
+def test_gradient_dropout_and_statistics_stay_the_same():
+    plain, saving, window = deep(), deep(), make_window(24)
+    wrapped = enable_checkpointing(saving)
+    assert len(wrapped) == 6
+    for model in (plain, saving):
+        make_engine(model, cross_entropy, micro_batch=8).gradients(window, 0)
+    assert relative_error(gradient_of(saving, None), gradient_of(plain, None)) <= 1e-12
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(saving.state_dict()[name], tensor)
+    assert list(saving.state_dict()) == list(plain.state_dict())
+
+
+def test_fewer_activations_are_kept():
+    def kept_bytes(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            model(torch.randn(64, 20).double())
+        return sum(sizes)
+
+    plain, saving = deep(blocks=24), deep(blocks=24)
+    enable_checkpointing(saving)
+    assert kept_bytes(saving) < 0.4 * kept_bytes(plain)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "nasnetalarge"])
+def test_timm_models(name):
+    """With and without BatchNorm, and one whose own method refuses."""
+    settings = {"num_classes": 3} | ({"img_size": 32, "depth": 2} if "vit" in name else {})
+    if name == "nasnetalarge":
+        assert enable_checkpointing(timm.create_model(name, num_classes=3))
+        return
+    gradients = []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(name, **settings).double()
+        if wanted:
+            enable_checkpointing(model)
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 32, 32).double()).square().sum().backward()
+        gradients.append(gradient_of(model, None))
+    assert relative_error(gradients[1], gradients[0]) <= 1e-12
+
+
+def test_compiled_in_place(monkeypatch):
+    """The compiler itself is not run here, it takes a minute."""
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: asked.append(self))
+    model = deep()
+    prepare(model, checkpointing=False, compiled=True)
+    assert asked == [model]
+    prepare(model)
+    assert asked == [model] and SINGLE.world == 1 and silent("") is None

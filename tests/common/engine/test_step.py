@@ -1,0 +1,320 @@
+"""One step of the engine against one graph over the whole window."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import UserError
+from common.losses import LovaszSoftmax, window_value
+from common.window import Window
+from tests.common.engine.toys import (
+    CLASSES,
+    LOSSES,
+    Contrast,
+    RootMeanSquare,
+    ScaledEntropy,
+    SoftF1,
+    cross_entropy,
+    gradient_of,
+    make_engine,
+    make_model,
+    make_window,
+    reference,
+    relative_error,
+)
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+@every_loss
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 3, 7, 16, 37, 64])
+def test_gradient_of_one_graph_for_every_micro_batch(name, weighted, micro_batch):
+    model, loss, window = make_model(), LOSSES[name](), make_window(37, weighted)
+    value, expected = reference(model, loss, window)
+    found = make_engine(model, loss, micro_batch=micro_batch).gradients(window, 0)
+    assert relative_error(gradient_of(model, loss), expected) <= 1e-12
+    torch.testing.assert_close(found, value, rtol=1e-12, atol=0, check_dtype=False)
+
+
+@every_loss
+def test_the_second_window_is_as_exact_as_the_first(name):
+    """A loss over one sum takes two passes in its first window and one from then on."""
+    model, loss = make_model(), LOSSES[name]()
+    engine = make_engine(model, loss, micro_batch=8)
+    for number in range(3):
+        window = make_window(37 - number, seed=number)
+        _, expected = reference(model, loss, window)
+        engine.gradients(window, number)
+        assert relative_error(gradient_of(model, loss), expected) <= 1e-12
+
+
+def forwards(model: nn.Module) -> list[int]:
+    """Sizes of the batches that the model has seen, from now on."""
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    return sizes
+
+
+@pytest.mark.parametrize("loss, passes", [(cross_entropy, 1), (RootMeanSquare(), 1), (SoftF1(), 2), (Contrast(), 2)])
+def test_passes_over_a_window(loss, passes):
+    model = make_model()
+    engine = make_engine(model, loss, micro_batch=8)
+    engine.step(make_window(32), 0)
+    sizes = forwards(model)
+    engine.step(make_window(32), 1)
+    assert sizes == [8] * 4 * passes
+    sizes.clear()
+    make_engine(model, loss).step(make_window(32), 0)
+    assert sizes == [32], "a window that fits needs no second pass"
+
+
+def naive(model, loss_of_batch, window, cut):
+    """What accumulation loops do: the mean of the micro-batches' losses."""
+    model.zero_grad()
+    parts = [window.slice(start, min(start + cut, len(window))) for start in range(0, len(window), cut)]
+    for part in parts:
+        (loss_of_batch(model(part.inputs), part.targets) / len(parts)).backward()
+    return gradient_of(model, None)
+
+
+def test_naive_accumulation_is_visibly_wrong():
+    """The control: a test that could not fail would pass with these too."""
+    window, model, f1 = make_window(64), make_model(), SoftF1()
+    _, expected = reference(model, f1, window)
+    wrong = naive(model, lambda outputs, targets: f1.value(f1.stats(outputs, targets).sum(0), None), window, 4)
+    assert relative_error(wrong, expected) > 0.05
+    engine = make_engine(model, f1, micro_batch=4)
+    engine.gradients(window, 0)
+    assert relative_error(gradient_of(model, None), expected) <= 1e-12
+
+    lovasz = LovaszSoftmax()
+    model[-1].weight.data *= 10  # as sure of itself as a trained one
+    _, expected = reference(model, lovasz, window)
+    wrong = naive(model, lambda outputs, targets: lovasz(outputs, targets, None), window, 4)
+    assert relative_error(wrong, expected) > 0.5
+    make_engine(model, lovasz, micro_batch=4).gradients(window, 0)
+    assert relative_error(gradient_of(model, None), expected) <= 1e-12
+
+
+def test_short_last_window_is_a_whole_update():
+    """N = 37, batches of 8, 4 of them a window: the last window has 5 samples and steps by their own mean."""
+    model, rows = make_model(), make_window(37)
+    last = rows.slice(32, 37)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    _, expected = reference(model, cross_entropy, last)
+    engine = make_engine(model, cross_entropy, lr=1.0, micro_batch=8)
+    engine.step(last, 1)
+    update = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    ratio = float(update @ expected / expected.square().sum())
+    assert abs(ratio - 1) <= 1e-12 and relative_error(update, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("make", [ScaledEntropy, Contrast])
+def test_a_parameter_in_the_loss_gets_its_gradient_once(make):
+    model, loss, window = make_model(), make(), make_window(16)
+    reference(model, loss, window)
+    expected = float(loss.log_scale.grad)
+    make_engine(model, loss, micro_batch=4).gradients(window, 0)
+    assert float(loss.log_scale.grad) / expected == pytest.approx(1, rel=1e-12)
+
+
+def test_trees_of_inputs_outputs_and_targets():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = make_model(), nn.ModuleList([nn.Linear(CLASSES, 2), nn.Linear(CLASSES, 3)]).double()
+
+        def forward(self, inputs):
+            features = self.body(inputs["rows"]) * inputs["scale"][:, None]
+            return {"a": self.heads[0](features), "b": (self.heads[1](features), features)}
+
+    window = make_window(22, weighted=True)
+    trees = Window(
+        {"rows": window.inputs, "scale": window.weights},
+        {"a": window.targets % 2, "b": window.targets % 3},
+        window.index,
+    )
+
+    def per_sample(outputs, targets):
+        return cross_entropy(outputs["a"], targets["a"]) + cross_entropy(outputs["b"][0], targets["b"])
+
+    class Whole:
+        whole_batch = True
+
+        def __call__(self, outputs, targets, weights):
+            return per_sample(outputs, targets).square().mean().sqrt() + outputs["b"][1].var()
+
+    for loss in (per_sample, Whole()):
+        model = TwoHeads()
+        _, expected = reference(model, loss, trees)
+        make_engine(model, loss, micro_batch=5).gradients(trees, 0)
+        assert relative_error(gradient_of(model, loss), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "sums", "whole batch"])
+def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
+    """Against one graph over the same micro-batches, drawn in the same order."""
+    model, loss, window = make_model(nn.Dropout(0.3)), LOSSES[name](), make_window(32)
+    engine = make_engine(model, loss, micro_batch=8, seed=5)
+    engine.gradients(window, 3)
+    found = gradient_of(model, loss)
+    engine.begin_pass()
+    outputs = torch.cat([model(window.inputs[start : start + 8]) for start in range(0, 32, 8)])
+    for parameter in model.parameters():
+        parameter.grad = None
+    window_value(loss, outputs, window.targets).backward()
+    expected = gradient_of(model, loss)
+    assert relative_error(found, expected) <= 1e-12
+    engine.gradients(window, 4)
+    assert relative_error(gradient_of(model, loss), expected) > 0.01, "another step, other dropout"
+    engine.gradients(window, 3)
+    assert torch.equal(gradient_of(model, loss), found)
+
+
+def test_only_torchs_own_generators_are_seeded():
+    engine, window = make_engine(make_model(), cross_entropy), make_window(4)
+    random.seed(1), np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1), np.random.seed(1)
+    engine.step(window, 0)
+    assert (random.random(), np.random.rand()) == expected
+
+
+@pytest.mark.parametrize("name, micro_batches", [("cross-entropy", 4), ("sums", 4), ("whole batch", 4), ("one sum", 4)])
+def test_batchnorm_statistics_move_once_a_micro_batch(name, micro_batches):
+    model, loss, window = make_model(nn.BatchNorm1d(48)), LOSSES[name](), make_window(32)
+    twin = make_model(nn.BatchNorm1d(48))
+    make_engine(model, loss, micro_batch=8).step(window, 0)
+    for start in range(0, 32, 8):
+        twin(window.inputs[start : start + 8])
+    assert int(model[1].num_batches_tracked) == micro_batches
+    torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
+    torch.testing.assert_close(model[1].running_var, twin[1].running_var)
+
+
+def test_the_ghost_batch_is_named_once():
+    said = []
+    engine = make_engine(make_model(nn.BatchNorm1d(48)), cross_entropy, micro_batch=8, log=said.append)
+    for number in range(3):
+        engine.step(make_window(32), number)
+    assert len([line for line in said if "BatchNorm" in line]) == 1 and "up to 8 samples" in said[-1]
+    said.clear()
+    make_engine(make_model(), cross_entropy, micro_batch=8, log=said.append).step(make_window(32), 0)
+    assert not [line for line in said if "BatchNorm" in line]
+
+
+def test_clipping_is_once_and_over_everything():
+    window, loss = make_window(37), ScaledEntropy()
+    whole, cut = make_model(), make_model()
+    _, gradient = reference(whole, loss, window)
+    report = make_engine(cut, loss, lr=1.0, micro_batch=5, clip_norm=0.05).step(window, 0)
+    assert float(report.gradient_norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
+    loss.log_scale.data.fill_(0.3)  # the step has moved it
+    reference(whole, loss, window)
+    norm = nn.utils.clip_grad_norm_([*whole.parameters(), *loss.parameters()], 0.05)
+    assert norm > 0.05, "a test in which nothing is clipped"
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a - a.grad, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", ["inputs", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(place):
+    model, window = make_model(), make_window(12)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    if place == "inputs":
+        window.inputs[7, 3] = float("nan")
+        loss, word = cross_entropy, "the loss is not finite"
+    else:
+        # d sqrt(x) / dx at 0
+        loss, word = (lambda outputs, targets: (outputs.sum(1) * 0).sqrt()), "the gradient of the loss is not finite"
+    with pytest.raises(UserError, match=f"{word} in step 8"):
+        make_engine(model, loss, micro_batch=5).step(window, 7)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_scalar_loss_is_refused_with_the_declaration():
+    with pytest.raises(UserError, match="whole_batch"):
+        make_engine(make_model(), F.cross_entropy).step(make_window(8), 0)
+
+
+def test_modules_that_talk_to_other_processes_are_refused():
+    with pytest.raises(UserError, match="SyncBatchNorm"):
+        make_engine(make_model(nn.SyncBatchNorm(48)), cross_entropy)
+
+
+def single_precision(loss):
+    window = make_window(24)
+    window = Window(window.inputs.float(), window.targets, window.index)
+    return make_model().float(), loss.float() if isinstance(loss, nn.Module) else loss, window
+
+
+@every_loss
+def test_bf16_is_near_and_finite(name):
+    model, loss, window = single_precision(LOSSES[name]())
+    _, expected = reference(model, loss, window)
+    engine = make_engine(model, loss, micro_batch=7, precision="bf16")
+    engine.gradients(window, 0)
+    assert relative_error(gradient_of(model, loss), expected) < 0.05
+    assert engine.forward(window.inputs).dtype == torch.float32
+
+
+@every_loss
+def test_fp16_gradients_are_unscaled(name):
+    model, loss, window = single_precision(LOSSES[name]())
+    _, expected = reference(model, loss, window)
+    engine = make_engine(model, loss, micro_batch=7, precision="fp16")
+    engine.gradients(window, 0)
+    assert relative_error(gradient_of(model, loss), expected) < 0.02
+
+
+def test_fp16_scale_follows_torchs_scaler():
+    """Overflows and good steps in a mixed order: the factor of torch.amp.GradScaler, and no update at an overflow."""
+    model = make_model().float()
+    window = make_window(8)
+    window = Window(window.inputs.float(), window.targets, window.index)
+    factor = [1.0]
+    engine = make_engine(model, lambda o, t: cross_entropy(o, t) * factor[0], precision="fp16")
+    engine.scale.growth_steps = 3
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    other = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([other], lr=0.1)
+    scaler.scale(other.sum())  # torch's scaler makes its factor at the first use
+    for number, good in enumerate([1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]):
+        factor[0] = 1.0 if good else 1e36  # finite in float32, not after the scale
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        engine.step(window, number)
+        moved = not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert moved == bool(good)
+        other.grad = torch.full((1,), 1.0 if good else float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        assert engine.scale.factor == scaler.get_scale()
+
+
+def test_state_is_plain_and_goes_on():
+    engine = make_engine(make_model(), RootMeanSquare(), micro_batch="auto", precision="fp16")
+    engine.scale.factor, engine.scale.good_steps, engine.single_sum = 4.0, 7, True
+    engine.micro_batch, engine.limited = 3, True
+    state = engine.state_dict()
+    assert all(isinstance(value, (str, int, float, bool, type(None))) for value in state.values())
+    fresh = make_engine(make_model(), RootMeanSquare(), micro_batch="auto", precision="fp16")
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    other = make_engine(make_model(), RootMeanSquare(), micro_batch=6)
+    other.load_state_dict(state)
+    assert other.micro_batch == 6, "what is asked for now counts more"
+
+
+def test_the_report():
+    model, window = make_model(), make_window(20, weighted=True)
+    value, gradient = reference(model, cross_entropy, window)
+    report = make_engine(model, cross_entropy).step(window, 0)
+    assert report.micro_batch == 20 and not report.loss.requires_grad
+    assert float(report.loss) == pytest.approx(float(value), rel=1e-12)
+    assert float(report.gradient_norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,80 @@
+"""What one of several processes does in the tests of ranks: python -m tests.common.engine.two_ranks SCENARIO FOLDER."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.engine.ranks import Ranks
+from common.errors import UserError
+from tests.common.engine.toys import LOSSES, SmallMemory, gradient_of, make_engine, make_model, make_window
+
+SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # rows of rank 0, of rank 1
+
+
+def share_of(ranks: Ranks, shares: str):
+    bounds = SHARES[shares]
+    whole = make_window(bounds[-1], weighted=True)
+    return replace(whole.slice(bounds[ranks.rank], bounds[ranks.rank + 1]), total=len(whole))
+
+
+def exact(ranks: Ranks, folder: Path) -> None:
+    """Gradients for every kind of loss, with and without memory for all of them on the second rank only."""
+    found = {}
+    for name in LOSSES:
+        for shares in SHARES:
+            model, loss = make_model(), LOSSES[name]()
+            engine = make_engine(model, loss, micro_batch=16, ranks=ranks)
+            for step in range(2):
+                value = engine.gradients(share_of(ranks, shares), step)
+                found[f"{name}, {shares}, {step}"] = (value, gradient_of(model, loss))
+        for phase in ("forward", "backward"):
+            small = SmallMemory(10**9 if ranks.is_writer else 8, phase, at=2)
+            model, loss = make_model(small), LOSSES[name]()
+            engine = make_engine(model, loss, ranks=ranks)
+            value = engine.gradients(share_of(ranks, "unequal"), 0)
+            found[f"{name}, full in {phase}"] = (value, gradient_of(model, loss))
+            found[f"{name}, micro-batch after {phase}"] = engine.micro_batch
+    torch.save(found, folder / f"{ranks.rank}.pt")
+
+
+def talk(ranks: Ranks, folder: Path) -> None:
+    """The small calls, BatchNorm's statistics, a frozen parameter, and steps that keep the ranks equal."""
+    model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2))
+    model[0].bias.requires_grad_(False)
+    engine = make_engine(model, LOSSES["cross-entropy"](), micro_batch=16, clip_norm=0.1, ranks=ranks)
+    losses = [float(engine.step(share_of(ranks, "unequal"), step).loss) for step in range(3)]
+    rows = {"a": torch.full((ranks.rank + 1, 2), ranks.rank), "b": (torch.tensor([True, False])[: ranks.rank + 1],)}
+    said = {
+        "any": [ranks.any(False), ranks.any(ranks.rank == 1)],
+        "sum": ranks.sum_(torch.tensor([1.0, ranks.rank])),
+        "share": ranks.share({"run": "one"} if ranks.is_writer else None),
+        "gather": ranks.gather(rows),
+        "gather from the second": ranks.gather(None if ranks.is_writer else rows),
+        "losses": losses,
+        "model": model.state_dict(),
+    }
+    ranks.barrier()
+    torch.save(said, folder / f"{ranks.rank}.pt")
+
+
+def killed(ranks: Ranks, folder: Path) -> None:
+    """The second process dies in its third step, as if somebody had killed it."""
+    engine = make_engine(make_model(), LOSSES["cross-entropy"](), micro_batch=16, ranks=ranks)
+    for step in range(10):
+        if step == 2 and not ranks.is_writer:
+            os.kill(os.getpid(), signal.SIGKILL)
+        engine.step(share_of(ranks, "unequal"), step)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        with Ranks.from_environment(patience_minutes=0.3) as all_ranks:
+            {"exact": exact, "talk": talk, "killed": killed}[sys.argv[1]](all_ranks, Path(sys.argv[2]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
