@@ -48,6 +48,8 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
         f"chooses them on four fifths and scores the fifth, part by part."
     )
     page.table(["rules", "held out"], learnt["held_out"].items())
+    stages = ", ".join(f"{stage} {value:.4f}" for stage, value in learnt["held_out"].items())
+    run.log(f"rules chosen on one part of the images and scored on the rest: {stages}")
     present = files.runs.present()[rows].mean(0)
     facts = [
         (name, float(scores[:, label].mean()), float(present[label]), *learnt["rules"][name].values())

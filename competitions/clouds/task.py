@@ -16,12 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.config import Config, flag
 from common.errors import UserError
+from common.kaggle.source import Source
 from common.raw import RawData
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # needs torch, and --help does not
     from common.task import Metric, Task
     from competitions.clouds.reader import CloudFiles
 
+SOURCE = Source(
+    slug="understanding_cloud_organization",
+    expected=("train.csv", "sample_submission.csv", "train_images/*.jpg", "test_images/*.jpg"),
+    higher_is_better=True,
+    labels=("train.csv", "sample_submission.csv"),
+    notes="6 GB: 5,546 training and 3,698 test images of 1400x2100",
+)
 Architecture = Literal[
     "unet", "unetplusplus", "fpn", "linknet", "manet", "pan", "pspnet", "deeplabv3plus", "upernet", "segformer"
 ]
@@ -49,35 +57,54 @@ class CloudConfig(Config):
     classes: float = flag(0.5, "weight of the class head's cross-entropy")
 
 
-DEFAULT = CloudConfig(epochs=20, batch_size=16, lr=1e-3, weight_decay=1e-2, ema=0.99, keep="last")
+DEFAULT = CloudConfig(epochs=20, batch_size=8, lr=1e-3, weight_decay=1e-2, ema=0.99, keep="last")
+SMALL = replace(
+    DEFAULT,
+    epochs=60,
+    batch_size=16,
+    size=(192, 288),
+    architecture="fpn",
+    encoder="resnet18",
+    encoder_weights="none",
+    encoder_lr=1.0,
+    augment="strong",
+    channels_last=True,
+    evaluate_every=5,
+)
+FULL = replace(
+    DEFAULT,
+    epochs=15,
+    batch_size=16,
+    size=(1400, 2100),
+    encoder="efficientnet-b3",
+    checkpointing=True,
+    lr=5e-4,
+    clip_norm=1.0,
+)
+BEST = replace(
+    DEFAULT,
+    fold="all",
+    epochs=25,
+    size=(576, 864),
+    encoder="efficientnet-b5",
+    augment="strong",
+    lr=5e-4,
+    ema=0.998,
+    checkpointing=True,
+    clip_norm=1.0,
+)
 RECIPES: dict[str, CloudConfig] = {
+    # make train COMP=clouds: a card with 8 GB, some hours
     "default": DEFAULT,
-    "small": replace(
-        DEFAULT,
-        epochs=40,
-        size=(192, 288),
-        architecture="fpn",
-        encoder="resnet18",
-        encoder_weights="none",
-        encoder_lr=1.0,
-        augment="strong",
-        channels_last=True,
-        evaluate_every=5,
-    ),
-    "full": replace(
-        DEFAULT, epochs=15, size=(1400, 2100), encoder="efficientnet-b3", checkpointing=True, lr=5e-4, clip_norm=1.0
-    ),
-    "best": replace(
-        DEFAULT,
-        fold="all",
-        epochs=25,
-        size=(576, 864),
-        encoder="efficientnet-b5",
-        augment="strong",
-        lr=5e-4,
-        ema=0.998,
-        checkpointing=True,
-        clip_norm=1.0,
+    # make train COMP=clouds RECIPE=small: a laptop's CPU, 500 images; ARGS="--precision bf16" if it has AMX
+    "small": SMALL,
+    # make train COMP=clouds RECIPE=full: every pixel, on a card with 11 GB
+    "full": FULL,
+    # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one card
+    "best": BEST,
+    # make train COMP=clouds RECIPE=smoke: seconds on the sample, to see that everything works
+    "smoke": replace(
+        SMALL, epochs=1, batch_size=8, size=(64, 96), augment="light", evaluate_every=1, channels_last=False
     ),
 }
 
@@ -130,6 +157,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         sample_submission=lambda: io.TextIOWrapper(raw.open("sample_submission.csv"), encoding="utf-8"),
         valid=lambda values: rle.problem_of_text(values[0], reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]),
         learn=learn,
+        pretrain=partial(_pretrain, config.encoder) if config.encoder_weights == "imagenet" else None,
         views=tuple(View(name, partial(_flip, sides), partial(_unflip, sides)) for name, sides in FLIPS.items()),
         lr_scales={"net.encoder.": config.encoder_lr},
         fingerprint=_fingerprint(raw, files),
@@ -167,12 +195,15 @@ def _check(config: CloudConfig) -> None:
 
 
 def _model(config: CloudConfig) -> Any:
-    from competitions.clouds import model
+    from competitions.clouds.model import CloudNet
 
-    net = model.CloudNet(config.architecture, config.encoder, config.class_head, config.dropout, config.checkpointing)
-    if config.encoder_weights == "imagenet":
-        model.load_encoder_weights(net, config.encoder)
-    return net
+    return CloudNet(config.architecture, config.encoder, config.class_head, config.dropout, config.checkpointing)
+
+
+def _pretrain(encoder: str, network: Any) -> None:
+    from competitions.clouds.model import load_encoder_weights
+
+    load_encoder_weights(network, encoder)
 
 
 def _loss(config: CloudConfig) -> Any:

@@ -1,0 +1,223 @@
+"""Clouds beside the usual ways: masks to the working size, masks to run lengths, images to the CSV, and memory.
+
+make bench BENCH=clouds                                        masks and inference
+make bench BENCH=clouds ARGS="--part memory"                   peak memory of a full-resolution step (minutes)
+make bench BENCH=clouds ARGS="--data path/to/clouds"           real images and masks instead of generated ones
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as coco
+
+from common import predict, submission
+from common.engine.optimizers import build_optimizer
+from common.engine.step import Engine
+from common.raw import RawData
+from common.window import Window
+from competitions.clouds import decision, reader, rle, task
+from competitions.clouds.reader import MASK_SIZE, SUBMISSION_SIZE
+
+WORKING_SIZE = (384, 576)
+MASKS, ROUNDS = 40, 9
+
+
+def usual_decode(text: str) -> np.ndarray:
+    """The decoder of many a notebook: a float mask of the full size, filled run by run."""
+    numbers = text.split()
+    starts, lengths = (np.asarray(part, dtype=int) for part in (numbers[0::2], numbers[1::2]))
+    starts -= 1
+    mask = np.zeros(MASK_SIZE[0] * MASK_SIZE[1], np.float32)
+    for start, length in zip(starts, lengths, strict=True):
+        mask[start : start + length] = 1
+    return mask.reshape(MASK_SIZE, order="F")
+
+
+def usual_encode(mask: np.ndarray) -> str:
+    """The diff-and-join idiom."""
+    pixels = np.concatenate([[0], mask.T.flatten(), [0]])
+    runs = np.where(pixels[1:] != pixels[:-1])[0] + 1
+    runs[1::2] -= runs[::2]
+    return " ".join(str(number) for number in runs)
+
+
+def coco_decode(text: str) -> np.ndarray:
+    """pycocotools wants the lengths of gaps and runs in turn, and fills bytes."""
+    runs = rle.parse(text)
+    edges = np.append(np.stack((runs[:, 0], runs.sum(1)), 1).reshape(-1), MASK_SIZE[0] * MASK_SIZE[1])
+    packed = coco.frPyObjects({"size": list(MASK_SIZE), "counts": np.diff(edges, prepend=0).tolist()}, *MASK_SIZE)
+    return coco.decode(packed)
+
+
+def best_of(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Least seconds of each way, measured in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def show(title: str, seconds: dict[str, float], count: int, usual: str) -> None:
+    print(f"\n{title}")
+    for name, value in seconds.items():
+        print(f"  {name:44} {1e3 * value / count:8.3f} ms   {seconds[usual] / value:6.1f} x")
+
+
+def masks(data: RawData) -> None:
+    rows = [line.split(",") for line in data.read("train.csv").decode().splitlines()[1:]]
+    texts = [text for _, text in rows if text][:MASKS]
+    runs = np.mean([len(text.split()) / 2 for text in texts])
+    size = WORKING_SIZE[::-1]
+    ways = {
+        "full size, then cv2.resize (linear)": lambda: [cv2.resize(usual_decode(text), size) for text in texts],
+        "full size, then cv2.resize (area)": lambda: [
+            cv2.resize(usual_decode(text), size, interpolation=cv2.INTER_AREA) for text in texts
+        ],
+        "pycocotools, then cv2.resize (area)": lambda: [
+            cv2.resize(coco_decode(text), size, interpolation=cv2.INTER_AREA) for text in texts
+        ],
+        "full size only": lambda: [usual_decode(text) for text in texts],
+        "rle.parse and decode_to_size": lambda: [
+            rle.decode_to_size(rle.parse(text), *MASK_SIZE, *WORKING_SIZE) for text in texts
+        ],
+    }
+    show(f"mask to {WORKING_SIZE}, {len(texts)} masks of {runs:.0f} runs", best_of(ways), len(texts), next(iter(ways)))
+
+    small = [np.ascontiguousarray(rle.decode_to_size(rle.parse(text), *MASK_SIZE, *SUBMISSION_SIZE)) for text in texts]
+    assert [usual_encode(mask) for mask in small] == [rle.encode(mask) for mask in small]
+    ways = {
+        "diff and join": lambda: [usual_encode(mask) for mask in small],
+        "pycocotools (its own format)": lambda: [coco.encode(np.asfortranarray(mask.view(np.uint8))) for mask in small],
+        "rle.encode": lambda: [rle.encode(mask) for mask in small],
+    }
+    show(f"mask of {SUBMISSION_SIZE} to run lengths", best_of(ways), len(texts), "diff and join")
+
+
+def inference(data: RawData, encoder: str) -> None:
+    """Test images to the checked CSV, beside the network alone on images that lie ready in memory."""
+    config = replace(
+        task.RECIPES["full"],
+        encoder=encoder,
+        encoder_weights="none",
+        encoder_lr=1.0,
+        views=False,
+        device="cpu",
+        workers=1,
+    )
+    config = replace(config, device="auto", micro_batch=1)
+    built = task.build(config, data)
+    network = built.model().eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+    count = min(len(built.test), 16)
+    ready = [built.test[row][0][None].to(device) for row in range(count)]
+    predictor = predict.Predictor([network], built, predict.AS_IS, config, 1, device)
+
+    def alone() -> None:
+        with torch.inference_mode(), torch.autocast(device.type, predictor.dtype, enabled=predictor.dtype is not None):
+            for image in ready:
+                network(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def to_csv() -> None:
+        def rows():
+            for index, predictions, _ in predictor.batches(built.test, np.arange(count)):
+                yield from built.rows([built.test_ids[row] for row in index], decision.decide(predictions, {}))
+
+        expected = ["Image_Label,EncodedPixels\n"]
+        expected += [f"{name}_{reader.CLASSES[c]},\n" for name in built.test_ids[:count] for c in (0, 1, 2, 3)]
+        with tempfile.TemporaryDirectory() as folder:
+            submission.write(Path(folder) / "bench.csv", built.columns, rows(), expected, built.valid, {})
+
+    seconds = best_of({"forward alone": alone, "images to CSV": to_csv}, rounds=3)
+    print(f"\nfull resolution 1400x2100, {encoder} Unet, {count} images on {device}")
+    for name, value in seconds.items():
+        ratio = seconds["forward alone"] / value
+        print(f"  {name:44} {count / value:8.3f} images/s   {ratio:6.2f} of the forward alone")
+
+
+def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> float:
+    """Peak GiB of a process that makes two optimizer steps."""
+    words = [sys.executable, "-m", "benchmarks.clouds", "--part", "step", "--batch", str(batch), "--micro", str(micro)]
+    words += ["--size", f"{size[0]},{size[1]}", "--encoder", encoder, *(["--checkpointing"] if checkpointing else [])]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+
+
+def memory(size: tuple[int, int], encoder: str) -> None:
+    print(f"\npeak GiB of a training step, {encoder} Unet at {size[0]}x{size[1]}")
+    for words, batch, micro in (("micro-batch 1 of 1", 1, 1), ("micro-batch 1 of 16", 16, 1), ("16 at once", 16, 16)):
+        cheap, plain = (peak(batch, micro, checkpointing, size, encoder) for checkpointing in (True, False))
+        print(f"  {words:24} {plain:8.2f} plain   {cheap:8.2f} with --checkpointing   (nan: out of memory)", flush=True)
+
+
+def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> None:
+    config = replace(task.RECIPES["full"], encoder=encoder, encoder_weights="none", encoder_lr=1.0, size=size)
+    config = replace(config, batch_size=batch, checkpointing=checkpointing)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = task._model(config).to(device)
+    engine = Engine(
+        network,
+        task._loss(config),
+        build_optimizer(network, config),
+        micro_batch=micro,
+        precision="bf16" if device.type == "cuda" else "fp32",
+    )
+    pixels = torch.zeros(batch, 4, *size, dtype=torch.uint8)
+    pixels[:, :, : size[0] // 2] = 1
+    targets = {"pixels": pixels, "classes": torch.ones(batch, 4, dtype=torch.uint8)}
+    inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
+    for number in range(2):
+        engine.step(Window(inputs, targets, torch.arange(batch), total=batch), number)
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**30)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("all", "masks", "inference", "memory", "step"), default="all")
+    parser.add_argument("--data", type=Path, help="folder with the competition's files [the generated sample]")
+    parser.add_argument("--encoder", default="resnet18")
+    parser.add_argument("--size", default="1400,2100")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--micro", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true")
+    given = parser.parse_args()
+    height, width = map(int, given.size.split(","))
+    if given.part == "step":
+        step(given.batch, given.micro, given.checkpointing, (height, width), given.encoder)
+        return
+    if given.part == "memory":
+        memory((height, width), given.encoder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if given.data is None:
+            task.write_sample(Path(folder))
+        data = RawData(given.data or Path(folder), "clouds", is_sample=given.data is None)
+        if given.part in ("all", "masks"):
+            masks(data)
+        if given.part in ("all", "inference"):
+            inference(data, given.encoder)
+
+
+if __name__ == "__main__":
+    main()
