@@ -17,15 +17,17 @@ from common.config import Config
 from common.device import device_of, precision_of
 from common.engine.average import Average
 from common.engine.optimizers import allocate_state, build_optimizer
+from common.engine.prepare import prepare
 from common.engine.ranks import Ranks
 from common.engine.schedule import learning_rate_factor, set_learning_rate
 from common.engine.step import Engine
 from common.errors import UserError
-from common.files import write_text, write_with
+from common.evaluate import validate, write_out_of_fold, write_skipped
+from common.files import write_text
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
-from common.predict import AS_IS, Predictor, pack, score
+from common.predict import AS_IS, Predictor
 from common.run import Run, progress
 from common.task import Task, View
 
@@ -98,6 +100,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     resumed = ranks.share(checkpoint.load(last) if ranks.is_writer and last.is_file() else None)
     if task.pretrain and not resumed:
         task.pretrain(model)
+    prepare(model, config.checkpointing, config.compile)
     loss = task.loss.to(device) if isinstance(task.loss, nn.Module) else task.loss
     optimizer = build_optimizer(model, config, task.lr_scales)
     if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
@@ -138,6 +141,10 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         run.log(f"fold {fold}: resumed at epoch {state.epoch + 1}, window {state.window} of {loader.windows_per_epoch}")
     saved = time.monotonic()
 
+    def evaluator(views: Sequence[View] = AS_IS) -> Predictor:
+        batch_size = min(config.batch_size, engine.micro_batch)
+        return Predictor([model.eval()], task, views, config, batch_size, device)
+
     while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
         model.train()
         started = time.monotonic()
@@ -172,7 +179,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         }
         if len(held_rows) and ((state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs):
             with parts.averaged():
-                row |= validate(model, task, config, engine, held_rows, ranks)
+                row |= validate(evaluator(), held_rows, ranks)
                 _remember_best(state, row[task.metrics[0].name], task, config, model, folder, ranks)
         state.history.append(row)
         state.epoch, state.window, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
@@ -180,7 +187,8 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             parts.save(last, state)
             saved = time.monotonic()
         if ranks.is_writer:
-            write_metrics(run, folder, state.history)
+            write_metrics(folder, state.history)
+            write_skipped(run, folder, task, dict(loader.skipped))
         facts = [f"{name} {value:.5g}" for name, value in row.items() if name not in ("fold", "epoch", "step")]
         run.log(f"{label}: {', '.join(facts)}, {seconds:.1f} s")
     loader.close()
@@ -188,8 +196,10 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     with parts.averaged():
         if (folder / "best.pt").is_file():
             model.load_state_dict(checkpoint.load(folder / "best.pt")["model"])
-        if len(held_rows):
-            write_out_of_fold(folder, model, task, config, engine, held_rows, ranks)
+        if len(held_rows) and ranks.is_writer:
+            predictor = evaluator(task.views if config.views else AS_IS)
+            write_out_of_fold(folder, predictor, held_rows)
+            write_skipped(run, folder, task, predictor.skipped)
         if ranks.is_writer:
             checkpoint.save(
                 folder / "model.pt",
@@ -218,42 +228,7 @@ def _remember_best(
         checkpoint.save(folder / "best.pt", {"model": model.state_dict()})
 
 
-def _predictor(model: nn.Module, task: Task, views: Sequence[View], config: Config, engine: Engine) -> Predictor:
-    batch_size = max(1, min(config.batch_size, engine.micro_batch))
-    return Predictor([model.eval()], task, views, config, batch_size, next(model.parameters()).device)
-
-
-def validate(
-    model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray, ranks: Ranks
-) -> dict[str, float]:
-    """The task's metrics on `rows` without views: every rank scores its share, the sums are added."""
-    share = np.array_split(rows, ranks.world)[ranks.rank]
-    batches = _predictor(model, task, AS_IS, config, engine).batches(task.plain, share)
-    return score(task, ((predictions, targets) for _, predictions, targets in batches), {}, ranks)
-
-
-def write_out_of_fold(
-    folder: Path, model: nn.Module, task: Task, config: Config, engine: Engine, rows: np.ndarray, ranks: Ranks
-) -> None:
-    """oof.npy [m, ...], the predictions of the held-out rows with all views; oof_rows.npy [m], their numbers."""
-    if not ranks.is_writer:
-        return
-    views = task.views if config.views else AS_IS
-    draft, kept = folder / ".oof.npy.part", None
-    batches = _predictor(model, task, views, config, engine).batches(task.plain, rows, f"predicting {folder.name}")
-    position = 0
-    for index, predictions, _ in batches:
-        packed = pack(predictions, task.prediction_type)
-        if kept is None:
-            kept = np.lib.format.open_memmap(draft, "w+", packed.dtype, (len(rows), *packed.shape[1:]))
-        kept[position : position + len(index)] = packed
-        position += len(index)
-    kept.flush()
-    draft.replace(folder / "oof.npy")
-    write_with(folder / "oof_rows.npy", lambda stream: np.save(stream, rows))
-
-
-def write_metrics(run: Run, folder: Path, history: list[dict[str, Any]]) -> None:
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """metrics.csv of the fold: a line per epoch, nothing in it that differs between two equal runs."""
     columns = list(dict.fromkeys(name for row in history for name in row))
     lines = [",".join(str(row.get(name, "")) for name in columns) for row in history]

@@ -41,7 +41,8 @@ class Predictor:
         device: torch.device,
     ):
         self.models, self.task, self.views, self.config = models, task, views, config
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size = device, max(1, batch_size)
+        self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
         precision = precision_of(config, device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
@@ -67,6 +68,7 @@ class Predictor:
             for window in windows:
                 yield window.index.cpu().numpy(), self._average(window.inputs), window.targets
         finally:
+            self.skipped |= dict(loader.skipped)
             loader.close()
 
     @torch.inference_mode()

@@ -115,6 +115,8 @@ def _obstacles(run: Run, config: Config, origin: dict[str, Any]) -> list[str]:
         return [str(error)]
     if run.origin["data_fingerprint"] != origin["data_fingerprint"]:
         found.append(f"data: {run.origin['data']} -> {origin['data']}, other contents")
+    elif run.origin.get("folds_fingerprint") != origin.get("folds_fingerprint"):
+        found.append("folds: other rows in them than when the run began")
     return found
 
 

@@ -13,8 +13,7 @@ from common.config import Config
 from common.engine.ranks import Ranks
 from common.files import write_text, write_with
 from common.fit import fit
-from common.loading import orders
-from common.loading.folds import fingerprint
+from common.loading import folds, orders
 from common.loading.loader import Loader
 from common.predict import score, unpack, write_submission
 from common.run import Run
@@ -36,13 +35,15 @@ def train(
             "sample": found.is_sample,
             "data": str(found.path.resolve()),
             "data_fingerprint": task.fingerprint,
-            "folds_fingerprint": fingerprint(task.folds, task.ids),
+            "folds_fingerprint": folds.fingerprint(task.folds, task.ids),
             "command": f"python -m common {' '.join(sys.argv[1:])}",
             "commit": runs.commit(),
             "machine": runs.machine(),
         }
         run = open_together(competition, run_name, config, origin, ranks)
         if run.result is None:
+            if ranks.is_writer:
+                folds.write_csv(run.path / "folds.csv", task.folds, task.ids)
             chosen = {"all": list(range(config.folds)), "none": [None]}.get(config.fold) or [int(config.fold)]
             folders = [fit(task, config, run, fold, ranks) for fold in chosen]
             if ranks.is_writer:

@@ -58,7 +58,7 @@ def test_a_run_learns_and_leaves_everything_behind(capsys):
     ids = (folder / "oof_ids.txt").read_text().split()
     assert kept.shape == (120, 3) and sorted(ids) == sorted(f"r{row}" for row in range(120))
     truth = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_sample, str)).plain.targets
-    accuracy = float((torch.from_numpy(kept).argmax(1) == truth[[int(name[1:]) for name in ids]]).float().mean())
+    accuracy = float((torch.from_numpy(kept).argmax(1) == truth[[int(name[1:]) for name in ids]]).double().mean())
     assert result["score"] == pytest.approx(accuracy, abs=1e-12), "the score is that of the kept predictions"
     metrics = list(csv.DictReader(open(folder / "metrics.csv")))
     assert [(row["fold"], row["epoch"]) for row in metrics] == [
