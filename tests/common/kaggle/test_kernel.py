@@ -1,0 +1,214 @@
+"""make kernel: the code there, the notebook run, its results back; and every failure that exits 0 told."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.kaggle import kernel as kernels
+from common.kaggle.notebook import OUTPUT, VERSION, notebook, pack
+from tests.common.kaggle.server import DROP, SLUG, Reply, archive
+
+pytestmark = pytest.mark.usefixtures("no_secrets")
+GOOD = "id,label\n1,0\n2,1\n"
+
+
+def output(run: str = "001-best") -> bytes:
+    """What the notebook leaves: a finished run and its submission."""
+    origin = {"competition": "toy", "run": run, "score": 0.9, "monitor": "accuracy", "sample": False,
+              "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "created": "2026-01-02T00:00:00Z"}  # fmt: skip
+    return archive(
+        {
+            f"runs/toy/{run}/run.json": "{}",
+            f"runs/toy/{run}/result.json": '{"finished": "2026-01-01T00:00:00Z"}',
+            f"submissions/toy/{run}.csv": GOOD,
+            f"submissions/toy/{run}.json": json.dumps(origin),
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def _output(kaggle):
+    kaggle.kernel_files = {OUTPUT: output(), "submission.csv": GOOD.encode(), "../../evil.txt": b"x"}
+
+
+def kernel(source, arguments=("--recipe", "best"), **options):
+    kernels.kernel("toy", source, arguments, **{"poll": 0.05, "wait": 60, **options})
+
+
+def test_the_way_there_and_back(kaggle, source, tmp_path, capfd):
+    kernel(source)
+    (created,) = kaggle.calls("CreateDataset")
+    assert created["slug"] == "kit-toy-code" and created.get("isPrivate") is True
+    with zipfile.ZipFile(io.BytesIO(kaggle.uploads[0])) as packed:
+        names = packed.namelist()
+        assert {"common/cli.py", "requirements.txt", VERSION} <= set(names)
+        assert not [name for name in names if not name.startswith(("common/", "competitions/", "req", "code-"))]
+    (saved,) = kaggle.calls("SaveKernel")
+    assert saved["slug"] == "someone/kit-toy" and saved["enableGpu"] is True and saved["isPrivate"] is True
+    assert saved["competitionDataSources"] == [SLUG] and saved["datasetDataSources"] == ["someone/kit-toy-code"]
+    cells = json.loads(saved["text"])["cells"]
+    assert "'train', 'toy', '--recipe', 'best'" in "".join(cell["source"] for cell in cells)
+    assert len(kaggle.calls("GetKernelSessionStatus")) == 2
+    assert Path("submissions/toy/001-best.csv").read_text() == GOOD
+    assert Path("runs/toy/001-best/result.json").is_file()
+    assert not list(tmp_path.rglob("evil.txt"))
+    assert "version 3: python -m common train toy --recipe best" in capfd.readouterr().out
+
+
+def test_a_second_time_is_a_new_version_and_replaces_nothing(kaggle, source):
+    kaggle.counts["CreateDataset"] = 1
+    for name in ("runs/toy/001-best", "submissions/toy"):
+        Path(name).mkdir(parents=True)
+    Path("submissions/toy/001-best.csv").write_text("made here")
+    kernel(source)
+    assert len(kaggle.calls("CreateDatasetVersion")) == 1 and not kaggle.calls("CreateDataset")
+    assert Path("submissions/toy/001-best.csv").read_text() == "made here"
+    assert Path("submissions/toy/001-best-kaggle.csv").read_text() == GOOD
+    origin = json.loads(Path("submissions/toy/001-best-kaggle.json").read_text())
+    assert origin["run"] == "001-best-kaggle" and Path("runs/toy/001-best-kaggle/run.json").is_file()
+
+
+def test_fetching_later(kaggle, source, capfd):
+    with pytest.raises(UserError, match="--fetch: no notebook of toy was pushed from here: make kernel COMP=toy"):
+        kernel(source, fetch=True)
+    kaggle.kernel_states = ["RUNNING"]
+    with pytest.raises(UserError, match="is not ready: fetch it later with make kernel COMP=toy ARGS=--fetch"):
+        kernel(source, wait=0.01)
+    kaggle.kernel_states = ["COMPLETE"]
+    kernel(source, fetch=True)
+    assert len(kaggle.calls("SaveKernel")) == 1 and Path("submissions/toy/001-best.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"SaveKernel": {"error": "Maximum weekly GPU quota of 30.00 hours reached."}}, "Maximum weekly GPU quota"),
+        (
+            {"SaveKernel": {"ref": "x", "url": "u", "versionNumber": 1, "invalidCompetitionSources": [SLUG]}},
+            f"not valid competition sources.*Accept the rules at https://www.kaggle.com/c/{SLUG}/rules",
+        ),
+        ({"SaveKernel": Reply(403, "Phone verification is required")}, "Phone verification is required"),
+        ({"SaveKernel": DROP}, "cannot be reached"),
+        ({"GetDatasetStatus": Reply(503)}, "uploading the code as someone/kit-toy-code: Kaggle itself fails"),
+        ({"CreateDataset": {"status": "error", "error": "quota of private data sets"}}, "quota of private data sets"),
+    ],
+)
+def test_pushes_that_fail(kaggle, source, fault, message):
+    kaggle.on = fault
+    with pytest.raises(UserError, match=message) as raised:
+        kernel(source)
+    assert "\n" not in str(raised.value) and not Path("runs").exists()
+
+
+@pytest.fixture
+def pushed():
+    """A notebook that was pushed by an earlier command."""
+    Path("runs/toy").mkdir(parents=True)
+    facts = {"kernel": "someone/kit-toy", "version": 3, "code": "abc", "arguments": []}
+    Path("runs/toy/kernel.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"GetKernelSessionStatus": Reply(404, "Not Found")}, "asking for the notebook someone/kit-toy"),
+        ({"ListKernelSessionOutput": Reply(500)}, "fetching the output of someone/kit-toy: Kaggle itself fails"),
+        ({"ListKernelSessionOutput": {"files": [], "log": "x"}}, "has no kit-output.zip among its outputs"),
+    ],
+)
+def test_results_that_do_not_come(kaggle, source, pushed, fault, message):
+    kaggle.on, kaggle.kernel_states = fault, ["COMPLETE"]
+    with pytest.raises(UserError, match=message):
+        kernel(source, fetch=True)
+    assert not Path("submissions").exists()
+
+
+def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, pushed):
+    kaggle.kernel_states, kaggle.kernel_failure = ["ERROR"], "Your notebook tried to use more memory"
+    with pytest.raises(UserError, match="ended with ERROR .Your notebook tried.*the notebook's log.: see https"):
+        kernel(source, fetch=True)
+    assert not Path("submissions").exists()
+
+
+def test_a_malicious_output_leaves_nothing(kaggle, source, pushed, tmp_path):
+    kaggle.kernel_files[OUTPUT], kaggle.kernel_states = archive({"../../evil.txt": b"x"}), ["COMPLETE"]
+    with pytest.raises(UserError, match="leads out of the folder"):
+        kernel(source, fetch=True)
+    assert not list(tmp_path.rglob("evil.txt")) and not Path("submissions").exists()
+
+
+def test_a_competition_that_scores_notebooks(kaggle, source):
+    kernel(replace(source, notebook_only=True))
+    (submitted,) = kaggle.calls("CreateCodeSubmission")
+    assert (submitted["kernelOwner"], submitted["kernelSlug"], submitted["kernelVersion"]) == ("someone", "kit-toy", 3)
+    assert kaggle.calls("SaveKernel")[0].get("enableInternet") in (False, None)
+    text = Path("submissions/toy/ledger.csv").read_text()
+    assert "submissions/toy/001-best.csv" in text and "notebook someone/kit-toy/3,0.9,0.9,0.8,COMPLETE" in text
+
+
+def test_data_from_elsewhere_has_no_notebook(kaggle, source):
+    with pytest.raises(UserError, match="toy is not on Kaggle"):
+        kernel(replace(source, slug=""))
+    assert kaggle.asked == []
+
+
+def test_the_code_is_packed_to_the_same_bytes(tmp_path):
+    (content, version), again = pack(), pack()
+    assert (content, version) == again and len(version) == 12
+    with zipfile.ZipFile(io.BytesIO(content)) as packed:
+        assert packed.read(VERSION).decode() == version
+        assert not [name for name in packed.namelist() if "__pycache__" in name or "/." in name]
+
+
+STUB = """
+import json, pathlib, sys
+words = sys.argv[1:]
+assert words[:2] == ["train", "toy"] and pathlib.Path(words[words.index("--data") + 1], "train.csv").is_file(), words
+for name, text in {"runs/toy/1/run.json": "{}", "submissions/toy/1.csv": "id\\n1\\n"}.items():
+    path = pathlib.Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+"""
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_the_notebook_runs_as_it_is_pushed(tmp_path, unpacked):
+    """Its cells, with the folders of Kaggle moved, on a kit whose training is a stub."""
+    kit = tmp_path / "kit-source"
+    (kit / "common").mkdir(parents=True)
+    (kit / "common" / "__main__.py").write_text(STUB)
+    (kit / "requirements.txt").write_text("timm==1\n")
+    content, version = pack(kit)
+    inputs, working = tmp_path / "input", tmp_path / "working"
+    (inputs / "competitions" / SLUG).mkdir(parents=True)
+    (inputs / "competitions" / SLUG / "train.csv").touch()
+    code = inputs / "kit-toy-code"
+    working.mkdir()
+    if unpacked:
+        zipfile.ZipFile(io.BytesIO(content)).extractall(code / "kit")
+    else:
+        code.mkdir()
+        (code / "kit.zip").write_bytes(content)
+
+    def run(expected: str) -> subprocess.CompletedProcess:
+        document = json.loads(notebook("kit-toy", SLUG, "toy", ["--epochs", "3"], "kit.zip", expected, internet=False))
+        script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
+        for place, moved in {"/kaggle/input": inputs, "/kaggle/working": working, "/tmp/kit": tmp_path / "kit"}.items():
+            script = script.replace(f'"{place}"', repr(str(moved)))
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+
+    done = run(version)
+    assert done.returncode == 0, done.stderr
+    assert (working / "submission.csv").read_text() == "id\n1\n"
+    with zipfile.ZipFile(working / OUTPUT) as out:
+        assert sorted(out.namelist()) == ["runs/toy/1/run.json", "submissions/toy/1.csv"]
+    old = run("other")
+    assert old.returncode != 0 and "expected other: push the notebook again" in old.stderr
