@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 # What the allocators of CUDA, ROCm, MPS and the CPU say, and what cuDNN and cuBLAS say instead when it is their
 # workspace that did not fit. Not all of them raise torch.OutOfMemoryError.
@@ -56,6 +57,7 @@ class Buffers:
         # By owner and name: a module may assign a new tensor to its buffer.
         self._owners = [(owner, name) for owner, name in owners if owner[name] is not None]
         self._copies = [owner[name].clone() for owner, name in self._owners]
+        self._normalising = {id(module._buffers) for module in model.modules() if isinstance(module, _NormBase)}
         self._touched = False
 
     def keep(self) -> None:
@@ -69,8 +71,9 @@ class Buffers:
             self._copy(lambda buffer, copy: buffer.copy_(copy))
         self._touched = True
 
-    def floating(self) -> list[Tensor]:
-        return [owner[name] for owner, name in self._owners if owner[name].is_floating_point()]
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of normalisation: what differs between ranks, which see different samples."""
+        return [owner[name] for owner, name in self._owners if id(owner) in self._normalising]
 
     @torch.no_grad()
     def _copy(self, copy: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -118,13 +118,14 @@ class Ranks:
                     parameter.grad = total.view_as(parameter)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the processes: one message per type of number."""
+        """Replace every tensor by its mean over the processes, whole for integers: one message per type of number."""
         if self.world == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in alike])) / self.world
-            for tensor, mean in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            total = self.sum_(torch.cat([tensor.reshape(-1) for tensor in alike]))
+            means = total / self.world if dtype.is_floating_point else total // self.world
+            for tensor, mean in zip(alike, means.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
     def barrier(self) -> None:

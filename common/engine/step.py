@@ -113,7 +113,9 @@ class Engine:
                 self._halve(len(window))
         if self.scale.enabled:
             self.multiply_gradients(1 / self.scale.factor)
-        self.ranks.average_(self.buffers.floating())  # every rank continues, and is restored, with the same statistics
+        self.ranks.average_(
+            self.buffers.statistics()
+        )  # every rank continues, and is restored, with the same statistics
         self._tell_once(len(window))
         return value
 
