@@ -28,7 +28,8 @@ from common.engine.optimizers import build_optimizer
 from common.engine.step import Engine
 from common.raw import RawData
 from common.window import Window
-from competitions.clouds import decision, reader, rle, task
+from competitions.clouds import decision, loss, reader, rle, task
+from competitions.clouds.model import CloudNet
 from competitions.clouds.reader import MASK_SIZE, SUBMISSION_SIZE
 
 WORKING_SIZE = (384, 576)
@@ -172,16 +173,16 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     config = replace(task.RECIPES["full"], encoder=encoder, encoder_weights="none", encoder_lr=1.0, size=size)
     config = replace(config, batch_size=batch, checkpointing=checkpointing)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = task._model(config).to(device)
+    network = CloudNet(config.architecture, encoder, config.class_head, config.dropout, checkpointing).to(device)
     engine = Engine(
         network,
-        task._loss(config),
+        loss.build(config),
         build_optimizer(network, config),
         micro_batch=micro,
         precision="bf16" if device.type == "cuda" else "fp32",
     )
-    pixels = torch.zeros(batch, 4, *size, dtype=torch.uint8)
-    pixels[:, :, : size[0] // 2] = 1
+    pixels = torch.zeros(batch, *size, dtype=torch.uint8)
+    pixels[:, : size[0] // 2] = 0b1111
     targets = {"pixels": pixels, "classes": torch.ones(batch, 4, dtype=torch.uint8)}
     inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
     for number in range(2):

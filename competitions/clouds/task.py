@@ -120,7 +120,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
     """Read and check the files, and put the competition together; raises UserError for what is wrong with either."""
     from common.loading.folds import multilabel_stratified
     from common.task import Task, View
-    from competitions.clouds import decision, pictures, reader, rle, tuning
+    from competitions.clouds import decision, loss, pictures, reader, rle, tuning
     from competitions.clouds.augment import pipeline
     from competitions.clouds.dataset import CloudImages
 
@@ -148,7 +148,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         test_ids=files.test_images,
         folds=multilabel_stratified(files.images, files.runs.present(), config.folds, config.seed),
         model=partial(_model, config),
-        loss=_loss(config),
+        loss=loss.build(config),
         metrics=_metrics(reader.CLASSES),
         predict=decision.predict,
         decide=decision.decide,
@@ -204,19 +204,6 @@ def _pretrain(encoder: str, network: Any) -> None:
     from competitions.clouds.model import load_encoder_weights
 
     load_encoder_weights(network, encoder)
-
-
-def _loss(config: CloudConfig) -> Any:
-    from common.losses import BCE, BCEDice, Dice, Heads, LovaszHinge, Weighted
-
-    pixels = [
-        (BCE(), config.bce),
-        (Dice(average="batch"), config.dice),
-        (LovaszHinge(), config.lovasz),
-        (BCEDice(0.75, 0.25, present_only=True), config.present),
-    ]
-    heads = {"pixels": (Weighted(*[part for part in pixels if part[1]]), 1.0)}
-    return Heads(heads | ({"classes": (BCE(), config.classes)} if config.classes else {}))
 
 
 def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:

@@ -12,6 +12,7 @@ from common.raw import RawData
 from competitions.clouds import reader
 from competitions.clouds.augment import Blackout, pipeline
 from competitions.clouds.dataset import CloudImages
+from competitions.clouds.loss import pack, unpack
 
 from .conftest import NAMES
 
@@ -28,11 +29,19 @@ def test_training_samples(files, strength, blackout):
     for row in range(len(data)):
         image, target = data[row]
         assert image.dtype == torch.uint8 and image.shape == (3, 64, 96)
-        assert target["pixels"].dtype == torch.uint8 and target["pixels"].shape == (4, 64, 96)
-        assert set(target["pixels"].unique().tolist()) <= {0, 1}
-        assert (target["classes"].bool() == target["pixels"].flatten(1).any(1)).all()
+        assert target["pixels"].dtype == torch.uint8 and target["pixels"].shape == (64, 96)
+        masks = unpack(target["pixels"][None])[0]
+        assert masks.dtype == torch.uint8 and set(masks.unique().tolist()) <= {0, 1}
+        assert (target["classes"].bool() == masks.flatten(1).any(1)).all()
         if strength == "none" and not blackout:
-            assert (target["pixels"].numpy() == files.runs.masks(row, (64, 96))).all()
+            assert (masks.numpy() == files.runs.masks(row, (64, 96))).all()
+
+
+def test_packing_masks_loses_nothing():
+    masks = np.random.default_rng(0).integers(0, 2, (7, 9, 4), np.uint8)
+    packed = pack(masks)
+    assert packed.shape == (7, 9) and packed.max() < 16
+    assert (unpack(torch.from_numpy(packed)[None])[0].permute(1, 2, 0).numpy() == masks).all()
 
 
 def test_blackout_takes_one_class_and_what_it_covers():

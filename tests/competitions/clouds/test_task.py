@@ -17,9 +17,10 @@ import torch
 from common.__main__ import main
 from common.config import checked
 from common.errors import UserError
-from common.losses import kind, window_value
+from common.losses import BCE, BCEDice, Dice, LovaszHinge, kind, window_value
 from common.raw import RawData
 from competitions.clouds import reader, rle, sample, task
+from competitions.clouds.loss import pack
 from competitions.clouds.reader import CLASSES
 
 from .conftest import NAMES, TEST_NAMES, truth_of, write_rows
@@ -135,10 +136,25 @@ SHAPES = {"pixels": (16, 24), "classes": ()}
 def test_the_loss_is_made_of_the_flags(folder, weights, expected):
     loss = build(folder, **weights).loss
     outputs = {name: torch.randn(3, 4, *size, requires_grad=True) for name, size in SHAPES.items()}
-    pixels = (torch.rand(3, 4, 16, 24) > 0.6).to(torch.uint8)
-    targets = {"pixels": pixels, "classes": pixels.flatten(2).any(2).to(torch.uint8)}
+    masks = (torch.rand(3, 4, 16, 24) > 0.6).to(torch.uint8)
+    masks[0, 2] = 0
+    packed = torch.stack([torch.from_numpy(pack(image.permute(1, 2, 0).numpy())) for image in masks])
+    targets = {"pixels": packed, "classes": masks.flatten(2).any(2).to(torch.uint8)}
     assert kind(loss) == expected
-    window_value(loss, outputs, targets).backward()
+    value = window_value(loss, outputs, targets)
+    parts = {
+        "bce": (BCE(), "pixels"),
+        "dice": (Dice(average="batch"), "pixels"),
+        "lovasz": (LovaszHinge(), "pixels"),
+        "present": (BCEDice(0.75, 0.25, present_only=True), "pixels"),
+        "classes": (BCE(), "classes"),
+    }
+    slow = sum(
+        weights[name] * window_value(part, outputs[head], masks if head == "pixels" else targets["classes"])
+        for name, (part, head) in parts.items()
+    )
+    assert value.item() == pytest.approx(slow.item(), rel=1e-6)
+    value.backward()
     assert outputs["pixels"].grad.abs().sum() > 0
     assert (outputs["classes"].grad is not None) == bool(weights["classes"])
 
