@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from competitions.kdd_air_quality.medians import by_day, sliding_medians
-from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS
+from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network, city_of
 
@@ -175,11 +175,10 @@ def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
 
 def _calendar(start: np.datetime64, ends: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Hour, weekday and season of the 48 hours after each origin [N, 48, 4]."""
-    first = start.astype("datetime64[D]") + ends * DAY
-    hours = np.arange(HORIZON_HOURS)
-    dates = first[:, None] + (hours // 24) * DAY
+    hours = start.astype("datetime64[h]") + (ends[:, None] * 24 + np.arange(HORIZON_HOURS)) * HOUR
+    dates = hours.astype("datetime64[D]")
+    hour = (hours - dates).astype(int)
     weekday = (dates.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
     of_year = (dates - dates.astype("datetime64[Y]")).astype(int) * (2 * np.pi / 365.25)
-    hour = np.broadcast_to(hours % 24, dates.shape)
     table = np.stack([hour, weekday, np.sin(of_year), np.cos(of_year)], axis=-1).astype(np.float32)
     return table, ["hour", "weekday", "season_sine", "season_cosine"]

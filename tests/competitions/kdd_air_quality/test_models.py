@@ -1,0 +1,251 @@
+"""The forecasters: features and forecasts that cannot see past the origin, the loss, the network, Prophet, the blend."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.engine.ranks import SINGLE
+from common.errors import UserError
+from common.fit import fit
+from common.run import Run
+from competitions.kdd_air_quality import blend, boosting, features, impute, medians, metric, mlp, models
+from competitions.kdd_air_quality.backtest import periods_of
+from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
+from competitions.kdd_air_quality.stations import Network
+from competitions.kdd_air_quality.task import RECIPES, with_one_model
+
+CONFIG = replace(RECIPES["smoke"], epochs=1, boosting_rounds=5, train_days=10, history_days=3, windows="golden_1",
+                 units=8, jobs=1)
+DAYS = days_between("2018-03-20", "2018-03-23")
+
+
+@pytest.fixture(scope="module")
+def fitted(observations, tmp_path_factory):
+    """A run whose medians, boosting and network are fitted before the first of DAYS."""
+    run = Run(tmp_path_factory.mktemp("run"), {})
+    known = observations.before(first_hour(DAYS[0]))
+    for name in ("medians", "boosting", "mlp"):
+        models.fit(name, known, CONFIG, run, None)
+    return run
+
+
+def with_other_future(observations, hour: np.datetime64):
+    """Everything at and after `hour` is something else."""
+    row = int((hour - observations.start) / HOUR)
+    values = observations.values.copy()
+    values[row:] = np.random.default_rng(0).lognormal(5, 2, values[row:].shape)
+    return replace(observations, values=values)
+
+
+@pytest.mark.parametrize("name", ["medians", "boosting", "mlp"])
+def test_forecasts_see_nothing_at_or_after_their_origin(observations, fitted, name):
+    expected = models.forecast(name, observations, DAYS, CONFIG, fitted, None)
+    assert expected.shape == (4, 48, 21) and np.isfinite(expected).all() and (expected >= 0).all()
+    origin = first_hour(DAYS[-1])
+    changed = models.forecast(name, with_other_future(observations, origin), DAYS, CONFIG, fitted, None)
+    np.testing.assert_array_equal(changed, expected)
+    without = models.forecast(name, observations.before(origin), DAYS, CONFIG, fitted, None)
+    np.testing.assert_array_equal(without, expected)
+    alone = models.forecast(name, observations, DAYS[1:2], CONFIG, fitted, None)
+    np.testing.assert_allclose(alone[0], expected[1], rtol=1e-5)
+    known = models.forecast(name, with_other_future(observations, origin - 3 * HOUR), DAYS, CONFIG, fitted, None)
+    assert not np.array_equal(known[-1], expected[-1]), "the last hours before the origin do count"
+    np.testing.assert_array_equal(known[:-1], expected[:-1])
+
+
+@pytest.mark.parametrize("name", ["boosting", "mlp"])
+def test_fits_see_nothing_at_or_after_the_cut(observations, fitted, tmp_path, name):
+    cut = first_hour(DAYS[0])
+    run = Run(tmp_path, {})
+    models.fit(name, with_other_future(observations, cut).before(cut), CONFIG, run, None)
+    expected = models.forecast(name, observations, DAYS, CONFIG, fitted, None)
+    np.testing.assert_array_equal(models.forecast(name, observations, DAYS, CONFIG, run, None), expected)
+
+
+def test_the_network_of_a_period_learns_nothing_from_its_held_days(observations, tmp_path):
+    """The held days only log a score: with other values there the weights are the same."""
+    cut, weights = first_hour(DAYS[0]), []
+    for number, source in enumerate((observations, with_other_future(observations, cut))):
+        run = Run(tmp_path / str(number), {})
+        run.path.mkdir()
+        models.fit("mlp", source.before(cut), CONFIG, run, 0, DAYS, source)
+        weights.append(torch.load(run.path / "fold-0" / "model.pt", weights_only=True)["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_is_fitted_is_not_fitted_again(observations, fitted):
+    before = {file: file.stat().st_mtime_ns for file in fitted.path.rglob("*") if file.suffix in (".json", ".pt")}
+    for name in ("medians", "boosting", "mlp"):
+        models.fit(name, observations.before(first_hour(DAYS[0])), CONFIG, fitted, None)
+    assert before and all(file.stat().st_mtime_ns == time for file, time in before.items())
+
+
+def test_no_training_row_reaches_past_the_cut(observations):
+    known = observations.before(first_hour(DAYS[0]))
+    ends = boosting.training_ends(known)
+    assert ends[-1] * 24 + 48 == len(known.values)
+
+
+def test_features_of_an_origin_do_not_depend_on_the_others(observations):
+    whole = features.build(observations, np.array([40, 41, 60]))
+    alone = features.build(observations.before(observations.start + 41 * 24 * HOUR), np.array([41]))
+    for name in ("base", "per_series", "per_hour", "calendar"):
+        np.testing.assert_array_equal(getattr(whole, name)[1], getattr(alone, name)[0], err_msg=name)
+    table = whole.table(np.array([1]), np.array([30]), np.array([5]))
+    assert table.shape == (1, len(whole.names))
+    assert table[0, whole.names.index("hours_ahead")] == 30 and table[0, whole.names.index("hour")] == 6
+    # Origin 41 is 2018-02-11 00:00, a Sunday; hour 30 is Monday.
+    assert table[0, whole.names.index("weekday")] == 0
+
+
+def test_the_smape_gradient_is_the_slope_of_the_loss():
+    target, scores = np.zeros(5), np.array([-3, -1, 0.5, 1, 4.0])
+
+    class Data:
+        def get_label(self):
+            return target
+
+    gradient, curvature = boosting.smape_gradient(scores, Data())
+    step = 1e-6
+    slope = (2 * np.tanh(np.abs(scores + step) / 2) - 2 * np.tanh(np.abs(scores - step) / 2)) / (2 * step)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-6)
+    assert (curvature > 0).all()
+    forecast, truth = np.exp(scores), np.exp(target)
+    np.testing.assert_allclose(2 * np.tanh(np.abs(scores) / 2), metric.terms(truth, forecast))
+
+
+def test_too_short_a_history_is_named(observations):
+    with pytest.raises(UserError, match="4 days of history"):
+        list(boosting.fit(observations.before(observations.start + 4 * 24 * HOUR), [0], 5, 0.1, 1, 0))
+
+
+def network_rows(observations, ends, history_days=3, windows=(2, 5)):
+    completed = impute.complete(observations.series(), observations.network)
+    return mlp.Rows(observations, completed, np.array(ends), history_days, windows)
+
+
+def test_rows_hold_the_past_and_the_targets_in_their_places(observations):
+    """The value is its hour: the last input hour is the one before the origin, the first target the one after."""
+    hours = np.arange(len(observations.values), dtype=np.float32) + 1
+    timed = replace(observations, values=np.broadcast_to(hours[:, None, None], observations.values.shape).copy())
+    rows = network_rows(timed, [30, 31])
+    count = rows.series_count
+    inputs, targets = rows.batch(np.array([0, count + 2]))
+    for row, end in enumerate((30, 31)):
+        past = np.exp(inputs[row, : 3 * 24].numpy() + np.tile(rows.base[row, :, 2 * row], 3))
+        np.testing.assert_allclose(past, hours[end * 24 - 72 : end * 24], rtol=1e-4)
+        ahead = np.exp(targets[row].numpy() + np.tile(rows.base[row, :, 2 * row], 2))
+        np.testing.assert_allclose(ahead, hours[end * 24 : end * 24 + 48], rtol=1e-4)
+    relative = np.stack([rows.batch(np.arange(len(rows)))[1].numpy()])[0]
+    np.testing.assert_allclose(rows.forecast(relative)[1, :, 0], hours[31 * 24 : 31 * 24 + 48], rtol=1e-4)
+
+
+def test_the_blog_s_number_of_inputs():
+    network = Network()
+    assert mlp.input_count(network, 360, medians.windows_of("golden_8")) == 9_024
+    assert mlp.input_count(network, 420, medians.windows_of("fib_8")) == 10_464
+
+
+def test_the_raw_inputs_join_again_after_the_first_layer():
+    model = mlp.ShortcutMLP(10, 4, 0.0).eval()
+    assert model.rest[0].in_features == 14
+    with torch.no_grad():
+        for parameter in model.first.parameters():
+            parameter.zero_()
+        model.rest[-1].weight.normal_()
+        changed = model(torch.zeros(1, 10)) - model(torch.ones(1, 10))
+    assert changed.abs().sum() > 0, "the inputs get through although the first layer is dead"
+
+
+def test_windows_of_the_training_are_days_and_its_fold_is_the_held_days(observations, tmp_path):
+    rows = network_rows(observations, [30, 31, 32, 50])
+    task = mlp.task(rows, mlp.Split(np.array([30, 31, 32]), np.array([50])), 0, 8, 0.1)
+    count = rows.series_count
+    plan = task.order(np.flatnonzero(task.folds != 0))(0, 0)
+    assert plan.sizes.tolist() == [count] * 3
+    for window in range(3):
+        part = plan.index[window * count : (window + 1) * count]
+        assert len({task.ids[row].split("/")[0] for row in part}) == 1
+    assert (np.flatnonzero(task.folds == 0) == np.arange(3 * count, 4 * count)).all()
+    run = Run(tmp_path, {})
+    folder = fit(task, replace(CONFIG, keep="last"), run, 0, SINGLE)
+    assert np.isfinite(np.load(folder / "oof.npy")).all()
+
+
+def test_missing_and_zero_values_give_a_finite_loss(observations):
+    values = observations.values.copy()
+    values[:, 0] = 0
+    values[:, 1] = np.nan
+    rows = network_rows(replace(observations, values=values), [30])
+    inputs, targets = rows.batch(np.arange(len(rows)))
+    assert torch.isfinite(inputs).all()
+    from common.losses import LogSMAPE, window_value
+
+    outputs = torch.zeros(len(rows), 48, requires_grad=True)
+    loss = window_value(LogSMAPE(), outputs, targets)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(outputs.grad).all()
+
+
+def test_prophet_is_its_line_and_its_week():
+    pytest.importorskip("prophet")
+    import pandas as pd
+
+    from competitions.kdd_air_quality import prophet_model
+
+    random = np.random.default_rng(0)
+    hours = np.datetime64("2018-01-01T00") + np.arange(30 * 24) * HOUR
+    values = 50 + np.arange(len(hours)) * 0.02 + 10 * np.sin(np.arange(len(hours)) / 24 * 2 * np.pi)
+    values = (values + random.normal(0, 2, len(hours))).astype(np.float32)
+    values[100:130] = np.nan
+    level, slope, week = prophet_model.fit_one(hours, values, "Beijing")
+    lines = prophet_model.Lines(hours[-1] + HOUR, np.array([level]), np.array([slope]), week[:, None])
+    later = hours[-1] + (1 + 24 * 20 + np.arange(48)) * HOUR
+    there = np.isfinite(values)
+    model = prophet_model.fitted_prophet(hours[there], values[there], "Beijing")
+    expected = model.predict(pd.DataFrame({"ds": later.astype("datetime64[ns]")}))["yhat"].to_numpy()
+    np.testing.assert_allclose(lines.at(later)[:, 0], np.maximum(expected, 0), rtol=1e-6)
+    assert np.isnan(prophet_model.fit_one(hours, np.full(len(hours), np.nan), "London")[0])
+
+
+def test_the_blend_finds_the_better_model_and_beats_both():
+    random = np.random.default_rng(0)
+    network = Network(("dongsi_aq", "CD1"))
+    truth = random.lognormal(3, 0.5, (20, 48, 5))
+    good, bad = (truth * np.exp(random.normal(0, scale, truth.shape)) for scale in (0.2, 0.4))
+    forecasts = {"good": good, "bad": bad}
+    weights = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)
+    for group in network.groups:
+        assert 0.6 < weights[group]["good"] < 0.95 and sum(weights[group].values()) == pytest.approx(1, abs=1e-3)
+    mixed = metric.terms(truth, blend.apply(weights, forecasts, network.groups)).mean()
+    assert mixed < metric.terms(truth, good).mean() < metric.terms(truth, bad).mean()
+    nothing = blend.fit(forecasts, truth, np.zeros(truth.shape, bool), network.groups)
+    assert nothing["Beijing O3"] == {"good": 0.5, "bad": 0.5}
+
+
+def test_the_blend_s_gradient_finds_the_minimum_of_a_grid():
+    random = np.random.default_rng(1)
+    target = random.normal(0, 1, 400)
+    logs = np.stack([target + random.normal(0.3, 0.5, 400), target + random.normal(-0.3, 0.4, 400)])
+    grid = np.linspace(0, 1, 201)
+    values = [2 * np.tanh(np.abs(w * logs[0] + (1 - w) * logs[1] - target) / 2).mean() for w in grid]
+    assert blend._minimum(logs, target)[0] == pytest.approx(grid[np.argmin(values)], abs=0.06)
+
+
+def test_periods_are_refitted_and_the_first_blend_comes_from_before():
+    days = days_between("2018-03-01", "2018-04-28")
+    before, march, april = periods_of(days, 31, 28)
+    assert [str(before.days[0]), str(before.days[-1])] == ["2018-01-31", "2018-02-27"]
+    assert str(march.days[0]) == "2018-03-01" and str(april.days[0]) == "2018-04-01" and len(april.days) == 28
+    # The truth of the last day before is over at the first origin: it ends two days after its submit day.
+    assert first_hour(before.days[-1]) + 48 * HOUR <= first_hour(march.days[0])
+
+
+def test_models_are_chosen_by_name():
+    assert models.names_of(replace(CONFIG, models="boosting,medians")) == ["medians", "boosting"]
+    assert models.names_of(with_one_model(replace(CONFIG, model="mlp"))) == ["mlp"]
+    for wrong in ("", "medians,forest"):
+        with pytest.raises(UserError, match="medians,boosting,mlp,prophet"):
+            models.names_of(replace(CONFIG, models=wrong))

@@ -1,0 +1,184 @@
+"""The reader: every layout, both spellings, duplicates, negative values, and what it says about odd files."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.errors import UserError
+from common.raw import RawData
+from competitions.kdd_air_quality import sample, table
+from competitions.kdd_air_quality.origins import HOUR
+from competitions.kdd_air_quality.reader import known_before, read
+from competitions.kdd_air_quality.stations import Network
+
+HISTORY = "beijing_17_18_aq.csv"
+LONDON = "London_historical_aqi_forecast_stations_20180331.csv"
+
+
+@pytest.fixture
+def files(sample_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(sample_folder, folder)
+    return folder
+
+
+def load(folder, stations=(*sample.BEIJING, *sample.LONDON)):
+    return read(RawData(folder, "kdd_air_quality"), stations)
+
+
+def value(observations, station, hour, pollutant=0):
+    row = int((np.datetime64(hour, "h") - observations.start) / HOUR)
+    return observations.values[row, observations.network.stations.index(station), pollutant]
+
+
+def test_the_mixed_files_make_one_grid(files):
+    observations = load(files)
+    assert observations.values.shape == (sample.DAYS * 24, 8, 6) and not observations.warnings
+    history = pd.read_csv(files / HISTORY).dropna(subset=["O3"]).iloc[100]
+    assert value(observations, history.stationId, history.utc_time, 2) == np.float32(history.O3)
+    recent = pd.read_csv(files / "bj_aq_2018.csv").dropna(subset=["PM10_Concentration"])
+    recent = recent[recent.station_id == "aotizhongx_aq"].iloc[3]
+    assert value(observations, "aotizhongxin_aq", recent.time, 1) == np.float32(recent.PM10_Concentration)
+    london = pd.read_csv(files / LONDON).dropna(subset=["PM2.5 (ug/m3)"]).iloc[50]
+    hour = pd.to_datetime(london.MeasurementDateGMT).to_datetime64()
+    assert value(observations, london.station_id, hour) == np.float32(london["PM2.5 (ug/m3)"])
+    assert (observations.values < 0).any(), "negative values stay for the score"
+
+
+def test_an_archive_reads_like_the_folder(files, tmp_path):
+    shutil.make_archive(str(tmp_path / "all"), "zip", files)
+    np.testing.assert_array_equal(load(files).values, load(tmp_path / "all.zip").values)
+
+
+def test_geocode_column_and_times_do_not_matter(files):
+    expected = load(files).values
+    frame = pd.read_csv(files / LONDON).rename(columns={"station_id": "GeoCode"})
+    frame["MeasurementDateGMT"] = pd.to_datetime(frame["MeasurementDateGMT"]).astype(str)
+    frame.sample(frac=1, random_state=0).to_csv(files / LONDON, index=False)
+    np.testing.assert_array_equal(load(files).values, expected)
+
+
+def test_of_two_values_the_last_one_counts_and_a_blank_does_not(files):
+    row = pd.read_csv(files / HISTORY).dropna().iloc[[10]]
+    later = row.assign(O3=777.0, PM10=np.nan)
+    later.to_csv(files / "zz_correction.csv", index=False)
+    observations = load(files)
+    station, hour = row.stationId.iloc[0], row.utc_time.iloc[0]
+    assert value(observations, station, hour, 2) == 777
+    assert value(observations, station, hour, 1) == np.float32(row.PM10.iloc[0])
+
+
+def test_the_archive_of_series_reads_the_same_values(files, tmp_path):
+    """The Zenodo layout: one line a series."""
+    observations = load(files)
+    lines = ["# comment", "@attribute series_name string", "@data"]
+    names = ("PM2.5", "PM10", "O3", "NO2", "CO", "SO2")
+    for station, full in enumerate(observations.network.stations):
+        for pollutant, name in enumerate(names):
+            numbers = observations.values[:, station, pollutant]
+            if np.isfinite(numbers).any():
+                city = "Beijing" if full.endswith("_aq") else "London"
+                text = ",".join("?" if np.isnan(v) else repr(float(v)) for v in numbers)
+                lines.append(f"T{len(lines)}:{city}:{full}:{name}:2018-01-01 00-00-00:{text}")
+    (tmp_path / "tsf").mkdir()
+    (tmp_path / "tsf" / "kdd.tsf").write_text("\n".join(lines))
+    np.testing.assert_array_equal(load(tmp_path / "tsf").values, observations.values)
+
+
+def test_other_columns_are_named_and_left_out(files):
+    (files / "strange.csv").write_text("place,when,dust\nA,2018-01-01,3\n")
+    (files / "grid.csv").write_text("stationName,utc_time,temperature\nA,2018-01-01,3\n")
+    (warning,) = load(files).warnings
+    assert "strange.csv" in warning and "place, when, dust" in warning and "utc_time" in warning
+
+
+def test_unknown_stations_are_listed(files):
+    pd.read_csv(files / HISTORY).iloc[:5].assign(stationId="atlantis_aq").to_csv(files / "more.csv", index=False)
+    (warning,) = load(files).warnings
+    assert "atlantis_aq" in warning
+
+
+def test_local_time_is_noticed_by_the_ozone(files):
+    for name, column in ((HISTORY, "utc_time"), ("bj_aq_2018.csv", "time")):
+        frame = pd.read_csv(files / name)
+        frame[column] = pd.to_datetime(frame[column]) + pd.Timedelta(hours=8)
+        frame.to_csv(files / name, index=False)
+    warnings = load(files).warnings
+    assert len(warnings) == 2 and all("local time" in text and "16:00" in text for text in warnings)
+
+
+def test_an_empty_city_is_refused(files):
+    for name in (LONDON, "ld_aq_2018.csv"):
+        (files / name).unlink()
+    with pytest.raises(UserError, match="no observation of London"):
+        load(files)
+    load(files, sample.BEIJING)
+
+
+def test_a_station_without_data_is_listed(files):
+    warnings = load(files, (*sample.BEIJING, *sample.LONDON, "zhiwuyuan_aq")).warnings
+    assert any("zhiwuyuan_aq PM2.5" in text for text in warnings)
+
+
+def test_no_files_at_all(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="make data COMP=kdd_air_quality"):
+        load(tmp_path)
+
+
+def test_nothing_is_left_after_the_origin(files):
+    observations = load(files)
+    day = np.datetime64("2018-02-10")
+    known = known_before(observations, day)
+    assert str(known.end) == "2018-02-11T00"
+    np.testing.assert_array_equal(known.values, observations.values[: len(known.values)])
+    with pytest.raises(UserError, match="2018-01-01 to 2018-03-31"):
+        known_before(observations, np.datetime64("2019-01-01"))
+    with pytest.raises(UserError, match="outside the data"):
+        known_before(observations, np.datetime64("2017-12-01"))
+
+
+def test_an_origin_after_the_last_hour_is_padded_with_missing_hours(files):
+    observations = load(files)
+    known = known_before(observations, np.datetime64("2018-04-01"))
+    assert str(known.end) == "2018-04-02T00" and np.isnan(known.values[-24:]).all()
+
+
+class TestTable:
+    def test_both_spellings_keep_their_ids_and_order(self, real_data):
+        for name in ("sample_submission.csv", "sample_submission_short_ids.csv"):
+            lines = (real_data / "kdd_cup_2018" / name).read_text().splitlines()
+            assert table.stations_of(lines) == Network().stations
+            forecast = np.arange(48 * 131, dtype=float).reshape(48, 131)
+            rows = list(table.rows(lines, forecast, Network()))
+            assert [row[0] for row in rows] == [line.split(",")[0] for line in lines[1:]] and len(rows) == 2304
+            assert rows[0][1:] == ["0.0000", "1.0000", "2.0000"]
+            assert rows[-1][1:3] == [f"{48 * 131 - 2}.0000", f"{48 * 131 - 1}.0000"]
+            assert rows[-1][3] == lines[-1].split(",")[3]
+
+    def test_the_standard_sample_without_a_file(self, tmp_path):
+        lines = table.sample_lines(RawData(tmp_path, "kdd_air_quality"))
+        assert len(lines) == 2305 and lines[1] == "dongsi_aq#0,0,0,0" and lines[-1] == "TH4#47,0,0,"
+
+    def test_ids_are_joined_by_name_not_by_place(self):
+        lines = ["test_id,PM2.5,PM10,O3", "CD1#1,0,0,", "dongsi_aq#0,0,0,0"]
+        network = Network(table.stations_of(lines))
+        forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # CD1 PM2.5, PM10, dongsi PM2.5, PM10, O3
+        assert list(table.rows(lines, forecast, network)) == [
+            ["CD1#1", "5.0000", "6.0000", ""], ["dongsi_aq#0", "2.0000", "3.0000", "4.0000"]
+        ]
+
+    @pytest.mark.parametrize("line", ["nowhere_aq#1,0,0,0", "CD1#48,0,0,0", "CD1,0,0,0"])
+    def test_other_ids_are_refused(self, line):
+        with pytest.raises(UserError, match="expected a station"):
+            table.stations_of(["test_id,PM2.5,PM10,O3", line])
+
+    @pytest.mark.parametrize("values, fault", [
+        (("1", "2", "3"), None), (("1", "2", ""), None), (("", "2", "3"), "expected a number"),
+        (("1", "-2", "3"), "0 or more"), (("1", "x", "3"), "expected a number"),
+    ])
+    def test_values(self, values, fault):
+        found = table.valid(values)
+        assert found is None if fault is None else fault in found
