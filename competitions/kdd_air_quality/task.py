@@ -24,8 +24,9 @@ class Config(common.Config):
     """Settings of the forecasters and of the rolling backtest that the blend is fitted on."""
 
     fold: str = flag("0", "not used here: the last days are held out by time")
-    epochs: int = flag(12, "passes over the training days of the network", "epochs")
+    epochs: int = flag(5, "passes over the training days of the network", "epochs")
     batch_size: int = flag(131, "not used here: the network's windows are whole days")
+    weight_decay: float = flag(0.05, "decoupled weight decay of the network; none on biases and normalisation")
     lr: float = flag(1.5e-3, "peak learning rate of the network", "per optimizer step")
     clip_norm: float = flag(1.0, "largest norm of the window's gradient; 0 never clips")
     ema: float = flag(0.995, "decay of the moving average of the network's weights; 0 is off", "per step")
@@ -40,13 +41,13 @@ class Config(common.Config):
     beijing_windows: str = flag("golden_5", "windows of the medians in Beijing")
     london_windows: str = flag("fib_9", "windows of the medians in London")
     boosting_rounds: int = flag(250, "trees of each boosted model", "trees")
-    boosting_seeds: int = flag(3, "boosted models per city and loss, each on other rows", "models")
-    boosting_share: float = flag(0.08, "part of all rows (origin, hour ahead, series) that a boosted model sees")
+    boosting_seeds: int = flag(3, "boosted models per city and kind of tree, each on other rows", "models")
+    boosting_share: float = flag(0.12, "part of all rows (origin, hour ahead, series) that a boosted model sees")
     history_days: int = flag(14, "hours before the origin that the network sees; the blog's were 360", "days")
     windows: str = flag("golden_8", "median windows that the network sees")
     train_days: int = flag(420, "last origins that the network is trained on", "days")
     units: int = flag(128, "width of the network")
-    dropout: float = flag(0.3, "dropout of the network")
+    dropout: float = flag(0.5, "dropout of the network")
 
 
 DEFAULT = Config()

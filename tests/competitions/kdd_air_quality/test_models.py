@@ -1,4 +1,4 @@
-"""The forecasters: features and forecasts that cannot see past the origin, the loss, the network, Prophet, the blend."""
+"""The forecasters: features and forecasts that cannot see past the origin, the loss, network, Prophet and blend."""
 
 from dataclasses import replace
 

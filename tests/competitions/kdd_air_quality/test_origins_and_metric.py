@@ -136,4 +136,5 @@ def test_score_of_nothing_on_the_real_months(real_data):
     days = origins.days_between("2018-02-28", "2018-03-29")
     truth = observations.truth(days)
     figures = metric.summary(truth, np.zeros_like(truth), observations.network.stations)
-    assert figures["mean"] == pytest.approx(1.99948, abs=2e-5) and figures["best_25"] == pytest.approx(1.99937, abs=2e-5)
+    assert figures["mean"] == pytest.approx(1.99948, abs=2e-5)
+    assert figures["best_25"] == pytest.approx(1.99937, abs=2e-5)
