@@ -10,6 +10,7 @@ from types import ModuleType
 from common import config as configs
 from common.config import Config, Parser
 from common.errors import UserError
+from common.kaggle import verbs
 
 COMPETITIONS = Path(__file__).parents[1] / "competitions"
 
@@ -95,69 +96,23 @@ def check(competition: str, argv: list[str]) -> None:
 
 def data(competition: str, argv: list[str]) -> None:
     """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
-    parser = Parser(prog=f"python -m common data {competition}", description=data.__doc__, allow_abbrev=False)
-    parser.add_argument("--force", nargs="?", const="1", default="", help="download again what is complete")
-    parser.add_argument("--labels-only", action="store_true", help="only the label files, where there is that choice")
-    parser.add_argument(
-        "--images", type=int, default=0, metavar="N", help="so many training images from outside Kaggle"
-    )
-    parser.add_argument("--url", default="", help="another copy of data that is not on Kaggle")
-    parser.add_argument("--checksum", default="", help="of that copy: md5:... or sha256:...")
-    given = vars(parser.parse_args(argv))
-    from common.kaggle.data import fetch
-
-    print(f"data: {fetch(competition, task_module(competition).SOURCE, **given | {'force': bool(given['force'])})}")
+    verbs.data(competition, task_module(competition), verb_parser("data", competition, data.__doc__), argv)
 
 
 def submit(competition: str, argv: list[str]) -> None:
     """send the best run's checked submission to Kaggle, wait for the score, keep the ledger"""
-    parser = verb_parser("submit", competition, submit.__doc__)
-    parser.add_argument("--run", metavar="NAME", help="send this run's file [the run with the best validation score]")
-    parser.add_argument("--file", metavar="CSV", help="send this file")
-    parser.add_argument("--msg", metavar="TEXT", help="message to store with it [run, recipe, score and commit]")
-    parser.add_argument("--force", nargs="?", const="1", default="", help="send a file again that was sent before")
-    parser.add_argument("--wait", type=float, default=900.0, metavar="SECONDS", help="for the score [900]")
-    given = parser.parse_args(argv)
-    from common.kaggle import submit as submitting
-
-    submitting.submit(
-        competition,
-        task_module(competition),
-        run=given.run,
-        file=given.file,
-        message=given.msg,
-        force=bool(given.force),
-        data=given.data,
-        wait=given.wait,
-    )
+    verbs.submit(competition, task_module(competition), verb_parser("submit", competition, submit.__doc__), argv)
 
 
 def board(competition: str, argv: list[str]) -> None:
     """validation against leaderboard for every submission of the ledger, as a table and a picture"""
-    Parser(prog=f"python -m common board {competition}", description=board.__doc__, allow_abbrev=False).parse_args(argv)
-    from common.kaggle import board as scores
-
-    scores.board(competition, task_module(competition).SOURCE)
+    verbs.board(competition, task_module(competition), verb_parser("board", competition, board.__doc__), argv)
 
 
 def kernel(competition: str, argv: list[str]) -> None:
     """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (flags: those of train too)"""
-    module = task_module(competition)
-    parser = Parser(prog=f"python -m common kernel {competition}", description=kernel.__doc__, allow_abbrev=False)
-    parser.add_argument("--accelerator", default="", metavar="NAME", help="Kaggle's name, for example NvidiaTeslaT4")
-    parser.add_argument(
-        "--fetch", action="store_true", help="push nothing: follow and fetch the notebook that is there"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=12 * 3600.0, metavar="SECONDS", help="for the notebook [12 hours]"
-    )
-    given, arguments = parser.parse_known_args(argv)
-    configured(verb_parser("train", competition, train.__doc__), module.RECIPES, list(arguments))  # checks them here
-    from common.kaggle import kernel as notebooks
-
-    notebooks.kernel(
-        competition, module.SOURCE, arguments, accelerator=given.accelerator, fetch=given.fetch, wait=given.wait
-    )
+    parser = verb_parser("kernel", competition, kernel.__doc__)
+    verbs.kernel(competition, task_module(competition), parser, argv, configured)
 
 
 def name(competition: str, argv: list[str]) -> None:
@@ -179,12 +134,12 @@ def main(argv: list[str]) -> int:
         verb = argv[0]
         given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         competition = known(given, "train" if verb == "name" else verb)
-        verbs = VERBS | getattr(task_module(competition), "VERBS", {})
-        if verb not in verbs:
-            near = difflib.get_close_matches(verb, verbs, n=1)
+        known_verbs = VERBS | getattr(task_module(competition), "VERBS", {})
+        if verb not in known_verbs:
+            near = difflib.get_close_matches(verb, known_verbs, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"{verb!r} is not a verb of {competition}: expected one of {', '.join(verbs)}.{hint}")
-        verbs[verb](competition, argv[2:])
+            raise UserError(f"{verb!r} is not a verb of {competition}: expected one of {', '.join(known_verbs)}.{hint}")
+        known_verbs[verb](competition, argv[2:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
