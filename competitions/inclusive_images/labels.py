@@ -113,7 +113,9 @@ def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
                 counts.untrainable.update(
                     {label.categories[code]: int(unknown[code]) for code in np.flatnonzero(unknown)}
                 )
-                number_of = np.array([numbers.setdefault(name, len(numbers)) for name in image.categories.tolist()], np.int32)
+                number_of = np.array(
+                    [numbers.setdefault(name, len(numbers)) for name in image.categories.tolist()], np.int32
+                )
                 kept = positive & (column >= 0)
                 images.append(number_of[image.codes.to_numpy()[kept]])
                 labels.append(column[kept])
@@ -135,7 +137,7 @@ def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
 
 
 def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
-    """tuning_labels.csv, which has no header: `ImageID,code code ...`; raises UserError when an image is there twice."""
+    """tuning_labels.csv, which has no header: `ImageID,code code ...`; raises UserError for an image there twice."""
     counts = Counts()
     numbers, images, labels = {}, [], []
     for line, row in _rows(raw, TUNING, None):
@@ -156,7 +158,7 @@ def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
 
 
 def read_submission_ids(raw: RawData, name: str) -> list[str]:
-    """Image ids of a sample submission in its order; raises UserError for another header or an id that is there twice."""
+    """Image ids of a sample submission in its order; raises UserError for another header or a repeated id."""
     ids = [row[0] for _, row in _rows(raw, name, ("image_id", "labels"))]
     if len(set(ids)) != len(ids):
         twice = next(image for image, count in Counter(ids).items() if count > 1)

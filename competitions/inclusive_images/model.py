@@ -1,0 +1,90 @@
+"""The network: any backbone of timm, and up to three heads on its pooled features."""
+
+import difflib
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import checkpoint
+from common.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEADS = ("labels", "embedding", "count")
+
+
+class TagNet(nn.Module):
+    """uint8 [B, 3, H, W] -> {"labels": logits [B, m], "embedding": [B, D], "count": [B, 1]}, for the heads it has.
+
+    `unit_vectors` [m, D] (zero rows for labels without a vector) travel with the weights: without a classifier the
+    labels' scores are 8 times the cosines to them. With `frozen` only the heads learn, and the backbone stays in
+    evaluation mode, so that its running statistics stay too.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        labels: int,
+        heads: tuple[str, ...],
+        unit_vectors: np.ndarray,
+        prior: np.ndarray,
+        dropout: float = 0.0,
+        frozen: bool = False,
+    ):
+        super().__init__()
+        if not timm.is_model(backbone):
+            near = difflib.get_close_matches(backbone, timm.list_models(), n=3)
+            raise UserError(f"--backbone {backbone}: expected a model of timm, such as {', '.join(near) or 'resnet18'}")
+        self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0)
+        self.frozen = frozen
+        self.dropout = nn.Dropout(dropout)
+        sizes = {"labels": labels, "embedding": unit_vectors.shape[1], "count": 1}
+        self.heads = nn.ModuleDict({name: nn.Linear(self.backbone.num_features, sizes[name]) for name in heads})
+        self.register_buffer("unit_vectors", torch.from_numpy(unit_vectors))
+        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        if "labels" in heads:
+            # Start from how often every label occurs: thousands of rare labels need not be unlearnt first.
+            with torch.no_grad():
+                self.heads["labels"].weight.normal_(std=0.01)
+                self.heads["labels"].bias.copy_(torch.logit(torch.from_numpy(prior).float(), eps=1e-5))
+        if frozen:
+            self.backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TagNet":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+        features = self.dropout(features)
+        outputs = {name: head(features) for name, head in self.heads.items()}
+        if "labels" not in outputs and not self.training:
+            directions = F.normalize(outputs["embedding"].float(), dim=1)
+            outputs["labels"] = 8 * directions @ self.unit_vectors.T
+        return outputs
+
+
+def start_from(model: TagNet, file: Path) -> None:
+    """Take over the weights of another run's model; heads that this one does not have are dropped.
+
+    Raises UserError when anything else differs: the backbone, the labels, or a head that the other run did not have.
+    """
+    found = checkpoint.load(file)["model"]
+    own = model.state_dict()
+    dropped = tuple(f"heads.{name}." for name in HEADS if name not in model.heads)
+    taken = {name: tensor for name, tensor in found.items() if not name.startswith(dropped) and name != "unit_vectors"}
+    wrong = [
+        name for name in own if name != "unit_vectors" and getattr(taken.get(name), "shape", None) != own[name].shape
+    ]
+    if wrong or taken.keys() - own.keys():
+        raise UserError(
+            f"{file} holds another network (first difference: {(wrong or sorted(taken.keys() - own.keys()))[0]}): "
+            f"start from a run with the same --backbone, labels and heads"
+        )
+    model.load_state_dict(taken | {"unit_vectors": own["unit_vectors"]})

@@ -1,0 +1,145 @@
+"""The pictures of a finished run: the label vectors as heat map and map, precision and recall by label frequency."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from common.report import Report
+from common.run import Run
+
+if TYPE_CHECKING:
+    from competitions.inclusive_images.label_embedding import LabelEmbedding
+    from competitions.inclusive_images.rows import Rows
+
+HEAT_LABELS, MAP_LABELS = 40, 150  # the most frequent ones
+BANDS = 4  # of labels by frequency
+CHUNK = 256  # images decided at a time
+
+
+def report(
+    run: Run, files: "Rows", embedding: "LabelEmbedding | None", decide: Callable[[torch.Tensor, dict[str, Any]], Any]
+) -> None:
+    """Write report.html and its PNG files into the run's folder."""
+    result = run.result or {}
+    page = Report(run.path, f"Inclusive Images: {run.name}")
+    page.text(
+        f"{run.origin.get('command', '')} on {run.origin.get('data', '')}, commit {run.origin.get('commit', '')}, "
+        f"{run.origin.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
+    )
+    if embedding is not None:
+        names = files.index.names
+        common = [label for label in np.argsort(-embedding.counts, kind="stable") if label in set(embedding.known)]
+        page.figure(
+            similarities(embedding, common[:HEAT_LABELS], names),
+            "similarity",
+            "Cosine similarity of the most frequent labels, each beside those it resembles",
+        )
+        page.figure(vector_map(embedding, common[:MAP_LABELS], names), "map", "The label vectors in two dimensions")
+    if (run.path / "oof.npy").is_file():
+        _held_out(page, run, result, files, decide)
+    page.write()
+
+
+def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", decide: Callable[..., Any]) -> None:
+    scores = np.load(run.path / "oof.npy", mmap_mode="r")
+    row_of = {image: row for row, image in enumerate(files.ids)}
+    rows = [row_of[image] for image in (run.path / "oof_ids.txt").read_text().split()]
+    truth = files.labels[rows]
+    page.table(["rule", "value"], result["learnt"]["rule"].items())
+    page.text(
+        f"Mean F2 on {len(rows)} images that the network was not trained on: {result['score']:.4f}. The rule was "
+        f"chosen on these images; chosen on four fifths and scored on the fifth: {result['learnt']['held_out_f2']:.4f}."
+    )
+    counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
+    bands = frequency_bands(counts)
+    facts = []
+    found = np.concatenate(
+        [
+            decide(torch.from_numpy(scores[start : start + CHUNK].astype(np.float32)), result["learnt"])[
+                "labels"
+            ].numpy()
+            for start in range(0, len(scores), CHUNK)
+        ]
+    ).astype(bool)
+    for name, labels in bands.items():
+        there, chosen = truth[:, labels].toarray().astype(bool), found[:, labels]
+        hits = int((there & chosen).sum())
+        facts.append((name, len(labels), hits / max(chosen.sum(), 1), hits / max(there.sum(), 1)))
+    page.table(
+        ["training images of a label", "labels", "precision", "recall"],
+        [(a, b, float(c), float(d)) for a, b, c, d in facts],
+    )
+    page.figure(curves(scores, truth, bands), "curves", "Precision and recall of labels by their frequency in training")
+
+
+def frequency_bands(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the labels that occur, in bands of equal number by how often they do."""
+    seen = np.flatnonzero(counts)
+    ordered = seen[np.argsort(-counts[seen], kind="stable")]
+    parts = [part for part in np.array_split(ordered, BANDS) if len(part)]
+    return {f"{place + 1}: {counts[part[-1]]:,} to {counts[part[0]]:,}": part for place, part in enumerate(parts)}
+
+
+def curves(scores: np.ndarray, truth: Any, bands: dict[str, np.ndarray]) -> Figure:
+    """Precision against recall, all labels of a band pooled."""
+    figure = Figure(figsize=(7, 4.6))
+    axes = figure.add_subplot()
+    for name, labels in bands.items():
+        values, hits = scores[:, labels].astype(np.float32).ravel(), truth[:, labels].toarray().ravel() > 0
+        if not hits.any():
+            continue
+        order = np.argsort(-values, kind="stable")
+        found = np.cumsum(hits[order])
+        shown = np.unique(np.geomspace(1, len(order), 300).astype(int)) - 1
+        axes.plot(found[shown] / hits.sum(), found[shown] / (shown + 1), label=name)
+    axes.set_xlabel("recall")
+    axes.set_ylabel("precision")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="training images of a label")
+    return figure
+
+
+def similarities(embedding: "LabelEmbedding", labels: list[int], names: tuple[str, ...]) -> Figure:
+    """Cosines of `labels` as a heat map, the labels ordered so that similar ones are neighbours."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    vectors = embedding.vectors[labels]
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    if len(labels) > 2:
+        order = leaves_list(linkage(vectors, "average", optimal_ordering=True))
+        vectors, labels = vectors[order], [labels[place] for place in order]
+    side = max(4.0, 0.24 * len(labels))
+    figure = Figure(figsize=(side + 1.5, side))
+    axes = figure.add_subplot()
+    shown = axes.imshow(vectors @ vectors.T, vmin=-1, vmax=1, cmap="RdBu_r")
+    words = [names[label] for label in labels]
+    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(words)), words, fontsize=7)
+    figure.colorbar(shown, shrink=0.6)
+    return figure
+
+
+def vector_map(embedding: "LabelEmbedding", labels: list[int], names: tuple[str, ...]) -> Figure:
+    """A labelled map in two dimensions: t-SNE on cosine distances, or the first two components of few labels."""
+    vectors = embedding.vectors[labels]
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    if len(labels) > 10:
+        from sklearn.manifold import TSNE
+
+        distances = np.clip(1 - vectors @ vectors.T, 0, 2)
+        near = min(15.0, (len(labels) - 1) / 3)
+        places = TSNE(perplexity=near, metric="precomputed", init="random", random_state=0).fit_transform(distances)
+    else:
+        places = np.pad(vectors, ((0, 0), (0, 2)))[:, :2]
+    figure = Figure(figsize=(12, 9))
+    axes = figure.add_subplot()
+    sizes = np.sqrt(embedding.counts[labels] / embedding.counts.max())
+    axes.scatter(*places.T, s=10 + 120 * sizes, alpha=0.4, linewidth=0)
+    for place, label in zip(places, labels, strict=True):
+        axes.annotate(names[label], place, fontsize=7, ha="center")
+    axes.set_axis_off()
+    return figure

@@ -1,0 +1,161 @@
+"""Which images a configuration trains and validates on, with their labels, folds and label vectors."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
+from torch import nn
+
+from common import run as runs
+from common.errors import UserError
+from common.loading import folds as folding
+from common.raw import RawData
+from competitions.inclusive_images import labels as reader
+from competitions.inclusive_images.label_embedding import LabelEmbedding
+from competitions.inclusive_images.labels import LabelIndex, LabelTable
+
+if TYPE_CHECKING:
+    from competitions.inclusive_images.task import TagConfig
+
+ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The labelled images of a configuration, and the images to predict."""
+
+    index: LabelIndex
+    ids: list[str]
+    paths: list[Path]
+    labels: csr_matrix  # uint8 [n, m]
+    folds: np.ndarray  # [n], -1 trains always
+    fitted: csr_matrix  # labels that the label vectors and the prior are fitted to: nothing that is held out
+    test_ids: list[str]
+    test_paths: list[Path]
+    sample_name: str
+    fingerprint: str
+
+
+def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> Rows:
+    """Read the label files and find the images; what is left out is announced, images to predict must be there."""
+    folder = raw.folder()
+    index = reader.read_index(raw)
+    test_folder = folder / f"stage_{config.stage}_{'test_' if config.stage == '1' else ''}images"
+    train = reader.read_train(raw, index)
+    announce(f"{reader.TRAIN}: {train.counts}")
+    fitted = train.matrix
+    parts = []
+    if config.labelled != "tuning":
+        parts.append(_with_files(train, folder / "train_images", announce))
+    if config.labelled != "train":
+        tuning = reader.read_tuning(raw, index)
+        announce(f"{reader.TUNING}: {tuning.counts}")
+        parts.append(_with_files(tuning, folder / "stage_1_test_images", announce))
+    ids = [str(image) for table, _ in parts for image in table.ids]
+    paths = [path for _, found in parts for path in found]
+    if config.labelled in ("train", "tuning"):
+        folds = folding.kfold(ids, config.folds, config.seed)
+    else:
+        tuning_ids = [str(image) for image in parts[1][0].ids]
+        of_tuning = (
+            folding.kfold(tuning_ids, config.folds, config.seed)
+            if config.labelled == "both"
+            else np.zeros(len(tuning_ids), int)
+        )
+        folds = np.concatenate([np.full(len(parts[0][0]), -1), of_tuning])
+    if config.labelled == "train" and config.fold.isdecimal():
+        held = set(np.array(ids)[folds == int(config.fold)].tolist())
+        fitted = fitted[np.array([str(image) not in held for image in train.ids])]
+    sample_name = f"stage_{config.stage}_sample_submission.csv"
+    test_ids = reader.read_submission_ids(raw, sample_name)
+    test_paths, missing = _find(test_folder, test_ids)
+    if missing:
+        raise UserError(
+            f"{test_folder} has no image for {len(missing)} of the {len(test_ids)} ids of {sample_name} (first "
+            f"{missing[0]}): unpack the test images there, or get them with make data COMP=inclusive_images"
+        )
+    names = [reader.TRAIN, reader.CLASSES, reader.TUNING, sample_name]
+    digest = hashlib.sha256(raw.fingerprint(*[name for name in names if raw.exists(name)]).encode())
+    for path in (*paths, *test_paths):
+        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+    return Rows(
+        index,
+        ids,
+        paths,
+        vstack([table.matrix for table, _ in parts]).tocsr(),
+        folds,
+        fitted,
+        test_ids,
+        [path for path in test_paths if path is not None],
+        sample_name,
+        digest.hexdigest(),
+    )
+
+
+def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding | None:
+    """The label vectors of the training labels that are not held out; None when nothing needs them."""
+    if not config.embedding and not config.clusters:
+        return None
+    return LabelEmbedding.fit(
+        rows.fitted, config.embedding_dim, config.embedding_kind, smoothing=config.smoothing, seed=config.seed
+    )
+
+
+def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
+    """Put the weights of the run --start-from into `model`; raises UserError when it has seen what is held out here."""
+    from competitions.inclusive_images.model import start_from as take_over
+
+    run = runs.load("inclusive_images", config.start_from)
+    before = run.config(type(config))
+    same = folding.fingerprint(rows.folds, rows.ids) == run.origin["folds_fingerprint"] and before.fold == config.fold
+    unseen = config.labelled == "tuning" and before.labelled in ("train", "validated")
+    if config.fold != "none" and not same and not unseen:
+        raise UserError(
+            f"--start-from {config.start_from}: that run (--labelled {before.labelled} --fold {before.fold}) was "
+            f"trained on images that are held out here: repeat its --labelled, --fold, --folds and --seed, or use "
+            f"--labelled tuning"
+        )
+    files = sorted(run.path.glob("fold-*/model.pt"))
+    if len(files) != 1:
+        raise UserError(
+            f"--start-from {config.start_from}: that run has {len(files)} finished folds, expected one: finish it, or "
+            f"start from a run of a single --fold"
+        )
+    take_over(model, files[0])
+
+
+def stamp(paths: list[Path]) -> str:
+    """Key of image files as they are on disk (path, size, time): what their cache is keyed by."""
+    digest = hashlib.sha256()
+    for path in paths:
+        found = path.stat()
+        digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _with_files(table: LabelTable, folder: Path, announce: Callable[[str], None]) -> tuple[LabelTable, list[Path]]:
+    """The rows of `table` whose image is there, and its path; raises UserError when there is none at all."""
+    paths, missing = _find(folder, [str(image) for image in table.ids])
+    if len(missing) == len(table):
+        raise UserError(
+            f"{folder} holds no image of the {len(table):,} that have labels: put them there as IMAGEID.jpg, with "
+            f"make data COMP=inclusive_images or from Open Images"
+        )
+    if missing:
+        table.counts.without_file = len(missing)
+        announce(f"{folder}: {len(missing):,} of {len(table):,} labelled images have no file and are left out")
+    kept = np.array([row for row, path in enumerate(paths) if path is not None])
+    return table.take(kept), [paths[row] for row in kept]
+
+
+def _find(folder: Path, ids: list[str]) -> tuple[list[Path | None], list[str]]:
+    """The path of every id, None where there is no file, and the ids without one."""
+    there = {}
+    if folder.is_dir():
+        there = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
+    paths = [there.get(image) for image in ids]
+    return paths, [image for image, path in zip(ids, paths, strict=True) if path is None]

@@ -1,0 +1,96 @@
+"""The leading eigenvectors of a symmetric matrix: block Lanczos in float32, finished in float64."""
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # columns multiplied at once: narrow blocks reach a higher degree with as many products
+GUARD = 128  # eigenpairs carried beyond those asked for, so that the last ones asked for are as good as the first
+SMALL = 1200  # up to this order the whole spectrum in float64 takes a second
+ROWS_AT_ONCE = 512  # rows in float64 at a time
+
+
+def leading_eigenpairs(
+    matrix: Tensor, count: int, by_magnitude: bool = False, tolerance: float = 1e-6, restarts: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Largest (or largest in magnitude) eigenvalues [count] and their eigenvectors [m, count] of `matrix` [m, m].
+
+    float32 in, float64 out; equal input gives equal bits for an equal number of threads, and in every vector the
+    entry of largest magnitude is positive. Restarts until the residuals are below `tolerance` of the largest
+    eigenvalue. Memory beside the matrix: 4 (2 count + 1.5 GUARD + ...) floats a row, about 130 MB for 7,178 and 512.
+    """
+    order, kept = len(matrix), min(count + GUARD, len(matrix))
+    size = -(-max(3 * kept, kept + 8 * BLOCK) // BLOCK) * BLOCK  # of the Krylov basis
+    if order <= max(SMALL, size):
+        values, vectors = torch.linalg.eigh(matrix.double())
+        chosen = _chosen(values, count, by_magnitude)
+        return values[chosen], _signed(vectors[:, chosen])
+    vectors = _lanczos(matrix, count, kept, size, by_magnitude, tolerance, restarts, seed)
+    return _refined(matrix, vectors, count, by_magnitude)
+
+
+def _lanczos(
+    matrix: Tensor, count: int, kept: int, size: int, by_magnitude: bool, tolerance: float, restarts: int, seed: int
+) -> Tensor:
+    """Orthonormal float32 [m, kept] that holds the leading eigenvectors: block Krylov basis, thick restarts."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.empty(size, len(matrix)).T  # [m, size], columns contiguous
+    image = torch.empty(size, len(matrix)).T  # matrix @ basis
+    block = torch.randn(len(matrix), BLOCK, generator=generator)
+    used = 0
+    while True:
+        while used + BLOCK <= size:
+            block = _outside(basis[:, :used], block)
+            basis[:, used : used + BLOCK] = block
+            block = matrix @ block
+            image[:, used : used + BLOCK] = block
+            used += BLOCK
+        block = _outside(basis[:, :used], block)  # before the basis is cut: what leaves it must not come back
+        projected = basis[:, :used].T @ image[:, :used]
+        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+        chosen = _chosen(values, kept, by_magnitude)
+        values, rotation = values[chosen], rotation[:, chosen]
+        vectors, images = basis[:, :used] @ rotation, image[:, :used] @ rotation
+        residual = (images - vectors * values).norm(dim=0)[:count].max() / values.abs().max().clamp_min(1e-30)
+        if restarts == 0 or residual < tolerance:
+            return vectors
+        basis[:, :kept], image[:, :kept] = vectors, images
+        used, restarts = kept, restarts - 1
+
+
+def _refined(matrix: Tensor, vectors: Tensor, count: int, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+    """Rayleigh-Ritz in float64 inside span(vectors): float32 mixes eigenvectors whose eigenvalues are close."""
+    vectors = torch.linalg.qr(vectors.double())[0]
+    rows = range(0, len(matrix), ROWS_AT_ONCE)
+    image = torch.cat([matrix[start : start + ROWS_AT_ONCE].double() @ vectors for start in rows])
+    projected = vectors.T @ image
+    values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+    chosen = _chosen(values, count, by_magnitude)
+    return values[chosen], _signed(vectors @ rotation[:, chosen])
+
+
+def _outside(basis: Tensor, block: Tensor) -> Tensor:
+    """Orthonormal columns of what `block` has outside span(basis); twice, because once leaves rounding errors."""
+    for _ in range(2):
+        if basis.shape[1]:
+            block = block - basis @ (basis.T @ block)
+        block = _orthonormal(block)
+    return block
+
+
+def _orthonormal(block: Tensor) -> Tensor:
+    """Cholesky QR: one pass over the tall block instead of a reflection per column; QR where that breaks down."""
+    block = block / block.norm(dim=0).clamp_min(1e-30)
+    factor, failed = torch.linalg.cholesky_ex((block.T @ block).double())
+    if failed or factor.diagonal().min() < 1e-3:
+        return torch.linalg.qr(block)[0]
+    return torch.linalg.solve_triangular(factor.T.float(), block, upper=True, left=False)
+
+
+def _chosen(values: Tensor, count: int, by_magnitude: bool) -> Tensor:
+    return torch.argsort(values.abs() if by_magnitude else values, descending=True, stable=True)[:count]
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Each column with its entry of largest magnitude positive."""
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)

@@ -1,0 +1,307 @@
+"""Inclusive Images: which of 7,178 labels does a photograph have? The score is the mean F2 of the images.
+
+make train COMP=inclusive_images RECIPE=small
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from common.config import Config, flag
+from common.errors import UserError
+from common.kaggle.source import Images, Source
+from common.raw import RawData
+
+if TYPE_CHECKING:  # needs torch, and --help does not
+    from common.task import Metric, Task
+
+SOURCE = Source(
+    slug="inclusive-images-challenge",
+    expected=(
+        "train_human_labels.csv",
+        "classes-trainable.csv",
+        "class-descriptions.csv",
+        "tuning_labels.csv",
+        "stage_1_sample_submission.csv",
+        "train_images/*.jpg",
+        "stage_1_test_images/*",
+    ),
+    higher_is_better=True,
+    sample_submission="stage_1_sample_submission.csv",
+    labels=("train_human_labels.csv", "classes-trainable.csv", "class-descriptions.csv", "tuning_labels.csv"),
+    images=Images(
+        url="https://open-images-dataset.s3.amazonaws.com/train/{id}.jpg",
+        ids_file="train_human_labels.csv",
+        ids_column="ImageID",
+        folder="train_images",
+        total="1,743,042 images, 525 GB",
+    ),
+    notes="the training images are not on Kaggle: they come from Open Images, and a part of them is enough to train on",
+)
+
+
+@dataclass(frozen=True)
+class TagConfig(Config):
+    """The settings of inclusive_images: the rows, the network and its heads, their losses, the label vectors."""
+
+    stage: Literal["1", "2"] = flag("1", "test images and sample submission of this stage")
+    labelled: Literal["train", "validated", "both", "tuning"] = flag(
+        "train",
+        "rows: the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "
+        "images in folds; or the tuning images alone, in folds",
+    )
+    start_from: str = flag("", "finished run whose weights to start from; heads that are absent here are dropped")
+    learns: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
+    size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels")
+    cache_gb: float = flag(20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB")
+    backbone: str = flag("resnet50", "model of timm, from scratch: the competition forbade published weights")
+    dropout: float = flag(0.2, "part of the pooled features that the heads do without in training")
+    augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
+    sampling: Literal["shuffled", "weighted"] = flag("shuffled", "every image once an epoch, or rare labels more often")
+    classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out")
+    loss: Literal["bce", "focal", "f2", "bce+f2", "pvn"] = flag(
+        "f2", "of the classifier; f2 is the soft F2 of each image, pvn a softmax of each positive against all negatives"
+    )
+    embedding: float = flag(0.0, "weight of the embedding head's loss; 0 leaves the head out")
+    embedding_loss: Literal["cosine", "mse"] = flag("cosine", "distance to the sum of the label vectors")
+    embedding_dim: int = flag(512, "length of a label vector")
+    embedding_kind: Literal["ppmi", "pmi"] = flag("ppmi", "what the label vectors factor; pmi is the blog's matrix")
+    smoothing: float = flag(1.0, "imagined images added to every pair of labels", "images")
+    count: float = flag(0.0, "weight of the loss of the number of labels; 0 leaves the head out")
+    clusters: int = flag(0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters")
+
+
+DEFAULT = TagConfig(
+    epochs=25, batch_size=128, optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, ema=0.999, embedding=0.1
+)
+SMALL = replace(
+    DEFAULT,
+    labelled="validated",
+    epochs=40,
+    batch_size=64,
+    optimizer="adamw",
+    lr=2e-3,
+    weight_decay=0.05,
+    ema=0.995,
+    keep="last",
+    size=(96, 112),
+    backbone="resnet18",
+    augment="light",
+    embedding_dim=128,
+    channels_last=True,
+    evaluate_every=4,
+)
+RECIPES: dict[str, TagConfig] = {
+    # make train COMP=inclusive_images: both heads of a ResNet-50 from scratch, days on one card for all images
+    "default": DEFAULT,
+    # ... RECIPE=classifier ARGS="--start-from RUN": then without the embedding head, a fifth of the passes
+    "classifier": replace(DEFAULT, embedding=0.0, epochs=5, lr=0.005),
+    # ... RECIPE=tuned ARGS="--start-from RUN": the heads on four fifths of the tuning images, scored on the rest
+    "tuned": replace(
+        DEFAULT,
+        labelled="tuning",
+        learns="heads",
+        embedding=0.0,
+        optimizer="adamw",
+        epochs=20,
+        lr=1e-4,
+        ema=0.0,
+        keep="last",
+        evaluate_every=5,
+    ),
+    # RECIPE=small: a few thousand small photographs on a CPU; --precision bf16 where it has AMX
+    "small": replace(SMALL, embedding=0.3),
+    "small-bce": replace(SMALL, loss="bce"),
+    "small-f2": SMALL,
+    "small-embedding": replace(SMALL, classifier=0.0, embedding=1.0),
+    "small-classifier": replace(SMALL, epochs=10, lr=5e-4),
+    "small-tuned": replace(
+        SMALL, labelled="tuning", learns="heads", epochs=20, lr=1e-4, ema=0.0, evaluate_every=5, augment="none"
+    ),
+    # RECIPE=smoke: seconds on the sample, to see that everything works
+    "smoke": replace(
+        SMALL,
+        labelled="train",
+        epochs=2,
+        batch_size=32,
+        ema=0.9,
+        size=(64, 64),
+        backbone="resnet10t",
+        embedding=0.3,
+        embedding_dim=16,
+        count=0.01,
+        clusters=16,
+        evaluate_every=1,
+        channels_last=False,
+    ),
+}
+
+
+def write_sample(folder: Path) -> None:
+    """A few hundred generated scenes in the competition's files."""
+    from competitions.inclusive_images import sample
+
+    sample.write(folder)
+
+
+def build(config: TagConfig, raw: RawData) -> Task:
+    """Read and check the files, fit the label vectors and put the competition together; raises UserError."""
+    import numpy as np
+
+    from common.task import Task, View
+    from competitions.inclusive_images import decision, pictures, rows
+    from competitions.inclusive_images.dataset import Pictures, TaggedImages, augmentation, sampling_weights
+
+    _check(config)
+    files = rows.read(config, raw, print if os.environ.get("RANK", "0") == "0" else _silent)
+    embedding = rows.embed(config, files)
+    m = len(files.index)
+    unit_vectors = np.zeros((m, config.embedding_dim if embedding else 1), np.float32)
+    if embedding:
+        unit_vectors[embedding.known] = embedding.unit_vectors
+    clusters = decision.cluster(unit_vectors, config.clusters) if config.clusters else np.arange(m)
+    counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
+    prior = np.argsort(-counts, kind="stable")[: min(3, m)]
+    default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
+
+    images = Pictures(files.paths, config.size, raw.cache, rows.stamp(files.paths), config.cache_gb)
+    test = Pictures(files.test_paths, config.size, raw.cache, rows.stamp(files.test_paths), config.cache_gb)
+    vectors = embedding.vectors if config.embedding else None
+    weights = sampling_weights(files.labels) if config.sampling == "weighted" else None
+
+    def learn(scores: Any, held: Any) -> dict[str, Any]:
+        trims = (0, 1, 2, 3) if config.clusters else (0,)
+        return decision.learn(scores[:, :m], files.labels[held], prior, clusters, trims, config.seed)
+
+    def decide(scores: Any, learnt: dict[str, Any]) -> Any:
+        return decision.decide(scores[:, :m], learnt, default, prior, clusters)
+
+    def lines(ids: Sequence[str], decisions: Any) -> list[tuple[str, str]]:
+        found = decisions["labels"].cpu().numpy()
+        return [(image, files.index.text(np.flatnonzero(row))) for image, row in zip(ids, found, strict=True)]
+
+    labelled = TaggedImages(images, files.labels, vectors, config.count > 0, augmentation(config.augment, config.size))
+    return Task(
+        labelled=labelled,
+        plain=TaggedImages(images, files.labels, vectors, config.count > 0),
+        test=TaggedImages(test),
+        ids=files.ids,
+        test_ids=files.test_ids,
+        folds=files.folds,
+        model=partial(_model, config, m, unit_vectors, counts / files.fitted.shape[0]),
+        loss=_loss(config),
+        metrics=_metrics(),
+        predict=partial(_predict, config),
+        decide=decide,
+        columns=("image_id", "labels"),
+        rows=lines,
+        sample_submission=lambda: io.TextIOWrapper(raw.open(files.sample_name), encoding="utf-8"),
+        valid=partial(_fault, files.index.column),
+        learn=learn,
+        pretrain=partial(rows.start_from, config, files) if config.start_from else None,
+        views=(View("as is"), View("left-right", _mirrored)),
+        order=None if weights is None else partial(_weighted, weights),
+        fingerprint=files.fingerprint,
+        paths=[*files.paths, *files.test_paths],
+        prediction_type="float16",
+        report=partial(pictures.report, files=files, embedding=embedding, decide=decide),
+    )
+
+
+def _silent(message: str) -> None:
+    """Only the first process speaks."""
+
+
+def _mirrored(images: Any) -> Any:
+    return images.flip(-1)
+
+
+def _weighted(weights: Any, training_rows: Any) -> Any:
+    from common.loading.orders import weighted
+
+    return weighted(weights[training_rows], rows=training_rows)
+
+
+def _check(config: TagConfig) -> None:
+    if min(config.size) < 32:
+        raise UserError(f"--size {config.size[0]},{config.size[1]}: expected at least 32,32, for example 224,224")
+    weights = {name: getattr(config, name) for name in ("classifier", "embedding", "count")}
+    for name, weight in weights.items():
+        if weight < 0:
+            raise UserError(f"--{name} {weight}: expected a weight of 0 or more")
+    if not (config.classifier or config.embedding):
+        raise UserError("--classifier 0 --embedding 0 leaves nothing that predicts labels: give one of them a weight")
+    if config.embedding_dim < 1:
+        raise UserError(f"--embedding-dim {config.embedding_dim}: expected at least 1, for example 512")
+    if config.learns == "heads" and not config.start_from:
+        raise UserError("--learns heads trains on a backbone of random weights: add --start-from RUN")
+    if config.labelled == "validated" and config.fold not in ("0", "none"):
+        raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
+
+
+def _model(config: TagConfig, m: int, unit_vectors: Any, rates: Any) -> Any:
+    from competitions.inclusive_images.model import HEADS, TagNet
+
+    weights = dict(zip(HEADS, (config.classifier, config.embedding, config.count), strict=True))
+    heads = tuple(name for name in HEADS if weights[name])
+    return TagNet(config.backbone, m, heads, unit_vectors, rates, config.dropout, config.learns == "heads")
+
+
+def _loss(config: TagConfig) -> Any:
+    from common.losses import BCE, MSE, CosineProximity, Focal, Heads, PositivesVersusNegatives, SoftFBeta, Weighted
+
+    f2 = SoftFBeta(beta=2, average="samples", smooth=0.1)
+    # The mean of 7,178 entries is tiny beside the other losses: both are given as sums over about a hundred labels.
+    labels = {
+        "bce": Weighted((BCE(), 100.0)),
+        "focal": Weighted((Focal(gamma=2, alpha=0.25), 100.0)),
+        "f2": f2,
+        "bce+f2": Weighted((BCE(), 20.0), (f2, 1.0)),
+        "pvn": PositivesVersusNegatives(),
+    }[config.loss]
+    embedding = {"cosine": CosineProximity(), "mse": MSE()}[config.embedding_loss]
+    heads = {
+        "labels": (labels, config.classifier),
+        "embedding": (embedding, config.embedding),
+        "count": (MSE(), config.count),
+    }
+    return Heads({name: part for name, part in heads.items() if part[1]})
+
+
+def _predict(config: TagConfig, outputs: Any) -> Any:
+    """Scores [B, m] of 0 to 1; with a count head also the number of labels, in the last column."""
+    import torch
+
+    from competitions.inclusive_images.decision import against_negatives
+
+    logits = outputs["labels"]
+    scores = against_negatives(logits) if config.classifier and config.loss == "pvn" else logits.sigmoid()
+    return torch.cat((scores, outputs["count"]), dim=1) if config.count else scores
+
+
+def _metrics() -> tuple[Metric, ...]:
+    from common.task import Metric
+    from competitions.inclusive_images.decision import f2
+
+    def precision(decisions: Any, targets: Any) -> Any:
+        return targets["labels"].gather(1, decisions["best"]).double().mean(1)
+
+    return Metric("f2", lambda decisions, targets: f2(decisions["labels"], targets["labels"])), Metric(
+        "precision_at_5", precision
+    )
+
+
+def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
+    codes = values[0].split()
+    if not codes:
+        return "no label, which scores 0"
+    unknown = [code for code in codes if code not in trainable]
+    if unknown:
+        return f"{unknown[0]} is not in classes-trainable.csv"
+    return "a label is there twice" if len(set(codes)) < len(codes) else None
