@@ -18,7 +18,7 @@ from competitions.kdd_air_quality import blend, metric, models, pictures, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, read
-from competitions.kdd_air_quality.task import PRIVATE, Config, write_sample
+from competitions.kdd_air_quality.task import NOWHERE_TO_SUBMIT, Config, write_sample
 
 TRUTH_DAYS = 2  # a submit day is scored on the two days after it
 
@@ -82,7 +82,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
     else:
         run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train")
     paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_sample)
-    print(PRIVATE)
+    print(f"no submission: {NOWHERE_TO_SUBMIT}")
     print(f"submission: {paths[-1]}")
 
 
@@ -125,7 +125,7 @@ def write_forecasts(run: Run, config: Config, observations: Observations, days: 
             "first_hour": str(first_hour(day)),
             "official_score": None if np.isnan(scores[number]) else round(float(scores[number]), 6),
             "series_without_recent_values": silent,
-            "submit": PRIVATE,
+            "submit": NOWHERE_TO_SUBMIT,
             "commit": runs.commit(),
             "data_fingerprint": run.origin["data_fingerprint"],
             "sample": sample,
@@ -154,7 +154,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
         print(f"{run.path} was fitted on everything before {run.result['fitted_before']}: forecasts of earlier days "
               f"({early[0]} ...) use it only after the fact, make backtest COMP={competition} is the honest way")
     paths = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"])
-    print(PRIVATE)
+    print(f"no submission: {NOWHERE_TO_SUBMIT}")
     for path in paths:
         print(f"submission: {path}")
 
@@ -165,13 +165,18 @@ def finished(competition: str, name: str | None) -> Run:
         run = runs.load(competition, name)
         if run.result is None:
             raise UserError(f"{run.path} is not finished: repeat its command ({run.origin.get('command', '')})")
-        if "fitted_before" not in run.result:
+        if not has_models(run):
             raise UserError(f"RUN={name} is a backtest and has no fitted models: make train COMP={competition}")
         return run
-    there = [run for run in runs.all_runs(competition) if run.result is not None and "fitted_before" in run.result]
+    there = [run for run in runs.all_runs(competition) if has_models(run)]
     if not there:
         raise UserError(f"no finished run of {competition}: make train COMP={competition}")
     return there[-1]
+
+
+def has_models(run: Run) -> bool:
+    """Whether the run is finished and was made by train: a backtest has no models that know everything."""
+    return "fitted_before" in (run.result or {})
 
 
 def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:
@@ -181,8 +186,9 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     newest = last_day(observations.end) - TRUTH_DAYS * DAY
     days = days_between(config.first_day or newest - 29 * DAY, config.last_day or newest)
     config = replace(config, first_day=str(days[0]), last_day=str(days[-1]))
-    if given.run and (fitted := runs.load(competition, given.run)).result and "fitted_before" in fitted.result:
-        _backtest_of(fitted, observations, days)
+    fitted = [run for run in runs.all_runs(competition) if run.name == given.run and has_models(run)]
+    if fitted:
+        _backtest_of(fitted[0], observations, days)
         return
     run = started(competition, found, config, given)
     for warning in observations.warnings:

@@ -14,9 +14,21 @@ from pathlib import Path
 
 from common import config as common
 from common.config import flag
+from common.kaggle.source import Source
 
 MODELS = ("medians", "boosting", "mlp", "prophet")
-PRIVATE = "no submission: the competition at biendata.xyz is closed, forecasts are scored locally"
+NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
+
+SOURCE = Source(
+    slug="",
+    expected=("*.tsf",),
+    higher_is_better=False,
+    url="https://zenodo.org/records/4656719/files/kdd_cup_2018_dataset_with_missing_values.zip",
+    checksum_url="https://zenodo.org/api/records/4656719",
+    nowhere_to_submit=NOWHERE_TO_SUBMIT,
+    notes="270 hourly series of 59 stations, 2017-01-01 to 2018-03-31, CC BY 4.0 (Monash archive, Zenodo 4656719). "
+    "The organisers' own files can be put beside it: every layout is read, in any mix.",
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""KDD air quality: medians against pandas, all imputers, and one forecast of every model that needs no training run.
+
+    make bench BENCH=kdd ARGS="--data path/to/kdd_cup_2018"    the real files
+    make bench BENCH=kdd                                       generated values of the same size
+    make bench BENCH=kdd ARGS="--data ... --train"             the whole `train` as well (up to 20 minutes)
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.raw import RawData
+from competitions.kdd_air_quality import impute, medians
+from competitions.kdd_air_quality.origins import first_hour
+from competitions.kdd_air_quality.reader import Observations, read
+from competitions.kdd_air_quality.stations import Network
+
+ORIGINS = 60
+PANDAS_ORIGINS = 4  # pandas is timed on these and its time scaled to all
+LAST_ORIGIN = "2018-04-30"
+
+
+def generated(days: int = 485) -> Observations:
+    """Values of the real data's size with a tenth missing."""
+    random = np.random.default_rng(0)
+    network = Network()
+    course = np.cumsum(random.normal(0, 0.05, (days * 24, 1, 6)), axis=0)
+    values = np.exp(3 + course - course.mean(0) + random.normal(0, 0.3, (days * 24, 48, 6))).astype(np.float32)
+    values[random.random(values.shape) < 0.1] = np.nan
+    return Observations(np.datetime64("2017-01-01T00", "h"), values, network)
+
+
+def by_pandas(series: np.ndarray, end: int) -> list[np.ndarray]:
+    """Nine windows of one origin, all series at once: a group-by over the hour of the day for each window."""
+    frame = pd.DataFrame(series[: end * 24])
+    hours = np.arange(len(frame)) % 24
+    return [frame.iloc[-24 * n :].groupby(hours[-24 * n :]).median().to_numpy() for n in medians.FIB_DAYS]
+
+
+def compare_medians(series: np.ndarray, repeats: int = 3) -> None:
+    days = medians.by_day(series)
+    ends = np.arange(len(days) - ORIGINS + 1, len(days) + 1)
+    ours, pandas = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        found = medians.sliding_medians(days, medians.FIB_DAYS, ends)
+        ours.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        expected = [by_pandas(days.reshape(-1, days.shape[2]), int(end)) for end in ends[-PANDAS_ORIGINS:]]
+        pandas.append((time.perf_counter() - started) * ORIGINS / PANDAS_ORIGINS)
+    for place in range(PANDAS_ORIGINS):
+        for window, table in enumerate(expected[place]):
+            np.testing.assert_allclose(found[window, place - PANDAS_ORIGINS], table, rtol=1e-5)
+    print(f"medians, 9 windows x {series.shape[1]} series x {ORIGINS} origins (least of {repeats}, results equal)")
+    print(f"  counting trees  {min(ours):8.2f} s")
+    print(f"  pandas group-by {min(pandas):8.2f} s (timed on {PANDAS_ORIGINS} origins, scaled)   "
+          f"ratio {min(pandas) / min(ours):.1f}")
+
+
+def time_imputers(observations: Observations, jobs: int) -> None:
+    started = time.perf_counter()
+    imputers = impute.fit(observations, jobs)
+    fitting = time.perf_counter() - started
+    series = observations.series()
+    started = time.perf_counter()
+    filled = imputers.fill(series)
+    filling = time.perf_counter() - started
+    print(f"imputers, {sum(map(bool, imputers.models))} fits on {len(series)} hours, {jobs} at a time")
+    print(f"  fit             {fitting:8.2f} s")
+    print(f"  fill            {filling:8.2f} s (missing {np.isnan(series).mean():.3f} -> {np.isnan(filled).mean():.3f})")
+
+
+def time_train(data: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "common"]
+    where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, "check": True}
+    for words in (["train", "kdd_air_quality", "--data", data, "--run", "bench"],
+                  ["predict", "kdd_air_quality", "--data", data, "--run", "bench"]):
+        started = time.perf_counter()
+        subprocess.run(command + words, **where, stdout=subprocess.DEVNULL)
+        print(f"  {words[0]:15} {time.perf_counter() - started:8.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with the competition's files [generated values]")
+    parser.add_argument("--jobs", type=int, default=2, help="fits at the same time [2]")
+    parser.add_argument("--train", action="store_true", help="time the whole train and a predict as well (needs --data)")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where --train keeps its run [/tmp]")
+    given = parser.parse_args()
+    observations = read(RawData(Path(given.data), "kdd_air_quality")) if given.data else generated()
+    known = observations.before(first_hour(LAST_ORIGIN))
+    compare_medians(known.series())
+    time_imputers(known, given.jobs)
+    if given.train and given.data:
+        print("the whole verbs, in processes of their own")
+        time_train(str(Path(given.data).resolve()), given.folder)
+
+
+if __name__ == "__main__":
+    main()
