@@ -73,7 +73,8 @@ def time_imputers(observations: Observations, jobs: int) -> None:
     filling = time.perf_counter() - started
     print(f"imputers, {sum(map(bool, imputers.models))} fits on {len(series)} hours, {jobs} at a time")
     print(f"  fit             {fitting:8.2f} s")
-    print(f"  fill            {filling:8.2f} s (missing {np.isnan(series).mean():.3f} -> {np.isnan(filled).mean():.3f})")
+    before, after = np.isnan(series).mean(), np.isnan(filled).mean()
+    print(f"  fill            {filling:8.2f} s (missing {before:.3f} -> {after:.3f})")
 
 
 def time_train(data: str, folder: Path) -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with the competition's files [generated values]")
     parser.add_argument("--jobs", type=int, default=2, help="fits at the same time [2]")
-    parser.add_argument("--train", action="store_true", help="time the whole train and a predict as well (needs --data)")
+    parser.add_argument("--train", action="store_true", help="time train and predict as well (needs --data)")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where --train keeps its run [/tmp]")
     given = parser.parse_args()
     observations = read(RawData(Path(given.data), "kdd_air_quality")) if given.data else generated()

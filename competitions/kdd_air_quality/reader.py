@@ -142,20 +142,27 @@ def _hours(texts: pd.Series) -> np.ndarray:
     return times.to_numpy()[codes] if len(distinct) else np.array([], "datetime64[ns]")
 
 
-def _tsf_table(text: str) -> pd.DataFrame:
-    """The Monash archive's file: a series a line, name:city:station:pollutant:start:value,value,... with ? missing."""
+def _tsf_table(text: str) -> pd.DataFrame | None:
+    """The Monash archive's file: a series a line, its attributes and then its values, separated by colons.
+
+    The head names the attributes in their order: "@attribute station string". Missing values are "?".
+    """
+    head, _, body = text.partition("@data")
+    names = [line.split()[1] for line in head.splitlines() if line.startswith("@attribute")]
+    wanted = ("station", "air_quality_measurement", "start_timestamp")
+    if not set(wanted) <= set(names):
+        return None
     parts = []
-    for line in text.split("@data", 1)[-1].splitlines():
-        fields = line.split(":")
-        if len(fields) != 6:
+    for line in body.splitlines():
+        *fields, values = line.split(":")
+        if len(fields) != len(names):
             continue
-        _, _, station, pollutant, start, values = fields
+        station, pollutant, start = (fields[names.index(name)] for name in wanted)
         numbers = pd.to_numeric(pd.Series(values.split(",")), errors="coerce")
         first = pd.to_datetime(start, format="%Y-%m-%d %H-%M-%S").floor("h")
         hours = first + pd.to_timedelta(np.arange(len(numbers)), unit="h")
-        name = _pollutant(pollutant.replace("PM2_5", "PM2.5")) or "unknown"
-        parts.append(pd.DataFrame({"station": station, "hour": hours, name: numbers}))
-    return pd.concat(parts, ignore_index=True)
+        parts.append(pd.DataFrame({"station": station, "hour": hours, _pollutant(pollutant) or "unknown": numbers}))
+    return pd.concat(parts, ignore_index=True) if parts else None
 
 
 def _warn_of_local_time(name: str, table: pd.DataFrame, warnings: list[str]) -> None:

@@ -73,7 +73,9 @@ def test_of_two_values_the_last_one_counts_and_a_blank_does_not(files):
 def test_the_archive_of_series_reads_the_same_values(files, tmp_path):
     """The Zenodo layout: one line a series."""
     observations = load(files)
-    lines = ["# comment", "@attribute series_name string", "@data"]
+    attributes = ("series_name string", "city string", "station string", "air_quality_measurement string",
+                  "start_timestamp date")
+    lines = ["# comment", *(f"@attribute {text}" for text in attributes), "@data"]
     names = ("PM2.5", "PM10", "O3", "NO2", "CO", "SO2")
     for station, full in enumerate(observations.network.stations):
         for pollutant, name in enumerate(names):
