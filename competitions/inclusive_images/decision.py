@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from common.loading.keys import keyed_seed
+from competitions.inclusive_images.label_embedding import LabelEmbedding
 
 LONGEST = 40  # labels of an image that are ever considered
 TUNED_ROWS = 20_000  # held-out images that the rule is chosen on
@@ -155,19 +156,17 @@ def candidates(ranked: Ranked) -> list[Rule]:
     return [*expected, *thresholds]
 
 
-def cluster(unit_vectors: np.ndarray, count: int) -> np.ndarray:
-    """Cluster of every label, int [m]: average linkage on cosine distances of the rows that are not zero.
+def cluster(embedding: LabelEmbedding, count: int) -> np.ndarray:
+    """Cluster of every label, int [m]: average linkage on cosine distances of the label vectors.
 
     Labels without a vector are a cluster each. 7,178 labels take some seconds and 400 MB.
     """
-    known = np.flatnonzero(np.square(unit_vectors).sum(1) > 0.5)
-    clusters = np.arange(len(unit_vectors)) + len(unit_vectors)
+    known, units = embedding.known, embedding.unit_vectors
+    clusters = np.arange(len(embedding.vectors)) + len(embedding.vectors)
     if len(known) <= count:
         return clusters
     from sklearn.cluster import AgglomerativeClustering
 
-    distances = 1 - unit_vectors[known] @ unit_vectors[known].T
-    np.clip(distances, 0, 2, out=distances)
-    fitted = AgglomerativeClustering(count, metric="precomputed", linkage="average").fit(distances)
-    clusters[known] = fitted.labels_
+    distances = np.clip(1 - units @ units.T, 0, 2)
+    clusters[known] = AgglomerativeClustering(count, metric="precomputed", linkage="average").fit(distances).labels_
     return clusters

@@ -1,5 +1,7 @@
 """From dense outputs back to labels: nearest rows, greedy pursuit of a sum, and how many labels to keep."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,8 +13,13 @@ ROWS_AT_ONCE = 512  # outputs scored at a time: their scores against 7,178 label
 GROUP = 16  # labels whose maximum stands for them before the exact choice
 
 
-def nearest(embedding: LabelEmbedding, outputs: np.ndarray | Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels in falling order of cosine: columns int64 [n, top_k] and cosines float32 [n, top_k].
+def nearest(
+    embedding: LabelEmbedding,
+    outputs: np.ndarray | Tensor,
+    top_k: int,
+    by: Literal["cosine", "projection"] = "cosine",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels in falling order of cosine or projection: columns int64 [n, top_k] and scores float32 [n, top_k].
 
     Only labels with a vector are returned; an output of zeros has cosine 0 to all. Raises UserError when `top_k`
     exceeds the number of labels with a vector.
@@ -23,7 +30,7 @@ def nearest(embedding: LabelEmbedding, outputs: np.ndarray | Tensor, top_k: int)
     outputs = _checked(embedding, outputs)
     columns = torch.empty(len(outputs), top_k, dtype=torch.int64)
     cosines = torch.empty(len(outputs), top_k)
-    directions = torch.from_numpy(embedding.unit_vectors)
+    directions = torch.from_numpy(embedding.unit_vectors if by == "cosine" else embedding.projections)
     padded = -(-len(known) // GROUP) * GROUP
     groups = padded // GROUP
     table = torch.zeros(padded, embedding.dim)

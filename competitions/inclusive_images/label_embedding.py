@@ -7,7 +7,8 @@ the logarithm of that over chance, and factor the symmetric matrix. Three choice
   spectrum is negative, and no real vectors have such inner products;
 - negative values become 0 (PPMI): few pairs were seen often enough to say that they avoid one another;
 - `smoothing` adds as many imagined images to the observed and to the expected count of every pair, so that one
-  shared image of two rare labels is not the strongest relation of all.
+  shared image of two rare labels is not the strongest relation of all; labels with fewer than `least_images` get no
+  vector: after the cut to `dim` numbers they would point wherever the few images that hold them happen to.
 """
 
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ class LabelEmbedding:
     """`vectors` float32 [m, dim]; rows of labels that were never seen, or say nothing, are zero and never decoded.
 
     `eigenvalues` [dim] in falling order; when dim exceeds the number of usable ones (`rank`), the last columns are 0.
+    `lengths` [m] are those that the vectors would have if no eigenvalue were cut off.
     """
 
     vectors: np.ndarray
     eigenvalues: np.ndarray
+    lengths: np.ndarray
     counts: np.ndarray  # [m] images of every label
     kind: str
 
@@ -44,22 +47,30 @@ class LabelEmbedding:
         kind: Literal["ppmi", "pmi"] = "ppmi",
         diagonal: bool = True,
         shift: float = 0.0,
-        smoothing: float = 0.3,
+        smoothing: float = 3.0,
+        least_images: int | None = None,
         seed: int = 0,
     ) -> "LabelEmbedding":
         """Factor the co-occurrence of `labels` [n, m] (0 and 1) into vectors of `dim` numbers.
 
         kind "ppmi" factors max(0, ln((C + smoothing) / (expected + smoothing)) - shift) by its positive eigenvalues;
         "pmi" is the factorisation that the competition's blog describes: diagonal 0, negative values kept, pairs
-        never seen 0, singular value decomposition (the other settings do not apply).
+        never seen 0, singular value decomposition, all labels that occur (the other settings do not apply).
+        `least_images` defaults to log10(n), rounded down, and 1 at least: 6 for the competition's 1.7 million.
         Raises UserError when no label occurs or no two differ, as with all images alike.
         """
         if dim < 1 or smoothing < 0:
             raise UserError(f"dim {dim}, smoothing {smoothing}: expected dim of 1 or more and smoothing of 0 or more")
         counts = np.asarray((labels != 0).sum(axis=0)).ravel().astype(np.int64)
-        seen = np.flatnonzero(counts)
-        if not len(seen):
+        if not counts.any():
             raise UserError("no image has a label, so there is nothing to embed: expected a matrix with labels")
+        if least_images is None:
+            least_images = int(np.log10(labels.shape[0]))
+        seen = np.flatnonzero(counts >= (1 if kind == "pmi" else max(1, least_images)))
+        if not len(seen):
+            raise UserError(
+                f"no label has {least_images} images (the most frequent has {counts.max()}): use a smaller least_images"
+            )
         matrix = torch.from_numpy(
             pmi(labels[:, seen]) if kind == "pmi" else ppmi(labels[:, seen], diagonal, shift, smoothing)
         )
@@ -68,6 +79,8 @@ class LabelEmbedding:
                 "the labels hold no mutual information (all images alike, or a shift above all of it): "
                 "train without the embedding head, --embedding-dim 0"
             )
+        lengths = np.zeros(len(counts), np.float32)
+        lengths[seen] = _lengths(matrix, kind)
         values, directions = leading_eigenpairs(matrix, min(dim, len(seen)), by_magnitude=kind == "pmi", seed=seed)
         sizes = values.abs() if kind == "pmi" else values.clamp_min(0)
         sizes = torch.where(sizes > 1e-6 * sizes.max(), sizes, 0.0)
@@ -75,7 +88,7 @@ class LabelEmbedding:
         vectors[seen, : len(sizes)] = (directions * sizes.sqrt()).float().numpy()
         eigenvalues = np.zeros(dim, np.float32)
         eigenvalues[: len(sizes)] = torch.where(sizes > 0, values, 0.0).float().numpy()
-        return cls(vectors, eigenvalues, counts, kind)
+        return cls(vectors, eigenvalues, lengths, counts, kind)
 
     @property
     def dim(self) -> int:
@@ -101,23 +114,41 @@ class LabelEmbedding:
         """The sum of each image's label vectors, float32 [n, dim]; an image without known labels is a zero row."""
         return np.asarray(labels.astype(np.float32) @ self.vectors, dtype=np.float32)
 
-    def decode(self, outputs: np.ndarray | Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `top_k` labels nearest to every output by cosine: columns int64 [n, top_k] and scores [n, top_k]."""
+    @property
+    def projections(self) -> np.ndarray:
+        """float32 [known, dim]: the rows of `known` divided by their uncut lengths, at most of length 1.
+
+        The cosine to a vector of which the cut left a tenth is mostly noise; its projection stays small. So labels
+        rank better by projections, and equally when nothing was cut.
+        """
+        known = self.known
+        own = np.linalg.norm(self.vectors[known], axis=1)
+        return self.vectors[known] / np.maximum(own, self.lengths[known])[:, None]
+
+    def decode(
+        self, outputs: np.ndarray | Tensor, top_k: int, by: Literal["cosine", "projection"] = "cosine"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `top_k` labels of highest cosine (or projection): columns int64 [n, top_k] and scores [n, top_k]."""
         from competitions.inclusive_images.decode import nearest
 
-        return nearest(self, outputs, top_k)
+        return nearest(self, outputs, top_k, by)
 
     def save(self, path: Path) -> None:
-        arrays = {"vectors": self.vectors, "eigenvalues": self.eigenvalues, "counts": self.counts}
+        arrays = {
+            "vectors": self.vectors,
+            "eigenvalues": self.eigenvalues,
+            "lengths": self.lengths,
+            "counts": self.counts,
+        }
         checkpoint.save(path, {name: torch.from_numpy(array) for name, array in arrays.items()} | {"kind": self.kind})
 
     @classmethod
     def load(cls, path: Path) -> "LabelEmbedding":
         """What `save` wrote; raises UserError when the file is damaged or something else."""
         found = checkpoint.load(path)
-        if set(found) != {"vectors", "eigenvalues", "counts", "kind"}:
+        if set(found) != {"vectors", "eigenvalues", "lengths", "counts", "kind"}:
             raise UserError(f"{path} holds {', '.join(sorted(found))}, no label embedding: delete it and train again")
-        return cls(*(found[name].numpy() for name in ("vectors", "eigenvalues", "counts")), found["kind"])
+        return cls(*(found[name].numpy() for name in ("vectors", "eigenvalues", "lengths", "counts")), found["kind"])
 
 
 def co_occurrence(labels: csr_matrix) -> csr_matrix:
@@ -150,6 +181,16 @@ def pmi(labels: csr_matrix) -> np.ndarray:
     return _symmetric(
         csr_matrix((values.astype(np.float32), shared.indices, shared.indptr), shape=shared.shape).toarray()
     )
+
+
+def _lengths(matrix: Tensor, kind: str) -> np.ndarray:
+    """Length of every row of E if E E' were the whole matrix: the root of its diagonal, or of |matrix|'s for "pmi".
+
+    The diagonal of |matrix| would need the whole spectrum; its rows' lengths are an upper bound that is near enough.
+    """
+    if kind == "pmi":
+        return matrix.norm(dim=1).sqrt().numpy()
+    return matrix.diagonal().clamp_min(0).sqrt().numpy()
 
 
 def _symmetric(matrix: np.ndarray) -> np.ndarray:

@@ -19,9 +19,9 @@ HEADS = ("labels", "embedding", "count")
 class TagNet(nn.Module):
     """uint8 [B, 3, H, W] -> {"labels": logits [B, m], "embedding": [B, D], "count": [B, 1]}, for the heads it has.
 
-    `unit_vectors` [m, D] (zero rows for labels without a vector) travel with the weights: without a classifier the
-    labels' scores are 8 times the cosines to them. With `frozen` only the heads learn, and the backbone stays in
-    evaluation mode, so that its running statistics stay too.
+    `projections` [m, D] (zero rows for labels without a vector) travel with the weights: without a classifier the
+    labels' logits are 8 times the products of the output's direction with them. With `frozen` only the heads learn,
+    and the backbone stays in evaluation mode, so that its running statistics stay too.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class TagNet(nn.Module):
         backbone: str,
         labels: int,
         heads: tuple[str, ...],
-        unit_vectors: np.ndarray,
+        projections: np.ndarray,
         prior: np.ndarray,
         dropout: float = 0.0,
         frozen: bool = False,
@@ -41,9 +41,9 @@ class TagNet(nn.Module):
         self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0)
         self.frozen = frozen
         self.dropout = nn.Dropout(dropout)
-        sizes = {"labels": labels, "embedding": unit_vectors.shape[1], "count": 1}
+        sizes = {"labels": labels, "embedding": projections.shape[1], "count": 1}
         self.heads = nn.ModuleDict({name: nn.Linear(self.backbone.num_features, sizes[name]) for name in heads})
-        self.register_buffer("unit_vectors", torch.from_numpy(unit_vectors))
+        self.register_buffer("projections", torch.from_numpy(projections))
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
         if "labels" in heads:
@@ -66,7 +66,7 @@ class TagNet(nn.Module):
         outputs = {name: head(features) for name, head in self.heads.items()}
         if "labels" not in outputs and not self.training:
             directions = F.normalize(outputs["embedding"].float(), dim=1)
-            outputs["labels"] = 8 * directions @ self.unit_vectors.T
+            outputs["labels"] = 8 * directions @ self.projections.T
         return outputs
 
 
@@ -78,13 +78,13 @@ def start_from(model: TagNet, file: Path) -> None:
     found = checkpoint.load(file)["model"]
     own = model.state_dict()
     dropped = tuple(f"heads.{name}." for name in HEADS if name not in model.heads)
-    taken = {name: tensor for name, tensor in found.items() if not name.startswith(dropped) and name != "unit_vectors"}
+    taken = {name: tensor for name, tensor in found.items() if not name.startswith(dropped) and name != "projections"}
     wrong = [
-        name for name in own if name != "unit_vectors" and getattr(taken.get(name), "shape", None) != own[name].shape
+        name for name in own if name != "projections" and getattr(taken.get(name), "shape", None) != own[name].shape
     ]
     if wrong or taken.keys() - own.keys():
         raise UserError(
             f"{file} holds another network (first difference: {(wrong or sorted(taken.keys() - own.keys()))[0]}): "
             f"start from a run with the same --backbone, labels and heads"
         )
-    model.load_state_dict(taken | {"unit_vectors": own["unit_vectors"]})
+    model.load_state_dict(taken | {"projections": own["projections"]})

@@ -72,7 +72,7 @@ class TagConfig(Config):
     embedding_loss: Literal["cosine", "mse"] = flag("cosine", "distance to the sum of the label vectors")
     embedding_dim: int = flag(512, "length of a label vector")
     embedding_kind: Literal["ppmi", "pmi"] = flag("ppmi", "what the label vectors factor; pmi is the blog's matrix")
-    smoothing: float = flag(1.0, "imagined images added to every pair of labels", "images")
+    smoothing: float = flag(3.0, "imagined images added to every pair of labels", "images")
     count: float = flag(0.0, "weight of the loss of the number of labels; 0 leaves the head out")
     clusters: int = flag(0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters")
 
@@ -162,10 +162,10 @@ def build(config: TagConfig, raw: RawData) -> Task:
     files = rows.read(config, raw, print if os.environ.get("RANK", "0") == "0" else _silent)
     embedding = rows.embed(config, files)
     m = len(files.index)
-    unit_vectors = np.zeros((m, config.embedding_dim if embedding else 1), np.float32)
+    projections = np.zeros((m, config.embedding_dim if embedding else 1), np.float32)
     if embedding:
-        unit_vectors[embedding.known] = embedding.unit_vectors
-    clusters = decision.cluster(unit_vectors, config.clusters) if config.clusters else np.arange(m)
+        projections[embedding.known] = embedding.projections
+    clusters = decision.cluster(embedding, config.clusters) if config.clusters else np.arange(m)
     counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
     prior = np.argsort(-counts, kind="stable")[: min(3, m)]
     default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
@@ -194,7 +194,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         ids=files.ids,
         test_ids=files.test_ids,
         folds=files.folds,
-        model=partial(_model, config, m, unit_vectors, counts / files.fitted.shape[0]),
+        model=partial(_model, config, m, projections, counts / files.fitted.shape[0]),
         loss=_loss(config),
         metrics=_metrics(),
         predict=partial(_predict, config),
@@ -245,12 +245,12 @@ def _check(config: TagConfig) -> None:
         raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
 
 
-def _model(config: TagConfig, m: int, unit_vectors: Any, rates: Any) -> Any:
+def _model(config: TagConfig, m: int, projections: Any, rates: Any) -> Any:
     from competitions.inclusive_images.model import HEADS, TagNet
 
     weights = dict(zip(HEADS, (config.classifier, config.embedding, config.count), strict=True))
     heads = tuple(name for name in HEADS if weights[name])
-    return TagNet(config.backbone, m, heads, unit_vectors, rates, config.dropout, config.learns == "heads")
+    return TagNet(config.backbone, m, heads, projections, rates, config.dropout, config.learns == "heads")
 
 
 def _loss(config: TagConfig) -> Any:

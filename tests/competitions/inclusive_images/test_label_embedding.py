@@ -1,0 +1,237 @@
+"""Label vectors against dense float64, by hand, and on the inputs that break the idea."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from common.errors import UserError
+from competitions.inclusive_images import label_embedding, spectrum
+from competitions.inclusive_images.decode import calibrated_threshold, counted, nearest, pursue
+from competitions.inclusive_images.label_embedding import LabelEmbedding
+
+
+def topics(images: int = 3000, labels: int = 60, groups: int = 6, seed: int = 0) -> csr_matrix:
+    """Images of a few topics: labels of a topic come together, a tenth of the labels from anywhere."""
+    rng = np.random.default_rng(seed)
+    dense = np.zeros((images, labels), np.uint8)
+    size = labels // groups
+    for row in range(images):
+        topic = rng.integers(groups)
+        inside = topic * size + np.minimum(rng.zipf(1.5, rng.integers(1, 5)) - 1, size - 1)
+        dense[row, inside] = 1
+        dense[row, rng.integers(labels)] |= rng.random() < 0.1
+    return csr_matrix(dense)
+
+
+def slow_matrix(labels: csr_matrix, kind: str, smoothing: float = 0.0, shift: float = 0.0, diagonal: bool = True):
+    """The matrix that is factored, entry by entry in float64."""
+    dense = labels.toarray().astype(float)
+    n, m = dense.shape
+    result = np.zeros((m, m))
+    for i in range(m):
+        for j in range(m):
+            both = (dense[:, i] * dense[:, j]).sum()
+            expected = dense[:, i].sum() * dense[:, j].sum() / n
+            if kind == "pmi":
+                result[i, j] = np.log((both / n) / (expected / n)) if both and i != j else 0.0
+            elif both and (diagonal or i != j):
+                result[i, j] = max(0.0, np.log((both + smoothing) / (expected + smoothing)) - shift)
+    return result
+
+
+@pytest.mark.parametrize("smoothing, shift, diagonal", [(0, 0, True), (1, 0, True), (0.5, 0.3, True), (0, 0, False)])
+def test_ppmi_equals_the_slow_loop(smoothing, shift, diagonal):
+    labels = topics(300, 20)
+    found = label_embedding.ppmi(labels, diagonal, shift, smoothing)
+    assert np.abs(found - slow_matrix(labels, "ppmi", smoothing, shift, diagonal)).max() < 1e-5
+    assert (found == found.T).all()
+
+
+def test_hand_example():
+    # a and b always together in half of the images, c alone in the other half: PMI(a, b) = ln(.5 / .25) = ln 2.
+    labels = csr_matrix(np.array([[1, 1, 0], [0, 0, 1]] * 5, np.uint8))
+    found = LabelEmbedding.fit(labels, 3, smoothing=0)
+    products = found.vectors @ found.vectors.T
+    ln2 = np.log(2)
+    assert products == pytest.approx(np.array([[ln2, ln2, 0], [ln2, ln2, 0], [0, 0, ln2]]), abs=1e-6)
+    assert found.rank == 2 and (found.vectors[:, 2] == 0).all()
+
+
+def test_inner_products_are_the_matrix_when_nothing_is_cut():
+    labels = topics()
+    found = LabelEmbedding.fit(labels, 60, smoothing=1.0)
+    wanted = slow_matrix(labels, "ppmi", 1.0)
+    values, vectors = np.linalg.eigh(wanted)
+    nearest_possible = (vectors * np.maximum(values, 0)) @ vectors.T
+    products = found.vectors @ found.vectors.T
+    assert np.abs(products - nearest_possible).max() < 1e-5, "the best positive semidefinite approximation"
+    assert np.linalg.norm(products - wanted) < 0.1 * np.linalg.norm(wanted)
+
+
+def test_the_blogs_matrix_is_kept_exactly_and_loses_the_sign_of_half_its_spectrum():
+    labels = topics()
+    found = LabelEmbedding.fit(labels, 60, kind="pmi")
+    wanted = slow_matrix(labels, "pmi")
+    left, sizes, _ = np.linalg.svd(wanted)
+    products = found.vectors @ found.vectors.T
+    assert np.abs(products - (left * sizes) @ left.T).max() < 1e-4, "E = U sqrt(S) of the singular value decomposition"
+    assert abs(found.eigenvalues.sum()) < 1e-3, "the trace is 0"
+    blog_error = np.linalg.norm(products - wanted) / np.linalg.norm(wanted)
+    ppmi_matrix = slow_matrix(labels, "ppmi")
+    ppmi = LabelEmbedding.fit(labels, 60, smoothing=0).vectors
+    assert blog_error > 0.5 > 0.1 > np.linalg.norm(ppmi @ ppmi.T - ppmi_matrix) / np.linalg.norm(ppmi_matrix)
+
+
+def test_related_labels_are_nearer_than_others():
+    found = LabelEmbedding.fit(topics(), 12)
+    units = found.unit_vectors
+    cosines = units @ units.T
+    topic = found.known // 10
+    same = (topic[:, None] == topic) & ~np.eye(len(topic), dtype=bool)
+    assert cosines[same].mean() > 3 * abs(cosines[topic[:, None] != topic].mean())
+
+
+def test_equal_input_gives_equal_bits_and_fixed_signs():
+    labels = topics()
+    first, second = LabelEmbedding.fit(labels, 20), LabelEmbedding.fit(labels.copy(), 20)
+    assert first.vectors.tobytes() == second.vectors.tobytes()
+    largest = np.abs(first.vectors).argmax(0)
+    assert (first.vectors[largest, np.arange(20)] > 0).all()
+
+
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_truncated_solver_against_dense_float64(by_magnitude):
+    rng = np.random.default_rng(0)
+    order, count = 1500, 96
+    basis = np.linalg.qr(rng.standard_normal((order, order)))[0]
+    values = 50 * np.exp(-np.arange(order) / 60) * (rng.choice([-1, 1], order) if by_magnitude else 1)
+    matrix = (basis * values) @ basis.T
+    found, vectors = spectrum.leading_eigenpairs(torch.from_numpy(matrix.astype(np.float32)), count, by_magnitude)
+    assert order > 3 * (count + spectrum.GUARD) and order > spectrum.SMALL, "else the dense solver is tested"
+    wanted, exact = np.linalg.eigh(matrix)
+    top = np.argsort(-np.abs(wanted) if by_magnitude else -wanted)[:count]
+    assert np.abs(found.numpy() - wanted[top]).max() < 1e-4
+    assert (vectors.T @ vectors - torch.eye(count)).norm() < 1e-10
+    outside = exact[:, top] - vectors.numpy() @ (vectors.numpy().T @ exact[:, top])
+    assert np.linalg.norm(outside, 2) < 1e-3, "sine of the largest angle between the subspaces"
+
+
+def test_degenerate_spectrum_does_not_break_the_solver():
+    values, vectors = spectrum.leading_eigenpairs(torch.eye(1400), 32)
+    assert (values - 1).abs().max() < 1e-5 and (vectors.T @ vectors - torch.eye(32)).norm() < 1e-8
+
+
+def test_labels_of_few_images_get_no_vector():
+    labels = topics(2000)
+    counts = np.asarray(labels.sum(0, dtype=int)).ravel()
+    rare = int(np.median(counts))
+    found = LabelEmbedding.fit(labels, 10, least_images=rare)
+    assert set(found.known) <= set(np.flatnonzero(counts >= rare)) and len(found.known) >= 25
+    assert not set(LabelEmbedding.fit(labels, 10, least_images=1).known) <= set(found.known)
+
+
+def test_projections_are_cosines_when_nothing_is_cut_and_smaller_when_something_is():
+    labels = topics(2000)
+    whole, cut = LabelEmbedding.fit(labels, 60), LabelEmbedding.fit(labels, 6)
+    lengths = np.linalg.norm(whole.vectors[whole.known], axis=1)
+    positive = whole.eigenvalues.min() >= 0 and whole.rank == 60
+    assert np.abs(whole.projections - whole.unit_vectors).max() < (0.01 if positive else 0.2)
+    assert (lengths > 0.9 * whole.lengths[whole.known]).all()
+    norms = np.linalg.norm(cut.projections, axis=1)
+    assert (norms <= 1 + 1e-5).all() and norms.min() < 0.7
+    assert (cut.decode(cut.encode(labels[:9]), 5, by="projection")[1] <= 1).all()
+
+
+def test_labels_never_seen_are_kept_out_and_mapped():
+    dense = topics(500, 12, 3).toarray()
+    wide = np.zeros((500, 20), np.uint8)
+    places = np.array([19, 1, 2, 3, 5, 6, 8, 9, 11, 12, 14, 17])
+    wide[:, places] = dense
+    narrow, found = LabelEmbedding.fit(csr_matrix(dense), 8), LabelEmbedding.fit(csr_matrix(wide), 8)
+    assert set(found.known) <= set(places)
+    # The columns come in another order, so signs and rounding may differ: inner products may not.
+    assert np.abs(found.vectors[places] @ found.vectors[places].T - narrow.vectors @ narrow.vectors.T).max() < 1e-4
+    columns, _ = found.decode(found.encode(csr_matrix(wide))[:50], 5)
+    assert set(columns.ravel()) <= set(places)
+
+
+def test_odd_inputs_never_give_nan():
+    rng = np.random.default_rng(0)
+    once = csr_matrix(np.eye(5, dtype=np.uint8))
+    rare = csr_matrix((rng.random((200, 30)) < 0.02).astype(np.uint8))
+    for labels, dim in ((once, 3), (once, 50), (rare, 100)):
+        found = LabelEmbedding.fit(labels, dim, least_images=1)
+        assert found.vectors.shape == (labels.shape[1], dim) and np.isfinite(found.vectors).all()
+        assert found.rank <= labels.shape[1]
+    with pytest.raises(UserError, match="all images alike"):
+        LabelEmbedding.fit(csr_matrix(np.ones((20, 4), np.uint8)), 2)
+    with pytest.raises(UserError, match="no image has a label"):
+        LabelEmbedding.fit(csr_matrix((20, 4), dtype=np.uint8), 2)
+    with pytest.raises(UserError, match="no label has 3 images"):
+        LabelEmbedding.fit(once, 2, least_images=3)
+    with pytest.raises(UserError, match="dim 0"):
+        LabelEmbedding.fit(once, 0)
+    empty = found.encode(csr_matrix((2, 30), dtype=np.uint8))
+    columns, scores = found.decode(empty, 3)
+    assert (scores == 0).all() and columns.shape == (2, 3)
+    with pytest.raises(UserError, match="NaN"):
+        found.decode(np.full((1, 100), np.nan, np.float32), 3)
+    with pytest.raises(UserError, match="expected \\[n, 100\\]"):
+        found.decode(np.zeros((1, 7), np.float32), 3)
+    with pytest.raises(UserError, match="top_k"):
+        found.decode(empty, 1000)
+
+
+def test_save_and_load(tmp_path):
+    found = LabelEmbedding.fit(topics(400), 10)
+    found.save(tmp_path / "vectors.pt")
+    loaded = LabelEmbedding.load(tmp_path / "vectors.pt")
+    assert loaded.vectors.tobytes() == found.vectors.tobytes() and loaded.kind == found.kind
+    assert (loaded.counts == found.counts).all() and (loaded.eigenvalues == found.eigenvalues).all()
+    torch.save({"model": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="no label embedding"):
+        LabelEmbedding.load(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 40])
+def test_nearest_equals_brute_force(top_k):
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((333, 16)).astype(np.float32)
+    vectors[[3, 77]] = 0
+    embedding = LabelEmbedding(
+        vectors, np.ones(16, np.float32), np.ones(333, np.float32), np.ones(333, np.int64), "ppmi"
+    )
+    outputs = rng.standard_normal((700, 16)).astype(np.float32)
+    columns, scores = nearest(embedding, outputs, top_k)
+    lengths = np.linalg.norm(vectors, axis=1)
+    cosines = outputs @ vectors.T / np.linalg.norm(outputs, axis=1)[:, None] / np.where(lengths > 0, lengths, np.inf)
+    cosines[:, [3, 77]] = -2
+    wanted = np.argsort(-cosines, axis=1, kind="stable")[:, :top_k]
+    assert (columns == wanted).mean() > 0.999, "ties by rounding aside"
+    assert np.abs(scores - np.take_along_axis(cosines, wanted, 1)).max() < 1e-5
+
+
+def test_pursuit_finds_the_terms_of_a_sum_where_single_rows_do_not():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((800, 256)).astype(np.float32)
+    embedding = LabelEmbedding(
+        vectors, np.ones(256, np.float32), np.ones(800, np.float32), np.ones(800, np.int64), "ppmi"
+    )
+    sets = [rng.choice(800, rng.integers(1, 6), replace=False) for _ in range(300)]
+    outputs = np.stack([vectors[chosen].sum(0) for chosen in sets])
+    found = pursue(embedding, outputs)
+    exact = np.mean([set(chosen) == set(columns) for chosen, columns in zip(sets, found, strict=True)])
+    assert exact > 0.99
+    assert pursue(embedding, np.zeros((1, 256), np.float32))[0].size == 0
+
+
+def test_calibrated_count():
+    rng = np.random.default_rng(0)
+    scores = -np.sort(-rng.random((500, 20)), axis=1)
+    counts = (scores > 0.8).sum(1)
+    threshold = calibrated_threshold(scores, counts)
+    assert counted(scores, threshold, least=0).sum() == counts.sum()
+    assert counted(scores, 2.0).tolist() == [1] * 500
+    with pytest.raises(UserError, match="decode at least as many"):
+        calibrated_threshold(scores, np.full(500, 30))
