@@ -5,9 +5,7 @@ line plus a table over the hours of the week. That line and table are the fitted
 """
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +43,9 @@ def _hour_of_week(hours: np.ndarray) -> np.ndarray:
 
 def fit(observations: Observations, jobs: int, label: str = "prophet") -> Lines:
     """Fit every series on the last 475 days before the end of `observations`; raises UserError without Prophet."""
+    _silence()
     try:
-        import prophet  # noqa: F401
+        import prophet  # noqa: F401  before the threads, which would all wait for it
     except ImportError as error:
         raise UserError(
             "prophet is not installed: pip install prophet, or leave it out with --models medians,boosting,mlp"
@@ -87,8 +86,7 @@ def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str):
     """A fitted prophet.Prophet with the competition's settings, silent."""
     import pandas as pd
 
-    for name in ("cmdstanpy", "prophet", "prophet.plot"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence()
     from prophet import Prophet
 
     frame = pd.DataFrame({"ds": hours.astype("datetime64[ns]"), "y": values.astype(float)})
@@ -101,25 +99,15 @@ def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str):
         yearly_seasonality=False,
         uncertainty_samples=0,
     )
-    with _quiet():
-        model.fit(frame)
+    model.fit(frame)
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Stan writes to the file descriptors themselves: point both to nowhere while it runs."""
-    saved = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        for number, descriptor in enumerate(saved, start=1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.close(nowhere)
+def _silence() -> None:
+    """Prophet reports every fit, a missing plotly, and what newer pandas think of its code."""
+    for name in ("cmdstanpy", "prophet", "prophet.plot"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="prophet")
 
 
 def forecast(lines: Lines, first_hours: np.ndarray) -> np.ndarray:
