@@ -25,6 +25,7 @@ from pycocotools import mask as coco
 
 from common import predict, submission
 from common.engine.optimizers import allocate_state, build_optimizer
+from common.engine.prepare import prepare
 from common.engine.step import Engine
 from common.raw import RawData
 from common.window import Window
@@ -173,7 +174,8 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     config = replace(task.RECIPES["full"], encoder=encoder, encoder_weights="none", encoder_lr=1.0, size=size)
     config = replace(config, batch_size=batch, checkpointing=checkpointing)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = CloudNet(config.architecture, encoder, config.class_head, config.dropout, checkpointing).to(device)
+    network = CloudNet(config.architecture, encoder, config.class_head, config.dropout).to(device)
+    prepare(network, checkpointing)
     optimizer = build_optimizer(network, config)
     allocate_state(optimizer)
     precision = "bf16" if device.type == "cuda" else "fp32"

@@ -48,7 +48,7 @@ class Config:
     views: bool = flag(True, "average the test-time views of the competition")
     # The machine: these change speed and memory only (low precisions round).
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 on cards that have it, else fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
     workers: int = flag(2, "processes that read and augment files; data held as tensors needs none", "processes")
     threads: int = flag(0, "CPU threads of the training process; 0 lets torch decide", "threads")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
@@ -59,7 +59,7 @@ class Config:
 
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
-MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images"})
+MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing"})
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

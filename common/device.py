@@ -17,7 +17,9 @@ def device_of(config: Config, local_rank: int = 0) -> torch.device:
 
 
 def precision_of(config: Config, device: torch.device) -> str:
-    """fp32, bf16 or fp16; `auto` is bf16 on CUDA cards that multiply it natively and fp32 anywhere else."""
+    """fp32, bf16 or fp16; `auto` is bf16 where the hardware multiplies it natively (CUDA cards, CPUs with AMX)."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else "fp32"

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from common.window import Tree
 
-Learnt = dict[str, Any]  # plain types only: it is written to the run as JSON
+# Plain types only: it is written to the run as JSON. "score", when it is there, is the first metric as measured on rows
+# that the learning did not see; the run reports it instead of the score on the rows that were learnt from.
+Learnt = dict[str, Any]
 
 
 def _same(tree: Tree) -> Tree:

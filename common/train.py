@@ -96,14 +96,15 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
         write_text(run.path / "oof_ids.txt", "".join(f"{task.ids[row]}\n" for row in rows))
         result |= {"learnt": task.learn(predictions, rows), "rows": len(rows)}
         result["metrics"] = score_kept(task, config, predictions, rows, result["learnt"])
-        result["score"] = result["metrics"][result["monitor"]]
+        result["score"] = result["learnt"].get("score", result["metrics"][result["monitor"]])
     run.write_json("result.json", result | {"finished": runs.now()})
     for folder in folders:
         (folder / "oof.npy").unlink(missing_ok=True)
     if result["metrics"]:
         facts = ", ".join(f"{name} {value:.5f}" for name, value in result["metrics"].items())
         run.log(
-            f"held-out score of {run.path}: {facts} on {result['rows']} rows, trained {result['training_seconds']} s"
+            f"held-out score of {run.path}: {result['score']:.5f} ({facts} on {result['rows']} rows), "
+            f"trained {result['training_seconds']} s"
         )
     if task.report:
         task.report(run)

@@ -4,16 +4,12 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
-from functools import partial, wraps
-from typing import Any
+from contextlib import contextmanager, suppress
 
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from competitions.clouds.reader import CLASSES
@@ -30,7 +26,7 @@ class CloudNet(nn.Module):
     `class_head` "topk" has no parameters: a class is as present as the mean of its ten largest pixel logits.
     """
 
-    def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float, checkpointing: bool):
+    def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float):
         super().__init__()
         pooled = {"classes": len(CLASSES), "pooling": "avg", "dropout": dropout}
         try:
@@ -48,9 +44,6 @@ class CloudNet(nn.Module):
             ) from error
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-        if checkpointing:
-            checkpoint_blocks(self.net.encoder)
-            checkpoint_blocks(self.net.decoder)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [B, 3, H, W] -> {"pixels": logits [B, 4, H, W], "classes": logits [B, 4]}, for any H and W."""
@@ -63,48 +56,6 @@ class CloudNet(nn.Module):
         if classes is None:
             classes = pixels.flatten(2).float().topk(min(TOP_PIXELS, height * width), dim=2).values.mean(2)
         return {"pixels": pixels, "classes": classes}
-
-
-def checkpoint_blocks(module: nn.Module) -> None:
-    """Recompute every block of a stack (residual blocks, decoder blocks) in the backward pass, from its input.
-
-    Memory falls to the blocks' inputs plus one block; a step costs a second forward pass. Names of weights stay.
-    """
-    for child in module.children():
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in child.children()):
-            child.forward = _recomputed(child, child.forward)
-        else:
-            checkpoint_blocks(child)
-
-
-def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    contexts = partial(_contexts, block)
-
-    @wraps(forward)
-    def run(*inputs: Any, **options: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
-            return forward(*inputs, **options)
-        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
-
-    return run
-
-
-def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), _statistics_kept(block)
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module):
-    """Normalise as in training without another update of the running statistics: the batch was counted already."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def load_encoder_weights(model: CloudNet, encoder: str) -> None:

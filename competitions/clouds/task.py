@@ -70,7 +70,6 @@ SMALL = replace(
     encoder_weights="none",
     encoder_lr=1.0,
     augment="strong",
-    precision="bf16",
     channels_last=True,
     evaluate_every=10,
 )
@@ -99,8 +98,7 @@ BEST = replace(
 RECIPES: dict[str, CloudConfig] = {
     # make train COMP=clouds: a card with 8 GB, some hours
     "default": DEFAULT,
-    # make train COMP=clouds RECIPE=small: a laptop's CPU, 500 images; bf16 is thrice as fast where it has AMX, else
-    # ARGS="--precision fp32"
+    # make train COMP=clouds RECIPE=small: a laptop's CPU, 500 images
     "small": SMALL,
     # make train COMP=clouds RECIPE=full: every pixel, on a card with 11 GB
     "full": FULL,
@@ -201,7 +199,7 @@ def _check(config: CloudConfig) -> None:
 def _model(config: CloudConfig) -> Any:
     from competitions.clouds.model import CloudNet
 
-    return CloudNet(config.architecture, config.encoder, config.class_head, config.dropout, config.checkpointing)
+    return CloudNet(config.architecture, config.encoder, config.class_head, config.dropout)
 
 
 def _pretrain(encoder: str, network: Any) -> None:

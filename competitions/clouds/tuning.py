@@ -177,7 +177,8 @@ def held_out(
 def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
     """Tune the rules of every class on kept predictions; keeps the stage that is best on images it was not tuned on.
 
-    The result, in plain types: "rules", "force_best", and "held_out", the nested score of every stage.
+    The result, in plain types: "rules", "force_best", "held_out", the nested score of every stage, and "score", that of
+    what was chosen.
     """
     found = tables(predictions, truth)
     scores = {stage: held_out(found, stage, seed) for stage in STAGES}
@@ -187,12 +188,14 @@ def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int
     with_best = [replace(table, presence=forced[:, label]) for label, table in enumerate(found)]
     scores["best class forced"] = held_out(with_best, stage, seed)
     force = scores["best class forced"] > scores[stage]
+    score = max(scores["best class forced"], scores[stage])
     found = with_best if force else found
 
     hulls = [Hulls(predictions, truth, label) for label in range(len(CLASSES))]
     scores["convex hulls"] = held_out(found, stage, seed, hulls)
-    if scores["convex hulls"] <= max(scores[stage], scores["best class forced"]):
+    if scores["convex hulls"] <= score:
         hulls = [None] * len(CLASSES)
+    score = max(scores["convex hulls"], score)
     rows = np.arange(len(predictions))
     rules = [choose(table, rows, stage, hull) for table, hull in zip(found, hulls, strict=True)]
-    return to_learnt(rules, force) | {"held_out": scores, "stage": stage}
+    return to_learnt(rules, force) | {"held_out": scores, "stage": stage, "score": score}

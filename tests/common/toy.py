@@ -19,7 +19,7 @@ class ToyConfig(Config):
     nan_at_test: bool = flag(False, "predict NaN for the test rows")
 
 
-RECIPES = {"default": ToyConfig(epochs=3, batch_size=16, ema=0.9, workers=0, folds=3)}
+RECIPES = {"default": ToyConfig(epochs=3, batch_size=16, ema=0.9, workers=0, folds=3, precision="fp32")}
 RECIPES["smoke"] = replace(RECIPES["default"], epochs=2)
 
 
