@@ -14,7 +14,7 @@ endif
 FLAGS = $(foreach name,DATA RECIPE RUN FOLD FILE MSG FORCE,$(if $($(name)),--$(call lower,$(name))="$($(name))")) $(ARGS)
 lower = $(shell echo $(1) | tr A-Z a-z)
 
-.PHONY: help train predict test check data submit board kernel bench lint python name
+.PHONY: help train predict backtest test check data submit board kernel bench lint python name
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,6 +30,9 @@ predict: name .venv/.installed ## write the submission of a finished RUN again (
 
 test: python .venv/.installed ## the whole test suite
 	@$(PY) -m pytest $(ARGS)
+
+backtest: name .venv/.installed ## forecast past days with models that know nothing of them, where COMP has that
+	@$(PY) -m common backtest $(COMP) $(FLAGS)
 
 check: name .venv/.installed ## look for unreadable images in COMP's data
 	@$(PY) -m common check $(COMP) $(FLAGS)
