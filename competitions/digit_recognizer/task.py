@@ -48,7 +48,6 @@ RECIPES = {
         ema=0.998,
         keep="last",
         evaluate_every=4,
-        precision="bf16",
         channels_last=True,
         workers=0,
     )
