@@ -36,13 +36,13 @@ def release() -> None:
         torch.mps.empty_cache()
 
 
-def slices(count: int, largest: int) -> list[tuple[int, int]]:
-    """Cut `count` samples into the fewest parts of at most `largest`, as equal as they can be: [(start, stop)].
+def sizes(count: int, largest: int) -> list[int]:
+    """Cut `count` samples into the fewest parts of at most `largest`, as equal as they can be.
 
     Equal parts leave no last part of one sample, over which BatchNorm could not normalise.
     """
     parts = -(-count // largest)
-    return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+    return [count * (part + 1) // parts - count * part // parts for part in range(parts)]
 
 
 class Buffers:

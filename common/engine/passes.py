@@ -4,6 +4,7 @@ Each function fills .grad with the gradient of the window value, summed over the
 multiply what they send backward by `engine.scale.factor`. In the formulas, i runs over the samples of the window.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def per_sample(engine: "Engine", window: Window) -> Tensor:
 
     sums = engine.together(backward)
     engine.sum_gradients()
-    return (engine.ranks.sum_(sums) / total).sum()
+    value = engine.ranks.sum_(sums) / total
+    return value.sum() if value.ndim else value
 
 
 def sums(engine: "Engine", window: Window) -> Tensor:
@@ -194,5 +196,10 @@ def sent_back(values: Tensor, slope: Tensor, weights: Tensor | None) -> Tensor:
 
 def joined(parts: tuple[Tree, ...]) -> Tree:
     """Trees of consecutive samples as one."""
-    columns = zip(*(tensors_of(part) for part in parts), strict=True)
-    return map_tree(lambda _: torch.cat(next(columns)), parts[0])
+    return rebuilt(parts[0], [torch.cat(column) for column in zip(*map(tensors_of, parts), strict=True)])
+
+
+def rebuilt(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
+    """A tree of the same shape with these tensors in it."""
+    remaining = iter(tensors)
+    return map_tree(lambda _: next(remaining), tree)

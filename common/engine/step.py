@@ -1,7 +1,8 @@
 """The engine: exactly one optimizer step over one window, whatever part of it fits into the memory at once."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.engine import memory
-from common.engine.passes import PASSES
+from common.engine.passes import PASSES, rebuilt
 from common.engine.precision import LossScale, forward_in
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.keys import keyed_seed
 from common.losses.protocol import kind
-from common.window import Tree, Window, map_tree
+from common.window import Tree, Window, tensors_of
 
 Result = TypeVar("Result")
 
@@ -77,9 +78,10 @@ class Engine:
         """One optimizer step over the window. Raises UserError, before the update, when it is not a finite one."""
         value = self.gradients(window, step_number)
         norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        finite = math.isfinite(value + norm)  # the one place where a step waits for a GPU
-        if not finite and (self.precision != "fp16" or not math.isfinite(value)):
-            what = "the loss" if not math.isfinite(value) else "the gradient of the loss"
+        known = math.isfinite(value)  # the one place where a step waits for a GPU
+        finite = known and math.isfinite(norm)
+        if not finite and (self.precision != "fp16" or not known):
+            what = "the gradient of the loss" if known else "the loss"
             raise UserError(
                 f"{what} is not finite in step {step_number + 1} (epoch {window.epoch + 1}, window {window.number + 1})"
                 ": train with a lower --lr, with --clip-norm 1, or with --precision fp32, and look at the data"
@@ -132,20 +134,17 @@ class Engine:
 
     def parts(self, window: Window, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
         """(inputs, targets, weights, size) of each micro-batch, on the device: views of the window until they move."""
-        inputs, targets, weights = window.inputs if with_inputs else (), window.targets, window.weights
-        for start, stop in memory.slices(len(window), self.micro_batch):
-            cut = slice(start, stop)
-            yield (
-                self._moved(inputs, cut),
-                self._moved(targets, cut),
-                None if weights is None else self.to_device(weights[cut]),
-                stop - start,
-            )
+        sizes = memory.sizes(len(window), self.micro_batch)
+        inputs = self._cut(window.inputs, sizes) if with_inputs else repeat(None)
+        weights = repeat(None) if window.weights is None else self._cut(window.weights, sizes)
+        return zip(inputs, self._cut(window.targets, sizes), weights, sizes, strict=False)
 
-    def _moved(self, tree: Tree, cut: slice) -> Tree:
-        if isinstance(tree, Tensor):  # the common case, five times faster
-            return self.to_device(tree[cut])
-        return map_tree(lambda tensor: self.to_device(tensor[cut]), tree)
+    def _cut(self, tree: Tree, sizes: list[int]) -> Iterable[Tree]:
+        if isinstance(tree, Tensor):
+            views = tree.split(sizes)
+            return views if tree.device == self.device else map(self.to_device, views)
+        columns = zip(*(self._cut(tensor, sizes) for tensor in tensors_of(tree)), strict=True)
+        return (rebuilt(tree, column) for column in columns)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
@@ -213,7 +212,7 @@ class Engine:
     def _halve(self, count: int) -> None:
         """Half of the largest micro-batch of any rank, for all ranks; raises UserError when that was one sample."""
         memory.release()
-        largest = max(stop - start for start, stop in memory.slices(count, self.micro_batch)) if count else 0
+        largest = max(memory.sizes(count, self.micro_batch), default=0)
         sizes, _ = self.ranks.gather(torch.tensor([largest]))
         largest = int(sizes.max())
         if largest <= 1:
