@@ -1,0 +1,291 @@
+"""The whole competition on its generated sample: rows, samples, network, losses, submission, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint, submission
+from common import run as runs
+from common.errors import UserError
+from common.loading import orders
+from common.loading.loader import Loader
+from common.losses import kind, window_value
+from common.raw import RawData
+from competitions.inclusive_images import dataset, model, pictures, rows, sample, task
+
+SMOKE = dataclasses.replace(task.RECIPES["smoke"], clusters=0)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> RawData:
+    folder = tmp_path_factory.mktemp("sample")
+    sample.write(folder)
+    return RawData(folder, "inclusive_images", is_sample=True)
+
+
+def built(raw: RawData, **changes):
+    return task.build(dataclasses.replace(SMOKE, **changes), raw)
+
+
+def test_sample_is_seeded_and_its_labels_come_together(raw, tmp_path):
+    sample.write(tmp_path)
+    for name in ("train_human_labels.csv", "tuning_labels.csv", "stage_1_sample_submission.csv"):
+        assert (tmp_path / name).read_bytes() == (raw.path / name).read_bytes()
+    files = rows.read(SMOKE, raw, lambda message: None)
+    column = {name: place for place, name in enumerate(files.index.names)}
+    table = files.labels.toarray()
+
+    def lift(first: str, second: str) -> float:
+        a, b = table[:, column[first]], table[:, column[second]]
+        return (a & b).mean() / (a.mean() * b.mean())
+
+    assert lift("boat", "water") > 1.5 > 1 > lift("boat", "moon")
+    assert 2 < table.sum(1).mean() < 8 and table[:, column["rainbow"]].sum() == 0
+
+
+@pytest.mark.parametrize(
+    "labelled, n, held", [("train", 240, 48), ("validated", 280, 40), ("both", 280, 8), ("tuning", 40, 8)]
+)
+def test_rows_of_every_choice(raw, labelled, n, held):
+    found = rows.read(dataclasses.replace(SMOKE, labelled=labelled), raw, lambda message: None)
+    assert (len(found.ids), int((found.folds == 0).sum())) == (n, held)
+    always = found.folds == -1
+    assert always.sum() == (240 if labelled in ("validated", "both") else 0)
+    if labelled == "train":
+        assert found.fitted.shape[0] == 192, "the label vectors do not see the fold that is held out"
+
+
+def test_samples_and_their_targets(raw):
+    built_task = built(raw)
+    image, targets = built_task.plain[3]
+    assert image.dtype == torch.uint8 and image.shape == (3, 64, 64)
+    files = rows.read(SMOKE, raw, lambda message: None)
+    embedding = rows.embed(SMOKE, files)
+    assert targets["labels"].tolist() == files.labels[3].toarray()[0].tolist()
+    assert torch.allclose(targets["embedding"], torch.from_numpy(embedding.encode(files.labels[3])[0]))
+    assert float(targets["count"]) == files.labels[3].nnz
+    assert built_task.test[0][1].numel() == 0
+
+
+def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
+    built_task = built(raw, augment="heavy")
+    order = orders.sequential(np.arange(24))
+
+    def epoch(workers: int, number: int) -> torch.Tensor:
+        with Loader(built_task.labelled, order, 12, seed=0, workers=workers) as loader:
+            return torch.cat([window.inputs for window in loader.epoch(number)])
+
+    first, second = epoch(0, 0), epoch(0, 1)
+    assert torch.equal(first, epoch(2, 0))
+    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), "every image differs in every epoch"
+    changed = torch.stack([first[row] != built_task.plain[row][0] for row in range(24)])
+    assert changed.float().mean() > 0.5
+
+
+def test_images_are_resized_once(raw, monkeypatch):
+    before = built(raw)
+    expected = before.plain[0][0]
+    monkeypatch.setattr(dataset.images, "decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(built(raw).plain[0][0], expected)
+    monkeypatch.undo()
+    assert torch.equal(built(raw, cache_gb=0.0).plain[0][0], expected)
+
+
+def test_an_unreadable_image_is_named(raw, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8no image")
+    good = next((raw.path / "train_images").iterdir())
+    found = dataset.Pictures([good, broken], (32, 32), tmp_path, "key", 1.0)
+    assert found[0].any()
+    with pytest.raises(UserError, match="broken.jpg"):
+        found[1]
+
+
+@pytest.mark.parametrize("loss", ["bce", "focal", "f2", "bce+f2", "pvn"])
+@pytest.mark.parametrize("embedding_loss", ["cosine", "mse"])
+def test_every_loss_is_per_sample_and_finite(raw, loss, embedding_loss):
+    built_task = built(raw, loss=loss, embedding_loss=embedding_loss)
+    with Loader(built_task.plain, orders.sequential(np.arange(8)), 8, seed=0) as loader:
+        window = next(loader.epoch(0))
+    network = built_task.model().train()
+    value = window_value(built_task.loss, network(window.inputs), window.targets)
+    value.backward()
+    assert kind(built_task.loss) == "per_sample" and torch.isfinite(value)
+    heads = [network.heads[name].weight.grad.abs().sum() for name in model.HEADS]
+    assert all(torch.isfinite(slope) and slope > 0 for slope in heads), "both heads and the count get gradients"
+
+
+def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_path):
+    both, alone = built(raw).model().eval(), built(raw, embedding=0.0, count=0.0).model().eval()
+    assert set(both.heads) == set(model.HEADS) and set(alone.heads) == {"labels"}
+    checkpoint.save(tmp_path / "model.pt", {"model": both.state_dict()})
+    model.start_from(alone, tmp_path / "model.pt")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(alone(images)["labels"], both(images)["labels"])
+    with pytest.raises(UserError, match="holds another network"):
+        model.start_from(built(raw, backbone="resnet18", embedding=0.0).model(), tmp_path / "model.pt")
+    checkpoint.save(tmp_path / "alone.pt", {"model": alone.state_dict()})
+    with pytest.raises(UserError, match="first difference: heads.embedding"):
+        model.start_from(both, tmp_path / "alone.pt")
+
+
+def test_embedding_alone_scores_the_labels(raw):
+    built_task = built(raw, classifier=0.0, embedding=1.0, count=0.0)
+    network = built_task.model().eval()
+    outputs = network(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    predictions = built_task.predict(outputs)
+    assert predictions.shape == (2, 23) and "labels" not in network.train()(
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    )
+    direction = torch.nn.functional.normalize(outputs["embedding"], dim=1)
+    wanted = (8 * direction @ network.projections.T).sigmoid()
+    assert torch.allclose(predictions, wanted)
+    assert int(built_task.decide(predictions, {})["labels"].sum()) == 10
+
+
+def test_only_the_heads_learn(raw):
+    network = built(raw, learns="heads", start_from="before", augment="none").model().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
+    network(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))["labels"].square().mean().backward()
+    optimizer.step()
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"heads.labels.weight", "heads.labels.bias"}, "not even running statistics"
+
+
+def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    config = dataclasses.replace(SMOKE, embedding=0.0, count=0.0)
+    built_task = task.build(config, raw)
+    from common.loading.folds import fingerprint
+
+    origin = {
+        "recipe": "smoke",
+        "sample": True,
+        "data_fingerprint": "",
+        "folds_fingerprint": fingerprint(built_task.folds, built_task.ids),
+    }
+    run = runs.open_run("inclusive_images", "first", config, origin)
+    (run.path / "fold-0").mkdir()
+    trained = built_task.model()
+    checkpoint.save(run.path / "fold-0" / "model.pt", {"model": trained.state_dict()})
+
+    def start(**changes):
+        later = dataclasses.replace(config, start_from="first", **changes)
+        found = rows.read(later, raw, lambda message: None)
+        network = task.build(later, raw).model()
+        rows.start_from(later, found, network)
+        return network
+
+    assert torch.equal(start().heads["labels"].weight, trained.heads["labels"].weight)
+    start(labelled="tuning", learns="heads")
+    with pytest.raises(UserError, match="trained on images that are held out here"):
+        start(fold="1")
+    with pytest.raises(UserError, match="trained on images that are held out here"):
+        start(seed=1)
+    with pytest.raises(UserError, match="no such run"):
+        rows.start_from(dataclasses.replace(config, start_from="other"), rows.read(config, raw, print), trained)
+
+
+def test_weighted_sampling_equals_the_slow_loop(raw):
+    built_task = built(raw, sampling="weighted")
+    files = rows.read(SMOKE, raw, lambda message: None)
+    table = files.labels.toarray()
+    counts = table.sum(0, dtype=int)
+    of_label = [min(max(np.log(0.5 * counts.sum() / count), 1), 10) if count else 0 for count in counts]
+    wanted = [max(of_label[label] for label in np.flatnonzero(row)) for row in table]
+    assert np.allclose(dataset.sampling_weights(files.labels), wanted)
+    train = np.flatnonzero(built_task.folds != 0)
+    order = built_task.order(train)
+    drawn = np.concatenate([order(0, epoch).index for epoch in range(60)])
+    assert set(drawn) <= set(train)
+    rates = np.bincount(drawn, minlength=len(table))[train] / len(drawn)
+    assert np.corrcoef(rates, np.array(wanted)[train])[0, 1] > 0.7
+
+
+def test_submission_is_checked(raw, tmp_path):
+    built_task = built(raw)
+    scores = torch.rand(40, 23, generator=torch.Generator().manual_seed(0))
+    lines = list(built_task.rows(built_task.test_ids, built_task.decide(scores, {})))
+    path = submission.write(
+        tmp_path / "a.csv", built_task.columns, lines, built_task.sample_submission(), built_task.valid, {}
+    )
+    first = path.read_text().splitlines()
+    assert first[0] == "image_id,labels" and len(first) == 41
+    assert built_task.valid([""]) == "no label, which scores 0"
+    assert "not in classes-trainable.csv" in built_task.valid(["/m/0s000 /m/odd"])
+    assert "twice" in built_task.valid(["/m/0s000 /m/0s000"])
+    bad = [(image, "/m/odd") for image, _ in lines]
+    with pytest.raises(UserError, match="/m/odd"):
+        submission.write(
+            tmp_path / "b.csv", built_task.columns, bad, built_task.sample_submission(), built_task.valid, {}
+        )
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
+    import shutil
+
+    shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    other = RawData(tmp_path / "data", "inclusive_images")
+    said = []
+    next((other.path / "train_images").iterdir()).unlink()
+    assert len(rows.read(SMOKE, other, said.append).ids) == 239 and "1 of 240 labelled images" in said[-1]
+    next((other.path / "stage_1_test_images").iterdir()).unlink()
+    removed = 0
+    while not removed:
+        try:
+            rows.read(SMOKE, other, said.append)
+            next((other.path / "stage_1_test_images").iterdir()).unlink()
+        except UserError as error:
+            removed, words = 1, str(error)
+    assert "has no image for 1 of the 40 ids of stage_1_sample_submission.csv" in words
+    shutil.rmtree(other.path / "train_images")
+    with pytest.raises(UserError, match="holds no image of the 240"):
+        rows.read(SMOKE, other, said.append)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"size": (8, 8)}, "--size 8,8"),
+        ({"classifier": 0.0, "embedding": 0.0}, "nothing that predicts"),
+        ({"embedding": -1.0}, "--embedding -1.0"),
+        ({"embedding_dim": 0}, "--embedding-dim 0"),
+        ({"learns": "heads"}, "--start-from RUN"),
+        ({"labelled": "validated", "fold": "2"}, "--fold 2"),
+    ],
+)
+def test_settings_that_make_no_sense(raw, changes, words):
+    with pytest.raises(UserError, match=words):
+        built(raw, **changes)
+
+
+def test_unknown_backbone_names_the_nearest(raw):
+    with pytest.raises(UserError, match="resnet18"):
+        built(raw, backbone="resnet81").model()
+
+
+def test_pictures(raw, tmp_path):
+    files = rows.read(SMOKE, raw, lambda message: None)
+    embedding = rows.embed(SMOKE, files)
+    run = runs.Run(tmp_path, {"command": "train"})
+    held = np.flatnonzero(files.folds == 0)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "oof.npy", rng.random((len(held), 23)).astype(np.float16))
+    (tmp_path / "oof_ids.txt").write_text("".join(f"{files.ids[row]}\n" for row in held))
+    learnt = {"rule": {"kind": "expected", "level": 1.0}, "held_out_f2": 0.3}
+    run.write_json("result.json", {"score": 0.31, "learnt": learnt, "training_seconds": 1.0})
+    pictures.report(run, files, embedding, built(raw).decide)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 3 and "0.3100" in page and "boat" not in page.split("<img")[0]
+    for name in ("similarity", "map", "curves"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_frequency_bands_partition_the_labels_that_occur():
+    bands = pictures.frequency_bands(np.array([0, 5, 9, 1, 1, 40, 3, 0, 2]))
+    assert sorted(np.concatenate(list(bands.values())).tolist()) == [1, 2, 3, 4, 5, 6, 8]
+    assert list(bands)[0] == "1: 9 to 40"
