@@ -75,7 +75,6 @@ def watched(
     *,
     measure: Callable[[], int] | None = None,
     stop: Callable[[], UserError | None] | None = None,
-    on_line: Callable[[str], None] | None = None,
     keep_open: Sequence[IO] = (),
 ) -> Answer:
     """Run a program until it ends, is silent for too long (Silent), or `stop()` returns an error (raised).
@@ -93,12 +92,13 @@ def watched(
         pass_fds=[stream.fileno() for stream in keep_open],
         start_new_session=True,  # Ctrl-C reaches the kit alone, which then stops the program and tidies up
     )
-    out, err = _Reader(child.stdout, on_line), _Reader(child.stderr)
+    out, err = _Reader(child.stdout), _Reader(child.stderr)
     limit, last, since = patience(), None, time.monotonic()
     try:
         while True:
+            out.finished.wait(timeout=0.1)  # returns at once when the program ends, unlike child.wait
             try:
-                child.wait(timeout=0.1)
+                child.wait(timeout=0.01)
                 break
             except subprocess.TimeoutExpired:
                 pass
@@ -141,20 +141,17 @@ def _end(child: subprocess.Popen) -> None:
 class _Reader(threading.Thread):
     """Collects a pipe, so that it never fills up."""
 
-    def __init__(self, pipe: IO[bytes], on_line: Callable[[str], None] | None = None):
+    def __init__(self, pipe: IO[bytes]):
         super().__init__(daemon=True)
-        self.pipe, self.on_line, self.parts, self.count = pipe, on_line, [], 0
+        self.pipe, self.parts, self.count = pipe, [], 0
+        self.finished = threading.Event()
         self.start()
 
     def run(self) -> None:
-        rest = b""
         while chunk := self.pipe.read1(1 << 16):  # not by lines: a progress bar has none
             self.parts.append(chunk)
             self.count += len(chunk)
-            if self.on_line is not None:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    self.on_line(line.decode("utf-8", "replace"))
+        self.finished.set()
 
     def text(self) -> str:
         self.join(timeout=5)  # a grandchild that keeps the pipe open must not hold the kit up

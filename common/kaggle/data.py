@@ -12,7 +12,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from common.errors import UserError
-from common.kaggle import download, stamp, web
+from common.kaggle import download, stamp
 from common.kaggle.archive import Damaged
 from common.kaggle.credentials import find
 from common.kaggle.source import Source, missing
@@ -153,6 +153,8 @@ def origin_page(source: Source) -> str:
 
 def _fetch_images(home: Path, source: Source, count: int) -> None:
     """`count` training images that are not on Kaggle: the same ones everywhere, and a larger count adds to them."""
+    from common.kaggle import web
+
     images = source.images
     with open(home / images.ids_file, newline="", encoding="utf-8") as stream:
         ids = {row[images.ids_column] for row in csv.DictReader(stream)}

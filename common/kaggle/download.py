@@ -8,7 +8,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from common.errors import UserError
-from common.kaggle import archive, stamp, web
+from common.kaggle import archive, stamp
 from common.kaggle.archive import Damaged, Entry
 from common.kaggle.cli import Answer, explained, kaggle
 from common.kaggle.credentials import Account
@@ -24,8 +24,8 @@ def whole_archive(
 ) -> dict[str, Entry]:
     """Download all files of a competition into `work` and unpack them into `draft`.
 
-    The listing is read, and compared with the free disk space, beside the download: image sets have hundreds of
-    pages of it. `again` starts afresh, `as_it_is` does not compare the archive with the listing.
+    The listing is read, and compared with the free disk space, beside that: image sets have hundreds of pages of it.
+    `again` starts afresh, `as_it_is` does not compare the archive with the listing.
     """
     target = work / f"{source.slug}.zip"
     listing = Listing(source, account, work)
@@ -37,15 +37,16 @@ def whole_archive(
             )  # fmt: skip
         if answer.status != 0 or not target.is_file():
             raise listing.failure() or explained(answer, account, source, f"downloading {source.slug}")
+        _refuse_partial(work, target.name)
+        files = archive.unpack_into(target, draft)
         listing.join()
     finally:
         listing.cancel()
     if error := listing.failure():
         raise error
-    _refuse_partial(work, target.name)
     if not as_it_is:
         listing.compare(target)
-    return archive.unpack_into(target, draft)
+    return files
 
 
 def _download(source, account, work, lock, more, show, stop=None) -> Answer:
@@ -171,6 +172,8 @@ def single_files(source: Source, account: Account, work: Path, draft: Path, lock
 
 def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> tuple[str, dict[str, Entry]]:
     """The archive at a plain address, checked against the checksum given, known or published; (address, files)."""
+    from common.kaggle import web  # what it needs for https takes longer to import than all the rest
+
     address, record = url or source.url, source.checksum_url
     if url and urlsplit(url).path in ("", "/"):
         address, record = web.mirrored(source.url, url), web.mirrored(record, url)

@@ -69,7 +69,7 @@ def kernel(
     follow_notebook(account, source, competition, reference, wait, poll)
     table = fetch_output(account, source, competition, reference)
     if source.notebook_only:
-        submit_version(account, source, competition, facts, table)
+        submit_version(account, source, competition, facts, table, min(poll, 4.0))
 
 
 def username(account: Account, source: Source) -> str:
@@ -219,7 +219,7 @@ def follow_notebook(
         raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
 
 
-def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path) -> None:
+def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
     """For competitions that score notebooks: submit this version of it and follow the score."""
     known, left = status.submissions(account, source)
     if left == 0:
@@ -239,4 +239,4 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         commit=f"notebook {facts['kernel']}/{facts['version']}",
         validation=str(origin["score"]) if origin.get("score") is not None else "",
     )
-    follow(competition, account, source, row, known, name, message, SCORE_SECONDS, 4.0)
+    follow(competition, account, source, row, known, name, message, SCORE_SECONDS, poll)

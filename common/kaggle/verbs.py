@@ -75,14 +75,13 @@ def board(competition: str, module: ModuleType, parser: Parser, argv: list[str])
 def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str], configured: Configured) -> None:
     """Flags of the training are checked here by `configured`, as those of `train`, and handed on as they are."""
     own = Parser(add_help=False, allow_abbrev=False)
-    own.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
-    own.add_argument("--accelerator", default="", metavar="NAME", help="Kaggle's name of it [its default GPU]")
-    own.add_argument("--internet", choices=("on", "off"), help="in the notebook [off where notebooks are scored]")
-    own.add_argument("--wait", metavar="SECONDS", default="43200", help="how long the notebook is followed [43200]")
-    given, training = own.parse_known_args(argv)
-    for action in own._actions:  # for --help
-        parser._add_action(action)
+    for one in (own, parser):
+        one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
+        one.add_argument("--accelerator", default="", metavar="NAME", help="Kaggle's name of it [its default GPU]")
+        one.add_argument("--internet", choices=("on", "off"), help="in the notebook [off where notebooks are scored]")
+        one.add_argument("--wait", metavar="SECONDS", default="43200", help="how long it is followed [43200]")
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
+    given, training = own.parse_known_args(argv)
     _, checked = configured(parser, module.RECIPES, training)
     if checked.data:
         raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.SOURCE.slug or competition} are at hand")

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -129,18 +127,14 @@ def test_files_are_used_where_the_kit_says(kaggle, tmp_path, monkeypatch):
     assert kaggle.asked[-1][2]["Authorization"] == f"Bearer {TOKEN}"
 
 
-@pytest.mark.parametrize("home", [None, "/nonexistent", "read-only"])
+@pytest.mark.parametrize("home", [None, "/proc/none"])
 def test_no_home_folder(kaggle, tmp_path, monkeypatch, home):
     """Containers have no home, or one that cannot be written: the kaggle program alone dies with a traceback there."""
     if home is None:
         monkeypatch.delenv("HOME")
-    elif home == "read-only":
-        (tmp_path / "read-only").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-        monkeypatch.setenv("HOME", str(tmp_path / "read-only" / "none"))
     else:
         monkeypatch.setenv("HOME", home)
     assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
-    assert home is None or not Path(os.environ["HOME"]).exists()
 
 
 def test_a_bad_token_is_told_with_what_it_hides(kaggle, source, monkeypatch):

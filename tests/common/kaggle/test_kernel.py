@@ -13,6 +13,7 @@ import pytest
 
 from common.errors import UserError
 from common.kaggle import kernel as kernels
+from common.kaggle.credentials import find
 from common.kaggle.notebook import OUTPUT, VERSION, notebook, pack
 from tests.common.kaggle.server import DROP, SLUG, Reply, archive
 
@@ -90,22 +91,34 @@ def test_fetching_later(kaggle, source, capfd):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ({"SaveKernel": {"error": "Maximum weekly GPU quota of 30.00 hours reached."}}, "Maximum weekly GPU quota"),
+        ({"error": "Maximum weekly GPU quota of 30.00 hours reached."}, "Maximum weekly GPU quota"),
         (
-            {"SaveKernel": {"ref": "x", "url": "u", "versionNumber": 1, "invalidCompetitionSources": [SLUG]}},
+            {"ref": "x", "url": "u", "versionNumber": 1, "invalidCompetitionSources": [SLUG]},
             f"not valid competition sources.*Accept the rules at https://www.kaggle.com/c/{SLUG}/rules",
         ),
-        ({"SaveKernel": Reply(403, "Phone verification is required")}, "Phone verification is required"),
-        ({"SaveKernel": DROP}, "cannot be reached"),
+        (Reply(403, "Phone verification is required"), "Phone verification is required"),
+        (DROP, "cannot be reached"),
+    ],
+)
+def test_notebooks_that_are_not_taken(kaggle, source, tmp_path, fault, message):
+    kaggle.on = {"SaveKernel": fault}
+    with pytest.raises(UserError, match=message) as raised:
+        kernels.push_notebook(find(), source, "toy", "someone", "kit-toy", "abc", (), "", True, tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
         ({"GetDatasetStatus": Reply(503)}, "uploading the code as someone/kit-toy-code: Kaggle itself fails"),
         ({"CreateDataset": {"status": "error", "error": "quota of private data sets"}}, "quota of private data sets"),
     ],
 )
-def test_pushes_that_fail(kaggle, source, fault, message):
+def test_code_that_is_not_taken(kaggle, source, fault, message):
     kaggle.on = fault
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match=message):
         kernel(source)
-    assert "\n" not in str(raised.value) and not Path("runs").exists()
+    assert not Path("runs").exists() and not Path("submissions").exists()
 
 
 @pytest.fixture
