@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,7 +97,7 @@ def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
 
 
 def check(candidate: Candidate, competition: str, module: ModuleType, data: str | None) -> int:
-    """Raises UserError for a sample, a changed or stale file, or one that the sample submission denies; its rows."""
+    """Raises UserError for a sample, a changed or stale file, or one that no sample submission allows; its rows."""
     again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
     if candidate.origin.get("sample"):
         raise UserError(
@@ -116,8 +117,15 @@ def check(candidate: Candidate, competition: str, module: ModuleType, data: str 
     found = _data(candidate, competition, data)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
     valid = None if candidate.origin else module.build(module.RECIPES["default"], found).valid
-    with found.open(module.SOURCE.sample_submission) as stream:
-        return submission.check(candidate.path, io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), valid)
+    pattern, failure = module.SOURCE.sample_submission, None
+    for name in [name for name in found.names() if fnmatchcase(name, pattern)] or [pattern]:
+        try:
+            with found.open(name) as stream:
+                lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+                return submission.check(candidate.path, lines, valid)
+        except UserError as error:
+            failure = failure or error
+    raise failure
 
 
 def _data(candidate: Candidate, competition: str, data: str | None) -> raw.RawData:

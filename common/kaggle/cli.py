@@ -60,13 +60,13 @@ def kaggle(
     *arguments: str,
     measure: Callable[[], int] | None = None,
     stop: Callable[[], UserError | None] | None = None,
-    keep_open: Sequence[IO] = (),
+    lock: IO | None = None,
 ) -> Answer:
     """Run `kaggle ARGUMENTS` as `watched` does; raises UserError when it is not installed."""
     if not KAGGLE.is_file():
         raise UserError(f"{KAGGLE} is missing: install it with .venv/bin/python -m pip install -r requirements.txt")
     # -W: a hint on stdout that a newer version exists would mix with the answers
-    return watched([str(KAGGLE), "-W", *arguments], account, measure=measure, stop=stop, keep_open=keep_open)
+    return watched([str(KAGGLE), "-W", *arguments], account, measure=measure, stop=stop, lock=lock)
 
 
 def watched(
@@ -75,13 +75,14 @@ def watched(
     *,
     measure: Callable[[], int] | None = None,
     stop: Callable[[], UserError | None] | None = None,
-    keep_open: Sequence[IO] = (),
+    lock: IO | None = None,
 ) -> Answer:
     """Run a program until it ends, is silent for too long (Silent), or `stop()` returns an error (raised).
 
     Progress is a change of `measure()`, for example the size of a download, output where there is no measure, or
     computing: on a busy machine the start alone takes seconds.
-    Files in `keep_open` stay open in the program: a lock then lasts as long as the program does.
+    The program holds the file `lock` too, and its number is written there: should the kit be killed, the lock lasts as
+    long as the program, and `end_orphan` can end it.
     """
     child = subprocess.Popen(
         command,
@@ -89,9 +90,13 @@ def watched(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=account.environment,
-        pass_fds=[stream.fileno() for stream in keep_open],
+        pass_fds=[lock.fileno()] if lock else [],
         start_new_session=True,  # Ctrl-C reaches the kit alone, which then stops the program and tidies up
     )
+    if lock:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} {child.pid}\n")
+        lock.flush()
     out, err = _Reader(child.stdout), _Reader(child.stderr)
     limit, last, since = patience(), None, time.monotonic()
     try:
@@ -136,6 +141,19 @@ def _end(child: subprocess.Popen) -> None:
             child.wait(timeout=3)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
+
+
+def end_orphan(lock: Path) -> bool:
+    """End the program that holds `lock` when the kit that started it is dead; whether there was one."""
+    try:
+        kit, program = (int(word) for word in lock.read_text().split())
+        if Path(f"/proc/{kit}").exists() or b"kaggle" not in Path(f"/proc/{program}/cmdline").read_bytes():
+            return False
+        os.killpg(program, signal.SIGTERM)
+    except (OSError, ValueError):
+        return False
+    time.sleep(1)
+    return True
 
 
 class _Reader(threading.Thread):

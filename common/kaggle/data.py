@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from common.errors import UserError
 from common.kaggle import download, stamp
 from common.kaggle.archive import Damaged
+from common.kaggle.cli import end_orphan
 from common.kaggle.credentials import find
 from common.kaggle.source import Source, missing
 from common.raw import DATA
@@ -42,13 +43,19 @@ def fetch(
     home = DATA / competition
     with _locked(DATA / f".{competition}.download", competition) as lock:
         stamp.recover(home)
-        part, expected = ("labels", source.labels) if labels_only else ("all", source.expected)
+        part, expected = ("labels", source.labels) if labels_only else ("all", source.archived)
         before = stamp.read(home)
         if not force and _is_complete(home, before, part):
             print(f"{home} is complete: {len(before.files):,} files, {before.size / 1e6:,.1f} MB ({before.source})")
         else:
             if source.notes:
                 print(source.notes)
+            if source.images:
+                print(
+                    f"the training images ({source.images.total}) are not on Kaggle but at "
+                    f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
+                    + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
+                )
             _refuse_unknown(home, before, force)
             now = _obtain(home, source, part, expected, Path(lock.name).parent, lock, url, checksum, force)
             stamp.install(_draft(home), now, before)
@@ -67,19 +74,30 @@ def _draft(home: Path) -> Path:
 def _locked(work: Path, competition: str) -> Iterator[IO]:
     """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
+    with open(work / "lock", "a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock)
         except OSError as error:
             raise UserError(
                 f"data/{competition} is being downloaded by another process: wait for it, then repeat the command"
             ) from error
+        lock.truncate(0)
         try:
             yield lock
         finally:
             shutil.rmtree(_draft(work.with_name(competition)), ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _take(lock: IO) -> None:
+    """Lock the file; a kaggle program that outlived its kit is ended first, its download goes on in this one."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not end_orphan(Path(lock.name)):
+            raise
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_complete(home: Path, before: stamp.Stamp | None, part: str) -> bool:

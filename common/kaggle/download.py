@@ -69,7 +69,7 @@ def _download(source, account, work, lock, more, show, stop=None) -> Answer:
         return stop() if stop is not None else None
 
     command = ("competitions", "download", source.slug, "-p", str(work), "-q", *more)
-    return kaggle(account, *command, measure=measure, stop=failure, keep_open=[lock])
+    return kaggle(account, *command, measure=measure, stop=failure, lock=lock)
 
 
 def size_of(folder: Path) -> int:

@@ -22,7 +22,7 @@ class Source:
     slug: str  # its name on Kaggle; "" when it is not there
     expected: tuple[str, ...]  # names, or patterns like "train_images/*.jpg", that complete data must have
     higher_is_better: bool
-    sample_submission: str = "sample_submission.csv"
+    sample_submission: str = "sample_submission.csv"  # or a pattern, where there is one per stage
     labels: tuple[str, ...] = ()  # the files that --labels-only fetches
     images: Images | None = None
     url: str = ""  # archive at a plain address, for data that is not on Kaggle
@@ -31,6 +31,11 @@ class Source:
     nowhere_to_submit: str = ""  # why no submission is possible; "" when it is
     notebook_only: bool = False  # submissions must come from a notebook on Kaggle
     notes: str = ""  # what the user should know before downloading
+
+    @property
+    def archived(self) -> tuple[str, ...]:
+        """What must be in the archive: `expected` without images that come from elsewhere."""
+        return tuple(name for name in self.expected if not (self.images and name.startswith(f"{self.images.folder}/")))
 
     @property
     def page(self) -> str:

@@ -4,10 +4,12 @@ import errno
 import io
 import json
 import os
+import signal
 import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -137,15 +139,17 @@ def test_images_from_elsewhere_by_number(kaggle, source, capfd):
     for n in range(30):
         kaggle.blobs[f"/train/im{n}.jpg"] = b"jpeg %d" % n
     images = Images(f"{kaggle.address}/train/{{id}}.jpg", "train.csv", "ImageID", "train_images", "30 images (525 GB)")
-    source = replace(source, images=images)
-    fetch(source, labels_only=True, images=5)
+    source = replace(source, images=images, expected=(*source.expected, "train_images/*.jpg"))
+    fetch(source, images=5)
     first = {name for name in contents() if name.endswith(".jpg")}
     assert len(first) == 5 and all(contents()[name] == b"jpeg " + name[15:-4].encode() for name in first)
-    fetch(source, labels_only=True, images=9)
+    fetch(source, images=9)
     second = {name for name in contents() if name.endswith(".jpg")}
     assert len(second) == 9 and first < second
     assert len(kaggle.calls("GET")) == 1 + 9, "images that are there are not fetched again"
-    assert "9 of the 30 images (525 GB)" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "the training images (30 images (525 GB)) are not on Kaggle but at 127.0.0.1" in out
+    assert "9 of the 30 images (525 GB)" in out
 
 
 def test_missing_images_are_counted_and_named(kaggle, source):
@@ -268,6 +272,52 @@ def test_a_second_make_data_waits_its_turn(kaggle, source):
         fetch(source)
     child.communicate()
     assert kaggle.asked == []
+
+
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+from common.kaggle import data; from tests.common.kaggle.conftest import SOURCE
+data.fetch("toy", SOURCE)
+"""
+
+
+def started() -> subprocess.Popen:
+    """make data in a process of its own, when its download has begun."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, Path(__file__).parents[3]], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(Path("data").glob(".toy.download/*.zip")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return child
+
+
+def test_killed_and_started_again(kaggle, source):
+    """The kaggle program outlives its kit, waiting for ever: the next call ends it and goes on from its bytes."""
+    big(kaggle)
+    kaggle.stall_after = 2_000_000
+    child = started()
+    child.kill()
+    child.wait()
+    kaggle.stall_after = None
+    fetch(source)
+    assert contents() == kaggle.files and leftovers() == {"toy", "toy.stamp.json"}
+
+
+def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source):
+    big(kaggle)
+    kaggle.stall_after = 2_000_000
+
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while not list(Path("data").glob(".toy.download/*.zip")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(int(Path("data/.toy.download/lock").read_text().split()[1]), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(UserError, match="interrupted: repeat the same command, it goes on where it stopped"):
+        fetch(source)
+    thread.join()
+    assert_nothing_kept()
 
 
 # What is in the archive.

@@ -115,6 +115,20 @@ def test_what_is_not_sent(kaggle, module, prepare, options, message):
     assert kaggle.asked == [] and ledger() == []
 
 
+def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, module):
+    from common.kaggle import choose
+
+    module.SOURCE = replace(module.SOURCE, sample_submission="stage_*.csv")
+    Path("data/toy/stage_1.csv").write_text("id,label\n1,0\n2,0\n")
+    Path("data/toy/stage_2.csv").write_text("id,label\n8,0\n")
+    for run, text, rows in (("one", GOOD, 2), ("two", "id,label\n8,1\n", 1)):
+        written(run, text=text)
+        assert choose.check(choose.choose("toy", module.SOURCE, run, None), "toy", module, None) == rows
+    written("three", text="id,label\n9,1\n")
+    with pytest.raises(UserError, match="id 9, expected 1"):
+        choose.check(choose.choose("toy", module.SOURCE, "three", None), "toy", module, None)
+
+
 def test_a_copy_of_a_sample_is_still_a_sample(kaggle, module):
     Path("copy.csv").write_bytes(written(sample=True).read_bytes())
     with pytest.raises(UserError, match="copy.csv was made from the generated sample"):
