@@ -40,7 +40,7 @@ RECIPES = {
     # make train COMP=digit_recognizer
     "default": DigitConfig(
         folds=8,
-        epochs=16,
+        epochs=20,
         batch_size=128,
         lr=3e-3,
         warmup=0.2,
@@ -67,7 +67,7 @@ RECIPES["fast"] = replace(
     elastic=0.4,
 )
 # make train COMP=digit_recognizer RECIPE=best
-RECIPES["best"] = replace(RECIPES["default"], fold="all")
+RECIPES["best"] = replace(RECIPES["default"], fold="all", epochs=16)
 # seconds on the sample, for tests
 RECIPES["smoke"] = replace(RECIPES["default"], width=8, epochs=2, folds=5, precision="fp32", evaluate_every=1, ema=0.9)
 
