@@ -28,9 +28,9 @@ def per_sample(engine: "Engine", window: Window) -> Tensor:
         kept, sent = [], None
         engine.begin_pass()
         for inputs, targets, weights, size in engine.parts(window):
-            losses = check_per_sample(loss(engine.forward(inputs), targets), size, loss)
+            losses = loss(engine.forward(inputs), targets)
             if sent is None or weights is not None or sent.shape != losses.shape:  # else the last one serves again
-                sent = sent_back(losses, slope, weights)
+                sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
             losses.backward(sent)
             kept.append(losses.detach())
         return window_sums(engine, window, kept, total)
