@@ -29,6 +29,12 @@ def names_of(config: Config) -> list[str]:
     return [name for name in MODELS if name in given]
 
 
+def longest_window(config: Config) -> int:
+    """Days of the longest window of any model; raises UserError on the name of a window that there is not."""
+    names = (config.beijing_windows, config.london_windows, config.windows)
+    return max(max(medians.windows_of(name)) for name in names)
+
+
 def fold_folder(run: Run, fold: int | None) -> Path:
     """Where the core's `fit` keeps the network of a period, or of the whole history (None)."""
     return run.path / ("fold-none" if fold is None else f"fold-{fold}")

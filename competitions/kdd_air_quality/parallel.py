@@ -15,6 +15,9 @@ def in_parallel(work: Sequence[tuple[Callable, tuple]], jobs: int, label: str) -
     """
     import joblib
 
-    pool = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
+    try:
+        pool = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
+    except ValueError:  # Ray's backend hands its results back all at once: the bar stands still until then
+        pool = joblib.Parallel(n_jobs=jobs)
     results = pool(joblib.delayed(function)(*arguments) for function, arguments in work)
     return list(progress(results, label, len(work), "fit"))

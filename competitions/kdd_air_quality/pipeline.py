@@ -55,12 +55,18 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
         first = observations.start.astype("datetime64[D]")
         raise UserError(f"--last-day {day} is before the data, which begin on {first}: expected a later day")
     known = observations.before(first_hour(day))
+    stop = day - TRUTH_DAYS * DAY
+    period = Period(0, days_between(stop - (config.backtest_days - 1) * DAY, stop))
+    if first_hour(period.days[0]) <= known.start:
+        raise UserError(
+            f"{len(known.values) // 24} days of history are too few to hold out {config.backtest_days} and learn from "
+            f"the rest: add earlier files, or use fewer --backtest-days"
+        )
+    warnings = [*observations.warnings, *short_history(known, config)]
     run = started(competition, found, config, given)
     if run.result is None:
-        for warning in observations.warnings:
+        for warning in warnings:
             run.log(f"warning: {warning}")
-        stop = day - TRUTH_DAYS * DAY
-        period = Period(0, days_between(stop - (config.backtest_days - 1) * DAY, stop))
         backtested = forecasts_of(run, known, config, period)
         truth = known.truth(period.days)
         weights = fitted_blend(backtested, truth, known)
@@ -84,6 +90,14 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
     paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_sample)
     print(f"no submission: {NOWHERE_TO_SUBMIT}")
     print(f"submission: {paths[-1]}")
+
+
+def short_history(observations: Observations, config: Config) -> list[str]:
+    """What to tell about a history that is shorter than the longest window; raises UserError on a wrong window."""
+    days, longest = len(observations.values) // 24, models.longest_window(config)
+    return [f"{days} days of history, the longest window has {longest}: windows end where the data begin"] * (
+        days < longest
+    )
 
 
 def fitted_blend(forecasts: dict[str, np.ndarray], truth: np.ndarray, observations: Observations) -> blend.Weights:
@@ -190,11 +204,17 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     if fitted:
         _backtest_of(fitted[0], observations, days)
         return
+    warnings = [*observations.warnings, *short_history(observations, config)]
+    before, *scored = periods_of(days, config.refit_days, config.backtest_days)
+    if first_hour(before.days[0]) <= observations.start:
+        raise UserError(
+            f"--first-day {days[0]} leaves no data before {before.days[0]}, where the {config.backtest_days} days "
+            f"begin that the first blend is fitted on: choose a later --first-day, or fewer --backtest-days"
+        )
     run = started(competition, found, config, given)
-    for warning in observations.warnings:
+    for warning in warnings:
         run.log(f"warning: {warning}")
     # The blend's weights come from the period before: no forecast is scored with weights that saw its days.
-    before, *scored = periods_of(days, config.refit_days, config.backtest_days)
     parts, earlier = [], before
     earlier_forecasts = forecasts_of(run, observations, config, before)
     for period in scored:

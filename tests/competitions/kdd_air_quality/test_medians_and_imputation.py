@@ -139,6 +139,11 @@ def test_imputers_know_nothing_after_the_origin(observations):
     assert filled(changed)[0] != expected[0]
 
 
-def test_imputers_are_the_same_in_parallel(observations):
+def test_imputers_are_the_same_in_parallel_and_with_another_backend(observations):
+    import joblib
+
     whole = observed(observations, city_series(300))
-    assert impute.fit(whole, jobs=1).models == impute.fit(whole, jobs=2).models
+    alone = impute.fit(whole, jobs=1).models
+    assert impute.fit(whole, jobs=2).models == alone
+    with joblib.parallel_config(backend="multiprocessing"):  # like Ray's it cannot hand back results one by one
+        assert impute.fit(whole, jobs=2).models == alone

@@ -1,0 +1,158 @@
+"""The verbs on the generated files: what they write, what they keep, and what they say to bad input."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.cli import main
+from competitions.kdd_air_quality import metric, sample, table
+from competitions.kdd_air_quality.origins import days_between
+from competitions.kdd_air_quality.stations import Network
+
+SMALL = ["--recipe", "smoke", "--models", "medians,boosting", "--boosting-rounds", "5", "--backtest-days", "4"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, sample_folder):
+    """A working directory with a trained run 'a' on a copy of the sample files."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(sample_folder, folder / "files")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def rows_of(path) -> list[list[str]]:
+    with open(path) as stream:
+        return list(csv.reader(stream))
+
+
+def test_train_writes_the_day_after_the_data_end(here):
+    (path,) = (here / "submissions" / "kdd_air_quality").glob("a-2018-03-31.csv")
+    rows = rows_of(path)
+    expected = rows_of(here / "files" / "sample_submission.csv")
+    assert rows[0] == expected[0] and [row[0] for row in rows] == [row[0] for row in expected]
+    for row in rows[1:]:
+        numbers = row[1:] if row[0].split("#")[0] in sample.BEIJING else row[1:3]
+        assert all(float(text) >= 0 for text in numbers)
+    assert rows[-1][3] == ""
+    origin = json.loads(path.with_suffix(".json").read_text())
+    assert origin["first_hour"] == "2018-04-01T00" and origin["official_score"] is None and "closed" in origin["submit"]
+
+
+def test_the_run_holds_its_scores_and_its_page(here):
+    home = here / "runs" / "kdd_air_quality" / "a"
+    result = json.loads((home / "result.json").read_text())
+    assert set(result["metrics"]) == {"medians", "boosting", "blend"}
+    assert result["score"] == result["metrics"]["blend"]["mean"]
+    scores = pd.read_csv(home / "scores.csv")
+    assert list(scores["day"]) == ["2018-03-26", "2018-03-27", "2018-03-28", "2018-03-29"]
+    assert scores["blend"].mean() == pytest.approx(result["score"], abs=1e-5)
+    parts = pd.read_csv(home / "breakdown.csv")
+    assert set(parts["by"]) == {"city", "pollutant", "station type", "station", "hour band", "hour ahead"}
+    page = (home / "report.html").read_text()
+    assert page.count("<img") == 4 and "http" not in page
+
+
+def test_a_forecast_has_the_same_bits_with_the_later_rows_deleted(here, tmp_path):
+    """`predict` of an earlier day, once with everything in the folder and once with that day's future cut off."""
+    words = ["predict", "kdd_air_quality", "--run", "a", "--first-day", "2018-03-20"]
+    path = here / "submissions" / "kdd_air_quality" / "a-2018-03-20.csv"
+    assert main([*words, "--data", "files"]) == 0
+    whole = path.read_bytes()
+    shutil.copytree(here / "files", tmp_path / "cut")
+    for name, column in (("bj_aq_2018.csv", "time"), ("ld_aq_2018.csv", "time")):
+        frame = pd.read_csv(tmp_path / "cut" / name)
+        frame[frame[column] < "2018-03-21"].to_csv(tmp_path / "cut" / name, index=False)
+    path.unlink()
+    assert main([*words, "--data", str(tmp_path / "cut")]) == 0
+    assert path.read_bytes() == whole
+    frame[frame[column] < "2018-03-20"].to_csv(tmp_path / "cut" / name, index=False)
+    assert main([*words, "--data", str(tmp_path / "cut")]) == 0
+    assert path.read_bytes() != whole, "the last day before the origin does count"
+
+
+def test_predict_scores_what_is_over(here, observations, capsys):
+    days = days_between("2018-03-20", "2018-03-21")
+    words = ["--first-day", str(days[0]), "--last-day", str(days[1])]
+    assert main(["predict", "kdd_air_quality", "--run", "a", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    folder = here / "submissions" / "kdd_air_quality"
+    assert lines[-2:] == [f"submission: submissions/kdd_air_quality/a-{day}.csv" for day in days]
+    for day in days:
+        forecast = np.full((1, 48, 8, 3), np.nan)
+        for identity, *values in rows_of(folder / f"a-{day}.csv")[1:]:
+            station, hour = table.parse_id(identity)
+            number = observations.network.stations.index(station)
+            forecast[0, hour, number] = [float(text) if text else np.nan for text in values]
+        score = metric.daily(observations.truth(np.array([day])), forecast, observations.network.stations)[0]
+        assert any(f"{day}: official score {score:.4f}" in line for line in lines)
+
+
+def test_short_ids_come_back_as_they_were(here):
+    shutil.copytree(here / "files", here / "short")
+    path = here / "short" / "sample_submission.csv"
+    path.write_text(path.read_text().replace("aotizhongxin_aq", "aotizhongx_aq"))
+    assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "short", "--first-day", "2018-03-31"]) == 0
+    rows = rows_of(here / "submissions" / "kdd_air_quality" / "a-2018-03-31.csv")
+    assert rows[49][0] == "aotizhongx_aq#0" and float(rows[49][1]) > 0
+
+
+def test_backtest_refits_and_its_blend_is_of_the_period_before(here, capsys):
+    words = ["backtest", "kdd_air_quality", *SMALL, "--data", "files", "--run", "b", "--refit-days", "3"]
+    assert main([*words, "--first-day", "2018-03-20", "--last-day", "2018-03-24"]) == 0
+    shown = capsys.readouterr().out
+    assert "2018-03-20 to 2018-03-22" in shown and "2018-03-23 to 2018-03-24" in shown
+    home = here / "runs" / "kdd_air_quality" / "b"
+    assert sorted(folder.name for folder in home.glob("period-*")) == ["period-0", "period-1", "period-2"]
+    assert len(pd.read_csv(home / "scores.csv")) == 5
+    assert main(["predict", "kdd_air_quality", "--run", "b"]) == 1
+    assert "backtest" in capsys.readouterr().err
+
+
+def test_backtest_of_a_fitted_run_fits_nothing(here, capsys):
+    words = ["backtest", "kdd_air_quality", "--data", "files", "--run", "a"]
+    assert main([*words, "--first-day", "2018-03-28", "--last-day", "2018-03-29"]) == 0
+    shown = capsys.readouterr().out
+    assert "fitted before 2018-04-01T00" in shown and "blend" in shown and "fits" not in shown
+
+
+def test_a_finished_run_is_not_trained_again(here, capsys):
+    assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
+    assert "nothing to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "--models", "forest"], "expected one or more of medians,boosting,mlp,prophet"),
+    (["train", "--beijing-windows", "silver_3"], "golden_1 to golden_8"),
+    (["train", "--last-day", "2017-01-01"], "before the data, which begin on 2018-01-01"),
+    (["train", "--last-day", "2018-01-04"], "history"),
+    (["predict", "--run", "a", "--first-day", "2019-01-01"], "which go from 2018-01-01 to 2018-03-31"),
+    (["predict", "--run", "a", "--first-day", "soon"], "expected year-month-day"),
+    (["backtest", "--first-day", "2018-01-04", "--last-day", "2018-01-06"], "choose a later --first-day"),
+    (["backtest", "--first-day", "2018-03-06", "--last-day", "2018-03-01"], "expected a later or the same day"),
+])
+def test_bad_input_is_one_line_and_no_csv(here, capsys, words, message):
+    before = sorted((here / "submissions").rglob("*.csv"))
+    verb, *rest = words
+    small = SMALL if verb != "predict" and "--models" not in rest else ["--recipe", "smoke"] * (verb != "predict")
+    assert main([verb, "kdd_air_quality", "--data", "files", *small, *rest]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert sorted((here / "submissions").rglob("*.csv")) == before
+
+
+def test_131_series_make_2304_rows():
+    lines = ["test_id,PM2.5,PM10,O3", *(f"{name}#{hour},0,0,0" for name in Network().stations for hour in range(48))]
+    assert len(list(table.rows(lines, np.ones((48, 131)), Network()))) == 2304
