@@ -14,6 +14,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.files import write_text, write_with
 from common.run import Run
+from common.task import Task
 from competitions.kdd_air_quality import boosting, features, impute, medians, prophet_model
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
@@ -85,6 +86,16 @@ def _fit_network(known: Observations, config: Config, run: Run, fold: int | None
     # The held days only show a score: weights chosen on them would be chosen on what is scored.
     settings = replace(config, keep="last", patience=0, evaluate_every=config.epochs)
     train_network(task, settings, run, fold, SINGLE)
+
+
+def whole_task(config: Config, observations: Observations) -> Task:
+    """The network's Task on every origin of the data, without regressors for the gaps."""
+    from competitions.kdd_air_quality import mlp
+
+    ends = boosting.training_ends(observations)[-config.train_days :]
+    completed = impute.complete(observations.series(), observations.network)
+    rows = mlp.Rows(observations, completed, ends, config.history_days, medians.windows_of(config.windows))
+    return mlp.task(rows, mlp.Split(ends, np.array([], int)), 0, config.units, config.dropout)
 
 
 def _ends(observations: Observations, days: np.ndarray) -> np.ndarray:

@@ -153,6 +153,11 @@ def test_bad_input_is_one_line_and_no_csv(here, capsys, words, message):
     assert sorted((here / "submissions").rglob("*.csv")) == before
 
 
+def test_check_reads_the_files(here, capsys):
+    assert main(["check", "kdd_air_quality", "--recipe", "smoke", "--data", "files"]) == 0
+    assert "was read and is in order" in capsys.readouterr().out
+
+
 def test_131_series_make_2304_rows():
     lines = ["test_id,PM2.5,PM10,O3", *(f"{name}#{hour},0,0,0" for name in Network().stations for hour in range(48))]
     assert len(list(table.rows(lines, np.ones((48, 131)), Network()))) == 2304
