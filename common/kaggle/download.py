@@ -139,7 +139,9 @@ class Listing(threading.Thread):
         return self.error
 
     def cancel(self) -> None:
+        """End it, if it has not ended; returns when it has."""
         self.cancelled = True
+        self.join(timeout=10)
 
     def compare(self, target: Path) -> None:
         """Raises Damaged when a listed file is not in the archive, or has another size there."""
