@@ -199,7 +199,7 @@ def test_weighted_sampling_equals_the_slow_loop(raw):
     assert np.allclose(dataset.sampling_weights(files.labels), wanted)
     train = np.flatnonzero(built_task.folds != 0)
     order = built_task.order(train)
-    drawn = np.concatenate([order(0, epoch).index for epoch in range(60)])
+    drawn = np.concatenate([order(0, epoch).index for epoch in range(600)])
     assert set(drawn) <= set(train)
     rates = np.bincount(drawn, minlength=len(table))[train] / len(drawn)
     assert np.corrcoef(rates, np.array(wanted)[train])[0, 1] > 0.7
