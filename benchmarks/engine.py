@@ -129,7 +129,13 @@ def time_part(turns: int = 12) -> None:
         taken: dict[str, list[list[float]]] = {name: [] for name in names}
         for _ in range(turns if network.startswith("MLP") else turns // 2):
             for name in names:
-                work = Work(make(), partial(torch.optim.AdamW, lr=1e-3), F.cross_entropy, batches, CrossEntropy())
+                work = Work(
+                    make(),
+                    partial(torch.optim.AdamW, lr=1e-3),
+                    F.cross_entropy,
+                    batches,
+                    CrossEntropy(ignore_index=None),
+                )
                 CONTESTANTS[name](work)
                 taken[name].append(step_times(work.ticks))
         columns[network] = {name: quickest(taken[name]) for name in names}

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.losses.protocol import check_per_sample, columns_of, normaliser, positive, weighted_sums, window_value
+from common.losses.protocol import (
+    check_per_sample,
+    columns_of,
+    has_mass,
+    normaliser,
+    positive,
+    weighted_sums,
+    window_value,
+)
 from common.window import Tree, Window, map_tree, tensors_of
 
 if TYPE_CHECKING:
@@ -21,7 +29,16 @@ if TYPE_CHECKING:
 def per_sample(engine: "Engine", window: Window) -> Tensor:
     """value = sum_i w_i l_i / sum_i w_i m_i. One pass: the normaliser needs the targets only, so it is known before."""
     loss = engine.loss
-    total = window_normaliser(engine, window)
+    if (
+        window.weights is None
+        and engine.ranks.world == 1
+        and len(window)
+        and not has_mass(loss)
+        and columns_of(loss) == 1
+    ):
+        total = float(len(window))  # a tiny model's step would feel every operation on a tensor
+    else:
+        total = window_normaliser(engine, window)
     slope = engine.scale.factor / total
 
     def backward() -> Tensor:
@@ -150,8 +167,8 @@ def window_normaliser(engine: "Engine", window: Window) -> Tensor:
     loss, device = engine.loss, engine.device
     shape = () if columns_of(loss) == 1 else (columns_of(loss),)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if window.weights is None and not hasattr(loss, "mass"):
-        return engine.ranks.sum_(torch.full(shape, len(window), dtype=dtype, device=device))
+    if window.weights is None and not has_mass(loss):
+        return positive(engine.ranks.sum_(torch.full(shape, len(window), dtype=dtype, device=device)))
 
     def local() -> Tensor:
         if tensors_of(window.targets)[0].device == device:  # nothing has to move, so nothing has to be cut
@@ -167,7 +184,7 @@ def window_normaliser(engine: "Engine", window: Window) -> Tensor:
 
 def window_sums(engine: "Engine", window: Window, losses: list[Tensor], total: Tensor) -> Tensor:
     """sum_i w_i l_i of this rank's micro-batches, in the shape of the normaliser."""
-    if not losses:
+    if not losses:  # a rank without samples
         return torch.zeros_like(total)
     weights = None if window.weights is None else engine.to_device(window.weights)
     return weighted_sums(torch.cat(losses), weights)
@@ -188,9 +205,12 @@ def value_and_slope(engine: "Engine", total: Tensor | None, count: Tensor) -> tu
     return values[0], slopes[0]
 
 
-def sent_back(values: Tensor, slope: Tensor, weights: Tensor | None) -> Tensor:
+def sent_back(values: Tensor, slope: Tensor | float, weights: Tensor | None) -> Tensor:
     """w_i times `slope` for values [B, ...]: the gradient from which the backward pass of a weighted sum starts."""
-    sent = slope.to(values.dtype).expand_as(values)
+    if isinstance(slope, float):
+        sent = values.new_full(values.shape, slope)
+    else:
+        sent = slope.to(values.dtype).expand_as(values)
     return sent if weights is None else sent * weights.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
 
 

@@ -19,6 +19,7 @@ from common.losses.protocol import kind
 from common.window import Tree, Window, tensors_of
 
 Result = TypeVar("Result")
+SMALL_MODEL = 32  # parameter tensors
 
 
 class StepReport(NamedTuple):
@@ -237,8 +238,11 @@ class Engine:
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, 0-d: torch.nn.utils.get_total_norm in a quarter of its time."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    """The norm of all gradients together, 0-d: torch.nn.utils.get_total_norm in a fraction of its time."""
+    norms = torch._foreach_norm(gradients)
+    if len(norms) < SMALL_MODEL and norms[0].device.type == "cpu":  # numbers are cheaper there than two more operations
+        return norms[0].new_tensor(math.hypot(*map(float, norms)))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def refuse_collectives(model: nn.Module) -> None:

@@ -11,6 +11,8 @@ from common.losses.missing import filled, known, masked_mean, sample_mean, share
 from common.losses.overlap import overlap_loss, overlap_sums, sigmoid_pair
 from common.losses.protocol import Kind, full_precision, most_precise
 
+NO_CLASS = -(2**31)  # torch ignores -100 unless it is told to ignore something else
+
 
 class CrossEntropy(nn.Module):
     """-sum_c q_c log softmax(z)_c with q the target, smoothed to (1 - s) q + s / C (Szegedy et al. 2016). Per sample.
@@ -18,14 +20,20 @@ class CrossEntropy(nn.Module):
     outputs [B, C, ...], targets [B, ...] class numbers, or [B, C, ...] probabilities (MixUp). Positions are averaged.
     With class numbers the normaliser is the sum of the class weights of the targets, as in torch; targets equal to
     `ignore_index` weigh nothing, and a window of nothing else has value 0. With probabilities every position weighs 1.
+    With `ignore_index` None a target outside 0..C-1 is an error, and the targets need not be counted.
     """
 
     def __init__(
-        self, class_weights: list[float] | Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100
+        self,
+        class_weights: list[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = -100,
     ):
         super().__init__()
         self.register_buffer("class_weights", _vector(class_weights))
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        if class_weights is None and ignore_index is None:
+            self.mass = None  # every sample weighs 1: nothing to add up before the first forward
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = full_precision(outputs)
@@ -36,7 +44,7 @@ class CrossEntropy(nn.Module):
             outputs,
             targets,
             weight,
-            ignore_index=self.ignore_index,
+            ignore_index=NO_CLASS if self.ignore_index is None else self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
@@ -45,7 +53,7 @@ class CrossEntropy(nn.Module):
     def mass(self, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             return share(None, targets)
-        counted = targets != self.ignore_index
+        counted = targets != (NO_CLASS if self.ignore_index is None else self.ignore_index)
         if self.class_weights is None:
             return share(counted, targets)
         weights = most_precise(self.class_weights)

@@ -90,9 +90,14 @@ def columns_of(loss: Loss) -> int:
     return getattr(loss, "columns", 1)
 
 
+def has_mass(loss: Loss) -> bool:
+    """Whether samples may weigh anything but 1: the attribute is missing, or None, where they do not."""
+    return getattr(loss, "mass", None) is not None
+
+
 def mass_of(loss: Loss, targets: Tree) -> Tensor:
     """What every sample adds to the normaliser: [B], or [B, K] for a loss of K columns."""
-    if hasattr(loss, "mass"):
+    if has_mass(loss):
         return loss.mass(targets)
     first = tensors_of(targets)[0]
     shape = (len(first),) if columns_of(loss) == 1 else (len(first), columns_of(loss))
@@ -109,10 +114,10 @@ def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
     No matrix product: autocast would run it in half precision.
     """
+    if weights is None:
+        return values.sum(0, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
     values = most_precise(values)
-    if weights is not None:
-        values = values * weights.to(values).reshape(-1, *[1] * (values.ndim - 1))
-    return values.sum(0)
+    return (values * weights.to(values).reshape(-1, *[1] * (values.ndim - 1))).sum(0)
 
 
 def linear_value(values: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def build(config: DigitConfig, raw: RawData) -> "Task":
         test_ids=files.test_ids,
         folds=stratified(ids, files.labels, config.folds, config.seed),
         model=lambda: DigitNet(config.width, config.kernel, config.dropout),
-        loss=CrossEntropy(),
+        loss=CrossEntropy(ignore_index=None),
         metrics=(Metric("accuracy", lambda decisions, targets: (decisions == targets).float()),),
         predict=lambda outputs: outputs.softmax(1),  # [B, 10]
         decide=lambda probabilities, learnt: probabilities.argmax(1),
