@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import default_collate
 
 from common.errors import UserError
 from common.loading.binding import Binding, kept_global_state
 from common.loading.images import BadImage
 from common.window import Tree, Window
+
+PIPE_BYTES = 2**16
+SMALL_BYTES = 2**20  # of a window's tensor: below it, a second copy is cheaper than a tensor for every sample
 
 
 class WindowKey(NamedTuple):
@@ -128,6 +132,8 @@ def collate(samples: list[Any]) -> Tree:
         if any(sample.shape != first.shape for sample in samples):
             shapes = sorted({tuple(sample.shape) for sample in samples})
             raise UserError(f"the samples of a window have the shapes {shapes}: resize or crop them to one shape")
+        if isinstance(first, np.ndarray) and first.nbytes * len(samples) < SMALL_BYTES:
+            return torch.from_numpy(np.stack(samples))
         # In a worker torch's own collate writes straight into shared memory: one copy less.
         return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
     if isinstance(first, (bool, int, float)):
@@ -156,6 +162,14 @@ def start_worker(worker: int) -> None:
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    ForkingPickler.register(Tensor, _sent)
+
+
+def _sent(tensor: Tensor) -> tuple:
+    """Small tensors travel inside the message: each one in shared memory costs a file descriptor, half a millisecond."""
+    if tensor.nbytes > PIPE_BYTES or tensor.dtype == torch.bfloat16:  # numpy does not know the type
+        return reduce_tensor(tensor)
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def send_generators_whole() -> None:
