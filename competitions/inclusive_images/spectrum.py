@@ -10,7 +10,7 @@ ROWS_AT_ONCE = 512  # rows in float64 at a time
 
 
 def leading_eigenpairs(
-    matrix: Tensor, count: int, by_magnitude: bool = False, tolerance: float = 1e-6, restarts: int = 2, seed: int = 0
+    matrix: Tensor, count: int, by_magnitude: bool = False, tolerance: float = 5e-6, restarts: int = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Largest (or largest in magnitude) eigenvalues [count] and their eigenvectors [m, count] of `matrix` [m, m].
 
