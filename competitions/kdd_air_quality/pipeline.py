@@ -78,7 +78,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
             "monitor": "smape",
             "score": rows["blend"]["mean"],
             "metrics": rows,
-            "learnt": {"weights": weights, "models": names},
+            "learnt": {"blend": weights, "models": names},
             "rows": int(metric.valid_points(truth, known.network.stations).sum()),
             "fitted_before": str(first_hour(day)),
             "last_day": str(day),
@@ -117,7 +117,7 @@ def write_forecasts(run: Run, config: Config, observations: Observations, days: 
     """Forecast the submit days with the run's models and write a checked CSV for each; what is missing is said."""
     learnt = run.result["learnt"]
     parts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
-    forecast = blended(learnt["weights"], parts, observations)
+    forecast = blended(learnt["blend"], parts, observations)
     scores = metric.daily(observations.truth(days), table.grid(forecast, observations.network),
                           observations.network.stations)
     paths = []
@@ -214,15 +214,17 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     run = started(competition, found, config, given)
     for warning in warnings:
         run.log(f"warning: {warning}")
-    # The blend's weights come from the period before: no forecast is scored with weights that saw its days.
-    parts, earlier = [], before
-    earlier_forecasts = forecasts_of(run, observations, config, before)
+    # The blend is fitted on the periods before: no forecast is scored with weights that saw its days.
+    parts, past_days, past = [], before.days, forecasts_of(run, observations, config, before)
     for period in scored:
-        weights = fitted_blend(earlier_forecasts, observations.truth(earlier.days), observations)
+        over = past_days <= period.days[0] - TRUTH_DAYS * DAY  # the truth of the day before is not known yet
+        weights = fitted_blend({name: values[over] for name, values in past.items()},
+                               observations.truth(past_days[over]), observations)
         run.log(f"blend before {period.days[0]}: {json.dumps(weights)}")
         found_forecasts = forecasts_of(run, observations, config, period)
         parts.append((period, found_forecasts | {"blend": blended(weights, found_forecasts, observations)}))
-        earlier, earlier_forecasts = period, found_forecasts
+        past_days = np.concatenate([past_days, period.days])
+        past = {name: np.concatenate([past[name], found_forecasts[name]]) for name in past}
     rows = summarise(run, parts, observations)
     run.write_json("result.json", {"monitor": "smape", "score": rows["blend"]["mean"], "metrics": rows, "learnt": {},
                                    "rows": len(days), "finished": runs.now()})
@@ -235,7 +237,7 @@ def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None
     config = run.config(Config)
     learnt = run.result["learnt"]
     forecasts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
-    forecasts["blend"] = blended(learnt["weights"], forecasts, observations)
+    forecasts["blend"] = blended(learnt["blend"], forecasts, observations)
     print(f"{run.path}, fitted before {run.result['fitted_before']}")
     summarise(replace(run, path=run.path / f"backtest-{days[0]}-{days[-1]}"), [(Period(0, days), forecasts)],
               observations)

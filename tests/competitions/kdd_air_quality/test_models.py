@@ -216,13 +216,23 @@ def test_the_blend_finds_the_better_model_and_beats_both():
     truth = random.lognormal(3, 0.5, (20, 48, 5))
     good, bad = (truth * np.exp(random.normal(0, scale, truth.shape)) for scale in (0.2, 0.4))
     forecasts = {"good": good, "bad": bad}
-    weights = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)
-    for group in network.groups:
-        assert 0.6 < weights[group]["good"] < 0.95 and sum(weights[group].values()) == pytest.approx(1, abs=1e-3)
-    mixed = metric.terms(truth, blend.apply(weights, forecasts, network.groups)).mean()
+    fitted = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)
+    for weights in fitted["weights"].values():
+        assert 0.6 < weights["good"] < 0.95 and sum(weights.values()) == pytest.approx(1, abs=1e-3)
+    assert fitted["level"] == pytest.approx(1, abs=0.02)
+    mixed = metric.terms(truth, blend.apply(fitted, forecasts, network.groups)).mean()
     assert mixed < metric.terms(truth, good).mean() < metric.terms(truth, bad).mean()
     nothing = blend.fit(forecasts, truth, np.zeros(truth.shape, bool), network.groups)
-    assert nothing["Beijing O3"] == {"good": 0.5, "bad": 0.5}
+    assert nothing == {"level": 1.0, "weights": {name: {"good": 0.5, "bad": 0.5} for name in network.groups}}
+
+
+def test_the_blend_s_level_mends_forecasts_that_are_too_low():
+    random = np.random.default_rng(0)
+    network = Network(("dongsi_aq", "CD1"))
+    truth = random.lognormal(3, 0.5, (20, 48, 5))
+    low = {name: 0.9 * truth * np.exp(random.normal(0, 0.3, truth.shape)) for name in ("one", "two")}
+    fitted = blend.fit(low, truth, np.ones(truth.shape, bool), network.groups)
+    assert 1.05 < fitted["level"] < 1 / 0.9
 
 
 def test_the_blend_s_gradient_finds_the_minimum_of_a_grid():
@@ -231,7 +241,8 @@ def test_the_blend_s_gradient_finds_the_minimum_of_a_grid():
     logs = np.stack([target + random.normal(0.3, 0.5, 400), target + random.normal(-0.3, 0.4, 400)])
     grid = np.linspace(0, 1, 201)
     values = [2 * np.tanh(np.abs(w * logs[0] + (1 - w) * logs[1] - target) / 2).mean() for w in grid]
-    assert blend._minimum(logs, target)[0] == pytest.approx(grid[np.argmin(values)], abs=0.06)
+    free, level = blend._minimum(logs, target, np.zeros(2), blend.PULL_TO_EQUAL, 0.0)
+    assert level == 0 and blend._softmax(free)[0] == pytest.approx(grid[np.argmin(values)], abs=0.06)
 
 
 def test_periods_are_refitted_and_the_first_blend_comes_from_before():
