@@ -166,7 +166,7 @@ def start_worker(worker: int) -> None:
 
 
 def _sent(tensor: Tensor) -> tuple:
-    """Small tensors travel inside the message: each one in shared memory costs a file descriptor, half a millisecond."""
+    """Small tensors travel inside the message: in shared memory each costs a file descriptor and 0.5 ms."""
     if tensor.nbytes > PIPE_BYTES or tensor.dtype == torch.bfloat16:  # numpy does not know the type
         return reduce_tensor(tensor)
     return torch.from_numpy, (tensor.numpy(),)
