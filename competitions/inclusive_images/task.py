@@ -91,6 +91,7 @@ SMALL = replace(
     ema=0.995,
     keep="last",
     size=(96, 112),
+    loss="bce",
     backbone="resnet18",
     augment="light",
     embedding_dim=128,
@@ -116,13 +117,21 @@ RECIPES: dict[str, TagConfig] = {
         evaluate_every=5,
     ),
     # RECIPE=small: a few thousand small photographs on a CPU; --precision bf16 where it has AMX
-    "small": replace(SMALL, embedding=0.3),
-    "small-bce": replace(SMALL, loss="bce"),
-    "small-f2": SMALL,
+    "small": replace(SMALL, embedding=2.0),
+    "small-bce": replace(SMALL, embedding=0.0),
+    "small-f2": replace(SMALL, embedding=0.0, loss="f2"),
     "small-embedding": replace(SMALL, classifier=0.0, embedding=1.0),
-    "small-classifier": replace(SMALL, epochs=10, lr=5e-4),
+    "small-classifier": replace(SMALL, embedding=0.0, epochs=10, lr=5e-4),
     "small-tuned": replace(
-        SMALL, labelled="tuning", learns="heads", epochs=20, lr=1e-4, ema=0.0, evaluate_every=5, augment="none"
+        SMALL,
+        labelled="tuning",
+        learns="heads",
+        embedding=0.0,
+        epochs=20,
+        lr=1e-4,
+        ema=0.0,
+        evaluate_every=5,
+        augment="none",
     ),
     # RECIPE=smoke: seconds on the sample, to see that everything works
     "smoke": replace(
