@@ -43,9 +43,8 @@ def _hour_of_week(hours: np.ndarray) -> np.ndarray:
 
 def fit(observations: Observations, jobs: int, label: str = "prophet") -> Lines:
     """Fit every series on the last 475 days before the end of `observations`; raises UserError without Prophet."""
-    _silence()
     try:
-        import prophet  # noqa: F401  before the threads, which would all wait for it
+        _silence()  # before the threads, which would all wait for the imports
     except ImportError as error:
         raise UserError(
             "prophet is not installed: pip install prophet, or leave it out with --models medians,boosting,mlp"
@@ -104,8 +103,12 @@ def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str):
 
 
 def _silence() -> None:
-    """Prophet reports every fit, a missing plotly, and what newer pandas think of its code."""
-    for name in ("cmdstanpy", "prophet", "prophet.plot"):
+    """Import Prophet, without its reports of every fit, of a missing plotly and of what newer pandas think of it."""
+    logging.getLogger("prophet.plot").setLevel(logging.CRITICAL)
+    import cmdstanpy  # noqa: F401  chooses its own log level when it is imported
+    import prophet  # noqa: F401
+
+    for name in ("cmdstanpy", "prophet"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="prophet")
 
