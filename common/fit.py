@@ -161,7 +161,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             if average:
                 average.update(model)
             state.step += 1
-            state.window += 1
+            state.window = window.number + 1
             state.loss_sum += float(report.loss) * window.total
             state.samples += window.total
             if ranks.is_writer and time.monotonic() - saved > config.save_every:

@@ -76,7 +76,7 @@ class RawData:
             return self.path
         target = self.cache / f"unpacked-{self.stamp()[:16]}"
         if not target.is_dir():
-            from common.kaggle.archive import unpack
+            from common.archive import unpack
 
             unpack(self.path, target)
         return target

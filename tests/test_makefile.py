@@ -30,7 +30,8 @@ def test_help_names_every_target_and_competition():
 def test_the_variables_become_flags():
     line = command("train", "COMP=clouds", "RECIPE=best", "DATA=/a b", "FOLD=all", "RUN=x", "ARGS=--epochs 3 --lr 1e-3")
     assert re.sub(" +", " ", line) == (
-        '.venv/bin/python -m common train clouds --data="/a b" --recipe="best" --run="x" --fold="all" --epochs 3 --lr 1e-3'
+        '.venv/bin/python -m common train clouds --data="/a b" --recipe="best" --run="x" --fold="all" '
+        "--epochs 3 --lr 1e-3"
     )
 
 

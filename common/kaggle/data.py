@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from common.archive import Damaged
 from common.errors import UserError
 from common.kaggle import download, stamp
-from common.kaggle.archive import Damaged
 from common.kaggle.cli import end_orphan
 from common.kaggle.credentials import find
 from common.kaggle.source import Source, missing

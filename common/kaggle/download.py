@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from common import archive
+from common.archive import Damaged, Entry
 from common.errors import UserError
-from common.kaggle import archive, stamp
-from common.kaggle.archive import Damaged, Entry
+from common.kaggle import stamp
 from common.kaggle.cli import Answer, explained, kaggle
 from common.kaggle.credentials import Account
 from common.kaggle.progress import Progress

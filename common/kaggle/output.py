@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from common import archive
 from common import run as runs
 from common.errors import UserError
 from common.files import write_text
-from common.kaggle import archive
 from common.kaggle.cli import explained, kaggle
 from common.kaggle.credentials import Account
 from common.kaggle.notebook import OUTPUT

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common.archive import Entry
 from common.errors import UserError
 from common.files import write_text
-from common.kaggle.archive import Entry
 
 SHOWN = 3  # so many damaged files are named
 

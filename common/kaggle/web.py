@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from common.archive import SPARE_BYTES
 from common.errors import UserError
-from common.kaggle.archive import SPARE_BYTES
 from common.kaggle.cli import patience
 from common.kaggle.credentials import hide_addresses
 from common.kaggle.progress import Progress

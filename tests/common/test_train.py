@@ -14,6 +14,7 @@ from common import predict, raw
 from common import run as runs
 from common.config import Parser, add_flags
 from common.errors import UserError
+from common.loading.images import BadImage
 from common.train import train
 from tests.common import toy
 
@@ -104,12 +105,12 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch)
 
 def test_sigkill_at_random_moments_ends_with_the_same_bits():
     """Real kills of the real process, wherever it is: reading, stepping, saving, validating, writing the CSV."""
-    straight = toy_train("straight", fold="all", epochs=4, save_every=0)
-    moments = np.random.default_rng(5).uniform(0.0, 0.6, size=8)
+    straight = toy_train("straight", fold="all", epochs=16, save_every=0)
+    moments = np.random.default_rng(5).uniform(0.02, 0.3, size=8)
     kills = 0
     for seconds in [*moments, 60.0]:
         child = multiprocessing.get_context("fork").Process(
-            target=toy_train, args=("broken",), kwargs={"fold": "all", "epochs": 4, "save_every": 0}
+            target=toy_train, args=("broken",), kwargs={"fold": "all", "epochs": 16, "save_every": 0}
         )
         child.start()
         child.join(timeout=seconds)
@@ -170,3 +171,37 @@ def test_a_second_train_command_makes_a_second_run(capsys):
     for expected in ("001-smoke-sample", "002-smoke-sample"):
         train("toy", toy, config, "smoke", None, None)
         assert capsys.readouterr().out.strip().splitlines()[-1] == f"submission: submissions/toy/{expected}.csv"
+
+
+def test_unreadable_images_are_listed_in_the_run_and_left_out(monkeypatch):
+    whole = toy.build
+
+    def build(config, data):
+        return replace(whole(config, data), labelled=Broken(), plain=Broken(), ids=list("abcdefghijkl"), folds=FOLDS)
+
+    monkeypatch.setattr(toy, "build", build)
+    with pytest.raises(UserError, match="c.jpg.*row 2"):
+        toy_train("strict", batch_size=4, epochs=1)
+    folder = toy_train("lenient", batch_size=4, epochs=2, bad_images="skip")
+    for fold, (unseen, listed) in {"0": ({"c"}, {"c", "j"})}.items():
+        rows = list(csv.DictReader(open(folder / f"fold-{fold}" / "skipped.csv")))
+        assert {row["id"] for row in rows} == listed and all("cannot be read" in row["reason"] for row in rows)
+        kept = set((folder / "oof_ids.txt").read_text().split())
+        assert kept == {name for name, number in zip("abcdefghijkl", FOLDS, strict=True) if number == 0} - listed
+        assert unseen <= listed
+    assert json.loads((folder / "result.json").read_text())["rows"] == len(kept)
+
+
+FOLDS = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1])
+
+
+class Broken:
+    """Twelve images, of which the third and the tenth cannot be read."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int):
+        if row in (2, 9):
+            raise BadImage(f"{'abcdefghijkl'[row]}.jpg", "cannot be read")
+        return np.full(16, row, np.float32), row % 3

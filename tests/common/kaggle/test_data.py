@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from common.archive import unpack
 from common.errors import UserError
 from common.kaggle import data, stamp
-from common.kaggle.archive import unpack
 from common.kaggle.source import Images, Source
 from tests.common.kaggle.server import DROP, HANG, KEY, SLUG, TOKEN, Reply, archive
 
@@ -458,7 +458,7 @@ def test_a_disk_that_fills_up_on_the_way(kaggle, source, tmp_path):
     kaggle.listing = {}
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from common.kaggle import archive, data; from tests.common.kaggle.conftest import SOURCE\n"
+        "from common import archive; from common.kaggle import data; from tests.common.kaggle.conftest import SOURCE\n"
         "archive.SPARE_BYTES = 0\n"
         "try: data.fetch('toy', SOURCE)\n"
         "except Exception as error: print(type(error).__name__, error)"
@@ -477,7 +477,7 @@ def test_a_disk_that_fills_up_on_the_way(kaggle, source, tmp_path):
 
 
 def test_a_disk_that_is_full_while_unpacking(kaggle, source, monkeypatch):
-    from common.kaggle import archive as archives
+    from common import archive as archives
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
