@@ -7,8 +7,13 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations asks the package 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a weight download then fails at once instead of after retries
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest
-import torch
+# `make test` hands its own variables to every program below it, and some tests call make.
+MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "COMP", "DATA", "RECIPE", "RUN", "FOLD", "ARGS")
+for name in (*MAKE, "FILE", "MSG", "FORCE", "NPROC", "NNODES", "MASTER", "BENCH"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
