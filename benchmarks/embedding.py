@@ -192,7 +192,7 @@ def training(data: Path, seeds: list[int], epochs: int, recipes: tuple[str, ...]
         reached = [next((epoch for epoch, value in run["scored"] if value >= goal), None) for run in results]
         cells = [
             both([run["score"] for run in results]),
-            both([run["learnt"]["held_out_f2"] for run in results]),
+            both([run["learnt"]["score"] for run in results]),
             both([run["metrics"]["precision_at_5"] for run in results]),
             ", ".join("not" if epoch is None else str(epoch) for epoch in reached),
             f"{np.mean([run['training_seconds'] for run in results]) / 60:.1f}",

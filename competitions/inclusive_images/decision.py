@@ -123,7 +123,7 @@ def learn(
 ) -> dict[str, Any]:
     """The rule with the best mean F2 on held-out scores [n, m], and an honest estimate of what it is worth.
 
-    "held_out_f2" chooses the rule on four fifths of the images and scores it on the fifth, in turns.
+    "score" chooses the rule on four fifths of the images and scores it on the fifth, in turns.
     """
     some = np.random.default_rng(keyed_seed(seed, 7)).permutation(len(scores))[:TUNED_ROWS]
     ranked = Ranked.of(np.asarray(scores[np.sort(some)]))
@@ -142,7 +142,7 @@ def learn(
         rest = table[:, part != number] if table.shape[1] > PARTS else table
         held_out[part == number] = table[rest.mean(1).argmax(), part == number]
     best = int(table.mean(1).argmax())
-    return {"rule": asdict(rules[best]), "held_out_f2": float(held_out.mean())}
+    return {"rule": asdict(rules[best]), "score": float(held_out.mean())}
 
 
 def candidates(ranked: Ranked) -> list[Rule]:

@@ -51,7 +51,7 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
     page.table(["rule", "value"], result["learnt"]["rule"].items())
     page.text(
         f"Mean F2 on {len(rows)} images that the network was not trained on: {result['score']:.4f}. The rule was "
-        f"chosen on these images; chosen on four fifths and scored on the fifth: {result['learnt']['held_out_f2']:.4f}."
+        f"chosen on these images; chosen on four fifths and scored on the fifth: {result['learnt']['score']:.4f}."
     )
     counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
     bands = frequency_bands(counts)

@@ -101,7 +101,7 @@ def test_what_is_learnt_beats_the_default_and_says_what_it_is_worth():
         return float(decision.f2(labels, dense).mean())
 
     assert mean(found) > mean({}) + 0.1
-    assert mean(found) - 0.05 < found["held_out_f2"] <= mean(found) + 1e-9
+    assert mean(found) - 0.05 < found["score"] <= mean(found) + 1e-9
     assert found == decision.learn(skewed, truth, PRIOR, ALONE, (0,), seed=0)
 
 

@@ -276,7 +276,7 @@ def test_pictures(raw, tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "oof.npy", rng.random((len(held), 23)).astype(np.float16))
     (tmp_path / "oof_ids.txt").write_text("".join(f"{files.ids[row]}\n" for row in held))
-    learnt = {"rule": {"kind": "expected", "level": 1.0}, "held_out_f2": 0.3}
+    learnt = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
     run.write_json("result.json", {"score": 0.31, "learnt": learnt, "training_seconds": 1.0})
     pictures.report(run, files, embedding, built(raw).decide)
     page = (tmp_path / "report.html").read_text()
