@@ -191,7 +191,7 @@ def training(data: Path, seeds: list[int], epochs: int, recipes: tuple[str, ...]
     for recipe, results in found.items():
         reached = [next((epoch for epoch, value in run["scored"] if value >= goal), None) for run in results]
         cells = [
-            both([run["score"] for run in results]),
+            both([run["metrics"][run["monitor"]] for run in results]),
             both([run["learnt"]["score"] for run in results]),
             both([run["metrics"]["precision_at_5"] for run in results]),
             ", ".join("not" if epoch is None else str(epoch) for epoch in reached),
