@@ -19,14 +19,13 @@ from common.losses.protocol import kind
 from common.window import Tree, Window, tensors_of
 
 Result = TypeVar("Result")
-SMALL_MODEL = 32  # parameter tensors
 
 
 class StepReport(NamedTuple):
-    """What a step did: the window value and the norm of its gradient before clipping (0-d tensors), the micro-batch."""
+    """What a step did: the window value (0-d), the norm of its gradient before clipping, the micro-batch."""
 
     loss: Tensor
-    gradient_norm: Tensor
+    gradient_norm: float | Tensor  # 0-d on a card
     micro_batch: int
 
 
@@ -89,7 +88,8 @@ class Engine:
             )
         if finite:
             if self.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+                as_tensor = self.parameters[0].new_tensor(norm) if isinstance(norm, float) else norm
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, as_tensor)
             self._update_weights(step_number)
         self.scale.update(overflow=not finite)
         self._drop_gradients()
@@ -142,7 +142,7 @@ class Engine:
 
     def _cut(self, tree: Tree, sizes: list[int]) -> Iterable[Tree]:
         if isinstance(tree, Tensor):
-            views = tree.split(sizes)
+            views = tree.split_with_sizes(sizes)
             return views if tree.device == self.device else map(self.to_device, views)
         columns = zip(*(self._cut(tensor, sizes) for tensor in tensors_of(tree)), strict=True)
         return (rebuilt(tree, column) for column in columns)
@@ -237,11 +237,14 @@ class Engine:
             )
 
 
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, 0-d: torch.nn.utils.get_total_norm in a fraction of its time."""
+def total_norm(gradients: list[Tensor]) -> float | Tensor:
+    """The norm of all gradients together: torch.nn.utils.get_total_norm in a fraction of its time.
+
+    0-d, for nothing has to wait for a card; from a CPU a number, which is cheaper there than two more operations.
+    """
     norms = torch._foreach_norm(gradients)
-    if len(norms) < SMALL_MODEL and norms[0].device.type == "cpu":  # numbers are cheaper there than two more operations
-        return norms[0].new_tensor(math.hypot(*map(float, norms)))
+    if norms[0].device.type == "cpu":
+        return math.hypot(*map(float, norms))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

@@ -39,11 +39,11 @@ class CrossEntropy(nn.Module):
         outputs = full_precision(outputs)
         if targets.is_floating_point():
             targets = targets.to(outputs.dtype)
-        weight = None if self.class_weights is None else self.class_weights.to(outputs.dtype)
+        weight = self.class_weights
         values = F.cross_entropy(
             outputs,
             targets,
-            weight,
+            None if weight is None else weight.to(outputs.dtype),
             ignore_index=NO_CLASS if self.ignore_index is None else self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction="none",

@@ -36,6 +36,7 @@ from common.window import Tree, tensors_of
 
 Kind = Literal["per_sample", "sums", "whole_batch"]
 Loss = Any  # one of the three shapes above
+HALF = (torch.bfloat16, torch.float16)
 
 
 def kind(loss: Loss) -> Kind:
@@ -77,7 +78,7 @@ def whole_batch(function: Callable[..., Tensor]) -> WholeBatch:
 
 def full_precision(outputs: Tensor) -> Tensor:
     """bfloat16 and float16 as float32: a sum of a thousand exponentials has no place in 8 bits of mantissa."""
-    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+    return outputs.float() if outputs.dtype in HALF else outputs
 
 
 def most_precise(values: Tensor) -> Tensor:
