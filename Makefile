@@ -11,7 +11,7 @@ LAUNCH := $(PY) -m torch.distributed.run $(RENDEZVOUS) --nproc-per-node $(or $(N
 endif
 
 # `make train COMP=clouds RECIPE=best ARGS="--epochs 3"` -> `python -m common train clouds --recipe best --epochs 3`
-FLAGS = $(foreach name,DATA RECIPE RUN FOLD FILE MSG FORCE,$(if $($(name)),--$(call lower,$(name))="$($(name))")) $(ARGS)
+FLAGS = $(foreach name,DATA RECIPE RUN FOLD FILE MSG FORCE,$(if $($(name)),--$(call lower,$(name))='$(subst ','\'',$($(name)))')) $(ARGS)
 lower = $(shell echo $(1) | tr A-Z a-z)
 
 .PHONY: help train predict backtest test check data submit board kernel bench lint python name

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,7 @@ class RawData:
         try:
             with self.open(name) as stream:
                 return stream.read()
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise UserError(
                 f"{self.path}: {name} is damaged ({error}): download it again with make data COMP={self.competition}"
             ) from error

@@ -1,6 +1,7 @@
 """The front door: what make prints and which command it runs, without installing or training anything."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -30,9 +31,15 @@ def test_help_names_every_target_and_competition():
 def test_the_variables_become_flags():
     line = command("train", "COMP=clouds", "RECIPE=best", "DATA=/a b", "FOLD=all", "RUN=x", "ARGS=--epochs 3 --lr 1e-3")
     assert re.sub(" +", " ", line) == (
-        '.venv/bin/python -m common train clouds --data="/a b" --recipe="best" --run="x" --fold="all" '
+        ".venv/bin/python -m common train clouds --data='/a b' --recipe='best' --run='x' --fold='all' "
         "--epochs 3 --lr 1e-3"
     )
+
+
+def test_a_message_reaches_the_program_as_it_was_written():
+    message = 'the "best" of 5\', `as is` $HOME; (really)'
+    line = command("submit", "COMP=clouds", "MSG=" + message.replace("$", "$$"))
+    assert shlex.split(line)[-1] == "--msg=" + message
 
 
 def test_several_processes_start_under_torchrun():

@@ -92,6 +92,17 @@ def test_a_damaged_member_is_named(tmp_path):
         raw.RawData(path, "toy").read("train.csv")
 
 
+def test_a_member_that_cannot_be_inflated_is_named(tmp_path):
+    packed = tmp_path / "data.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train.csv", "label,pixel0\n" * 1000)
+    content = bytearray(packed.read_bytes())
+    content[30 + len("train.csv")] = 0xFF  # the first byte of the stream: no such kind of block
+    packed.write_bytes(content)
+    with pytest.raises(UserError, match="train.csv is damaged.*make data COMP=toy"):
+        raw.RawData(packed, "toy").read("train.csv")
+
+
 def test_the_cache_lies_beside_the_data_or_where_it_can(tmp_path, monkeypatch):
     folder = tmp_path / "given"
     folder.mkdir()
