@@ -195,3 +195,15 @@ def test_one_and_two_images_can_be_learnt_from(toy):
     for count in (1, 2):
         with np.errstate(all="raise"):
             assert tuning.learn(kept[:count], lambda row: truth[row])["rules"]
+
+
+def test_a_class_that_no_held_out_image_has_is_gated_away(toy):
+    kept, truth = toy
+    label, without = CLASSES.index("Sugar"), truth.copy()
+    without[:, label] = False
+    with np.errstate(all="raise"):
+        found = tuning.learn(kept, lambda row: without[row])
+    masks = decision.decide(torch.from_numpy(kept / np.float32(255)), found)
+    dice = decision.dice(masks, torch.from_numpy(without.view(np.uint8)))
+    assert not masks[:, label].any() and dice[:, label].mean() == 1
+    assert all(np.isfinite(score) for score in found["held_out"].values())

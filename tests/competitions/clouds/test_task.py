@@ -23,7 +23,7 @@ from competitions.clouds import reader, rle, sample, task
 from competitions.clouds.loss import pack
 from competitions.clouds.reader import CLASSES
 
-from .conftest import NAMES, TEST_NAMES, truth_of, write_rows
+from .conftest import NAMES, TEST_NAMES, train_rows, truth_of, write_rows
 
 TINY = replace(
     task.RECIPES["default"], epochs=2, folds=3, size=(64, 96), encoder="resnet18", encoder_weights="none", workers=0
@@ -71,6 +71,18 @@ def test_from_files_to_a_checked_csv_and_pictures(folder, here, tmp_path):
     code, output = run("predict", "clouds", "--run", "one")
     assert code == 0, output
     assert open("submissions/clouds/one.csv").read() == first
+
+
+def test_a_class_that_is_missing_from_folds_is_trained_and_scored_all_the_same(folder, here):
+    """Sugar on one image: one fold cannot learn it, the others cannot validate it."""
+    rows = [row if "_Sugar" not in row or row.startswith(NAMES[1]) else row.split(",")[0] + "," for row in train_rows()]
+    assert sum(not row.endswith(",") for row in rows if "_Sugar" in row) == 1
+    write_rows(folder, "train.csv", rows)
+    code, output = run("train", "clouds", "--data", str(folder), "--run", "one", "--fold", "all", *FLAGS)
+    assert code == 0, output
+    result = json.load(open("runs/clouds/one/result.json"))
+    assert result["rows"] == len(NAMES) and all(np.isfinite(score) for score in result["metrics"].values())
+    assert len(open("submissions/clouds/one.csv").read().splitlines()) == 1 + 4 * len(TEST_NAMES)
 
 
 def test_the_generated_sample_needs_no_network(here, monkeypatch):
