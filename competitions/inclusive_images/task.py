@@ -33,7 +33,7 @@ SOURCE = Source(
         "stage_1_test_images/*",
     ),
     higher_is_better=True,
-    sample_submission="stage_1_sample_submission.csv",
+    sample_submission="stage_*_sample_submission.csv",
     labels=("train_human_labels.csv", "classes-trainable.csv", "class-descriptions.csv", "tuning_labels.csv"),
     images=Images(
         url="https://open-images-dataset.s3.amazonaws.com/train/{id}.jpg",
@@ -63,6 +63,7 @@ class TagConfig(Config):
     backbone: str = flag("resnet50", "model of timm, from scratch: the competition forbade published weights")
     dropout: float = flag(0.2, "part of the pooled features that the heads do without in training")
     augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
+    mix: Literal["none", "mixup", "cutmix"] = flag("none", "blend pairs of training images and their labels")
     sampling: Literal["shuffled", "weighted"] = flag("shuffled", "every image once an epoch, or rare labels more often")
     classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out")
     loss: Literal["bce", "focal", "f2", "bce+f2", "pvn"] = flag(
@@ -90,9 +91,9 @@ SMALL = replace(
     weight_decay=0.05,
     ema=0.995,
     keep="last",
-    size=(96, 112),
+    size=(64, 96),
     loss="bce",
-    backbone="resnet18",
+    backbone="resnet10t",
     augment="light",
     embedding_dim=128,
     channels_last=True,
@@ -118,6 +119,7 @@ RECIPES: dict[str, TagConfig] = {
     ),
     # RECIPE=small: a few thousand small photographs on a CPU; --precision bf16 where it has AMX
     "small": replace(SMALL, embedding=2.0),
+    "small-both": replace(SMALL, embedding=2.0),
     "small-bce": replace(SMALL, embedding=0.0),
     "small-f2": replace(SMALL, embedding=0.0, loss="f2"),
     "small-embedding": replace(SMALL, classifier=0.0, embedding=1.0),
@@ -216,6 +218,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         pretrain=partial(rows.start_from, config, files) if config.start_from else None,
         views=(View("as is"), View("left-right", _mirrored)),
         order=None if weights is None else partial(_weighted, weights),
+        mix=_mix(config.mix),
         fingerprint=files.fingerprint,
         paths=[*files.paths, *files.test_paths],
         prediction_type="float16",
@@ -235,6 +238,13 @@ def _weighted(weights: Any, training_rows: Any) -> Any:
     from common.loading.orders import weighted
 
     return weighted(weights[training_rows], rows=training_rows)
+
+
+def _mix(kind: str) -> Any:
+    """Half of the pairs are blended: few photographs are learnt by heart within some twenty epochs otherwise."""
+    from common.loading.mixing import CutMix, MixUp
+
+    return {"none": None, "mixup": MixUp(alpha=1.0, probability=0.5), "cutmix": CutMix(probability=0.5)}[kind]
 
 
 def _check(config: TagConfig) -> None:

@@ -84,6 +84,26 @@ def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
     assert changed.float().mean() > 0.5
 
 
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
+    built_task = built(raw, mix=mix, augment="none")
+    order = orders.sequential(np.arange(24))
+    with Loader(built_task.labelled, order, 24, seed=0, mix=built_task.mix) as loader:
+        window = next(loader.epoch(0))
+    plain = [built_task.plain[row] for row in range(24)]
+    blended = 0
+    for row, (image, targets) in enumerate(plain):
+        partner = plain[row ^ 1][1]
+        own, other = targets["labels"].float(), partner["labels"].float()
+        got, different = window.targets["labels"][row], own != other
+        part = float(((got - other) / (own - other))[different].mean()) if different.any() else 1.0
+        assert torch.allclose(got, part * own + (1 - part) * other, atol=1e-5)
+        vector = part * targets["embedding"] + (1 - part) * partner["embedding"]
+        assert torch.allclose(window.targets["embedding"][row], vector, atol=1e-4)
+        blended += not torch.equal(window.inputs[row], image)
+    assert 4 <= blended <= 20, "about half of the pairs"
+
+
 def test_images_are_resized_once(raw, monkeypatch):
     before = built(raw)
     expected = before.plain[0][0]
@@ -223,6 +243,27 @@ def test_submission_is_checked(raw, tmp_path):
             tmp_path / "b.csv", built_task.columns, bad, built_task.sample_submission(), built_task.valid, {}
         )
     assert not (tmp_path / "b.csv").exists()
+
+
+def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_path):
+    import shutil
+
+    from common.kaggle import choose
+
+    data = tmp_path / "data"
+    shutil.copytree(raw.path, data, ignore=shutil.ignore_patterns("cache"))
+    images = sorted(path.stem for path in (data / "train_images").iterdir())[:3]
+    (data / "stage_2_sample_submission.csv").write_text("image_id,labels\n" + "".join(f"{i},x\n" for i in images))
+    (data / "stage_2_images").mkdir()
+    for image in images:
+        shutil.copy(data / "train_images" / f"{image}.jpg", data / "stage_2_images")
+    for stage, n in (("1", 40), ("2", 3)):
+        built_task = task.build(dataclasses.replace(SMOKE, stage=stage), RawData(data, "inclusive_images"))
+        assert len(built_task.test) == n
+        lines = [f"{image},/m/0s000\n" for image in built_task.test_ids]
+        (tmp_path / "sent.csv").write_text("image_id,labels\n" + "".join(lines))
+        candidate = choose.Candidate(tmp_path / "sent.csv", {})
+        assert choose.check(candidate, "inclusive_images", task, str(data)) == n
 
 
 def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
