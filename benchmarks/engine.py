@@ -3,11 +3,13 @@
     make bench BENCH=engine                  everything that this machine can run (about three minutes on two cores)
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory, cuda
 
-Ratios are measured in one process: the contestants take turns and the undisturbed steps of each count. All
-train the same network on the same batches, drawn from a DataLoader that holds them ready, with a C allocator that keeps
-its memory: otherwise the ratios show where glibc happens to give pages back. requirements-peers.txt lists the peers.
+Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
+They take turns, and the undisturbed steps of each count. All train the same network on the same batches, drawn from a
+DataLoader that holds them ready, with a C allocator that keeps its memory: otherwise the ratios show where glibc
+happens to give pages back. requirements-peers.txt lists the peers.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -48,6 +50,7 @@ def cnn() -> nn.Module:
 
 
 NETWORKS = {"MLP 16-32-10": (mlp, (16,)), "CNN 3x32x32": (cnn, (3, 32, 32))}
+STEPS = {"MLP 16-32-10": 60, "CNN 3x32x32": 16}  # of a training
 
 
 def batches_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = torch.float32) -> list:
@@ -119,25 +122,50 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
+class Turns:
+    """A contestant in a process of its own: what a peer changes by being imported slows nobody else."""
+
+    def __init__(self, name: str, network: str):
+        command = [sys.executable, "-m", "benchmarks.engine", "child", "turns", name, network]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def take(self) -> list[float]:
+        """Seconds of every step of one more training."""
+        print("go", file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of a contestant ended with {self.process.wait()}: {self.process.args}")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(name: str, network: str) -> None:
+    """The child's side of Turns: a training for every line of the input, whatever the peers print."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    make, shape = NETWORKS[network]
+    batches = batches_of(shape, [32] * (ACCUMULATE * STEPS[network]))
+    for _ in sys.stdin:
+        optimizer, exact = partial(torch.optim.AdamW, lr=1e-3), CrossEntropy(ignore_index=None)
+        work = Work(make(), optimizer, F.cross_entropy, batches, exact)
+        CONTESTANTS[name](work)
+        print(json.dumps(step_times(work.ticks)), file=answers, flush=True)
+
+
 def time_part(turns: int = 12) -> None:
     """Time of an optimizer step of 4 batches of 32, AdamW."""
     names = [name for name in CONTESTANTS if installed(name)]
     columns: dict[str, dict[str, float]] = {}
-    for network, (make, shape) in NETWORKS.items():
-        steps = 60 if network.startswith("MLP") else 16
-        batches = batches_of(shape, [32] * (ACCUMULATE * steps))
+    for network in NETWORKS:
+        contestants = {name: Turns(name, network) for name in names}
         taken: dict[str, list[list[float]]] = {name: [] for name in names}
         for _ in range(turns if network.startswith("MLP") else turns // 2):
-            for name in names:
-                work = Work(
-                    make(),
-                    partial(torch.optim.AdamW, lr=1e-3),
-                    F.cross_entropy,
-                    batches,
-                    CrossEntropy(ignore_index=None),
-                )
-                CONTESTANTS[name](work)
-                taken[name].append(step_times(work.ticks))
+            for name, contestant in contestants.items():
+                taken[name].append(contestant.take())
+        for contestant in contestants.values():
+            contestant.end()
         columns[network] = {name: quickest(taken[name]) for name in names}
     rows = []
     for name in CONTESTANTS:
@@ -243,7 +271,7 @@ def memory_part() -> None:
     table("Peak resident memory, CNN 3x128x128 of width 32, AdamW", header, rows)
 
 
-def child(case: str) -> None:
+def train_once(case: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
@@ -285,7 +313,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if arguments[:1] == ["child"]:
-        return child(arguments[1])
+        return take_turns(*arguments[2:]) if arguments[1] == "turns" else train_once(arguments[1])
     if not os.environ.keys() >= STEADY_ALLOCATOR.keys():  # glibc reads them when a process starts
         again = [sys.executable, "-m", "benchmarks.engine", *arguments]
         os.execve(sys.executable, again, os.environ | STEADY_ALLOCATOR)

@@ -28,15 +28,9 @@ if TYPE_CHECKING:
 
 def per_sample(engine: "Engine", window: Window) -> Tensor:
     """value = sum_i w_i l_i / sum_i w_i m_i. One pass: the normaliser needs the targets only, so it is known before."""
-    loss = engine.loss
-    if (
-        window.weights is None
-        and engine.ranks.world == 1
-        and len(window)
-        and not has_mass(loss)
-        and columns_of(loss) == 1
-    ):
-        total = float(len(window))  # a tiny model's step would feel every operation on a tensor
+    loss, count = engine.loss, len(window)
+    if count and engine.samples_alike and window.weights is None and engine.ranks.world == 1:
+        total = float(count)  # a tiny model's step would feel every operation on a tensor
     else:
         total = window_normaliser(engine, window)
     slope = engine.scale.factor / total

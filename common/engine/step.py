@@ -15,7 +15,7 @@ from common.engine.precision import LossScale, forward_in
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.keys import keyed_seed
-from common.losses.protocol import kind
+from common.losses.protocol import columns_of, has_mass, kind
 from common.window import Tree, Window, tensors_of
 
 Result = TypeVar("Result")
@@ -64,6 +64,7 @@ class Engine:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *self.loss_parameters]))
         self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
+        self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
         self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
