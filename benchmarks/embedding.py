@@ -159,13 +159,20 @@ def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, 
             for dim in dims:
                 found = LabelEmbedding.fit(train, dim, **settings)
                 outputs = found.encode(given)
-                for way, rows in (("cosine", found.unit_vectors), ("projection", found.projections)):
+                outputs /= np.maximum(np.linalg.norm(outputs, axis=1, keepdims=True), 1e-12)
+                # PMI is what chance does not explain: a share of the labels' own frequency goes back in.
+                rates = np.log(counts[found.known], dtype=np.float32) / 16
+                for way, rows, rate in (
+                    ("cosine", found.unit_vectors, 0),
+                    ("projection", found.projections, 0),
+                    ("projection + ln(count) / 16", found.projections, rates),
+                ):
                     scores = np.full((len(hidden), len(counts)), -1e9, np.float32)
-                    scores[:, found.known] = outputs @ rows.T
+                    scores[:, found.known] = outputs @ rows.T + rate
                     add(f"{name}, {dim}, {way}", hits(scores))
     print(f"hits@10 of {len(hidden):,} hidden labels, {len(seeds)} splits")
     for name, values in table.items():
-        print(f"  {name:75} {np.mean(values):.4f}  ({', '.join(f'{value:.4f}' for value in values)})")
+        print(f"  {name:92} {np.mean(values):.4f}  ({', '.join(f'{value:.4f}' for value in values)})")
 
 
 def training(data: Path, seeds: list[int], epochs: int, recipes: tuple[str, ...], more: list[str]) -> None:

@@ -150,6 +150,7 @@ RECIPES: dict[str, TagConfig] = {
         embedding_dim=16,
         count=0.01,
         clusters=16,
+        mix="mixup",
         evaluate_every=1,
         channels_last=False,
     ),
