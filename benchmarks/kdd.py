@@ -1,8 +1,8 @@
 """KDD air quality: medians against pandas, all imputers, and one forecast of every model that needs no training run.
 
-    make bench BENCH=kdd ARGS="--data path/to/kdd_cup_2018"    the real files
-    make bench BENCH=kdd                                       generated values of the same size
-    make bench BENCH=kdd ARGS="--data ... --train"             the whole `train` as well (up to 20 minutes)
+make bench BENCH=kdd ARGS="--data path/to/kdd_cup_2018"    the real files
+make bench BENCH=kdd                                       generated values of the same size
+make bench BENCH=kdd ARGS="--data ... --train"             the whole `train` as well (up to 20 minutes)
 """
 
 import argparse
@@ -40,8 +40,9 @@ def by_long_table(series: np.ndarray, end: int) -> list[np.ndarray]:
     """Nine windows of one origin from a long table (series, hour, value), the shape of the competition's files."""
     known = series[: end * 24]
     hours, number = np.indices(known.shape)
-    frame = pd.DataFrame({"age": end - hours.ravel() // 24, "hour": hours.ravel() % 24, "series": number.ravel(),
-                          "value": known.ravel()})
+    frame = pd.DataFrame(
+        {"age": end - hours.ravel() // 24, "hour": hours.ravel() % 24, "series": number.ravel(), "value": known.ravel()}
+    )
     return [
         frame[frame["age"] <= length].groupby(["hour", "series"])["value"].median().to_numpy().reshape(24, -1)
         for length in medians.FIB_DAYS
@@ -75,8 +76,10 @@ def compare_medians(series: np.ndarray, repeats: int = 3) -> None:
     print(f"medians, 9 windows x {series.shape[1]} series x {ORIGINS} origins (least of {repeats}, results equal)")
     print(f"  counting trees        {min(ours):8.2f} s")
     for name in ways:
-        print(f"  {name}  {min(seconds[name]):8.2f} s (timed on {PANDAS_ORIGINS} origins, scaled)   "
-              f"ratio {min(seconds[name]) / min(ours):.1f}")
+        print(
+            f"  {name}  {min(seconds[name]):8.2f} s (timed on {PANDAS_ORIGINS} origins, scaled)   "
+            f"ratio {min(seconds[name]) / min(ours):.1f}"
+        )
 
 
 def time_imputers(observations: Observations, jobs: int) -> None:
@@ -96,8 +99,10 @@ def time_imputers(observations: Observations, jobs: int) -> None:
 def time_train(data: str, folder: Path) -> None:
     command = [sys.executable, "-m", "common"]
     where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, "check": True}
-    for words in (["train", "kdd_air_quality", "--data", data, "--run", "bench"],
-                  ["predict", "kdd_air_quality", "--data", data, "--run", "bench"]):
+    for words in (
+        ["train", "kdd_air_quality", "--data", data, "--run", "bench"],
+        ["predict", "kdd_air_quality", "--data", data, "--run", "bench"],
+    ):
         started = time.perf_counter()
         subprocess.run(command + words, **where, stdout=subprocess.DEVNULL)
         print(f"  {words[0]:15} {time.perf_counter() - started:8.1f} s")

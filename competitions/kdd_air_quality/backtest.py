@@ -9,9 +9,9 @@ import numpy as np
 from common.files import write_text, write_with
 from common.run import Run
 from competitions.kdd_air_quality import metric, models, table
+from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
-from competitions.kdd_air_quality.task import Config
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,21 @@ def summarise(run: Run, parts: list[tuple[Period, dict[str, np.ndarray]]], obser
     _write_csv(run, "scores.csv", rows)
     found = {name: metric.breakdown(truth, values, network) for name, values in grids.items()}
     first = next(iter(found.values()))
-    _write_csv(run, "breakdown.csv", [
-        {"by": by, "part": part, **{name: found[name][by][part] for name in found}}
-        for by in first for part in first[by]
-    ])
+    _write_csv(
+        run,
+        "breakdown.csv",
+        [
+            {"by": by, "part": part, **{name: found[name][by][part] for name in found}}
+            for by in first
+            for part in first[by]
+        ],
+    )
     for by in ("pollutant", "hour band"):
         print("\n".join(_aligned([{by: part} | {name: found[name][by][part] for name in found} for part in first[by]])))
-    return {line["model"]: {key: line[key] for key in ("mean", "best_25", "resampled_25", "days")}
-            for line in lines[-len(grids):]}
+    return {
+        line["model"]: {key: line[key] for key in ("mean", "best_25", "resampled_25", "days")}
+        for line in lines[-len(grids) :]
+    }
 
 
 def _aligned(lines: list[dict]) -> list[str]:

@@ -3,7 +3,8 @@
 It predicts the logarithm of the value relative to the series' daily cycle, under the SMAPE itself: 2 tanh(|d| / 2),
 whose slope fades for hours that cannot be foreseen. All stations of a city share one weather, so a year is 365 samples
 rather than millions: what helps is anything that keeps the trees from learning days by heart. Training origins lie at
-four hours of the day, half of the models split at random thresholds, and the mean of several is taken.
+four hours of the day, half of the models split at random thresholds, half start from the linear forecast and learn what
+it misses, and the mean of several is taken.
 """
 
 from collections.abc import Iterator
@@ -11,18 +12,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.errors import UserError
 from competitions.kdd_air_quality import features
+from competitions.kdd_air_quality.linear import Lines
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.parallel import in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import CITIES
 
-FEWEST_ORIGINS = 5
-HISTORY_DAYS = 21  # an origin needs this much past to be trained on
 # With one spring in the history the season names days as well as the season: draws with and without it err differently,
 # which the mean of all likes. The weekday only names days.
 LEFT_OUT = (("season_sine", "season_cosine", "weekday"), ("weekday",))
+FROM_LINEAR = (False, False, True, True)  # draws that learn the error of the linear forecast
 SHIFT_HOURS = (0, 6, 12, 18)  # training origins; forecasts start at 0
 KINDS = {"best splits": {}, "random splits": {"extra_trees": True}}
 SETTINGS = {
@@ -69,45 +69,38 @@ def columns(known: features.Features, draw: int) -> list[int]:
     return [number for number, name in enumerate(known.names) if name not in left_out]
 
 
-def targets(observations: Observations, base: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Logarithm of the truth relative to the daily cycle [N, 48, S]; NaN where it is missing or not above 0."""
-    series = observations.series()
-    padded = np.concatenate([series, np.full((HORIZON_HOURS, series.shape[1]), np.nan, np.float32)])
-    ahead = np.stack([padded[end * 24 : end * 24 + HORIZON_HOURS] for end in ends])
-    return np.where(ahead > 0, features.log_of(ahead) - np.tile(base, (1, 2, 1)), np.nan).astype(np.float32)
+def from_linear(draw: int) -> bool:
+    return FROM_LINEAR[draw % len(FROM_LINEAR)]
 
 
-def training_ends(observations: Observations) -> np.ndarray:
-    """Origins whose 48 hours are over when the data end: with the fit at that end nothing is trained on the future."""
-    last = (len(observations.values) - HORIZON_HOURS) // 24
-    first = min(HISTORY_DAYS, max(last // 2, 1))
-    return np.arange(first, last + 1)
-
-
-def fit(observations: Observations, draws: list[int], rounds: int, share: float, jobs: int, seed: int,
-        label: str = "boosting") -> Iterator[tuple[int, list[Member]]]:
+def fit(
+    observations: Observations,
+    lines: Lines,
+    draws: list[int],
+    rounds: int,
+    share: float,
+    jobs: int,
+    seed: int,
+    label: str = "boosting",
+) -> Iterator[tuple[int, list[Member]]]:
     """Fit kinds x cities on everything that is over at the end of the data; yields the members of each draw when done.
 
-    Every draw takes another `share` of the rows (origin, hour ahead, series). Raises UserError on too short a history.
+    Every draw takes another `share` of the rows (origin, hour ahead, series). `lines` is the linear forecaster of the
+    same data. Raises UserError on too short a history.
     """
-    ends = training_ends(observations)
-    if len(ends) < FEWEST_ORIGINS:
-        raise UserError(
-            f"{len(observations.values) // 24} days of history before {observations.end} leave {max(len(ends), 0)} "
-            f"origins to train on, expected at least {FEWEST_ORIGINS}: add earlier files, or use --models medians"
-        )
+    groups = observations.network.groups
     parts = []
     for shift in SHIFT_HOURS:
         shifted = replace(observations, start=observations.start + shift * HOUR, values=observations.values[shift:])
-        ends = training_ends(shifted)
+        ends = features.training_ends(shifted)
         known = features.build(shifted, ends)
-        parts.append((known, targets(shifted, known.base, ends)))
+        parts.append((known, features.targets(shifted, known.base, ends), lines.at(known, groups)))
     for draw in draws:
         kept = columns(known, draw)
         categorical = [place for place, number in enumerate(kept) if known.names[number] in features.CATEGORICAL]
         work, members = [], []
         for city in CITIES:
-            table, target = _rows(parts, city, observations.network.groups, share / len(parts), seed, draw)
+            table, target = _rows(parts, city, groups, share / len(parts), seed, draw)
             for kind in KINDS if len(target) else ():
                 work.append((_fit_one, (table[:, kept], target, categorical, kind, seed * 1000 + draw, rounds)))
                 members.append((city, kind, draw))
@@ -115,17 +108,23 @@ def fit(observations: Observations, draws: list[int], rounds: int, share: float,
         yield draw, [Member(*member, text) for member, text in zip(members, texts, strict=True)]
 
 
-def _rows(parts: list[tuple[features.Features, np.ndarray]], city: str, groups: tuple[str, ...], share: float,
-          seed: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random `share` of a city's rows with a known target: features [n, F] and targets [n]."""
+def _rows(
+    parts: list[tuple[features.Features, np.ndarray, np.ndarray]],
+    city: str,
+    groups: tuple[str, ...],
+    share: float,
+    seed: int,
+    draw: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random `share` of a city's rows with a known target: features [n, F] and what the draw is to learn [n]."""
     own = np.array([group.startswith(city) for group in groups])
     tables, found = [], []
-    for number, (known, wanted) in enumerate(parts):
+    for number, (known, wanted, linear) in enumerate(parts):
         random = np.random.default_rng([seed, draw, number])
         chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < share)
         origin, hour, series = np.nonzero(chosen)
         tables.append(known.table(origin, hour, series))
-        found.append(wanted[origin, hour, series])
+        found.append((wanted - linear if from_linear(draw) else wanted)[origin, hour, series])
     return np.concatenate(tables), np.concatenate(found)
 
 
@@ -138,13 +137,12 @@ def _fit_one(table: np.ndarray, target: np.ndarray, categorical: list[int], kind
     return lightgbm.train(settings, data, rounds).model_to_string()
 
 
-def forecast(members: list[Member], observations: Observations, ends: np.ndarray) -> np.ndarray:
+def forecast(members: list[Member], lines: Lines, observations: Observations, ends: np.ndarray) -> np.ndarray:
     """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
     from lightgbm import Booster
 
     known = features.build(observations, ends)
-    count = len(observations.network.series)
-    result = np.zeros((len(ends), HORIZON_HOURS, count))
+    result = np.zeros((len(ends), HORIZON_HOURS, len(observations.network.series)))
     boosters = [(member, columns(known, member.draw), Booster(model_str=member.text)) for member in members]
     for city in CITIES:
         own = np.flatnonzero([group.startswith(city) for group in observations.network.groups])
@@ -154,4 +152,5 @@ def forecast(members: list[Member], observations: Observations, ends: np.ndarray
             table = known.table(np.full(len(hour), number), hour, place)
             mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
-    return np.exp(result + np.tile(known.base, (1, 2, 1)))
+    share = sum(from_linear(member.draw) for member in members) / max(len(members), 1)
+    return np.exp(result + share * lines.at(known, observations.network.groups) + np.tile(known.base, (1, 2, 1)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.errors import UserError
 from competitions.kdd_air_quality.medians import by_day, sliding_medians
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.reader import Observations
@@ -19,6 +20,9 @@ MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
 RECENT_HOURS = (1, 3, 6, 12, 24, 48, 72, 168)
 CITY_HOURS = (1, 3, 6, 12, 24, 48, 168)
 PAST_HOURS = 168
+HISTORY_DAYS = 21  # an origin needs this much past to be trained on
+FEWEST_ORIGINS = 5
+LIMIT = 5.0  # largest logarithm that the linear model and the network are fed: the factor 150 is an outage, not weather
 CATEGORICAL = ("station", "pollutant", "type", "weekday")
 
 
@@ -47,6 +51,12 @@ class Features:
             axis=1,
             dtype=np.float32,
         )
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """`per_series` and `per_hour` for models that know no missing values: those are 0, the daily cycle itself."""
+        context = self.per_series.copy()
+        context[..., self.names.index("hours_since_last_value") - self.names.index("last_1_hours")] /= 24
+        return (np.nan_to_num(context).clip(-LIMIT, LIMIT), np.nan_to_num(self.per_hour).clip(-LIMIT, LIMIT))
 
 
 def log_of(values: np.ndarray) -> np.ndarray:
@@ -95,6 +105,30 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
         fixed,
         ("hours_ahead", *calendar_names, "base", *hour_names, *names, "station", "pollutant", "type"),
     )
+
+
+def targets(observations: Observations, base: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Logarithm of the truth relative to the daily cycle [N, 48, S]; NaN where it is missing or not above 0."""
+    series = observations.series()
+    padded = np.concatenate([series, np.full((HORIZON_HOURS, series.shape[1]), np.nan, np.float32)])
+    ahead = np.stack([padded[end * 24 : end * 24 + HORIZON_HOURS] for end in ends])
+    return np.where(ahead > 0, log_of(ahead) - np.tile(base, (1, 2, 1)), np.nan).astype(np.float32)
+
+
+def training_ends(observations: Observations) -> np.ndarray:
+    """Origins whose 48 hours are over when the data end: with the fit at that end nothing is trained on the future.
+
+    Raises UserError on too few.
+    """
+    last = (len(observations.values) - HORIZON_HOURS) // 24
+    first = min(HISTORY_DAYS, max(last // 2, 1))
+    ends = np.arange(first, last + 1)
+    if len(ends) < FEWEST_ORIGINS:
+        raise UserError(
+            f"{len(observations.values) // 24} days of history before {observations.end} leave {len(ends)} origins to "
+            f"train on, expected at least {FEWEST_ORIGINS}: add earlier files, or use --models medians"
+        )
+    return ends
 
 
 def whole(values: np.ndarray, network: Network) -> np.ndarray:

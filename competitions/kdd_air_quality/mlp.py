@@ -20,7 +20,6 @@ from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, Network, city_of
 
 MEDIAN_SHIFTS_DAYS = 2  # windows that end at the origin, and those that end a day earlier
-LIMIT = 5.0  # largest logarithm that is fed in: the factor 150 is an outage, not weather
 
 
 class ShortcutMLP(nn.Module):
@@ -64,8 +63,14 @@ class Rows:
     `completed` [hours, S] are values without gaps, in which hours after an origin are never looked at but as targets.
     """
 
-    def __init__(self, observations: Observations, completed: np.ndarray, ends: np.ndarray, history_days: int,
-                 windows: tuple[int, ...]):
+    def __init__(
+        self,
+        observations: Observations,
+        completed: np.ndarray,
+        ends: np.ndarray,
+        history_days: int,
+        windows: tuple[int, ...],
+    ):
         self.network = observations.network
         self.series_count = completed.shape[1]
         self.ends = np.asarray(ends)
@@ -78,10 +83,9 @@ class Rows:
         self.medians = medians.sliding_medians(days, windows, shifted)  # [windows, ends, 24, S]
         known = features.build(observations, self.ends)
         self.base = known.base
-        self.context = np.nan_to_num(np.concatenate(
-            [known.per_series, known.per_hour.transpose(0, 2, 1, 3).reshape(*known.per_series.shape[:2], -1)], axis=-1
-        )).clip(-LIMIT, LIMIT)
-        self.context[..., known.names.index("hours_since_last_value") - known.names.index("last_1_hours")] /= 24
+        context, hourly = known.inputs()
+        hourly = hourly.transpose(0, 2, 1, 3).reshape(*context.shape[:2], -1)
+        self.context = np.concatenate([context, hourly], axis=-1)
         self.indicators = _indicators(self.network)
         targets = observations.series()
         padded = np.concatenate([targets, np.full((HORIZON_HOURS, self.series_count), np.nan, np.float32)])
@@ -101,7 +105,7 @@ class Rows:
             place = np.searchsorted(self.median_ends, np.maximum(self.ends[position] - back, 1))
             parts.extend(window[place, :, series] - base for window in self.medians)
         parts += [self.context[position, series], self.indicators[series]]
-        inputs = np.concatenate(parts, axis=1).clip(-LIMIT, LIMIT).astype(np.float32)
+        inputs = np.concatenate(parts, axis=1).clip(-features.LIMIT, features.LIMIT).astype(np.float32)
         ahead = np.minimum(hour[:, None] + np.arange(HORIZON_HOURS), len(self.targets) - 1)
         targets = self.targets[ahead, series[:, None]] - np.tile(base, (1, HORIZON_HOURS // 24))
         return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.float32))

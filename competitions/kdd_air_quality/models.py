@@ -1,4 +1,4 @@
-"""The four forecasters behind two functions: fit one on what is known, and forecast days with it.
+"""The five forecasters behind two functions: fit one on what is known, and forecast days with it.
 
 What is fitted lies in one folder per cut (the origin before which everything is known), in a file per model that is
 there only when it is whole: a run that was stopped finds it and goes on with the next.
@@ -15,10 +15,10 @@ from common.errors import UserError
 from common.files import write_text, write_with
 from common.run import Run
 from common.task import Task
-from competitions.kdd_air_quality import boosting, features, impute, medians, prophet_model
+from competitions.kdd_air_quality import boosting, features, impute, linear, medians, prophet_model
+from competitions.kdd_air_quality.config import MODELS, Config
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
-from competitions.kdd_air_quality.task import MODELS, Config
 
 
 def names_of(config: Config) -> list[str]:
@@ -45,42 +45,63 @@ def fitted_folder(run: Run, fold: int | None) -> Path:
     return run.path / ("fitted" if fold is None else f"fitted-{fold}")
 
 
-def fit(name: str, known: Observations, config: Config, run: Run, fold: int | None,
-        held_days: np.ndarray | None = None, later: Observations | None = None) -> None:
+def fit(
+    name: str,
+    known: Observations,
+    config: Config,
+    run: Run,
+    fold: int | None,
+    held_days: np.ndarray | None = None,
+    later: Observations | None = None,
+) -> None:
     """Fit a model on `known`, which ends at the cut. `later` and `held_days` only let the network log a score."""
     folder = fitted_folder(run, fold)
     label = f"{name} before {known.end}"
     if name in ("medians", "mlp") and not (folder / "imputers.json").is_file():
         found = impute.fit(known, config.jobs, config.seed, f"imputers before {known.end}")
         write_text(folder / "imputers.json", json.dumps(found.models))
+    if name in ("linear", "boosting") and not (folder / "linear.npy").is_file():
+        lines = linear.fit(known, config.jobs, f"linear before {known.end}")
+        write_with(folder / "linear.npy", lambda stream: np.save(stream, lines.coefficients))
     if name == "boosting":
         draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
         rounds, share = config.boosting_rounds, config.boosting_share
-        fitted = boosting.fit(known, draws, rounds, share, config.jobs, config.seed, label)
+        fitted = boosting.fit(known, _lines(folder), draws, rounds, share, config.jobs, config.seed, label)
         for draw, members in fitted if draws else ():
             write_text(folder / f"boosting-{draw}.json", json.dumps([vars(member) for member in members]))
     if name == "prophet" and not (folder / "prophet.npz").is_file():
-        lines = prophet_model.fit(known, config.jobs, label)
-        facts = {"start": lines.start, "level": lines.level, "slope": lines.slope, "week": lines.week}
+        weeks = prophet_model.fit(known, config.jobs, label)
+        facts = {"start": weeks.start, "level": weeks.level, "slope": weeks.slope, "week": weeks.week}
         write_with(folder / "prophet.npz", lambda stream: np.savez(stream, **facts))
     if name == "mlp" and not (fold_folder(run, fold) / "model.pt").is_file():
         _fit_network(known, config, run, fold, held_days, later)
 
 
-def _fit_network(known: Observations, config: Config, run: Run, fold: int | None, held_days: np.ndarray | None,
-                 later: Observations | None) -> None:
+def _lines(folder: Path) -> linear.Lines:
+    return linear.Lines(np.load(folder / "linear.npy"))
+
+
+def _fit_network(
+    known: Observations,
+    config: Config,
+    run: Run,
+    fold: int | None,
+    held_days: np.ndarray | None,
+    later: Observations | None,
+) -> None:
     from common.engine.ranks import SINGLE
     from common.fit import fit as train_network
     from competitions.kdd_air_quality import mlp
 
-    imputers = impute.Imputers(tuple(json.loads((fitted_folder(run, fold) / "imputers.json").read_text())),
-                               known.network)
+    imputers = impute.Imputers(
+        tuple(json.loads((fitted_folder(run, fold) / "imputers.json").read_text())), known.network
+    )
     held = np.array([], int) if held_days is None else _ends(known, held_days)
     seen = known if later is None else later
     completed = impute.complete(imputers.fill(seen.series()), seen.network)
     if later is not None:  # nothing after the cut may reach the training rows, not even through the imputation
         completed[: len(known.values)] = impute.complete(imputers.fill(known.series()), known.network)
-    train = boosting.training_ends(known)[-config.train_days :]
+    train = features.training_ends(known)[-config.train_days :]
     rows = mlp.Rows(seen, completed, np.union1d(train, held), config.history_days, medians.windows_of(config.windows))
     task = mlp.task(rows, mlp.Split(train, held), -1 if fold is None else fold, config.units, config.dropout)
     # The held days only show a score: weights chosen on them would be chosen on what is scored.
@@ -92,7 +113,7 @@ def whole_task(config: Config, observations: Observations) -> Task:
     """The network's Task on every origin of the data, without regressors for the gaps."""
     from competitions.kdd_air_quality import mlp
 
-    ends = boosting.training_ends(observations)[-config.train_days :]
+    ends = features.training_ends(observations)[-config.train_days :]
     completed = impute.complete(observations.series(), observations.network)
     rows = mlp.Rows(observations, completed, ends, config.history_days, medians.windows_of(config.windows))
     return mlp.task(rows, mlp.Split(ends, np.array([], int)), 0, config.units, config.dropout)
@@ -107,20 +128,24 @@ def first_hour_of(days: np.ndarray) -> np.ndarray:
     return np.array([first_hour(day) for day in days]).astype("datetime64[D]")
 
 
-def forecast(name: str, observations: Observations, days: np.ndarray, config: Config, run: Run,
-             fold: int | None) -> np.ndarray:
+def forecast(
+    name: str, observations: Observations, days: np.ndarray, config: Config, run: Run, fold: int | None
+) -> np.ndarray:
     """ug/m3 [days, 48, S] of a fitted model for submit days; each sees what is before its origin and nothing else."""
     folder = fitted_folder(run, fold)
     network = observations.network
     if name == "prophet":
         saved = np.load(folder / "prophet.npz")
-        lines = prophet_model.Lines(saved["start"], saved["level"], saved["slope"], saved["week"])
-        result = prophet_model.forecast(lines, first_hour_of(days))
+        weeks = prophet_model.Weeks(saved["start"], saved["level"], saved["slope"], saved["week"])
+        result = prophet_model.forecast(weeks, first_hour_of(days))
+    elif name == "linear":
+        seen = _until(observations, days)
+        result = linear.forecast(_lines(folder), seen, _ends(seen, days))
     elif name == "boosting":
         files = sorted(folder.glob("boosting-*.json"))
         members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
         seen = _until(observations, days)
-        result = boosting.forecast(members, seen, _ends(seen, days))
+        result = boosting.forecast(members, _lines(folder), seen, _ends(seen, days))
     else:
         imputers = impute.Imputers(tuple(json.loads((folder / "imputers.json").read_text())), network)
         seen = _until(observations, days)
@@ -149,8 +174,9 @@ def _medians(filled: np.ndarray, ends: np.ndarray, config: Config, observations:
     return result
 
 
-def _network_forecast(filled: np.ndarray, seen: Observations, days: np.ndarray, config: Config, run: Run,
-                      fold: int | None) -> np.ndarray:
+def _network_forecast(
+    filled: np.ndarray, seen: Observations, days: np.ndarray, config: Config, run: Run, fold: int | None
+) -> np.ndarray:
     """One origin at a time, because the last steps of the imputation look at everything they are given."""
     from competitions.kdd_air_quality import mlp
 

@@ -24,8 +24,10 @@ def draw(run: Run, observations: Observations, days: np.ndarray, forecasts: dict
     truth = observations.truth(days)
     grids = {name: table.grid(values, network) for name, values in forecasts.items()}
     page = Report(run.path, f"KDD air quality: {run.name}")
-    page.text(f"Submit days {days[0]} to {days[-1]}; a submit day forecasts the two days after it. Scores are the "
-              f"official SMAPE, from 0 to 2, lower is better.")
+    page.text(
+        f"Submit days {days[0]} to {days[-1]}; a submit day forecasts the two days after it. Scores are the "
+        f"official SMAPE, from 0 to 2, lower is better."
+    )
     for name in ("metrics.csv", "breakdown.csv"):
         if (run.path / name).is_file():
             header, *rows = list(csv.reader((run.path / name).read_text().splitlines()))
@@ -85,7 +87,7 @@ def _forecasts(figure, stations: list[str], days: np.ndarray, truth: np.ndarray,
             axis.plot(hours, truth[shown, :24, number, column].ravel(), color="black", label="truth", linewidth=1.5)
             axis.set_title(f"{station} {pollutant}", fontsize=9)
             axis.tick_params(labelsize=7, axis="x", rotation=20)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=7, fontsize=9)  # hides no line
     figure.subplots_adjust(hspace=0.5)
 
 

@@ -16,9 +16,10 @@ from common.raw import RawData
 from common.run import Run
 from competitions.kdd_air_quality import blend, metric, models, pictures, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
+from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, Config
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, read
-from competitions.kdd_air_quality.task import NOWHERE_TO_SUBMIT, Config, write_sample
+from competitions.kdd_air_quality.sample import write as write_sample
 
 TRUTH_DAYS = 2  # a submit day is scored on the two days after it
 
@@ -74,16 +75,19 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
         rows = summarise(run, [(period, forecasts)], known)
         for name in names:
             models.fit(name, known, config, run, None)
-        run.write_json("result.json", {
-            "monitor": "smape",
-            "score": rows["blend"]["mean"],
-            "metrics": rows,
-            "learnt": {"blend": weights, "models": names},
-            "rows": int(metric.valid_points(truth, known.network.stations).sum()),
-            "fitted_before": str(first_hour(day)),
-            "last_day": str(day),
-            "finished": runs.now(),
-        })
+        run.write_json(
+            "result.json",
+            {
+                "monitor": "smape",
+                "score": rows["blend"]["mean"],
+                "metrics": rows,
+                "learnt": {"blend": weights, "models": names},
+                "rows": int(metric.valid_points(truth, known.network.stations).sum()),
+                "fitted_before": str(first_hour(day)),
+                "last_day": str(day),
+                "finished": runs.now(),
+            },
+        )
         pictures.draw(run, known, period.days, forecasts)
     else:
         run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train")
@@ -112,22 +116,29 @@ def blended(weights: blend.Weights, forecasts: dict[str, np.ndarray], observatio
     return blend.apply(weights, forecasts, observations.network.groups)
 
 
-def write_forecasts(run: Run, config: Config, observations: Observations, days: np.ndarray, lines: list[str],
-                    sample: bool) -> list[Path]:
+def write_forecasts(
+    run: Run, config: Config, observations: Observations, days: np.ndarray, lines: list[str], sample: bool
+) -> list[Path]:
     """Forecast the submit days with the run's models and write a checked CSV for each; what is missing is said."""
     learnt = run.result["learnt"]
     parts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
     forecast = blended(learnt["blend"], parts, observations)
-    scores = metric.daily(observations.truth(days), table.grid(forecast, observations.network),
-                          observations.network.stations)
+    scores = metric.daily(
+        observations.truth(days), table.grid(forecast, observations.network), observations.network.stations
+    )
     paths = []
     for number, day in enumerate(days):
         known = observations.before(first_hour(day)).series()
-        silent = [name for name, there in zip(observations.network.names, np.isfinite(known[-24:]).any(0), strict=True)
-                  if not there]
+        silent = [
+            name
+            for name, there in zip(observations.network.names, np.isfinite(known[-24:]).any(0), strict=True)
+            if not there
+        ]
         if silent:
-            run.log(f"{day}: no value in the last 24 hours of {len(silent)} of {known.shape[1]} series: "
-                    f"{', '.join(silent[:6])}{' ...' if len(silent) > 6 else ''}")
+            run.log(
+                f"{day}: no value in the last 24 hours of {len(silent)} of {known.shape[1]} series: "
+                f"{', '.join(silent[:6])}{' ...' if len(silent) > 6 else ''}"
+            )
         name = f"{run.name}{'-sample' if sample and 'sample' not in run.name else ''}-{day}"
         origin = {
             "competition": run.origin["competition"],
@@ -165,8 +176,10 @@ def predict(competition: str, given: argparse.Namespace) -> None:
         print(f"warning: {warning}")
     early = days[days < parse_day(run.result["last_day"])]
     if len(early):
-        print(f"{run.path} was fitted on everything before {run.result['fitted_before']}: forecasts of earlier days "
-              f"({early[0]} ...) use it only after the fact, make backtest COMP={competition} is the honest way")
+        print(
+            f"{run.path} was fitted on everything before {run.result['fitted_before']}: forecasts of earlier days "
+            f"({early[0]} ...) use it only after the fact, make backtest COMP={competition} is the honest way"
+        )
     paths = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"])
     print(f"no submission: {NOWHERE_TO_SUBMIT}")
     for path in paths:
@@ -218,16 +231,26 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     parts, past_days, past = [], before.days, forecasts_of(run, observations, config, before)
     for period in scored:
         over = past_days <= period.days[0] - TRUTH_DAYS * DAY  # the truth of the day before is not known yet
-        weights = fitted_blend({name: values[over] for name, values in past.items()},
-                               observations.truth(past_days[over]), observations)
+        weights = fitted_blend(
+            {name: values[over] for name, values in past.items()}, observations.truth(past_days[over]), observations
+        )
         run.log(f"blend before {period.days[0]}: {json.dumps(weights)}")
         found_forecasts = forecasts_of(run, observations, config, period)
         parts.append((period, found_forecasts | {"blend": blended(weights, found_forecasts, observations)}))
         past_days = np.concatenate([past_days, period.days])
         past = {name: np.concatenate([past[name], found_forecasts[name]]) for name in past}
     rows = summarise(run, parts, observations)
-    run.write_json("result.json", {"monitor": "smape", "score": rows["blend"]["mean"], "metrics": rows, "learnt": {},
-                                   "rows": len(days), "finished": runs.now()})
+    run.write_json(
+        "result.json",
+        {
+            "monitor": "smape",
+            "score": rows["blend"]["mean"],
+            "metrics": rows,
+            "learnt": {},
+            "rows": len(days),
+            "finished": runs.now(),
+        },
+    )
     together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
     print(f"report: {pictures.draw(run, observations, days, together)}")
 
@@ -239,5 +262,6 @@ def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None
     forecasts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
     forecasts["blend"] = blended(learnt["blend"], forecasts, observations)
     print(f"{run.path}, fitted before {run.result['fitted_before']}")
-    summarise(replace(run, path=run.path / f"backtest-{days[0]}-{days[-1]}"), [(Period(0, days), forecasts)],
-              observations)
+    summarise(
+        replace(run, path=run.path / f"backtest-{days[0]}-{days[-1]}"), [(Period(0, days), forecasts)], observations
+    )

@@ -23,7 +23,7 @@ FEWEST_VALUES = 48
 
 
 @dataclass(frozen=True)
-class Lines:
+class Weeks:
     """`level` + `slope` * hours since `start` + `week`[hour of the week], per series; NaN where none was fitted."""
 
     start: np.datetime64  # the first forecast hour of the fit
@@ -41,7 +41,7 @@ def _hour_of_week(hours: np.ndarray) -> np.ndarray:
     return (hours.astype("datetime64[h]").astype(int) + 72) % WEEK_HOURS  # 1970-01-01 was a Thursday
 
 
-def fit(observations: Observations, jobs: int, label: str = "prophet") -> Lines:
+def fit(observations: Observations, jobs: int, label: str = "prophet") -> Weeks:
     """Fit every series on the last 475 days before the end of `observations`; raises UserError without Prophet."""
     try:
         _silence()  # before the threads, which would all wait for the imports
@@ -55,7 +55,7 @@ def fit(observations: Observations, jobs: int, label: str = "prophet") -> Lines:
     cities = [group.split(" ")[0] for group in known.network.groups]
     work = [(fit_one, (hours, series[:, number], city)) for number, city in enumerate(cities)]
     fitted = in_parallel(work, jobs, label)
-    return Lines(
+    return Weeks(
         observations.end,
         np.array([level for level, _, _ in fitted]),
         np.array([slope for _, slope, _ in fitted]),
@@ -105,14 +105,15 @@ def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str):
 def _silence() -> None:
     """Import Prophet, without its reports of every fit, of a missing plotly and of what newer pandas think of it."""
     logging.getLogger("prophet.plot").setLevel(logging.CRITICAL)
-    import cmdstanpy  # noqa: F401  chooses its own log level when it is imported
+    import cmdstanpy
     import prophet  # noqa: F401
 
+    cmdstanpy.utils.get_logger()  # chooses its level the first time it is asked for
     for name in ("cmdstanpy", "prophet"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="prophet")
 
 
-def forecast(lines: Lines, first_hours: np.ndarray) -> np.ndarray:
+def forecast(weeks: Weeks, first_hours: np.ndarray) -> np.ndarray:
     """ug/m3 [origins, 48, S] from the origins `first_hours`; NaN for a series that had too few values."""
-    return np.stack([lines.at(first + np.arange(HORIZON_HOURS) * HOUR) for first in first_hours])
+    return np.stack([weeks.at(first + np.arange(HORIZON_HOURS) * HOUR) for first in first_hours])

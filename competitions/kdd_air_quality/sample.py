@@ -29,28 +29,36 @@ def write(folder: Path, seed: int = 7, days: int = DAYS) -> None:
     twice = frame.sample(20, random_state=seed)  # the real files repeat rows
     pd.concat([frame, twice]).to_csv(folder / "beijing_17_18_aq.csv", index=False)
     frame = london[london["time"].isin(history)]
-    pd.DataFrame({
-        "MeasurementDateGMT": frame["time"].dt.strftime("%Y/%-m/%-d %-H:%M"),
-        "station_id": frame["station"],
-        **{f"{name} (ug/m3)": frame[name] for name in ("PM2.5", "PM10", "NO2")},
-    }).to_csv(folder / "London_historical_aqi_forecast_stations_20180331.csv")
+    pd.DataFrame(
+        {
+            "MeasurementDateGMT": frame["time"].dt.strftime("%Y/%-m/%-d %-H:%M"),
+            "station_id": frame["station"],
+            **{f"{name} (ug/m3)": frame[name] for name in ("PM2.5", "PM10", "NO2")},
+        }
+    ).to_csv(folder / "London_historical_aqi_forecast_stations_20180331.csv")
     short = {full: full for full in FULL_NAME.values()} | {full: cut for cut, full in FULL_NAME.items() if cut != full}
     for city, table in (("bj", beijing), ("ld", london)):
         frame = table[~table["time"].isin(history)].reset_index(drop=True)
-        pd.DataFrame({
-            "id": frame.index + 1,
-            "station_id": frame["station"].map(short),
-            "time": frame["time"],
-            **{f"{name.replace('.', '')}_Concentration": frame[name] for name in LEVELS},
-        }).to_csv(folder / f"{city}_aq_2018.csv", index=False)
+        pd.DataFrame(
+            {
+                "id": frame.index + 1,
+                "station_id": frame["station"].map(short),
+                "time": frame["time"],
+                **{f"{name.replace('.', '')}_Concentration": frame[name] for name in LEVELS},
+            }
+        ).to_csv(folder / f"{city}_aq_2018.csv", index=False)
     lines = ["test_id,PM2.5,PM10,O3"]
-    lines += [f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
-              for station in (*BEIJING, *LONDON) for hour in range(48)]
+    lines += [
+        f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
+        for station in (*BEIJING, *LONDON)
+        for hour in range(48)
+    ]
     (folder / "sample_submission.csv").write_text("\n".join(lines) + "\n")
 
 
-def _city(city: str, stations: tuple[str, ...], hours: pd.DatetimeIndex, random: np.random.Generator,
-          scale: float) -> pd.DataFrame:
+def _city(
+    city: str, stations: tuple[str, ...], hours: pd.DatetimeIndex, random: np.random.Generator, scale: float
+) -> pd.DataFrame:
     """Long table station, time and six pollutants of one city."""
     episode = _wandering(len(hours), random, hours_of_memory=40)  # the weather that all stations share
     parts = []

@@ -18,8 +18,11 @@ def sample_lines(raw: RawData) -> list[str]:
     if names:
         chosen = "sample_submission.csv" if "sample_submission.csv" in names else names[0]
         return raw.read(chosen).decode("utf-8-sig").splitlines()
-    rows = [f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
-            for station in STATIONS for hour in range(HORIZON_HOURS)]
+    rows = [
+        f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
+        for station in STATIONS
+        for hour in range(HORIZON_HOURS)
+    ]
     return [",".join(COLUMNS), *rows]
 
 

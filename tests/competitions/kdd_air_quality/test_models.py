@@ -1,5 +1,6 @@
 """The forecasters: features and forecasts that cannot see past the origin, the loss, network, Prophet and blend."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +11,23 @@ from common.engine.ranks import SINGLE
 from common.errors import UserError
 from common.fit import fit
 from common.run import Run
-from competitions.kdd_air_quality import blend, boosting, features, impute, medians, metric, mlp, models
+from competitions.kdd_air_quality import blend, boosting, features, impute, linear, medians, metric, mlp, models
 from competitions.kdd_air_quality.backtest import periods_of
+from competitions.kdd_air_quality.config import RECIPES, with_one_model
 from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
 from competitions.kdd_air_quality.stations import Network
-from competitions.kdd_air_quality.task import RECIPES, with_one_model
 
-CONFIG = replace(RECIPES["smoke"], epochs=1, boosting_rounds=5, train_days=10, history_days=3, windows="golden_1",
-                 units=8, jobs=1)
+CONFIG = replace(
+    RECIPES["smoke"],
+    epochs=1,
+    boosting_rounds=5,
+    boosting_seeds=3,  # the third one starts from the linear forecast
+    train_days=10,
+    history_days=3,
+    windows="golden_1",
+    units=8,
+    jobs=1,
+)
 DAYS = days_between("2018-03-20", "2018-03-23")
 
 
@@ -26,7 +36,7 @@ def fitted(observations, tmp_path_factory):
     """A run whose medians, boosting and network are fitted before the first of DAYS."""
     run = Run(tmp_path_factory.mktemp("run"), {})
     known = observations.before(first_hour(DAYS[0]))
-    for name in ("medians", "boosting", "mlp"):
+    for name in ("medians", "linear", "boosting", "mlp"):
         models.fit(name, known, CONFIG, run, None)
     return run
 
@@ -39,7 +49,7 @@ def with_other_future(observations, hour: np.datetime64):
     return replace(observations, values=values)
 
 
-@pytest.mark.parametrize("name", ["medians", "boosting", "mlp"])
+@pytest.mark.parametrize("name", ["medians", "linear", "boosting", "mlp"])
 def test_forecasts_see_nothing_at_or_after_their_origin(observations, fitted, name):
     expected = models.forecast(name, observations, DAYS, CONFIG, fitted, None)
     assert expected.shape == (4, 48, 21) and np.isfinite(expected).all() and (expected >= 0).all()
@@ -55,7 +65,7 @@ def test_forecasts_see_nothing_at_or_after_their_origin(observations, fitted, na
     np.testing.assert_array_equal(known[:-1], expected[:-1])
 
 
-@pytest.mark.parametrize("name", ["boosting", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "boosting", "mlp"])
 def test_fits_see_nothing_at_or_after_the_cut(observations, fitted, tmp_path, name):
     cut = first_hour(DAYS[0])
     run = Run(tmp_path, {})
@@ -77,14 +87,14 @@ def test_the_network_of_a_period_learns_nothing_from_its_held_days(observations,
 
 def test_what_is_fitted_is_not_fitted_again(observations, fitted):
     before = {file: file.stat().st_mtime_ns for file in fitted.path.rglob("*") if file.suffix in (".json", ".pt")}
-    for name in ("medians", "boosting", "mlp"):
+    for name in ("medians", "linear", "boosting", "mlp"):
         models.fit(name, observations.before(first_hour(DAYS[0])), CONFIG, fitted, None)
     assert before and all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
 def test_no_training_row_reaches_past_the_cut(observations):
     known = observations.before(first_hour(DAYS[0]))
-    ends = boosting.training_ends(known)
+    ends = features.training_ends(known)
     assert ends[-1] * 24 + 48 == len(known.values)
 
 
@@ -118,7 +128,58 @@ def test_the_smape_gradient_is_the_slope_of_the_loss():
 
 def test_too_short_a_history_is_named(observations):
     with pytest.raises(UserError, match="4 days of history"):
-        list(boosting.fit(observations.before(observations.start + 4 * 24 * HOUR), [0], 5, 0.1, 1, 0))
+        features.training_ends(observations.before(observations.start + 4 * 24 * HOUR))
+
+
+def smape_and_penalty(coefficients: np.ndarray, table: np.ndarray, target: np.ndarray, penalty: float) -> float:
+    """What the linear forecaster minimises, by numerical integration of the slope that its rounds use."""
+    steps = np.linspace(0, 12, 24_001)
+    slope = (1 - np.tanh(steps / 2) ** 2) * np.minimum(steps / linear.ROUNDED_OFF, 1)
+    loss = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(steps))])
+    error = np.abs(table @ coefficients[:-1] + coefficients[-1] - target)
+    return np.interp(error, steps, loss).sum() + penalty / 2 * (coefficients[:-1] ** 2).sum()
+
+
+def test_the_linear_forecaster_minimises_the_smape_and_its_penalty(monkeypatch):
+    from scipy.optimize import minimize
+
+    random = np.random.default_rng(0)
+    table = random.normal(0, 1, (300, 2, 3))
+    table = ((table - table.mean((0, 1))) / table.std((0, 1))).astype(np.float32)
+    target = (table @ np.array([0.8, -0.4, 0.0]) + 0.2 + random.laplace(0, 0.4, (300, 2))).astype(np.float32)
+    target[::10] = 6  # outliers, which least squares would follow
+    target[5:50, 1] = np.nan
+    monkeypatch.setattr(linear, "PENALTY", 5.0)
+    monkeypatch.setattr(linear, "ROUNDS", 60)
+    found = linear._fit_one(table[..., :2], table[..., 2:], target)
+    there = np.isfinite(target)
+    arguments = (table[there], target[there], 2 * 5.0)
+    best = minimize(smape_and_penalty, np.zeros(4), arguments, method="Nelder-Mead", options={"maxiter": 5000})
+    np.testing.assert_allclose(found, best.x, atol=0.01)
+    assert found[0] == pytest.approx(0.8, abs=0.1) and found[-1] < 0.4
+
+
+def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle():
+    nothing = np.full((30, 2), np.nan, np.float32)
+    assert not linear._fit_one(np.ones((30, 2, 4), np.float32), np.ones((30, 2, 3), np.float32), nothing).any()
+
+
+def test_linear_fits_are_the_same_in_parallel(observations):
+    known = observations.before(first_hour(DAYS[0]))
+    np.testing.assert_array_equal(linear.fit(known, 1).coefficients, linear.fit(known, 2).coefficients)
+
+
+def test_a_part_of_the_trees_starts_from_the_linear_forecast(observations, fitted):
+    """A linear forecast that is a tenth higher raises the boosted one by that part of a tenth."""
+    folder = fitted.path / "fitted"
+    files = sorted(folder.glob("boosting-*.json"))
+    members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
+    lines = linear.Lines(np.load(folder / "linear.npy"))
+    higher = linear.Lines(lines.coefficients + np.eye(lines.coefficients.shape[-1])[-1] * 0.1)
+    known = observations.before(first_hour(DAYS[0]))
+    ends = np.array([len(known.values) // 24])
+    ratio = boosting.forecast(members, higher, known, ends) / boosting.forecast(members, lines, known, ends)
+    np.testing.assert_allclose(np.log(ratio), 0.1 / 3, atol=1e-6)  # one of three draws
 
 
 def network_rows(observations, ends, history_days=3, windows=(2, 5)):
@@ -201,7 +262,7 @@ def test_prophet_is_its_line_and_its_week():
     values = (values + random.normal(0, 2, len(hours))).astype(np.float32)
     values[100:130] = np.nan
     level, slope, week = prophet_model.fit_one(hours, values, "Beijing")
-    lines = prophet_model.Lines(hours[-1] + HOUR, np.array([level]), np.array([slope]), week[:, None])
+    lines = prophet_model.Weeks(hours[-1] + HOUR, np.array([level]), np.array([slope]), week[:, None])
     later = hours[-1] + (1 + 24 * 20 + np.arange(48)) * HOUR
     there = np.isfinite(values)
     model = prophet_model.fitted_prophet(hours[there], values[there], "Beijing")
@@ -258,5 +319,5 @@ def test_models_are_chosen_by_name():
     assert models.names_of(replace(CONFIG, models="boosting,medians")) == ["medians", "boosting"]
     assert models.names_of(with_one_model(replace(CONFIG, model="mlp"))) == ["mlp"]
     for wrong in ("", "medians,forest"):
-        with pytest.raises(UserError, match="medians,boosting,mlp,prophet"):
+        with pytest.raises(UserError, match="medians,linear,boosting,mlp,prophet"):
             models.names_of(replace(CONFIG, models=wrong))

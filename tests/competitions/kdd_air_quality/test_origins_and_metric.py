@@ -34,8 +34,10 @@ def test_131_series_and_both_spellings():
     network = Network()
     assert len(network.stations) == len(set(STATIONS)) == 48 and len(network.series) == 131
     cut = [short for short, full in FULL_NAME.items() if short != full]
-    assert sorted(cut) == sorted(f"{name}_aq" for name in ("aotizhongx", "fengtaihua", "miyunshuik", "nongzhangu",
-                                                          "wanshouxig", "xizhimenbe", "yongdingme"))
+    assert sorted(cut) == sorted(
+        f"{name}_aq"
+        for name in ("aotizhongx", "fengtaihua", "miyunshuik", "nongzhangu", "wanshouxig", "xizhimenbe", "yongdingme")
+    )
 
 
 def slow_score(truth: np.ndarray, forecast: np.ndarray, stations: tuple[str, ...]) -> list[float]:
@@ -78,15 +80,18 @@ def case(truth: list, forecast: list, stations=("dongsi_aq",)) -> float:
     return float(metric.daily(np.reshape(np.array(truth, float), shape), np.reshape(forecast, shape), stations)[0])
 
 
-@pytest.mark.parametrize("truth, forecast, score", [
-    ([10, 10, 10], [10, 10, 10], 0.0),
-    ([10, 10, 10], [0, 0, 0], 2.0),
-    ([10, 10, 10], [-1, np.nan, 10], 4 / 3),
-    ([0, 10, 10], [0, 30, 10], 1 / 3),
-    ([0, 10, 10], [-5, 10, 10], 0.0),
-    ([np.nan, 10, 10], [1, 1, 1], np.nan),
-    ([10, -1, 10], [1, 1, 1], np.nan),
-])
+@pytest.mark.parametrize(
+    "truth, forecast, score",
+    [
+        ([10, 10, 10], [10, 10, 10], 0.0),
+        ([10, 10, 10], [0, 0, 0], 2.0),
+        ([10, 10, 10], [-1, np.nan, 10], 4 / 3),
+        ([0, 10, 10], [0, 30, 10], 1 / 3),
+        ([0, 10, 10], [-5, 10, 10], 0.0),
+        ([np.nan, 10, 10], [1, 1, 1], np.nan),
+        ([10, -1, 10], [1, 1, 1], np.nan),
+    ],
+)
 def test_hand_cases(truth, forecast, score):
     assert case(truth, forecast) == pytest.approx(score, nan_ok=True)
 

@@ -133,16 +133,19 @@ def test_a_finished_run_is_not_trained_again(here, capsys):
     assert "nothing to train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, message", [
-    (["train", "--models", "forest"], "expected one or more of medians,boosting,mlp,prophet"),
-    (["train", "--beijing-windows", "silver_3"], "golden_1 to golden_8"),
-    (["train", "--last-day", "2017-01-01"], "before the data, which begin on 2018-01-01"),
-    (["train", "--last-day", "2018-01-04"], "history"),
-    (["predict", "--run", "a", "--first-day", "2019-01-01"], "which go from 2018-01-01 to 2018-03-31"),
-    (["predict", "--run", "a", "--first-day", "soon"], "expected year-month-day"),
-    (["backtest", "--first-day", "2018-01-04", "--last-day", "2018-01-06"], "choose a later --first-day"),
-    (["backtest", "--first-day", "2018-03-06", "--last-day", "2018-03-01"], "expected a later or the same day"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "--models", "forest"], "expected one or more of medians,linear,boosting,mlp,prophet"),
+        (["train", "--beijing-windows", "silver_3"], "golden_1 to golden_8"),
+        (["train", "--last-day", "2017-01-01"], "before the data, which begin on 2018-01-01"),
+        (["train", "--last-day", "2018-01-04"], "history"),
+        (["predict", "--run", "a", "--first-day", "2019-01-01"], "which go from 2018-01-01 to 2018-03-31"),
+        (["predict", "--run", "a", "--first-day", "soon"], "expected year-month-day"),
+        (["backtest", "--first-day", "2018-01-04", "--last-day", "2018-01-06"], "choose a later --first-day"),
+        (["backtest", "--first-day", "2018-03-06", "--last-day", "2018-03-01"], "expected a later or the same day"),
+    ],
+)
 def test_bad_input_is_one_line_and_no_csv(here, capsys, words, message):
     before = sorted((here / "submissions").rglob("*.csv"))
     verb, *rest = words

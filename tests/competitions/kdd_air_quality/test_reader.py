@@ -73,8 +73,13 @@ def test_of_two_values_the_last_one_counts_and_a_blank_does_not(files):
 def test_the_archive_of_series_reads_the_same_values(files, tmp_path):
     """The Zenodo layout: one line a series."""
     observations = load(files)
-    attributes = ("series_name string", "city string", "station string", "air_quality_measurement string",
-                  "start_timestamp date")
+    attributes = (
+        "series_name string",
+        "city string",
+        "station string",
+        "air_quality_measurement string",
+        "start_timestamp date",
+    )
     lines = ["# comment", *(f"@attribute {text}" for text in attributes), "@data"]
     names = ("PM2.5", "PM10", "O3", "NO2", "CO", "SO2")
     for station, full in enumerate(observations.network.stations):
@@ -169,7 +174,8 @@ class TestTable:
         network = Network(table.stations_of(lines))
         forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # CD1 PM2.5, PM10, dongsi PM2.5, PM10, O3
         assert list(table.rows(lines, forecast, network)) == [
-            ["CD1#1", "5.0000", "6.0000", ""], ["dongsi_aq#0", "2.0000", "3.0000", "4.0000"]
+            ["CD1#1", "5.0000", "6.0000", ""],
+            ["dongsi_aq#0", "2.0000", "3.0000", "4.0000"],
         ]
 
     @pytest.mark.parametrize("line", ["nowhere_aq#1,0,0,0", "CD1#48,0,0,0", "CD1,0,0,0"])
@@ -177,10 +183,16 @@ class TestTable:
         with pytest.raises(UserError, match="expected a station"):
             table.stations_of(["test_id,PM2.5,PM10,O3", line])
 
-    @pytest.mark.parametrize("values, fault", [
-        (("1", "2", "3"), None), (("1", "2", ""), None), (("", "2", "3"), "expected a number"),
-        (("1", "-2", "3"), "0 or more"), (("1", "x", "3"), "expected a number"),
-    ])
+    @pytest.mark.parametrize(
+        "values, fault",
+        [
+            (("1", "2", "3"), None),
+            (("1", "2", ""), None),
+            (("", "2", "3"), "expected a number"),
+            (("1", "-2", "3"), "0 or more"),
+            (("1", "x", "3"), "expected a number"),
+        ],
+    )
     def test_values(self, values, fault):
         found = table.valid(values)
         assert found is None if fault is None else fault in found
