@@ -61,17 +61,16 @@ DEFAULT = CloudConfig(epochs=20, batch_size=8, lr=1e-3, weight_decay=1e-2, ema=0
 SMALL = replace(
     DEFAULT,
     fold="all",
-    folds=3,
-    epochs=40,
-    batch_size=16,
-    size=(192, 288),
+    epochs=50,
+    size=(160, 240),
     architecture="fpn",
     encoder="resnet18",
     encoder_weights="none",
     encoder_lr=1.0,
     augment="strong",
+    ema=0.995,
     channels_last=True,
-    evaluate_every=10,
+    evaluate_every=25,
 )
 FULL = replace(
     DEFAULT,
@@ -106,7 +105,7 @@ RECIPES: dict[str, CloudConfig] = {
     "best": BEST,
     # make train COMP=clouds RECIPE=smoke: seconds on the sample, to see that everything works
     "smoke": replace(
-        SMALL, fold="0", epochs=1, batch_size=8, size=(64, 96), augment="light", precision="fp32", channels_last=False
+        SMALL, fold="0", folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False
     ),
 }
 
