@@ -50,8 +50,9 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
     truth = files.labels[rows]
     page.table(["rule", "value"], result["learnt"]["rule"].items())
     page.text(
-        f"Mean F2 on {len(rows)} images that the network was not trained on: {result['score']:.4f}. The rule was "
-        f"chosen on these images; chosen on four fifths and scored on the fifth: {result['learnt']['score']:.4f}."
+        f"Mean F2 on {len(rows)} images that the network was not trained on: {result['metrics']['f2']:.4f} with the "
+        f"rule that is best for these images; {result['score']:.4f} with rules chosen on four fifths of them and "
+        f"scored on the fifth."
     )
     counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
     bands = frequency_bands(counts)

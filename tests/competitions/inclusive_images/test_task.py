@@ -318,10 +318,16 @@ def test_pictures(raw, tmp_path):
     np.save(tmp_path / "oof.npy", rng.random((len(held), 23)).astype(np.float16))
     (tmp_path / "oof_ids.txt").write_text("".join(f"{files.ids[row]}\n" for row in held))
     learnt = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
-    run.write_json("result.json", {"score": 0.31, "learnt": learnt, "training_seconds": 1.0})
+    result = {"score": 0.3, "metrics": {"f2": 0.31}, "learnt": learnt, "training_seconds": 1.0}
+    run.write_json("result.json", result)
     pictures.report(run, files, embedding, built(raw).decide)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 3 and "0.3100" in page and "boat" not in page.split("<img")[0]
+    assert (
+        page.count("<img") == 3
+        and "0.3100 with the rule" in page
+        and "0.3000 with rules" in page
+        and "boat" not in page.split("<img")[0]
+    )
     for name in ("similarity", "map", "curves"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
