@@ -1,7 +1,8 @@
 """The blend: a weighted geometric mean of the models times one level, fitted on backtest forecasts alone.
 
-A month of forecasts is about thirty samples of weather. So the weights are fitted for all series first, those of each
-city and pollutant may only lean away from them, and the level is one number: one per group is worse than none.
+A month of forecasts is about thirty samples of weather, so little is fitted. Models that are clearly behind are left
+out, the others have equal weights but for strong reasons, those of a city and pollutant lean on those of all series,
+and the level is one number: one per group is worse than none.
 """
 
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from competitions.kdd_air_quality.features import log_of
 
 Weights = dict[str, Any]  # {"level": factor on the forecast, "weights": {"Beijing PM2.5": {model: weight}}}, sums are 1
-PULL_TO_EQUAL = 2e-5
-PULL_TO_SHARED = 1e-3
-PULL_OF_LEVEL = 0.5  # about halves it: the best level of a month says little about that of the next
+NEAR_THE_BEST = 1.02  # SMAPE over that of the best model; weights of weaker ones, fitted in winter, cost in spring
+PULL_TO_EQUAL = 2e-3
+PULL_TO_SHARED = 1e-2
+PULL_OF_LEVEL = 0.1  # the best level of a month says only so much about that of the next
 LARGEST_LEVEL = 0.3  # logarithm
 
 
@@ -26,14 +28,26 @@ def fit(forecasts: dict[str, np.ndarray], truth: np.ndarray, valid: np.ndarray, 
     chosen = valid & (truth > 0)
     logs = np.stack([log_of(forecasts[name]) for name in names])  # [models, days, 48, S]
     target = log_of(np.where(chosen, truth, 1))
-    equal = np.zeros(len(names))
+    near = _near_the_best(logs[:, chosen], target[chosen])
+    logs = logs[near]
+    equal = np.zeros(len(logs))
     shared, level = _minimum(logs[:, chosen], target[chosen], equal, PULL_TO_EQUAL, None)
     result = {}
     for group in dict.fromkeys(groups):
         own = chosen & np.array([name == group for name in groups])
         free, _ = _minimum(logs[:, own], target[own], shared, PULL_TO_SHARED, level)
-        result[group] = {name: round(float(w), 4) for name, w in zip(names, _softmax(free), strict=True)}
+        weights = np.zeros(len(names))
+        weights[near] = _softmax(free)
+        result[group] = {name: round(float(w), 4) for name, w in zip(names, weights, strict=True)}
     return {"level": round(float(np.exp(level)), 4), "weights": result}
+
+
+def _near_the_best(logs: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Numbers of the models that are not clearly behind; logs [models, points], target [points]."""
+    if not len(target):
+        return np.arange(len(logs))
+    losses = np.tanh(np.abs(logs - target) / 2).mean(axis=1)
+    return np.flatnonzero(losses <= NEAR_THE_BEST * losses.min())
 
 
 def _softmax(free: np.ndarray) -> np.ndarray:

@@ -52,6 +52,11 @@ class Features:
             dtype=np.float32,
         )
 
+    @property
+    def season(self) -> np.ndarray:
+        """Sine and cosine of the day of the year of the hours ahead [N, 48, 2]."""
+        return self.calendar[..., -2:]
+
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """`per_series` and `per_hour` for models that know no missing values: those are 0, the daily cycle itself."""
         context = self.per_series.copy()

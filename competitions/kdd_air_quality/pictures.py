@@ -83,7 +83,12 @@ def _forecasts(figure, stations: list[str], days: np.ndarray, truth: np.ndarray,
                 continue
             for model, values in grids.items():
                 hours = np.concatenate([forecast_hours(days[day])[:24] for day in shown])
-                axis.plot(hours, values[shown, :24, number, column].ravel(), label=model, linewidth=1)
+                axis.plot(
+                    hours,
+                    values[shown, :24, number, column].ravel(),
+                    label=model,
+                    linewidth=2 if model == "blend" else 0.8,
+                )
             axis.plot(hours, truth[shown, :24, number, column].ravel(), color="black", label="truth", linewidth=1.5)
             axis.set_title(f"{station} {pollutant}", fontsize=9)
             axis.tick_params(labelsize=7, axis="x", rotation=20)

@@ -145,13 +145,14 @@ def test_the_linear_forecaster_minimises_the_smape_and_its_penalty(monkeypatch):
 
     random = np.random.default_rng(0)
     table = random.normal(0, 1, (300, 2, 3))
+    table[:, 1, 2] = table[:, 0, 2]  # the season is the same at all stations
     table = ((table - table.mean((0, 1))) / table.std((0, 1))).astype(np.float32)
-    target = (table @ np.array([0.8, -0.4, 0.0]) + 0.2 + random.laplace(0, 0.4, (300, 2))).astype(np.float32)
+    target = (table @ np.array([0.8, -0.4, 0.3]) + 0.2 + random.laplace(0, 0.4, (300, 2))).astype(np.float32)
     target[::10] = 6  # outliers, which least squares would follow
     target[5:50, 1] = np.nan
     monkeypatch.setattr(linear, "PENALTY", 5.0)
     monkeypatch.setattr(linear, "ROUNDS", 60)
-    found = linear._fit_one(table[..., :2], table[..., 2:], target)
+    found = linear._fit_one(table[..., :1], table[..., 1:2], table[:, 0, 2:], target)
     there = np.isfinite(target)
     arguments = (table[there], target[there], 2 * 5.0)
     best = minimize(smape_and_penalty, np.zeros(4), arguments, method="Nelder-Mead", options={"maxiter": 5000})
@@ -161,7 +162,7 @@ def test_the_linear_forecaster_minimises_the_smape_and_its_penalty(monkeypatch):
 
 def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle():
     nothing = np.full((30, 2), np.nan, np.float32)
-    assert not linear._fit_one(np.ones((30, 2, 4), np.float32), np.ones((30, 2, 3), np.float32), nothing).any()
+    assert not linear._fit_one(*np.ones((2, 30, 2, 4), np.float32), np.ones((30, 2), np.float32), nothing).any()
 
 
 def test_linear_fits_are_the_same_in_parallel(observations):
@@ -271,20 +272,38 @@ def test_prophet_is_its_line_and_its_week():
     assert np.isnan(prophet_model.fit_one(hours, np.full(len(hours), np.nan), "London")[0])
 
 
-def test_the_blend_finds_the_better_model_and_beats_both():
+def test_the_blend_beats_the_models_it_is_of_and_leaves_out_the_one_behind():
     random = np.random.default_rng(0)
     network = Network(("dongsi_aq", "CD1"))
     truth = random.lognormal(3, 0.5, (20, 48, 5))
-    good, bad = (truth * np.exp(random.normal(0, scale, truth.shape)) for scale in (0.2, 0.4))
-    forecasts = {"good": good, "bad": bad}
+    forecasts = {
+        name: truth * np.exp(random.normal(0, scale, truth.shape))
+        for name, scale in (("better", 0.4), ("good", 0.403), ("bad", 0.6))
+    }
     fitted = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)
     for weights in fitted["weights"].values():
-        assert 0.6 < weights["good"] < 0.95 and sum(weights.values()) == pytest.approx(1, abs=1e-3)
+        assert weights["bad"] == 0 and weights["better"] == pytest.approx(0.5, abs=0.1)
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-3)
     assert fitted["level"] == pytest.approx(1, abs=0.02)
     mixed = metric.terms(truth, blend.apply(fitted, forecasts, network.groups)).mean()
-    assert mixed < metric.terms(truth, good).mean() < metric.terms(truth, bad).mean()
+    assert mixed < 0.8 * min(metric.terms(truth, forecast).mean() for forecast in forecasts.values())
     nothing = blend.fit(forecasts, truth, np.zeros(truth.shape, bool), network.groups)
-    assert nothing == {"level": 1.0, "weights": {name: {"good": 0.5, "bad": 0.5} for name in network.groups}}
+    equal = dict.fromkeys(forecasts, pytest.approx(1 / 3, abs=1e-4))
+    assert nothing == {"level": 1.0, "weights": dict.fromkeys(network.groups, equal)}
+
+
+def test_the_blend_leans_to_the_model_that_a_city_needs():
+    """Two models with the same errors in sum, each better in one city of six series."""
+    random = np.random.default_rng(0)
+    network = Network(("dongsi_aq", "tiantan_aq", "CD1", "BL0", "GR4"))
+    truth = random.lognormal(3, 0.5, (20, 48, 12))
+    rough, fine = 0.6 * random.normal(size=(20, 48, 6)), 0.3 * random.normal(size=(20, 48, 6))
+    forecasts = {
+        "of Beijing": truth * np.exp(np.concatenate([fine, rough], axis=2)),
+        "of London": truth * np.exp(np.concatenate([rough, fine], axis=2)),
+    }
+    weights = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)["weights"]
+    assert weights["Beijing O3"]["of Beijing"] > 0.6 > 0.4 > weights["London PM10"]["of Beijing"]
 
 
 def test_the_blend_s_level_mends_forecasts_that_are_too_low():
@@ -302,7 +321,7 @@ def test_the_blend_s_gradient_finds_the_minimum_of_a_grid():
     logs = np.stack([target + random.normal(0.3, 0.5, 400), target + random.normal(-0.3, 0.4, 400)])
     grid = np.linspace(0, 1, 201)
     values = [2 * np.tanh(np.abs(w * logs[0] + (1 - w) * logs[1] - target) / 2).mean() for w in grid]
-    free, level = blend._minimum(logs, target, np.zeros(2), blend.PULL_TO_EQUAL, 0.0)
+    free, level = blend._minimum(logs, target, np.zeros(2), 2e-5, 0.0)
     assert level == 0 and blend._softmax(free)[0] == pytest.approx(grid[np.argmin(values)], abs=0.06)
 
 
