@@ -57,7 +57,7 @@ def by_wide_table(series: np.ndarray, end: int) -> list[np.ndarray]:
 
 
 class Timed:
-    """Seconds of a with block, on the clock and of the processors (all threads): the latter stay when others work too."""
+    """Seconds of a with block: on the clock, and of the processors, which others at work hardly change."""
 
     def __enter__(self) -> "Timed":
         self.clock, self.work = time.perf_counter(), time.process_time()
