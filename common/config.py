@@ -52,6 +52,7 @@ class Config:
     workers: int = flag(2, "processes that read and augment files; data held as tensors needs none", "processes")
     threads: int = flag(0, "CPU threads of the training process; 0 lets torch decide", "threads")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    keep_memory: bool = flag(True, "on a CPU, keep freed memory for the next step: faster, but a higher peak")
     compile: bool = flag(False, "torch.compile the model: a minute more at the start, faster steps")
     channels_last: bool = flag(False, "keep image tensors in channels-last order")
     save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds")
@@ -59,7 +60,7 @@ class Config:
 
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
-MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing"})
+MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory"})
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

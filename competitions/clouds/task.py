@@ -79,6 +79,7 @@ FULL = replace(
     size=(1400, 2100),
     encoder="efficientnet-b3",
     checkpointing=True,
+    keep_memory=False,
     lr=5e-4,
     clip_norm=1.0,
 )

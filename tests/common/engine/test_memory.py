@@ -1,6 +1,9 @@
 """Out of memory: at every place of a window, whatever the error says, and what is kept of it."""
 
+import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -204,3 +207,30 @@ def test_seeds_of_steps_and_ranks_differ():
     assert keyed_seed(0, 0) != keyed_seed(0, 1)
     engines = [make_engine(make_model(), cross_entropy, seed=seed) for seed in (0, 1)]
     assert engines[0]._first_seed != engines[1]._first_seed
+
+
+STEPS = """
+import resource, sys, torch
+from common.engine import memory
+memory.keep_freed(sys.argv[1] == "keep")
+torch.ones(1000)
+def step():
+    for _ in range(8):
+        torch.ones(1 << 20)  # 4 MiB
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's malloc only")
+def test_freed_memory_is_kept_or_given_back():
+    """Counted in faults, at least one for each of 64 blocks when the system has to clear it again."""
+
+    def cleared(choice):
+        done = subprocess.run([sys.executable, "-c", STEPS, choice], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert cleared("keep") < 16 and cleared("give back") >= 64

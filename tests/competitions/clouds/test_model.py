@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from segmentation_models_pytorch.decoders.fpn.decoder import MergeBlock
 from torch import nn
 
 from common.engine.prepare import prepare
@@ -50,6 +51,15 @@ def test_padding_is_to_the_right_and_below_and_cut_off_again():
         ).view(3, 1, 1)
         assert torch.allclose(seen[0][..., :70, :105], expected, atol=1e-5)
         assert torch.equal(network.net(seen[0])[0][..., :70, :105], outputs["pixels"])
+
+
+def test_the_sum_of_an_fpn_is_that_of_the_library():
+    network = net("fpn").eval()
+    inputs = images()
+    with torch.inference_mode():
+        ours = network(inputs)["pixels"]
+        network.net.decoder.merge = MergeBlock("add")
+        assert torch.allclose(network(inputs)["pixels"], ours, atol=1e-5)
 
 
 def test_topk_is_the_mean_of_the_ten_largest_logits():
