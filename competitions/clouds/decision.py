@@ -17,13 +17,14 @@ from torch.nn.functional import interpolate
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE
 
 STEPS = 255
+FOURTH_POWERS = (np.arange(STEPS + 1) / STEPS) ** 4
 
 
 @dataclass(frozen=True)
 class Rule:
     """How one class is decided. Areas are pixels at 350x525, the rest are probabilities."""
 
-    gate: float = 0.5  # least probability of presence; below it the class is absent
+    gate: float = 0.5  # least presence (see `presence_of`); below it the class is absent
     top: float = 0.5  # a region has pixels of at least this probability ...
     size: int = 1  # ... at least so many, connected
     bottom: float = 0.5  # and reaches as far as the probability stays above this
@@ -49,6 +50,16 @@ def in_steps(predictions: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(predictions, Tensor):
         predictions = (predictions * STEPS).round().to(torch.uint8).cpu().numpy()
     return predictions[:, :, 0], predictions[:, :, 1:].reshape(*predictions.shape[:2], *SUBMISSION_SIZE)
+
+
+def presence_of(classes: np.ndarray, pixels: np.ndarray, source: str) -> np.ndarray:
+    """What the gate compares, uint8 [B, 4], from uint8 [B, 4] and [B, 4, H, W]: the class head's word, or the pixels'.
+
+    The pixels' is the fourth root of their mean fourth power: large for few certain pixels as for many likely ones.
+    """
+    if source == "head":
+        return classes
+    return np.rint(STEPS * FOURTH_POWERS[pixels].mean((2, 3)) ** 0.25).astype(np.uint8)
 
 
 def force_best(presence: np.ndarray) -> np.ndarray:
@@ -86,7 +97,8 @@ def convex_hulls(mask: np.ndarray) -> np.ndarray:
 
 def decide(predictions: Tensor, learnt: dict[str, Any]) -> Tensor:
     """Predictions [B, 4, 1 + 350 * 525] and what the run learnt ({} before it did) -> masks uint8 [B, 4, 350, 525]."""
-    presence, pixels = in_steps(predictions)
+    classes, pixels = in_steps(predictions)
+    presence = presence_of(classes, pixels, learnt.get("presence", "head"))
     if learnt.get("force_best", False):
         presence = force_best(presence)
     masks = np.zeros(pixels.shape, np.uint8)
@@ -97,9 +109,10 @@ def decide(predictions: Tensor, learnt: dict[str, Any]) -> Tensor:
     return torch.from_numpy(masks).to(predictions.device)
 
 
-def to_learnt(rules: list[Rule], force: bool) -> dict[str, Any]:
+def to_learnt(rules: list[Rule], force: bool, presence: str = "head") -> dict[str, Any]:
     """Rules in plain types, as the run keeps them."""
-    return {"rules": {name: asdict(rule) for name, rule in zip(CLASSES, rules, strict=True)}, "force_best": force}
+    rules_of = {name: asdict(rule) for name, rule in zip(CLASSES, rules, strict=True)}
+    return {"rules": rules_of, "presence": presence, "force_best": force}
 
 
 def dice(masks: Tensor, truth: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
     page.table(["class", "Dice", "in part of the images", *learnt["rules"][CLASSES[0]]], facts)
     page.figure(class_scores(scores, present), "dice", "Dice of each class, and the score of leaving every mask empty")
     some = np.linspace(0, len(rows) - 1, min(CURVE_IMAGES, len(rows))).astype(int)
-    tables = tuning.tables(predictions[some], lambda at: truth[some[at]]())
+    tables = tuning.tables(predictions[some], lambda at: truth[some[at]](), learnt["presence"])
     page.figure(threshold_curves(tables, learnt), "thresholds", f"Dice of {len(some)} images along each threshold")
 
     order = np.argsort(-scores.mean(1), kind="stable")

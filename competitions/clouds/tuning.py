@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from competitions.clouds.decision import STEPS, Rule, force_best, in_steps, region_mask, to_learnt
+from competitions.clouds.decision import STEPS, Rule, force_best, in_steps, presence_of, region_mask, to_learnt
 from competitions.clouds.reader import CLASSES
 
 LEVELS = tuple(round(0.2 + 0.05 * step, 2) for step in range(14))  # pixel probabilities 0.20 to 0.85
@@ -21,7 +21,7 @@ TIE_BREAK = 1e-6 * (
     + np.repeat([abs(LEVELS[top] - 0.5) + abs(LEVELS[bottom] - 0.5) for bottom, top in PAIRS], len(SIZES))
     + np.tile(np.arange(len(SIZES)) / len(SIZES), len(PAIRS))
 )  # [gates, pairs * sizes]
-SPLITS = 5  # parts of the nested check
+SPLITS, REPEATS = 5, 4  # the nested check cuts the images into so many parts, so many times
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,11 @@ def image_dice(pixels: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return result
 
 
-def tables(predictions: np.ndarray, truth: Callable[[int], np.ndarray]) -> list[Table]:
-    """One table per class from kept predictions uint8 [m, 4, 1 + pixels]; `truth(i)`: bool [4, H, W] of the i-th."""
+def tables(predictions: np.ndarray, truth: Callable[[int], np.ndarray], source: str = "head") -> list[Table]:
+    """One table per class from kept predictions uint8 [m, 4, 1 + pixels]; `truth(i)`: bool [4, H, W] of the i-th.
+
+    `source` is where the presence is taken from, see `decision.presence_of`.
+    """
     count = len(predictions)
     dice = np.zeros((len(CLASSES), count, len(PAIRS), len(SIZES)), np.float32)
     empty = np.zeros((len(CLASSES), count), np.float32)
@@ -84,11 +87,16 @@ def tables(predictions: np.ndarray, truth: Callable[[int], np.ndarray]) -> list[
     for image in range(count):
         classes, pixels = in_steps(predictions[image : image + 1])
         masks = truth(image)
-        presence[:, image] = classes[0]
+        presence[:, image] = presence_of(classes, pixels, source)[0]
         for label in range(len(CLASSES)):
             dice[label, image] = image_dice(pixels[0, label], masks[label])
             empty[label, image] = not masks[label].any()
     return [Table(*arrays) for arrays in zip(dice, empty, presence, strict=True)]
+
+
+def with_presence(found: Sequence[Table], presence: np.ndarray) -> list[Table]:
+    """The tables with another presence uint8 [m, 4]."""
+    return [replace(table, presence=presence[:, label]) for label, table in enumerate(found)]
 
 
 def allowed(stage: str) -> tuple[np.ndarray, np.ndarray]:
@@ -163,32 +171,38 @@ def choose(table: Table, rows: np.ndarray, stage: str, hulls: Hulls | None = Non
 def held_out(
     found: Sequence[Table], stage: str, seed: int, hulls: Sequence[Hulls | None] = (None,) * len(CLASSES)
 ) -> float:
-    """Mean Dice of images whose rules were chosen on the other parts of a split into five."""
+    """Mean Dice of images whose rules were chosen on the other parts of a split into five; mean of four splits."""
     count = len(found[0].empty)
-    part = np.random.default_rng(seed).permutation(count) % SPLITS
-    scores = np.zeros((len(found), count))
-    for label, table in enumerate(found):
-        for held in range(min(SPLITS, count)):
-            rule = choose(table, np.flatnonzero(part != held), stage, hulls[label])
-            scores[label, part == held] = dice_of(table, rule, hulls[label])[part == held]
+    scores = np.zeros((REPEATS, len(found), count))
+    for repeat in range(REPEATS):
+        part = np.random.default_rng((seed, repeat)).permutation(count) % SPLITS
+        for label, table in enumerate(found):
+            for held in range(min(SPLITS, count)):
+                rule = choose(table, np.flatnonzero(part != held), stage, hulls[label])
+                scores[repeat, label, part == held] = dice_of(table, rule, hulls[label])[part == held]
     return float(scores.mean())
 
 
 def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
     """Tune the rules of every class on kept predictions; keeps the stage that is best on images it was not tuned on.
 
-    The result, in plain types: "rules", "force_best", "held_out", the nested score of every stage, and "score", that of
-    what was chosen.
+    The result, in plain types: "rules", "presence", "force_best", "held_out", the nested score of every stage, and
+    "score", that of what was chosen.
     """
     found = tables(predictions, truth)
-    scores = {stage: held_out(found, stage, seed) for stage in STAGES}
-    stage = max(scores, key=scores.__getitem__)
+    by_pixels = with_presence(
+        found, np.concatenate([presence_of(*in_steps(kept[None]), "pixels") for kept in predictions])
+    )
+    candidates = {stage: ("head", stage, found) for stage in STAGES}
+    candidates |= {f"{stage} by pixels": ("pixels", stage, by_pixels) for stage in STAGES if stage != "plain"}
+    scores = {name: held_out(of, stage, seed) for name, (_, stage, of) in candidates.items()}
+    best = max(scores, key=scores.__getitem__)
+    source, stage, found = candidates[best]
 
-    forced = force_best(np.stack([table.presence for table in found], axis=1))
-    with_best = [replace(table, presence=forced[:, label]) for label, table in enumerate(found)]
+    with_best = with_presence(found, force_best(np.stack([table.presence for table in found], axis=1)))
     scores["best class forced"] = held_out(with_best, stage, seed)
-    force = scores["best class forced"] > scores[stage]
-    score = max(scores["best class forced"], scores[stage])
+    force = scores["best class forced"] > scores[best]
+    score = max(scores["best class forced"], scores[best])
     found = with_best if force else found
 
     hulls = [Hulls(predictions, truth, label) for label in range(len(CLASSES))]
@@ -198,4 +212,4 @@ def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int
     score = max(scores["convex hulls"], score)
     rows = np.arange(len(predictions))
     rules = [choose(table, rows, stage, hull) for table, hull in zip(found, hulls, strict=True)]
-    return to_learnt(rules, force) | {"held_out": scores, "stage": stage, "score": score}
+    return to_learnt(rules, force, source) | {"held_out": scores, "stage": stage, "score": score}

@@ -18,8 +18,8 @@ def packed(pixels: np.ndarray, presence: np.ndarray) -> torch.Tensor:
     return torch.cat((presence[:, :, None], pixels.flatten(2)), 2)
 
 
-def learnt(rule: Rule, force: bool = False) -> dict:
-    return decision.to_learnt([rule] * 4, force)
+def learnt(rule: Rule, force: bool = False, presence: str = "head") -> dict:
+    return decision.to_learnt([rule] * 4, force, presence)
 
 
 def smooth(rng: np.random.Generator, spots: float) -> np.ndarray:
@@ -130,16 +130,18 @@ def test_dice_hand_cases():
     assert decision.dice(masks, truth).tolist() == [[1.0, 0.0, 0.0, 0.5]]
 
 
-def test_tables_hold_the_dice_of_the_decisions_themselves(toy):
+@pytest.mark.parametrize("source", ["head", "pixels"])
+def test_tables_hold_the_dice_of_the_decisions_themselves(toy, source):
     kept, truth = toy
-    found = tuning.tables(kept[:6], lambda row: truth[row])
+    found = tuning.tables(kept[:6], lambda row: truth[row], source)
     rng = np.random.default_rng(2)
     for _ in range(150):
         top = rng.integers(len(tuning.LEVELS))
         bottom, size, gate = rng.integers(top + 1), rng.integers(len(tuning.SIZES)), rng.integers(len(tuning.GATES))
         rule = Rule(tuning.GATES[gate], tuning.LEVELS[top], tuning.SIZES[size], tuning.LEVELS[bottom])
         row, label = rng.integers(6), rng.integers(4)
-        masks = decision.decide(torch.from_numpy(kept[row : row + 1] / np.float32(255)), learnt(rule))
+        rules = learnt(rule, presence=source)
+        masks = decision.decide(torch.from_numpy(kept[row : row + 1] / np.float32(255)), rules)
         expected = decision.dice(masks, torch.from_numpy(truth[row : row + 1].view(np.uint8)))[0, label]
         assert tuning.dice_of(found[label], rule)[row] == pytest.approx(float(expected), abs=1e-6)
 
@@ -174,6 +176,25 @@ def test_learning_reports_what_holds_on_images_it_was_not_tuned_on(toy):
     import json
 
     assert json.loads(json.dumps(found)) == found
+
+
+def test_presence_by_pixels_is_the_fourth_root_of_their_mean_fourth_power(toy):
+    classes, pixels = decision.in_steps(toy[0][:2])
+    found = decision.presence_of(classes, pixels, "pixels")
+    for row in range(2):
+        for label in range(4):
+            slow = sum((float(step) / 255) ** 4 for step in pixels[row, label].ravel()) / (HEIGHT * WIDTH)
+            assert found[row, label] == round(255 * slow**0.25)
+    assert decision.presence_of(classes, pixels, "head") is classes
+    certain = np.full((1, 4, 2, 2), 255, np.uint8)
+    assert (decision.presence_of(classes[:1], certain, "pixels") == 255).all()
+
+
+def test_a_class_head_that_knows_nothing_is_left_aside(toy):
+    kept, truth = toy[0].copy(), toy[1]
+    kept[:, :, 0] = np.random.default_rng(5).integers(0, 256, (len(kept), 4))
+    found = tuning.learn(kept, lambda row: truth[row])
+    assert found["presence"] == "pixels" and found["score"] > found["held_out"]["gate"]
 
 
 def test_noise_gains_nothing_on_held_out_images():
