@@ -24,6 +24,7 @@ import torch
 from pycocotools import mask as coco
 
 from common import predict, submission
+from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
 from common.engine.step import Engine
@@ -163,7 +164,7 @@ def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
 
 
-def memory(size: tuple[int, int], encoder: str) -> None:
+def peaks(size: tuple[int, int], encoder: str) -> None:
     print(f"\npeak GiB of a training step, {encoder} Unet at {size[0]}x{size[1]}")
     for words, batch, micro in (("micro-batch 1 of 1", 1, 1), ("micro-batch 1 of 16", 16, 1), ("16 at once", 16, 16)):
         cheap, plain = (peak(batch, micro, checkpointing, size, encoder) for checkpointing in (True, False))
@@ -173,6 +174,7 @@ def memory(size: tuple[int, int], encoder: str) -> None:
 def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> None:
     config = replace(task.RECIPES["full"], encoder=encoder, encoder_weights="none", encoder_lr=1.0, size=size)
     config = replace(config, batch_size=batch, checkpointing=checkpointing)
+    memory.keep_freed(config.keep_memory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = CloudNet(config.architecture, encoder, config.class_head, config.dropout).to(device)
     prepare(network, checkpointing)
@@ -206,7 +208,7 @@ def main() -> None:
         step(given.batch, given.micro, given.checkpointing, (height, width), given.encoder)
         return
     if given.part == "memory":
-        memory((height, width), given.encoder)
+        peaks((height, width), given.encoder)
         return
     with tempfile.TemporaryDirectory() as folder:
         if given.data is None:

@@ -61,7 +61,8 @@ DEFAULT = CloudConfig(epochs=20, batch_size=8, lr=1e-3, weight_decay=1e-2, ema=0
 SMALL = replace(
     DEFAULT,
     fold="all",
-    epochs=50,
+    folds=4,
+    epochs=52,
     size=(160, 240),
     architecture="fpn",
     encoder="resnet18",
@@ -70,7 +71,7 @@ SMALL = replace(
     augment="strong",
     ema=0.995,
     channels_last=True,
-    evaluate_every=25,
+    evaluate_every=26,
 )
 FULL = replace(
     DEFAULT,

@@ -67,7 +67,7 @@ RECIPES["fast"] = replace(
     elastic=0.4,
 )
 # make train COMP=digit_recognizer RECIPE=best
-RECIPES["best"] = replace(RECIPES["default"], fold="all", epochs=16)
+RECIPES["best"] = replace(RECIPES["default"], fold="all")
 # seconds on the sample, for tests
 RECIPES["smoke"] = replace(RECIPES["default"], width=8, epochs=2, folds=5, precision="fp32", evaluate_every=1, ema=0.9)
 
