@@ -307,9 +307,12 @@ def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source):
     kaggle.stall_after = 2_000_000
 
     def interrupt():
+        # Not before it waits for bytes that do not come: an interrupt inside a destructor is ignored by Python.
         deadline = time.monotonic() + 60
-        while not list(Path("data").glob(".toy.download/*.zip")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        arrived = 0
+        while arrived < 1_000_000 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            arrived = sum(file.stat().st_size for file in Path("data").glob(".toy.download/*.zip"))
         os.kill(int(Path("data/.toy.download/lock").read_text().split()[1]), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
