@@ -60,13 +60,19 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def flush(self) -> bool:
-        """Update along the mean of the batches since the last update; False when there were none."""
+        """Update along the mean of the batches since the last update; False when there were none.
+
+        Leaves every .grad as it was: a loop that zeroes after its step, not before, would add to the mean otherwise.
+        """
         if not self._count:
             return False
-        for parameter in self._parameters():
+        of_the_loop = [(parameter, parameter.grad) for parameter in self._parameters()]
+        for parameter, _ in of_the_loop:
             total = self._sums.get(parameter)
             parameter.grad = None if total is None else total.div_(self._weight)
         self.optimizer.step()
+        for parameter, gradient in of_the_loop:
+            parameter.grad = gradient
         self.updates += 1
         self._start_over()
         return True

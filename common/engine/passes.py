@@ -118,7 +118,8 @@ def whole_batch(engine: "Engine", window: Window) -> Tensor:
         engine.begin_pass()
         for inputs, _, _, size in engine.parts(window):
             outputs = [leaf for leaf in tensors_of(engine.forward(inputs)) if leaf.is_floating_point()]
-            pairs = [(leaf, slope) for leaf, slope in zip(outputs, slopes, strict=True) if slope is not None]
+            pairs = [(leaf, slope) for leaf, slope in zip(outputs, slopes, strict=True)]
+            pairs = [(leaf, slope) for leaf, slope in pairs if slope is not None and leaf.requires_grad]
             torch.autograd.backward([leaf for leaf, _ in pairs], [slope[start : start + size] for _, slope in pairs])
             start += size
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from common.window import Tree, map_tree
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_FACTOR = 2.0**-14  # of the loss scale: gradients of a billion would overflow with it
 
 
 def forward_in(precision: str, model: nn.Module, device_type: str) -> Callable[[Tree], Tree]:
@@ -40,6 +41,11 @@ class LossScale:
         self.enabled, self.growth_steps = precision == "fp16", growth_steps
         self.factor = 2.0**16 if self.enabled else 1.0
         self.good_steps = 0
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether an overflow may be the scale's fault. With a small factor it is the gradient's own: NaN for ever."""
+        return self.enabled and self.factor > SMALLEST_FACTOR
 
     def update(self, overflow: bool) -> None:
         """After every step of fp16 training."""

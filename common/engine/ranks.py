@@ -69,6 +69,15 @@ class Ranks:
             distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def union(self, entries: dict) -> dict:
+        """The entries of every process's dictionary, in every process."""
+        if self.world == 1:
+            return entries
+        found: list[dict] = [{}] * self.world
+        with self._expecting_the_others():
+            distributed.all_gather_object(found, entries)
+        return {key: value for part in found for key, value in part.items()}
+
     def gather(self, tree: Tree | None) -> tuple[Tree, int]:
         """The rows of all processes in the order of their ranks, and the number of this process's first row.
 
@@ -76,15 +85,14 @@ class Ranks:
         """
         if self.world == 1:
             return tree, 0
-        shapes: list[Tree | None] = [None] * self.world
+        shapes: list[tuple[Tree, str] | None] = [None] * self.world
+        mine = None if tree is None else (map_tree(lambda x: x.to("meta"), tree), tensors_of(tree)[0].device.type)
         with self._expecting_the_others():
-            distributed.all_gather_object(shapes, None if tree is None else map_tree(lambda x: x.to("meta"), tree))
-        template = next(shape for shape in shapes if shape is not None)
-        rows = [0 if shape is None else len(tensors_of(shape)[0]) for shape in shapes]
+            distributed.all_gather_object(shapes, mine)
+        template, where = next(shape for shape in shapes if shape is not None)
+        rows = [0 if shape is None else len(tensors_of(shape[0])[0]) for shape in shapes]
         own = iter([] if tree is None else tensors_of(tree))
-        device = torch.device("cpu") if tree is None else tensors_of(tree)[0].device
-        if distributed.get_backend() != "gloo" and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device(where) if where == "cpu" else torch.device(where, torch.cuda.current_device())
 
         def joined(like: Tensor) -> Tensor:
             # Collectives want one size, so padded to the longest share; and as bytes, gloo knows no bool.

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from common.engine import memory
 from common.engine.passes import PASSES, rebuilt
@@ -60,7 +61,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.loss_parameters: list[Tensor] = []
         if isinstance(loss, nn.Module):
-            self.loss_parameters = list(loss.to(self.device).parameters())
+            self.loss_parameters = [p for p in loss.to(self.device).parameters() if p.requires_grad]
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *self.loss_parameters]))
         self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
@@ -81,7 +82,7 @@ class Engine:
         norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         known = math.isfinite(value)  # the one place where a step waits for a GPU
         finite = known and math.isfinite(norm)
-        if not finite and (self.precision != "fp16" or not known):
+        if not finite and not (known and self.scale.can_shrink):
             what = "the gradient of the loss" if known else "the loss"
             raise UserError(
                 f"{what} is not finite in step {step_number + 1} (epoch {window.epoch + 1}, window {window.number + 1})"
@@ -221,6 +222,8 @@ class Engine:
             raise UserError(
                 "out of memory with a single sample on the device: try --checkpointing, a smaller input size, "
                 "--precision bf16 on a card that has it, or a smaller model"
+                + (f"; {self.loss} needs the outputs of a whole batch, so a smaller --batch-size helps too")
+                * (self.kind == "whole_batch")
             )
         self.micro_batch, self.limited, self._told = (largest + 1) // 2, True, False
         self._log(f"out of memory at {largest} samples: the same window again in micro-batches of {self.micro_batch}")
@@ -236,6 +239,8 @@ class Engine:
                 f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the window "
                 f"of {count}: another --micro-batch is another function for it"
             )
+        if not whole and any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.model.modules()):
+            self._log("dropout draws a mask for every micro-batch: another --micro-batch draws others")
 
 
 def total_norm(gradients: list[Tensor]) -> float | Tensor:

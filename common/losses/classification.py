@@ -114,6 +114,8 @@ class Focal:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs, mask = full_precision(outputs), known(targets)
+        if outputs.shape != targets.shape:
+            raise ValueError(f"outputs {list(outputs.shape)} and targets {list(targets.shape)} differ in shape")
         targets = filled(targets, mask, outputs.dtype)
         log_p, log_rest = F.logsigmoid(outputs), F.logsigmoid(-outputs)
         positive = -targets * (self.gamma * log_rest).exp() * log_p

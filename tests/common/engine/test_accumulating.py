@@ -71,6 +71,21 @@ def test_every_fourth_step_is_an_update_and_the_rest_is_flushed(name, set_to_non
 
 
 @every_optimizer
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_loop_that_zeroes_after_its_step_starts_every_epoch_clean(name, set_to_none):
+    """backward, step, zero_grad, and the flush at the end: the mean that it steps along must not stay in .grad."""
+    model, rows = make(), batches(15)
+    optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 4)
+    for _ in range(2):
+        for batch in rows:
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+        optimizer.flush()
+    close(weights(model), expected(name, rows + rows, 2 * [4, 4, 4, 3]))
+
+
+@every_optimizer
 def test_batches_of_different_sizes(name):
     model, rows = make(), batches(6, sizes=(8, 3, 1))
     optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 3)

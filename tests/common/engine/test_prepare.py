@@ -7,6 +7,7 @@ from torch import nn
 
 from common.engine.prepare import enable_checkpointing, prepare
 from common.engine.ranks import SINGLE
+from common.errors import UserError
 from tests.common.engine.toys import cross_entropy, gradient_of, make_engine, make_window, relative_error, silent
 
 
@@ -46,6 +47,33 @@ def test_fewer_activations_are_kept():
     plain, saving = deep(blocks=24), deep(blocks=24)
     enable_checkpointing(saving)
     assert kept_bytes(saving) < 0.4 * kept_bytes(plain)
+
+
+def test_a_long_row_of_layers_is_cut_into_runs():
+    """A plain nn.Sequential has no blocks of its own; larger members stay members."""
+
+    def flat():
+        torch.manual_seed(0)
+        rows = [part for _ in range(8) for part in (nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Dropout(0.2))]
+        return nn.Sequential(*rows[:16], Block(20), *rows[16:], nn.Linear(20, 6)).double()
+
+    plain, saving, window = flat(), flat(), make_window(24)
+    names = enable_checkpointing(saving)
+    assert "[0:6]" in names and "16" in names, names
+    for model in (plain, saving):
+        make_engine(model, cross_entropy, micro_batch=8).gradients(window, 0)
+    assert relative_error(gradient_of(saving, None), gradient_of(plain, None)) <= 1e-12
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(saving.state_dict()[name], tensor)
+    assert list(saving.state_dict()) == list(plain.state_dict())
+
+
+def test_nothing_to_recompute_is_said():
+    with pytest.raises(UserError, match="finds no block"):
+        enable_checkpointing(nn.Linear(3, 3))
+    said = []
+    prepare(deep(), checkpointing=True, log=said.append)
+    assert said == ["checkpointing: 6 blocks keep their inputs only"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "nasnetalarge"])

@@ -99,6 +99,7 @@ def test_the_small_calls(tmp_path):
         assert rows["a"].tolist() == [[0, 0], [1, 1], [1, 1]] and first == rank
         assert rows["b"][0].tolist() == [True, True, False]
         assert found["gather from the second"][0]["a"].tolist() == [[1, 1], [1, 1]]
+        assert found["union"] == {0: "own", 1: "own", "both": 0}
         assert found["losses"] == said[0]["losses"]
         assert all(torch.equal(found["model"][name], said[0]["model"][name]) for name in found["model"])
 
@@ -116,4 +117,5 @@ def test_alone_everything_is_at_once():
         assert ranks.any(True) and not ranks.any(False)
         tensor = torch.ones(2)
         assert ranks.sum_(tensor) is tensor and ranks.gather(tensor) == (tensor, 0) and ranks.share(3) == 3
+        assert ranks.union({"a": 1}) == {"a": 1}
         ranks.barrier()

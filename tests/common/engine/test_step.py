@@ -123,6 +123,33 @@ def test_a_parameter_in_the_loss_gets_its_gradient_once(make):
     assert float(loss.log_scale.grad) / expected == pytest.approx(1, rel=1e-12)
 
 
+def test_what_carries_no_graph_does_not_stop_a_cut_window():
+    """Frozen weights in a loss over the whole batch, and an output that the model has detached."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = make_model()
+
+        def forward(self, inputs):
+            outputs = self.body(inputs)
+            return {"outputs": outputs, "seen": outputs.detach().exp()}
+
+    class Frozen(Contrast):
+        def __init__(self):
+            super().__init__()
+            self.requires_grad_(False)
+
+        def forward(self, outputs, targets, weights):
+            return super().forward(outputs["outputs"], targets, weights) + (outputs["outputs"] * outputs["seen"]).mean()
+
+    model, loss, window = Heads(), Frozen(), make_window(16)
+    window_value(loss, model(window.inputs), window.targets, window.weights).backward()
+    expected = gradient_of(model, None)
+    make_engine(model, loss, micro_batch=5).gradients(window, 0)
+    assert relative_error(gradient_of(model, None), expected) <= 1e-12
+
+
 def test_trees_of_inputs_outputs_and_targets():
     class TwoHeads(nn.Module):
         def __init__(self):
@@ -222,6 +249,17 @@ def test_clipping_is_once_and_over_everything():
         torch.testing.assert_close(a - a.grad, b, rtol=1e-9, atol=1e-12)
 
 
+def test_dropout_of_micro_batches_is_named_once():
+    said = []
+    engine = make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=8, log=said.append)
+    for number in range(3):
+        engine.step(make_window(32), number)
+    assert len([line for line in said if "dropout draws" in line]) == 1
+    said.clear()
+    make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=32, log=said.append).step(make_window(32), 0)
+    assert not [line for line in said if "dropout" in line]
+
+
 @pytest.mark.parametrize("place", ["inputs", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(place):
     model, window = make_model(), make_window(12)
@@ -294,6 +332,17 @@ def test_fp16_scale_follows_torchs_scaler():
         scaler.step(optimizer)
         scaler.update()
         assert engine.scale.factor == scaler.get_scale()
+
+
+def test_fp16_stops_when_no_scale_can_help():
+    """A gradient that is NaN with every factor is an error, as in fp32, and not a training without updates."""
+    model, window = make_model().float(), make_window(8)
+    window = Window(window.inputs.float(), window.targets, window.index)
+    engine = make_engine(model, lambda outputs, targets: (outputs.sum(1) * 0).sqrt(), precision="fp16")
+    with pytest.raises(UserError, match="gradient of the loss is not finite"):
+        for number in range(40):
+            engine.step(window, number)
+    assert 20 < number < 40
 
 
 def test_state_is_plain_and_goes_on():

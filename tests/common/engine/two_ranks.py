@@ -56,6 +56,7 @@ def talk(ranks: Ranks, folder: Path) -> None:
         "share": ranks.share({"run": "one"} if ranks.is_writer else None),
         "gather": ranks.gather(rows),
         "gather from the second": ranks.gather(None if ranks.is_writer else rows),
+        "union": ranks.union({ranks.rank: "own", "both": 0}),
         "losses": losses,
         "model": model.state_dict(),
     }

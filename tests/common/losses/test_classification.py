@@ -83,6 +83,11 @@ def test_focal_is_that_of_segmentation_models(generator, gamma: float, alpha):
     close(window_value(Focal(gamma, alpha), outputs, targets), expected, 1e-10)
 
 
+def test_focal_takes_no_broadcast(generator):
+    with pytest.raises(ValueError, match=r"\[4, 1\] and targets \[4\]"):
+        Focal()(torch.zeros(4, 1), torch.zeros(4))
+
+
 def test_focal_with_gamma_zero_is_bce(generator):
     outputs, targets = multilabel(9, generator)
     close(Focal(0.0)(outputs, targets), BCE()(outputs, targets))
