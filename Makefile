@@ -16,6 +16,7 @@ lower = $(shell echo $(1) | tr A-Z a-z)
 
 .PHONY: help train predict backtest test check data submit board kernel bench lint python name
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # the checks come before the installation, under make -j too
 
 help: ## this list
 	@echo "make TARGET COMP=name [DATA=folder-or-zip] [RECIPE=best] [RUN=name] [FOLD=0|all|none] [ARGS=\"--epochs 3\"]"

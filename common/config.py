@@ -29,17 +29,25 @@ class Config:
     epochs: int = flag(10, "passes over the training part", "epochs")
     batch_size: int = flag(64, "effective batch: samples of one optimizer step, over all processes", "samples")
     micro_batch: int | Literal["auto"] = flag(
-        "auto", "samples on the device at once; never changes the result", "samples"
+        "auto", "samples on the device at once; the step is that of the whole batch (but for BatchNorm)", "samples"
     )
     optimizer: Literal["adamw", "adam", "radam", "sgd"] = flag("adamw", "optimizer; sgd uses Nesterov momentum")
     lr: float = flag(1e-3, "peak learning rate", "per optimizer step")
-    weight_decay: float = flag(1e-2, "decoupled weight decay; none on biases and normalisation")
+    weight_decay: float = flag(
+        1e-2, "weight decay, decoupled for adamw, in the gradient for the others; none on biases and normalisation"
+    )
     momentum: float = flag(0.9, "momentum of sgd, beta1 of the others")
     schedule: Literal["cosine", "onecycle", "linear", "step", "constant"] = flag("cosine", "learning rate over the run")
     warmup: float = flag(0.05, "part of the run in which the learning rate rises", "fraction of the steps")
     clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips")
     ema: float = flag(
         0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step"
+    )
+    swa: float = flag(
+        0.0,
+        "the plain mean of the weights over this last part of the steps is evaluated and kept, with BatchNorm's "
+        "statistics estimated again for it; 0 is off",
+        "fraction of the steps",
     )
     # Evaluation and stopping.
     evaluate_every: int = flag(1, "validate after this many epochs; the last epoch always", "epochs")
@@ -170,6 +178,14 @@ def checked(config: ConfigType) -> ConfigType:
         ("batch-size", config.batch_size >= 1, "at least 1"),
         ("folds", config.folds >= 2, "at least 2"),
         ("ema", 0 <= config.ema < 1, "0 up to, not including, 1"),
+        ("swa", 0 <= config.swa <= 1 and not (config.swa and config.ema), "0 to 1, and 0 with --ema"),
+        ("lr", config.lr > 0, "above 0"),
+        ("weight-decay", config.weight_decay >= 0, "0 or more"),
+        ("momentum", 0 <= config.momentum < 1, "0 up to, not including, 1"),
+        ("warmup", 0 <= config.warmup <= 1, "0 to 1"),
+        ("clip-norm", config.clip_norm >= 0, "0 or more"),
+        ("patience", config.patience >= 0, "0 or more"),
+        ("threads", config.threads >= 0, "0 or more"),
         ("workers", config.workers >= 0, "0 or more"),
         ("evaluate-every", config.evaluate_every >= 1, "at least 1"),
         ("micro-batch", config.micro_batch == "auto" or config.micro_batch >= 1, "auto or at least 1"),

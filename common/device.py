@@ -1,4 +1,4 @@
-"""Where and how exactly a run computes: the device, the precision and the seeds of a fresh model."""
+"""Where and how exactly a run computes: the device and the precision."""
 
 import torch
 
@@ -13,6 +13,11 @@ def device_of(config: Config, local_rank: int = 0) -> torch.device:
     if not available.get(kind.split(":")[0], False):
         there = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"--device {config.device} is not there: expected auto or one of {there}")
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank + 1} of this machine has no card of its own (cards: {torch.cuda.device_count()}): "
+            f"start as many as there are, NPROC={torch.cuda.device_count()}, or use --device cpu"
+        )
     return torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
 
 

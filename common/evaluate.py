@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -26,21 +27,24 @@ def write_out_of_fold(folder: Path, predictor: Predictor, rows: np.ndarray) -> N
 
     The predictions go to the disk batch by batch: those of a segmentation do not fit into the memory.
     """
-    task, draft = predictor.task, folder / ".oof.npy.part"
-    kept, found = None, []
-    for index, predictions, _ in predictor.batches(task.plain, rows, f"predicting {folder.name}"):
-        packed = pack(predictions, task.prediction_type)
-        if kept is None:
-            kept = np.lib.format.open_memmap(draft, "w+", packed.dtype, (len(rows), *packed.shape[1:]))
-        kept[len(found) : len(found) + len(index)] = packed
-        found.extend(index.tolist())
-    if len(found) < len(rows):  # unreadable images were left out
-        write_with(folder / "oof.npy", lambda stream: np.save(stream, kept[: len(found)]))
-        draft.unlink()
-    else:
-        kept.flush()
-        draft.replace(folder / "oof.npy")
+    task, found = predictor.task, []
+    with replacing(folder / "oof.npy") as stream:
+        for index, predictions, _ in predictor.batches(task.plain, rows, f"predicting {folder.name}"):
+            packed = pack(predictions, task.prediction_type)
+            if not found:
+                write_npy_header(stream, packed.dtype, (len(rows), *packed.shape[1:]))
+            stream.write(np.ascontiguousarray(packed).data)
+            found.extend(index.tolist())
+        if len(found) < len(rows):  # unreadable images were left out
+            stream.seek(0)
+            write_npy_header(stream, packed.dtype, (len(found), *packed.shape[1:]))  # of the same length, numpy pads it
     write_with(folder / "oof_rows.npy", lambda stream: np.save(stream, np.array(found)))
+
+
+def write_npy_header(stream: IO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The head of a .npy file; the numbers of the array follow it."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -> None:

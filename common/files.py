@@ -1,5 +1,6 @@
 """Write, then replace: a file is either the old one or the whole new one, whatever happens in between."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,16 @@ from typing import IO, Any
 
 from common.errors import UserError
 
+# What the disk or its permissions can say to a write; any other OSError comes from whoever makes the content.
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} could not be written ({error.strerror or error}); the file that was there is untouched. "
+        f"Free disk space in {path.parent} and repeat the same command"
+    )
+
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
@@ -15,20 +26,25 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
 
     Raises UserError when the disk is full or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, mode, **options) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)
     except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror or error}); the file that was there is untouched. "
-            f"Free disk space in {path.parent} and repeat the same command"
-        ) from error
+        if error.errno not in WRITE_ERRORS:
+            raise
+        raise not_written(path, error) from error
     finally:
+        draft.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what writers that were killed have left in a folder that only this process writes."""
+    for draft in folder.glob(".*.part"):
         draft.unlink(missing_ok=True)
 
 
@@ -43,4 +59,4 @@ def write_with(path: Path, writer: Callable[[IO], None]) -> None:
         try:
             writer(stream)
         except RuntimeError as error:  # torch.save reports a full disk as a RuntimeError of its zip writer
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(errno.EIO, str(error).splitlines()[0]) from error

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from common import checkpoint
 from common.config import Config
 from common.device import device_of, precision_of
-from common.engine.average import Average
+from common.engine.average import Average, reestimate_batchnorm
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
 from common.engine.ranks import Ranks
@@ -23,7 +24,7 @@ from common.engine.schedule import learning_rate_factor, set_learning_rate
 from common.engine.step import Engine
 from common.errors import UserError
 from common.evaluate import validate, write_out_of_fold, write_skipped
-from common.files import write_text
+from common.files import remove_drafts, write_text
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
@@ -71,7 +72,7 @@ class Parts:
 
     def averaged(self) -> AbstractContextManager:
         """The model with its averaged weights, when there are any, inside the block."""
-        return self.average.swapped(self.model) if self.average else nullcontext()
+        return self.average.swapped(self.model) if self.average and self.average.updates else nullcontext()
 
 
 def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) -> Path:
@@ -81,7 +82,10 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
     """
     folder = run.path / ("fold-none" if fold is None else f"fold-{fold}")
+    if ranks.is_writer:
+        remove_drafts(folder)
     if ranks.share((folder / "model.pt").is_file()):
+        _remove_checkpoints(folder, ranks)
         return folder
     train_rows = np.flatnonzero(task.folds != fold) if fold is not None else np.arange(len(task.ids))
     held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
@@ -100,8 +104,8 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     resumed = ranks.share(checkpoint.load(last) if ranks.is_writer and last.is_file() else None)
     if task.pretrain and not resumed:
         task.pretrain(model)
-    prepare(model, config.checkpointing, config.compile)
-    loss = task.loss.to(device) if isinstance(task.loss, nn.Module) else task.loss
+    prepare(model, config.checkpointing, config.compile, run.log)
+    loss = deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss  # folds share no weights
     optimizer = build_optimizer(model, config, task.lr_scales)
     if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
         optimizer.add_param_group({"params": list(loss.parameters()), "weight_decay": 0.0})
@@ -117,21 +121,21 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         ranks=ranks,
         log=run.log,
     )
-    average = Average(model, config.ema) if config.ema else None
+    average = Average(model, config.ema or None) if config.ema or config.swa else None
     order = task.order(train_rows) if task.order else orders.shuffled(train_rows)
-    loader = Loader(
+    training_loader = partial(
+        Loader,
         task.labelled,
         order,
-        config.batch_size,
         seed=config.seed,
         workers=config.workers,
-        rank=ranks.rank,
-        world=ranks.world,
         device=device,
         bad_images=config.bad_images,
         mix=task.mix,
     )
+    loader = training_loader(config.batch_size, rank=ranks.rank, world=ranks.world)
     total_steps = config.epochs * loader.windows_per_epoch
+    averaged_from = round((1 - config.swa) * total_steps) if config.swa else 0
     rate = partial(  # of a step, relative to --lr
         learning_rate_factor, total_steps=total_steps, schedule=config.schedule, warmup_fraction=config.warmup
     )
@@ -147,7 +151,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
 
     while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
         model.train()
-        started = time.monotonic()
+        started = counted = time.monotonic()
         label = f"fold {fold} epoch {state.epoch + 1}/{config.epochs}"
         windows = progress(
             loader.epoch(state.epoch, start=state.window),
@@ -156,19 +160,21 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             show=ranks.is_writer,
         )
         for window in windows:
+            state.window = window.number + 1
+            if not ranks.any(len(window) > 0):  # all its images are unreadable: no step, as in a single process
+                continue
             set_learning_rate(optimizer, rate(state.step))
             report = engine.step(window, state.step)
-            if average:
+            if average and state.step >= averaged_from:
                 average.update(model)
             state.step += 1
-            state.window = window.number + 1
             state.loss_sum += float(report.loss) * window.total
             state.samples += window.total
             if ranks.is_writer and time.monotonic() - saved > config.save_every:
+                state.seconds, counted = state.seconds + time.monotonic() - counted, time.monotonic()
                 parts.save(last, state)
                 saved = time.monotonic()
-        seconds = time.monotonic() - started
-        state.seconds += seconds
+        state.seconds, seconds = state.seconds + time.monotonic() - counted, time.monotonic() - started
 
         row = {
             "fold": fold,
@@ -183,12 +189,13 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
                 _remember_best(state, row[task.metrics[0].name], task, config, model, folder, ranks)
         state.history.append(row)
         state.epoch, state.window, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
+        skipped = ranks.union(dict(loader.skipped))
+        if ranks.is_writer:  # before the checkpoint: an epoch that is saved as done is never written again
+            write_metrics(folder, state.history)
+            write_skipped(run, folder, task, skipped)
         if ranks.is_writer and time.monotonic() - saved > config.save_every:
             parts.save(last, state)
             saved = time.monotonic()
-        if ranks.is_writer:
-            write_metrics(folder, state.history)
-            write_skipped(run, folder, task, dict(loader.skipped))
         facts = [f"{name} {value:.5g}" for name, value in row.items() if name not in ("fold", "epoch", "step")]
         run.log(f"{label}: {', '.join(facts)}, {seconds:.1f} s")
     loader.close()
@@ -196,6 +203,10 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     with parts.averaged():
         if (folder / "best.pt").is_file():
             model.load_state_dict(checkpoint.load(folder / "best.pt")["model"])
+        if config.swa and ranks.is_writer:
+            batch_size = min(config.batch_size, engine.micro_batch)
+            with training_loader(batch_size) as again:
+                reestimate_batchnorm(model, (window.inputs for window in again.epoch(config.epochs)))
         if len(held_rows) and ranks.is_writer:
             predictor = evaluator(task.views if config.views else AS_IS)
             write_out_of_fold(folder, predictor, held_rows)
@@ -212,10 +223,15 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
                 },
             )
     ranks.barrier()  # nobody goes on before model.pt, which marks the fold as finished, is there
-    if ranks.is_writer:
-        last.unlink(missing_ok=True)
-        (folder / "best.pt").unlink(missing_ok=True)
+    _remove_checkpoints(folder, ranks)
     return folder
+
+
+def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:
+    """The fold is finished: model.pt is all that is left to need."""
+    if ranks.is_writer:
+        for name in ("last.pt", "best.pt"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _remember_best(

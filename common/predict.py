@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common import checkpoint, raw, submission
 from common import run as runs
-from common.config import Config, with_flags
+from common.config import Config, differences, with_flags
 from common.device import device_of, precision_of
 from common.engine import memory
 from common.engine.ranks import SINGLE, Ranks
@@ -146,10 +146,15 @@ def score(
 
 
 def load_models(run: Run, task: Task, config: Config, device: torch.device) -> list[nn.Module]:
-    """The finished fold models of a run, in evaluation mode on `device`."""
-    files = sorted(run.path.glob("fold-*/model.pt"))
-    if not files:
-        raise UserError(f"{run.path} holds no finished model: train it to the end with the command it was started with")
+    """The fold models of a run, in evaluation mode on `device`; raises UserError when one of them is missing."""
+    names = [f"fold-{fold}" for fold in range(config.folds)] if config.fold == "all" else [f"fold-{config.fold}"]
+    files = [run.path / name / "model.pt" for name in names]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} of {len(files)} models of the run {'is' if len(missing) == 1 else 'are'} missing: "
+            f"delete {run.path / 'result.json'} and train what is missing with the run's command and RUN={run.name}"
+        )
     models = []
     for file in files:
         model = task.model()
@@ -164,7 +169,7 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
     first_run, task, config = members[0]
     device = device_of(config)
     rows = np.arange(len(task.test))
-    streams = []
+    streams, predictors = [], []
     for run, member_task, member_config in members:
         if list(member_task.test_ids) != list(task.test_ids):
             raise UserError(
@@ -174,9 +179,10 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
         views = member_task.views if member_config.views else AS_IS
         batch_size = min(member_config.batch_size, (run.result or {}).get("micro_batch", member_config.batch_size))
         predictor = Predictor(models, member_task, views, member_config, batch_size, device)
+        predictors.append(predictor)
         label = f"predicting {run.name}" if run is first_run else None
         streams.append(_sample_by_sample(predictor.batches(member_task.test, rows, label)))
-    learnt = (first_run.result or {}).get("learnt", {})
+    learnt = _rules_of(members, task)
 
     def csv_rows() -> Iterator[Sequence[Any]]:
         together = zip(*streams, strict=True)
@@ -186,11 +192,19 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
                 [sum(p for _, p in member) / len(member) if len(member) > 1 else member[0][1] for member in chunk]
             )
             yield from task.rows([task.test_ids[row] for row in index], task.decide(mean, learnt))
+        if unreadable := predictors[0].skipped:
+            reasons = "; ".join(f"{task.test_ids[row]}: {why}" for row, why in list(unreadable.items())[:5])
+            raise UserError(
+                f"{len(unreadable)} test images cannot be read ({reasons}), and a submission needs every one: replace "
+                f"the files, then predict again with make predict COMP={competition} RUN={first_run.name}"
+            )
 
     name = "+".join(run.name for run, _, _ in members) + (
         "-sample" if is_sample and "sample" not in first_run.name else ""
     )
-    scores = [(run.result or {}).get("score") for run, _, _ in members]
+    scores = [  # no flag of `predict` may hide behind the score of the training
+        None if differences(run.config(type(own)), own) else (run.result or {}).get("score") for run, _, own in members
+    ]
     origin = {
         "competition": competition,
         "run": ",".join(run.name for run, _, _ in members),
@@ -204,6 +218,19 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
     }
     path = submission.SUBMISSIONS / competition / f"{name}.csv"
     return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, origin)
+
+
+def _rules_of(members: Sequence[tuple[Run, Task, Config]], task: Task) -> Learnt:
+    """What was learnt by the only run, or by the one of several that scored best with it: their order is no matter."""
+    results = [(run, run.result or {}) for run, _, _ in members]
+    found = [(run, result["score"], result["learnt"]) for run, result in results if result.get("learnt")]
+    if not found:
+        return {}
+    better = max if task.metrics[0].higher_is_better else min
+    run, _, learnt = better(found, key=lambda entry: entry[1])
+    if len(members) > 1:
+        print(f"decided by the rules of {run.name}, the best of these runs")
+    return learnt
 
 
 def _sample_by_sample(batches: Iterator[tuple[np.ndarray, Tensor, Tree]]) -> Iterator[tuple[int, Tensor]]:
@@ -226,8 +253,9 @@ def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> 
             )
         config = with_flags(run.config(type(module.RECIPES["default"])), given)
         memory.keep_freed(config.keep_memory)
-        data = given.data or (None if run.origin["sample"] else run.origin["data"])
-        found = raw.find(competition, data, module.write_sample)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        found = raw.of_run(run.origin, given.data, module.write_sample)
         samples.add(found.is_sample or run.origin["sample"])
         members.append((run, module.build(config, found), config))
     print(f"submission: {write_submission(competition, members, is_sample=any(samples))}")

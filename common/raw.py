@@ -1,6 +1,7 @@
 """The raw data of a competition: a folder or the archive as it was downloaded, or the generated sample."""
 
 import hashlib
+import lzma
 import os
 import shutil
 import zipfile
@@ -9,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from common.errors import UserError
+from common.files import not_written
 
 DATA = Path("data")
+# Truncated, of a wrong checksum, encrypted (RuntimeError), or packed in a way that zipfile does not know.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class RawData:
             )
         try:
             return self._archive.open(name) if self._archive is not None else open(self.path / name, "rb")
-        except (zipfile.BadZipFile, OSError) as error:
+        except DAMAGED as error:
             raise UserError(
                 f"{self.path}: {name} cannot be read ({error}): download it again with "
                 f"make data COMP={self.competition}"
@@ -66,7 +70,7 @@ class RawData:
         try:
             with self.open(name) as stream:
                 return stream.read()
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except DAMAGED as error:
             raise UserError(
                 f"{self.path}: {name} is damaged ({error}): download it again with make data COMP={self.competition}"
             ) from error
@@ -130,10 +134,18 @@ def find(competition: str, given: str | None, write_sample: Callable[[Path], Non
     return RawData(_sample(competition, write_sample), competition, is_sample=True)
 
 
+def of_run(origin: dict[str, Any], given: str | None, write_sample: Callable[[Path], None]) -> RawData:
+    """The data for predicting with a run: `given` (DATA=), else those it was trained on, the sample included."""
+    competition = origin["competition"]
+    if origin["sample"] and not given:
+        return RawData(_sample(competition, write_sample), competition, is_sample=True)
+    return find(competition, given or origin["data"], write_sample)
+
+
 def _only_archive(path: Path) -> Path:
     """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.name != "cache"]
+        files = [file for file in path.iterdir() if file.name != "cache" and not file.name.startswith(".")]
         if len(files) == 1 and files[0].suffix == ".zip":
             return files[0]
     return path
@@ -145,8 +157,12 @@ def _sample(competition: str, write_sample: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
         draft = folder.with_name(f"{competition}.{os.getpid()}.part")
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write_sample(draft)
+        try:
+            draft.mkdir(parents=True)
+            write_sample(draft)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise not_written(folder, error) from error
         try:
             draft.rename(folder)
         except OSError:  # another process was faster: its sample is the same

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import write_text
+from common.files import not_written, write_text
 
 RUNS = Path("runs")
 HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
@@ -36,6 +36,15 @@ class Run:
         return self.path.name
 
     @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do: trained, reported and predicted."""
+        return self.result is not None and not self._unfinished.exists()
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.path / "unfinished"  # there from before result.json until the submission is written
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """What the finished run found (score, metrics, learnt), or None while it is not finished."""
         file = self.path / "result.json"
@@ -45,12 +54,26 @@ class Run:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
             print(message, flush=True)
-            with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
-                stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
+            try:
+                with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
+                    stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
+            except OSError as error:
+                raise not_written(self.path / "log.txt", error) from error
 
     def write_json(self, name: str, value: Any) -> None:
         if self.is_writer:
             write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """result.json: the training is over. Until `finish`, the same command goes on with what follows it."""
+        if self.is_writer:
+            write_text(self._unfinished, "")
+            self.write_json("result.json", result | {"finished": now()})
+
+    def finish(self) -> None:
+        """The submission is written: the same command makes a new run from now on."""
+        if self.is_writer:
+            self._unfinished.unlink(missing_ok=True)
 
     def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
         return configs.from_json(config_class, (self.path / "config.json").read_text())
@@ -90,10 +113,14 @@ def open_run(competition: str, name: str | None, config: Config, origin: dict[st
 
     Raises UserError when the named run was started with another config or other data, listing what differs.
     """
+    if name is not None and set(name) & set("/,") or name in ("", ".", ".."):
+        raise UserError(
+            f"RUN={name}: expected a name without / and , (a comma separates the runs that predict averages)"
+        )
     if name is not None and not (RUNS / competition / name / "run.json").is_file():
         return _new_run(competition, name, config, origin)
     if name is None:
-        unfinished = [run for run in reversed(all_runs(competition)) if run.result is None]
+        unfinished = [run for run in reversed(all_runs(competition)) if not run.is_finished]
         for run in unfinished:
             if not _obstacles(run, config, origin):
                 return _resumed(run)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import replacing, write_text
+from common.files import replacing
 
 SUBMISSIONS = Path("submissions")
 OFFENDERS = 5  # so many faults are named before the check gives up
@@ -18,7 +18,7 @@ Validator = Callable[[Sequence[str]], str | None]
 
 def faults(rows: Iterable[Sequence[str]], sample: Iterable[Sequence[str]], valid: Validator | None) -> Iterable[str]:
     """What is wrong with a submission, line by line: header, number of rows, ids, their order, duplicates, values."""
-    rows, sample = iter(rows), iter(sample)
+    rows, sample = iter(rows), (row for row in sample if row)  # a sample file may end with blank lines
     header, expected_header = next(rows, []), next(sample, [])
     if list(header) != list(expected_header):
         yield f"line 1: the header is {','.join(header)!r}, expected {','.join(expected_header)!r}"
@@ -94,8 +94,10 @@ def write(
         check(draft, sample_lines, valid)
         with open(draft, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        draft.replace(path)
+        with replacing(path.with_suffix(".json"), "w", encoding="utf-8") as stream:
+            stream.write(json.dumps({**origin, "sha256": digest}, indent=2) + "\n")
+            stream.flush()  # on a full disk both files stay as they were
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    write_text(path.with_suffix(".json"), json.dumps({**origin, "sha256": digest}, indent=2) + "\n")
     return path

@@ -12,6 +12,7 @@ from common import run as runs
 from common.config import Config
 from common.engine import memory
 from common.engine.ranks import Ranks
+from common.evaluate import write_npy_header
 from common.files import write_text, write_with
 from common.fit import fit
 from common.loading import folds, orders
@@ -54,7 +55,11 @@ def train(
             run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): only predicting")
         writer = ranks.is_writer
     if writer:
-        print(f"submission: {write_submission(competition, [(run, task, config)], found.is_sample)}")
+        if task.report and not run.is_finished:
+            task.report(run)
+        path = write_submission(competition, [(run, task, config)], found.is_sample)
+        run.finish()
+        print(f"submission: {path}")
 
 
 def _silent(message: str) -> None:
@@ -78,7 +83,7 @@ def open_together(competition: str, name: str | None, config: Config, origin: di
 
 
 def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
-    """Join the folds' predictions, learn from them, score them with the views, and mark the run as finished."""
+    """Join the folds' predictions, learn from them, score them with the views, and mark the run as trained."""
     models = [checkpoint.load(folder / "model.pt") for folder in folders]
     result = {
         "monitor": task.metrics[0].name,
@@ -99,7 +104,7 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
         result |= {"learnt": task.learn(predictions, rows), "rows": len(rows)}
         result["metrics"] = score_kept(task, config, predictions, rows, result["learnt"])
         result["score"] = result["learnt"].get("score", result["metrics"][result["monitor"]])
-    run.write_json("result.json", result | {"finished": runs.now()})
+    run.write_result(result)
     for folder in folders:
         (folder / "oof.npy").unlink(missing_ok=True)
     if result["metrics"]:
@@ -108,15 +113,12 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
             f"held-out score of {run.path}: {result['score']:.5f} ({facts} on {result['rows']} rows), "
             f"trained {result['training_seconds']} s"
         )
-    if task.report:
-        task.report(run)
 
 
 def join(parts: list[np.ndarray], stream) -> None:
     """Write several arrays as one .npy without holding them in memory together."""
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    header = {"descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
+    write_npy_header(stream, parts[0].dtype, shape)
     for part in parts:
         for start in range(0, len(part), 64):
             stream.write(np.ascontiguousarray(part[start : start + 64]).tobytes())

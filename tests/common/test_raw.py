@@ -1,5 +1,6 @@
 """Where the data comes from: the given path, data/<competition>, or the sample, with folder and archive alike."""
 
+import errno
 import hashlib
 import zipfile
 
@@ -62,6 +63,43 @@ def test_a_zip_and_the_folder_that_holds_it_read_alike(tmp_path):
     folder = tmp_path / "unpacked"
     zipfile.ZipFile(path).extractall(folder)
     assert raw.RawData(folder, "toy").fingerprint("train.csv", "test.csv") == found.fingerprint("train.csv", "test.csv")
+
+
+def test_what_a_file_manager_leaves_beside_the_archive(tmp_path):
+    path = archive(tmp_path / "download" / "toy.zip", train="a,b")
+    (path.parent / ".DS_Store").write_bytes(b"?")
+    assert raw.find("toy", str(path.parent), sample, pytest.fail).path == path
+
+
+def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
+    origin = {"competition": "toy", "sample": True, "data": str(raw.find("toy", None, sample, str).path)}
+    home = tmp_path / "data" / "toy"
+    home.mkdir(parents=True)
+    (home / "train.csv").write_text("real")
+    assert raw.of_run(origin, None, sample).is_sample
+    assert raw.of_run(origin, str(home), sample).read("train.csv") == b"real"
+    assert raw.of_run(origin | {"sample": False, "data": str(home)}, None, sample).read("train.csv") == b"real"
+
+
+def test_a_disk_without_room_for_the_sample(tmp_path):
+    def full(folder):
+        (folder / "train.csv").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        raw.find("toy", None, full, str)
+    assert not list((tmp_path / "data" / "sample").iterdir())
+
+
+def test_an_encrypted_archive_is_named(tmp_path):
+    path = archive(tmp_path / "toy.zip", train="x" * 100)
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    data[6] |= 1  # the flag of encryption in the member's own header and in the directory
+    data[central + 8] |= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="train.csv .*encrypted"):
+        raw.RawData(path, "toy").read("train.csv")
 
 
 def test_fingerprint_depends_on_names_and_contents(tmp_path):

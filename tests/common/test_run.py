@@ -28,7 +28,9 @@ def open_run(name=None, config=Config(), **origin):  # noqa: B008
 def test_an_unfinished_run_goes_on_and_a_finished_one_is_followed_by_the_next():
     first = open_run()
     assert first.name == "001-fast-sample" and open_run().name == first.name
-    first.write_json("result.json", {"score": 1.0})
+    first.write_result({"score": 1.0})
+    assert open_run().name == first.name, "not predicted yet"
+    first.finish()
     second = open_run()
     assert second.name == "002-fast-sample" and open_run(config=Config(workers=0)).name == second.name
     assert open_run(config=Config(lr=0.1)).name == "003-fast-sample"
@@ -42,6 +44,13 @@ def test_a_named_run_resumes_with_its_own_config_only():
         open_run("mine", replace(Config(), lr=0.1, seed=3))
     with pytest.raises(UserError, match="data: /data -> /data, other contents"):
         open_run("mine", data_fingerprint="g")
+
+
+@pytest.mark.parametrize("name", ["a/b", "a,b", "", ".."])
+def test_names_that_no_other_command_could_use(name):
+    with pytest.raises(UserError, match="expected a name without"):
+        open_run(name)
+    assert not Path("runs").exists()
 
 
 def test_the_config_and_origin_are_read_back():

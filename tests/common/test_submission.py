@@ -87,3 +87,33 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
         write(path, [(1, 1), (2, 1), (3, 1)])
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]
+
+
+def test_a_disk_that_is_full_for_the_sidecar_keeps_both_old_files(tmp_path, monkeypatch):
+    path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
+    before = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    monkeypatch.setattr(submission.json, "dumps", lambda *a, **k: full())
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="run.json could not be written"):
+        write(path, [(1, 1), (2, 1), (3, 1)])
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
+
+
+def test_an_error_of_the_rows_is_not_taken_for_the_disks(tmp_path):
+    def rows():
+        yield (1, 7)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many open files"):
+        write(tmp_path / "run.csv", rows())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blank_lines_of_the_sample_do_not_count(tmp_path):
+    rows = [(1, 7), (2, 0), (3, 9)]
+    submission.write(tmp_path / "a.csv", ("ImageId", "Label"), rows, [*SAMPLE, "\n"], digit, {})
+    with pytest.raises(UserError, match="line 5: id 4 is not in the sample"):
+        submission.write(tmp_path / "b.csv", ("ImageId", "Label"), [*rows, (4, 1)], [*SAMPLE, "\n"], digit, {})

@@ -3,6 +3,7 @@
 import csv
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,3 +206,156 @@ class Broken:
         if row in (2, 9):
             raise BadImage(f"{'abcdefghijkl'[row]}.jpg", "cannot be read")
         return np.full(16, row, np.float32), row % 3
+
+
+def test_stopped_after_the_training_the_same_command_only_predicts(monkeypatch):
+    """Without RUN=: a run whose file is not written yet is not a finished one, however long it trained."""
+    config = toy.RECIPES["smoke"]
+    reported = []
+    whole = toy.build
+    monkeypatch.setattr(
+        toy, "build", lambda *given: replace(whole(*given), report=lambda run: reported.append(run.name))
+    )
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.train.write_submission", lambda *given: os._exit(9))
+        command = ("toy", toy, config, "smoke", None, None)
+        child = multiprocessing.get_context("fork").Process(target=train, args=command)
+        child.start()
+        child.join()
+    assert child.exitcode == 9
+    result = Path("runs/toy/001-smoke-sample/result.json").read_bytes()
+    train("toy", toy, config, "smoke", None, None)
+    assert Path("submissions/toy/001-smoke-sample.csv").is_file() and not Path("runs/toy/002-smoke-sample").exists()
+    assert Path("runs/toy/001-smoke-sample/result.json").read_bytes() == result
+    assert len(reported) == 1, "a report that may be half a report is made again"
+    train("toy", toy, config, "smoke", None, "001-smoke-sample")
+    assert len(reported) == 1
+    train("toy", toy, config, "smoke", None, None)
+    assert Path("submissions/toy/002-smoke-sample.csv").is_file()
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_stopped_after_the_last_checkpoint_the_metrics_are_whole(epochs, monkeypatch):
+    straight = toy_train("straight", epochs=epochs, save_every=0)
+    from common.fit import Parts
+
+    original = Parts.save
+
+    def stopping(self, path, state):
+        original(self, path, state)
+        if state.epoch == epochs:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "save", stopping)
+        with pytest.raises(Killed):
+            toy_train("broken", epochs=epochs, save_every=0)
+    assert same(straight, toy_train("broken", epochs=epochs, save_every=0))
+
+
+def test_what_killed_writers_left_is_removed():
+    folder = Path("runs/toy/one/fold-0")
+    folder.mkdir(parents=True)
+    (folder / ".last.pt.123.part").write_bytes(b"half")
+    toy_train()
+    assert not list(folder.glob(".*.part"))
+    (folder / "last.pt").write_bytes(b"old")  # killed between model.pt and its removal
+    Path("runs/toy/one/result.json").unlink()
+    toy_train()
+    assert not (folder / "last.pt").exists()
+
+
+class Temperature(torch.nn.Module):
+    """A loss with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs * self.scale, targets, reduction="none")
+
+
+def test_folds_share_no_weights_of_the_loss(monkeypatch):
+    """Fold 1 begins from the loss as it was built, whether fold 0 was trained just before it or in another process."""
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), loss=Temperature()))
+    together = weights(toy_train("all", fold="all", lr=0.05))
+    alone = weights(toy_train("one", fold="1", lr=0.05))
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+
+
+def test_the_seconds_of_an_epoch_before_a_kill_count(monkeypatch):
+    from common import fit
+    from common.engine.step import Engine
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(fit.time, "monotonic", lambda: float(next(clock)))
+    straight = json.loads((toy_train("straight", save_every=0) / "result.json").read_text())["training_seconds"]
+    original = Engine.step
+
+    def stopping(self, window, step_number):
+        if step_number == 3:
+            raise Killed
+        return original(self, window, step_number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stopping)
+        with pytest.raises(Killed):
+            toy_train("broken", save_every=0)
+    broken = json.loads((toy_train("broken", save_every=0) / "result.json").read_text())["training_seconds"]
+    assert abs(broken - straight) <= 0.2 * straight
+
+
+def test_a_missing_fold_is_named_and_no_csv_is_written():
+    folder = toy_train(fold="all")
+    table = Path("submissions/toy/one-sample.csv")
+    table.unlink()
+    (folder / "fold-1" / "model.pt").unlink()
+    with pytest.raises(UserError, match="fold-1/model.pt of 3 models.*result.json.*RUN=one"):
+        toy_train(fold="all")
+    assert not table.exists()
+    (folder / "result.json").unlink()
+    toy_train(fold="all")
+    assert table.exists()
+
+
+def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
+    toy_train("one")
+    parser = Parser()
+    parser.add_argument("--run")
+    parser.add_argument("--data")
+    add_flags(parser, toy.RECIPES["default"])
+    sidecar = Path("submissions/toy/one-sample.json")
+    trained = json.loads(sidecar.read_text())["score"]
+    predict.predict("toy", toy, parser.parse_args(["--run", "one", "--workers", "1"]))
+    assert json.loads(sidecar.read_text())["score"] == trained is not None
+    predict.predict("toy", toy, parser.parse_args(["--run", "one", "--views", "false"]))
+    assert json.loads(sidecar.read_text())["score"] is None
+
+
+def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
+    """--swa: equal weights over the last steps, and running statistics from passes over the training rows."""
+    from common.engine.average import Average
+
+    taken = []
+    original = Average.update
+
+    def update(self, model):
+        taken.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        original(self, model)
+
+    monkeypatch.setattr(Average, "update", update)
+    folder = toy_train(epochs=4, swa=0.5, ema=0.0, keep="last", lr=0.05)
+    assert len(taken) == 10, "half of four epochs of five windows"
+    kept = torch.load(folder / "fold-0" / "model.pt", weights_only=True)["model"]
+    for name in ("0.weight", "1.weight", "4.bias"):
+        torch.testing.assert_close(kept[name], torch.stack([step[name] for step in taken]).mean(0))
+    task = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_sample, str))
+    hidden = torch.nn.functional.linear(
+        task.plain.inputs[torch.from_numpy(task.folds != 0)], kept["0.weight"], kept["0.bias"]
+    )
+    assert float((kept["1.running_mean"] - hidden.mean(0)).abs().max()) < 0.1, "augmented a little"
+    former = torch.stack([step["1.running_mean"] for step in taken]).mean(0)
+    assert float((former - hidden.mean(0)).abs().max()) > float((kept["1.running_mean"] - hidden.mean(0)).abs().max())
