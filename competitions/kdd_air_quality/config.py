@@ -5,6 +5,7 @@ from typing import Literal
 
 from common import config as common
 from common.config import flag
+from common.errors import UserError
 
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
@@ -26,7 +27,7 @@ class Config(common.Config):
     save_every: float = flag(20.0, "least time between two checkpoints of the network", "seconds")
     models: str = flag("medians,linear,boosting,mlp,prophet", "models to fit and blend")
     model: str = flag("", "one model alone: the same as --models with a single name")
-    first_day: str = flag("", "first submit day to forecast; day D forecasts D+1 and D+2 in UTC", "date")
+    first_day: str = flag("", "first submit day of a backtest; day D forecasts D+1 and D+2 in UTC", "date")
     last_day: str = flag("", "last submit day; train then knows nothing after it", "date")
     backtest_days: int = flag(56, "submit days before the end whose forecasts the blend is fitted on", "days")
     refit_days: int = flag(31, "a backtest fits every model again after this many days", "days")
@@ -65,6 +66,13 @@ RECIPES = {
 }
 
 
-def with_one_model(config: Config) -> Config:
-    """--model medians is --models medians: the config of a run names its models once."""
+def checked(config: Config) -> Config:
+    """--model medians becomes --models medians: a run's config names its models once. Raises UserError on no number."""
+    for name in ("backtest_days", "refit_days", "history_days", "train_days", "boosting_rounds", "boosting_seeds"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
+    if config.jobs < 1 and config.jobs != -1:
+        raise UserError(f"--jobs {config.jobs}: expected at least 1, or -1 for one per core")
+    if not 0 < config.boosting_share <= 1:
+        raise UserError(f"--boosting-share {config.boosting_share}: expected a part of all rows, above 0 and at most 1")
     return replace(config, models=config.model, model="") if config.model else config

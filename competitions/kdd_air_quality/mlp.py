@@ -48,15 +48,6 @@ class ShortcutMLP(nn.Module):
         return self.rest(torch.cat([self.first(inputs), inputs], dim=1))
 
 
-def input_count(network: Network, history_days: int, windows: tuple[int, ...], context: int = 0) -> int:
-    """Inputs of a row: hours, medians, indicators and the recent means of `features`; the blog's 9,024 have no more
-
-    than the first two: 360 days and golden_8 (10,464 are 420 days and fib_8).
-    """
-    indicators = len(CITIES) + len(network.stations) + len(POLLUTANTS) if context else 0
-    return history_days * 24 + MEDIAN_SHIFTS_DAYS * len(windows) * 24 + indicators + context
-
-
 class Rows:
     """Dataset of all series at the origins `ends`: row = position of the origin * S + number of the series.
 

@@ -18,17 +18,32 @@ from competitions.kdd_air_quality import blend, metric, models, pictures, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
 from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, Config
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, parse_day
-from competitions.kdd_air_quality.reader import Observations, read
+from competitions.kdd_air_quality.reader import Observations, known_before, read
 from competitions.kdd_air_quality.sample import write as write_sample
 
 TRUTH_DAYS = 2  # a submit day is scored on the two days after it
 
 
-def opened(competition: str, data: str | None) -> tuple[RawData, list[str], Observations]:
-    """The data, the sample submission's lines, and the observations of its stations."""
-    found = raw_data.find(competition, data, write_sample)
+def opened(competition: str, data: str | None, fitted: Run | None = None) -> tuple[RawData, list[str], Observations]:
+    """The data, the sample submission's lines, and the observations of its stations, or of those of a fitted run.
+
+    Raises UserError when the sample submission asks for a station that the run knows nothing of.
+    """
+    if fitted is None:
+        found = raw_data.find(competition, data, write_sample)
+    else:
+        found = raw_data.of_run(fitted.origin, data, write_sample)
     lines = table.sample_lines(found)
-    return found, lines, read(found, table.stations_of(lines))
+    stations = asked = table.stations_of(lines)
+    if fitted is not None:  # what it learnt belongs to its stations, whichever the sample asks for
+        stations = tuple(fitted.result["learnt"]["stations"])
+        unknown = [station for station in asked if station not in stations]
+        if unknown:
+            raise UserError(
+                f"{fitted.path} was fitted on {len(stations)} stations, and not on {', '.join(unknown[:5])} that the "
+                f"sample submission asks for: fit a run on these files with make train COMP={competition}"
+            )
+    return found, lines, read(found, stations)
 
 
 def started(competition: str, found: RawData, config: Config, given: argparse.Namespace) -> Run:
@@ -50,12 +65,14 @@ def started(competition: str, found: RawData, config: Config, given: argparse.Na
 def train(competition: str, config: Config, given: argparse.Namespace) -> None:
     """`make train`: backtest the last days, fit the blend on them, fit the models on everything, forecast and write."""
     names = models.names_of(config)
+    if config.first_day:
+        raise UserError(
+            f"--first-day {config.first_day}: train fits on everything up to --last-day and forecasts that day. For "
+            f"other days: make predict, or make backtest COMP={competition}"
+        )
     found, lines, observations = opened(competition, given.data)
     day = parse_day(config.last_day) if config.last_day else last_day(observations.end)
-    if first_hour(day) <= observations.start + DAY:
-        first = observations.start.astype("datetime64[D]")
-        raise UserError(f"--last-day {day} is before the data, which begin on {first}: expected a later day")
-    known = observations.before(first_hour(day))
+    known = known_before(observations, day)
     stop = day - TRUTH_DAYS * DAY
     period = Period(0, days_between(stop - (config.backtest_days - 1) * DAY, stop))
     if first_hour(period.days[0]) <= known.start:
@@ -73,25 +90,24 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
         weights = fitted_blend(backtested, truth, known)
         forecasts = backtested | {"blend": blended(weights, backtested, known)}
         rows = summarise(run, [(period, forecasts)], known)
+        pictures.draw(run, known, period.days, forecasts)
         for name in names:
             models.fit(name, known, config, run, None)
-        run.write_json(
-            "result.json",
+        run.write_result(
             {
                 "monitor": "smape",
                 "score": rows["blend"]["mean"],
                 "metrics": rows,
-                "learnt": {"blend": weights, "models": names},
+                "learnt": {"blend": weights, "models": names, "stations": known.network.stations},
                 "rows": int(metric.valid_points(truth, known.network.stations).sum()),
                 "fitted_before": str(first_hour(day)),
                 "last_day": str(day),
-                "finished": runs.now(),
             },
         )
-        pictures.draw(run, known, period.days, forecasts)
     else:
         run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train")
-    paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_sample)
+    paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_sample, warnings)
+    run.finish()
     print(f"no submission: {NOWHERE_TO_SUBMIT}")
     print(f"submission: {paths[-1]}")
 
@@ -117,9 +133,18 @@ def blended(weights: blend.Weights, forecasts: dict[str, np.ndarray], observatio
 
 
 def write_forecasts(
-    run: Run, config: Config, observations: Observations, days: np.ndarray, lines: list[str], sample: bool
+    run: Run,
+    config: Config,
+    observations: Observations,
+    days: np.ndarray,
+    lines: list[str],
+    sample: bool,
+    warnings: list[str],
 ) -> list[Path]:
-    """Forecast the submit days with the run's models and write a checked CSV for each; what is missing is said."""
+    """Forecast the submit days with the run's models and write a checked CSV for each.
+
+    What is missing is said, and stands with the `warnings` about the data in the file beside the CSV.
+    """
     learnt = run.result["learnt"]
     parts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
     forecast = blended(learnt["blend"], parts, observations)
@@ -150,6 +175,7 @@ def write_forecasts(
             "first_hour": str(first_hour(day)),
             "official_score": None if np.isnan(scores[number]) else round(float(scores[number]), 6),
             "series_without_recent_values": silent,
+            "warnings": warnings,
             "submit": NOWHERE_TO_SUBMIT,
             "commit": runs.commit(),
             "data_fingerprint": run.origin["data_fingerprint"],
@@ -168,22 +194,29 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     """`make predict`: forecasts of any submit days with a fitted run."""
     run = finished(competition, given.run)
     config = run.config(Config)
-    data = given.data or (None if run.origin["sample"] else run.origin["data"])
-    found, lines, observations = opened(competition, data)
+    found, lines, observations = opened(competition, given.data, run)
     first = given.first_day or given.last_day or run.result["last_day"]
     days = days_between(first, given.last_day or first)
-    for warning in observations.warnings:
+    known_before(observations, days[-1])  # before anything is forecast
+    warnings = [*observations.warnings, *short_history(known_before(observations, days[0]), config)]
+    for warning in warnings:
         print(f"warning: {warning}")
-    early = days[days < parse_day(run.result["last_day"])]
-    if len(early):
-        print(
-            f"{run.path} was fitted on everything before {run.result['fitted_before']}: forecasts of earlier days "
-            f"({early[0]} ...) use it only after the fact, make backtest COMP={competition} is the honest way"
-        )
-    paths = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"])
+    warn_of_seen_days(run, days)
+    paths = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"], warnings)
     print(f"no submission: {NOWHERE_TO_SUBMIT}")
     for path in paths:
         print(f"submission: {path}")
+
+
+def warn_of_seen_days(run: Run, days: np.ndarray) -> None:
+    """Say so when the run was fitted on hours that it is to forecast."""
+    early = days[days < parse_day(run.result["last_day"])]
+    if len(early):
+        print(
+            f"warning: {run.path} was fitted on everything before {run.result['fitted_before']}: its forecasts of "
+            f"earlier days ({early[0]} ...) know too much. Honest ones: make backtest "
+            f"COMP={run.origin['competition']} without --run"
+        )
 
 
 def finished(competition: str, name: str | None) -> Run:
@@ -209,21 +242,24 @@ def has_models(run: Run) -> bool:
 def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:
     """`make backtest`: every model and the blend over a range of days, refitted as the days pass, or a run as it is."""
     models.names_of(config)
-    found, _, observations = opened(competition, given.data)
+    fitted = next((run for run in runs.all_runs(competition) if run.name == given.run and has_models(run)), None)
+    found, _, observations = opened(competition, given.data, fitted)
     newest = last_day(observations.end) - TRUTH_DAYS * DAY
+    for day in (config.first_day, config.last_day):
+        if day:
+            known_before(observations, parse_day(day))
     days = days_between(config.first_day or newest - 29 * DAY, config.last_day or newest)
-    config = replace(config, first_day=str(days[0]), last_day=str(days[-1]))
-    fitted = [run for run in runs.all_runs(competition) if run.name == given.run and has_models(run)]
-    if fitted:
-        _backtest_of(fitted[0], observations, days)
+    if fitted is not None:
+        _backtest_of(fitted, observations, days)
         return
-    warnings = [*observations.warnings, *short_history(observations, config)]
+    config = replace(config, first_day=str(days[0]), last_day=str(days[-1]))
     before, *scored = periods_of(days, config.refit_days, config.backtest_days)
     if first_hour(before.days[0]) <= observations.start:
         raise UserError(
             f"--first-day {days[0]} leaves no data before {before.days[0]}, where the {config.backtest_days} days "
             f"begin that the first blend is fitted on: choose a later --first-day, or fewer --backtest-days"
         )
+    warnings = [*observations.warnings, *short_history(known_before(observations, before.days[0]), config)]
     run = started(competition, found, config, given)
     for warning in warnings:
         run.log(f"warning: {warning}")
@@ -240,28 +276,29 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
         past_days = np.concatenate([past_days, period.days])
         past = {name: np.concatenate([past[name], found_forecasts[name]]) for name in past}
     rows = summarise(run, parts, observations)
-    run.write_json(
-        "result.json",
+    together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
+    page = pictures.draw(run, observations, days, together)
+    run.write_result(
         {
             "monitor": "smape",
             "score": rows["blend"]["mean"],
             "metrics": rows,
             "learnt": {},
             "rows": len(days),
-            "finished": runs.now(),
         },
     )
-    together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
-    print(f"report: {pictures.draw(run, observations, days, together)}")
+    run.finish()
+    print(f"report: {page}")
 
 
 def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None:
-    """The fitted run as it is over the days; nothing is fitted or written into it."""
+    """Score the fitted run as it is over the days: no fits, and the tables go to backtest-FIRST-LAST/ in its folder."""
     config = run.config(Config)
     learnt = run.result["learnt"]
     forecasts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
     forecasts["blend"] = blended(learnt["blend"], forecasts, observations)
     print(f"{run.path}, fitted before {run.result['fitted_before']}")
+    warn_of_seen_days(run, days)
     summarise(
         replace(run, path=run.path / f"backtest-{days[0]}-{days[-1]}"), [(Period(0, days), forecasts)], observations
     )

@@ -38,12 +38,16 @@ def parse_id(text: str) -> tuple[str, int]:
 
 
 def stations_of(lines: Sequence[str]) -> tuple[str, ...]:
-    """The stations that the sample asks for, in its order; raises UserError when its header or an id is another's."""
+    """The stations that the sample asks for, in the organisers' order whatever its own is.
+
+    Raises UserError when its header or an id is another's.
+    """
     if not lines or tuple(lines[0].strip().split(",")) != COLUMNS:
         raise UserError(
             f"the sample submission starts with {lines[0] if lines else 'nothing'!r}: expected {','.join(COLUMNS)}"
         )
-    return tuple(dict.fromkeys(parse_id(line.split(",")[0])[0] for line in lines[1:] if line.strip()))
+    asked = {parse_id(line.split(",")[0])[0] for line in lines[1:] if line.strip()}
+    return tuple(station for station in STATIONS if station in asked)
 
 
 def grid(forecast: np.ndarray, network: Network) -> np.ndarray:

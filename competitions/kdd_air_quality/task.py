@@ -12,7 +12,7 @@ files, runs, the training loop of the network and the submission are the core's.
 from pathlib import Path
 
 from common.kaggle.source import Source
-from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config, with_one_model
+from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config, checked
 
 SOURCE = Source(
     slug="",
@@ -49,7 +49,7 @@ def train(competition: str, argv: list[str]) -> None:
     config, given = configured(parser, RECIPES, argv)
     from competitions.kdd_air_quality import pipeline
 
-    pipeline.train(competition, with_one_model(config), given)
+    pipeline.train(competition, checked(config), given)
 
 
 def predict(competition: str, argv: list[str]) -> None:
@@ -74,7 +74,7 @@ def backtest(competition: str, argv: list[str]) -> None:
     config, given = configured(parser, RECIPES, argv)
     from competitions.kdd_air_quality import pipeline
 
-    pipeline.backtest(competition, with_one_model(config), given)
+    pipeline.backtest(competition, checked(config), given)
 
 
 def _day_flags(parser) -> None:

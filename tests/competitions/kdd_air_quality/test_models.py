@@ -11,9 +11,9 @@ from common.engine.ranks import SINGLE
 from common.errors import UserError
 from common.fit import fit
 from common.run import Run
-from competitions.kdd_air_quality import blend, boosting, features, impute, linear, medians, metric, mlp, models
+from competitions.kdd_air_quality import blend, boosting, features, impute, linear, metric, mlp, models
 from competitions.kdd_air_quality.backtest import periods_of
-from competitions.kdd_air_quality.config import RECIPES, with_one_model
+from competitions.kdd_air_quality.config import RECIPES, checked
 from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
 from competitions.kdd_air_quality.stations import Network
 
@@ -204,12 +204,6 @@ def test_rows_hold_the_past_and_the_targets_in_their_places(observations):
     np.testing.assert_allclose(rows.forecast(relative)[1, :, 0], hours[31 * 24 : 31 * 24 + 48], rtol=1e-4)
 
 
-def test_the_blog_s_number_of_inputs():
-    network = Network()
-    assert mlp.input_count(network, 360, medians.windows_of("golden_8")) == 9_024
-    assert mlp.input_count(network, 420, medians.windows_of("fib_8")) == 10_464
-
-
 def test_the_raw_inputs_join_again_after_the_first_layer():
     model = mlp.ShortcutMLP(10, 4, 0.0).eval()
     assert model.rest[0].in_features == 14
@@ -336,7 +330,7 @@ def test_periods_are_refitted_and_the_first_blend_comes_from_before():
 
 def test_models_are_chosen_by_name():
     assert models.names_of(replace(CONFIG, models="boosting,medians")) == ["medians", "boosting"]
-    assert models.names_of(with_one_model(replace(CONFIG, model="mlp"))) == ["mlp"]
+    assert models.names_of(checked(replace(CONFIG, model="mlp"))) == ["mlp"]
     for wrong in ("", "medians,forest"):
         with pytest.raises(UserError, match="medians,linear,boosting,mlp,prophet"):
             models.names_of(replace(CONFIG, models=wrong))

@@ -63,6 +63,7 @@ def test_the_run_holds_its_scores_and_its_page(here):
     assert set(parts["by"]) == {"city", "pollutant", "station type", "station", "hour band", "hour ahead"}
     page = (home / "report.html").read_text()
     assert page.count("<img") == 4 and "http" not in page
+    assert not (home / "unfinished").exists()
 
 
 def test_a_forecast_has_the_same_bits_with_the_later_rows_deleted(here, tmp_path):
@@ -109,6 +110,59 @@ def test_short_ids_come_back_as_they_were(here):
     assert rows[49][0] == "aotizhongx_aq#0" and float(rows[49][1]) > 0
 
 
+def test_the_order_of_the_sample_moves_rows_and_no_forecast(here):
+    """The rows in another order, and London alone: every id keeps the value it had."""
+    words = ["predict", "kdd_air_quality", "--run", "a", "--first-day", "2018-03-31"]
+    path = here / "submissions" / "kdd_air_quality" / "a-2018-03-31.csv"
+    assert main([*words, "--data", "files"]) == 0
+    expected = {row[0]: row for row in rows_of(path)}
+    shutil.copytree(here / "files", here / "mixed")
+    header, *lines = (here / "files" / "sample_submission.csv").read_text().splitlines()
+    for chosen in (lines[::-1], [line for line in lines if "_aq" not in line]):
+        (here / "mixed" / "sample_submission.csv").write_text("\n".join([header, *chosen]) + "\n")
+        assert main([*words, "--data", "mixed"]) == 0
+        found = rows_of(path)
+        assert [row[0] for row in found[1:]] == [line.split(",")[0] for line in chosen]
+        assert found[1:] == [expected[row[0]] for row in found[1:]]
+
+
+def test_a_sample_with_other_stations_than_the_run_s_is_refused(here, capsys):
+    shutil.copytree(here / "files", here / "other")
+    path = here / "other" / "sample_submission.csv"
+    path.write_text(path.read_text().replace("CD1#", "KF1#"))
+    before = sorted((here / "submissions").rglob("*.csv"))
+    assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "other"]) == 1
+    error = capsys.readouterr().err
+    assert "KF1" in error and "make train" in error and sorted((here / "submissions").rglob("*.csv")) == before
+
+
+@pytest.mark.parametrize("city, other", [("Beijing", sample.LONDON), ("London", sample.BEIJING)])
+def test_one_city_alone(here, tmp_path, city, other):
+    """The way out that an empty city's message names: a sample submission without its stations."""
+    shutil.copytree(here / "files", tmp_path / "files")
+    header, *lines = (tmp_path / "files" / "sample_submission.csv").read_text().splitlines()
+    kept = [line for line in lines if line.split("#")[0] not in other]
+    (tmp_path / "files" / "sample_submission.csv").write_text("\n".join([header, *kept]) + "\n")
+    words = ["--recipe", "smoke", "--epochs", "1", "--boosting-rounds", "3", "--backtest-days", "4"]
+    assert main(["train", "kdd_air_quality", *words, "--data", str(tmp_path / "files"), "--run", city]) == 0
+    rows = rows_of(here / "submissions" / "kdd_air_quality" / f"{city}-2018-03-31.csv")
+    assert [row[0] for row in rows[1:]] == [line.split(",")[0] for line in kept]
+
+
+def test_what_is_missing_stands_beside_the_file(here, capsys):
+    """A folder with the last days only: less history than the longest window of the run."""
+    shutil.copytree(here / "files", here / "late")
+    for name in [file.name for file in (here / "late").glob("*.csv") if file.name != "sample_submission.csv"]:
+        frame = pd.read_csv(here / "late" / name)
+        time = next((c for c in frame if c in ("utc_time", "time", "MeasurementDateGMT")), None)
+        if time is not None:
+            frame[pd.to_datetime(frame[time], format="mixed") >= "2018-03-12"].to_csv(here / "late" / name, index=False)
+    assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "late", "--first-day", "2018-03-31"]) == 0
+    assert "20 days of history, the longest window has" in capsys.readouterr().out
+    sidecar = (here / "submissions" / "kdd_air_quality" / "a-2018-03-31.json").read_text()
+    assert any("20 days of history" in text for text in json.loads(sidecar)["warnings"])
+
+
 def test_backtest_refits_and_its_blend_is_of_the_period_before(here, capsys):
     words = ["backtest", "kdd_air_quality", *SMALL, "--data", "files", "--run", "b", "--refit-days", "3"]
     assert main([*words, "--first-day", "2018-03-20", "--last-day", "2018-03-24"]) == 0
@@ -126,6 +180,7 @@ def test_backtest_of_a_fitted_run_fits_nothing(here, capsys):
     assert main([*words, "--first-day", "2018-03-28", "--last-day", "2018-03-29"]) == 0
     shown = capsys.readouterr().out
     assert "fitted before 2018-04-01T00" in shown and "blend" in shown and "fits" not in shown
+    assert "know too much" in shown, "the run was fitted on these days"
 
 
 def test_a_finished_run_is_not_trained_again(here, capsys):
@@ -138,7 +193,15 @@ def test_a_finished_run_is_not_trained_again(here, capsys):
     [
         (["train", "--models", "forest"], "expected one or more of medians,linear,boosting,mlp,prophet"),
         (["train", "--beijing-windows", "silver_3"], "golden_1 to golden_8"),
-        (["train", "--last-day", "2017-01-01"], "before the data, which begin on 2018-01-01"),
+        (["train", "--last-day", "2017-01-01"], "which go from 2018-01-01 to 2018-03-31"),
+        (["train", "--last-day", "2018-04-20"], "which go from 2018-01-01 to 2018-03-31"),
+        (["train", "--first-day", "2018-03-01"], "make backtest"),
+        (["train", "--backtest-days", "0"], "expected at least 1"),
+        (["train", "--jobs", "0"], "-1 for one per core"),
+        (["backtest", "--refit-days", "0"], "expected at least 1"),
+        (["backtest", "--last-day", "2018-04-20"], "which go from 2018-01-01 to 2018-03-31"),
+        (["backtest", "--first-day", "2018-04-20"], "which go from 2018-01-01 to 2018-03-31"),
+        (["backtest", "--run", "a", "--last-day", "2018-04-20"], "which go from 2018-01-01 to 2018-03-31"),
         (["train", "--last-day", "2018-01-04"], "history"),
         (["predict", "--run", "a", "--first-day", "2019-01-01"], "which go from 2018-01-01 to 2018-03-31"),
         (["predict", "--run", "a", "--first-day", "soon"], "expected year-month-day"),

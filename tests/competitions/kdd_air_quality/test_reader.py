@@ -101,6 +101,28 @@ def test_other_columns_are_named_and_left_out(files):
     assert "strange.csv" in warning and "place, when, dust" in warning and "utc_time" in warning
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2,3\n1,2,3,4,5\n", b"stationId,utc_time,PM2.5\nd\xe9j\xe0,2018-01-01,3\n"]
+)
+def test_a_file_that_is_no_table_is_named_and_left_out(files, content):
+    expected = load(files).values
+    (files / "notes.csv").write_bytes(content)
+    observations = load(files)
+    (warning,) = observations.warnings
+    assert warning.startswith("notes.csv was not read: ")
+    np.testing.assert_array_equal(observations.values, expected)
+
+
+@pytest.mark.parametrize("others", ["", "dongsi_aq,2018-02-01 05:00:00,4,4,4\n"])
+def test_rows_without_a_time_are_left_out(files, others):
+    expected = load(files).values
+    (files / "a_first.csv").write_text(f"stationId,utc_time,PM2.5,PM10,O3\n{others}dongsi_aq,,999,999,999\n")
+    observations = load(files)
+    (warning,) = observations.warnings
+    assert "a_first.csv: 1 rows are left out" in warning
+    assert not (observations.values == 999).any() and observations.values.shape == expected.shape
+
+
 def test_unknown_stations_are_listed(files):
     pd.read_csv(files / HISTORY).iloc[:5].assign(stationId="atlantis_aq").to_csv(files / "more.csv", index=False)
     (warning,) = load(files).warnings
@@ -172,10 +194,11 @@ class TestTable:
     def test_ids_are_joined_by_name_not_by_place(self):
         lines = ["test_id,PM2.5,PM10,O3", "CD1#1,0,0,", "dongsi_aq#0,0,0,0"]
         network = Network(table.stations_of(lines))
-        forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # CD1 PM2.5, PM10, dongsi PM2.5, PM10, O3
+        assert network.stations == ("dongsi_aq", "CD1"), "the order of the series is not the sample's"
+        forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # dongsi PM2.5, PM10, O3, CD1 PM2.5, PM10
         assert list(table.rows(lines, forecast, network)) == [
-            ["CD1#1", "5.0000", "6.0000", ""],
-            ["dongsi_aq#0", "2.0000", "3.0000", "4.0000"],
+            ["CD1#1", "8.0000", "9.0000", ""],
+            ["dongsi_aq#0", "0.0000", "1.0000", "2.0000"],
         ]
 
     @pytest.mark.parametrize("line", ["nowhere_aq#1,0,0,0", "CD1#48,0,0,0", "CD1,0,0,0"])
