@@ -61,6 +61,9 @@ class LabelEmbedding:
         """
         if dim < 1 or smoothing < 0:
             raise UserError(f"dim {dim}, smoothing {smoothing}: expected dim of 1 or more and smoothing of 0 or more")
+        if (labels.data == 0).any():  # stored zeros are no labels
+            labels = labels.copy()
+            labels.eliminate_zeros()
         counts = np.asarray((labels != 0).sum(axis=0)).ravel().astype(np.int64)
         if not counts.any():
             raise UserError("no image has a label, so there is nothing to embed: expected a matrix with labels")
@@ -69,7 +72,8 @@ class LabelEmbedding:
         seen = np.flatnonzero(counts >= (1 if kind == "pmi" else max(1, least_images)))
         if not len(seen):
             raise UserError(
-                f"no label has {least_images} images (the most frequent has {counts.max()}): use a smaller least_images"
+                f"no label has {least_images} of the {labels.shape[0]} images (the most frequent has {counts.max()}): "
+                f"add labels, or train without the embedding head, --embedding 0 --clusters 0"
             )
         matrix = torch.from_numpy(
             pmi(labels[:, seen]) if kind == "pmi" else ppmi(labels[:, seen], diagonal, shift, smoothing)
@@ -77,7 +81,7 @@ class LabelEmbedding:
         if not bool(matrix.any()):
             raise UserError(
                 "the labels hold no mutual information (all images alike, or a shift above all of it): "
-                "train without the embedding head, --embedding-dim 0"
+                "train without the embedding head, --embedding 0 --clusters 0"
             )
         lengths = np.zeros(len(counts), np.float32)
         lengths[seen] = _lengths(matrix, kind)

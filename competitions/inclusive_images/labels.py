@@ -52,7 +52,6 @@ class Counts:
     repeated: int = 0  # the same image and label again
     unseen: int = 0  # trainable labels that no image has
     without_labels: int = 0  # images all of whose labels were dropped
-    without_file: int = 0  # images that have labels but no file
 
     def __str__(self) -> str:
         facts = [
@@ -60,7 +59,6 @@ class Counts:
             (self.untrainable.total(), f"rows of {len(self.untrainable)} codes that are not trainable"),
             (self.repeated, "repeated labels"),
             (self.without_labels, "images without a label"),
-            (self.without_file, "images without a file"),
         ]
         left_out = ", ".join(f"{count:,} {what}" for count, what in facts if count) or "nothing"
         return f"{self.rows:,} rows read, left out: {left_out}; {self.unseen:,} trainable labels never occur"

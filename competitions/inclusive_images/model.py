@@ -42,7 +42,8 @@ class TagNet(nn.Module):
         self.frozen = frozen
         self.dropout = nn.Dropout(dropout)
         sizes = {"labels": labels, "embedding": projections.shape[1], "count": 1}
-        self.heads = nn.ModuleDict({name: nn.Linear(self.backbone.num_features, sizes[name]) for name in heads})
+        width = _pooled_width(self.backbone)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in heads})
         self.register_buffer("projections", torch.from_numpy(projections))
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
@@ -68,6 +69,12 @@ class TagNet(nn.Module):
             directions = F.normalize(outputs["embedding"].float(), dim=1)
             outputs["labels"] = 8 * directions @ self.projections.T
         return outputs
+
+
+def _pooled_width(backbone: nn.Module) -> int:
+    """Features that the backbone hands to a head. `num_features` is another number where a hidden layer follows."""
+    with torch.no_grad():
+        return backbone.eval()(torch.zeros(1, *backbone.pretrained_cfg["input_size"])).shape[1]
 
 
 def start_from(model: TagNet, file: Path) -> None:

@@ -33,7 +33,7 @@ class Rows:
     paths: list[Path]
     labels: csr_matrix  # uint8 [n, m]
     folds: np.ndarray  # [n], -1 trains always
-    fitted: csr_matrix  # labels that the label vectors and the prior are fitted to: nothing that is held out
+    fitted: csr_matrix  # labels that the label vectors and the prior are fitted to: without those of a held-out fold
     test_ids: list[str]
     test_paths: list[Path]
     sample_name: str
@@ -70,6 +70,11 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     if config.labelled == "train" and config.fold.isdecimal():
         held = set(np.array(ids)[folds == int(config.fold)].tolist())
         fitted = fitted[np.array([str(image) not in held for image in train.ids])]
+    elif config.labelled == "train" and config.fold == "all":
+        announce(
+            "--fold all: every fold shares one set of label vectors, fitted on all training labels, the held-out ones "
+            "too; --fold 0 leaves them out"
+        )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
     test_ids = reader.read_submission_ids(raw, sample_name)
     test_paths, missing = _find(test_folder, test_ids)
@@ -97,7 +102,7 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
 
 
 def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding | None:
-    """The label vectors of the training labels that are not held out; None when nothing needs them."""
+    """The label vectors of `rows.fitted`; None when nothing needs them."""
     if not config.embedding and not config.clusters:
         return None
     return LabelEmbedding.fit(
@@ -106,19 +111,27 @@ def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding | None:
 
 
 def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
-    """Put the weights of the run --start-from into `model`; raises UserError when it has seen what is held out here."""
+    """Put the weights of the run --start-from into `model`.
+
+    Raises UserError when that run, or one that it started from itself, has seen what is held out here.
+    """
     from competitions.inclusive_images.model import start_from as take_over
 
+    folds = folding.fingerprint(rows.folds, rows.ids)
+    name = config.start_from
+    while name and config.fold != "none":
+        before = runs.load("inclusive_images", name)
+        its = before.config(type(config))
+        same = folds == before.origin["folds_fingerprint"] and its.fold == config.fold
+        without_tuning = its.labelled == "train" or (its.labelled == "validated" and its.fold == "0")
+        if not same and not (config.labelled == "tuning" and without_tuning):
+            raise UserError(
+                f"--start-from {config.start_from}: run {name} (--labelled {its.labelled} --fold {its.fold}) was "
+                f"trained on images that are held out here: repeat its --labelled, --fold, --folds and --seed, or use "
+                f"--labelled tuning after runs that have not seen the tuning images"
+            )
+        name = its.start_from
     run = runs.load("inclusive_images", config.start_from)
-    before = run.config(type(config))
-    same = folding.fingerprint(rows.folds, rows.ids) == run.origin["folds_fingerprint"] and before.fold == config.fold
-    unseen = config.labelled == "tuning" and before.labelled in ("train", "validated")
-    if config.fold != "none" and not same and not unseen:
-        raise UserError(
-            f"--start-from {config.start_from}: that run (--labelled {before.labelled} --fold {before.fold}) was "
-            f"trained on images that are held out here: repeat its --labelled, --fold, --folds and --seed, or use "
-            f"--labelled tuning"
-        )
     files = sorted(run.path.glob("fold-*/model.pt"))
     if len(files) != 1:
         raise UserError(
@@ -146,7 +159,6 @@ def _with_files(table: LabelTable, folder: Path, announce: Callable[[str], None]
             f"make data COMP=inclusive_images or from Open Images"
         )
     if missing:
-        table.counts.without_file = len(missing)
         announce(f"{folder}: {len(missing):,} of {len(table):,} labelled images have no file and are left out")
     kept = np.array([row for row, path in enumerate(paths) if path is not None])
     return table.take(kept), [paths[row] for row in kept]

@@ -74,7 +74,9 @@ class TagConfig(Config):
     embedding_dim: int = flag(512, "length of a label vector")
     embedding_kind: Literal["ppmi", "pmi"] = flag("ppmi", "what the label vectors factor; pmi is the blog's matrix")
     smoothing: float = flag(3.0, "imagined images added to every pair of labels", "images")
-    count: float = flag(0.0, "weight of the loss of the number of labels; 0 leaves the head out")
+    count: float = flag(
+        0.0, "weight of the loss of the number of labels, which only helps the training; 0 leaves the head out"
+    )
     clusters: int = flag(0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters")
 
 
@@ -191,10 +193,10 @@ def build(config: TagConfig, raw: RawData) -> Task:
 
     def learn(scores: Any, held: Any) -> dict[str, Any]:
         trims = (0, 1, 2, 3) if config.clusters else (0,)
-        return decision.learn(scores[:, :m], files.labels[held], prior, clusters, trims, config.seed)
+        return decision.learn(scores, files.labels[held], prior, clusters, trims, config.seed)
 
     def decide(scores: Any, learnt: dict[str, Any]) -> Any:
-        return decision.decide(scores[:, :m], learnt, default, prior, clusters)
+        return decision.decide(scores, learnt, default, prior, clusters)
 
     def lines(ids: Sequence[str], decisions: Any) -> list[tuple[str, str]]:
         found = decisions["labels"].cpu().numpy()
@@ -297,14 +299,11 @@ def _loss(config: TagConfig) -> Any:
 
 
 def _predict(config: TagConfig, outputs: Any) -> Any:
-    """Scores [B, m] of 0 to 1; with a count head also the number of labels, in the last column."""
-    import torch
-
+    """Scores [B, m] of 0 to 1."""
     from competitions.inclusive_images.decision import against_negatives
 
     logits = outputs["labels"]
-    scores = against_negatives(logits) if config.classifier and config.loss == "pvn" else logits.sigmoid()
-    return torch.cat((scores, outputs["count"]), dim=1) if config.count else scores
+    return against_negatives(logits) if config.classifier and config.loss == "pvn" else logits.sigmoid()
 
 
 def _metrics() -> tuple[Metric, ...]:

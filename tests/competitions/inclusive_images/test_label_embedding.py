@@ -168,7 +168,7 @@ def test_odd_inputs_never_give_nan():
         LabelEmbedding.fit(csr_matrix(np.ones((20, 4), np.uint8)), 2)
     with pytest.raises(UserError, match="no image has a label"):
         LabelEmbedding.fit(csr_matrix((20, 4), dtype=np.uint8), 2)
-    with pytest.raises(UserError, match="no label has 3 images"):
+    with pytest.raises(UserError, match="no label has 3 of the 5 images"):
         LabelEmbedding.fit(once, 2, least_images=3)
     with pytest.raises(UserError, match="dim 0"):
         LabelEmbedding.fit(once, 0)
@@ -181,6 +181,16 @@ def test_odd_inputs_never_give_nan():
         found.decode(np.zeros((1, 7), np.float32), 3)
     with pytest.raises(UserError, match="top_k"):
         found.decode(empty, 1000)
+
+
+def test_stored_zeros_are_no_labels():
+    labels = csr_matrix((np.random.default_rng(0).random((200, 12)) < 0.3).astype(np.uint8))
+    stored = csr_matrix(np.ones((200, 12), np.uint8))
+    stored.data[:] = labels.toarray().ravel()
+    assert stored.nnz > labels.nnz
+    found = LabelEmbedding.fit(stored, 6)
+    np.testing.assert_array_equal(found.vectors, LabelEmbedding.fit(labels, 6).vectors)
+    assert stored.nnz == 2400, "the matrix that was given stays as it was"
 
 
 def test_save_and_load(tmp_path):

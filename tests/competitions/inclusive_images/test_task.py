@@ -151,6 +151,22 @@ def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_p
         model.start_from(both, tmp_path / "alone.pt")
 
 
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "ghostnet_050", "resnet18"])
+def test_heads_fit_what_the_backbone_hands_over(raw, backbone):
+    """MobileNets and others have a hidden layer between `num_features` and the heads."""
+    network = built(raw, backbone=backbone).model().train()
+    outputs = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert outputs["labels"].shape == (2, 23) and outputs["embedding"].shape == (2, 16)
+
+
+def test_the_count_head_leaves_no_trace_in_the_predictions(raw):
+    """So that runs with and without one can be averaged."""
+    for count in (0.0, 0.01):
+        built_task = built(raw, count=count)
+        outputs = built_task.model().eval()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+        assert built_task.predict(outputs).shape == (2, 23)
+
+
 def test_embedding_alone_scores_the_labels(raw):
     built_task = built(raw, classifier=0.0, embedding=1.0, count=0.0)
     network = built_task.model().eval()
@@ -193,7 +209,7 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
     checkpoint.save(run.path / "fold-0" / "model.pt", {"model": trained.state_dict()})
 
     def start(**changes):
-        later = dataclasses.replace(config, start_from="first", **changes)
+        later = dataclasses.replace(config, **{"start_from": "first"} | changes)
         found = rows.read(later, raw, lambda message: None)
         network = task.build(later, raw).model()
         rows.start_from(later, found, network)
@@ -205,6 +221,17 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
         start(fold="1")
     with pytest.raises(UserError, match="trained on images that are held out here"):
         start(seed=1)
+    # A run that saw the tuning images, and one that only started from it: `tuned` may go on from neither.
+    for name, changes in (
+        ("everything", {"labelled": "validated", "fold": "none"}),
+        ("after", {"start_from": "everything", "fold": "none"}),
+    ):
+        run = runs.open_run("inclusive_images", name, dataclasses.replace(config, **changes), origin)
+        (run.path / "fold-none").mkdir()
+        checkpoint.save(run.path / "fold-none" / "model.pt", {"model": trained.state_dict()})
+        with pytest.raises(UserError, match=f"--start-from {name}: run everything"):
+            start(labelled="tuning", learns="heads", start_from=name)
+    start(fold="none", start_from="after")
     with pytest.raises(UserError, match="no such run"):
         rows.start_from(dataclasses.replace(config, start_from="other"), rows.read(config, raw, print), trained)
 
@@ -328,6 +355,7 @@ def test_pictures(raw, tmp_path):
         and "0.3000 with rules" in page
         and "boat" not in page.split("<img")[0]
     )
+    assert f"{len(held)} of them" in page
     for name in ("similarity", "map", "curves"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
