@@ -1,6 +1,8 @@
 """From probabilities to masks: is the class there at all, which regions count, and how far do they reach.
 
-Predictions are float [B, 4, 1 + 350 * 525]: the probability that the class is present, then that of every pixel.
+Predictions are float [B, 4, 2 + 350 * 525]: how present the class is, in the word of the class head and in that of the
+pixels, then the probability of every pixel. A network says all of them, and the mean over networks and views is taken
+of each: the presence of averaged pixels would be less than that of each network's, for which the gate is tuned.
 All comparisons happen in 255 steps, the resolution in which out-of-fold predictions are kept, so that a rule which
 was tuned on kept predictions decides the same on fresh ones.
 """
@@ -17,14 +19,15 @@ from torch.nn.functional import interpolate
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE
 
 STEPS = 255
-FOURTH_POWERS = (np.arange(STEPS + 1) / STEPS) ** 4
+SOURCES = ("head", "pixels")  # of the presence, in the order of the predictions' first columns
+FIRST_PIXEL = len(SOURCES)
 
 
 @dataclass(frozen=True)
 class Rule:
     """How one class is decided. Areas are pixels at 350x525, the rest are probabilities."""
 
-    gate: float = 0.5  # least presence (see `presence_of`); below it the class is absent
+    gate: float = 0.5  # least presence; below it the class is absent
     top: float = 0.5  # a region has pixels of at least this probability ...
     size: int = 1  # ... at least so many, connected
     bottom: float = 0.5  # and reaches as far as the probability stays above this
@@ -32,34 +35,31 @@ class Rule:
 
 
 def predict(outputs: dict[str, Tensor]) -> Tensor:
-    """Logits {"pixels" [B, 4, H, W], "classes" [B, 4]} -> predictions [B, 4, 1 + 350 * 525]."""
+    """Logits {"pixels" [B, 4, H, W], "classes" [B, 4]} -> predictions [B, 4, 2 + 350 * 525].
+
+    The presence by the pixels is the fourth root of their mean fourth power: large for few certain pixels as for many
+    likely ones.
+    """
     pixels = outputs["pixels"].sigmoid()
     shrinks = pixels.shape[-2] > SUBMISSION_SIZE[0]
     pixels = interpolate(pixels, SUBMISSION_SIZE, mode="bilinear", align_corners=False, antialias=shrinks)
-    return torch.cat((outputs["classes"].sigmoid().unsqueeze(2), pixels.flatten(2)), dim=2)
+    pixels = pixels.flatten(2)
+    presence = torch.stack((outputs["classes"].sigmoid(), pixels.pow(4).mean(2).pow(0.25)), dim=2)
+    return torch.cat((presence, pixels), dim=2)
 
 
 def flip_predictions(predictions: Tensor, dimension: int) -> Tensor:
     """Predictions of images that were flipped along `dimension` (-2 or -1), the right way round again."""
-    pixels = predictions[:, :, 1:].unflatten(2, SUBMISSION_SIZE).flip(dimension)
-    return torch.cat((predictions[:, :, :1], pixels.flatten(2)), dim=2)
+    pixels = predictions[:, :, FIRST_PIXEL:].unflatten(2, SUBMISSION_SIZE).flip(dimension)
+    return torch.cat((predictions[:, :, :FIRST_PIXEL], pixels.flatten(2)), dim=2)
 
 
 def in_steps(predictions: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions, float or kept uint8 -> presence uint8 [B, 4] and pixels uint8 [B, 4, 350, 525] of 0 to 255."""
+    """Predictions, float or kept uint8 -> presence uint8 [B, 4, 2] and pixels uint8 [B, 4, 350, 525] of 0 to 255."""
     if isinstance(predictions, Tensor):
         predictions = (predictions * STEPS).round().to(torch.uint8).cpu().numpy()
-    return predictions[:, :, 0], predictions[:, :, 1:].reshape(*predictions.shape[:2], *SUBMISSION_SIZE)
-
-
-def presence_of(classes: np.ndarray, pixels: np.ndarray, source: str) -> np.ndarray:
-    """What the gate compares, uint8 [B, 4], from uint8 [B, 4] and [B, 4, H, W]: the class head's word, or the pixels'.
-
-    The pixels' is the fourth root of their mean fourth power: large for few certain pixels as for many likely ones.
-    """
-    if source == "head":
-        return classes
-    return np.rint(STEPS * FOURTH_POWERS[pixels].mean((2, 3)) ** 0.25).astype(np.uint8)
+    presence, pixels = predictions[:, :, :FIRST_PIXEL], predictions[:, :, FIRST_PIXEL:]
+    return presence, pixels.reshape(*predictions.shape[:2], *SUBMISSION_SIZE)
 
 
 def force_best(presence: np.ndarray) -> np.ndarray:
@@ -96,9 +96,9 @@ def convex_hulls(mask: np.ndarray) -> np.ndarray:
 
 
 def decide(predictions: Tensor, learnt: dict[str, Any]) -> Tensor:
-    """Predictions [B, 4, 1 + 350 * 525] and what the run learnt ({} before it did) -> masks uint8 [B, 4, 350, 525]."""
-    classes, pixels = in_steps(predictions)
-    presence = presence_of(classes, pixels, learnt.get("presence", "head"))
+    """Predictions [B, 4, 2 + 350 * 525] and what the run learnt ({} before it did) -> masks uint8 [B, 4, 350, 525]."""
+    presence, pixels = in_steps(predictions)
+    presence = presence[:, :, SOURCES.index(learnt.get("presence", "head"))]
     if learnt.get("force_best", False):
         presence = force_best(presence)
     masks = np.zeros(pixels.shape, np.uint8)

@@ -1,6 +1,5 @@
 """The network: uint8 images in, logits of the four masks and of the four classes out."""
 
-import os
 import threading
 import urllib.error
 import urllib.request
@@ -9,7 +8,7 @@ from contextlib import contextmanager, suppress
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import batch_norm, pad
 
 from common.errors import UserError
 from competitions.clouds.reader import CLASSES
@@ -17,7 +16,7 @@ from competitions.clouds.reader import CLASSES
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIVISOR = 32  # of the sides that every encoder can halve five times
 TOP_PIXELS = 10
-REACHABLE_SECONDS = 15.0  # to answer once; a download that then stalls is given up after as many seconds
+REACHABLE_SECONDS = 15.0  # to answer once; a download that then stalls is tried again after as many seconds
 
 
 class CloudNet(nn.Module):
@@ -42,6 +41,9 @@ class CloudNet(nn.Module):
                 f"--architecture {architecture} --encoder {encoder} cannot be built ({error}): expected an encoder of "
                 f"segmentation-models-pytorch such as resnet34 or efficientnet-b3, or tu- and a timm name"
             ) from error
+        for module in self.net.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SingleValueNorm  # in place: names and weights stay those of the library
         if architecture == "fpn":
             self.net.decoder.merge = Sum()
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -60,6 +62,19 @@ class CloudNet(nn.Module):
         return {"pixels": pixels, "classes": classes}
 
 
+class SingleValueNorm(nn.BatchNorm2d):
+    """BatchNorm that leaves a single value per channel to its running statistics, where the library's raises an error.
+
+    Decoders that normalise globally pooled features (deeplabv3plus, pan, upernet) meet that in micro-batches of one
+    image: the value minus its own mean would be 0.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training and inputs.numel() == inputs.shape[1]:
+            return batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(inputs)
+
+
 class Sum(nn.Module):
     """The sum of maps of one shape, without the library's copy of all of them: a tenth of an FPN's step on a CPU."""
 
@@ -70,20 +85,21 @@ class Sum(nn.Module):
 def load_encoder_weights(model: CloudNet, encoder: str) -> None:
     """Put the encoder's published ImageNet weights into a fresh model.
 
-    Raises UserError within a minute when they are neither in the cache nor can be fetched; never goes on without.
+    Raises UserError when they are neither in the cache nor can be fetched: at once when nothing answers, in minutes
+    when a download stalls. Never goes on without.
     """
-    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
-        os.environ.setdefault(name, str(int(REACHABLE_SECONDS)))
+    import httpx2
+
     weights = True if encoder.startswith("tu-") else "imagenet"
     try:
         with _cache_only_unless_reachable():
-            source = smp.encoders.get_encoder(encoder, weights=weights)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+            source = smp.encoders.get_encoder(encoder, depth=model.net.encoder._depth, weights=weights)
+    except (OSError, KeyError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"--encoder-weights imagenet: those of {encoder} are not in the cache and cannot be fetched "
             f"({reason[0][:120]}): connect to the network, or set HF_HOME to a folder that holds them, or train from "
-            f"scratch with --encoder-weights none"
+            f"scratch with --encoder-weights none --encoder-lr 1"
         ) from error
     model.net.encoder.load_state_dict(source.state_dict())
 
@@ -93,12 +109,15 @@ def _cache_only_unless_reachable():
     """Let the hub's library look into its cache only when the hub does not answer, instead of retrying for minutes."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    names = ("HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")  # read from these, once imported
+    before = {name: getattr(constants, name) for name in names}
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = REACHABLE_SECONDS
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        for name, value in before.items():
+            setattr(constants, name, value)
 
 
 def _answers(url: str) -> bool:

@@ -38,7 +38,7 @@ def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
 def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: CloudImages) -> None:
     predictions = np.load(run.path / "oof.npy", mmap_mode="r")
     row_of = {name: row for row, name in enumerate(files.images)}
-    rows = [row_of[name] for name in (run.path / "oof_ids.txt").read_text().split()]
+    rows = [row_of[name] for name in (run.path / "oof_ids.txt").read_text().splitlines()]
     learnt = result["learnt"]
     truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
     scores = np.array([score(decided(predictions[at], learnt), truth[at]()) for at in range(len(rows))])

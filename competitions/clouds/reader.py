@@ -61,6 +61,10 @@ def read(raw: RawData) -> CloudFiles:
     test_classes = _test(raw)
     train_paths = _paths(folder / "train_images", images, "train.csv")
     test_paths = _paths(folder / "test_images", list(test_classes), "sample_submission.csv")
+    for image, labels in test_classes.items():
+        missing = [name for label, name in enumerate(CLASSES) if label not in labels]
+        if missing:
+            raise UserError(f"{raw.path}/sample_submission.csv: {image} has no row for {', '.join(missing)}: {AGAIN}")
     return CloudFiles(images, train_paths, runs, list(test_classes), test_paths, test_classes)
 
 

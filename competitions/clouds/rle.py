@@ -33,7 +33,7 @@ def problem(runs: np.ndarray, pixels: int) -> str | None:
     if lengths.min() < 1:
         at = int(lengths.argmin())
         return f"run {starts[at] + 1} {lengths[at]} has no pixels"
-    outside = (starts < 0) | (starts + lengths > pixels)
+    outside = (starts < 0) | (lengths > pixels - starts)  # their sum may be more than an int64 holds
     if outside.any():
         at = int(outside.argmax())
         return f"run {starts[at] + 1} {lengths[at]} is out of range, pixels are 1 to {pixels}"

@@ -79,6 +79,7 @@ FULL = replace(
     batch_size=16,
     size=(1400, 2100),
     encoder="efficientnet-b3",
+    micro_batch=1,  # "auto" starts with all sixteen: a CPU's memory is not refused, the process is killed
     checkpointing=True,
     keep_memory=False,
     lr=5e-4,
@@ -157,7 +158,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         decide=decision.decide,
         columns=reader.COLUMNS,
         rows=rows,
-        sample_submission=lambda: io.TextIOWrapper(raw.open("sample_submission.csv"), encoding="utf-8"),
+        sample_submission=lambda: io.TextIOWrapper(raw.open("sample_submission.csv"), "utf-8-sig", newline=""),
         valid=lambda values: rle.problem_of_text(values[0], reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]),
         learn=learn,
         pretrain=partial(_pretrain, config.encoder) if config.encoder_weights == "imagenet" else None,

@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from competitions.clouds.decision import STEPS, Rule, force_best, in_steps, presence_of, region_mask, to_learnt
+from competitions.clouds.decision import SOURCES, STEPS, Rule, force_best, in_steps, region_mask, to_learnt
 from competitions.clouds.reader import CLASSES
 
 LEVELS = tuple(round(0.2 + 0.05 * step, 2) for step in range(14))  # pixel probabilities 0.20 to 0.85
@@ -76,18 +76,18 @@ def image_dice(pixels: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def tables(predictions: np.ndarray, truth: Callable[[int], np.ndarray], source: str = "head") -> list[Table]:
-    """One table per class from kept predictions uint8 [m, 4, 1 + pixels]; `truth(i)`: bool [4, H, W] of the i-th.
+    """One table per class from kept predictions uint8 [m, 4, 2 + pixels]; `truth(i)`: bool [4, H, W] of the i-th.
 
-    `source` is where the presence is taken from, see `decision.presence_of`.
+    `source` is whose word the presence is, the head's or the pixels'.
     """
     count = len(predictions)
     dice = np.zeros((len(CLASSES), count, len(PAIRS), len(SIZES)), np.float32)
     empty = np.zeros((len(CLASSES), count), np.float32)
     presence = np.zeros((len(CLASSES), count), np.uint8)
     for image in range(count):
-        classes, pixels = in_steps(predictions[image : image + 1])
+        words, pixels = in_steps(predictions[image : image + 1])
         masks = truth(image)
-        presence[:, image] = presence_of(classes, pixels, source)[0]
+        presence[:, image] = words[0, :, SOURCES.index(source)]
         for label in range(len(CLASSES)):
             dice[label, image] = image_dice(pixels[0, label], masks[label])
             empty[label, image] = not masks[label].any()
@@ -170,8 +170,8 @@ def choose(table: Table, rows: np.ndarray, stage: str, hulls: Hulls | None = Non
 
 def held_out(
     found: Sequence[Table], stage: str, seed: int, hulls: Sequence[Hulls | None] = (None,) * len(CLASSES)
-) -> float:
-    """Mean Dice of images whose rules were chosen on the other parts of a split into five; mean of four splits."""
+) -> np.ndarray:
+    """Dice [m] of images whose rules were chosen on the other parts of a split into five; mean of four splits."""
     count = len(found[0].empty)
     scores = np.zeros((REPEATS, len(found), count))
     for repeat in range(REPEATS):
@@ -180,36 +180,48 @@ def held_out(
             for held in range(min(SPLITS, count)):
                 rule = choose(table, np.flatnonzero(part != held), stage, hulls[label])
                 scores[repeat, label, part == held] = dice_of(table, rule, hulls[label])[part == held]
+    return scores.mean((0, 1))
+
+
+def score_of_the_best(candidates: np.ndarray, seed: int) -> float:
+    """Mean of Dice [candidates, m] where each image has the candidate that is best on other images."""
+    count = candidates.shape[1]
+    scores = np.zeros((REPEATS, count))
+    for repeat in range(REPEATS):
+        part = np.random.default_rng((seed, repeat, 1)).permutation(count) % SPLITS
+        for held in range(min(SPLITS, count)):
+            best = candidates[:, part != held].sum(1).argmax()
+            scores[repeat, part == held] = candidates[best, part == held]
     return float(scores.mean())
 
 
 def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
     """Tune the rules of every class on kept predictions; keeps the stage that is best on images it was not tuned on.
 
-    The result, in plain types: "rules", "presence", "force_best", "held_out", the nested score of every stage, and
-    "score", that of what was chosen.
+    The result, in plain types: "rules", "presence", "force_best"; "held_out", the nested score of every stage; and
+    "score", that of choosing the stage as well, on other images than it is scored on.
     """
     found = tables(predictions, truth)
-    by_pixels = with_presence(
-        found, np.concatenate([presence_of(*in_steps(kept[None]), "pixels") for kept in predictions])
-    )
+    by_pixels = with_presence(found, np.asarray(predictions[:, :, SOURCES.index("pixels")]))
     candidates = {stage: ("head", stage, found) for stage in STAGES}
     candidates |= {f"{stage} by pixels": ("pixels", stage, by_pixels) for stage in STAGES if stage != "plain"}
-    scores = {name: held_out(of, stage, seed) for name, (_, stage, of) in candidates.items()}
-    best = max(scores, key=scores.__getitem__)
+    dice = {name: held_out(of, stage, seed) for name, (_, stage, of) in candidates.items()}  # [m] each
+    best = max(dice, key=lambda name: dice[name].mean())
     source, stage, found = candidates[best]
 
     with_best = with_presence(found, force_best(np.stack([table.presence for table in found], axis=1)))
-    scores["best class forced"] = held_out(with_best, stage, seed)
-    force = scores["best class forced"] > scores[best]
-    score = max(scores["best class forced"], scores[best])
-    found = with_best if force else found
+    dice["best class forced"] = held_out(with_best, stage, seed)
+    force = bool(dice["best class forced"].mean() > dice[best].mean())
+    best, found = ("best class forced", with_best) if force else (best, found)
 
     hulls = [Hulls(predictions, truth, label) for label in range(len(CLASSES))]
-    scores["convex hulls"] = held_out(found, stage, seed, hulls)
-    if scores["convex hulls"] <= score:
+    dice["convex hulls"] = held_out(found, stage, seed, hulls)
+    if dice["convex hulls"].mean() <= dice[best].mean():
         hulls = [None] * len(CLASSES)
-    score = max(scores["convex hulls"], score)
     rows = np.arange(len(predictions))
     rules = [choose(table, rows, stage, hull) for table, hull in zip(found, hulls, strict=True)]
-    return to_learnt(rules, force, source) | {"held_out": scores, "stage": stage, "score": score}
+    return to_learnt(rules, force, source) | {
+        "held_out": {name: float(of.mean()) for name, of in dice.items()},
+        "stage": stage,
+        "score": score_of_the_best(np.stack(list(dice.values())), seed),
+    }

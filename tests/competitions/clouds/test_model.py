@@ -2,8 +2,11 @@
 
 import threading
 import time
+from typing import get_args
 
+import httpx2
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from segmentation_models_pytorch.decoders.fpn.decoder import MergeBlock
 from torch import nn
@@ -12,6 +15,7 @@ from common.engine.prepare import prepare
 from common.errors import UserError
 from competitions.clouds import model as models
 from competitions.clouds.model import CloudNet, load_encoder_weights
+from competitions.clouds.task import Architecture
 
 
 def net(architecture="unet", encoder="resnet18", head="pooled", checkpointing=False):
@@ -68,6 +72,32 @@ def test_topk_is_the_mean_of_the_ten_largest_logits():
         [torch.stack([mask.flatten().sort().values[-10:].mean() for mask in image]) for image in outputs["pixels"]]
     )
     assert torch.allclose(outputs["classes"], slow, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_every_architecture_trains_on_a_single_image(architecture):
+    """Some normalise globally pooled features: one value per channel, of which there is no variance."""
+    network = net(architecture, "mit_b0" if architecture == "segformer" else "resnet18").train()
+    outputs = network(images(128, 192, batch=1))
+    (outputs["pixels"].square().mean() + outputs["classes"].sum()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    assert (
+        network.net.encoder.state_dict().keys()
+        == smp.encoders.get_encoder(
+            "mit_b0" if architecture == "segformer" else "resnet18", depth=network.net.encoder._depth, weights=None
+        )
+        .state_dict()
+        .keys()
+    ), "published weights fit"
+
+
+def test_one_value_per_channel_is_left_to_the_running_statistics():
+    norm, inputs = models.SingleValueNorm(3), torch.randn(1, 3, 1, 1)
+    norm.running_mean.fill_(0.5)
+    assert torch.allclose(norm.train()(inputs), norm.eval()(inputs)) and int(norm.num_batches_tracked) == 0
+    plain, several = nn.BatchNorm2d(3), torch.randn(2, 3, 1, 1)
+    norm = models.SingleValueNorm(3)
+    assert torch.equal(norm(several), plain(several)) and torch.equal(norm.running_mean, plain.running_mean)
 
 
 @pytest.mark.parametrize("head", ["pooled", "topk"])
@@ -140,13 +170,23 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     end.set()
 
 
+def test_a_download_that_stalls_is_one_line(monkeypatch):
+    def stalls(name, depth, weights):
+        raise httpx2.ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr(models, "_answers", lambda url: True)
+    monkeypatch.setattr(models.smp.encoders, "get_encoder", stalls)
+    with pytest.raises(UserError, match="timed out.*--encoder-weights none --encoder-lr 1"):
+        load_encoder_weights(net(), "resnet18")
+
+
 def test_weights_that_are_there_go_into_the_encoder(monkeypatch):
     network, source = net(), net().net.encoder
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(1)
     monkeypatch.setattr(models, "_answers", lambda url: True)
-    monkeypatch.setattr(models.smp.encoders, "get_encoder", lambda name, weights: source)
+    monkeypatch.setattr(models.smp.encoders, "get_encoder", lambda name, depth, weights: source)
     load_encoder_weights(network, "resnet18")
     for name, value in source.state_dict().items():
         assert torch.equal(network.net.encoder.state_dict()[name], value)

@@ -132,6 +132,10 @@ def sample_row(row):
         (sample_row("unknown.jpg_Fish,1 1"), ["sample_submission.csv names unknown.jpg", "test_images"]),
         (sample_row(f"{TEST_NAMES[0]}_Fish,1 1"), ["line 10", "not together"]),
         (sample_row(f"{TEST_NAMES[1]}_Fish,1 1"), ["line 10", "twice"]),
+        (
+            lambda f: write_rows(f, "sample_submission.csv", rows_of(f, "sample_submission.csv")[:-1]),
+            ["sample_submission.csv", TEST_NAMES[-1], "no row for"],
+        ),
         (sample_row(f"{TEST_NAMES[1]}_Dog,1 1"), ["sample_submission.csv line 10", "names no class"]),
     ],
 )

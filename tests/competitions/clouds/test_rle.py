@@ -118,6 +118,8 @@ def test_runs_that_touch_or_cross_columns():
         ("0 2", "run 0 2 is out of range, pixels are 1 to 100"),
         ("99 3", "run 99 3 is out of range, pixels are 1 to 100"),
         ("99999999999999999999 1", "not a whole number|out of range"),
+        ("5 9223372036854775807", "not a whole number|out of range"),
+        ("99999999999999999999 5", "not a whole number|out of range"),
         ("3 0", "run 3 0 has no pixels"),
         ("5 4 8 2", "run 8 2 overlaps the run 5 4"),
         ("20 2 3 2", "run 3 2 is not sorted, it starts before the run 20 2"),
