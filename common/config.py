@@ -34,7 +34,7 @@ class Config:
     optimizer: Literal["adamw", "adam", "radam", "sgd"] = flag("adamw", "optimizer; sgd uses Nesterov momentum")
     lr: float = flag(1e-3, "peak learning rate", "per optimizer step")
     weight_decay: float = flag(
-        1e-2, "weight decay, decoupled for adamw, in the gradient for the others; none on biases and normalisation"
+        1e-2, "weight decay, decoupled for adamw and radam, in the gradient of others; none on biases and normalisation"
     )
     momentum: float = flag(0.9, "momentum of sgd, beta1 of the others")
     schedule: Literal["cosine", "onecycle", "linear", "step", "constant"] = flag("cosine", "learning rate over the run")

@@ -147,8 +147,8 @@ def score(
 
 def load_models(run: Run, task: Task, config: Config, device: torch.device) -> list[nn.Module]:
     """The fold models of a run, in evaluation mode on `device`; raises UserError when one of them is missing."""
-    names = [f"fold-{fold}" for fold in range(config.folds)] if config.fold == "all" else [f"fold-{config.fold}"]
-    files = [run.path / name / "model.pt" for name in names]
+    folds = {"all": range(config.folds), "none": ["none"]}.get(config.fold) or [int(config.fold)]
+    files = [run.path / f"fold-{fold}" / "model.pt" for fold in folds]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise UserError(

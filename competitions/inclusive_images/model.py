@@ -74,7 +74,9 @@ class TagNet(nn.Module):
 def _pooled_width(backbone: nn.Module) -> int:
     """Features that the backbone hands to a head. `num_features` is another number where a hidden layer follows."""
     with torch.no_grad():
-        return backbone.eval()(torch.zeros(1, *backbone.pretrained_cfg["input_size"])).shape[1]
+        width = backbone.eval()(torch.zeros(1, *backbone.pretrained_cfg["input_size"])).shape[1]
+    backbone.train()
+    return width
 
 
 def start_from(model: TagNet, file: Path) -> None:
