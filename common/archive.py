@@ -20,6 +20,8 @@ CHUNK_BYTES = 1 << 17  # larger ones leave the processor cache, and take half as
 LARGEST_RATIO = 200
 HARMLESS_BYTES = 64 << 20  # archives that unpack to less than this may have any ratio
 DEEPEST_NESTING = 4
+# Truncated, of a wrong checksum, encrypted (RuntimeError), or packed in a way that zipfile does not know.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
 THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all run outside Python's lock
 
@@ -217,7 +219,7 @@ def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sho
                 size += len(chunk)
                 digest.update(chunk)
                 out.write(chunk)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGED as error:
         raise Damaged(f"{shown}: {member.filename} is damaged ({error})") from error
     except FileExistsError as error:
         raise Unsafe(f"{shown}: {member.filename} is there twice") from error

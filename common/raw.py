@@ -1,23 +1,20 @@
 """The raw data of a competition: a folder or the archive as it was downloaded, or the generated sample."""
 
 import hashlib
-import lzma
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.archive import DAMAGED, unpack
 from common.errors import UserError
 from common.files import not_written
 
 DATA = Path("data")
-# Truncated, of a wrong checksum, encrypted (RuntimeError), or packed in a way that zipfile does not know.
-DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class RawData:
             )
         try:
             return self._archive.open(name) if self._archive is not None else open(self.path / name, "rb")
-        except DAMAGED as error:
+        except (*DAMAGED, OSError) as error:
             raise UserError(
                 f"{self.path}: {name} cannot be read ({error}): download it again with "
                 f"make data COMP={self.competition}"
@@ -70,7 +67,7 @@ class RawData:
         try:
             with self.open(name) as stream:
                 return stream.read()
-        except DAMAGED as error:
+        except (*DAMAGED, OSError) as error:
             raise UserError(
                 f"{self.path}: {name} is damaged ({error}): download it again with make data COMP={self.competition}"
             ) from error
@@ -81,8 +78,6 @@ class RawData:
             return self.path
         target = self.cache / f"unpacked-{self.stamp()[:16]}"
         if not target.is_dir():
-            from common.archive import unpack
-
             unpack(self.path, target)
         return target
 
