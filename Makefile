@@ -7,7 +7,7 @@ PY     := .venv/bin/python
 LAUNCH := $(PY) -m common
 ifneq ($(NPROC)$(NNODES),)
 RENDEZVOUS := $(if $(NNODES),--nnodes $(NNODES) --rdzv-backend c10d --rdzv-endpoint $(MASTER),--standalone)
-LAUNCH := $(PY) -m torch.distributed.run $(RENDEZVOUS) --nproc-per-node $(or $(NPROC),1) -m common
+LAUNCH := $(PY) -m torch.distributed.run $(RENDEZVOUS) --nproc-per-node $(or $(NPROC),1) -m -- common
 endif
 
 # `make train COMP=clouds RECIPE=best ARGS="--epochs 3"` -> `python -m common train clouds --recipe best --epochs 3`

@@ -45,8 +45,8 @@ class Config:
     )
     swa: float = flag(
         0.0,
-        "the plain mean of the weights over this last part of the steps is evaluated and kept, with BatchNorm's "
-        "statistics estimated again for it; 0 is off",
+        "keep the plain mean of the weights over this last part of the steps, with BatchNorm's statistics estimated "
+        "again for it at the end (validations before have their mean); 0 is off",
         "fraction of the steps",
     )
     # Evaluation and stopping.
@@ -178,7 +178,11 @@ def checked(config: ConfigType) -> ConfigType:
         ("batch-size", config.batch_size >= 1, "at least 1"),
         ("folds", config.folds >= 2, "at least 2"),
         ("ema", 0 <= config.ema < 1, "0 up to, not including, 1"),
-        ("swa", 0 <= config.swa <= 1 and not (config.swa and config.ema), "0 to 1, and 0 with --ema"),
+        (
+            "swa",
+            0 <= config.swa <= 1 and not (config.swa and (config.ema or config.patience or config.keep == "best")),
+            "0 to 1, together with --ema 0, --patience 0 and --keep last: the mean is of the last steps",
+        ),
         ("lr", config.lr > 0, "above 0"),
         ("weight-decay", config.weight_decay >= 0, "0 or more"),
         ("momentum", 0 <= config.momentum < 1, "0 up to, not including, 1"),

@@ -28,7 +28,7 @@ from common.files import remove_drafts, write_text
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
-from common.predict import AS_IS, Predictor
+from common.predict import AS_IS, Predictor, load_model
 from common.run import Run, progress
 from common.task import Task, View
 
@@ -86,6 +86,9 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         remove_drafts(folder)
     if ranks.share((folder / "model.pt").is_file()):
         _remove_checkpoints(folder, ranks)
+        if ranks.is_writer and fold is not None and not (folder / "oof.npy").is_file():
+            _predict_held_out_again(task, config, folder, np.flatnonzero(task.folds == fold))
+        ranks.barrier()
         return folder
     train_rows = np.flatnonzero(task.folds != fold) if fold is not None else np.arange(len(task.ids))
     held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
@@ -225,6 +228,14 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     ranks.barrier()  # nobody goes on before model.pt, which marks the fold as finished, is there
     _remove_checkpoints(folder, ranks)
     return folder
+
+
+def _predict_held_out_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
+    """The fold was part of a run whose predictions are joined already, and another fold of it is trained again."""
+    found, device = checkpoint.load(folder / "model.pt"), device_of(config)
+    model, views = load_model(found, task, config, device), task.views if config.views else AS_IS
+    batch_size = min(config.batch_size, found["micro_batch"])
+    write_out_of_fold(folder, Predictor([model], task, views, config, batch_size, device), rows)
 
 
 def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:

@@ -155,13 +155,15 @@ def load_models(run: Run, task: Task, config: Config, device: torch.device) -> l
             f"{', '.join(missing)} of {len(files)} models of the run {'is' if len(missing) == 1 else 'are'} missing: "
             f"delete {run.path / 'result.json'} and train what is missing with the run's command and RUN={run.name}"
         )
-    models = []
-    for file in files:
-        model = task.model()
-        model.load_state_dict(checkpoint.load(file)["model"])
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        models.append(model.to(device, memory_format=memory_format).eval())
-    return models
+    return [load_model(checkpoint.load(file), task, config, device) for file in files]
+
+
+def load_model(found: dict[str, Any], task: Task, config: Config, device: torch.device) -> nn.Module:
+    """The network of a model.pt, in evaluation mode on `device`."""
+    model = task.model()
+    model.load_state_dict(found["model"])
+    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+    return model.to(device, memory_format=memory_format).eval()
 
 
 def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config]], is_sample: bool) -> Path:
@@ -182,7 +184,7 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
         predictors.append(predictor)
         label = f"predicting {run.name}" if run is first_run else None
         streams.append(_sample_by_sample(predictor.batches(member_task.test, rows, label)))
-    learnt = _rules_of(members, task)
+    deciding, learnt = _rules_of(members)
 
     def csv_rows() -> Iterator[Sequence[Any]]:
         together = zip(*streams, strict=True)
@@ -191,12 +193,12 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
             mean = torch.stack(
                 [sum(p for _, p in member) / len(member) if len(member) > 1 else member[0][1] for member in chunk]
             )
-            yield from task.rows([task.test_ids[row] for row in index], task.decide(mean, learnt))
+            yield from task.rows([task.test_ids[row] for row in index], deciding.decide(mean, learnt))
         if unreadable := predictors[0].skipped:
-            reasons = "; ".join(f"{task.test_ids[row]}: {why}" for row, why in list(unreadable.items())[:5])
+            named = [f"{task.test_ids[row]}: {why.split(': replace')[0]}" for row, why in unreadable.items()][:5]
             raise UserError(
-                f"{len(unreadable)} test images cannot be read ({reasons}), and a submission needs every one: replace "
-                f"the files, then predict again with make predict COMP={competition} RUN={first_run.name}"
+                f"{len(unreadable)} test images cannot be read ({'; '.join(named)}), and a submission needs every one: "
+                f"replace the files, then predict again with make predict COMP={competition} RUN={first_run.name}"
             )
 
     name = "+".join(run.name for run, _, _ in members) + (
@@ -220,17 +222,16 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
     return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, origin)
 
 
-def _rules_of(members: Sequence[tuple[Run, Task, Config]], task: Task) -> Learnt:
-    """What was learnt by the only run, or by the one of several that scored best with it: their order is no matter."""
-    results = [(run, run.result or {}) for run, _, _ in members]
-    found = [(run, result["score"], result["learnt"]) for run, result in results if result.get("learnt")]
+def _rules_of(members: Sequence[tuple[Run, Task, Config]]) -> tuple[Task, Learnt]:
+    """Who decides, and with what it learnt: the run that scored best with its rules, whatever the order of the runs."""
+    found = [(run, task, run.result) for run, task, _ in members if (run.result or {}).get("learnt")]
     if not found:
-        return {}
-    better = max if task.metrics[0].higher_is_better else min
-    run, _, learnt = better(found, key=lambda entry: entry[1])
+        return members[0][1], {}
+    better = max if members[0][1].metrics[0].higher_is_better else min
+    run, task, result = better(found, key=lambda entry: entry[2]["score"])
     if len(members) > 1:
         print(f"decided by the rules of {run.name}, the best of these runs")
-    return learnt
+    return task, result["learnt"]
 
 
 def _sample_by_sample(batches: Iterator[tuple[np.ndarray, Tensor, Tree]]) -> Iterator[tuple[int, Tensor]]:
@@ -258,4 +259,7 @@ def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> 
         found = raw.of_run(run.origin, given.data, module.write_sample)
         samples.add(found.is_sample or run.origin["sample"])
         members.append((run, module.build(config, found), config))
-    print(f"submission: {write_submission(competition, members, is_sample=any(samples))}")
+    path = write_submission(competition, members, is_sample=any(samples))
+    if len(members) == 1 and not given.data:
+        members[0][0].finish()
+    print(f"submission: {path}")

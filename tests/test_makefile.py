@@ -44,7 +44,7 @@ def test_a_message_reaches_the_program_as_it_was_written():
 
 def test_several_processes_start_under_torchrun():
     line = command("train", "COMP=clouds", "NPROC=2")
-    assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m common train clouds" in line
+    assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- common train clouds" in line
     line = command("train", "COMP=clouds", "NPROC=4", "NNODES=2", "MASTER=host:29500")
     assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint host:29500 --nproc-per-node 4" in line
 

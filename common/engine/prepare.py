@@ -79,6 +79,8 @@ def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
         if run and (member is None or _layers(member) > 1 or len(run) == largest):
             step = run[0] if len(run) == 1 else nn.Sequential(*run)
             if len(run) > 1:
+                if getattr(run[0], "inplace", False):
+                    run[0].inplace = False  # what it would overwrite is the input that is kept
                 names += _wrap(f"{name}[{place - len(run)}:{place}]", step)
             steps.append(step)
             run = []

@@ -82,7 +82,7 @@ class Combined(nn.Module):
     def _columns(self, values: list[Tensor]) -> Tensor:
         if self.columns == 1:
             return values[0]
-        return torch.cat([value.reshape(len(value), -1) for value in values], 1)
+        return torch.cat([(value.flatten(1) if value.ndim > 1 else value[:, None]) for value in values], 1)
 
 
 def Heads(parts: dict[str, Loss | tuple[Loss, float]]) -> Combined:

@@ -243,6 +243,8 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     """`make backtest`: every model and the blend over a range of days, refitted as the days pass, or a run as it is."""
     models.names_of(config)
     fitted = next((run for run in runs.all_runs(competition) if run.name == given.run and has_models(run)), None)
+    if fitted is not None:
+        fitted.config(Config)  # says so when the run is of another version
     found, _, observations = opened(competition, given.data, fitted)
     newest = last_day(observations.end) - TRUTH_DAYS * DAY
     for day in (config.first_day, config.last_day):

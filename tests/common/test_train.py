@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -308,17 +309,18 @@ def test_the_seconds_of_an_epoch_before_a_kill_count(monkeypatch):
     assert abs(broken - straight) <= 0.2 * straight
 
 
-def test_a_missing_fold_is_named_and_no_csv_is_written():
-    folder = toy_train(fold="all")
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_missing_fold_is_named_and_trained_again(fold):
+    """No CSV without it; with it everything is as it was, though the other folds' predictions were joined already."""
+    straight, folder = toy_train("straight", fold="all"), toy_train(fold="all")
     table = Path("submissions/toy/one-sample.csv")
     table.unlink()
-    (folder / "fold-1" / "model.pt").unlink()
-    with pytest.raises(UserError, match="fold-1/model.pt of 3 models.*result.json.*RUN=one"):
+    shutil.rmtree(folder / f"fold-{fold}")
+    with pytest.raises(UserError, match=f"fold-{fold}/model.pt of 3 models.*result.json.*RUN=one"):
         toy_train(fold="all")
     assert not table.exists()
     (folder / "result.json").unlink()
-    toy_train(fold="all")
-    assert table.exists()
+    assert same(straight, toy_train(fold="all"))
 
 
 def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():

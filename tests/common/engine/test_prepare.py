@@ -28,7 +28,9 @@ def deep(blocks=6, width=20):
 def flat():
     """A plain nn.Sequential has no blocks of its own; its one larger member stays a member."""
     torch.manual_seed(0)
-    rows = [part for _ in range(8) for part in (nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Dropout(0.2))]
+    rows = []
+    for _ in range(8):
+        rows += [nn.BatchNorm1d(20), nn.Linear(20, 20), nn.ReLU(inplace=True), nn.Tanh()]
     return nn.Sequential(*rows[:16], Block(20), *rows[16:], nn.Linear(20, 6)).double()
 
 

@@ -121,3 +121,11 @@ def test_a_head_that_is_not_there_is_named():
         window_value(Heads({"labels": BCE()}), outputs, targets)
     with pytest.raises(UserError, match="at least one"):
         Weighted()
+
+
+def test_a_share_without_samples_has_rows_of_the_same_width(window):
+    """One of several processes may get no sample of a short window, or only unreadable ones."""
+    loss = Weighted((BCE(), 0.5), (BCE(present_only=True), 2.0), (Weighted((Focal(), 0.3), (BCE(True), 0.2)), 3.0))
+    outputs, targets, weights = window
+    for values in (loss(outputs, targets), loss(outputs[:0], targets[:0])):
+        assert values.shape[1:] == (loss.columns,) and loss.columns > 1

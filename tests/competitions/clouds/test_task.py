@@ -86,9 +86,11 @@ def test_an_unreadable_test_image_is_named_and_nothing_is_written(folder, here):
     message = output.strip().splitlines()[-1]
     assert TEST_NAMES[0] in message and "is truncated" in message and "make predict COMP=clouds RUN=one" in message
     assert not list(Path("submissions").rglob("*.csv"))
+    assert Path("runs/clouds/one/unfinished").exists() and "skip" not in message
     path.write_bytes(whole)
     code, output = run("predict", "clouds", "--run", "one")
     assert code == 0 and Path("submissions/clouds/one.csv").is_file(), output
+    assert not Path("runs/clouds/one/unfinished").exists()
 
 
 def test_averaged_runs_are_decided_by_the_better_ones_rules(folder, here):
