@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -32,6 +33,7 @@ from common.engine.step import Engine
 from common.losses import CrossEntropy, SoftFBeta, window_value
 from common.window import Window
 
+PROCESSES = Path("/proc")  # Linux only
 ACCUMULATE = 4
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "100000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 
@@ -252,6 +254,9 @@ def update_error(
 
 def memory_part() -> None:
     """Peak memory of a child process; every child holds the same 64 images."""
+    if not PROCESSES.exists():
+        print("memory: skipped, the peak of a process is read from Linux's /proc")
+        return
     cases = {"plain, batch 4": "plain", "this kit, window 64, micro-batch 4": "window", "whole batch of 64": "whole"}
     peaks = {}
     for name, case in cases.items():
@@ -277,7 +282,7 @@ def train_once(case: str) -> None:
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     optimizer, ((inputs, targets),) = torch.optim.AdamW(model.parameters()), batches_of((3, 128, 128), [64])
     engine = Engine(model, CrossEntropy(), optimizer, micro_batch=4, log=silent)
-    with open("/proc/self/clear_refs", "w") as switch:
+    with open(PROCESSES / "self/clear_refs", "w") as switch:
         switch.write("5")  # forget the peak of the imports
     before = resident("VmRSS")
     for step in range(3):
@@ -294,12 +299,13 @@ def train_once(case: str) -> None:
 
 def resident(which: str) -> float:
     """MiB of this process now (VmRSS) or at its peak (VmHWM)."""
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which)) / 1024
+    return next(int(line.split()[1]) for line in open(PROCESSES / "self/status") if line.startswith(which)) / 1024
 
 
 def machine() -> Iterator[str]:
     """Hardware and versions, a line each."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "unknown")
+    facts = (PROCESSES / "cpuinfo").read_text().splitlines() if PROCESSES.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in facts if "model name" in line), platform.machine())
     yield f"{cpu}, {os.cpu_count()} cores, 1 thread used, load {os.getloadavg()[0]:.1f}"
     yield f"Python {platform.python_version()}, torch {torch.__version__}"
     yield "peers: " + ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PEERS)

@@ -45,13 +45,18 @@ class Entry:
 def unpack(archive: Path, target: Path) -> dict[str, Entry]:
     """Unpack `archive`, and the archives in it, as the new folder `target`; returns its files by relative name.
 
-    Works in a folder beside the target and renames it: raises Damaged or Unsafe and leaves nothing behind.
+    Works in a folder beside the target and renames it: raises Damaged or Unsafe and leaves nothing behind. Several
+    processes may do so at once, and the first keeps its folder.
     """
     draft = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         entries = unpack_into(archive, draft)
-        draft.rename(target)
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return entries
@@ -211,7 +216,7 @@ def _make_folder(path: Path, folder: Path, shown: str) -> None:
 
 
 def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, shown: str) -> Entry:
-    """Write one file with the archive's time; raises Damaged when its length or checksum is not the packed one."""
+    """Write one file; raises Damaged when its length or checksum is not the packed one."""
     digest, size = hashlib.sha256(), 0
     try:
         with stream.open(member) as source, open(target, "xb") as out:

@@ -13,10 +13,14 @@ from common.errors import UserError
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
 def not_written(path: Path, error: OSError) -> UserError:
+    remedy = "Make it writable for you" if error.errno in FORBIDDEN else f"Free disk space in {path.parent}"
     return UserError(
         f"{path} could not be written ({error.strerror or error}); the file that was there is untouched. "
-        f"Free disk space in {path.parent} and repeat the same command"
+        f"{remedy} and repeat the same command"
     )
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.archive import DAMAGED, unpack
+from common.archive import DAMAGED, Damaged, unpack
 from common.errors import UserError
 from common.files import not_written
 
@@ -78,7 +78,13 @@ class RawData:
             return self.path
         target = self.cache / f"unpacked-{self.stamp()[:16]}"
         if not target.is_dir():
-            unpack(self.path, target)
+            try:
+                unpack(self.path, target)
+            except Damaged as error:
+                raise UserError(
+                    f"{self.path}: {error}: download it again with make data COMP={self.competition}, or pass "
+                    "DATA=/path/to/folder-or-zip"
+                ) from error
         return target
 
     def stamp(self, *names: str) -> str:
@@ -120,7 +126,7 @@ def find(competition: str, given: str | None, write_sample: Callable[[Path], Non
             )
         return RawData(_only_archive(path), competition)
     home = DATA / competition
-    if home.is_dir() and any(home.iterdir()):
+    if home.is_dir() and _visible(home):
         return RawData(_only_archive(home), competition)
     announce(
         f"sample: no data in {home}, so this trains on a small generated sample. Real data: "
@@ -140,10 +146,15 @@ def of_run(origin: dict[str, Any], given: str | None, write_sample: Callable[[Pa
 def _only_archive(path: Path) -> Path:
     """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.name != "cache" and not file.name.startswith(".")]
+        files = _visible(path)
         if len(files) == 1 and files[0].suffix == ".zip":
             return files[0]
     return path
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What somebody put there: neither hidden nor the cache."""
+    return [file for file in folder.iterdir() if file.name != "cache" and not file.name.startswith(".")]
 
 
 def _sample(competition: str, write_sample: Callable[[Path], None]) -> Path:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,7 @@ from common.files import replacing
 SUBMISSIONS = Path("submissions")
 OFFENDERS = 5  # so many faults are named before the check gives up
 Validator = Callable[[Sequence[str]], str | None]
+csv.field_size_limit(2**31 - 1)  # the module's 131,072 characters are fewer than the run lengths of a ragged mask take
 
 
 def faults(rows: Iterable[Sequence[str]], sample: Iterable[Sequence[str]], valid: Validator | None) -> Iterable[str]:
@@ -59,11 +61,14 @@ def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = Non
             count += 1
             yield row
 
-    with open(path, newline="", encoding="utf-8") as stream:
-        for fault in faults(counted(csv.reader(stream)), csv.reader(sample_lines), valid):
-            found.append(fault)
-            if len(found) == OFFENDERS:
-                break
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            for fault in faults(counted(csv.reader(stream)), csv.reader(sample_lines), valid):
+                found.append(fault)
+                if len(found) == OFFENDERS:
+                    break
+    except (UnicodeDecodeError, csv.Error) as error:
+        found.append(f"after line {count}: not readable as a CSV in UTF-8 ({error})")
     if found:
         raise UserError(
             f"{path.name} is not a valid submission and was not kept: "
@@ -96,7 +101,8 @@ def write(
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with replacing(path.with_suffix(".json"), "w", encoding="utf-8") as stream:
             stream.write(json.dumps({**origin, "sha256": digest}, indent=2) + "\n")
-            stream.flush()  # on a full disk both files stay as they were
+            stream.flush()
+            os.fsync(stream.fileno())  # on a full disk both files stay as they were
             draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

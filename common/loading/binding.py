@@ -7,8 +7,10 @@ take one shared pair of generators instead, once per process.
 
 import random
 import site
+import sys
 import sysconfig
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +35,6 @@ LEAVES = (
     type(None),
     type,
     types.ModuleType,
-    types.BuiltinFunctionType,
     torch.Tensor,
     np.generic,
     np.dtype,
@@ -87,7 +88,7 @@ def held_generators(root: Any, name: str = "dataset") -> list[tuple[str, Any]]:
     """Every generator or albumentations transform reachable from `root`, with its path ("dataset.noise[2].rng").
 
     Looks into attributes, containers, partials, bound methods and, for functions outside of installed libraries,
-    their closures, defaults and the module variables that they name.
+    their closures, defaults and the variables that they name, of their own module and of those they import.
     """
     found, seen, waiting = [], {}, [(name, root)]
     while waiting:
@@ -109,13 +110,15 @@ def _parts(path: str, value: Any) -> Iterable[tuple[str, Any]]:
     """The objects directly inside `value`, with their paths."""
     if isinstance(value, dict):
         yield from ((f"{path}[{key!r}]", part) for key, part in value.items() if not isinstance(part, LEAVES))
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         yield from ((f"{path}[{place}]", part) for place, part in enumerate(value) if not isinstance(part, LEAVES))
     elif isinstance(value, np.ndarray):
         if value.dtype == object:
             yield from ((f"{path}[{place}]", part) for place, part in enumerate(value.flat))
     elif isinstance(value, types.MethodType):
         yield from ((path, value.__self__), (path, value.__func__))
+    elif isinstance(value, types.BuiltinFunctionType):
+        yield path, value.__self__  # rng.random kept as a function
     elif isinstance(value, types.FunctionType):
         yield from _parts_of_function(path, value)
     elif isinstance(value, partial):
@@ -136,14 +139,14 @@ def _parts_of_object(path: str, value: Any) -> Iterable[tuple[str, Any]]:
             if isinstance(part, (staticmethod, classmethod)):
                 part = part.__func__
             if isinstance(part, types.FunctionType):
-                if not _is_library(part):
+                if not _is_library(part.__code__.co_filename):
                     yield f"{path}.{attribute}", part
             elif isinstance(part, (*GENERATORS, list, tuple, dict)) or _takes_generators(part):
                 yield f"{path}.{attribute}", part  # class attributes
 
 
 def _parts_of_function(path: str, function: types.FunctionType) -> Iterable[tuple[str, Any]]:
-    if _is_library(function):
+    if _is_library(function.__code__.co_filename):
         return
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -155,13 +158,23 @@ def _parts_of_function(path: str, function: types.FunctionType) -> Iterable[tupl
     while codes:
         code = codes.pop()
         codes.extend(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-        for name in code.co_names:
-            if name in function.__globals__:
-                yield f"{function.__module__}.{name}", function.__globals__[name]
+        yield from _named(function.__module__, function.__globals__, set(code.co_names), set())
 
 
-def _is_library(function: types.FunctionType) -> bool:
-    return function.__code__.co_filename.startswith((*LIBRARIES, "<frozen"))
+def _named(module: str, variables: dict[str, Any], names: set[str], seen: set[str]) -> Iterable[tuple[str, Any]]:
+    """The variables of a module among `names`; of the modules among them, installed ones apart, the same again."""
+    seen.add(module)
+    for name in names:
+        value = variables.get(name, sys.modules.get(name))  # the latter is imported inside the function
+        if not isinstance(value, types.ModuleType):
+            yield f"{module}.{name}", value
+        elif value.__name__ not in seen and not _is_library(getattr(value, "__file__", None)):
+            yield from _named(value.__name__, vars(value), names, seen)
+
+
+def _is_library(file: str | None) -> bool:
+    """Whether the source is the interpreter's or an installed package's."""
+    return file is None or file.startswith((*LIBRARIES, "<frozen"))
 
 
 def _takes_generators(value: Any) -> bool:

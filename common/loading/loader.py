@@ -162,8 +162,13 @@ class Loader:
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),
             )
-        self._torch_loader.sampler.keys = keys
-        return iter(self._torch_loader)
+        sampler = self._torch_loader.sampler
+        sampler.keys = keys
+        arriving = iter(self._torch_loader)
+        while (loaded := next(arriving, None)) is not None:
+            yield loaded
+            if sampler.keys is not keys:
+                raise RuntimeError("an epoch went on after another was begun: the workers serve one at a time")
 
     def _finished(self, loaded: Loaded) -> Window:
         """The window on its device, with its pairs blended."""

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 
+from common import archive as common_archive
 from common import raw
 from common.errors import UserError
 
@@ -71,6 +72,28 @@ def test_what_a_file_manager_leaves_beside_the_archive(tmp_path):
     assert raw.find("toy", str(path.parent), sample, pytest.fail).path == path
 
 
+def test_hidden_files_and_the_cache_are_no_data(tmp_path):
+    (tmp_path / "data" / "toy" / "cache").mkdir(parents=True)
+    (tmp_path / "data" / "toy" / ".DS_Store").write_bytes(b"?")
+    assert raw.find("toy", None, sample, str).is_sample
+
+
+def test_processes_that_unpack_at_once_agree(tmp_path, monkeypatch):
+    path = archive(tmp_path / "toy.zip", train="a,b")
+    unpack_into, target = common_archive.unpack_into, raw.RawData(path, "toy").folder()
+    common_archive.shutil.rmtree(target)
+
+    def overtaken(packed, folder):
+        entries = unpack_into(packed, folder)
+        unpack_into(packed, target)  # another process is done first
+        return entries
+
+    monkeypatch.setattr(common_archive, "unpack_into", overtaken)
+    assert raw.RawData(path, "toy").folder() == target
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+    assert (target / "train.csv").read_text() == "a,b"
+
+
 def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
     origin = {"competition": "toy", "sample": True, "data": str(raw.find("toy", None, sample, str).path)}
     home = tmp_path / "data" / "toy"
@@ -126,8 +149,9 @@ def test_a_damaged_member_is_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[5000] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="train.csv is damaged.*CRC"):
-        raw.RawData(path, "toy").read("train.csv")
+    for use in (lambda data: data.read("train.csv"), lambda data: data.folder()):
+        with pytest.raises(UserError, match="toy.zip: .*train.csv is damaged.*CRC.*make data COMP=toy"):
+            use(raw.RawData(path, "toy"))
 
 
 def test_a_member_that_cannot_be_inflated_is_named(tmp_path):

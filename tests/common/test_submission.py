@@ -102,6 +102,39 @@ def test_a_disk_that_is_full_for_the_sidecar_keeps_both_old_files(tmp_path, monk
     assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
 
 
+def test_a_disk_that_is_full_when_the_sidecar_reaches_it_keeps_both_old_files(tmp_path, monkeypatch):
+    path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
+    before = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    synced = []
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 2:  # the first is the CSV's
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match="run.json could not be written"):
+        write(path, [(1, 1), (2, 1), (3, 1)])
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]
+
+
+def test_a_long_value_is_no_fault_and_another_encoding_is(tmp_path):
+    sample = ["id,runs\n", "a,\n"]
+    path = submission.write(tmp_path / "run.csv", ("id", "runs"), [("a", "1 2 " * 100_000)], sample, None, {})
+    assert submission.check(path, sample) == 1
+    path.write_bytes("id,runs\na,é\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not readable as a CSV in UTF-8"):
+        submission.check(path, sample)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "Free disk space in"), (errno.EACCES, "Make it writable")]
+)
+def test_the_remedy_fits_the_error(tmp_path, number, remedy):
+    assert remedy in str(files.not_written(tmp_path / "run.csv", OSError(number, "why")))
+
+
 def test_an_error_of_the_rows_is_not_taken_for_the_disks(tmp_path):
     def rows():
         yield (1, 7)

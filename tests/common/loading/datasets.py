@@ -9,6 +9,7 @@ import torch
 
 from common.loading.images import BadImage
 from common.window import Window, tensors_of
+from tests.common.loading import noises
 
 ROWS = 23
 
@@ -101,6 +102,32 @@ MODULE_GENERATOR = np.random.default_rng(0)
 class UsesModuleGenerator(Numbers):
     def sample(self, index: int, rng: np.random.Generator):
         return MODULE_GENERATOR.random(2), index
+
+
+class CallsModule(Numbers):
+    def sample(self, index: int, rng: np.random.Generator):
+        return noises.noise(), index
+
+
+class ImportsInside(Numbers):
+    def sample(self, index: int, rng: np.random.Generator):
+        from tests.common.loading.noises import noise
+
+        return noise(), index
+
+
+class HoldsMethod(Numbers):
+    def __init__(self):
+        super().__init__()
+        self.draw = random.Random(0).random
+
+    def sample(self, index: int, rng: np.random.Generator):
+        return np.array([self.draw(), self.draw()]), index
+
+
+class MakesItsOwnLater(Numbers):
+    def sample(self, index: int, rng: np.random.Generator):
+        return np.random.default_rng().random() if index == 5 else 0.0, index
 
 
 class HoldsClosure(Numbers):

@@ -1,4 +1,5 @@
 import random
+from collections import deque
 from functools import partial
 
 import albumentations as A
@@ -10,8 +11,18 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.binding import Binding, held_generators, kept_global_state
 from common.loading.loader import Loader
-from tests.common.loading import datasets
-from tests.common.loading.datasets import Everything, HoldsClosure, HoldsSystemRandom, MakesItsOwn, UsesModuleGenerator
+from tests.common.loading import datasets, noises
+from tests.common.loading.datasets import (
+    CallsModule,
+    Everything,
+    HoldsClosure,
+    HoldsMethod,
+    HoldsSystemRandom,
+    ImportsInside,
+    MakesItsOwn,
+    MakesItsOwnLater,
+    UsesModuleGenerator,
+)
 
 
 class Holder:
@@ -46,9 +57,9 @@ def test_generators_are_found_wherever_they_hide():
     assert paths(parts=[1, {"noise": (None, rng)}]) == {"dataset.parts[1]['noise'][1]"}
     assert paths(inner=Holder(deep=Holder(rng=torch.Generator()))) == {"dataset.inner.deep.rng"}
     assert paths(noise=lambda: rng.random()) == {"dataset.noise:rng"}
-    assert paths(noise=partial(np.add, rng.random)) == {"dataset.noise.args[1].__self__"} or paths(
-        noise=partial(lambda source: source.random(), rng)
-    ) == {"dataset.noise.args[0]"}
+    assert paths(noise=partial(np.add, rng.random)) == {"dataset.noise.args[0]"}
+    assert paths(draw=rng.random) == paths(draw=random.Random(0).random) == {"dataset.draw"}
+    assert paths(recent=deque([rng])) == {"dataset.recent[0]"}
     assert paths(noise=Draws().noise) == {"dataset.noise.rng", "dataset.noise.shared"}
     assert paths(inner=Slotted()) == {"dataset.inner.rng"}
     assert paths(old=np.random.RandomState(0), words=np.array([random.Random(0)])) == {
@@ -56,6 +67,8 @@ def test_generators_are_found_wherever_they_hide():
         "dataset.words[0]",
     }
     assert {path for path, _ in held_generators(UsesModuleGenerator())} == {f"{datasets.__name__}.MODULE_GENERATOR"}
+    for dataset in (CallsModule(), ImportsInside()):
+        assert {path for path, _ in held_generators(dataset)} == {f"{noises.__name__}.GENERATOR"}
     subset = torch.utils.data.Subset(Holder(rng=rng), [0])
     assert {path for path, _ in held_generators(subset)} == {"dataset.dataset.rng"}
 
@@ -153,6 +166,7 @@ def test_two_generators_of_a_sample_are_independent():
     [
         (HoldsSystemRandom(), r"^dataset.parts\['noise'\]\[1\] is a random.SystemRandom, which cannot be restarted"),
         (MakesItsOwn(), r"^row 0 of MakesItsOwn differs between two loads"),
+        (MakesItsOwnLater(), r"^row 5 of MakesItsOwnLater differs between two loads"),
     ],
 )
 def test_what_cannot_be_bound_is_refused_by_name(dataset, path, workers):
@@ -170,7 +184,9 @@ def test_a_batch_that_holds_a_generator_is_refused():
         Loader(dataset, orders.sequential(64), 8, seed=0)
 
 
-@pytest.mark.parametrize("dataset", [UsesModuleGenerator(), HoldsClosure()])
+@pytest.mark.parametrize(
+    "dataset", [UsesModuleGenerator(), CallsModule(), ImportsInside(), HoldsMethod(), HoldsClosure()]
+)
 def test_hidden_generators_are_the_same_in_workers(dataset):
     def load(workers):
         with Loader(dataset, orders.sequential(64), 8, seed=0, workers=workers) as loader:

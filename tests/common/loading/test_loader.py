@@ -133,6 +133,18 @@ def test_batches_are_the_same_for_any_batching_and_rank():
     assert digests(Batches(), world=4) == digests(Batches())
 
 
+def test_two_epochs_at_once_share_no_workers():
+    with Loader(Numbers(16), orders.sequential(16), 4, seed=0) as loader:
+        pairs = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
+        assert [(one.epoch, two.epoch, one.number) for one, two in pairs] == [(0, 1, number) for number in range(4)]
+    with Loader(Numbers(16), orders.sequential(16), 4, seed=0, workers=2) as loader:
+        left_early, other = loader.epoch(0), loader.epoch(1)
+        next(left_early)
+        assert [window.number for window in other] == [0, 1, 2, 3]
+        with pytest.raises(RuntimeError, match="after another was begun"):
+            next(left_early)
+
+
 def test_skipped_windows_are_not_loaded():
     class Counting(Numbers):
         def __init__(self):
