@@ -8,7 +8,7 @@ from common.kaggle import ledger, status
 from common.kaggle.credentials import find
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
-from common.kaggle.submit import refuse_nowhere
+from common.kaggle.submit import arrived, refuse_nowhere
 from common.submission import SUBMISSIONS
 
 
@@ -47,12 +47,19 @@ def board(competition: str, source: Source) -> None:
 def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row]:
     """The rows with Kaggle's newest scores, and a row for every submission that was not sent from here."""
     by_ref = {submission.ref: submission for submission in submissions}
-    found = [row.with_answer(by_ref[row.ref]) if row.ref in by_ref else row for row in rows]
-    known = {row.ref for row in rows}
+    refs = {row.ref for row in rows}
+    known = [submission for submission in submissions if submission.ref in refs]
+    found = []
+    for row in reversed(rows):  # newest first, as Kaggle lists them: equal messages meet in the order of sending
+        listed = by_ref.get(row.ref) if row.ref else arrived(submissions, known, Path(row.file).name, row.message)
+        if listed is not None:
+            known.append(listed)
+        found.append(row.with_answer(listed) if listed is not None else row)
+    refs = {submission.ref for submission in known}
     found += [
-        Row(time=submission.date, file=submission.file).with_answer(submission)
+        Row(time=submission.date, file=submission.file, message=submission.message).with_answer(submission)
         for submission in submissions
-        if submission.ref not in known
+        if submission.ref not in refs
     ]
     return sorted(found, key=lambda row: row.time)
 

@@ -78,9 +78,14 @@ def _written(competition: str) -> list[Candidate]:
             origin = json.loads(sidecar.read_text())
         except ValueError:
             continue  # not one of the kit's
-        if path.is_file() and isinstance(origin, dict) and "sha256" in origin:
+        if path.is_file() and _is_ours(origin):
             found.append(Candidate(path, origin))
     return sorted(found, key=lambda one: (one.origin.get("created", ""), one.path.stat().st_mtime_ns))
+
+
+def _is_ours(origin: Any) -> bool:
+    """Whether the content of a .json beside a .csv was written by the kit, not by whatever else made that file."""
+    return isinstance(origin, dict) and "sha256" in origin
 
 
 def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
@@ -88,9 +93,11 @@ def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
         try:
-            return Candidate(path, json.loads(sidecar.read_text()))
+            origin = json.loads(sidecar.read_text())
         except ValueError as error:
             raise UserError(f"{sidecar} cannot be read ({error}): write the submission again: make predict") from error
+        if _is_ours(origin):
+            return Candidate(path, origin)
     digest = Candidate(path, {}).sha256
     same = [candidate.origin for candidate in candidates if candidate.origin["sha256"] == digest]
     return Candidate(path, same[0] if same else {})

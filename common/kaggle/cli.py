@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -42,8 +43,25 @@ class Answer:
         return lines[-1][:300] if lines else f"it said nothing, exit status {self.status}"
 
 
-class Silent(UserError):
+class Transient(UserError):
+    """A failure that is over by itself: worth another look while something is waited for."""
+
+
+class Silent(Transient):
     """The program made no progress and was stopped."""
+
+
+@contextmanager
+def go_on_with(command: str) -> Iterator[None]:
+    """For what follows a step that must not be taken twice: errors and Ctrl-C name `command`, not the same command."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub("repeat the (same )?command", f"go on with {command}", str(error))
+        raise type(error)(re.sub("Repeat the (same )?command", f"Go on with {command}", text)) from error
+    except KeyboardInterrupt:
+        print(f"stopped: go on with {command}", file=sys.stderr)
+        raise SystemExit(130) from None  # the status of the command line for Ctrl-C
 
 
 def patience() -> float:
@@ -192,7 +210,7 @@ def explained(answer: Answer, account: Account, source: Source, what: str) -> Us
         )
         return UserError(
             f"{what}: Kaggle does not accept {account.where} (401){shadow}. Create a new token at "
-            "https://www.kaggle.com/settings/api"
+            "https://www.kaggle.com/settings/api, then repeat the same command"
         )
     if found(r"accept\b.*\brules", r"rules\b.*\baccept", "competitions.participate"):
         return UserError(
@@ -204,21 +222,24 @@ def explained(answer: Answer, account: Account, source: Source, what: str) -> Us
     if found("Max retries exceeded", "Name or service not known", "NameResolution", "Connection refused", "ProxyError",
              "Connection aborted", "RemoteDisconnected", "Network is unreachable", "Connection reset", "timed out",
              "Failed to resolve", "IncompleteRead"):  # fmt: skip
-        return UserError(
+        return Transient(
             f"{what}: Kaggle cannot be reached ({_shortened(said)}): check the network, and HTTPS_PROXY where there "
             "is a proxy, then repeat the same command"
         )
     if found(r"\b429\b", "Too Many Requests"):
-        return UserError(f"{what}: Kaggle asks to slow down (429): repeat the same command in some minutes")
+        return Transient(f"{what}: Kaggle asks to slow down (429): repeat the same command in some minutes")
     if found(r"\b5\d\d Server Error", r"Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out"):
-        return UserError(f"{what}: Kaggle itself fails ({said}): repeat the same command in some minutes")
+        return Transient(f"{what}: Kaggle itself fails ({said}): repeat the same command in some minutes")
     if found(r"\b403\b", "Forbidden", "Permission"):
         return UserError(
             f"{what}: Kaggle refuses it ({said}). Most often the rules are not accepted: open {source.rules_page} in "
             f"a browser as the owner of {account.where}, then repeat the same command"
         )
     if found(r"\b404\b", "Not Found"):
-        return UserError(f"{what}: Kaggle does not find it ({said}): check that {source.page} opens in a browser")
+        return UserError(
+            f"{what}: Kaggle does not find it ({said}): check that {source.page} opens in a browser, then repeat the "
+            "same command"
+        )
     return UserError(f"{what}: {said}. Repeat the same command; {source.page} shows whether the competition is open")
 
 

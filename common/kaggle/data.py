@@ -40,9 +40,9 @@ def fetch(
         raise UserError(f"{flag}: {competition} has no such choice: make data COMP={competition}")
     if (url or checksum) and source.slug:
         raise UserError(f"--url, --checksum: {competition} comes from {source.page}: make data COMP={competition}")
+    checksum = download.checked(checksum)
     home = DATA / competition
     with _locked(DATA / f".{competition}.download", competition) as lock:
-        stamp.recover(home)
         part, expected = ("labels", source.labels) if labels_only else ("all", source.archived)
         before = stamp.read(home)
         if not force and _is_complete(home, before, part):
@@ -58,8 +58,16 @@ def fetch(
                 )
             _refuse_unknown(home, before, force)
             now = _obtain(home, source, part, expected, Path(lock.name).parent, lock, url, checksum, force)
+            rest = before if part == "labels" and before is not None and before.part == "all" else None
+            if rest is not None:
+                now = now.added_to(rest)
             stamp.install(_draft(home), now, before)
             shutil.rmtree(Path(lock.name).parent, ignore_errors=True)
+            if rest is not None and (problems := now.damage()):
+                raise UserError(
+                    f"{home}: the label files are new, others are damaged ({stamp.listed(problems)}): fetch all again "
+                    f"with make data COMP={competition}"
+                )
             print(f"{home} is complete: {len(now.files):,} files, {now.size / 1e6:,.1f} MB ({now.source})")
     if images:
         _fetch_images(home, source, images)

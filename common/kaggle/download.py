@@ -1,6 +1,7 @@
 """Downloads that `make data` unpacks: a competition's archive, its label files, an archive at a plain address."""
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -170,6 +171,17 @@ def single_files(source: Source, account: Account, work: Path, draft: Path, lock
             raise explained(answer, account, source, f"downloading {name}")
         _refuse_partial(work, name)
         found |= archive.unpack_into(packed, draft) if packed.is_file() else archive.copy_into(plain, draft)
+    return found
+
+
+def checked(checksum: str) -> str:
+    """A checksum as hashlib spells it; raises UserError for anything but md5:... and sha256:... of their lengths."""
+    found = checksum.strip().lower()
+    if found and not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", found):
+        raise UserError(
+            f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256: and 64: "
+            'ARGS="--url ... --checksum sha256:..."'
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from common import run as runs
 from common.errors import UserError
 from common.files import write_text
 from common.kaggle import ledger, status
-from common.kaggle.cli import Answer, explained, kaggle
+from common.kaggle.cli import Answer, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
 from common.kaggle.notebook import notebook, pack
 from common.kaggle.output import fetch_output
@@ -66,10 +66,11 @@ def kernel(
         write_text(record, json.dumps(facts | {"pushed": runs.now()}, indent=2) + "\n")
     facts = json.loads(record.read_text())
     reference = facts["kernel"]
-    follow_notebook(account, source, competition, reference, wait, poll)
-    table = fetch_output(account, source, competition, reference)
-    if source.notebook_only:
-        submit_version(account, source, competition, facts, table, min(poll, 4.0))
+    with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
+        follow_notebook(account, source, competition, reference, wait, poll)
+        table = fetch_output(account, source, competition, reference)
+        if source.notebook_only:
+            submit_version(account, source, competition, facts, table, min(poll, 4.0))
 
 
 def username(account: Account, source: Source) -> str:
@@ -176,16 +177,22 @@ def _error_line(answer: Answer) -> str:
 
 
 def _until(look: Callable[[], str | None], label: str, wait: float, poll: float) -> str | None:
-    """Call `look` until it returns something, at most for `wait` seconds; None then."""
+    """Call `look` until it returns something, at most for `wait` seconds; then None, or its Transient error."""
     start, pause = time.monotonic(), poll
     with Progress(label) as progress:
         while True:
-            if found := look():
-                return found
+            failure = None
+            try:
+                if found := look():
+                    return found
+            except Transient as error:
+                failure = error
             seconds = time.monotonic() - start
+            if seconds + pause > wait and failure is not None:
+                raise failure
             if seconds + pause > wait:
                 return None
-            progress.update(f"{seconds:,.0f} s")
+            progress.update(f"{seconds:,.0f} s{', Kaggle fails now' if failure else ''}")
             time.sleep(pause)
             pause = min(1.3 * pause, 60)
 
@@ -227,10 +234,10 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
                         f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
     message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
     name = "submission.csv"
-    send(account, source, ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message], known, name,
-         message)  # fmt: skip
     sidecar = table.with_suffix(".json")
     origin = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message]
+    send(competition, account, source, arguments, known, name, message)
     row = ledger.Row(
         time=runs.now(),
         file=str(table),
@@ -238,5 +245,6 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         run=origin.get("run", ""),
         commit=f"notebook {facts['kernel']}/{facts['version']}",
         validation=str(origin["score"]) if origin.get("score") is not None else "",
+        message=message,
     )
-    follow(competition, account, source, row, known, name, message, SCORE_SECONDS, poll)
+    follow(competition, account, source, row, known, name, SCORE_SECONDS, poll)

@@ -26,6 +26,7 @@ class Row:
     status: str = "PENDING"
     ref: str = ""  # Kaggle's number of the submission
     reason: str = ""  # why Kaggle could not score it
+    message: str = ""  # tells which of Kaggle's submissions a row without a number is
 
     def with_answer(self, submission: Submission) -> "Row":
         return replace(
@@ -66,6 +67,10 @@ def write(competition: str, rows: list[Row]) -> None:
 
 
 def put(competition: str, row: Row) -> None:
-    """Append the row, or let it take the place of the one with its number."""
-    rows = [other for other in read(competition) if not row.ref or other.ref != row.ref]
+    """Append the row, or let it take the place of the one with its number or of itself from before it had one."""
+    rows = [
+        other
+        for other in read(competition)
+        if (other.ref != row.ref if other.ref else (other.time, other.file) != (row.time, row.file))
+    ]
     write(competition, [*rows, row])

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +30,10 @@ class Stamp:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
+
+    def added_to(self, whole: "Stamp") -> "Stamp":
+        """The stamp of a whole folder in which only the files of this one were replaced."""
+        return replace(whole, files=whole.files | self.files, times=whole.times | self.times)
 
     def write(self) -> None:
         facts = {
@@ -85,33 +91,78 @@ def listed(problems: list[str]) -> str:
 
 
 def install(draft: Path, stamp: Stamp, previous: Stamp | None) -> None:
-    """Put the complete folder `draft` in the place of the stamp's home, together with its stamp.
+    """Move the files in `draft` to the stamp's home, in the place of those that a previous `make data` brought.
 
-    Files that a previous `make data` did not bring (images fetched since) move over; those it brought are replaced.
-    The stamp goes first: at any moment the folder is either what a stamp says, or found damaged and made again.
+    Files that it did not bring (images fetched since, the user's own) stay where they are, so that nothing can be lost
+    on the way; one that is in the way of a new file moves to <home>.before. The stamp goes before the files: killed in
+    between, the folder is found damaged and made again.
     """
-    home = stamp.home
-    brought = {name.split("/")[0] for name in (previous.files if previous else {})} | {"cache"}
-    old = home.with_name(f".{home.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    stamp.write()
+    home, brought = stamp.home, previous.files if previous else {}
     try:
-        if home.is_dir():
-            home.rename(old)
-            for path in old.iterdir():
-                if path.name not in brought and not (draft / path.name).exists():
-                    path.rename(draft / path.name)
-        draft.rename(home)
+        _set_aside(home, list(_in_the_way(stamp, brought)))
+        stamp.write()
+        for name in brought.keys() - stamp.files.keys():
+            _remove(home, name)
+        shutil.rmtree(home / "cache", ignore_errors=True)  # was made from the old files
+        _merge(draft, home)
     except OSError as error:
-        raise UserError(f"{home} could not be put in place ({error.strerror}): check who owns {home.parent}") from error
-    shutil.rmtree(old, ignore_errors=True)
+        raise UserError(
+            f"{home} could not be put in place ({error}): check who owns it, then repeat the same command; it goes on "
+            "where it stopped"
+        ) from error
 
 
-def recover(home: Path) -> None:
-    """Undo the first half of an `install` that was killed between its two renames."""
-    old = home.with_name(f".{home.name}.old")
-    if old.is_dir() and not home.exists():
-        old.rename(home)
+def _in_the_way(stamp: Stamp, brought: dict[str, Entry]) -> Iterator[Path]:
+    """What lies where a new file or its folder has to, was not brought by `make data` and is not that very file."""
+    for name, entry in stamp.files.items():
+        parts = Path(name).parts
+        for depth in range(1, len(parts) + 1):
+            path, is_file = stamp.home.joinpath(*parts[:depth]), depth == len(parts)
+            if path.is_dir() and not is_file:
+                continue
+            if path.is_dir() or (
+                os.path.lexists(path)
+                and "/".join(parts[:depth]) not in brought
+                and not (is_file and path.is_file() and _is(path, entry))
+            ):
+                yield path
+            break
+
+
+def _set_aside(home: Path, paths: list[Path]) -> None:
+    if not paths:
+        return
+    aside, number = home.with_name(f"{home.name}.before"), 1
+    while aside.exists():
+        number += 1
+        aside = home.with_name(f"{home.name}.before{number}")
+    paths = list(dict.fromkeys(paths))
+    print(f"{aside} takes what is in the way of new files: {listed([str(path.relative_to(home)) for path in paths])}")
+    for path in paths:
+        target = aside / path.relative_to(home)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+
+
+def _remove(home: Path, name: str) -> None:
+    """Delete a file that the new data have no more, and folders that are empty then."""
+    path = home / name
+    if path.is_file():
+        path.unlink()
+        while (path := path.parent) != home and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _merge(source: Path, target: Path) -> None:
+    if target.is_dir():
+        for entry in source.iterdir():
+            _merge(entry, target / entry.name)
+    else:
+        shutil.move(source, target)  # a copy where `target` is on another disk
+
+
+def _is(file: Path, entry: Entry) -> bool:
+    return file.stat().st_size == entry.size and _sha256(file) == entry.sha256
 
 
 def _sha256(file: Path) -> str:

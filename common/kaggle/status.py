@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.kaggle.cli import explained, kaggle, watched
+from common.kaggle.cli import Transient, explained, kaggle, watched
 from common.kaggle.credentials import Account
 from common.kaggle.source import Source
 
@@ -42,7 +42,7 @@ def submissions(account: Account, source: Source) -> tuple[list[Submission], int
         found = json.loads(answer.out.strip().splitlines()[-1])
         return [Submission(**row) for row in found["submissions"]], found["left"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{what}: the answer cannot be read ({answer.last_line}): repeat the command") from error
+        raise Transient(f"{what}: the answer cannot be read ({answer.last_line}): repeat the same command") from error
 
 
 def leaderboard(account: Account, source: Source) -> list[float]:

@@ -7,7 +7,7 @@ from types import ModuleType
 from common.errors import UserError
 from common.kaggle import choose, ledger, status
 from common.kaggle.choose import Candidate
-from common.kaggle.cli import Silent, explained, kaggle
+from common.kaggle.cli import Silent, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
 from common.kaggle.progress import Progress
 from common.kaggle.source import Source
@@ -48,8 +48,8 @@ def submit(
     before = [row for row in ledger.read(competition) if row.sha256 == digest]
     if before and not force:
         raise UserError(
-            f"{candidate.path} was sent before ({before[-1].time}, {before[-1].status} {before[-1].public}): sending "
-            f"the same file again uses up a submission. To do so: make submit COMP={competition} FORCE=1"
+            f"{candidate.path} was sent before ({before[-1].time}, {before[-1].status} {before[-1].public or '-'}): "
+            f"sending the same file again uses up a submission. To do so: make submit COMP={competition} FORCE=1"
         )
     account = find()
     known, left = status.submissions(account, source)
@@ -61,7 +61,8 @@ def submit(
     print(f"sending {candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score} to {source.page}")
     print(f"message: {message}\nsubmissions left today: {'unknown' if left is None else left}")
 
-    send(account, source, ["-f", str(candidate.path), "-m", message], known, candidate.path.name, message)
+    arguments = ["-f", str(candidate.path), "-m", message]
+    send(competition, account, source, arguments, known, candidate.path.name, message)
     row = ledger.Row(
         time=now(),
         file=str(candidate.path),
@@ -69,8 +70,9 @@ def submit(
         run=candidate.run,
         commit=candidate.origin.get("commit", ""),
         validation="" if candidate.score is None else str(candidate.score),
+        message=message,
     )
-    follow(competition, account, source, row, known, candidate.path.name, message, wait, poll)
+    follow(competition, account, source, row, known, candidate.path.name, wait, poll)
 
 
 def refuse_nowhere(competition: str, source: Source) -> None:
@@ -88,29 +90,40 @@ def described(candidate: Candidate) -> str:
 
 
 def send(
-    account: Account, source: Source, arguments: list[str], known: list[Submission], name: str, message: str
+    competition: str,
+    account: Account,
+    source: Source,
+    arguments: list[str],
+    known: list[Submission],
+    name: str,
+    message: str,
 ) -> None:
     """Send, and raise UserError unless the program says that it did; it exits 0 when the upload fails.
 
     When the line breaks after the file has left, only Kaggle's list can tell whether it arrived.
     """
-    what = f"submitting {name}"
-    try:
-        answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
-    except Silent as error:
-        if arrived(status.submissions(account, source)[0], known, name, message):
+    what, failure = f"submitting {name}", None
+    with go_on_with(f"make board COMP={competition}"):  # as long as it may have arrived
+        try:
+            answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
+            if answer.status != 0:
+                failure = explained(answer, account, source, what)
+            elif "Successfully submitted" in answer.text:
+                return
+        except Silent as error:
+            failure = Transient(f"{what}: {error}")
+        unclear = failure is None or isinstance(failure, Transient)
+        if unclear and arrived(status.submissions(account, source)[0], known, name, message):
             return
-        raise UserError(f"{what}: {error}. It did not arrive: Kaggle does not list it") from error
-    if answer.status != 0:
-        raise explained(answer, account, source, what)
-    if "Successfully submitted" not in answer.text and not arrived(
-        status.submissions(account, source)[0], known, name, message
-    ):
-        said = [line for line in answer.out.splitlines() if line.strip()]
-        raise UserError(
-            f"{what}: the upload failed ({'; '.join(said)[:300] or 'no reason given'}), nothing was submitted: repeat "
-            f"the same command; if it fails again, upload {name} at {source.page}/submit"
-        )
+    if isinstance(failure, Transient):
+        raise UserError(f"{failure}. It did not arrive: Kaggle does not list it") from failure
+    if failure is not None:
+        raise failure
+    said = [line for line in answer.out.splitlines() if line.strip()]
+    raise UserError(
+        f"{what}: the upload failed ({'; '.join(said)[:300] or 'no reason given'}), nothing was submitted: repeat "
+        f"the same command; if it fails again, upload {name} at {source.page}/submit"
+    )
 
 
 def arrived(found: list[Submission], known: list[Submission], name: str, message: str) -> Submission | None:
@@ -130,16 +143,20 @@ def follow(
     row: ledger.Row,
     known: list[Submission],
     name: str,
-    message: str,
     wait: float,
     poll: float,
 ) -> None:
     """Wait until the submission is listed and scored, keep the ledger up to date, print the scores."""
     deadline, pause, looks, listed = time.monotonic() + wait, poll, 0, None
-    with Progress(f"waiting for the score of {name}") as progress:
+    with go_on_with(f"make board COMP={competition}"), Progress(f"waiting for the score of {name}") as progress:
+        ledger.put(competition, row)  # before any look: whatever happens now, the file is not sent again unasked
         while True:
-            listed = arrived(status.submissions(account, source)[0], known, name, message) or listed
-            looks += 1
+            failure = None
+            try:
+                listed = arrived(status.submissions(account, source)[0], known, name, row.message) or listed
+                looks += 1
+            except Transient as error:
+                failure = error
             if listed is not None:
                 row = row.with_answer(listed)
                 ledger.put(competition, row)  # at once: interrupted now, nothing of it is lost
@@ -151,9 +168,11 @@ def follow(
                     "before sending it again"
                 )
             left = deadline - time.monotonic()
+            if left <= 0 and failure is not None:
+                raise UserError(f"{name} is sent, but its score is not known: {failure}") from failure
             if left <= 0:
                 break
-            progress.update(f"{wait - left:.0f} s, at most {wait:.0f} s")
+            progress.update(f"{wait - left:.0f} s, at most {wait:.0f} s{', Kaggle fails now' if failure else ''}")
             time.sleep(min(pause, left))
             pause = min(1.5 * pause, 30)
     if listed is not None and listed.status == FAILED:

@@ -1,6 +1,7 @@
 """make data against everything that Kaggle, the network, the disk and an archive can do."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -121,6 +122,31 @@ def test_labels_alone(kaggle, source, capfd):
     assert len(kaggle.calls("DownloadDataFile")) == 1
     fetch(source)
     assert contents() == kaggle.files
+
+
+def with_images(kaggle, count=3):
+    kaggle.files |= {f"train_images/{n}.jpg": b"%d" % n for n in range(count)}
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    kaggle.archive = archive(kaggle.files)
+
+
+def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source):
+    with_images(kaggle)
+    fetch(source)
+    (HOME / "train.csv").write_text("spoilt")
+    kaggle.files["train.csv"] += b"2,1\n"
+    for force in (False, True):
+        fetch(source, labels_only=True, force=force)
+        assert contents() == kaggle.files
+        assert stamp.read(HOME).part == "all" and set(stamp.read(HOME).files) == set(kaggle.files)
+    asked = len(kaggle.asked)
+    fetch(source)
+    assert len(kaggle.asked) == asked, "all that the stamp says is there"
+    (HOME / "train_images/1.jpg").unlink()
+    with pytest.raises(UserError, match="others are damaged .train_images/1.jpg is missing.*make data COMP=toy"):
+        fetch(source, labels_only=True)
+    fetch(source)
+    assert contents()["train_images/1.jpg"] == b"1"
 
 
 def test_a_listing_of_many_pages_is_read_to_its_end(kaggle, source):
@@ -503,6 +529,70 @@ def test_files_put_there_by_hand_are_not_replaced_unasked(kaggle, source):
     assert contents() == {"train.csv": b"mine"} and kaggle.asked == []
 
 
+def own(*names: str) -> dict[str, bytes]:
+    """Files that the user has put there."""
+    files = {name: f"my {name}".encode() for name in names}
+    for name, content in files.items():
+        (HOME / name).parent.mkdir(parents=True, exist_ok=True)
+        (HOME / name).write_bytes(content)
+    return files
+
+
+def test_force_adds_to_files_put_there_by_hand(kaggle, source, capfd):
+    with_images(kaggle)
+    kept = own("train_images/mine.jpg", "notes.txt", "sample_submission.csv/old.csv")
+    (HOME / "train_images/0.jpg").write_bytes(kaggle.files["train_images/0.jpg"])
+    aside = own("train_images/1.jpg", "train.csv") | {
+        "sample_submission.csv/old.csv": kept.pop("sample_submission.csv/old.csv")
+    }
+    fetch(source, force=True)
+    assert contents() == kaggle.files | kept
+    assert contents(Path("data/toy.before")) == aside, "what is the same is not kept twice"
+    assert "data/toy.before takes what is in the way of new files: " in capfd.readouterr().out
+    fetch(source, force=True)
+    assert leftovers() == {"toy", "toy.before", "toy.stamp.json"}, "nothing of the user's is in the way now"
+    Path("data/toy.stamp.json").unlink()
+    changed = own("train.csv")
+    fetch(source, force=True)
+    assert contents(Path("data/toy.before2")) == changed and contents(Path("data/toy.before")) == aside
+
+
+def test_own_files_in_a_folder_of_the_data_outlive_another_download(kaggle, source):
+    with_images(kaggle)
+    fetch(source)
+    kept = own("train_images/mine.jpg", "extra/mine.jpg")
+    del kaggle.files["train_images/2.jpg"]
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    kaggle.archive = archive(kaggle.files)
+    fetch(source, force=True)
+    assert contents() == kaggle.files | kept, "a file that the competition has no more is gone"
+
+
+@pytest.mark.parametrize("stopped", ["b_images", ".toy.part"])
+def test_own_files_outlive_an_installation_that_is_stopped(kaggle, source, monkeypatch, stopped):
+    """By an entry that cannot be moved, as a mount point is, and by Ctrl-C between two renames."""
+    with_images(kaggle)
+    fetch(source)
+    kept = own("a_images/1.jpg", "b_images/1.jpg", "c_images/1.jpg", "train_images/mine.jpg")
+    rename = os.rename
+
+    def stubborn(old, new, **options):
+        if stopped == Path(old).name == "b_images":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        if stopped in Path(old).parts and stopped == ".toy.part":
+            raise KeyboardInterrupt
+        rename(old, new, **options)
+
+    monkeypatch.setattr(os, "rename", stubborn)
+    if stopped == ".toy.part":
+        with pytest.raises(KeyboardInterrupt):
+            fetch(source, force=True)
+        assert kept.items() <= contents().items()
+        monkeypatch.setattr(os, "rename", rename)
+    fetch(source, force=True)
+    assert contents() == kaggle.files | kept
+
+
 def test_choices_that_a_competition_does_not_have(kaggle, source):
     with pytest.raises(UserError, match="--labels-only: toy has no such choice"):
         fetch(replace(source, labels=()), labels_only=True)
@@ -518,8 +608,6 @@ def test_choices_that_a_competition_does_not_have(kaggle, source):
 @pytest.fixture
 def elsewhere(kaggle, monkeypatch):
     """The record of an archive on a server with the paths of zenodo.org; no Kaggle account is needed."""
-    import hashlib
-
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.delenv("http_proxy")
@@ -547,8 +635,22 @@ def test_plain_download_is_resumed(kaggle, elsewhere, monkeypatch):
 
 def test_plain_download_with_a_wrong_checksum_is_not_kept(kaggle, elsewhere):
     with pytest.raises(UserError, match="checksum is md5:.*, expected md5:00.*not kept"):
-        fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum="md5:00")
+        fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum=f"md5:{0:032}")
     assert leftovers() == set()
+
+
+def test_a_checksum_in_capital_letters_is_the_same(kaggle, elsewhere):
+    content = kaggle.blobs["/records/7/files/series.zip"]
+    checksum = f"SHA256:{hashlib.sha256(content).hexdigest().upper()}"
+    fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum=checksum)
+    assert len(contents()["series.tsf"]) == 2_000_000
+
+
+@pytest.mark.parametrize("checksum", [f"{0:032}", "md5:00", f"sha256:{0:032}", f"sha1:{0:040}", f"md5:{0:031}g"])
+def test_a_checksum_that_cannot_be_one_is_refused_before_the_download(kaggle, elsewhere, checksum):
+    with pytest.raises(UserError, match=f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256:"):
+        fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum=checksum)
+    assert kaggle.asked == []
 
 
 def test_another_copy_needs_a_checksum(kaggle, elsewhere):

@@ -1,5 +1,6 @@
 """make kernel: the code there, the notebook run, its results back; and every failure that exits 0 told."""
 
+import _thread
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ from common.errors import UserError
 from common.kaggle import kernel as kernels
 from common.kaggle.credentials import find
 from common.kaggle.notebook import OUTPUT, VERSION, notebook, pack
-from tests.common.kaggle.server import DROP, SLUG, Reply, archive
+from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
 GOOD = "id,label\n1,0\n2,1\n"
@@ -119,6 +120,42 @@ def test_code_that_is_not_taken(kaggle, source, fault, message):
     with pytest.raises(UserError, match=message):
         kernel(source)
     assert not Path("runs").exists() and not Path("submissions").exists()
+
+
+def test_a_blip_while_the_notebook_runs_is_waited_out(kaggle, source):
+    kaggle.on = {"GetKernelSessionStatus": [{"status": "RUNNING"}, Reply(503), DROP, {"status": "COMPLETE"}]}
+    kernel(source)
+    assert len(kaggle.calls("SaveKernel")) == 1 and Path("submissions/toy/001-best.csv").read_text() == GOOD
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"GetKernelSessionStatus": Reply(503)}, "asking for the notebook someone/kit-toy: Kaggle itself fails"),
+        ({"GetKernelSessionStatus": Reply(401)}, "Kaggle refuses it"),
+        ({"ListKernelSessionOutput": Reply(503)}, "fetching the output of someone/kit-toy: Kaggle itself fails"),
+    ],
+)
+def test_failures_after_the_push_name_the_command_that_pushes_nothing(kaggle, source, fault, message):
+    kaggle.on = fault
+    with pytest.raises(UserError, match=f"{message}.*go on with make kernel COMP=toy ARGS=--fetch") as raised:
+        kernel(source, wait=1)
+    assert "same command" not in str(raised.value)
+    kaggle.on = {}
+    kernel(source, fetch=True)
+    assert len(kaggle.calls("SaveKernel")) == 1 and Path("submissions/toy/001-best.csv").read_text() == GOOD
+
+
+def test_ctrl_c_after_the_push_names_the_command_that_pushes_nothing(kaggle, source, capfd):
+    def interrupted(body):
+        _thread.interrupt_main()
+        return HANG
+
+    kaggle.on = {"GetKernelSessionStatus": interrupted}
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as raised:
+        kernel(source)
+    assert raised.type is SystemExit and raised.value.code == 130
+    assert "stopped: go on with make kernel COMP=toy ARGS=--fetch" in capfd.readouterr().err
 
 
 @pytest.fixture

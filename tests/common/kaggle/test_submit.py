@@ -1,5 +1,6 @@
 """make submit and make board: nothing bad is sent, nothing is believed until Kaggle lists it, nothing is lost."""
 
+import _thread
 import csv
 import hashlib
 import json
@@ -13,7 +14,9 @@ import pytest
 from common.errors import UserError
 from common.kaggle import board as boards
 from common.kaggle import submit as submits
+from common.kaggle.ledger import Row
 from common.kaggle.source import Source
+from common.kaggle.status import SCORED, Submission
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -168,7 +171,7 @@ def test_the_round_trip(kaggle, module, capfd):
     assert row == {
         "file": "submissions/toy/001-best.csv", "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "run": "001-best",
         "commit": "abc123", "validation": "0.9", "public": "0.9", "private": "0.8", "status": "COMPLETE",
-        "ref": "1000", "reason": "",
+        "ref": "1000", "reason": "", "message": "001-best, recipe best, accuracy 0.90000, commit abc123",
     }  # fmt: skip
 
     with pytest.raises(UserError, match="was sent before .*COMPLETE 0.9.*FORCE=1"):
@@ -284,7 +287,108 @@ def test_success_that_is_not_listed_is_not_believed(kaggle, module, monkeypatch)
     kaggle.on = {"CreateSubmission": {"message": "Successfully submitted to Toy", "ref": 5}}
     with pytest.raises(UserError, match="said that 001-best.csv was submitted but does not list it"):
         submit(module)
-    assert ledger() == []
+    assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
+    with pytest.raises(UserError, match="was sent before .*PENDING.*FORCE=1"):
+        submit(module)
+
+
+@pytest.fixture
+def after_sending(kaggle):
+    """Let the listing answer with each of these in turn once something was submitted."""
+
+    def answers(*replies):
+        left = list(replies)
+
+        def listed(body):
+            if not kaggle.submissions or not left:
+                return kaggle.ListSubmissions(body)
+            reply = left.pop(0) if len(left) > 1 else left[0]
+            return reply() if callable(reply) else reply
+
+        kaggle.on = {"ListSubmissions": listed}
+
+    return answers
+
+
+def list_again(kaggle):
+    return lambda: kaggle.ListSubmissions({})
+
+
+def test_a_blip_after_sending_is_waited_out(kaggle, module, after_sending):
+    written()
+    after_sending(Reply(503), Reply(429), DROP, list_again(kaggle))
+    submit(module)
+    assert len(kaggle.uploads) == 1 and [(row["status"], row["ref"]) for row in ledger()] == [("COMPLETE", "1000")]
+
+
+def test_a_longer_failure_after_sending_leaves_it_to_the_board(kaggle, module, after_sending):
+    written()
+    after_sending(Reply(503))
+    with pytest.raises(UserError, match="001-best.csv is sent, but its score is not known: .*503") as raised:
+        submit(module, wait=0.01)
+    assert "go on with make board COMP=toy" in str(raised.value) and "same command" not in str(raised.value)
+    assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
+    with pytest.raises(UserError, match="was sent before .*PENDING"):
+        submit(module)
+    assert len(kaggle.submissions) == 1
+    kaggle.on = {}
+    boards.board("toy", module.SOURCE)
+    (row,) = ledger()
+    assert (row["status"], row["ref"], row["run"], row["validation"]) == ("COMPLETE", "1000", "001-best", "0.9")
+
+
+@pytest.mark.parametrize("fault", [Reply(401), Reply(403), Reply(404, "Not Found"), Reply(400, "odd")])
+def test_a_refusal_after_sending_names_the_board(kaggle, module, after_sending, fault):
+    written()
+    after_sending(fault)
+    with pytest.raises(UserError, match="[Gg]o on with make board COMP=toy") as raised:
+        submit(module)
+    assert "same command" not in str(raised.value) and len(ledger()) == 1
+
+
+def test_the_list_is_not_readable_when_it_alone_can_tell(kaggle, module, after_sending):
+    def lost(body):
+        kaggle.CreateSubmission(body)
+        return Reply(500)
+
+    written()
+    after_sending(Reply(503))
+    kaggle.on["CreateSubmission"] = lost
+    with pytest.raises(UserError, match="go on with make board COMP=toy"):
+        submit(module)
+    kaggle.on["ListSubmissions"] = kaggle.ListSubmissions
+    submit(module)
+    assert ledger()[-1]["status"] == "COMPLETE", "believed by the list where the answer said that it failed"
+
+
+def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, capfd):
+    def interrupted():
+        _thread.interrupt_main()
+        return HANG
+
+    written()
+    after_sending(interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as raised:
+        submit(module)
+    assert raised.type is SystemExit and raised.value.code == 130
+    assert "stopped: go on with make board COMP=toy" in capfd.readouterr().err
+    assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
+
+
+def test_rows_without_a_number_get_theirs_in_the_order_of_sending():
+    def listed(ref, message):
+        return Submission(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
+
+    rows = [
+        Row("2026-01-01T00:00:00Z", "a/x.csv", run="first", message="equal"),
+        Row("2026-01-02T00:00:00Z", "a/x.csv", run="second", message="equal"),
+        Row("2026-01-03T00:00:00Z", "a/x.csv", run="third", message="other", ref="3"),
+    ]
+    found = boards.refreshed(rows, [listed("4", "by hand"), listed("3", "other"), listed("2", "equal"),
+                                    listed("1", "equal")])  # fmt: skip
+    assert [(row.run, row.public) for row in found] == [
+        ("first", "0.1"), ("second", "0.2"), ("third", "0.3"), ("", "0.4")
+    ]  # fmt: skip
 
 
 def test_somebody_elses_submission_is_not_taken_for_ours(kaggle, module):
@@ -316,8 +420,11 @@ def test_unknown_limits_do_not_stop_a_submission(kaggle, module, capfd):
     assert "submissions left today: unknown" in capfd.readouterr().out and ledger()[0]["status"] == "COMPLETE"
 
 
-def test_a_file_of_the_users_own_is_sent_without_a_score(kaggle, module):
+@pytest.mark.parametrize("neighbour", [None, '{"weights": [0.5, 0.5]}', "[1, 2]"])
+def test_a_file_of_the_users_own_is_sent_without_a_score(kaggle, module, neighbour):
     Path("mine.csv").write_text(GOOD)
+    if neighbour:
+        Path("mine.json").write_text(neighbour)
     submit(module, file="mine.csv")
     assert (ledger()[0]["file"], ledger()[0]["run"], ledger()[0]["validation"]) == ("mine.csv", "", "")
 
