@@ -126,7 +126,7 @@ def find(competition: str, given: str | None, write_sample: Callable[[Path], Non
             )
         return RawData(_only_archive(path), competition)
     home = DATA / competition
-    if home.is_dir() and _visible(home):
+    if home.is_dir() and visible(home):
         return RawData(_only_archive(home), competition)
     announce(
         f"sample: no data in {home}, so this trains on a small generated sample. Real data: "
@@ -146,13 +146,13 @@ def of_run(origin: dict[str, Any], given: str | None, write_sample: Callable[[Pa
 def _only_archive(path: Path) -> Path:
     """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
     if path.is_dir():
-        files = _visible(path)
+        files = visible(path)
         if len(files) == 1 and files[0].suffix == ".zip":
             return files[0]
     return path
 
 
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     """What somebody put there: neither hidden nor the cache."""
     return [file for file in folder.iterdir() if file.name != "cache" and not file.name.startswith(".")]
 

@@ -17,7 +17,7 @@ from common.kaggle import download, stamp
 from common.kaggle.cli import end_orphan
 from common.kaggle.credentials import find
 from common.kaggle.source import Source, missing
-from common.raw import DATA
+from common.raw import DATA, visible
 
 
 def fetch(
@@ -120,7 +120,7 @@ def _is_complete(home: Path, before: stamp.Stamp | None, part: str) -> bool:
 
 def _refuse_unknown(home: Path, before: stamp.Stamp | None, force: bool) -> None:
     """Files that somebody put there by hand are not replaced unasked."""
-    found = [path.name for path in home.iterdir() if path.name != "cache"] if home.is_dir() else []
+    found = [path.name for path in visible(home)] if home.is_dir() else []
     if found and before is None and not force:
         raise UserError(
             f"{home} holds files that make data has not put there ({', '.join(sorted(found)[:3])}): move them away, "

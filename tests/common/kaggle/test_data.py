@@ -529,6 +529,13 @@ def test_files_put_there_by_hand_are_not_replaced_unasked(kaggle, source):
     assert contents() == {"train.csv": b"mine"} and kaggle.asked == []
 
 
+def test_what_a_file_manager_leaves_does_not_count(kaggle, source):
+    HOME.mkdir(parents=True)
+    (HOME / ".DS_Store").write_bytes(b"?")
+    fetch(source)
+    assert (HOME / "train.csv").is_file()
+
+
 def own(*names: str) -> dict[str, bytes]:
     """Files that the user has put there."""
     files = {name: f"my {name}".encode() for name in names}
