@@ -1,5 +1,6 @@
 """`make board`: validation against leaderboard for everything that was sent, as a table and a picture."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from common.errors import UserError
@@ -10,6 +11,8 @@ from common.kaggle.ledger import Row
 from common.kaggle.source import Source
 from common.kaggle.submit import arrived, refuse_nowhere
 from common.submission import SUBMISSIONS
+
+CLOCKS_DIFFER = timedelta(minutes=15)
 
 
 def board(competition: str, source: Source) -> None:
@@ -47,14 +50,18 @@ def board(competition: str, source: Source) -> None:
 def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row]:
     """The rows with Kaggle's newest scores, and a row for every submission that was not sent from here."""
     by_ref = {submission.ref: submission for submission in submissions}
-    refs = {row.ref for row in rows}
+    found, refs = list(rows), {row.ref for row in rows}
     known = [submission for submission in submissions if submission.ref in refs]
-    found = []
-    for row in reversed(rows):  # newest first, as Kaggle lists them: equal messages meet in the order of sending
-        listed = by_ref.get(row.ref) if row.ref else arrived(submissions, known, Path(row.file).name, row.message)
-        if listed is not None:
-            known.append(listed)
-        found.append(row.with_answer(listed) if listed is not None else row)
+    for by_name in (False, True):  # a message is surer than a name: all rows try theirs first
+        for place, row in reversed(list(enumerate(found))):  # newest first, as Kaggle lists them
+            if not row.ref:
+                start = _shortly_before(row.time) if by_name else ""
+                later = [submission for submission in submissions if submission.date[:19] >= start]
+                listed = arrived(later, known, Path(row.file).name, row.message, by_name)
+                if listed is not None:
+                    known.append(listed)
+                    found[place] = row.with_answer(listed)
+    found = [row.with_answer(by_ref[row.ref]) if row.ref in by_ref else row for row in found]
     refs = {submission.ref for submission in known}
     found += [
         Row(time=submission.date, file=submission.file, message=submission.message).with_answer(submission)
@@ -62,6 +69,11 @@ def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row
         if submission.ref not in refs
     ]
     return sorted(found, key=lambda row: row.time)
+
+
+def _shortly_before(time: str) -> str:
+    """The earliest date that Kaggle, whose clock may differ, can give to what was sent at `time`; both in UTC."""
+    return f"{datetime.fromisoformat(time) - CLOCKS_DIFFER:%Y-%m-%dT%H:%M:%S}"
 
 
 def table(rows: list[Row], scores: list[float], source: Source) -> str:

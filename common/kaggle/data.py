@@ -58,17 +58,18 @@ def fetch(
                 )
             _refuse_unknown(home, before, force)
             now = _obtain(home, source, part, expected, Path(lock.name).parent, lock, url, checksum, force)
-            rest = before if part == "labels" and before is not None and before.part == "all" else None
+            rest = before if part == "labels" and _has_others(home, before, now) else None
             if rest is not None:
                 now = now.added_to(rest)
             stamp.install(_draft(home), now, before)
             shutil.rmtree(Path(lock.name).parent, ignore_errors=True)
             if rest is not None and (problems := now.damage()):
-                raise UserError(
+                print(
                     f"{home}: the label files are new, others are damaged ({stamp.listed(problems)}): fetch all again "
                     f"with make data COMP={competition}"
                 )
-            print(f"{home} is complete: {len(now.files):,} files, {now.size / 1e6:,.1f} MB ({now.source})")
+            else:
+                print(f"{home} is complete: {len(now.files):,} files, {now.size / 1e6:,.1f} MB ({now.source})")
     if images:
         _fetch_images(home, source, images)
     return home
@@ -116,6 +117,13 @@ def _is_complete(home: Path, before: stamp.Stamp | None, part: str) -> bool:
     if problems:
         print(f"{home} is damaged ({stamp.listed(problems)}): fetching it again")
     return not problems
+
+
+def _has_others(home: Path, before: stamp.Stamp | None, labels: stamp.Stamp) -> bool:
+    """Whether more than the label files was fetched before and any of it is there; deleted data are not asked for."""
+    if before is None or before.part != "all":
+        return False
+    return any((home / name).is_file() for name in before.files.keys() - labels.files.keys())
 
 
 def _refuse_unknown(home: Path, before: stamp.Stamp | None, force: bool) -> None:

@@ -11,7 +11,7 @@ from common import run as runs
 from common.errors import UserError
 from common.files import write_text
 from common.kaggle import ledger, status
-from common.kaggle.cli import Answer, Transient, explained, go_on_with, kaggle
+from common.kaggle.cli import Answer, Silent, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
 from common.kaggle.notebook import notebook, pack
 from common.kaggle.output import fetch_output
@@ -21,6 +21,7 @@ from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
 from common.kaggle.submit import follow, send
 
 WAIT_SECONDS = 12 * 3600  # the longest that Kaggle lets a notebook run
+OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
 READY_SECONDS = 600  # until a new version of the code can be used by a notebook
 ARCHIVE = "kit.zip"
 ENDED = {"COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"}
@@ -67,7 +68,7 @@ def kernel(
     facts = json.loads(record.read_text())
     reference = facts["kernel"]
     with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
-        follow_notebook(account, source, competition, reference, wait, poll)
+        follow_notebook(account, source, competition, reference, wait, poll, 0.0 if fetch else OUTAGE_SECONDS)
         table = fetch_output(account, source, competition, reference)
         if source.notebook_only:
             submit_version(account, source, competition, facts, table, min(poll, 4.0))
@@ -157,17 +158,27 @@ def push_notebook(
     }
     _write_json(home / "kernel-metadata.json", facts)
     more = ["--accelerator", accelerator] if accelerator else []
-    answer = kaggle(account, "kernels", "push", "-p", str(home), *more)
-    what = f"pushing the notebook {reference}"
-    if answer.status != 0:
-        raise explained(answer, account, source, what)
+    what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
+    try:
+        answer = kaggle(account, "kernels", "push", "-p", str(home), *more)
+        failure = explained(answer, account, source, what) if answer.status != 0 else None
+    except Silent as error:
+        failure = Transient(f"{what}: {error}")
+    if isinstance(failure, Transient):
+        reason = str(failure).partition(": repeat the same command")[0]
+        raise UserError(
+            f"{reason}. Kaggle may have taken it all the same, and a second push trains a second time: look at {page} "
+            f"first, and if no new version runs there, make kernel COMP={competition} again"
+        ) from failure
+    if failure is not None:
+        raise failure
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
     if not pushed or "not valid" in answer.out:  # both exit 0
         problem = _error_line(answer)
         rules = f" Accept the rules at {source.rules_page}" if "competition sources" in problem else ""
-        raise UserError(f"{what}: {problem}.{rules} See https://www.kaggle.com/code/{reference}")
+        raise UserError(f"{what}: {problem}.{rules} See {page}")
     words = " ".join(("python -m common train", competition, *arguments))
-    print(f"notebook: https://www.kaggle.com/code/{reference} version {pushed.group(1)}: {words}")
+    print(f"notebook: {page} version {pushed.group(1)}: {words}")
     return {"kernel": reference, "version": int(pushed.group(1)), "code": version, "arguments": list(arguments)}
 
 
@@ -176,31 +187,41 @@ def _error_line(answer: Answer) -> str:
     return (lines[0] if lines else answer.last_line).rstrip(".")
 
 
-def _until(look: Callable[[], str | None], label: str, wait: float, poll: float) -> str | None:
-    """Call `look` until it returns something, at most for `wait` seconds; then None, or its Transient error."""
+def _until(
+    look: Callable[[], str | None], label: str, wait: float, poll: float, outage: float = OUTAGE_SECONDS
+) -> str | None:
+    """Call `look` until it returns something, at most for `wait` seconds; None then.
+
+    Raises its Transient error when that lasts for `outage` seconds without a break, or until the end.
+    """
     start, pause = time.monotonic(), poll
+    answered = start
     with Progress(label) as progress:
         while True:
             failure = None
             try:
                 if found := look():
                     return found
+                answered = time.monotonic()
             except Transient as error:
                 failure = error
-            seconds = time.monotonic() - start
-            if seconds + pause > wait and failure is not None:
+            now = time.monotonic()
+            is_last = now - start + pause > wait
+            if failure is not None and (is_last or now - answered >= outage):
                 raise failure
-            if seconds + pause > wait:
+            if is_last:
                 return None
-            progress.update(f"{seconds:,.0f} s{', Kaggle fails now' if failure else ''}")
+            progress.update(f"{now - start:,.0f} s{f', {failure}' if failure else ''}")
             time.sleep(pause)
             pause = min(1.3 * pause, 60)
 
 
 def follow_notebook(
-    account: Account, source: Source, competition: str, reference: str, wait: float, poll: float
+    account: Account, source: Source, competition: str, reference: str, wait: float, poll: float, outage: float
 ) -> None:
-    """Wait until the notebook has ended well. Raises UserError with Kaggle's reason and the end of its log."""
+    """Wait until the notebook has ended well, through `outage` seconds of failures.
+
+    Raises UserError with Kaggle's reason and the end of its log."""
     page = f"https://www.kaggle.com/code/{reference}"
     said = ""
 
@@ -214,7 +235,7 @@ def follow_notebook(
         said = failure.group(1) if failure else ""
         return found.group(1) if found and found.group(1) in ENDED else None
 
-    state = _until(look, f"training in {page}", wait, poll)
+    state = _until(look, f"training in {page}", wait, poll, outage)
     if state is None:
         print(f"the notebook still runs after {wait:,.0f} s")
         raise UserError(f"{page} is not ready: fetch it later with make kernel COMP={competition} ARGS=--fetch")
@@ -236,8 +257,6 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
     name = "submission.csv"
     sidecar = table.with_suffix(".json")
     origin = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message]
-    send(competition, account, source, arguments, known, name, message)
     row = ledger.Row(
         time=runs.now(),
         file=str(table),
@@ -247,4 +266,6 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         validation=str(origin["score"]) if origin.get("score") is not None else "",
         message=message,
     )
+    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message]
+    send(competition, account, source, arguments, known, name, row, poll)
     follow(competition, account, source, row, known, name, SCORE_SECONDS, poll)

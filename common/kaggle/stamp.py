@@ -1,5 +1,6 @@
 """The stamp of downloaded data: what was unpacked, so that complete data is left alone and damage is noticed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ class Stamp:
     files: dict[str, Entry]
     times: dict[str, int]  # modification times in ns: a file whose size and time are unchanged is not hashed again
     source: str
+    outdated: tuple[str, ...] = ()  # files of older data that `install` has still to delete
 
     @property
     def size(self) -> int:
@@ -40,13 +42,17 @@ class Stamp:
             "source": self.source,
             "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             "part": self.part,
+            "outdated": self.outdated,
             "files": {name: {**asdict(entry), "mtime_ns": self.times[name]} for name, entry in self.files.items()},
         }
         write_text(path_of(self.home), json.dumps(facts, indent=1) + "\n")
 
     def damage(self) -> list[str]:
-        """What is wrong with the files now: missing, another size, or changed since and another content."""
-        problems, touched = [], False
+        """What is wrong with the files: missing, another size, changed since and another content, or of older data."""
+        problems = [
+            f"{name} is left over from older data" for name in self.outdated if os.path.isfile(self.home / name)
+        ]
+        touched = bool(self.outdated)
         for name, entry in self.files.items():
             file = self.home / name
             try:
@@ -61,7 +67,7 @@ class Stamp:
             except OSError:
                 problems.append(f"{name} is missing")
         if touched and not problems:  # moved or copied, not damaged: hashed once and not again
-            self.write()
+            replace(self, outdated=()).write()
         return problems
 
 
@@ -80,7 +86,7 @@ def read(home: Path) -> Stamp | None:
         facts = json.loads(path_of(home).read_text())
         entries = {name: Entry(entry["size"], entry["sha256"]) for name, entry in facts["files"].items()}
         times = {name: entry["mtime_ns"] for name, entry in facts["files"].items()}
-        return Stamp(home, facts["part"], entries, times, facts["source"])
+        return Stamp(home, facts["part"], entries, times, facts["source"], tuple(facts.get("outdated", ())))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -94,17 +100,20 @@ def install(draft: Path, stamp: Stamp, previous: Stamp | None) -> None:
     """Move the files in `draft` to the stamp's home, in the place of those that a previous `make data` brought.
 
     Files that it did not bring (images fetched since, the user's own) stay where they are, so that nothing can be lost
-    on the way; one that is in the way of a new file moves to <home>.before. The stamp goes before the files: killed in
-    between, the folder is found damaged and made again.
+    on the way; one that is in the way of a new file moves to <home>.before. The stamp goes before the files and
+    names those that have to go: killed in between, the folder is found damaged and made again, and nothing old stays.
     """
-    home, brought = stamp.home, previous.files if previous else {}
+    home, brought = stamp.home, {*previous.files, *previous.outdated} if previous else set()
+    stamp = replace(stamp, outdated=tuple(sorted(brought - stamp.files.keys())))
     try:
         _set_aside(home, list(_in_the_way(stamp, brought)))
         stamp.write()
-        for name in brought.keys() - stamp.files.keys():
+        for name in stamp.outdated:
             _remove(home, name)
         shutil.rmtree(home / "cache", ignore_errors=True)  # was made from the old files
         _merge(draft, home)
+        if stamp.outdated:
+            replace(stamp, outdated=()).write()
     except OSError as error:
         raise UserError(
             f"{home} could not be put in place ({error}): check who owns it, then repeat the same command; it goes on "
@@ -112,7 +121,7 @@ def install(draft: Path, stamp: Stamp, previous: Stamp | None) -> None:
         ) from error
 
 
-def _in_the_way(stamp: Stamp, brought: dict[str, Entry]) -> Iterator[Path]:
+def _in_the_way(stamp: Stamp, brought: set[str]) -> Iterator[Path]:
     """What lies where a new file or its folder has to, was not brought by `make data` and is not that very file."""
     for name, entry in stamp.files.items():
         parts = Path(name).parts
@@ -145,11 +154,11 @@ def _set_aside(home: Path, paths: list[Path]) -> None:
 
 
 def _remove(home: Path, name: str) -> None:
-    """Delete a file that the new data have no more, and folders that are empty then."""
+    """Delete a file that the new data have no more, and folders that are empty then; links to folders stay."""
     path = home / name
     if path.is_file():
         path.unlink()
-        while (path := path.parent) != home and not any(path.iterdir()):
+        while (path := path.parent) != home and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
 
 
@@ -157,8 +166,28 @@ def _merge(source: Path, target: Path) -> None:
     if target.is_dir():
         for entry in source.iterdir():
             _merge(entry, target / entry.name)
-    else:
-        shutil.move(source, target)  # a copy where `target` is on another disk
+        return
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        if source.is_dir():
+            target.mkdir()
+            _merge(source, target)
+        else:
+            _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """To another disk; as with a rename, what `target` links to and who has it open keep the old content."""
+    part = target.with_name(f".{target.name}.part")
+    part.unlink(missing_ok=True)  # of a copy that was killed
+    try:
+        shutil.copy2(source, part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _is(file: Path, entry: Entry) -> bool:

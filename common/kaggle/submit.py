@@ -61,8 +61,6 @@ def submit(
     print(f"sending {candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score} to {source.page}")
     print(f"message: {message}\nsubmissions left today: {'unknown' if left is None else left}")
 
-    arguments = ["-f", str(candidate.path), "-m", message]
-    send(competition, account, source, arguments, known, candidate.path.name, message)
     row = ledger.Row(
         time=now(),
         file=str(candidate.path),
@@ -72,6 +70,8 @@ def submit(
         validation="" if candidate.score is None else str(candidate.score),
         message=message,
     )
+    arguments = ["-f", str(candidate.path), "-m", message]
+    send(competition, account, source, arguments, known, candidate.path.name, row, poll)
     follow(competition, account, source, row, known, candidate.path.name, wait, poll)
 
 
@@ -96,25 +96,31 @@ def send(
     arguments: list[str],
     known: list[Submission],
     name: str,
-    message: str,
+    row: ledger.Row,
+    poll: float,
 ) -> None:
     """Send, and raise UserError unless the program says that it did; it exits 0 when the upload fails.
 
-    When the line breaks after the file has left, only Kaggle's list can tell whether it arrived.
+    When the line breaks after the file has left, only Kaggle's list can tell whether it arrived. Where that cannot be
+    read either, the row goes to the ledger: the file is not sent again unasked.
     """
     what, failure = f"submitting {name}", None
     with go_on_with(f"make board COMP={competition}"):  # as long as it may have arrived
         try:
-            answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
-            if answer.status != 0:
-                failure = explained(answer, account, source, what)
-            elif "Successfully submitted" in answer.text:
+            try:
+                answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
+                if answer.status != 0:
+                    failure = explained(answer, account, source, what)
+                elif "Successfully submitted" in answer.text:
+                    return
+            except Silent as error:
+                failure = Transient(f"{what}: {error}")
+            unclear = failure is None or isinstance(failure, Transient)
+            if unclear and _is_listed(account, source, known, name, row.message, poll):
                 return
-        except Silent as error:
-            failure = Transient(f"{what}: {error}")
-        unclear = failure is None or isinstance(failure, Transient)
-        if unclear and arrived(status.submissions(account, source)[0], known, name, message):
-            return
+        except (Transient, KeyboardInterrupt):
+            ledger.put(competition, row)
+            raise
     if isinstance(failure, Transient):
         raise UserError(f"{failure}. It did not arrive: Kaggle does not list it") from failure
     if failure is not None:
@@ -126,13 +132,33 @@ def send(
     )
 
 
-def arrived(found: list[Submission], known: list[Submission], name: str, message: str) -> Submission | None:
-    """The submission that is new in the list: ours by its message, or else by its file's name."""
+def _is_listed(account: Account, source: Source, known: list[Submission], name: str, message: str, poll: float) -> bool:
+    """Whether the submission turns up in one of several looks; raises Transient when the last one fails."""
+    for look in range(LISTED_TRIES):
+        last = look == LISTED_TRIES - 1
+        try:
+            if arrived(status.submissions(account, source)[0], known, name, message, by_name=last):
+                return True
+        except Transient:
+            if last:
+                raise
+        if not last:
+            time.sleep(poll)
+    return False
+
+
+def arrived(
+    found: list[Submission], known: list[Submission], name: str, message: str, by_name: bool
+) -> Submission | None:
+    """The submission that is new in the list: ours by its message, or else, `by_name`, by its file's name.
+
+    A team mate's file may have the same name, so that counts only where the message has not turned up for a while.
+    """
     seen = {submission.ref for submission in known}
     new = [submission for submission in found if submission.ref not in seen]
-    ours = [submission for submission in new if submission.message == message] or [
-        submission for submission in new if Path(submission.file).name == name
-    ]
+    ours = [submission for submission in new if submission.message == message]
+    if by_name and not ours:
+        ours = [submission for submission in new if Path(submission.file).name == name]
     return ours[0] if ours else None
 
 
@@ -153,8 +179,9 @@ def follow(
         while True:
             failure = None
             try:
-                listed = arrived(status.submissions(account, source)[0], known, name, row.message) or listed
+                found = status.submissions(account, source)[0]
                 looks += 1
+                listed = arrived(found, known, name, row.message, by_name=looks >= LISTED_TRIES) or listed
             except Transient as error:
                 failure = error
             if listed is not None:

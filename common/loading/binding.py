@@ -5,6 +5,7 @@ A worker process gets a copy of every generator, so without this all workers dra
 take one shared pair of generators instead, once per process.
 """
 
+import dis
 import random
 import site
 import sys
@@ -158,18 +159,23 @@ def _parts_of_function(path: str, function: types.FunctionType) -> Iterable[tupl
     while codes:
         code = codes.pop()
         codes.extend(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-        yield from _named(function.__module__, function.__globals__, set(code.co_names), set())
+        seen, names = set(), set(code.co_names)
+        for instruction in dis.get_instructions(code):
+            name = instruction.argval
+            if instruction.opname == "LOAD_GLOBAL" and name in function.__globals__:
+                yield from _reached(f"{function.__module__}.{name}", function.__globals__[name], names, seen)
+            elif instruction.opname == "IMPORT_NAME" and name in sys.modules:
+                yield from _reached(name, sys.modules[name], names, seen)
 
 
-def _named(module: str, variables: dict[str, Any], names: set[str], seen: set[str]) -> Iterable[tuple[str, Any]]:
-    """The variables of a module among `names`; of the modules among them, installed ones apart, the same again."""
-    seen.add(module)
-    for name in names:
-        value = variables.get(name, sys.modules.get(name))  # the latter is imported inside the function
-        if not isinstance(value, types.ModuleType):
-            yield f"{module}.{name}", value
-        elif value.__name__ not in seen and not _is_library(getattr(value, "__file__", None)):
-            yield from _named(value.__name__, vars(value), names, seen)
+def _reached(path: str, value: Any, names: set[str], seen: set[str]) -> Iterable[tuple[str, Any]]:
+    """The value; of a module that is not an installed one, its variables among `names`, through its modules too."""
+    if not isinstance(value, types.ModuleType):
+        yield path, value
+    elif value.__name__ not in seen and not _is_library(getattr(value, "__file__", None)):
+        seen.add(value.__name__)
+        for name in names & vars(value).keys():
+            yield from _reached(f"{value.__name__}.{name}", vars(value)[name], names, seen)
 
 
 def _is_library(file: str | None) -> bool:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -130,7 +131,7 @@ def with_images(kaggle, count=3):
     kaggle.archive = archive(kaggle.files)
 
 
-def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source):
+def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source, capfd):
     with_images(kaggle)
     fetch(source)
     (HOME / "train.csv").write_text("spoilt")
@@ -143,10 +144,41 @@ def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source):
     fetch(source)
     assert len(kaggle.asked) == asked, "all that the stamp says is there"
     (HOME / "train_images/1.jpg").unlink()
-    with pytest.raises(UserError, match="others are damaged .train_images/1.jpg is missing.*make data COMP=toy"):
-        fetch(source, labels_only=True)
+    capfd.readouterr()
+    fetch(source, labels_only=True)
+    out = capfd.readouterr().out
+    assert "others are damaged (train_images/1.jpg is missing): fetch all again with make data COMP=toy" in out
+    assert "is complete" not in out
     fetch(source)
     assert contents()["train_images/1.jpg"] == b"1"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_labels_alone_after_everything_was_deleted(kaggle, source, monkeypatch, force):
+    images = []
+    monkeypatch.setattr(data, "_fetch_images", lambda home, source, count: images.append(count))
+    source = replace(source, images=Images(f"{kaggle.address}/{{id}}.jpg", "train.csv", "ID", "more_images", "9"))
+    with_images(kaggle)
+    fetch(source)
+    shutil.rmtree(HOME)
+    fetch(source, labels_only=True, images=4, force=force)
+    assert contents() == {"train.csv": kaggle.files["train.csv"]} and images == [4]
+    asked = len(kaggle.asked)
+    fetch(source, labels_only=True)
+    assert len(kaggle.asked) == asked, "the label files are complete"
+    fetch(source)
+    assert contents() == kaggle.files
+
+
+def test_a_damaged_rest_does_not_keep_images_from_elsewhere_away(kaggle, source, monkeypatch):
+    images = []
+    monkeypatch.setattr(data, "_fetch_images", lambda home, source, count: images.append(count))
+    source = replace(source, images=Images(f"{kaggle.address}/{{id}}.jpg", "train.csv", "ID", "more_images", "9"))
+    with_images(kaggle)
+    fetch(source)
+    (HOME / "train_images/1.jpg").unlink()
+    fetch(source, labels_only=True, images=4)
+    assert images == [4] and stamp.read(HOME).part == "all"
 
 
 def test_a_listing_of_many_pages_is_read_to_its_end(kaggle, source):
@@ -568,11 +600,102 @@ def test_own_files_in_a_folder_of_the_data_outlive_another_download(kaggle, sour
     with_images(kaggle)
     fetch(source)
     kept = own("train_images/mine.jpg", "extra/mine.jpg")
-    del kaggle.files["train_images/2.jpg"]
-    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
-    kaggle.archive = archive(kaggle.files)
+    without(kaggle, "train_images/2.jpg")
     fetch(source, force=True)
     assert contents() == kaggle.files | kept, "a file that the competition has no more is gone"
+
+
+def without(kaggle, *names):
+    """The competition has these files no more."""
+    for name in names:
+        del kaggle.files[name]
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    kaggle.archive = archive(kaggle.files)
+
+
+@pytest.mark.parametrize("then", [{}, {"force": True}, {"labels_only": True}])
+def test_old_files_do_not_outlive_an_installation_that_is_stopped(kaggle, source, monkeypatch, then):
+    """All files of the new data are there and unchanged; that one too many is there must be told all the same."""
+    with_images(kaggle)
+    fetch(source)
+    without(kaggle, "train_images/2.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(stamp, "_remove", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fetch(source, force=True)
+    assert (HOME / "train_images/2.jpg").is_file()
+    assert stamp.read(HOME).damage() == ["train_images/2.jpg is left over from older data"]
+    fetch(source, **then)
+    assert contents() == kaggle.files
+    assert stamp.read(HOME).outdated == () and stamp.read(HOME).part == "all"
+    kept = own("train_images/2.jpg")
+    fetch(source)
+    assert contents() == kaggle.files | kept, "the name is free for the user's own"
+
+
+def test_stopped_when_nothing_but_the_last_stamp_is_left_to_do(kaggle, source, monkeypatch):
+    with_images(kaggle)
+    fetch(source)
+    without(kaggle, "train_images/2.jpg")
+    write = stamp.Stamp.write
+
+    def once(self):
+        if not self.outdated:
+            raise KeyboardInterrupt
+        write(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stamp.Stamp, "write", once)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(source, force=True)
+    assert contents() == kaggle.files and stamp.read(HOME).outdated
+    asked = len(kaggle.asked)
+    fetch(source)
+    assert len(kaggle.asked) == asked and stamp.read(HOME).outdated == ()
+
+
+def test_old_files_in_a_linked_folder(kaggle, source):
+    with_images(kaggle)
+    fetch(source)
+    (HOME / "train_images").rename("elsewhere")
+    (HOME / "train_images").symlink_to(Path("elsewhere").absolute())
+    without(kaggle, *(f"train_images/{n}.jpg" for n in range(3)))
+    fetch(source, force=True)
+    assert contents() == kaggle.files
+    assert (HOME / "train_images").is_symlink() and list(Path("elsewhere").iterdir()) == []
+
+
+def test_a_folder_on_another_disk_is_written_as_one_on_the_same(kaggle, source, monkeypatch):
+    """What a replaced file links to, its other names and who has it open keep the content that they had."""
+    with_images(kaggle)
+    fetch(source)
+    old = dict(kaggle.files)
+    Path("mine.csv").write_bytes(b"mine")
+    (HOME / "train.csv").unlink()
+    (HOME / "train.csv").symlink_to(Path("mine.csv").absolute())
+    os.link(HOME / "sample_submission.csv", "backup.csv")
+    kaggle.files |= {name: b"new " + content for name, content in old.items()} | {"new/deep/x.txt": b"x"}
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    kaggle.archive = archive(kaggle.files)
+
+    def on_one_disk(function):
+        def moved(source, target, **options):
+            if Path(source).parent != Path(target).parent:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            function(source, target, **options)
+
+        return moved
+
+    with open(HOME / "train_images/0.jpg", "rb") as stream, monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, on_one_disk(getattr(os, name)))
+        fetch(source, force=True)
+        assert stream.read() == old["train_images/0.jpg"]
+    assert Path("mine.csv").read_bytes() == b"mine" and not (HOME / "train.csv").is_symlink()
+    assert Path("backup.csv").read_bytes() == old["sample_submission.csv"]
+    assert contents() == kaggle.files, "and nothing half copied"
+    made = stamp.read(HOME)
+    assert made.times == {name: (HOME / name).stat().st_mtime_ns for name in made.files}, "nothing is hashed again"
 
 
 @pytest.mark.parametrize("stopped", ["b_images", ".toy.part"])
@@ -581,21 +704,23 @@ def test_own_files_outlive_an_installation_that_is_stopped(kaggle, source, monke
     with_images(kaggle)
     fetch(source)
     kept = own("a_images/1.jpg", "b_images/1.jpg", "c_images/1.jpg", "train_images/mine.jpg")
-    rename = os.rename
+    move = os.replace
 
     def stubborn(old, new, **options):
         if stopped == Path(old).name == "b_images":
             raise OSError(errno.EBUSY, "Device or resource busy")
         if stopped in Path(old).parts and stopped == ".toy.part":
             raise KeyboardInterrupt
-        rename(old, new, **options)
+        move(old, new, **options)
 
     monkeypatch.setattr(os, "rename", stubborn)
+    monkeypatch.setattr(os, "replace", stubborn)
     if stopped == ".toy.part":
         with pytest.raises(KeyboardInterrupt):
             fetch(source, force=True)
         assert kept.items() <= contents().items()
-        monkeypatch.setattr(os, "rename", rename)
+        monkeypatch.setattr(os, "rename", move)
+        monkeypatch.setattr(os, "replace", move)
     fetch(source, force=True)
     assert contents() == kaggle.files | kept
 

@@ -129,21 +129,40 @@ def test_a_blip_while_the_notebook_runs_is_waited_out(kaggle, source):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "message", "wait"),
     [
-        ({"GetKernelSessionStatus": Reply(503)}, "asking for the notebook someone/kit-toy: Kaggle itself fails"),
-        ({"GetKernelSessionStatus": Reply(401)}, "Kaggle refuses it"),
-        ({"ListKernelSessionOutput": Reply(503)}, "fetching the output of someone/kit-toy: Kaggle itself fails"),
+        ({"GetKernelSessionStatus": Reply(503)}, "asking for the notebook someone/kit-toy: Kaggle itself fails", 1),
+        ({"GetKernelSessionStatus": Reply(401)}, "Kaggle refuses it", 60),
+        ({"ListKernelSessionOutput": Reply(503)}, "fetching the output of someone/kit-toy: Kaggle itself fails", 60),
     ],
 )
-def test_failures_after_the_push_name_the_command_that_pushes_nothing(kaggle, source, fault, message):
+def test_failures_after_the_push_name_the_command_that_pushes_nothing(kaggle, source, fault, message, wait):
     kaggle.on = fault
     with pytest.raises(UserError, match=f"{message}.*go on with make kernel COMP=toy ARGS=--fetch") as raised:
-        kernel(source, wait=1)
+        kernel(source, wait=wait)
     assert "same command" not in str(raised.value)
     kaggle.on = {}
     kernel(source, fetch=True)
     assert len(kaggle.calls("SaveKernel")) == 1 and Path("submissions/toy/001-best.csv").read_text() == GOOD
+
+
+def test_a_push_whose_answer_is_lost_is_not_said_to_have_failed(kaggle, source):
+    def lost(body):
+        kaggle.SaveKernel(body)
+        return Reply(503)
+
+    kaggle.on = {"SaveKernel": lost}
+    with pytest.raises(
+        UserError, match="Kaggle may have taken it.*look at https://www.kaggle.com/code/someone/kit-toy"
+    ):
+        kernel(source)
+
+
+def test_fetching_does_not_wait_for_a_kaggle_that_fails(kaggle, source):
+    kernel(source)
+    kaggle.on = {"GetKernelSessionStatus": Reply(503)}
+    with pytest.raises(UserError, match="Kaggle itself fails"):
+        kernel(source, fetch=True, wait=3600)
 
 
 def test_ctrl_c_after_the_push_names_the_command_that_pushes_nothing(kaggle, source, capfd):

@@ -356,9 +356,12 @@ def test_the_list_is_not_readable_when_it_alone_can_tell(kaggle, module, after_s
     kaggle.on["CreateSubmission"] = lost
     with pytest.raises(UserError, match="go on with make board COMP=toy"):
         submit(module)
-    kaggle.on["ListSubmissions"] = kaggle.ListSubmissions
-    submit(module)
-    assert ledger()[-1]["status"] == "COMPLETE", "believed by the list where the answer said that it failed"
+    kaggle.on = {}
+    with pytest.raises(UserError, match="was sent before .*PENDING"):
+        submit(module)
+    boards.board("toy", module.SOURCE)
+    (row,) = ledger()
+    assert row["run"] == "001-best" and row["status"] == "COMPLETE" and len(kaggle.submissions) == 1
 
 
 def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, capfd):

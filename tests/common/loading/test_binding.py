@@ -1,4 +1,5 @@
 import random
+import sys
 from collections import deque
 from functools import partial
 
@@ -71,6 +72,23 @@ def test_generators_are_found_wherever_they_hide():
         assert {path for path, _ in held_generators(dataset)} == {f"{noises.__name__}.GENERATOR"}
     subset = torch.utils.data.Subset(Holder(rng=rng), [0])
     assert {path for path, _ in held_generators(subset)} == {"dataset.dataset.rng"}
+
+
+class NamesAttributes:
+    """Its attributes are called like a module that others use, and like that module's generator."""
+
+    noises, GENERATOR = "loud", 1
+
+    def volume(self):
+        return self.noises, self.GENERATOR
+
+
+def test_attributes_are_not_taken_for_modules():
+    sys.modules["noises"] = noises
+    try:
+        assert held_generators(NamesAttributes()) == []
+    finally:
+        del sys.modules["noises"]
 
 
 def test_what_is_no_generator_is_not_found():
