@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,20 +364,25 @@ def test_killed_and_started_again(kaggle, source):
 def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source):
     big(kaggle)
     kaggle.stall_after = 2_000_000
+    over = threading.Event()
 
     def interrupt():
-        # Not before it waits for bytes that do not come: an interrupt inside a destructor is ignored by Python.
+        # Not before it waits for bytes that do not come, and more than once: Python ignores one inside a destructor.
         deadline = time.monotonic() + 60
         arrived = 0
         while arrived < 1_000_000 and time.monotonic() < deadline:
             time.sleep(0.1)
             arrived = sum(file.stat().st_size for file in Path("data").glob(".toy.download/*.zip"))
-        os.kill(int(Path("data/.toy.download/lock").read_text().split()[1]), signal.SIGINT)
+        program = int(Path("data/.toy.download/lock").read_text().split()[1])
+        while not over.wait(3) and time.monotonic() < deadline:
+            with suppress(ProcessLookupError):
+                os.kill(program, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(UserError, match="interrupted: repeat the same command, it goes on where it stopped"):
         fetch(source)
+    over.set()
     thread.join()
     assert_nothing_kept()
 
