@@ -1,6 +1,7 @@
 """The real kaggle program against the loopback server: an environment of its own, an empty folder to work in."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,14 @@ from common.kaggle.source import Source
 from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Kaggle
 
 SOURCE = Source(SLUG, ("train.csv", "sample_submission.csv"), higher_is_better=True, labels=("train.csv",))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C works, also in programs started here: shells have it ignored by what they start in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
