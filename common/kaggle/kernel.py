@@ -221,7 +221,8 @@ def follow_notebook(
 ) -> None:
     """Wait until the notebook has ended well, through `outage` seconds of failures.
 
-    Raises UserError with Kaggle's reason and the end of its log."""
+    Raises UserError with Kaggle's reason and the end of its log.
+    """
     page = f"https://www.kaggle.com/code/{reference}"
     said = ""
 
