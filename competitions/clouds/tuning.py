@@ -1,7 +1,8 @@
 """Choosing the rules on out-of-fold predictions, and measuring what that is worth on images it was not chosen on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import cv2
@@ -22,17 +23,18 @@ TIE_BREAK = 1e-6 * (
     + np.tile(np.arange(len(SIZES)) / len(SIZES), len(PAIRS))
 )  # [gates, pairs * sizes]
 SPLITS, REPEATS = 5, 4  # the nested check cuts the images into so many parts, so many times
+OUTER, OUTER_REPEATS = 1000, 2  # and once more around it: a key apart from those of the inner splits, fewer times
 
 
 @dataclass(frozen=True)
 class Table:
     """Dice of every image under every (pair of levels, size), for one class: searching is then a matrix product.
 
-    `dice` float32 [m, pairs, sizes] if the class passes the gate, `empty` float32 [m] if it does not,
-    `presence` uint8 [m].
+    `empty` float32 [m] is the Dice if the class does not pass the gate, `gain` float32 [m, pairs * sizes] what is added
+    to it if the class does, `presence` uint8 [m] what the gate looks at.
     """
 
-    dice: np.ndarray
+    gain: np.ndarray
     empty: np.ndarray
     presence: np.ndarray
 
@@ -91,7 +93,8 @@ def tables(predictions: np.ndarray, truth: Callable[[int], np.ndarray], source: 
         for label in range(len(CLASSES)):
             dice[label, image] = image_dice(pixels[0, label], masks[label])
             empty[label, image] = not masks[label].any()
-    return [Table(*arrays) for arrays in zip(dice, empty, presence, strict=True)]
+    gain = dice.reshape(*empty.shape, -1) - empty[:, :, None]
+    return [Table(*arrays) for arrays in zip(gain, empty, presence, strict=True)]
 
 
 def with_presence(found: Sequence[Table], presence: np.ndarray) -> list[Table]:
@@ -99,8 +102,9 @@ def with_presence(found: Sequence[Table], presence: np.ndarray) -> list[Table]:
     return [replace(table, presence=presence[:, label]) for label, table in enumerate(found)]
 
 
+@cache
 def allowed(stage: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a stage may choose: bool [gates] and bool [pairs, sizes]."""
+    """What a stage may choose: positions in GATES, and positions in the pairs * sizes cells of a table."""
     number = STAGES.index(stage)
     half = LEVELS.index(0.5)
     gates = np.array([gate == 0 or number >= STAGES.index("gate") for gate in GATES])
@@ -111,7 +115,7 @@ def allowed(stage: str) -> tuple[np.ndarray, np.ndarray]:
         ]
     )
     sizes = np.array([size == 1 or number >= STAGES.index("size") for size in SIZES])
-    return gates, pairs[:, None] & sizes
+    return np.flatnonzero(gates), np.flatnonzero(pairs[:, None] & sizes)
 
 
 def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
@@ -119,13 +123,15 @@ def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
     if not len(rows):
         return Rule()
     gates, cells = allowed(stage)
-    passes = (table.presence[rows] >= np.rint(np.array(GATES)[:, None] * STEPS)).astype(np.float32)  # [gates, m]
-    gain = (table.dice[rows] - table.empty[rows, None, None]).reshape(len(rows), -1)
-    scores = np.where(gates[:, None] & cells.reshape(-1), passes @ gain - TIE_BREAK, -np.inf)
+    least = np.rint(np.array(GATES)[gates, None] * STEPS)
+    passes = np.zeros((len(gates), len(table.presence)), np.float32)
+    passes[:, rows] = table.presence[rows] >= least
+    gain = table.gain if len(cells) == table.gain.shape[1] else table.gain[:, cells]  # the other rows pass no gate
+    scores = passes @ gain - TIE_BREAK[np.ix_(gates, cells)]
     gate, cell = np.unravel_index(scores.argmax(), scores.shape)
-    pair, size = divmod(int(cell), len(SIZES))
+    pair, size = divmod(int(cells[cell]), len(SIZES))
     bottom, top = PAIRS[pair]
-    return Rule(GATES[gate], LEVELS[top], SIZES[size], LEVELS[bottom])
+    return Rule(GATES[gates[gate]], LEVELS[top], SIZES[size], LEVELS[bottom])
 
 
 class Hulls:
@@ -154,74 +160,116 @@ def dice_of(table: Table, rule: Rule, hulls: Hulls | None = None) -> np.ndarray:
     if rule.hull:
         passing = hulls.dice(rule)
     else:
-        cell = PAIRS.index((LEVELS.index(rule.bottom), LEVELS.index(rule.top))), SIZES.index(rule.size)
-        passing = table.dice[:, *cell]
+        pair = PAIRS.index((LEVELS.index(rule.bottom), LEVELS.index(rule.top)))
+        passing = table.gain[:, pair * len(SIZES) + SIZES.index(rule.size)] + table.empty
     return np.where(table.presence >= round(rule.gate * STEPS), passing, table.empty)
 
 
-def choose(table: Table, rows: np.ndarray, stage: str, hulls: Hulls | None = None) -> Rule:
-    """The best rule of a stage on `rows`, with filled hulls where that is better still."""
-    rule = search(table, rows, stage)
-    filled = replace(rule, hull=True)
-    if hulls and dice_of(table, filled, hulls)[rows].sum() > dice_of(table, rule)[rows].sum():
-        return filled
-    return rule
+@dataclass(frozen=True)
+class Way:
+    """A way to make the rules: which parts are free, whose word the presence is, and what is done besides."""
+
+    stage: str
+    source: str = "head"
+    force: bool = False  # the likeliest class of every image is there
+    hull: bool = False  # regions are filled to their convex hulls, for the classes where that is better
+
+    @property
+    def name(self) -> str:
+        if self.hull or self.force:
+            return "convex hulls" if self.hull else "best class forced"
+        return self.stage if self.source == "head" or self.stage == "plain" else f"{self.stage} by pixels"
 
 
-def held_out(
-    found: Sequence[Table], stage: str, seed: int, hulls: Sequence[Hulls | None] = (None,) * len(CLASSES)
-) -> np.ndarray:
-    """Dice [m] of images whose rules were chosen on the other parts of a split into five; mean of four splits."""
-    count = len(found[0].empty)
-    scores = np.zeros((REPEATS, len(found), count))
-    for repeat in range(REPEATS):
-        part = np.random.default_rng((seed, repeat)).permutation(count) % SPLITS
-        for label, table in enumerate(found):
-            for held in range(min(SPLITS, count)):
-                rule = choose(table, np.flatnonzero(part != held), stage, hulls[label])
-                scores[repeat, label, part == held] = dice_of(table, rule, hulls[label])[part == held]
-    return scores.mean((0, 1))
+# The simplest first; the pixels before the head, which is one more thing to be wrong.
+WAYS = (Way("plain"), *(Way(stage, source) for stage in STAGES[1:] for source in reversed(SOURCES)))
 
 
-def score_of_the_best(candidates: np.ndarray, seed: int) -> float:
-    """Mean of Dice [candidates, m] where each image has the candidate that is best on other images."""
-    count = candidates.shape[1]
-    scores = np.zeros((REPEATS, count))
-    for repeat in range(REPEATS):
-        part = np.random.default_rng((seed, repeat, 1)).permutation(count) % SPLITS
-        for held in range(min(SPLITS, count)):
-            best = candidates[:, part != held].sum(1).argmax()
-            scores[repeat, part == held] = candidates[best, part == held]
-    return float(scores.mean())
+class Tuner:
+    """Makes rules in any Way from some of the images and says what they are worth on others."""
+
+    def __init__(self, predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0):
+        self.seed, self.count = seed, len(predictions)
+        self.tables = {}  # (source, force) -> one table per class
+        found = tables(predictions, truth)
+        for number, source in enumerate(SOURCES):
+            presence = np.asarray(predictions[:, :, number])
+            self.tables[source, False] = with_presence(found, presence)
+            self.tables[source, True] = with_presence(found, force_best(presence))
+        self.hulls = [Hulls(predictions, truth, label) for label in range(len(CLASSES))]
+
+    def rule(self, way: Way, label: int, rows: np.ndarray) -> Rule:
+        """The best rule of one class on `rows`."""
+        table, hulls = self.tables[way.source, way.force][label], self.hulls[label]
+        rule = search(table, rows, way.stage)
+        filled = replace(rule, hull=True)
+        if way.hull and dice_of(table, filled, hulls)[rows].sum() > dice_of(table, rule)[rows].sum():
+            return filled
+        return rule
+
+    def held_out(self, way: Way, rows: np.ndarray) -> np.ndarray:
+        """Dice [len(rows)] where each image's rules come from the other parts of a split into five; of four splits."""
+        scores = np.zeros((REPEATS, len(CLASSES), len(rows)))
+        for repeat in range(REPEATS):
+            for train, held in _parts(len(rows), self.seed, repeat):
+                for label, table in enumerate(self.tables[way.source, way.force]):
+                    rule = self.rule(way, label, rows[train])
+                    scores[repeat, label, held] = dice_of(table, rule, self.hulls[label])[rows[held]]
+        return scores.mean((0, 1))
+
+    def choose(self, rows: np.ndarray) -> tuple[Way, dict[str, np.ndarray]]:
+        """The simplest way that is within one standard error of the best on held-out images, and what each is worth.
+
+        Differences are paired by image. Forcing a class and filling hulls have to be better by one standard error.
+        """
+        if not len(rows):  # a single image was kept, and is held out
+            return WAYS[0], {}
+        dice = {way: self.held_out(way, rows) for way in WAYS}
+        best = max(dice, key=lambda way: dice[way].mean())
+        chosen = next(way for way in WAYS if not _better(dice[best], dice[way]))
+        for extra in ({"force": True}, {"hull": True}):
+            way = replace(chosen, **extra)
+            dice[way] = self.held_out(way, rows)
+            chosen = way if _better(dice[way], dice[chosen]) else chosen
+        return chosen, {way.name: of for way, of in dice.items()}
+
+    def score(self) -> float:
+        """Mean Dice of images that had no part in any choice: neither of their rules nor of the way to make them."""
+        scores = np.zeros((OUTER_REPEATS, len(CLASSES), self.count))
+        for repeat in range(OUTER_REPEATS):
+            for train, held in _parts(self.count, self.seed, OUTER, repeat):
+                way, _ = self.choose(train)
+                for label, table in enumerate(self.tables[way.source, way.force]):
+                    rule = self.rule(way, label, train)
+                    scores[repeat, label, held] = dice_of(table, rule, self.hulls[label])[held]
+        return float(scores.mean())
+
+
+def _parts(count: int, *key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A split into five by the key: positions outside and inside of every part."""
+    part = np.random.default_rng(key).permutation(count) % SPLITS
+    for held in range(min(SPLITS, count)):
+        yield np.flatnonzero(part != held), np.flatnonzero(part == held)
+
+
+def _better(new: np.ndarray, old: np.ndarray) -> bool:
+    """Whether the mean of `new` is above that of `old` by more than the standard error of their difference."""
+    difference = new - old
+    return bool(difference.mean() > difference.std() / np.sqrt(len(difference)))
 
 
 def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
-    """Tune the rules of every class on kept predictions; keeps the stage that is best on images it was not tuned on.
+    """Tune the rules of every class on kept predictions, in the way that is best on images it was not tuned on.
 
-    The result, in plain types: "rules", "presence", "force_best"; "held_out", the nested score of every stage; and
-    "score", that of choosing the stage as well, on other images than it is scored on.
+    The result, in plain types: "rules", "presence", "force_best"; "held_out", what every way is worth on images that
+    its rules were not chosen on; and "score", where the way was not chosen on them either.
     """
-    found = tables(predictions, truth)
-    by_pixels = with_presence(found, np.asarray(predictions[:, :, SOURCES.index("pixels")]))
-    candidates = {stage: ("head", stage, found) for stage in STAGES}
-    candidates |= {f"{stage} by pixels": ("pixels", stage, by_pixels) for stage in STAGES if stage != "plain"}
-    dice = {name: held_out(of, stage, seed) for name, (_, stage, of) in candidates.items()}  # [m] each
-    best = max(dice, key=lambda name: dice[name].mean())
-    source, stage, found = candidates[best]
-
-    with_best = with_presence(found, force_best(np.stack([table.presence for table in found], axis=1)))
-    dice["best class forced"] = held_out(with_best, stage, seed)
-    force = bool(dice["best class forced"].mean() > dice[best].mean())
-    best, found = ("best class forced", with_best) if force else (best, found)
-
-    hulls = [Hulls(predictions, truth, label) for label in range(len(CLASSES))]
-    dice["convex hulls"] = held_out(found, stage, seed, hulls)
-    if dice["convex hulls"].mean() <= dice[best].mean():
-        hulls = [None] * len(CLASSES)
+    tuner = Tuner(predictions, truth, seed)
     rows = np.arange(len(predictions))
-    rules = [choose(table, rows, stage, hull) for table, hull in zip(found, hulls, strict=True)]
-    return to_learnt(rules, force, source) | {
+    way, dice = tuner.choose(rows)
+    rules = [tuner.rule(way, label, rows) for label in range(len(CLASSES))]
+    return to_learnt(rules, way.force, way.source) | {
         "held_out": {name: float(of.mean()) for name, of in dice.items()},
-        "stage": stage,
-        "score": score_of_the_best(np.stack(list(dice.values())), seed),
+        "stage": way.stage,
+        "score": tuner.score(),
     }
