@@ -13,6 +13,7 @@ endif
 # `make train COMP=clouds RECIPE=best ARGS="--epochs 3"` -> `python -m common train clouds --recipe best --epochs 3`
 FLAGS = $(foreach name,DATA RECIPE RUN FOLD FILE MSG FORCE,$(if $($(name)),--$(call lower,$(name))='$(subst ','\'',$($(name)))')) $(ARGS)
 lower = $(shell echo $(1) | tr A-Z a-z)
+BENCHES = $(patsubst benchmarks/%.py,%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py)))
 
 .PHONY: help train predict backtest test check data submit board kernel bench lint python name
 .DEFAULT_GOAL := help
@@ -51,13 +52,13 @@ kernel: name .venv/.installed ## train COMP on Kaggle's GPUs and fetch the run
 	@$(PY) -m common kernel $(COMP) $(FLAGS)
 
 bench: python .venv/.installed ## side-by-side measurements: BENCH=engine, loaders ...
-	@$(PY) -m benchmarks.$(or $(BENCH),$(error BENCH= is missing, one of: $(patsubst benchmarks/%.py,%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py))))) $(ARGS)
+	@$(PY) -m benchmarks.$(or $(filter $(BENCHES),$(BENCH)),$(error BENCH=$(BENCH): expected one of $(BENCHES))) $(ARGS)
 
 lint: python .venv/.installed ## style of the code
 	@$(PY) -m ruff check .
 
 name: python
-	@$(PYTHON) -m common name $(COMP)
+	@$(PYTHON) -m common name '$(COMP)' $(firstword $(MAKECMDGOALS))
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -49,8 +49,8 @@ def configured(parser: Parser, recipes: dict[str, Config], argv: list[str]) -> t
 
     Two passes: the recipe first, because its values are the defaults that --help shows.
     """
-    parser.add_argument("--recipe", default="default", choices=None, help=f"one of {', '.join(recipes)} [default]")
-    recipe = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="default", help=f"one of {', '.join(recipes)} [default]")
+    recipe = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     recipe.add_argument("--recipe", default="default")
     name = recipe.parse_known_args(argv)[0].recipe
     if name not in recipes:
@@ -78,7 +78,7 @@ def predict(competition: str, argv: list[str]) -> None:
     module = task_module(competition)
     parser = verb_parser("predict", competition, predict.__doc__)
     parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
-    configs.add_flags(parser, module.RECIPES["default"])
+    configs.add_prediction_flags(parser, type(module.RECIPES["default"]))
     given = parser.parse_args(argv)
     from common import predict as predicting
 
@@ -116,7 +116,7 @@ def kernel(competition: str, argv: list[str]) -> None:
 
 
 def name(competition: str, argv: list[str]) -> None:
-    """succeed when the competition exists, name the nearest when it does not"""
+    """succeed when the competition exists, name the nearest when it does not (for the target that is given next)"""
 
 
 VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel, name)}
@@ -131,17 +131,25 @@ def main(argv: list[str]) -> int:
         print(f"\ncompetitions: {', '.join(competitions())}")
         return 0
     try:
-        verb = argv[0]
+        verb, rest = argv[0], argv[2:]
         given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
-        competition = known(given, "train" if verb == "name" else verb)
-        known_verbs = VERBS | getattr(task_module(competition), "VERBS", {})
-        if verb not in known_verbs:
-            near = difflib.get_close_matches(verb, known_verbs, n=1)
+        verbs_of = VERBS | (getattr(task_module(given), "VERBS", {}) if given in competitions() else {})
+        if verb not in verbs_of:
+            near = difflib.get_close_matches(verb, verbs_of, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"{verb!r} is not a verb of {competition}: expected one of {', '.join(known_verbs)}.{hint}")
-        known_verbs[verb](competition, argv[2:])
+            raise UserError(f"{verb!r} is not a verb: expected one of {', '.join(verbs_of)}.{hint}")
+        verbs_of[verb](known(given, rest[0] if verb == "name" and rest else verb), rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("common", "competitions"):
+            raise
+        print(
+            f"error: {sys.executable} has no {error.name}: use make, which installs everything into .venv, or "
+            f".venv/bin/python",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped: the same command goes on where this left off", file=sys.stderr)

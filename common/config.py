@@ -3,18 +3,36 @@
 import argparse
 import difflib
 import json
+import math
 import types
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
 
 ConfigType = TypeVar("ConfigType", bound="Config")
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is expected in words
 
 
-def flag(default: Any, help: str, unit: str = "") -> Any:
-    """A field of a Config that is also a command-line flag: its default, a line of help and the unit of its value."""
-    return field(default=default, metadata={"help": help, "unit": unit})
+def at_least(low: float) -> Rule:
+    return lambda value: value >= low, f"at least {low}"
+
+
+def between(low: float, high: float) -> Rule:
+    return lambda value: low <= value <= high, f"{low} to {high}"
+
+
+ABOVE_0: Rule = lambda value: value > 0, "above 0"
+BELOW_1: Rule = lambda value: 0 <= value < 1, "0 up to, not including, 1"
+
+
+def flag(default: Any, help: str, unit: str = "", rule: Rule | None = None) -> Any:
+    """A field of a Config that is also a command-line flag: default, line of help, unit and which values it may have.
+
+    A number has to be finite in any case, and a tuple's rule is for each of its numbers.
+    """
+    return field(default=default, metadata={"help": help, "unit": unit, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -23,52 +41,70 @@ class Config:
 
     # What is trained on.
     fold: str = flag("0", "fold to hold out for validation; 'all' trains every fold, 'none' trains on everything")
-    folds: int = flag(5, "number of folds")
+    folds: int = flag(5, "number of folds", rule=at_least(2))
     seed: int = flag(0, "seed of the folds, the order, the augmentation, the weights and the dropout")
     # The optimizer step.
-    epochs: int = flag(10, "passes over the training part", "epochs")
-    batch_size: int = flag(64, "effective batch: samples of one optimizer step, over all processes", "samples")
+    epochs: int = flag(10, "passes over the training part", "epochs", at_least(1))
+    batch_size: int = flag(
+        64, "effective batch: samples of one optimizer step, over all processes", "samples", at_least(1)
+    )
     micro_batch: int | Literal["auto"] = flag(
-        "auto", "samples on the device at once; the step is that of the whole batch (but for BatchNorm)", "samples"
+        "auto",
+        "samples on the device at once; the step is that of the whole batch (but for BatchNorm)",
+        "samples",
+        (lambda value: value == "auto" or value >= 1, "auto or at least 1"),
     )
     optimizer: Literal["adamw", "adam", "radam", "sgd"] = flag("adamw", "optimizer; sgd uses Nesterov momentum")
-    lr: float = flag(1e-3, "peak learning rate", "per optimizer step")
+    lr: float = flag(1e-3, "peak learning rate", "per optimizer step", ABOVE_0)
     weight_decay: float = flag(
-        1e-2, "weight decay, decoupled for adamw and radam, in the gradient of others; none on biases and normalisation"
+        1e-2,
+        "weight decay, decoupled for adamw and radam, in the gradient of others; none on biases and normalisation",
+        rule=at_least(0),
     )
-    momentum: float = flag(0.9, "momentum of sgd, beta1 of the others")
+    momentum: float = flag(0.9, "momentum of sgd, beta1 of the others", rule=BELOW_1)
     schedule: Literal["cosine", "onecycle", "linear", "step", "constant"] = flag("cosine", "learning rate over the run")
-    warmup: float = flag(0.05, "part of the run in which the learning rate rises", "fraction of the steps")
-    clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips")
+    warmup: float = flag(
+        0.05, "part of the run in which the learning rate rises", "fraction of the steps", between(0, 1)
+    )
+    clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips", rule=at_least(0))
     ema: float = flag(
-        0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step"
+        0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step", BELOW_1
     )
     swa: float = flag(
         0.0,
         "keep the plain mean of the weights over this last part of the steps, with BatchNorm's statistics estimated "
         "again for it at the end (validations before have their mean); 0 is off",
         "fraction of the steps",
+        between(0, 1),
     )
     # Evaluation and stopping.
-    evaluate_every: int = flag(1, "validate after this many epochs; the last epoch always", "epochs")
+    evaluate_every: int = flag(1, "validate after this many epochs; the last epoch always", "epochs", at_least(1))
     keep: Literal["best", "last"] = flag("best", "weights to keep: of the best validation or of the last step")
-    patience: int = flag(0, "stop after this many validations without a better score; 0 never stops", "validations")
+    patience: int = flag(
+        0, "stop after this many validations without a better score; 0 never stops", "validations", at_least(0)
+    )
     views: bool = flag(True, "average the test-time views of the competition")
     # The machine: these change speed and memory only (low precisions round).
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
-    workers: int = flag(2, "processes that read and augment files; data held as tensors needs none", "processes")
-    threads: int = flag(0, "CPU threads of the training process; 0 lets torch decide", "threads")
+    workers: int = flag(
+        2, "processes that read and augment files; data held as tensors needs none", "processes", between(0, 1024)
+    )
+    threads: int = flag(0, "CPU threads of the training process; 0 lets torch decide", "threads", between(0, 1024))
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     keep_memory: bool = flag(True, "on a CPU, keep freed memory for the next step: faster, but a higher peak")
     compile: bool = flag(False, "torch.compile the model: a minute more at the start, faster steps")
     channels_last: bool = flag(False, "keep image tensors in channels-last order")
-    save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds")
+    save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds", at_least(0))
     bad_images: Literal["raise", "skip"] = flag("raise", "stop at an unreadable image, or leave it out and list it")
 
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
 MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory"})
+# What `make predict` may set; the rest shaped the weights.
+PREDICTION_FIELDS = frozenset(
+    {"batch_size", "views", "device", "precision", "workers", "threads", "keep_memory", "channels_last"}
+)
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -101,7 +137,7 @@ def _parse_value(name: str, hint: Any, text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    raise UserError(f"--{name} {text}: expected {_type_text(hint)}. See --help")
+    raise _refused(name, text, f"{_type_text(hint)}{_nearest(text, hint)}")
 
 
 def _type_text(hint: Any) -> str:
@@ -135,20 +171,28 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, config: Config) -> None:
     """Give `parser` a flag for every field of the config's class; the help shows `config`'s values as the defaults."""
-    hints = get_type_hints(type(config))
     for item in fields(config):
-        name, unit = item.name.replace("_", "-"), item.metadata.get("unit", "")
-        default = _value_text(getattr(config, item.name))
-        help_text = f"{item.metadata.get('help', '')} [{default}{' ' + unit if unit else ''}]".replace("%", "%%")
-        optional_value = {"nargs": "?", "const": "true"} if hints[item.name] is bool else {}
-        parser.add_argument(
-            f"--{name}",
-            dest=item.name,
-            default=MISSING,
-            metavar=_type_text(hints[item.name]),
-            help=help_text,
-            **optional_value,
-        )
+        unit = item.metadata.get("unit", "")
+        _add_flag(parser, type(config), item, f"{_value_text(getattr(config, item.name))}{' ' + unit if unit else ''}")
+
+
+def add_prediction_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
+    """Flags of what may differ between a run and its predictions; everything else is as the run was trained."""
+    for item in fields(config_class):
+        if item.name in PREDICTION_FIELDS:
+            _add_flag(parser, config_class, item, "as the run was trained")
+
+
+def _add_flag(parser: argparse.ArgumentParser, config_class: type[Config], item: Field, default: str) -> None:
+    hint = get_type_hints(config_class)[item.name]
+    parser.add_argument(
+        f"--{item.name.replace('_', '-')}",
+        dest=item.name,
+        default=MISSING,
+        metavar=_type_text(hint),
+        help=f"{item.metadata.get('help', '')} [{default}]".replace("%", "%%"),
+        **({"nargs": "?", "const": "true"} if hint is bool else {}),
+    )
 
 
 def with_flags(config: ConfigType, given: argparse.Namespace) -> ConfigType:
@@ -164,54 +208,47 @@ def with_flags(config: ConfigType, given: argparse.Namespace) -> ConfigType:
 
 
 def checked(config: ConfigType) -> ConfigType:
-    """`config` if its values make sense together; raises UserError naming the flag, its value and what is expected."""
+    """`config` if its values make sense, alone and together; raises UserError naming the flag and what is expected."""
     hints = get_type_hints(type(config))
+    core = {item.name: item.metadata["rule"] for item in fields(Config)}  # also for a competition's own default
     for item in fields(config):
-        value, choices = getattr(config, item.name), _choices(hints[item.name])
-        if get_origin(hints[item.name]) is Literal and value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            name, expected = item.name.replace("_", "-"), ", ".join(map(str, choices))
-            raise UserError(f"--{name} {value}: expected one of {expected}.{hint}")
-    rules = [
-        ("epochs", config.epochs >= 1, "at least 1"),
-        ("batch-size", config.batch_size >= 1, "at least 1"),
-        ("folds", config.folds >= 2, "at least 2"),
-        ("ema", 0 <= config.ema < 1, "0 up to, not including, 1"),
-        (
-            "swa",
-            0 <= config.swa <= 1 and not (config.swa and (config.ema or config.patience or config.keep == "best")),
-            "0 to 1, together with --ema 0, --patience 0 and --keep last: the mean is of the last steps",
-        ),
-        ("lr", config.lr > 0, "above 0"),
-        ("weight-decay", config.weight_decay >= 0, "0 or more"),
-        ("momentum", 0 <= config.momentum < 1, "0 up to, not including, 1"),
-        ("warmup", 0 <= config.warmup <= 1, "0 to 1"),
-        ("clip-norm", config.clip_norm >= 0, "0 or more"),
-        ("patience", config.patience >= 0, "0 or more"),
-        ("threads", config.threads >= 0, "0 or more"),
-        ("workers", config.workers >= 0, "0 or more"),
-        ("evaluate-every", config.evaluate_every >= 1, "at least 1"),
-        ("micro-batch", config.micro_batch == "auto" or config.micro_batch >= 1, "auto or at least 1"),
-        (
-            "fold",
-            config.fold in ("all", "none") or config.fold.isdecimal() and int(config.fold) < config.folds,
-            f"all, none or 0 to {config.folds - 1}",
-        ),
+        value, hint = getattr(config, item.name), hints[item.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise _refused(item.name, value, f"one of {', '.join(map(str, get_args(hint)))}{_nearest(value, hint)}")
+        holds, expected = item.metadata.get("rule") or core.get(item.name) or (lambda value: True, "a finite number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise _refused(item.name, value, expected)
+            if not holds(number):
+                raise _refused(item.name, value, expected)
+    together = [
+        ("swa", config.ema or config.patience or config.keep == "best", "0, or --ema 0, --patience 0 and --keep last"),
+        ("patience", config.keep != "best", "0, or --keep best: what stopped early goes back to its best weights"),
     ]
-    for name, holds, expected in rules:
-        if not holds:
-            raise UserError(f"--{name} {getattr(config, name.replace('-', '_'))}: expected {expected}")
+    for name, clashes, expected in together:
+        if getattr(config, name) and clashes:
+            raise _refused(name, getattr(config, name), expected)
+    if config.fold not in ("all", "none") and not (config.fold.isdecimal() and int(config.fold) < config.folds):
+        raise _refused("fold", config.fold, f"all, none or 0 to {config.folds - 1}")
     return config
+
+
+def _refused(name: str, value: Any, expected: str) -> UserError:
+    return UserError(f"--{name.replace('_', '-')} {_value_text(value)}: expected {expected}. See --help")
+
+
+def _nearest(value: Any, hint: Any) -> str:
+    near = difflib.get_close_matches(str(value), map(str, _choices(hint)), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def to_json(config: Config) -> str:
     return json.dumps({item.name: getattr(config, item.name) for item in fields(config)}, indent=2)
 
 
-def from_json(config_class: type[ConfigType], text: str) -> ConfigType:
+def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:
     """The config that `to_json` wrote; raises UserError when its fields are not those of `config_class`."""
-    values, known = json.loads(text), {item.name for item in fields(config_class)}
+    known = {item.name for item in fields(config_class)}
     if values.keys() != known:
         difference = ", ".join(sorted(values.keys() ^ known))
         raise UserError(f"the run was made with other settings than this version has ({difference}): train it again")

@@ -1,7 +1,10 @@
 """Write, then replace: a file is either the old one or the whole new one, whatever happens in between."""
 
+import csv
 import errno
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +14,9 @@ from common.errors import UserError
 
 # What the disk or its permissions can say to a write; any other OSError comes from whoever makes the content.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+NO_ROOM = 2**20  # bytes
+csv.field_size_limit(2**31 - 1)  # the module's 131,072 characters are fewer than the run lengths of a ragged mask take
 
 
 def not_written(path: Path, error: OSError) -> UserError:
@@ -52,6 +55,16 @@ def remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """What `path` holds; raises UserError when it is damaged: the kit's own files are never half written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): put a whole copy back, or delete {path.parent} and train again"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path, "w", encoding="utf-8") as stream:
         stream.write(text)
@@ -63,4 +76,6 @@ def write_with(path: Path, writer: Callable[[IO], None]) -> None:
         try:
             writer(stream)
         except RuntimeError as error:  # torch.save reports a full disk as a RuntimeError of its zip writer
-            raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+            full = shutil.disk_usage(path.parent).free < NO_ROOM
+            reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+            raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error

@@ -179,6 +179,11 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
                 saved = time.monotonic()
         state.seconds, seconds = state.seconds + time.monotonic() - counted, time.monotonic() - started
 
+        if not state.samples:
+            raise UserError(
+                f"fold {fold}: not one of its {len(train_rows)} training images can be read: make check, with the same "
+                f"COMP= and DATA=, lists them"
+            )
         row = {
             "fold": fold,
             "epoch": state.epoch + 1,

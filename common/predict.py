@@ -1,7 +1,6 @@
 """Predictions: averaged over views, folds and runs, and streamed into the submission."""
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -140,9 +139,17 @@ def score(
             stats = metric.stats(decisions, targets).detach().cpu().double().sum(0)
             sums[metric.name] = sums[metric.name] + stats if metric.name in sums else stats
         count += len(predictions)
-    for total in (count, *sums.values()):
+    shapes = ranks.union({name: tuple(total.shape) for name, total in sums.items()})
+    if not shapes:
+        raise UserError(
+            "not one of the held-out images can be read: make check, with the same COMP= and DATA=, lists them"
+        )
+    totals = {  # a rank that could read none adds zeros
+        name: sums.get(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in sorted(shapes.items())
+    }
+    for total in (count, *totals.values()):
         ranks.sum_(total)
-    return {metric.name: float(metric.value(sums[metric.name], float(count))) for metric in task.metrics}
+    return {metric.name: float(metric.value(totals[metric.name], float(count))) for metric in task.metrics}
 
 
 def load_models(run: Run, task: Task, config: Config, device: torch.device) -> list[nn.Module]:
@@ -177,6 +184,8 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
             raise UserError(
                 f"runs {first_run.name} and {run.name} predict different test rows: average runs of the same data"
             )
+        if member_task.fingerprint != task.fingerprint:
+            print(f"{first_run.name} and {run.name} are averaged, with the same ids but from files of other contents")
         models = load_models(run, member_task, member_config, device)
         views = member_task.views if member_config.views else AS_IS
         batch_size = min(member_config.batch_size, (run.result or {}).get("micro_batch", member_config.batch_size))
@@ -207,6 +216,9 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
     scores = [  # no flag of `predict` may hide behind the score of the training
         None if differences(run.config(type(own)), own) else (run.result or {}).get("score") for run, _, own in members
     ]
+    for run, _, own in members:
+        if changes := differences(run.config(type(own)), own):
+            print(f"{run.name} was trained and scored otherwise ({'; '.join(changes)}): its score is not this file's")
     origin = {
         "competition": competition,
         "run": ",".join(run.name for run, _, _ in members),
@@ -241,17 +253,14 @@ def _sample_by_sample(batches: Iterator[tuple[np.ndarray, Tensor, Tree]]) -> Ite
 
 def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> None:
     """`make predict`: the submission of finished runs again, from their own configs and the data of their training."""
-    finished = [run for run in runs.all_runs(competition) if run.result is not None]
-    if given.run is None and not finished:
+    chosen = [runs.load(competition, name) for name in given.run.split(",")] if given.run else []
+    chosen = chosen or [run for run in runs.all_runs(competition) if run.result is not None][-1:]
+    if not chosen:
         raise UserError(f"no finished run of {competition}: make train COMP={competition}")
-    chosen = [runs.load(competition, name) for name in given.run.split(",")] if given.run else [finished[-1]]
     members, samples = [], set()
     for run in chosen:
         if run.result is None:
-            raise UserError(
-                f"{run.path} is not finished: repeat its command to finish it "
-                f"({json.dumps(run.origin.get('command', ''))})"
-            )
+            raise UserError(f"{run.path} is not finished: repeat its command, {run.origin.get('command', '')}")
         config = with_flags(run.config(type(module.RECIPES["default"])), given)
         memory.keep_freed(config.keep_memory)
         if config.threads:

@@ -1,10 +1,11 @@
 """The raw data of a competition: a folder or the archive as it was downloaded, or the generated sample."""
 
+import csv
 import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ class RawData:
             return None
         try:
             return zipfile.ZipFile(self.path)
+        except PermissionError as error:
+            raise _forbidden(self.path, error) from error
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(
                 f"{self.path} is not a whole zip archive ({error}): download it again with "
@@ -49,13 +52,15 @@ class RawData:
     def open(self, name: str) -> BinaryIO:
         """The file as a binary stream; raises UserError when it is missing or its archive is damaged."""
         if not self.exists(name):
-            found = ", ".join(self.names()[:8]) or "nothing"
+            found = ", ".join([file for file in self.names() if not file.startswith("cache/")][:8]) or "nothing"
             raise UserError(
                 f"{self.path} has no {name} (found: {found}): get the files with "
                 f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
             )
         try:
             return self._archive.open(name) if self._archive is not None else open(self.path / name, "rb")
+        except PermissionError as error:
+            raise _forbidden(self.path / name, error) from error
         except (*DAMAGED, OSError) as error:
             raise UserError(
                 f"{self.path}: {name} cannot be read ({error}): download it again with "
@@ -71,6 +76,23 @@ class RawData:
             raise UserError(
                 f"{self.path}: {name} is damaged ({error}): download it again with make data COMP={self.competition}"
             ) from error
+
+    def text(self, name: str) -> str:
+        """The whole file as text in UTF-8, without a byte order mark; raises UserError naming the first bad byte."""
+        contents = self.read(name)
+        try:
+            return contents.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = contents.count(b"\n", 0, error.start) + 1
+            raise UserError(
+                f"{self.path}/{name} line {line}: byte {contents[error.start]:#04x} is no UTF-8 text: mend the "
+                f"file, or get it again with make data COMP={self.competition}"
+            ) from error
+
+    def rows(self, name: str) -> Iterator[tuple[int, list[str]]]:
+        """The rows of a CSV and the lines they end in; blank lines are left out."""
+        reader = csv.reader(self.text(name).splitlines())
+        return ((reader.line_num, row) for row in reader if row)
 
     def folder(self) -> Path:
         """A folder that holds the files; an archive is unpacked once into the cache."""
@@ -120,16 +142,20 @@ def find(competition: str, given: str | None, write_sample: Callable[[Path], Non
     """The data to use: `given` (DATA=), else data/<competition>, else the generated sample; announces the last."""
     if given:
         path = Path(given).expanduser()
-        if not path.exists():
-            raise UserError(
-                f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files"
-            )
-        return RawData(_only_archive(path), competition)
+        try:
+            if not path.exists():
+                raise UserError(
+                    f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files"
+                )
+            is_sample = path.resolve().is_relative_to((DATA / "sample").resolve())
+            return RawData(_only_archive(path), competition, is_sample)
+        except PermissionError as error:
+            raise _forbidden(path, error) from error
     home = DATA / competition
     if home.is_dir() and visible(home):
         return RawData(_only_archive(home), competition)
     announce(
-        f"sample: no data in {home}, so this trains on a small generated sample. Real data: "
+        f"sample: no data in {home}, so a small generated sample takes its place. Real data: "
         f"make data COMP={competition}, or DATA=/path/to/folder-or-zip"
     )
     return RawData(_sample(competition, write_sample), competition, is_sample=True)
@@ -141,6 +167,10 @@ def of_run(origin: dict[str, Any], given: str | None, write_sample: Callable[[Pa
     if origin["sample"] and not given:
         return RawData(_sample(competition, write_sample), competition, is_sample=True)
     return find(competition, given or origin["data"], write_sample)
+
+
+def _forbidden(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): make it readable for you, or pass another DATA=")
 
 
 def _only_archive(path: Path) -> Path:

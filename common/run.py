@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import not_written, write_text
+from common.files import not_written, read_json, write_text
 
 RUNS = Path("runs")
 HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
+LONGEST_NAME = 100  # characters of a run's name: every file system takes it, with what is added to it
 Item = TypeVar("Item")
 
 
@@ -48,12 +49,12 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What the finished run found (score, metrics, learnt), or None while it is not finished."""
         file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
 
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
-            print(message, flush=True)
+            _print(message)
             try:
                 with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
                     stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
@@ -76,11 +77,14 @@ class Run:
             self._unfinished.unlink(missing_ok=True)
 
     def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
-        return configs.from_json(config_class, (self.path / "config.json").read_text())
+        return configs.from_values(config_class, read_json(self.path / "config.json"))
 
     def lock(self) -> None:
         """Keep a second process out of this run; the lock goes with the process, however it ends."""
-        stream = open(self.path / "lock", "w")
+        try:
+            stream = open(self.path / "lock", "w")
+        except OSError as error:
+            raise not_written(self.path / "lock", error) from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -92,20 +96,29 @@ class Run:
 
 def load(competition: str, name: str) -> Run:
     """An existing run; raises UserError listing the runs there are."""
-    path = RUNS / competition / name
+    path = RUNS / competition / _valid(name)
     if not (path / "run.json").is_file():
         names = ", ".join(run.name for run in all_runs(competition)) or "none yet"
         raise UserError(
             f"RUN={name}: there is no such run of {competition} (runs: {names}). "
             f"Train one: make train COMP={competition}"
         )
-    return Run(path, json.loads((path / "run.json").read_text()))
+    return Run(path, read_json(path / "run.json"))
 
 
 def all_runs(competition: str) -> list[Run]:
     """Every run of a competition, oldest first."""
     files = sorted((RUNS / competition).glob("*/run.json"), key=lambda file: (file.stat().st_mtime_ns, file))
-    return [Run(file.parent, json.loads(file.read_text())) for file in files]
+    return [Run(file.parent, read_json(file)) for file in files]
+
+
+def _valid(name: str) -> str:
+    if set(name) & set("/,") or name in ("", ".", "..") or len(name) > LONGEST_NAME:
+        raise UserError(
+            f"RUN={name[:LONGEST_NAME]}: expected a name of at most {LONGEST_NAME} characters without / and , (a comma "
+            f"separates the runs that predict averages)"
+        )
+    return name
 
 
 def open_run(competition: str, name: str | None, config: Config, origin: dict[str, Any]) -> Run:
@@ -113,11 +126,7 @@ def open_run(competition: str, name: str | None, config: Config, origin: dict[st
 
     Raises UserError when the named run was started with another config or other data, listing what differs.
     """
-    if name is not None and set(name) & set("/,") or name in ("", ".", ".."):
-        raise UserError(
-            f"RUN={name}: expected a name without / and , (a comma separates the runs that predict averages)"
-        )
-    if name is not None and not (RUNS / competition / name / "run.json").is_file():
+    if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
         return _new_run(competition, name, config, origin)
     if name is None:
         unfinished = [run for run in reversed(all_runs(competition)) if not run.is_finished]
@@ -157,7 +166,10 @@ def _resumed(run: Run) -> Run:
 def _new_run(competition: str, name: str | None, config: Config, origin: dict[str, Any]) -> Run:
     """Make the folder; the number in a generated name counts the runs of the competition."""
     home = RUNS / competition
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(home, error) from error
     number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
     while True:
         path = home / (name or f"{number:03d}-{origin['recipe']}{'-sample' if origin['sample'] else ''}")
@@ -166,6 +178,8 @@ def _new_run(competition: str, name: str | None, config: Config, origin: dict[st
             break
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise not_written(path, error) from error
     run = Run(path, {"run": path.name, **origin, "created": now()})
     run.lock()
     write_text(path / "config.json", configs.to_json(config) + "\n")
@@ -196,6 +210,16 @@ def machine() -> str:
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return f"{card}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _print(message: str) -> None:
+    """A line above the progress bar, where there is one."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(message)
+    else:
+        print(message, flush=True)
 
 
 def progress(items: Iterable[Item], label: str, total: int, unit: str = "window", show: bool = True) -> Iterator[Item]:

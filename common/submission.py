@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
@@ -15,7 +16,6 @@ from common.files import replacing
 SUBMISSIONS = Path("submissions")
 OFFENDERS = 5  # so many faults are named before the check gives up
 Validator = Callable[[Sequence[str]], str | None]
-csv.field_size_limit(2**31 - 1)  # the module's 131,072 characters are fewer than the run lengths of a ragged mask take
 
 
 def faults(rows: Iterable[Sequence[str]], sample: Iterable[Sequence[str]], valid: Validator | None) -> Iterable[str]:
@@ -41,10 +41,17 @@ def faults(rows: Iterable[Sequence[str]], sample: Iterable[Sequence[str]], valid
             yield f"line {line}: id {row[0]}, expected {expected[0]} (same ids in the same order as the sample)"
         seen.add(row[0])
         values = list(row[1:])
-        if any(value.strip().lower() in ("nan", "inf", "-inf") for value in values):
+        if not all(map(_is_finite, values)):
             yield f"line {line}: id {row[0]} has the value {','.join(values)}"
         elif valid is not None and (problem := valid(values)):
             yield f"line {line}: id {row[0]}: {problem}"
+
+
+def _is_finite(value: str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return True  # no number: whether it may stand there is for the competition's own check
 
 
 def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = None) -> int:
@@ -70,11 +77,8 @@ def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = Non
     except (UnicodeDecodeError, csv.Error) as error:
         found.append(f"after line {count}: not readable as a CSV in UTF-8 ({error})")
     if found:
-        raise UserError(
-            f"{path.name} is not a valid submission and was not kept: "
-            + "; ".join(found)
-            + ". Compare with the sample submission, then train or predict again"
-        )
+        told = "; ".join(found)
+        raise UserError(f"{path.name} is not a valid submission: {told}. Compare it with the sample submission")
     return count - 1
 
 
@@ -96,7 +100,11 @@ def write(
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(header)
             writer.writerows(rows)
-        check(draft, sample_lines, valid)
+        try:
+            check(draft, sample_lines, valid)
+        except UserError as error:
+            told = str(error).replace(draft.name, path.name, 1)
+            raise UserError(f"{told}, then train or predict again: this file was not kept") from error
         with open(draft, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with replacing(path.with_suffix(".json"), "w", encoding="utf-8") as stream:

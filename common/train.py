@@ -1,5 +1,7 @@
 """A whole run: the folds, their out-of-fold predictions, what is learnt from them, the score and the submission."""
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,7 @@ import torch
 from common import checkpoint, raw
 from common import run as runs
 from common.config import Config
+from common.device import device_of
 from common.engine import memory
 from common.engine.ranks import Ranks
 from common.evaluate import write_npy_header
@@ -30,6 +33,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     with Ranks.from_environment() as ranks:
+        device_of(config, ranks.local_rank)  # a device that is not there is told before anything is read
         found = raw.find(competition, data, module.write_sample, announce=print if ranks.is_writer else _silent)
         task = module.build(config, found)
         origin = {
@@ -39,7 +43,7 @@ def train(
             "data": str(found.path.resolve()),
             "data_fingerprint": task.fingerprint,
             "folds_fingerprint": folds.fingerprint(task.folds, task.ids),
-            "command": f"python -m common {' '.join(sys.argv[1:])}",
+            "command": shlex.join([os.path.relpath(sys.executable), "-m", "common", *sys.argv[1:]]),
             "commit": runs.commit(),
             "machine": runs.machine(),
         }
@@ -113,6 +117,8 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
             f"held-out score of {run.path}: {result['score']:.5f} ({facts} on {result['rows']} rows), "
             f"trained {result['training_seconds']} s"
         )
+    else:
+        run.log(f"no score of {run.path}: --fold none holds no rows out, trained {result['training_seconds']} s")
 
 
 def join(parts: list[np.ndarray], stream) -> None:

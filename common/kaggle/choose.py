@@ -1,7 +1,6 @@
 """Which submission file is sent, and everything that can be known against it before it is."""
 
 import hashlib
-import io
 import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -127,9 +126,7 @@ def check(candidate: Candidate, competition: str, module: ModuleType, data: str 
     pattern, failure = module.SOURCE.sample_submission, None
     for name in [name for name in found.names() if fnmatchcase(name, pattern)] or [pattern]:
         try:
-            with found.open(name) as stream:
-                lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-                return submission.check(candidate.path, lines, valid)
+            return submission.check(candidate.path, found.text(name).splitlines(), valid)
         except UserError as error:
             failure = failure or error
     raise failure

@@ -29,13 +29,16 @@ class BadImage(UserError):
         row = "" if self.row is None else f" (row {self.row})"
         return (
             f"image {self.path}{row} {self.reason}: replace the file, or leave such images out with "
-            "--bad-images skip; make check COMP= lists them all"
+            "--bad-images skip; make check, with the same COMP= and DATA=, lists them all"
         )
 
 
-def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool = False) -> np.ndarray:
+def decode(
+    path: str | PathLike, size: tuple[int, int] | None = None, gray: bool = False, upright: bool = True
+) -> np.ndarray:
     """The image in RGB, uint8 [H, W, 3], or uint8 [H, W] for `gray`; resized to `size` (height, width) where given.
 
+    `upright` turns it as its EXIF orientation says; where masks belong to the pixels as they are stored it must not.
     A JPEG at least twice as large as `size` is decoded at 1/2, 1/4 or 1/8: that skips most of its inverse transform.
     Raises BadImage when the file is missing, empty, truncated or not an image.
     """
@@ -47,6 +50,7 @@ def decode(path: str | PathLike, size: tuple[int, int] | None = None, gray: bool
     if not data:
         raise BadImage(path, "is empty")
     flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
+    flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
     if data[:2] == b"\xff\xd8":
         header = jpeg_header(data)
         # OpenCV fills what is missing of a JPEG with grey and says so on the terminal only.

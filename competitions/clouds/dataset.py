@@ -35,7 +35,7 @@ class CloudImages:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Any]:
-        image = images.decode(self.paths[row], self.size)  # [H, W, 3]
+        image = images.decode(self.paths[row], self.size, upright=False)  # [H, W, 3]
         if self.runs is None:
             return _channels_first(image), torch.empty(0)
         if self.transform is None:

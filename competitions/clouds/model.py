@@ -1,5 +1,6 @@
 """The network: uint8 images in, logits of the four masks and of the four classes out."""
 
+import difflib
 import threading
 import urllib.error
 import urllib.request
@@ -27,6 +28,13 @@ class CloudNet(nn.Module):
 
     def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float):
         super().__init__()
+        names = smp.encoders.get_encoder_names()
+        if encoder not in names and not encoder.startswith("tu-"):
+            near = ", ".join(difflib.get_close_matches(encoder, names, n=3)) or "resnet34, efficientnet-b3"
+            raise UserError(
+                f"--encoder {encoder}: expected an encoder of segmentation-models-pytorch ({near} ...), or tu- and the "
+                f"name of one of timm"
+            )
         pooled = {"classes": len(CLASSES), "pooling": "avg", "dropout": dropout}
         try:
             self.net = smp.create_model(
@@ -38,8 +46,8 @@ class CloudNet(nn.Module):
             )
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
-                f"--architecture {architecture} --encoder {encoder} cannot be built ({error}): expected an encoder of "
-                f"segmentation-models-pytorch such as resnet34 or efficientnet-b3, or tu- and a timm name"
+                f"--architecture {architecture} --encoder {encoder} cannot be built ({error}): try another pair, for "
+                f"example --architecture unet --encoder resnet34"
             ) from error
         for module in self.net.modules():
             if type(module) is nn.BatchNorm2d:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from common.errors import UserError
 from common.raw import RawData
@@ -15,6 +14,7 @@ from competitions.clouds import rle
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, whatever the size of the images
 SUBMISSION_SIZE = (350, 525)  # height and width that the runs of a submission refer to
+ENDINGS = (".jpg", ".jpeg", ".png")
 COLUMNS = ("Image_Label", "EncodedPixels")
 AGAIN = "mend the file, or get it again with make data COMP=clouds"
 
@@ -70,16 +70,16 @@ def read(raw: RawData) -> CloudFiles:
 
 def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
     """Rows of a CSV as (line, image, class, cell); raises UserError for other columns and unknown classes."""
-    with raw.open(name) as stream:
-        try:
-            table = pd.read_csv(stream, dtype=str, keep_default_na=False)
-        except (ValueError, pd.errors.ParserError) as error:
-            raise UserError(f"{raw.path}/{name} is no CSV ({error}): {AGAIN}") from error
-    if tuple(table.columns) != COLUMNS:
-        found, expected = ", ".join(table.columns), ", ".join(COLUMNS)
+    rows = raw.rows(name)
+    _, header = next(rows, (1, []))
+    if tuple(header) != COLUMNS:
+        found, expected = ", ".join(header)[:200] or "none", ", ".join(COLUMNS)
         raise UserError(f"{raw.path}/{name} has the columns {found}; expected {expected}: {AGAIN}")
     known = {label: number for number, label in enumerate(CLASSES)}
-    for line, (key, cell) in enumerate(zip(*(table[column] for column in COLUMNS), strict=True), start=2):
+    for line, row in rows:
+        if len(row) != len(COLUMNS):
+            raise UserError(f"{raw.path}/{name} line {line} has {len(row)} cells, expected {len(COLUMNS)}: {AGAIN}")
+        key, cell = row
         image, _, label = key.rpartition("_")
         if label not in known or not image:
             near = difflib.get_close_matches(label, CLASSES, n=1)
@@ -124,7 +124,10 @@ def _test(raw: RawData) -> dict[str, list[int]]:
     for line, image, label, _ in _table(raw, "sample_submission.csv"):
         where = f"{raw.path}/sample_submission.csv line {line} ({image}, {CLASSES[label]})"
         if image in classes and image != last:
-            raise UserError(f"{where}: the rows of an image are not together, so they cannot be written one by one")
+            raise UserError(
+                f"{where}: the rows of an image are not together, and a submission is written image by image: sort the "
+                f"file by {COLUMNS[0]}"
+            )
         if label in classes.setdefault(image, []):
             raise UserError(f"{where}: this image and class are there twice: {AGAIN}")
         classes[image].append(label)
@@ -136,7 +139,7 @@ def _paths(folder: Path, images: list[str], table: str) -> list[Path]:
     """Paths of the images; raises UserError for a row without an image, and for an image without a row."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: get the files with make data COMP=clouds, or pass DATA=/path/to/folder")
-    there = {file.name for file in folder.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png")}
+    there = {file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.name[0] != "."}
     without_image, without_row = sorted(set(images) - there), sorted(there - set(images))
     if without_image:
         raise UserError(

@@ -6,7 +6,6 @@ The score is the mean Dice over images and classes, at 350x525.  make train COMP
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.config import Config, flag
+from common.config import Config, at_least, between, flag
 from common.errors import UserError
 from common.kaggle.source import Source
 from common.raw import RawData
@@ -39,22 +38,26 @@ Architecture = Literal[
 class CloudConfig(Config):
     """The settings of clouds: the network, the size it works at, the augmentation and the parts of the loss."""
 
-    size: tuple[int, int] = flag((384, 576), "height and width the network works at, up to 1400,2100", "pixels")
+    size: tuple[int, int] = flag(
+        (384, 576), "height and width the network works at, up to 1400,2100", "pixels", at_least(64)
+    )
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
     encoder_weights: Literal["imagenet", "none"] = flag("imagenet", "where the encoder starts; none is from scratch")
-    encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr")
+    encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr", at_least(0))
     class_head: Literal["pooled", "topk"] = flag(
         "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"
     )
-    dropout: float = flag(0.2, "part of the deepest features that the class head does without in training")
+    dropout: float = flag(
+        0.2, "part of the deepest features that the class head does without in training", rule=between(0, 1)
+    )
     augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
-    blackout: float = flag(0.1, "part of the training images that lose a class", "fraction")
-    bce: float = flag(1.0, "weight of the pixels' cross-entropy")
-    dice: float = flag(1.0, "weight of the Dice loss over the batch")
-    lovasz: float = flag(0.0, "weight of the Lovasz hinge over the batch")
-    present: float = flag(0.0, "weight of .75 BCE + .25 Dice per image, on the classes an image has")
-    classes: float = flag(0.5, "weight of the class head's cross-entropy")
+    blackout: float = flag(0.1, "part of the training images that lose a class", "fraction", between(0, 1))
+    bce: float = flag(1.0, "weight of the pixels' cross-entropy", rule=at_least(0))
+    dice: float = flag(1.0, "weight of the Dice loss over the batch", rule=at_least(0))
+    lovasz: float = flag(0.0, "weight of the Lovasz hinge over the batch", rule=at_least(0))
+    present: float = flag(0.0, "weight of .75 BCE + .25 Dice per image, on the classes an image has", rule=at_least(0))
+    classes: float = flag(0.5, "weight of the class head's cross-entropy", rule=at_least(0))
 
 
 DEFAULT = CloudConfig(epochs=20, batch_size=8, lr=1e-3, weight_decay=1e-2, ema=0.99, keep="last")
@@ -158,7 +161,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         decide=decision.decide,
         columns=reader.COLUMNS,
         rows=rows,
-        sample_submission=lambda: io.TextIOWrapper(raw.open("sample_submission.csv"), "utf-8-sig", newline=""),
+        sample_submission=lambda: raw.text("sample_submission.csv").splitlines(),
         valid=lambda values: rle.problem_of_text(values[0], reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]),
         learn=learn,
         pretrain=partial(_pretrain, config.encoder) if config.encoder_weights == "imagenet" else None,
@@ -185,16 +188,7 @@ def _unflip(sides: tuple[int, ...], predictions: Any) -> Any:
 
 
 def _check(config: CloudConfig) -> None:
-    height, width = config.size
-    if min(height, width) < 64:
-        raise UserError(f"--size {height},{width}: expected at least 64,64, for example 384,576")
-    if not 0 <= config.blackout <= 1:
-        raise UserError(f"--blackout {config.blackout}: expected 0 to 1, for example 0.1")
-    weights = {name: getattr(config, name) for name in ("bce", "dice", "lovasz", "present", "classes")}
-    for name, weight in weights.items():
-        if weight < 0:
-            raise UserError(f"--{name} {weight}: expected a weight of 0 or more")
-    if not any(weight for name, weight in weights.items() if name != "classes"):
+    if not (config.bce or config.dice or config.lovasz or config.present):
         raise UserError("all weights of the pixels' loss are 0: give --bce, --dice, --lovasz or --present one above 0")
 
 

@@ -1,5 +1,6 @@
 """The competition's three CSV files: checked cell by cell, read once, kept as .npy beside the data from then on."""
 
+import codecs
 import csv
 import hashlib
 import io
@@ -23,6 +24,9 @@ FILES = {
 LARGEST = {"label": 9}  # every other cell is a pixel, 0..255
 AGAIN = "mend the file, or get it again with make data COMP=digit_recognizer"
 OFFENDERS = 5  # so many faults are named
+SHOWN = 30  # characters of a cell or a name
+IN_NUMBERS = np.zeros(256, bool)  # bytes that the rows of train.csv and test.csv are made of
+IN_NUMBERS[list(b'0123456789,"\r\n')] = True
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class DigitFiles:
     labels: np.ndarray  # int64 [n], 0..9
     test_images: np.ndarray  # uint8 [m, 1, 28, 28]
     test_ids: list[str]  # m ImageIds
+    sample_lines: list[str]  # of sample_submission.csv
     fingerprint: str  # sha256 over the contents of the three files
 
 
@@ -41,17 +46,18 @@ def read(raw: RawData) -> DigitFiles:
     known = set(raw.cache.glob("*.npy"))
     train, train_digest = _pixels(raw, "train.csv")
     test, test_digest = _pixels(raw, "test.csv")
-    sample = raw.read("sample_submission.csv")
-    ids = _ids(f"{raw.path}/sample_submission.csv", sample, len(test))
+    sample = raw.text("sample_submission.csv")
+    ids = _ids(f"{raw.path}/sample_submission.csv", list(raw.rows("sample_submission.csv")), len(test))
     beside = raw.path if raw.path.is_dir() else raw.path.parent
     if raw.cache.parent != beside and set(raw.cache.glob("*.npy")) != known:
         print(f"{beside} cannot be written: what was read is cached in {raw.cache} instead")
-    digests = [train_digest, test_digest, hashlib.sha256(sample).hexdigest()]
+    digests = [train_digest, test_digest, hashlib.sha256(sample.encode()).hexdigest()]
     return DigitFiles(
         images=train[:, 1:].reshape(-1, 1, SIZE, SIZE).copy(),
         labels=train[:, 0].astype(np.int64),
         test_images=test.reshape(-1, 1, SIZE, SIZE)[ids - 1],
         test_ids=[str(number) for number in ids],
+        sample_lines=sample.splitlines(),
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
     )
 
@@ -62,7 +68,10 @@ def _pixels(raw: RawData, name: str) -> tuple[np.ndarray, str]:
     digest = hashlib.sha256(contents).hexdigest()
     cached = raw.cache / f"{name.removesuffix('.csv')}-{digest[:16]}.npy"
     if cached.is_file():
-        return np.load(cached), digest
+        try:
+            return np.load(cached), digest
+        except (ValueError, EOFError, OSError):  # a damaged copy of what is at hand: parsed and written again
+            pass
     numbers = parse(f"{raw.path}/{name}", contents, FILES[name])
     write_with(cached, lambda stream: np.save(stream, numbers))
     return numbers, digest
@@ -70,7 +79,7 @@ def _pixels(raw: RawData, name: str) -> tuple[np.ndarray, str]:
 
 def parse(where: str, contents: bytes, columns: list[str]) -> np.ndarray:
     """A CSV of whole numbers as uint8 [rows, columns]; raises UserError naming the first fault."""
-    contents = contents.rstrip()
+    contents = contents.removeprefix(codecs.BOM_UTF8).rstrip()
     head, _, body = contents.partition(b"\n")
     _check_header(where, head.decode("utf-8", "replace").strip(), columns)
     if not body:
@@ -83,6 +92,8 @@ def parse(where: str, contents: bytes, columns: list[str]) -> np.ndarray:
         line = int(wrong[0])
         raise UserError(f"{where} line {line + 2} has {cells[line]} cells, expected {len(columns)}: {AGAIN}")
     try:
+        if not IN_NUMBERS[text].all():  # pandas would take 7.0, +7 and 1e2 for whole numbers
+            raise ValueError("not only digits and commas")
         table = pd.read_csv(io.BytesIO(contents), dtype=np.uint8, skip_blank_lines=False)
     except (ValueError, OverflowError) as error:  # pandas does not say where
         raise UserError(_fault(where, contents, columns) or f"{where} cannot be read ({error}): {AGAIN}") from error
@@ -98,7 +109,7 @@ def _check_header(where: str, head: str, columns: list[str]) -> None:
     if found == columns:
         return
     if not found:
-        raise UserError(f"{where} is empty; expected the columns {_some(columns)}: {AGAIN}")
+        raise UserError(f"{where} is empty or begins with a blank line; expected {_some(columns)}: {AGAIN}")
     missing, extra = [name for name in columns if name not in found], [name for name in found if name not in columns]
     twice = [name for name, count in Counter(found).items() if count > 1]
     pixels = sum(name.startswith("pixel") for name in found)
@@ -123,21 +134,24 @@ def _fault(where: str, contents: bytes, columns: list[str]) -> str:
             largest = LARGEST.get(column, 255)
             if not (cell.isascii() and cell.isdecimal() and int(cell) <= largest):
                 expected = f"expected a whole number from 0 to {largest}"
-                return f"{where} line {line}, column {column}: {cell!r}, {expected}: {AGAIN}"
+                return f"{where} line {line}, column {column}: {_cut(cell)!r}, {expected}: {AGAIN}"
     return ""
 
 
-def _ids(where: str, contents: bytes, rows: int) -> np.ndarray:
+def _ids(where: str, lines: list[tuple[int, list[str]]], rows: int) -> np.ndarray:
     """ImageIds of the sample submission in its order, int64 [rows]: each of 1..rows once. Raises UserError."""
-    lines = list(csv.reader(io.StringIO(contents.decode("utf-8", "replace"))))
-    _check_header(where, ",".join(lines[0]) if lines else "", FILES["sample_submission.csv"])
-    found = [row[0] if row else "" for row in lines[1:]]
+    columns = FILES["sample_submission.csv"]
+    _check_header(where, ",".join(lines[0][1]) if lines else "", columns)
+    for line, row in lines:
+        if len(row) != len(columns):
+            raise UserError(f"{where} line {line} has {len(row)} cells, expected {len(columns)}: {AGAIN}")
+    found = [row[0] for _, row in lines[1:]]
     expected = [str(number) for number in range(1, rows + 1)]
     known, counts = set(expected), Counter(found)
     facts = [
         ("there twice", [name for name, count in counts.items() if count > 1]),
         ("missing", [name for name in expected if name not in counts]),
-        ("without a row in test.csv", [repr(name) for name in counts if name not in known]),
+        ("without a row in test.csv", [name for name in counts if name not in known]),
     ]
     told = "; ".join(f"{what}: {_some(names, OFFENDERS)}" for what, names in facts if names)
     if told:
@@ -147,4 +161,9 @@ def _ids(where: str, contents: bytes, rows: int) -> np.ndarray:
 
 def _some(names: list[str], shown: int = 3) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{', '.join(names[:shown])}{rest}"
+    plain = [_cut(name) if name.isascii() and name.isalnum() else repr(_cut(name)) for name in names[:shown]]
+    return f"{', '.join(plain)}{rest}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

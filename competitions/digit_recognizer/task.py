@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import Config, flag
+from common.config import Config, at_least, between, flag
 from common.kaggle.source import Source
 from common.raw import RawData
 
@@ -25,14 +25,14 @@ SOURCE = Source(
 class DigitConfig(Config):
     """The settings of Digit Recognizer: the network's size and how far the training images are changed."""
 
-    width: int = flag(32, "channels of the first scale; the others have 2 and 4 times as many", "channels")
-    kernel: int = flag(5, "side of the larger convolutions, odd", "pixels")
-    dropout: float = flag(0.0, "part of the last features that is left out in training")
-    rotation: float = flag(12.0, "largest turn of a training image", "degrees")
-    scale: float = flag(0.12, "largest change of width and of height", "log of the factor")
-    shear: float = flag(0.12, "largest slant", "pixels per pixel of height")
-    shift: float = flag(2.0, "largest shift to each side", "pixels")
-    elastic: float = flag(0.8, "standard deviation of the elastic bending", "pixels")
+    width: int = flag(32, "channels of the first scale; the others have 2 and 4 times as many", "channels", at_least(1))
+    kernel: int = flag(5, "side of the larger convolutions", "pixels", (lambda side: side % 2 == 1, "an odd number"))
+    dropout: float = flag(0.0, "part of the last features that is left out in training", rule=between(0, 1))
+    rotation: float = flag(12.0, "largest turn of a training image", "degrees", at_least(0))
+    scale: float = flag(0.12, "largest change of width and of height", "log of the factor", at_least(0))
+    shear: float = flag(0.12, "largest slant", "pixels per pixel of height", at_least(0))
+    shift: float = flag(2.0, "largest shift to each side", "pixels", at_least(0))
+    elastic: float = flag(0.8, "standard deviation of the elastic bending", "pixels", at_least(0))
 
 
 # How many times the machines of the README's figures need; every line gives its command and what came out of it.
@@ -120,7 +120,7 @@ def build(config: DigitConfig, raw: RawData) -> "Task":
         ),
         columns=("ImageId", "Label"),
         rows=lambda ids, decisions: zip(ids, decisions.tolist(), strict=True),
-        sample_submission=lambda: raw.read("sample_submission.csv").decode().splitlines(keepends=True),
+        sample_submission=lambda: files.sample_lines,
         valid=_fault,
         fingerprint=files.fingerprint,
     )

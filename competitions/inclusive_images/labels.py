@@ -1,7 +1,5 @@
 """The competition's label files as one index of codes and sparse matrices [images, labels]."""
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -182,16 +180,11 @@ def _table(names: np.ndarray, images: np.ndarray, labels: np.ndarray, m: int, co
 
 def _rows(raw: RawData, name: str, header: tuple[str, ...] | None) -> Iterator[tuple[int, list[str]]]:
     """Lines of a small CSV with their numbers; raises UserError when it does not begin with `header`."""
-    try:
-        reader = csv.reader(io.StringIO(raw.read(name).decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{raw.path}/{name} is no UTF-8 text ({error}): {AGAIN}") from error
+    rows = raw.rows(name)
     if header is not None:
-        found = next(reader, [])
+        _, found = next(rows, (1, []))
         if tuple(found[: len(header)]) != header:
             raise UserError(
                 f"{raw.path}/{name} begins with {','.join(found)!r}, expected {','.join(header)!r}: {AGAIN}"
             )
-    for row in reader:
-        if row:
-            yield reader.line_num, row
+    yield from rows

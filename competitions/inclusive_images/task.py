@@ -5,7 +5,6 @@ make train COMP=inclusive_images RECIPE=small
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.config import Config, flag
+from common.config import Config, at_least, between, flag
 from common.errors import UserError
 from common.kaggle.source import Images, Source
 from common.raw import RawData
@@ -58,26 +57,32 @@ class TagConfig(Config):
     )
     start_from: str = flag("", "finished run whose weights to start from; heads that are absent here are dropped")
     learns: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
-    size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels")
-    cache_gb: float = flag(20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB")
+    size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels", at_least(32))
+    cache_gb: float = flag(
+        20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
+    )
     backbone: str = flag("resnet50", "model of timm, from scratch: the competition forbade published weights")
-    dropout: float = flag(0.2, "part of the pooled features that the heads do without in training")
+    dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
     augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
     mix: Literal["none", "mixup", "cutmix"] = flag("none", "blend pairs of training images and their labels")
     sampling: Literal["shuffled", "weighted"] = flag("shuffled", "every image once an epoch, or rare labels more often")
-    classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out")
+    classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out", rule=at_least(0))
     loss: Literal["bce", "focal", "f2", "bce+f2", "pvn"] = flag(
         "f2", "of the classifier; f2 is the soft F2 of each image, pvn a softmax of each positive against all negatives"
     )
-    embedding: float = flag(0.0, "weight of the embedding head's loss; 0 leaves the head out")
+    embedding: float = flag(0.0, "weight of the embedding head's loss; 0 leaves the head out", rule=at_least(0))
     embedding_loss: Literal["cosine", "mse"] = flag("cosine", "distance to the sum of the label vectors")
-    embedding_dim: int = flag(512, "length of a label vector")
+    embedding_dim: int = flag(512, "length of a label vector", rule=at_least(1))
     embedding_kind: Literal["ppmi", "pmi"] = flag("ppmi", "what the label vectors factor; pmi is the blog's matrix")
-    smoothing: float = flag(3.0, "imagined images added to every pair of labels", "images")
+    smoothing: float = flag(3.0, "imagined images added to every pair of labels", "images", at_least(0))
     count: float = flag(
-        0.0, "weight of the loss of the number of labels, which only helps the training; 0 leaves the head out"
+        0.0,
+        "weight of the loss of the number of labels, which only helps the training; 0 leaves the head out",
+        rule=at_least(0),
     )
-    clusters: int = flag(0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters")
+    clusters: int = flag(
+        0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters", at_least(0)
+    )
 
 
 DEFAULT = TagConfig(
@@ -217,7 +222,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         decide=decide,
         columns=("image_id", "labels"),
         rows=lines,
-        sample_submission=lambda: io.TextIOWrapper(raw.open(files.sample_name), encoding="utf-8"),
+        sample_submission=lambda: raw.text(files.sample_name).splitlines(),
         valid=partial(_fault, files.index.column),
         learn=learn,
         pretrain=partial(rows.start_from, config, files) if config.start_from else None,
@@ -253,16 +258,8 @@ def _mix(kind: str) -> Any:
 
 
 def _check(config: TagConfig) -> None:
-    if min(config.size) < 32:
-        raise UserError(f"--size {config.size[0]},{config.size[1]}: expected at least 32,32, for example 224,224")
-    weights = {name: getattr(config, name) for name in ("classifier", "embedding", "count")}
-    for name, weight in weights.items():
-        if weight < 0:
-            raise UserError(f"--{name} {weight}: expected a weight of 0 or more")
     if not (config.classifier or config.embedding):
         raise UserError("--classifier 0 --embedding 0 leaves nothing that predicts labels: give one of them a weight")
-    if config.embedding_dim < 1:
-        raise UserError(f"--embedding-dim {config.embedding_dim}: expected at least 1, for example 512")
     if config.learns == "heads" and not config.start_from:
         raise UserError("--learns heads trains on a backbone of random weights: add --start-from RUN")
     if config.labelled == "validated" and config.fold not in ("0", "none"):

@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from common import config as common
-from common.config import flag
-from common.errors import UserError
+from common.config import at_least, between, flag
 
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
+JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
+SHARE: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
 
 
@@ -29,19 +30,25 @@ class Config(common.Config):
     model: str = flag("", "one model alone: the same as --models with a single name")
     first_day: str = flag("", "first submit day of a backtest; day D forecasts D+1 and D+2 in UTC", "date")
     last_day: str = flag("", "last submit day; train then knows nothing after it", "date")
-    backtest_days: int = flag(56, "submit days before the end whose forecasts the blend is fitted on", "days")
-    refit_days: int = flag(31, "a backtest fits every model again after this many days", "days")
-    jobs: int = flag(-1, "fits at the same time, -1 for one per core", "processes")
+    backtest_days: int = flag(
+        56, "submit days before the end whose forecasts the blend is fitted on", "days", at_least(1)
+    )
+    refit_days: int = flag(31, "a backtest fits every model again after this many days", "days", at_least(1))
+    jobs: int = flag(-1, "fits at the same time", "processes", JOBS)
     beijing_windows: str = flag("golden_5", "windows of the medians in Beijing")
     london_windows: str = flag("fib_9", "windows of the medians in London")
-    boosting_rounds: int = flag(250, "trees of each boosted model", "trees")
-    boosting_seeds: int = flag(4, "boosted models per city and kind of tree, each on other rows", "models")
-    boosting_share: float = flag(0.08, "part of all rows (origin, hour ahead, series) that a boosted model sees")
-    history_days: int = flag(1, "days of hours before the origin that the network sees; the blog's were 360", "days")
+    boosting_rounds: int = flag(250, "trees of each boosted model", "trees", at_least(1))
+    boosting_seeds: int = flag(4, "boosted models per city and kind of tree, each on other rows", "models", at_least(1))
+    boosting_share: float = flag(
+        0.08, "part of all rows (origin, hour ahead, series) that a boosted model sees", rule=SHARE
+    )
+    history_days: int = flag(
+        1, "days of hours before the origin that the network sees; the blog's were 360", "days", at_least(1)
+    )
     windows: str = flag("golden_1", "median windows that the network sees")
-    train_days: int = flag(420, "last origins that the network is trained on", "days")
-    units: int = flag(128, "width of the network")
-    dropout: float = flag(0.5, "dropout of the network")
+    train_days: int = flag(420, "last origins that the network is trained on", "days", at_least(1))
+    units: int = flag(128, "width of the network", rule=at_least(1))
+    dropout: float = flag(0.5, "dropout of the network", rule=between(0, 1))
 
 
 DEFAULT = Config()
@@ -67,12 +74,5 @@ RECIPES = {
 
 
 def checked(config: Config) -> Config:
-    """--model medians becomes --models medians: a run's config names its models once. Raises UserError on no number."""
-    for name in ("backtest_days", "refit_days", "history_days", "train_days", "boosting_rounds", "boosting_seeds"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
-    if config.jobs < 1 and config.jobs != -1:
-        raise UserError(f"--jobs {config.jobs}: expected at least 1, or -1 for one per core")
-    if not 0 < config.boosting_share <= 1:
-        raise UserError(f"--boosting-share {config.boosting_share}: expected a part of all rows, above 0 and at most 1")
+    """--model medians becomes --models medians: a run's config names its models once."""
     return replace(config, models=config.model, model="") if config.model else config

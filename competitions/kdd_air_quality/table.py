@@ -17,7 +17,7 @@ def sample_lines(raw: RawData) -> list[str]:
     names = [name for name in raw.names() if "sample_submission" in name.rsplit("/", 1)[-1] and name.endswith(".csv")]
     if names:
         chosen = "sample_submission.csv" if "sample_submission.csv" in names else names[0]
-        return raw.read(chosen).decode("utf-8-sig").splitlines()
+        return raw.text(chosen).splitlines()
     rows = [
         f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
         for station in STATIONS

@@ -133,6 +133,41 @@ def test_fingerprint_depends_on_names_and_contents(tmp_path):
     assert len({data.fingerprint("a", "b"), data.fingerprint("b", "a"), data.fingerprint("a")}) == 3
 
 
+def test_the_sample_stays_a_sample_when_it_is_given_as_data(tmp_path):
+    made = raw.find("toy", None, sample, str)
+    assert raw.find("toy", str(made.path), sample, pytest.fail).is_sample
+    assert raw.find("toy", str(made.path.resolve()), sample, pytest.fail).is_sample
+
+
+def test_text_is_utf8_without_a_mark_and_a_bad_byte_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfid\n\xc3\xa9\n")
+    (tmp_path / "b.csv").write_bytes(b"id\n1\n\xe9\n")
+    data = raw.RawData(tmp_path, "toy")
+    assert data.text("a.csv") == "id\n\u00e9\n"
+    with pytest.raises(UserError, match="b.csv line 3: byte 0xe9 .*make data COMP=toy"):
+        data.text("b.csv")
+
+
+def test_files_that_may_not_be_read(tmp_path, monkeypatch):
+    """As another user's: the tests may run as root, whom no permission stops."""
+
+    def forbidden(*given, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = archive(tmp_path / "toy.zip", train="a")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "train.csv").write_text("a")
+    monkeypatch.setattr(raw.zipfile, "ZipFile", forbidden)
+    monkeypatch.setattr("builtins.open", forbidden)
+    for place in (path, folder):
+        with pytest.raises(UserError, match="cannot be read .Permission denied.: make it readable for you"):
+            raw.RawData(place, "toy").read("train.csv")
+    monkeypatch.setattr(raw.Path, "exists", forbidden)
+    with pytest.raises(UserError, match="Permission denied"):
+        raw.find("toy", str(path), sample, pytest.fail)
+
+
 def test_errors_name_the_path_and_the_next_command(tmp_path):
     with pytest.raises(UserError, match="DATA=/nowhere does not exist"):
         raw.find("toy", "/nowhere", sample, str)

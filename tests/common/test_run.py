@@ -1,5 +1,6 @@
 """Runs: numbered, resumed by the same command, refused by another one, never trained twice at once."""
 
+import errno
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,11 +47,34 @@ def test_a_named_run_resumes_with_its_own_config_only():
         open_run("mine", data_fingerprint="g")
 
 
-@pytest.mark.parametrize("name", ["a/b", "a,b", "", ".."])
+@pytest.mark.parametrize("name", ["a/b", "a,b", "", "..", "x" * 101])
 def test_names_that_no_other_command_could_use(name):
-    with pytest.raises(UserError, match="expected a name without"):
+    with pytest.raises(UserError, match="characters without"):
         open_run(name)
     assert not Path("runs").exists()
+
+
+def test_a_damaged_file_of_a_run_is_named():
+    run = open_run("mine")
+    for name in ("config.json", "run.json", "result.json"):
+        (run.path / name).write_text('{"half')
+    for use in (lambda: run.config(Config), lambda: run.result, lambda: runs.load("toy", "mine")):
+        with pytest.raises(UserError, match=r"runs/toy/mine/\w+.json cannot be read"):
+            use()
+
+
+def test_folders_that_cannot_be_made_are_named(monkeypatch):
+    def forbidden(*given, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", forbidden)
+        with pytest.raises(UserError, match="runs/toy could not be written .Permission denied.*writable"):
+            open_run()
+    run = open_run("mine")
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(UserError, match="lock could not be written"):
+        run.lock()
 
 
 def test_the_config_and_origin_are_read_back():

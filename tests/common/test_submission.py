@@ -38,6 +38,7 @@ def test_a_good_submission_is_written_with_its_origin(tmp_path):
         ([(1, 7), (1, 0), (3, 1)], "line 3: id 1 is there twice"),
         ([(1, 7), (2, float("nan")), (3, 1)], "line 3: id 2 has the value nan"),
         ([(1, 7), (2, float("-inf")), (3, 1)], "line 3: id 2 has the value -inf"),
+        ([(1, 7), (2, "+Infinity"), (3, 1)], "line 3: id 2 has the value .Infinity"),
         ([(1, 7), (2, 10), (3, 1)], "line 3: id 2: label '10' is not 0 to 9"),
         ([(1, 7), (2,), (3, 1)], "line 3: 1 values, expected 2"),
         ([], "line 2: id 1 is missing"),

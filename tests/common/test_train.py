@@ -194,17 +194,35 @@ def test_unreadable_images_are_listed_in_the_run_and_left_out(monkeypatch):
     assert json.loads((folder / "result.json").read_text())["rows"] == len(kept)
 
 
+@pytest.mark.parametrize(
+    ("fold_is", "words"), [(1, "fold 0: not one of its 7 training images"), (0, "not one of the held-out images")]
+)
+def test_not_one_image_of_a_part_can_be_read(monkeypatch, fold_is, words):
+    whole = toy.build
+
+    def build(config, data):
+        files = Broken(np.flatnonzero((FOLDS > 0) == (fold_is > 0)))
+        return replace(whole(config, data), labelled=files, plain=files, ids=list("abcdefghijkl"), folds=FOLDS)
+
+    monkeypatch.setattr(toy, "build", build)
+    with pytest.raises(UserError, match=f"{words}.* make check"):
+        toy_train("lenient", batch_size=4, epochs=1, bad_images="skip")
+
+
 FOLDS = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1])
 
 
 class Broken:
-    """Twelve images, of which the third and the tenth cannot be read."""
+    """Twelve images, of which the third and the tenth cannot be read, or others."""
+
+    def __init__(self, bad=(2, 9)):
+        self.bad = bad
 
     def __len__(self) -> int:
         return 12
 
     def __getitem__(self, row: int):
-        if row in (2, 9):
+        if row in self.bad:
             raise BadImage(f"{'abcdefghijkl'[row]}.jpg", "cannot be read")
         return np.full(16, row, np.float32), row % 3
 

@@ -28,6 +28,23 @@ def png(picture) -> bytes:
     return cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
 
 
+def turned(jpeg: bytes) -> bytes:
+    """The JPEG with the EXIF note that it lies on its side (orientation 6)."""
+    entry = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"
+    exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01" + entry + b"\0\0\0\0"
+    return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2) + exif + jpeg[2:]
+
+
+@pytest.mark.parametrize("size", [None, (35, 35)])
+def test_masks_belong_to_the_pixels_as_they_are_stored(tmp_path, jpeg, size):
+    path, plain = tmp_path / "turned.jpg", tmp_path / "plain.jpg"
+    path.write_bytes(turned(jpeg))
+    plain.write_bytes(jpeg)
+    stored = decode(plain, size)
+    assert np.array_equal(decode(path, size, upright=False), stored)
+    assert size or np.array_equal(decode(path), np.rot90(stored, -1))
+
+
 def with_thumbnail(jpeg: bytes) -> bytes:
     """The JPEG with another JPEG, end marker and all, inside its header, as cameras write it."""
     thumbnail = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()

@@ -191,3 +191,11 @@ def test_weights_that_are_there_go_into_the_encoder(monkeypatch):
     for name, value in source.state_dict().items():
         assert torch.equal(network.net.encoder.state_dict()[name], value)
     assert isinstance(network.net.classification_head, nn.Module)
+
+
+def test_an_encoder_that_does_not_exist_is_named_with_its_nearest():
+    with pytest.raises(UserError, match="--encoder resnet19: .*resnet18"):
+        net(encoder="resnet19")
+    with pytest.raises(UserError) as caught:
+        net(encoder="nope")
+    assert "--encoder nope: " in str(caught.value) and len(str(caught.value)) < 200

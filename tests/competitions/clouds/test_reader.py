@@ -57,6 +57,19 @@ def test_nan_is_an_empty_mask(folder):
     assert not files.runs.present()[files.images.index(NAMES[0]), 0]
 
 
+def test_lines_are_counted_as_an_editor_does(folder):
+    rows = rows_of(folder, "train.csv")
+    rows[5] = rows[5].split(",")[0] + ",1 2 3"
+    write_rows(folder, "train.csv", [*rows[:2], "", "", *rows[2:]])
+    with pytest.raises(UserError, match="train.csv line 9 "):
+        read(folder)
+
+
+def test_what_a_file_manager_leaves_beside_the_images(folder):
+    (folder / "train_images" / f"._{NAMES[0]}").write_bytes(b"?")
+    assert read(folder).images == sorted(NAMES)
+
+
 def test_a_class_that_no_image_has(folder):
     write_rows(
         folder,
@@ -112,6 +125,8 @@ def sample_row(row):
         (changed(2, "_Gravel", ""), ["train.csv line 4", "names no class"]),
         (changed(3, "_Sugar", "_Gravel"), ["train.csv line 5", "Gravel", "twice"]),
         (cell("1 2 3"), ["train.csv line 7", "Flower", "3 numbers, expected pairs"]),
+        (cell("1 2,3 4"), ["line 7 has 3 cells, expected 2"]),
+        (changed(4, ",", ""), ["train.csv line 6 has 1 cells"]),
         (cell("1 x"), ["line 7", "'x' is not a whole number"]),
         (cell("1 10 5 3"), ["line 7", "overlaps"]),
         (cell("2940000 2"), ["line 7", "out of range", "2940000"]),

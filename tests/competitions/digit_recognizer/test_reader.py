@@ -91,6 +91,44 @@ def test_windows_line_ends_are_read(folder):
     assert np.array_equal(read(raw).images, straight.images)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_header(folder):
+    raw = write(folder)
+    straight = read(raw)
+    for name in reader.FILES:
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    marked = read(raw)
+    assert np.array_equal(marked.images, straight.images) and marked.sample_lines == straight.sample_lines
+
+
+def test_other_line_ends_and_blank_last_lines_of_the_sample_submission(folder):
+    raw = write(folder)
+    (folder / "sample_submission.csv").write_bytes(b"ImageId,Label\r1,0\r3,0\r2,0\r4,0\r\r\r")
+    assert read(raw).test_ids == ["1", "3", "2", "4"]
+
+
+def test_a_damaged_cache_is_made_again(folder):
+    raw = write(folder)
+    straight = read(raw)
+    for file in raw.cache.glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-100])
+    assert np.array_equal(read(raw).images, straight.images)
+    assert all(len(np.load(file)) in (4, 6) for file in raw.cache.glob("*.npy"))
+
+
+def test_a_sample_submission_that_is_no_text(folder):
+    raw = write(folder)
+    (folder / "sample_submission.csv").write_bytes(b"ImageId,Label\n1,0\n2,\xe9\n3,0\n4,0\n")
+    with pytest.raises(UserError, match="sample_submission.csv line 3: byte 0xe9 .*make data COMP=digit_recognizer"):
+        read(raw)
+
+
+def test_messages_stay_short_whatever_the_file_holds(folder):
+    for change in (cell(3, 5, '"' + "7" * 5000), cell(1, 5, "x" * 5000), lambda lines: [["\x00\x01" * 4000]]):
+        with pytest.raises(UserError) as caught:
+            read(write(folder, train=change))
+        assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
+
+
 def test_csv_is_parsed_once_for_the_same_contents(folder, monkeypatch):
     raw = write(folder)
     first = read(raw)
@@ -142,6 +180,12 @@ FAULTS = {
     "text": ({"train": cell(5, 13, "abc")}, ["train.csv line 5", "column pixel12", "'abc'", "0 to 255"]),
     "empty cell": ({"train": cell(5, 13, "")}, ["train.csv line 5", "column pixel12", "''"]),
     "NaN": ({"test": cell(3, 0, "nan")}, ["test.csv line 3", "column pixel0", "'nan'"]),
+    "whole number as a fraction": ({"train": cell(5, 13, "7.0")}, ["line 5", "column pixel12", "'7.0'", "whole"]),
+    "exponent": ({"test": cell(3, 2, "1e2")}, ["line 3", "column pixel2", "'1e2'"]),
+    "sign": ({"test": cell(3, 2, "+7")}, ["line 3", "column pixel2", "'+7'"]),
+    "blank first line": ({"train": lambda lines: [[], *lines]}, ["train.csv", "begins with a blank line"]),
+    "sample row short": ({"sample": lambda lines: [*lines[:3], [3], lines[4]]}, ["line 4 has 1 cells, expected 2"]),
+    "sample row long": ({"sample": lambda lines: [*lines[:3], [3, 0, 5], lines[4]]}, ["line 4 has 3 cells"]),
     "fraction": ({"train": cell(5, 13, "0.5")}, ["line 5", "column pixel12", "'0.5'", "whole number"]),
     "pixel too large": ({"train": cell(4, 784, 256)}, ["train.csv line 4", "column pixel783", "'256'", "0 to 255"]),
     "pixel negative": ({"test": cell(2, 7, -1)}, ["test.csv line 2", "column pixel7", "'-1'"]),
@@ -153,8 +197,8 @@ FAULTS = {
     "sample empty": ({"sample": lambda lines: []}, ["sample_submission.csv is empty"]),
     "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv", "there twice: 2", "missing: 3"]),
     "id missing": ({"sample": lambda lines: lines[:-1]}, ["sample_submission.csv", "ids 1 to 4", "missing: 4"]),
-    "id unknown": ({"sample": cell(5, 0, "x4")}, ["without a row in test.csv: 'x4'", "missing: 4"]),
-    "test row missing": ({"test": lambda lines: lines[:-1]}, ["ids 1 to 3", "without a row in test.csv: '4'"]),
+    "id unknown": ({"sample": cell(5, 0, "x4")}, ["without a row in test.csv: x4", "missing: 4"]),
+    "test row missing": ({"test": lambda lines: lines[:-1]}, ["ids 1 to 3", "without a row in test.csv: 4"]),
 }
 
 

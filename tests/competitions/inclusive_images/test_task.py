@@ -8,6 +8,7 @@ import torch
 
 from common import checkpoint, submission
 from common import run as runs
+from common.config import checked
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
@@ -26,7 +27,7 @@ def raw(tmp_path_factory) -> RawData:
 
 
 def built(raw: RawData, **changes):
-    return task.build(dataclasses.replace(SMOKE, **changes), raw)
+    return task.build(checked(dataclasses.replace(SMOKE, **changes)), raw)
 
 
 def test_sample_is_seeded_and_its_labels_come_together(raw, tmp_path):

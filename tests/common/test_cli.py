@@ -1,0 +1,72 @@
+"""The command line before any training: verbs, competitions, recipes and flags that are not there, and bad values."""
+
+import builtins
+
+import pytest
+
+from common import cli
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian", "clouds"], ["'trian' is not a verb", "Did you mean train?"]),
+        (["trian"], ["'trian' is not a verb", "predict", "submit"]),
+        (["backtest", "clouds"], ["'backtest' is not a verb"]),
+        (["predict"], ["COMP= is missing", "make predict COMP=clouds"]),
+        (["name", "", "predict"], ["COMP= is missing", "make predict COMP=clouds"]),
+        (["name", "digits", "submit"], ["COMP=digits is not", "Did you mean digit_recognizer?", "make submit COMP="]),
+        (["train", "clouds", "--recipe", "smal"], ["RECIPE=smal", "small", "Did you mean small?"]),
+        (["train", "clouds", "--recipe"], ["python -m common train clouds --help"]),
+        (["train", "digit_recognizer", "--epoch", "1"], ["unknown flag --epoch", "Did you mean --epochs?"]),
+        (["predict", "digit_recognizer", "--lr", "1"], ["unknown flag --lr"]),  # it would change nothing
+        (["train", "digit_recognizer", "--kernel", "4"], ["--kernel 4", "odd"]),
+        (["train", "digit_recognizer", "--width", "0"], ["--width 0", "at least 1"]),
+        (["train", "digit_recognizer", "--dropout", "2"], ["--dropout 2", "0 to 1"]),
+        (["train", "digit_recognizer", "--rotation", "nan"], ["--rotation nan"]),
+        (["train", "digit_recognizer", "--lr", "inf"], ["--lr inf", "above 0"]),
+        (["train", "digit_recognizer", "--save-every", "nan"], ["--save-every nan"]),
+        (["train", "digit_recognizer", "--threads", "100000"], ["--threads 100000"]),
+        (["train", "digit_recognizer", "--patience", "2"], ["--patience 2", "--keep best"]),
+        (["train", "digit_recognizer", "--optimizer", "adamm"], ["adamm", "adamw", "did you mean adam?"]),
+        (["train", "digit_recognizer", "--device", "gpu"], ["--device gpu", "auto"]),
+        (["train", "digit_recognizer", "--run", "x" * 300], ["RUN=xxx", "at most 100"]),
+        (["predict", "digit_recognizer", "--run", "x" * 300], ["RUN=xxx", "at most 100"]),
+        (["train", "clouds", "--encoder-lr", "-1"], ["--encoder-lr -1", "at least 0"]),
+        (["train", "clouds", "--size", "32,64"], ["--size 32,64", "at least 64"]),
+        (["train", "clouds", "--bce", "nan"], ["--bce nan"]),
+        (["train", "kdd_air_quality", "--jobs", "0"], ["--jobs 0", "-1 for one per core"]),
+        (["train", "kdd_air_quality", "--lr", "0"], ["--lr 0", "above 0"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_value_and_leaves_no_run(argv, words, capsys, tmp_path):
+    assert cli.main(argv) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and all(word in told for word in words), told
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_without_the_packages_the_next_command_is_named(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def absent(name, *given, **options):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return real(name, *given, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.delitem(cli.sys.modules, "common.train", raising=False)
+    assert cli.main(["train", "digit_recognizer"]) == 1
+    assert "has no torch: use make" in capsys.readouterr().err
+
+
+def test_predict_shows_only_what_a_prediction_can_change(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "digit_recognizer", "--help"])
+    shown = capsys.readouterr().out
+    assert "--views" in shown and "as the run was trained" in shown and "--lr" not in shown and "--width" not in shown
