@@ -105,7 +105,7 @@ class WindowReader(torch.utils.data.Dataset):
                 return self._load(0, index, 0)
             except BadImage:
                 continue
-        raise UserError("not one image of the dataset can be read: make check, with the same COMP= and DATA=, lists them")
+        raise UserError("not one image of the data can be read: make check, with the same COMP= and DATA=, lists them")
 
     def _check_repeatable(self, key: WindowKey) -> None:
         """Load some samples twice: catches randomness that no search finds, such as a generator made per sample."""
