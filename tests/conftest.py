@@ -6,6 +6,9 @@ from pathlib import Path
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations asks the package index for news when imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # a weight download then fails at once instead of after retries
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is of CPUs, and its forks could not share a card
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # a suite started by torchrun would wait for the others
 
 # `make test` hands its own variables to every program below it, and some tests call make.
 MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "COMP", "DATA", "RECIPE", "RUN", "FOLD", "ARGS")
@@ -14,6 +17,10 @@ for name in (*MAKE, "FILE", "MSG", "FORCE", "NPROC", "NNODES", "MASTER", "BENCH"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine fails nothing, and runs are equal
+settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
 

@@ -41,11 +41,6 @@ class Average:
         for name in current.keys() - set(floating):
             self.tensors[name].copy_(current[name])
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        for name, tensor in named_tensors(model).items():
-            tensor.copy_(self.tensors[name])
-
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         """The averaged weights in the model, for the time of the block; nothing is copied."""

@@ -70,3 +70,12 @@ def test_predict_shows_only_what_a_prediction_can_change(capsys):
         cli.main(["predict", "digit_recognizer", "--help"])
     shown = capsys.readouterr().out
     assert "--views" in shown and "as the run was trained" in shown and "--lr" not in shown and "--width" not in shown
+
+
+def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
+    def stopped(competition, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "train", stopped)
+    assert cli.main(["train", "clouds"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1

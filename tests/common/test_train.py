@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from common import fit as fitting
 from common import predict, raw
 from common import run as runs
-from common.config import Parser, add_flags
+from common.config import Parser, add_prediction_flags
 from common.errors import UserError
 from common.loading.images import BadImage
 from common.train import train
@@ -29,6 +30,14 @@ def _here(tmp_path, monkeypatch):
 def toy_train(run: str = "one", **changes) -> Path:
     train("toy", toy, replace(toy.RECIPES["default"], **changes), "default", None, run)
     return Path("runs/toy") / run
+
+
+def predict_again(*argv: str) -> None:
+    parser = Parser()
+    parser.add_argument("--run")
+    parser.add_argument("--data")
+    add_prediction_flags(parser, toy.ToyConfig)
+    predict.predict("toy", toy, parser.parse_args(argv))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -152,11 +161,7 @@ def test_a_diverging_loss_stops_before_the_update_and_names_the_step():
 
 def test_two_runs_are_averaged_in_probability_space():
     folders = [toy_train("one"), toy_train("two", seed=1)]
-    parser = Parser()
-    parser.add_argument("--run")
-    parser.add_argument("--data")
-    add_flags(parser, toy.RECIPES["default"])
-    predict.predict("toy", toy, parser.parse_args(["--run", "one,two"]))
+    predict_again("--run", "one,two")
     config = toy.RECIPES["default"]
     task = toy.build(config, raw.find("toy", None, toy.write_sample, str))
     mean = torch.zeros(30, 3)
@@ -343,15 +348,11 @@ def test_a_missing_fold_is_named_and_trained_again(fold):
 
 def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
     toy_train("one")
-    parser = Parser()
-    parser.add_argument("--run")
-    parser.add_argument("--data")
-    add_flags(parser, toy.RECIPES["default"])
     sidecar = Path("submissions/toy/one-sample.json")
     trained = json.loads(sidecar.read_text())["score"]
-    predict.predict("toy", toy, parser.parse_args(["--run", "one", "--workers", "1"]))
+    predict_again("--run", "one", "--workers", "1")
     assert json.loads(sidecar.read_text())["score"] == trained is not None
-    predict.predict("toy", toy, parser.parse_args(["--run", "one", "--views", "false"]))
+    predict_again("--run", "one", "--views", "false")
     assert json.loads(sidecar.read_text())["score"] is None
 
 
@@ -379,3 +380,11 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
     assert float((kept["1.running_mean"] - hidden.mean(0)).abs().max()) < 0.1, "augmented a little"
     former = torch.stack([step["1.running_mean"] for step in taken]).mean(0)
     assert float((former - hidden.mean(0)).abs().max()) > float((kept["1.running_mean"] - hidden.mean(0)).abs().max())
+
+
+def test_the_weights_of_a_loss_are_trained(monkeypatch):
+    whole, made = toy.build, []
+    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), loss=Temperature()))
+    monkeypatch.setattr(fitting, "deepcopy", lambda loss: made.append(Temperature()) or made[-1])
+    toy_train("one", lr=0.05)
+    assert made[0].scale.item() != 1

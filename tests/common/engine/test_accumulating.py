@@ -157,3 +157,22 @@ def test_schedulers_closures_and_parameters_without_gradient():
 def test_at_least_one():
     with pytest.raises(ValueError, match="accum_iters 0"):
         AccumulatingOptimizer(OPTIMIZERS["sgd"](make().parameters()), 0)
+
+
+def test_weights_of_an_open_window_are_kept():
+    def make():
+        model = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(model.weight)
+        return model, AccumulatingOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), 2)
+
+    model, optimizer = make()
+    model.weight.grad = torch.ones(1, 2)
+    optimizer.step(weight=3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    model, optimizer = make()
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    model.weight.grad = torch.zeros(1, 2)
+    optimizer.step(weight=1)
+    assert model.weight.tolist() == [[0.25, 0.25]]  # 1 - (3 * 1 + 1 * 0) / 4

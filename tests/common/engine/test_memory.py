@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tests.common.engine.toys import (
     silent,
 )
 
+ROOT = Path(__file__).parents[3]
 MESSAGES = [
     "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 15.90 GiB total capacity)",
     "CUDA error: out of memory",
@@ -230,7 +232,9 @@ def test_freed_memory_is_kept_or_given_back():
     """Counted in faults, at least one for each of 64 blocks when the system has to clear it again."""
 
     def cleared(choice):
-        done = subprocess.run([sys.executable, "-c", STEPS, choice], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS, choice], capture_output=True, text=True, check=True, cwd=ROOT
+        )
         return int(done.stdout)
 
     assert cleared("keep") < 16 and cleared("give back") >= 64

@@ -98,3 +98,10 @@ def test_state_in_advance_changes_nothing(name):
     torch.testing.assert_close(train(model, optimizer), expected, rtol=1e-12, atol=1e-14)
     groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert groups == [(0.1, 0.01), (0.1, 0.0)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_momentum_reaches_the_optimizer(name):
+    config = SimpleNamespace(optimizer=name, lr=0.1, weight_decay=0.0, momentum=0.7)
+    (group, *_) = build_optimizer(nn.Linear(2, 2), config).param_groups
+    assert (group["momentum"] if name == "sgd" else group["betas"][0]) == 0.7

@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from common.engine.ranks import SINGLE, Ranks
+from common.fit import fit
+from common.run import Run
 from tests.common.engine.toys import LOSSES, make_model, make_window, reference, relative_error
+from tests.common.test_fit import CONFIG, task_of
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 30  # from the moment that the processes have met: importing torch can take as long on a busy machine
+SECONDS = 120  # from the moment that the processes have met: importing torch can take as long on a busy machine
 
 
 def run_two(scenario: str, folder: Path) -> list[subprocess.CompletedProcess]:
@@ -55,11 +59,21 @@ def run_two(scenario: str, folder: Path) -> list[subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory):
+def done(tmp_path_factory) -> Path:
+    """The folder of what two processes did; they start once, which takes longer than all that they do."""
     folder = tmp_path_factory.mktemp("ranks")
-    ended = run_two("exact", folder)
+    ended = run_two("exact,talk,trained", folder)
     assert [child.returncode for child in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    return folder
+
+
+def said_by(folder: Path) -> list:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def exact(done):
+    return said_by(done / "exact")
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -87,10 +101,8 @@ def test_out_of_memory_on_one_rank_shrinks_both(exact, name, phase):
     assert sizes[0] == sizes[1] <= 8
 
 
-def test_the_small_calls(tmp_path):
-    ended = run_two("talk", tmp_path)
-    assert [child.returncode for child in ended] == [0, 0], ended[0].stderr + ended[1].stderr
-    said = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_the_small_calls(done):
+    said = said_by(done / "talk")
     for rank, found in enumerate(said):
         assert found["any"] == [False, True]
         assert found["sum"].tolist() == [2, 1]
@@ -102,6 +114,20 @@ def test_the_small_calls(tmp_path):
         assert found["union"] == {0: "own", 1: "own", "both": 0}
         assert found["losses"] == said[0]["losses"]
         assert all(torch.equal(found["model"][name], said[0]["model"][name]) for name in found["model"])
+
+
+def test_a_fold_trained_by_two_is_that_of_one(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared, alone = done / "trained" / "fold-1", fit(task_of(CONFIG), CONFIG, Run(tmp_path, {}), 1, SINGLE)
+    two, one = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (shared, alone))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+    two, one = (np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True) for folder in (shared, alone))
+    for name in one.dtype.names:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, err_msg=name)
+    assert np.array_equal(np.load(shared / "oof_rows.npy"), np.load(alone / "oof_rows.npy"))
+    rows = said_by(done / "trained")  # (own, of both) of every step
+    assert [a + b for (a, _), (b, _) in zip(*rows, strict=True)] == [total for _, total in rows[0]] == 3 * [16, 16, 1]
 
 
 def test_a_killed_rank_ends_the_job_with_a_message(tmp_path):
@@ -119,3 +145,10 @@ def test_alone_everything_is_at_once():
         assert ranks.sum_(tensor) is tensor and ranks.gather(tensor) == (tensor, 0) and ranks.share(3) == 3
         assert ranks.union({"a": 1}) == {"a": 1}
         ranks.barrier()
+
+
+def test_statistics_of_ranks_are_averaged(monkeypatch):
+    monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor.mul_(2))  # another rank that has the same
+    mean, count = torch.tensor([1.0, 3.0]), torch.tensor(5)
+    Ranks(0, 2).average_([mean, count])
+    assert mean.tolist() == [1, 3] and int(count) == 5

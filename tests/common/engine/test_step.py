@@ -1,6 +1,7 @@
 """One step of the engine against one graph over the whole window."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.engine.ranks import Ranks
 from common.errors import UserError
 from common.losses import LovaszSoftmax, window_value
 from common.window import Window
@@ -367,3 +369,17 @@ def test_the_report():
     assert float(report.loss) == pytest.approx(float(value), rel=1e-12)
     assert float(report.gradient_norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_ranks_have_their_own_dropout():
+    engines = [make_engine(make_model(), cross_entropy, ranks=Ranks(rank, 2)) for rank in range(2)]
+    assert engines[0]._first_seed != engines[1]._first_seed
+
+
+def test_a_large_window_in_fp16_does_not_overflow_with_one_sum():
+    model, window = make_model().float(), make_window(4000)
+    window = replace(window, inputs=window.inputs.float())
+    engine = make_engine(model, RootMeanSquare(), micro_batch=500, precision="fp16")
+    for step in range(2):
+        engine.gradients(window, step)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())

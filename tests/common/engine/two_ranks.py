@@ -1,4 +1,7 @@
-"""What one of several processes does in the tests of ranks: python -m tests.common.engine.two_ranks SCENARIO FOLDER."""
+"""What one of several processes does in the tests of ranks.
+
+python -m tests.common.engine.two_ranks SCENARIO,SCENARIO... FOLDER: each in a folder of its name.
+"""
 
 import os
 import signal
@@ -11,8 +14,12 @@ from torch import nn
 
 from common.engine import memory
 from common.engine.ranks import Ranks
+from common.engine.step import Engine
 from common.errors import UserError
+from common.fit import fit
+from common.run import Run
 from tests.common.engine.toys import LOSSES, SmallMemory, gradient_of, make_engine, make_model, make_window
+from tests.common.test_fit import CONFIG, task_of
 
 SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # rows of rank 0, of rank 1
 
@@ -73,6 +80,22 @@ def killed(ranks: Ranks, folder: Path) -> None:
         engine.step(share_of(ranks, "unequal"), step)
 
 
+def trained(ranks: Ranks, folder: Path) -> None:
+    """A whole fold of the toy, validated, averaged and with a window of one row at the end."""
+    rows, step = [], Engine.step
+
+    def counting(self, window, number):
+        rows.append((len(window), window.total))
+        return step(self, window, number)
+
+    Engine.step = counting
+    home = folder / str(ranks.rank)
+    home.mkdir()
+    os.chdir(home)
+    fit(task_of(CONFIG), CONFIG, Run(folder, {}, is_writer=ranks.is_writer), 1, ranks)
+    torch.save(rows, folder / f"{ranks.rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.optim.SGD(make_model().parameters())  # the first optimizer imports torch's compiler, for seconds
@@ -80,6 +103,9 @@ if __name__ == "__main__":
     try:
         with Ranks.from_environment(patience_minutes=2) as all_ranks:
             print("met", flush=True)
-            {"exact": exact, "talk": talk, "killed": killed}[sys.argv[1]](all_ranks, Path(sys.argv[2]))
+            for name in sys.argv[1].split(","):
+                place = Path(sys.argv[2]) / name
+                place.mkdir(exist_ok=True)
+                {"exact": exact, "talk": talk, "killed": killed, "trained": trained}[name](all_ranks, place)
     except UserError as error:
         sys.exit(f"error: {error}")

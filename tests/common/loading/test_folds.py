@@ -32,7 +32,7 @@ def test_folds_do_not_depend_on_the_file_order_but_on_the_seed(maker):
     assert set(straight) == set(range(5))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 7), st.integers(0, 10), st.lists(st.integers(0, 3), min_size=7, max_size=60))
 def test_stratified_counts_differ_by_at_most_one(count, seed, classes):
     made = folds.stratified(range(len(classes)), classes, count, seed)
@@ -102,3 +102,9 @@ def test_what_cannot_be_split_is_refused():
         folds.kfold(["a", "b"], 5, 0)
     with pytest.raises(UserError, match="of 0 and 1"):
         folds.multilabel_stratified(IDS, GROUPS, 5, 0)
+
+
+def test_large_groups_are_dealt_first():
+    """Dealt in the order of their names, the small ones would leave no way to balance the large one."""
+    groups = np.repeat(np.arange(9), [8, 1, 1, 1, 1, 1, 1, 1, 1])
+    assert all(np.bincount(folds.grouped(groups, 2, seed)).tolist() == [8, 8] for seed in range(9))

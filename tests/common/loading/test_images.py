@@ -126,3 +126,11 @@ def test_the_folder_check_finds_every_bad_file(tmp_path, jpeg, png, capsys):
         check_folder(paths)
     assert "30/30" in capsys.readouterr().err
     check_folder(paths[4:11], show=False)
+
+
+def test_an_image_is_never_decoded_smaller_than_asked(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((160, 800, 3), np.uint8))
+    seen, resize = [], cv2.resize
+    monkeypatch.setattr(cv2, "resize", lambda image, *a, **k: seen.append(image.shape[:2]) or resize(image, *a, **k))
+    decode(tmp_path / "a.jpg", (150, 100))
+    assert seen == [(160, 800)]

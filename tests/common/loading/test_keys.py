@@ -9,7 +9,7 @@ from common.loading.keys import KeyedGenerator, Keys, keyed_seed
 numbers = st.integers(0, 2**40)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(-(2**63), 2**64 - 1),
     numbers,
@@ -27,7 +27,7 @@ def test_a_batch_draws_what_numpys_own_philox_draws_for_each_sample(seed, epoch,
         np.testing.assert_array_equal(KeyedGenerator().jump(seed, epoch, i, d, stream).random(count), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**63), st.integers(1, 40), st.integers(0, 40), st.sampled_from([(), (3,), (2, 5), (7, 7)]))
 def test_numbers_do_not_depend_on_the_batching(seed, size, cut, shape):
     index = np.arange(100, 100 + size)

@@ -67,7 +67,7 @@ def test_epochs_and_seeds_differ(expected):
     assert not set(expected[0]) & {digest(window) for window in other.epoch(0)}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**63),
     st.integers(0, 10**6),
@@ -89,7 +89,7 @@ def test_ranks_and_restarts_for_any_seed_epoch_and_size(seed, epoch, rows, size,
     assert all(sum(map(len, parts)) == parts[0].total for parts in found)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.integers(0, 1000), st.integers(1, 3), st.integers(0, 3))
 def test_workers_for_any_seed(seed, workers, start):
     expected = [digest(w) for w in Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=seed).epoch(3, start)]
@@ -278,3 +278,10 @@ def test_what_goes_wrong_is_said_in_one_line():
         list(Loader(Single(), orders.sequential(2), 4, seed=0).epoch(0))
     with pytest.raises(UserError, match="no window of 9"):
         Loader(Numbers(8), orders.sequential(8), 9, seed=0, keep_tail=False)
+
+
+def test_weights_of_a_dataset_of_batches():
+    dataset = Batches()
+    dataset.weights = np.linspace(0.5, 2, 64)
+    window = next(Loader(dataset, orders.shuffled(64), 7, seed=0).epoch(0))
+    np.testing.assert_array_equal(window.weights, dataset.weights[window.index])

@@ -73,3 +73,37 @@ def test_what_cannot_be_mixed_is_refused():
         mixed(MixUp(), CLASSES)
     with pytest.raises(UserError, match="CutMix needs images"):
         mixed(CutMix(classes=5), CLASSES, torch.zeros(SIZE, 7))
+
+
+def test_the_area_of_cutmix_follows_the_beta_distribution():
+    """Boxes whose centre is far from the border: 1 - l of the area, l from Beta(1, 1)."""
+    count, side = 4000, 60
+    images = torch.zeros(count, 1, side, side)
+    images[1::2] = 1
+    keys = Keys(0, 0, np.arange(count) // 2)
+    pasted = CutMix()(images, torch.zeros(count, 1), torch.arange(count) ^ 1, keys, 0)[0][0::2].mean((1, 2, 3)).numpy()
+    centre = keys.uniform((2,), 2)[0::2]
+    small = (np.abs(centre - 0.5) < 0.25).all(1) & (pasted < 0.2)
+    assert stats.kstest(pasted[small] / 0.2, "uniform").pvalue > 1e-3
+    part = 1 - pasted
+    assert abs(np.corrcoef(part, centre.T)[0, 1:]).max() < 0.1, "the place has nothing to do with the size"
+
+
+def test_which_pairs_are_left_alone_has_nothing_to_do_with_the_blend():
+    rows = torch.zeros(4000, 1).index_fill_(0, torch.arange(0, 4000, 2), 1.0)
+    keys = Keys(0, 0, np.arange(4000) // 2)
+    part = MixUp(0.4, probability=0.5)(rows, rows, torch.arange(4000) ^ 1, keys, 0)[0][0::2, 0].numpy()
+    blended = part[part < 1]
+    assert stats.kstest(blended, stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
+
+
+def test_boxes_of_cutmix_lie_anywhere_whatever_their_size():
+    count, side = 4000, 60
+    images = torch.zeros(count, 1, side, side)
+    images[1::2] = 1
+    keys = Keys(0, 0, np.arange(count) // 2)
+    pasted = CutMix()(images, torch.zeros(count, 1), torch.arange(count) ^ 1, keys, 0)[0][0::2, 0]
+    share = pasted.mean((1, 2))
+    small = (share > 0) & (share < 0.1)
+    row = (pasted.mean(2) * torch.arange(side)).sum(1)[small] / pasted.mean(2).sum(1)[small]
+    assert row.std() > 12, "uniform over 60 rows has 17"

@@ -8,7 +8,7 @@ from common.loading import orders
 
 
 @given(st.integers(1, 200), st.integers(0, 5), st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_shuffled_is_a_permutation_of_its_own_for_every_epoch_and_seed(rows, seed, epoch):
     order = orders.shuffled(rows)
     assert sorted(order(seed, epoch).index) == list(range(rows))
@@ -44,7 +44,7 @@ def test_weights_that_are_no_probabilities_are_refused(weights):
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_grouped_windows_hold_whole_groups(groups, groups_per_window, epoch):
     groups = np.array(groups)
     plan = orders.grouped(groups, groups_per_window=groups_per_window)(0, epoch)
@@ -71,7 +71,7 @@ def test_the_tail_is_kept_or_dropped(rows, size, keep_tail, expected):
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shares_are_contiguous_and_never_half_of_a_pair(size, world):
     shares = [orders.share(size, rank, world) for rank in range(world)]
     assert [place for start, stop in shares for place in range(start, stop)] == list(range(size))
@@ -82,3 +82,9 @@ def test_shares_are_contiguous_and_never_half_of_a_pair(size, world):
 def test_no_rows_are_refused():
     with pytest.raises(UserError, match="no rows"):
         orders.shuffled(np.array([], int))
+
+
+def test_groups_come_in_another_order_in_every_epoch():
+    order = orders.grouped(np.arange(30) // 3)
+    plans = [order(seed, epoch).index.tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert len(set(map(tuple, plans))) == 3

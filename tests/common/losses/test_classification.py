@@ -195,3 +195,21 @@ def test_positives_versus_negatives_never_holds_positives_times_classes():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         window_value(PositivesVersusNegatives(), outputs, targets)
     assert sum(kept) <= 12 * outputs.numel()
+
+
+@pytest.mark.parametrize("average", ["samples", "macro", "micro"])
+def test_smoothing_of_f_beta_is_the_formula(average):
+    g = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(7, 4, generator=g).double(), (torch.rand(7, 4, generator=g) < 0.4).double()
+    p, axes = outputs.sigmoid(), {"samples": 1, "macro": 0, "micro": (0, 1)}[average]
+    hits, wanted, predicted = ((x).sum(axes) for x in (p * targets, targets, p))
+    expected = (1 - (5 * hits + 0.3) / (4 * wanted + predicted + 0.3)).mean()
+    torch.testing.assert_close(window_value(SoftFBeta(2, average, smooth=0.3), outputs, targets), expected)
+
+
+def test_a_single_present_class():
+    g = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(7, 4, generator=g).double(), torch.zeros(7, 4).double()
+    targets[::2, 1] = 1
+    found = window_value(SoftFBeta(2, "macro", present_only=True), outputs, targets)
+    torch.testing.assert_close(found, window_value(SoftFBeta(2, "macro"), outputs[:, 1:2], targets[:, 1:2]))

@@ -169,3 +169,10 @@ def test_integer_masks_give_the_same_as_floating_ones(generator):
     outputs, targets = some_masks(generator)
     for loss in (BCE(present_only=True), Dice(), Jaccard("batch"), LovaszHinge(), BCEDice(present_only=True)):
         close(window_value(loss, outputs, targets.byte()), window_value(loss, outputs, targets))
+
+
+def test_bce_dice_hands_the_smoothing_on():
+    g = torch.Generator().manual_seed(0)
+    pair = torch.randn(3, 2, 4, 4, generator=g).double(), (torch.rand(3, 2, 4, 4, generator=g) < 0.4).double()
+    expected = 0.5 * window_value(BCE(), *pair) + 0.5 * window_value(Dice(smooth=9.0), *pair)
+    torch.testing.assert_close(window_value(BCEDice(smooth=9.0), *pair), expected)

@@ -26,6 +26,7 @@ from competitions.clouds.reader import CLASSES
 
 from .conftest import NAMES, TEST_NAMES, train_rows, truth_of, write_rows
 
+ROOT = Path(__file__).parents[3]
 TINY = replace(
     task.RECIPES["default"], epochs=2, folds=3, size=(64, 96), encoder="resnet18", encoder_weights="none", workers=0
 )
@@ -230,5 +231,5 @@ def test_recipes_are_what_they_are_called():
 
 def test_importing_the_task_costs_no_torch():
     code = "import sys, competitions.clouds.task; print('torch' in sys.modules, 'cv2' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.split() == ["False", "False"]

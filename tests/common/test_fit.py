@@ -1,0 +1,105 @@
+"""The training loop against the same training written out by hand: every setting of the config reaches the weights."""
+
+import csv
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import raw
+from common.engine.ranks import SINGLE
+from common.fit import fit
+from common.loading import orders
+from common.loading.keys import MIX_STREAM, Keys, keyed_seed
+from common.loading.mixing import MixUp
+from common.run import Run
+from tests.common import toy
+
+CONFIG = replace(
+    toy.RECIPES["default"], rows=50, epochs=3, batch_size=16, lr=0.03, weight_decay=0.1, momentum=0.8, warmup=0.2,
+    schedule="cosine", clip_norm=0.05, ema=0.8, keep="last", micro_batch=5, seed=4, evaluate_every=2,
+)  # fmt: skip
+
+
+class Net(nn.Module):
+    """Neither dropout nor BatchNorm: the cut into micro-batches then changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.encoder(inputs).tanh())
+
+
+def task_of(config, **changes):
+    return replace(toy.build(config, raw.find("toy", None, toy.write_sample, str)), model=Net, **changes)
+
+
+def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
+    """Averaged weights, mean loss of every epoch and learning rate at its end: one graph a window."""
+    rows = np.flatnonzero(task.folds != fold)
+    torch.manual_seed(keyed_seed(config.seed, fold))
+    model = task.model()
+    parts = [
+        (model.encoder.weight, 0.5, 0.1), (model.encoder.bias, 0.5, 0.0),
+        (model.head.weight, 1.0, 0.1), (model.head.bias, 1.0, 0.0),
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": config.lr * s, "weight_decay": d} for p, s, d in parts], betas=(config.momentum, 0.999)
+    )
+    order = task.order(rows) if task.order else orders.shuffled(rows)
+    steps = config.epochs * math.ceil(len(rows) / config.batch_size)
+    warm = round(config.warmup * steps)
+    average, decayed, step, losses, rates = None, 0.0, 0, [], []
+    for epoch in range(config.epochs):
+        plan, total = order(config.seed, epoch), 0.0
+        index = plan.index
+        for number, start in enumerate(range(0, len(index), config.batch_size)):
+            part = index[start : start + config.batch_size]
+            inputs, targets = task.labelled.batch(
+                part, Keys(config.seed, epoch, part, plan.draw[start : start + len(part)])
+            )
+            if task.mix:
+                place = np.arange(len(part))
+                partner = torch.from_numpy(np.where((place ^ 1) < len(part), place ^ 1, place))
+                keys = Keys(config.seed, epoch, place // 2, number)
+                inputs, targets = task.mix(inputs, targets, partner, keys, MIX_STREAM)
+            factor = (
+                (step + 1) / (warm + 1) if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+            )
+            for group, (_, scale, _) in zip(optimizer.param_groups, parts, strict=True):
+                group["lr"] = config.lr * scale * factor
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            assert norm > config.clip_norm, "a test in which nothing is clipped"
+            optimizer.step()
+            now = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+            decayed = config.ema * decayed + 1
+            average = now if average is None else {n: average[n] + (now[n] - average[n]) / decayed for n in now}
+            total, step = total + loss.item() * len(part), step + 1
+        losses.append(total / len(index))
+        rates.append(config.lr * factor)
+    return average, losses, rates
+
+
+@pytest.mark.parametrize("more", [{}, {"mix": MixUp(0.4, classes=3)}, {"order": True}], ids=["plain", "mix", "order"])
+def test_the_loop_is_the_loop_written_by_hand(tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    if "order" in more:
+        more = {"order": lambda rows: orders.weighted(np.arange(1.0, len(rows) + 1), rows=rows)}
+    task = task_of(CONFIG, lr_scales={"encoder": 0.5}, **more)
+    folder = fit(task, CONFIG, Run(tmp_path, {}), 1, SINGLE)
+    found = torch.load(folder / "model.pt", weights_only=True)["model"]
+    expected, losses, rates = by_hand(task, CONFIG, 1)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].double(), tensor, rtol=1e-3, atol=2e-5)
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses, rel=1e-4)
+    assert [float(row["lr"]) for row in rows] == pytest.approx(rates, rel=1e-6)
+    assert [bool(row["accuracy"]) for row in rows] == [False, True, True], "--evaluate-every 2, and the last epoch"

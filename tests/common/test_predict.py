@@ -1,0 +1,101 @@
+"""Predictions: means over models and views, batches that do not fit, and which run decides what."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from common import predict
+from common.config import Config
+from common.errors import UserError
+from common.predict import AS_IS, Predictor
+from common.task import View
+from tests.common import toy
+from tests.common.test_train import predict_again, toy_train
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class Small(nn.Module):
+    """Gives back what it gets, and has memory for `limit` rows."""
+
+    def __init__(self, limit=10**9):
+        super().__init__()
+        self.limit, self.sizes = limit, []
+
+    def forward(self, inputs):
+        if len(inputs) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.sizes.append(len(inputs))
+        return inputs
+
+
+def predictor(models, views=AS_IS):
+    task = SimpleNamespace(predict=lambda outputs: outputs)
+    return Predictor(models, task, views, Config(precision="fp32"), 8, torch.device("cpu"))
+
+
+def test_a_batch_that_does_not_fit_is_predicted_in_parts(monkeypatch):
+    monkeypatch.setattr(predict.memory, "release", lambda: None)  # collecting garbage takes seconds
+    model, rows = Small(3), torch.arange(14.0).reshape(7, 2)
+    assert torch.equal(predictor([model])._average(rows), rows) and model.sizes == [2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        predictor([Small(0)])._average(rows)
+
+
+def test_predictions_are_means_over_models_and_views():
+    views = (View("as is"), View("tripled", lambda x: 3 * x))
+    rows = torch.ones(4, 2)
+    assert torch.equal(predictor([nn.Identity(), nn.Identity()], views)._average(rows), 2 * rows)
+
+
+def test_what_the_sample_taught_is_a_sample_whatever_it_predicts():
+    toy_train("one")
+    Path("real").mkdir()
+    toy.write_sample(Path("real"))
+    for old in Path("submissions/toy").iterdir():
+        old.unlink()
+    predict_again("--run", "one", "--data", "real")
+    assert [file.name for file in sorted(Path("submissions/toy").iterdir())] == ["one-sample.csv", "one-sample.json"]
+    assert '"sample": true' in Path("submissions/toy/one-sample.json").read_text()
+
+
+def test_without_a_name_the_newest_finished_run_predicts(capsys):
+    toy_train("one")
+    toy_train("two", seed=1)
+    (toy_train("three", seed=2) / "result.json").unlink()
+    predict_again()
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/two-sample.csv"
+
+
+def test_runs_of_other_test_rows_are_not_averaged(monkeypatch):
+    toy_train("one")
+    toy_train("two")
+    whole = toy.build
+    calls = []
+
+    def build(config, data):
+        calls.append(1)
+        task = whole(config, data)
+        return replace(task, test_ids=[f"x{name}" for name in task.test_ids]) if len(calls) == 2 else task
+
+    monkeypatch.setattr(toy, "build", build)
+    with pytest.raises(UserError, match="one and two predict different test rows"):
+        predict_again("--run", "one,two")
+
+
+@pytest.mark.parametrize(("higher", "decider"), [(True, "two"), (False, "one")])
+def test_the_run_with_the_best_score_decides(higher, decider, capsys):
+    task = SimpleNamespace(metrics=[SimpleNamespace(higher_is_better=higher)])
+    members = [
+        (SimpleNamespace(name=name, result={"score": score, "learnt": {"of": name}}), task, None)
+        for name, score in (("one", 0.1), ("two", 0.7), ("three", 0.4))
+    ]
+    assert predict._rules_of(members)[1] == {"of": decider}
+    assert f"decided by the rules of {decider}" in capsys.readouterr().out
