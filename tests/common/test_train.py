@@ -1,10 +1,12 @@
 """The loop and the run around it, on the toy competition: resume to the same bits, folds, NaN, early stop, errors."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,23 +116,51 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch)
     assert "resumed" in Path("runs/toy/broken/log.txt").read_text()
 
 
-def test_sigkill_at_random_moments_ends_with_the_same_bits():
-    """Real kills of the real process, wherever it is: reading, stepping, saving, validating, writing the CSV."""
-    straight = toy_train("straight", fold="all", epochs=16, save_every=0)
-    moments = np.random.default_rng(5).uniform(0.02, 0.3, size=8)
-    kills = 0
-    for seconds in [*moments, 60.0]:
-        child = multiprocessing.get_context("fork").Process(
-            target=toy_train, args=("broken",), kwargs={"fold": "all", "epochs": 16, "save_every": 0}
-        )
-        child.start()
-        child.join(timeout=seconds)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            kills += 1
-    assert kills >= 2 and child.exitcode == 0
-    assert same(straight, Path("runs/toy/broken"))
+def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) -> tuple[int | None, list[Path]]:
+    """toy_train in a process of its own, which SIGKILLs itself at the first replacement of `killed_at`, before or
+    after it; its exit code and the files that it replaced."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child():
+        replace_file = os.replace
+
+        def killing(source, target):
+            sender.send(Path(target))
+            if Path(target) == killed_at and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace_file(source, target)
+            if Path(target) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = killing
+        toy_train("broken", **changes)
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    replaced = []
+    with contextlib.suppress(EOFError):
+        while True:
+            replaced.append(receiver.recv())
+    process.join()
+    return process.exitcode, list(dict.fromkeys(replaced))
+
+
+def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
+    """Real kills of real processes, before or after the first writing of every file: settings, weights, CSV ..."""
+    changes = {"fold": "all", "epochs": 2, "save_every": 0}
+    straight = toy_train("straight", **changes)  # also loads what every child would load for itself
+    code, places = in_a_child(**changes)
+    assert code == 0 and len(places) > 20
+    shutil.rmtree("runs/toy/broken")
+    names = {place.name for place in places}
+    assert {"run.json", "last.pt", "best.pt", "model.pt", "oof.npy", "result.json", "broken-sample.csv.part"} <= names
+    for number, place in enumerate(places):
+        code, _ = in_a_child(killed_at=place, before=number % 2 == 0, **changes)
+        assert code in (0, -signal.SIGKILL), place  # 0: the file was whole already
+    code, _ = in_a_child(**changes)
+    assert code == 0 and same(straight, Path("runs/toy/broken"))
 
 
 def test_early_stop_restores_the_best_weights():

@@ -63,6 +63,7 @@ class Kaggle(ThreadingHTTPServer):
         self.cut_after: list[int] = []  # bytes after which a download is cut, one entry per request
         self.stall_after: int | None = None
         self.bytes_per_second: float = 0
+        self.sent = 0  # bytes of files, all downloads together
         self.leaderboard = [0.99, 0.9, 0.5]
         self.kernel_states = ["RUNNING", "COMPLETE"]
         self.kernel_failure = ""
@@ -283,6 +284,7 @@ class Handler(BaseHTTPRequestHandler):
         step = 1 << 20 if not server.bytes_per_second else max(1, int(server.bytes_per_second / 20))
         for position in range(start, stop, step):
             self.wfile.write(content[position : min(stop, position + step)])
+            server.sent += min(stop, position + step) - position
             if server.bytes_per_second:
                 time.sleep(0.05)
         if stop < len(content):

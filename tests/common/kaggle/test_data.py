@@ -252,10 +252,9 @@ def test_a_listing_that_fails_stops_the_download(kaggle, source):
     big(kaggle)
     kaggle.bytes_per_second = 300_000
     kaggle.on = {"ListDataFiles": Reply(503)}
-    start = time.monotonic()
     with pytest.raises(UserError, match="listing the files of toy-competition: Kaggle itself fails"):
         fetch(source)
-    assert time.monotonic() - start < 9, "not the ten seconds of the download"
+    assert kaggle.sent < len(kaggle.archive), "the rest of the ten seconds' download was not waited for"
     assert not HOME.exists()
 
 
@@ -806,7 +805,8 @@ def test_another_copy_needs_a_checksum(kaggle, elsewhere):
     ],
 )
 def test_plain_download_failures(kaggle, elsewhere, monkeypatch, fault, message):
-    monkeypatch.setenv("KIT_PATIENCE", "0.3")
+    if fault is HANG:
+        monkeypatch.setenv("KIT_PATIENCE", "0.3")
     kaggle.on = {"GET": fault}
     with pytest.raises(UserError, match=message):
         fetch(elsewhere, url=kaggle.address)
