@@ -15,7 +15,6 @@ from common.errors import UserError
 
 REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
-START_OF_SCAN = 0xDA
 
 
 class BadImage(UserError):
@@ -51,12 +50,9 @@ def decode(
         raise BadImage(path, "is empty")
     flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
     flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
-    if data[:2] == b"\xff\xd8":
-        header = jpeg_header(data)
-        # OpenCV fills what is missing of a JPEG with grey and says so on the terminal only.
-        if header is None or data.find(b"\xff\xd9", header[2]) < 0:
-            raise BadImage(path, "is truncated")
-        factor = 0 if size is None else min(header[0] // size[0], header[1] // size[1])
+    if size is not None and data[:2] == b"\xff\xd8":
+        height, width = jpeg_size(data)
+        factor = min(height // size[0], width // size[1])
         if factor >= 2:
             flags |= REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -68,25 +64,21 @@ def decode(
     return image
 
 
-def jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """(height, width, place where the compressed pixels start), or None when the file ends before them.
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG, (0, 0) when the file ends before they come.
 
     Walks from marker to marker: a thumbnail inside the header has markers of its own, which must not count.
     """
-    place, height, width = 2, 0, 0
-    while place + 9 <= len(data):
-        if data[place] != 0xFF:
-            return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xFF:  # padding
             place += 1
             continue
         if marker in FRAME_HEADERS:
-            height, width = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+            return int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
         place += 2 + int.from_bytes(data[place + 2 : place + 4])
-        if marker == START_OF_SCAN:
-            return height, width, place
-    return None
+    return 0, 0
 
 
 def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImage]:

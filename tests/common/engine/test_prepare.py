@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from common.engine.prepare import enable_checkpointing, prepare
-from common.engine.ranks import SINGLE
 from common.errors import UserError
-from tests.common.engine.toys import cross_entropy, gradient_of, make_engine, make_window, relative_error, silent
+from tests.common.engine.toys import cross_entropy, gradient_of, make_engine, make_window, relative_error
 
 
 class Block(nn.Module):
@@ -95,4 +94,4 @@ def test_compiled_in_place(monkeypatch):
     prepare(model, checkpointing=False, compiled=True)
     assert asked == [model]
     prepare(model)
-    assert asked == [model] and SINGLE.world == 1 and silent("") is None
+    assert asked == [model]
