@@ -253,8 +253,10 @@ def _sample_by_sample(batches: Iterator[tuple[np.ndarray, Tensor, Tree]]) -> Ite
 
 def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> None:
     """`make predict`: the submission of finished runs again, from their own configs and the data of their training."""
-    chosen = [runs.load(competition, name) for name in given.run.split(",")] if given.run else []
-    chosen = chosen or [run for run in runs.all_runs(competition) if run.result is not None][-1:]
+    if given.run is not None:
+        chosen = [runs.load(competition, name) for name in given.run.split(",")]
+    else:
+        chosen = [run for run in runs.all_runs(competition) if run.result is not None][-1:]
     if not chosen:
         raise UserError(f"no finished run of {competition}: make train COMP={competition}")
     members, samples = [], set()
