@@ -124,3 +124,15 @@ def test_clusters_join_labels_that_come_together():
     clusters = decision.cluster(embedding, 3)
     assert [len(set(clusters[start : start + 4])) for start in (0, 4, 8)] == [1, 1, 1]
     assert len(set(clusters)) == 4 and clusters[12] >= 13, "a label without images is a cluster of its own"
+
+
+def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
+    """Scores of pure noise: the best of a thousand rules looks better than it is, its score does not."""
+    optimism = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        scores, truth = rng.random((25, 30), np.float32), csr_matrix((rng.random((25, 30)) < 0.1).astype(np.uint8))
+        found = decision.learn(scores, truth, PRIOR, ALONE, (0,), seed=0)
+        labels = decision.decide(torch.from_numpy(scores), found, Rule(), PRIOR, ALONE)["labels"]
+        optimism.append(float(decision.f2(labels, torch.from_numpy(truth.toarray())).mean()) - found["score"])
+    assert np.mean(optimism) > 0.01, optimism

@@ -14,7 +14,7 @@ from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import kind, window_value
 from common.raw import RawData
-from competitions.inclusive_images import dataset, model, pictures, rows, sample, task
+from competitions.inclusive_images import dataset, decision, model, pictures, rows, sample, task
 
 SMOKE = dataclasses.replace(task.RECIPES["smoke"], clusters=0)
 
@@ -136,6 +136,59 @@ def test_every_loss_is_per_sample_and_finite(raw, loss, embedding_loss):
     assert kind(built_task.loss) == "per_sample" and torch.isfinite(value)
     heads = [network.heads[name].weight.grad.abs().sum() for name in model.HEADS]
     assert all(torch.isfinite(slope) and slope > 0 for slope in heads), "both heads and the count get gradients"
+
+
+def test_the_loss_called_f2_is_the_soft_f2_of_every_image(raw):
+    logits = torch.randn(6, 23, generator=torch.Generator().manual_seed(0))
+    labels = (torch.rand(6, 23, generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    loss = built(raw, loss="f2", embedding=0.0, count=0.0).loss
+    found = logits.sigmoid()
+    hits, slack = (found * labels).sum(1), 0.1
+    wanted = 1 - (5 * hits + slack) / (4 * labels.sum(1) + found.sum(1) + slack)
+    value = window_value(loss, {"labels": logits}, {"labels": labels})
+    assert float(value) == pytest.approx(float(wanted.mean()), rel=1e-5)
+
+
+def test_what_was_trained_against_negatives_is_predicted_against_them(raw):
+    logits = torch.randn(4, 23, generator=torch.Generator().manual_seed(0))
+    against = decision.against_negatives(logits)
+    assert torch.equal(built(raw, loss="pvn").predict({"labels": logits}), against)
+    assert torch.equal(built(raw, loss="bce").predict({"labels": logits}), logits.sigmoid())
+    alone = built(raw, loss="pvn", classifier=0.0, embedding=1.0)
+    assert torch.equal(alone.predict({"labels": logits}), logits.sigmoid()), "no classifier was trained so"
+
+
+def test_training_drops_the_set_part_of_the_features_and_evaluation_none(raw):
+    network, seen = built(raw, dropout=0.75).model(), []
+    network.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    network.heads["labels"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network.train()(images)
+    pooled, kept = seen
+    assert float((kept == 0)[pooled != 0].float().mean()) == pytest.approx(0.75, abs=0.05)
+    assert torch.allclose(kept[kept != 0], 4 * pooled[kept != 0])
+    seen.clear()
+    network.eval()(images)
+    assert torch.equal(*seen)
+
+
+def training_labels(raw: RawData) -> np.ndarray:
+    """uint8 [n, 23] of the rows outside fold 0."""
+    files = rows.read(SMOKE, raw, lambda message: None)
+    return files.labels.toarray()[files.folds != 0]
+
+
+def test_the_classifier_starts_from_the_share_of_the_images_that_have_a_label(raw):
+    wanted = training_labels(raw).mean(0).clip(1e-5, 1 - 1e-5)
+    found = built(raw).model().heads["labels"].bias.detach().sigmoid().numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+def test_an_image_without_a_likely_label_gets_the_most_frequent_ones(raw):
+    counts = training_labels(raw).sum(0, dtype=int)
+    learnt = {"rule": vars(decision.Rule("threshold", 0.5, 0, 5))}
+    (found,) = built(raw).decide(torch.zeros(1, 23), learnt)["labels"].numpy()
+    assert sorted(counts[found > 0]) == sorted(counts)[-3:]
 
 
 def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_path):

@@ -1,0 +1,104 @@
+"""Slots of the competitions that only a whole task shows: views, learning on the right rows, folds and precision."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.cli import task_module
+from common.loading import orders
+from common.loading.loader import Loader
+from common.raw import RawData
+from common.task import Task
+from common.window import Window
+
+NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")  # those that fill in a Task
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("competitions.clouds.sample.TRAIN_IMAGES", 8)  # they are large
+        patch.setattr("competitions.clouds.sample.TEST_IMAGES", 1)
+        for name in NETWORKS:
+            folder = tmp_path_factory.mktemp(name)
+            task_module(name).write_sample(folder)
+            found[name] = RawData(folder, name, is_sample=True)
+    return found
+
+
+def built(samples: dict[str, RawData], name: str, **changes) -> Task:
+    module = task_module(name)
+    return module.build(replace(module.RECIPES["smoke"], **changes), samples[name])
+
+
+@pytest.fixture(scope="module")
+def tasks(samples):
+    return {name: built(samples, name) for name in NETWORKS}
+
+
+def first_images(task: Task, count: int = 4) -> Window:
+    with Loader(task.plain, orders.sequential(np.arange(count)), count, seed=0) as loader:
+        return next(loader.epoch(0))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_view_changes_every_image_by_itself(tasks, name):
+    images = first_images(tasks[name]).inputs
+    seen = []
+    for view in tasks[name].views:
+        whole = view.apply(images)
+        alone = torch.cat([view.apply(images[row : row + 1]) for row in range(4)])
+        torch.testing.assert_close(whole, alone)
+        seen.append(whole.float())
+    assert torch.equal(seen[0], images.float())
+    assert all(not torch.equal(one, other) for n, one in enumerate(seen) for other in seen[:n]), "two views are one"
+
+
+def test_flips_of_clouds_are_undone(tasks):
+    def network(images):  # knows no place, so a flipped image has the flipped masks
+        values = images.float().mean(1, keepdim=True).expand(-1, 4, -1, -1) / 255
+        return {"pixels": values, "classes": values.mean((2, 3))}
+
+    task, images = tasks["clouds"], first_images(tasks["clouds"], 2).inputs
+    expected = task.predict(network(images))
+    for view in task.views:
+        torch.testing.assert_close(view.undo(task.predict(network(view.apply(images)))), expected, rtol=0, atol=1e-4)
+
+
+def test_the_mirror_of_inclusive_images_swaps_left_and_right(tasks):
+    images = first_images(tasks["inclusive_images"]).inputs
+    assert torch.equal(tasks["inclusive_images"].views[1].apply(images), images.flip(-1))
+
+
+@pytest.mark.parametrize("name", ["clouds", "inclusive_images"])
+def test_learning_compares_a_prediction_with_its_own_row(tasks, name):
+    """Predictions that are the truth, for rows in any order, are worth 1."""
+    task = tasks[name]
+    rows = np.random.default_rng(0).permutation(len(task.ids))[:12]
+    truth = [task.plain[int(row)][1] for row in rows]
+    if name == "clouds":
+        masks = torch.stack([target["masks"] for target in truth])
+        there = masks.flatten(2).any(2)[:, :, None].to(torch.uint8)
+        kept = (255 * torch.cat([there, there, masks.flatten(2)], 2)).numpy()
+    else:
+        kept = torch.stack([target["labels"] for target in truth]).float().numpy()
+    assert task.learn(kept, rows)["score"] > 0.97
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folds_depend_on_the_seed_alone(samples, tasks, name):
+    assert np.array_equal(built(samples, name).folds, tasks[name].folds)
+    others = [built(samples, name, seed=seed).folds for seed in (1, 2)]
+    assert any(not np.array_equal(folds, tasks[name].folds) for folds in others)
+
+
+def test_precision_at_five_by_hand(tasks):
+    task = tasks["inclusive_images"]
+    scores = torch.linspace(0.9, 0.1, 23).repeat(2, 1)
+    labels = torch.zeros(2, 23)
+    labels[0, [0, 2, 4, 9]] = 1
+    (precision,) = (metric for metric in task.metrics if metric.name == "precision_at_5")
+    assert precision.stats(task.decide(scores, {}), {"labels": labels}).tolist() == [0.6, 0.0]
