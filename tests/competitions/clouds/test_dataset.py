@@ -1,9 +1,12 @@
 """Samples: uint8 all the way, presence counted from the pixels, the same whatever loads them."""
 
+import random
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.errors import UserError
 from common.loading import orders
@@ -35,6 +38,76 @@ def test_training_samples(files, strength, blackout):
         assert (target["classes"].bool() == masks.flatten(1).any(1)).all()
         if strength == "none" and not blackout:
             assert (masks.numpy() == files.runs.masks(row, (64, 96))).all()
+
+
+HEIGHT, WIDTH = 240, 360
+PLACES = np.stack(np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij"), axis=-1).astype(np.float32)
+MIDDLE = np.s_[HEIGHT * 3 // 8 : HEIGHT * 5 // 8, WIDTH * 3 // 8 : WIDTH * 5 // 8]  # no mirrored border reaches it
+
+
+def seeded(strength: str, blackout: float = 0.0):
+    """The augmentation with one stream of numbers for all its steps: set_random_seed would give each the same."""
+    transform = pipeline(strength, blackout)
+    transform.set_random_state(np.random.default_rng(0), random.Random(0))
+    return transform
+
+
+def movements(strength: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where the middle's pixels came from in 60 samples: the best affine maps [60, 3, 2], and how far off each is."""
+    transform = seeded(strength)
+    start = np.column_stack(
+        [PLACES[MIDDLE].reshape(-1, 2) - [HEIGHT / 2, WIDTH / 2], np.ones(PLACES[MIDDLE].size // 2)]
+    )
+    maps, errors = [], []
+    for _ in range(60):
+        found = transform(image=np.zeros((HEIGHT, WIDTH, 3), np.uint8), mask=PLACES)["mask"][MIDDLE].reshape(-1, 2)
+        maps.append(np.linalg.lstsq(start, found, rcond=None)[0])
+        errors.append(np.abs(start @ maps[-1] - found).max())
+    return np.array(maps), np.array(errors)
+
+
+def test_each_strength_of_the_augmentation_moves_farther_than_the_one_before():
+    nothing, _ = movements("none")
+    assert np.allclose(nothing[:, :2], np.eye(2), atol=1e-4) and np.allclose(nothing[:, 2], [HEIGHT / 2, WIDTH / 2])
+    sizes, turns, shifts = {}, {}, {}
+    for strength in ("light", "strong"):
+        maps, errors = movements(strength)
+        flips = {tuple(signs) for signs in np.sign(np.diagonal(maps[:, :2], axis1=1, axis2=2)).tolist()}
+        assert flips == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
+        sizes[strength] = np.sqrt(np.abs(np.linalg.det(maps[:, :2])))
+        turns[strength] = np.abs(maps[:, 1, 0]).max()
+        shifts[strength] = np.abs(maps[:, 2] - [HEIGHT / 2, WIDTH / 2]).max(0) / [HEIGHT, WIDTH]
+        assert (errors.max() > 2) == (strength == "strong"), "light keeps lines straight, strong warps"
+    assert 0.78 < sizes["light"].min() < 0.9 < 1.1 < sizes["light"].max() < 1.27
+    assert sizes["strong"].min() < 0.77 and sizes["strong"].max() > 1.28
+    assert 0.1 < turns["light"] < turns["strong"] and (shifts["light"] > 0.05).all()
+    assert (shifts["light"] < shifts["strong"]).all()
+
+
+def test_only_the_strong_augmentation_changes_light_colour_and_texture():
+    image, mask = np.full((32, 32, 3), (150, 110, 70), np.uint8), np.zeros((32, 32, 4), np.uint8)
+
+    def changed(strength: str) -> np.ndarray:
+        transform = seeded(strength)
+        return np.array([transform(image=image, mask=mask)["image"] for _ in range(150)], float)
+
+    assert (changed("none") == image).all() and (changed("light") == image).all()
+    strong = changed("strong")
+    means = strong.mean((1, 2))
+    assert (strong.std((1, 2)).max(1) > 0.5).any(), "noise"
+    assert (np.ptp(means, axis=1) < 1).any() and (means[:, 0] < means[:, 1]).any(), (
+        "grey, and channels in another order"
+    )
+    flat = (strong.std((1, 2)).max(1) < 0.5) & (means[:, 0] > means[:, 1] + 20) & (means[:, 1] > means[:, 2] + 20)
+    assert (means[flat].sum(1) > 350).any() and (means[flat].sum(1) < 310).any(), "brighter and darker"
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+def test_blackout_takes_a_class_from_its_part_of_the_samples(part):
+    transform = seeded("none", part)
+    image, mask = np.full((8, 8, 3), 200, np.uint8), np.ones((8, 8, 4), np.uint8)
+    gone = [not transform(image=image, mask=mask)["mask"].any() for _ in range(200)]
+    assert np.mean(gone) == pytest.approx(part, abs=0.1 if 0 < part < 1 else 0)
 
 
 def test_packing_masks_loses_nothing():
@@ -109,8 +182,7 @@ def test_odd_images_become_three_channels_of_the_working_size(files, kind):
     if kind == "grey":
         cv2.imwrite(str(path), pixels[:, :, 0])
     elif kind == "cmyk":
-        image = pytest.importorskip("PIL.Image")
-        image.fromarray(pixels).convert("CMYK").save(path, "JPEG")
+        Image.fromarray(pixels).convert("CMYK").save(path, "JPEG")
     elif kind == "png":
         path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
     else:

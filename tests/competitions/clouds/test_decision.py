@@ -111,6 +111,15 @@ def test_predict_is_probabilities_at_the_scored_size():
     assert torch.allclose(decision.predict(flat)[:, :, 2:], torch.tensor(2.0).sigmoid())
 
 
+def test_every_pixel_of_a_larger_network_counts():
+    """Stripes that a fourth of the columns make: bilinear values without a filter would be those between two zeros."""
+    logits = torch.full((1, 4, 4 * HEIGHT, 4 * WIDTH), -50.0)
+    logits[..., ::4] = 50.0
+    pixels = decision.predict({"pixels": logits, "classes": torch.zeros(1, 4)})[:, :, 2:].unflatten(2, (HEIGHT, WIDTH))
+    assert torch.allclose(pixels[..., 2:-2], torch.tensor(0.25), atol=0.07)
+    assert float(pixels.mean()) == pytest.approx(0.25, abs=0.002)
+
+
 @pytest.mark.parametrize("sides", [(-1,), (-2,), (-1, -2)])
 def test_views_undo_what_they_did(sides):
     """A network that knows no place: its predictions of the flipped image, flipped back, are the same."""
@@ -299,3 +308,56 @@ def test_of_ways_that_differ_by_chance_the_simplest_is_taken(toy, monkeypatch):
     forced, filled = tuning.replace(plain, force=True), tuning.replace(plain, hull=True)
     assert worth({forced: chance[0], filled: chance[1]}) == plain
     assert worth({forced: real}) == forced and worth({filled: real}) == filled
+
+
+def ring(*box: int) -> np.ndarray:
+    """bool [350, 525]: the border of a box, ten pixels wide."""
+    top, bottom, left, right = box
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[top:bottom, left:right] = True
+    mask[top + 10 : bottom - 10, left + 10 : right - 10] = False
+    return mask
+
+
+@pytest.fixture(scope="module")
+def rings() -> tuple[np.ndarray, np.ndarray]:
+    """Kept predictions of rings on three images; the truth of the first two classes is the whole boxes."""
+    kept, truth = np.zeros((3, 4, 2 + HEIGHT * WIDTH), np.uint8), np.zeros((3, 4, HEIGHT, WIDTH), bool)
+    for image in range(3):
+        box = (50, 150 + 20 * image, 100, 200 + 30 * image)
+        for label in range(4):
+            kept[image, label, 2:] = 230 * ring(*box).reshape(-1)
+            truth[image, label] = ring(*box)
+            if label < 2:
+                truth[image, label, box[0] : box[1], box[2] : box[3]] = True
+    kept[:, :, 0] = 255 * np.array([[0.3, 0.2, 0.1, 0.2]])  # the head believes in no class, and in the first one most
+    kept[:, :, 1] = 200
+    return kept, truth
+
+
+def test_hulls_are_filled_for_the_classes_where_that_is_better(rings):
+    made = tuning.Tuner(rings[0], lambda row: rings[1][row])
+    rows = np.arange(3)
+    for stage in ("plain", "bottom"):
+        filled = [made.rule(tuning.Way(stage, hull=True), label, rows).hull for label in range(4)]
+        assert filled == [True, True, False, False]
+        assert not any(made.rule(tuning.Way(stage), label, rows).hull for label in range(4))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_way_that_was_chosen_is_what_the_run_decides_by(rings, monkeypatch, force):
+    way = tuning.Way("gate", "head", force=force, hull=True)
+    monkeypatch.setattr(tuning.Tuner, "choose", lambda made, rows: (way, {}))
+    found = tuning.learn(rings[0], lambda row: rings[1][row])
+    assert (found["force_best"], found["presence"], found["stage"]) == (force, "head", "gate")
+    assert [found["rules"][name]["hull"] for name in CLASSES] == [True, True, False, False]
+    gated = {name: rule | {"gate": 0.5} for name, rule in found["rules"].items()}
+    masks = decision.decide(torch.from_numpy(rings[0] / np.float32(255)), found | {"rules": gated})
+    assert masks.flatten(2).any(2).tolist() == [[force, False, False, False]] * 3
+
+
+def test_a_forced_class_is_tuned_as_it_is_decided(rings):
+    made = tuning.Tuner(rings[0], lambda row: rings[1][row])
+    for label, presence in enumerate([255, 51, 25, 51]):
+        assert (made.tables["head", True][label].presence == presence).all(), label
+    assert (made.tables["head", False][0].presence == 76).all()

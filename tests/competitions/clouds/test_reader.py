@@ -85,7 +85,6 @@ def test_zip_archive(folder, tmp_path_factory):
         for file in folder.rglob("*"):
             if file.is_file():
                 stream.write(file, file.relative_to(folder))
-    pytest.importorskip("common.archive")
     files = read(archive)
     assert files.images == sorted(NAMES) and all(path.is_file() for path in files.train_paths)
 

@@ -17,6 +17,7 @@ import torch
 
 from common.__main__ import main
 from common.config import checked
+from common.engine.optimizers import parameter_groups
 from common.errors import UserError
 from common.losses import BCE, BCEDice, Dice, LovaszHinge, kind, window_value
 from common.raw import RawData
@@ -160,6 +161,28 @@ def test_folds_hold_every_class_and_do_not_depend_on_the_order_of_the_rows(folde
     rows = (folder / "train.csv").read_text().splitlines()
     (folder / "train.csv").write_text("\n".join([rows[0], *reversed(rows[1:])]) + "\n")
     assert (build(folder).folds == built.folds).all()
+
+
+def test_blackout_is_that_of_the_flag(folder):
+    changed = {}
+    for part in (0.0, 1.0):
+        built = build(folder, augment="none", blackout=part)
+        changed[part] = [not torch.equal(built.labelled[row][0], built.plain[row][0]) for row in range(len(NAMES))]
+    assert not any(changed[0.0]) and all(changed[1.0])
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_the_encoder_learns_at_its_own_rate(folder, rate):
+    built = build(folder, lr=1e-3, encoder_lr=rate)
+    network = built.model()
+    rate_of = {
+        id(weights): group["lr"]
+        for group in parameter_groups(network, 1e-3, 0.0, built.lr_scales)
+        for weights in group["params"]
+    }
+    encoder = {id(weights) for weights in network.net.encoder.parameters()}
+    assert [rate_of[weights] for weights in encoder] == pytest.approx([1e-3 * rate] * len(encoder))
+    assert {rate_of[weights] for weights in rate_of.keys() - encoder} == {1e-3}
 
 
 def test_validation_and_submission_use_one_metric(folder):
