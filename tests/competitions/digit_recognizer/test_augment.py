@@ -79,6 +79,17 @@ def test_elastic_moves_pixels_by_about_its_strength():
     assert neighbours < 0.6 * inner.std().item(), "the field is smooth"
 
 
+def test_elastic_bending_has_nothing_to_do_with_the_affine_draws():
+    """A stream of its own: no shift of any place follows one of the six numbers that turn, scale and shift."""
+    keys = Keys(0, 0, np.arange(2000))
+    ramp = (100 + torch.arange(28)).to(torch.uint8).expand(2000, 1, 28, 28)
+    places = torch.tensor([1, 6, 13, 20, 26])  # about the control points
+    moved = augment(ramp, keys, Strength(elastic=2.0)).float() - ramp.float()
+    moved = moved[:, 0, places][:, :, places].flatten(1).numpy()  # [2000, 25]
+    draws = keys.uniform((6,), stream=0)
+    assert np.abs(np.corrcoef(moved, draws, rowvar=False)[:25, 25:]).max() < 0.2
+
+
 def test_view_turns_against_the_clock_and_enlarges(images):
     assert torch.allclose(view(images), images.float(), atol=1e-3)
     dot = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)

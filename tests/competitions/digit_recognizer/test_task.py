@@ -1,9 +1,12 @@
 """The Task's slots: the rows that are written, what is valid, and the accuracy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score
+from torch import nn
 
 from common.config import checked
 from common.loading.keys import Keys
@@ -49,6 +52,18 @@ def test_training_images_are_changed_and_the_others_are_not(task):
     assert changed.dtype == plain.dtype == torch.uint8 and torch.equal(targets, same_targets)
     assert all(not torch.equal(one, other) for one, other in zip(changed, plain, strict=True))
     assert torch.equal(plain, task.plain.images[:20])
+
+
+def test_every_flag_is_the_strength_or_the_size_that_it_names(tmp_path):
+    write_sample(tmp_path)
+    strengths = {"rotation": 1.0, "scale": 0.2, "shear": 0.3, "shift": 4.0, "elastic": 0.5}
+    config = replace(digit_recognizer.RECIPES["default"], **strengths, width=3, kernel=7, dropout=0.25)
+    built = digit_recognizer.build(config, RawData(tmp_path, "digit_recognizer"))
+    assert vars(built.labelled.strength) == strengths and built.plain.strength is None
+    network = built.model()
+    kernels = [layer.kernel_size for layer in network.features if isinstance(layer, nn.Conv2d)]
+    assert kernels == [(side, side) for side in (3, 7, 3, 7, 3, 3)] and network.features[0].out_channels == 3
+    assert [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)] == [0.25]
 
 
 def test_rows_and_their_check(task):

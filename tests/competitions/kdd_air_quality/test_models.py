@@ -165,6 +165,96 @@ def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle(
     assert not linear._fit_one(*np.ones((2, 30, 2, 4), np.float32), np.ones((30, 2), np.float32), nothing).any()
 
 
+def test_each_city_has_the_windows_of_its_own_flag(observations, fitted):
+    def forecast(beijing: str, london: str) -> np.ndarray:
+        config = replace(CONFIG, beijing_windows=beijing, london_windows=london)
+        return models.forecast("medians", observations, DAYS[:1], config, fitted, None)
+
+    in_london = np.array([group.startswith("London") for group in observations.network.groups])
+    golden, fibonacci, both = (
+        forecast("golden_1", "golden_1"),
+        forecast("fib_3", "fib_3"),
+        forecast("fib_3", "golden_1"),
+    )
+    np.testing.assert_array_equal(both[..., in_london], golden[..., in_london])
+    np.testing.assert_array_equal(both[..., ~in_london], fibonacci[..., ~in_london])
+    assert (golden != fibonacci).any((0, 1)).all(), "the windows show in every series"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_network_is_trained_on_the_last_days(observations, tmp_path, monkeypatch, whole):
+    known, tasks = observations.before(first_hour(DAYS[0])), []
+    if whole:
+        tasks.append(models.whole_task(CONFIG, known))
+    else:
+        monkeypatch.setattr("common.fit.fit", lambda task, *rest: tasks.append(task))
+        models.fit("mlp", known, CONFIG, Run(tmp_path, {}), None)
+    days = {int(name.split("/")[0]) for name, fold in zip(tasks[0].ids, tasks[0].folds, strict=True) if fold == -1}
+    assert sorted(days) == features.training_ends(known)[-10:].tolist()
+
+
+def drawn(observations, share: float, seed: int, draw: int, parts: int = 1) -> np.ndarray:
+    """Rows of Beijing that a boosted model sees, the same ones in every part, one a line."""
+    ends = np.arange(40, 43)
+    known = features.build(observations, ends)
+    part = known, features.targets(observations, known.base, ends), np.float32(0)
+    return boosting._rows([part] * parts, "Beijing", observations.network.groups, share, seed, draw)[0]
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Part of the rows that are in both."""
+    return len({row.tobytes() for row in one} & {row.tobytes() for row in other}) / len(one)
+
+
+def test_every_draw_of_the_boosting_sees_other_rows(observations):
+    first = drawn(observations, 0.3, seed=0, draw=0)
+    assert len(first) / len(drawn(observations, 1.0, 0, 0)) == pytest.approx(0.3, abs=0.05)
+    assert overlap(first, drawn(observations, 0.3, seed=0, draw=0)) == 1
+    for seed, draw in ((0, 1), (0, 2), (1, 0)):
+        assert overlap(first, drawn(observations, 0.3, seed, draw)) == pytest.approx(0.3, abs=0.1), (seed, draw)
+    both = drawn(observations, 0.3, seed=0, draw=0, parts=2)
+    assert overlap(*np.array_split(both, 2)) < 0.5, "and so does every hour of the day"
+
+
+def test_training_origins_of_the_boosting_keep_their_hour_of_the_day(observations, monkeypatch):
+    parts = []
+    monkeypatch.setattr(boosting, "_rows", lambda given, *rest: parts.extend(given) or (np.zeros((0, 1)), np.zeros(0)))
+    no_lines = type("NoLines", (), {"at": lambda self, known, groups: np.float32(0)})()
+    next(boosting.fit(observations, no_lines, [0], 1, 0.1, 1, 0))
+    series = observations.series()
+    for shift, (known, target, _) in zip((0, 6, 12, 18), parts[:4], strict=True):
+        assert (known.calendar[:, :24, known.names.index("hour") - 1] == (shift + np.arange(24)) % 24).all()
+        last = features.log_of(series[-48:] if not shift else series[shift - 72 : shift - 24])
+        absolute = target[-1] + np.tile(known.base[-1], (2, 1))
+        there = np.isfinite(absolute)
+        assert there.mean() > 0.5
+        np.testing.assert_allclose(absolute[there], last[there], atol=1e-4)
+
+
+def test_kinds_of_trees_split_differently():
+    random = np.random.default_rng(0)
+    table = random.normal(size=(500, 3)).astype(np.float32)
+    target = table[:, 0] + random.normal(0, 0.1, 500).astype(np.float32)
+    trees = [boosting._fit_one(table, target, [], kind, 0, 3).split("parameters:")[0] for kind in boosting.KINDS]
+    assert len(set(trees)) == len(boosting.KINDS) == 2
+    again = boosting._fit_one(table, target, [], "best splits", 0, 3)
+    assert trees[0] == again.split("parameters:")[0]
+
+
+def test_stations_that_repeat_each_other_change_no_line():
+    """The penalty grows with the stations as their rows do."""
+    random = np.random.default_rng(0)
+    context, hourly = random.normal(0, 1, (2, 60, 1, 2)).astype(np.float32)
+    season = random.normal(0, 1, (60, 2)).astype(np.float32)
+    target = (context[..., 0] + 0.5 * hourly[..., 1] + random.normal(0, 0.3, (60, 1))).astype(np.float32)
+    alone = linear._fit_one(context, hourly, season, target)
+    three = linear._fit_one(
+        *(np.repeat(part, 3, axis=1) for part in (context, hourly)), season, target.repeat(3, axis=1)
+    )
+    assert 0.05 < alone[0] < 0.9, "the penalty shows"
+    np.testing.assert_allclose(three[:-1], alone[:-1], atol=1e-4)
+
+
 def test_linear_fits_are_the_same_in_parallel(observations):
     known = observations.before(first_hour(DAYS[0]))
     np.testing.assert_array_equal(linear.fit(known, 1).coefficients, linear.fit(known, 2).coefficients)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from common.cli import main
-from competitions.kdd_air_quality import metric, sample, table
+from competitions.kdd_air_quality import metric, pipeline, sample, table
 from competitions.kdd_air_quality.origins import days_between
 from competitions.kdd_air_quality.stations import Network
 
@@ -28,9 +28,12 @@ def home(tmp_path_factory, sample_folder):
 
 
 @pytest.fixture
-def here(home, monkeypatch):
-    monkeypatch.chdir(home)
-    return home
+def here(home, tmp_path, monkeypatch):
+    """A copy of that directory for one test: what another one wrote is not in it."""
+    folder = shutil.copytree(home, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def rows_of(path) -> list[list[str]]:
@@ -163,11 +166,16 @@ def test_what_is_missing_stands_beside_the_file(here, capsys):
     assert any("20 days of history" in text for text in json.loads(sidecar)["warnings"])
 
 
-def test_backtest_refits_and_its_blend_is_of_the_period_before(here, capsys):
+def test_backtest_refits_and_its_blend_is_of_the_period_before(here, observations, capsys, monkeypatch):
+    seen, blend_of = [], pipeline.fitted_blend
+    monkeypatch.setattr(pipeline, "fitted_blend", lambda *given: seen.append(given[1]) or blend_of(*given))
     words = ["backtest", "kdd_air_quality", *SMALL, "--data", "files", "--run", "b", "--refit-days", "3"]
     assert main([*words, "--first-day", "2018-03-20", "--last-day", "2018-03-24"]) == 0
     shown = capsys.readouterr().out
     assert "2018-03-20 to 2018-03-22" in shown and "2018-03-23 to 2018-03-24" in shown
+    assert [len(truth) for truth in seen] == [4, 6]
+    for truth, over in zip(seen, days_between("2018-03-18", "2018-03-21")[::3], strict=True):
+        np.testing.assert_array_equal(truth[-1], observations.truth(np.array([over]))[0])  # the next one ends too late
     home = here / "runs" / "kdd_air_quality" / "b"
     assert sorted(folder.name for folder in home.glob("period-*")) == ["period-0", "period-1", "period-2"]
     assert len(pd.read_csv(home / "scores.csv")) == 5
