@@ -8,11 +8,10 @@ make bench BENCH=clouds ARGS="--data path/to/clouds"           real images and m
 import argparse
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco
 
+from benchmarks.tools.arguments import existing, height_and_width, positive
+from benchmarks.tools.turns import least_seconds
 from common import predict, submission
 from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
@@ -65,21 +66,10 @@ def coco_decode(text: str) -> np.ndarray:
     return coco.decode(packed)
 
 
-def best_of(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Least seconds of each way, measured in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: min(times) for name, times in seconds.items()}
-
-
-def show(title: str, seconds: dict[str, float], count: int, usual: str) -> None:
+def show(title: str, taken: dict[str, float], count: int, usual: str) -> None:
     print(f"\n{title}")
-    for name, value in seconds.items():
-        print(f"  {name:44} {1e3 * value / count:8.3f} ms   {seconds[usual] / value:6.1f} x")
+    for name, value in taken.items():
+        print(f"  {name:44} {1e3 * value / count:8.3f} ms   {taken[usual] / value:6.1f} x")
 
 
 def masks(data: RawData) -> None:
@@ -100,7 +90,8 @@ def masks(data: RawData) -> None:
             rle.decode_to_size(rle.parse(text), *MASK_SIZE, *WORKING_SIZE) for text in texts
         ],
     }
-    show(f"mask to {WORKING_SIZE}, {len(texts)} masks of {runs:.0f} runs", best_of(ways), len(texts), next(iter(ways)))
+    title = f"mask to {WORKING_SIZE}, {len(texts)} masks of {runs:.0f} runs"
+    show(title, least_seconds(ways, ROUNDS), len(texts), next(iter(ways)))
 
     small = [np.ascontiguousarray(rle.decode_to_size(rle.parse(text), *MASK_SIZE, *SUBMISSION_SIZE)) for text in texts]
     assert [usual_encode(mask) for mask in small] == [rle.encode(mask) for mask in small]
@@ -109,7 +100,7 @@ def masks(data: RawData) -> None:
         "pycocotools (its own format)": lambda: [coco.encode(np.asfortranarray(mask.view(np.uint8))) for mask in small],
         "rle.encode": lambda: [rle.encode(mask) for mask in small],
     }
-    show(f"mask of {SUBMISSION_SIZE} to run lengths", best_of(ways), len(texts), "diff and join")
+    show(f"mask of {SUBMISSION_SIZE} to run lengths", least_seconds(ways, ROUNDS), len(texts), "diff and join")
 
 
 def inference(data: RawData, encoder: str) -> None:
@@ -149,26 +140,39 @@ def inference(data: RawData, encoder: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             submission.write(Path(folder) / "bench.csv", built.columns, rows(), expected, built.valid, {})
 
-    seconds = best_of({"forward alone": alone, "images to CSV": to_csv}, rounds=3)
+    taken = least_seconds({"forward alone": alone, "images to CSV": to_csv}, rounds=3)
     print(f"\nfull resolution 1400x2100, {encoder} Unet, {count} images on {device}")
-    for name, value in seconds.items():
-        ratio = seconds["forward alone"] / value
+    for name, value in taken.items():
+        ratio = taken["forward alone"] / value
         print(f"  {name:44} {count / value:8.3f} images/s   {ratio:6.2f} of the forward alone")
 
 
-def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> float:
-    """Peak GiB of a process that makes one optimizer step."""
+def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> float | None:
+    """Peak GiB of a process that makes one optimizer step, None where the memory does not suffice."""
     words = [sys.executable, "-m", "benchmarks.clouds", "--part", "step", "--batch", str(batch), "--micro", str(micro)]
     words += ["--size", f"{size[0]},{size[1]}", "--encoder", encoder, *(["--checkpointing"] if checkpointing else [])]
     done = subprocess.run(words, capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    if done.returncode == 0:
+        return float(done.stdout.split()[-1])
+    if is_out_of_memory(done.returncode, done.stderr):
+        return None
+    raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
+
+
+def is_out_of_memory(returncode: int, stderr: str) -> bool:
+    """Whether the system killed a process (a shell says 128 + 9) or its last error is an allocation that failed."""
+    if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return True
+    error = [line for line in stderr.rpartition("Traceback")[2].splitlines() if not line.startswith(" ")]
+    return any(text in line for line in error for text in (*memory.TEXTS, "MemoryError", "bad_alloc"))
 
 
 def peaks(size: tuple[int, int], encoder: str) -> None:
     print(f"\npeak GiB of a training step, {encoder} Unet at {size[0]}x{size[1]}")
     for words, batch, micro in (("micro-batch 1 of 1", 1, 1), ("micro-batch 1 of 16", 16, 1), ("16 at once", 16, 16)):
-        cheap, plain = (peak(batch, micro, checkpointing, size, encoder) for checkpointing in (True, False))
-        print(f"  {words:24} {plain:8.2f} plain   {cheap:8.2f} with --checkpointing   (nan: out of memory)", flush=True)
+        found = (peak(batch, micro, checkpointing, size, encoder) for checkpointing in (False, True))
+        plain, cheap = ("out of memory" if gib is None else f"{gib:.2f}" for gib in found)
+        print(f"  {words:24} {plain:>13} plain   {cheap:>13} with --checkpointing", flush=True)
 
 
 def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> None:
@@ -186,7 +190,9 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     pixels[:, : size[0] // 2] = 0b1111
     targets = {"pixels": pixels, "classes": torch.ones(batch, 4, dtype=torch.uint8)}
     inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
-    engine.step(Window(inputs, targets, torch.arange(batch), total=batch), 0)
+    done = engine.step(Window(inputs, targets, torch.arange(batch), total=batch), 0)
+    if done.micro_batch < micro:  # the engine survives what is asked about here
+        raise MemoryError(f"micro-batches of {micro} did not fit, the engine went on with {done.micro_batch}")
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)
     else:
@@ -196,19 +202,18 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "masks", "inference", "memory", "step"), default="all")
-    parser.add_argument("--data", type=Path, help="folder with the competition's files [the generated sample]")
+    parser.add_argument("--data", type=existing, help="folder with the competition's files [the generated sample]")
     parser.add_argument("--encoder", default="resnet18")
-    parser.add_argument("--size", default="1400,2100")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--micro", type=int, default=1)
+    parser.add_argument("--size", type=height_and_width, default="1400,2100")
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--micro", type=positive, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     given = parser.parse_args()
-    height, width = map(int, given.size.split(","))
     if given.part == "step":
-        step(given.batch, given.micro, given.checkpointing, (height, width), given.encoder)
+        step(given.batch, given.micro, given.checkpointing, given.size, given.encoder)
         return
     if given.part == "memory":
-        peaks((height, width), given.encoder)
+        peaks(given.size, given.encoder)
         return
     with tempfile.TemporaryDirectory() as folder:
         if given.data is None:
