@@ -15,7 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+
+from benchmarks.tools.arguments import positive
+from benchmarks.tools.turns import in_turns
 
 ROOT = Path(__file__).parents[1]
 OURS = """
@@ -46,8 +50,8 @@ def serve(megabytes: int, port) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=positive, default=200)
+    parser.add_argument("--rounds", type=positive, default=5)
     given = parser.parse_args()
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
@@ -81,12 +85,9 @@ def main() -> None:
                 subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
             return time.perf_counter() - start
 
-        times: dict[str, list[float]] = {f"kaggle download, then {name}": [] for name in unzips}
-        times["make data"] = []
-        for _ in range(given.rounds):
-            for name, unzip in unzips.items():
-                times[f"kaggle download, then {name}"].append(timed(download, unzip))
-            times["make data"].append(timed([sys.executable, "-c", OURS, str(ROOT), SLUG]))
+        ways = {f"kaggle download, then {name}": partial(timed, download, unzip) for name, unzip in unzips.items()}
+        ways["make data"] = partial(timed, [sys.executable, "-c", OURS, str(ROOT), SLUG])
+        times = in_turns(ways, given.rounds)
     here.send("done")
 
     print(f"archive of {size / 1e6:.0f} MB on loopback, {given.rounds} rounds in turn, seconds")

@@ -9,12 +9,17 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.tools.arguments import existing, positive
+from benchmarks.tools.turns import in_turns
 from common.raw import RawData
 from competitions.kdd_air_quality import impute, medians
 from competitions.kdd_air_quality.origins import first_hour
@@ -71,24 +76,33 @@ def compare_medians(series: np.ndarray, repeats: int = 3) -> None:
     days = medians.by_day(series)
     ends = np.arange(len(days) - ORIGINS + 1, len(days) + 1)
     flat = days.reshape(-1, days.shape[2])
-    ways = {"group-by, long table": by_long_table, "group-by, wide table": by_wide_table}
-    ours, theirs = [], {name: [] for name in ways}
-    for _ in range(repeats):  # in turns, so that a busy moment meets all of them
+    scale = ORIGINS / PANDAS_ORIGINS
+
+    def ours() -> tuple[float, float]:
         with Timed() as timed:
-            found = medians.sliding_medians(days, medians.FIB_DAYS, ends)
-        ours.append((timed.clock, timed.work))
-        for name, way in ways.items():
-            with Timed() as timed:
-                expected = [way(flat, int(end)) for end in ends[-PANDAS_ORIGINS:]]
-            theirs[name].append((timed.clock * ORIGINS / PANDAS_ORIGINS, timed.work * ORIGINS / PANDAS_ORIGINS))
-            for place in range(PANDAS_ORIGINS):
-                for window, table in enumerate(expected[place]):
-                    np.testing.assert_allclose(found[window, place - PANDAS_ORIGINS], table, rtol=1e-5)
-    clock, work = np.min(ours, axis=0)
+            medians.sliding_medians(days, medians.FIB_DAYS, ends)
+        return timed.clock, timed.work
+
+    def theirs(way: Callable[[np.ndarray, int], list[np.ndarray]]) -> tuple[float, float]:
+        with Timed() as timed:
+            for end in ends[-PANDAS_ORIGINS:]:
+                way(flat, int(end))
+        return timed.clock * scale, timed.work * scale
+
+    tables = {"group-by, long table": by_long_table, "group-by, wide table": by_wide_table}
+    found = medians.sliding_medians(days, medians.FIB_DAYS, ends)
+    for way in tables.values():
+        for place in range(-PANDAS_ORIGINS, 0):
+            for window, expected in enumerate(way(flat, int(ends[place]))):
+                np.testing.assert_allclose(found[window, place], expected, rtol=1e-5)
+
+    ways = {"counting trees": ours} | {name: partial(theirs, way) for name, way in tables.items()}
+    least = {name: np.min(taken, axis=0) for name, taken in in_turns(ways, repeats).items()}
+    clock, work = least["counting trees"]
     print(f"medians, 9 windows x {series.shape[1]} series x {ORIGINS} origins (least of {repeats}, results equal)")
     print(f"  counting trees        {clock:8.2f} s, processor {work:8.2f} s")
-    for name in ways:
-        their_clock, their_work = np.min(theirs[name], axis=0)
+    for name in tables:
+        their_clock, their_work = least[name]
         print(
             f"  {name}  {their_clock:8.2f} s, processor {their_work:8.2f} s (timed on {PANDAS_ORIGINS} origins, scaled)"
             f"   ratio {their_clock / clock:.1f}, processor {their_work / work:.1f}"
@@ -108,32 +122,33 @@ def time_imputers(observations: Observations, jobs: int) -> None:
     print(f"  missing         {before:.3f} -> {after:.3f}")
 
 
-def time_train(data: str, folder: Path) -> None:
+def time_train(data: Path) -> None:
+    """In a folder of its own: where a finished run of the name lies already, train has nothing to do."""
     command = [sys.executable, "-m", "common"]
-    where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, "check": True}
-    for words in (
-        ["train", "kdd_air_quality", "--data", data, "--run", "bench"],
-        ["predict", "kdd_air_quality", "--data", data, "--run", "bench"],
-    ):
-        started = time.perf_counter()
-        subprocess.run(command + words, **where, stdout=subprocess.DEVNULL)
-        print(f"  {words[0]:15} {time.perf_counter() - started:8.1f} s")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with tempfile.TemporaryDirectory(prefix="kit-bench-") as folder:
+        for verb in ("train", "predict"):
+            words = [*command, verb, "kdd_air_quality", "--data", str(data.resolve()), "--run", "bench"]
+            started = time.perf_counter()
+            subprocess.run(words, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            print(f"  {verb:15} {time.perf_counter() - started:8.1f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with the competition's files [generated values]")
-    parser.add_argument("--jobs", type=int, default=2, help="fits at the same time [2]")
+    parser.add_argument("--data", type=existing, help="folder with the competition's files [generated values]")
+    parser.add_argument("--jobs", type=positive, default=2, help="fits at the same time [2]")
     parser.add_argument("--train", action="store_true", help="time train and predict as well (needs --data)")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where --train keeps its run [/tmp]")
     given = parser.parse_args()
-    observations = read(RawData(Path(given.data), "kdd_air_quality")) if given.data else generated()
+    if given.train and not given.data:
+        parser.error("--train needs --data: train reads the competition's files, not the generated values")
+    observations = read(RawData(given.data, "kdd_air_quality")) if given.data else generated()
     known = observations.before(first_hour(LAST_ORIGIN))
     compare_medians(known.series())
     time_imputers(known, given.jobs)
-    if given.train and given.data:
+    if given.train:
         print("the whole verbs, in processes of their own")
-        time_train(str(Path(given.data).resolve()), given.folder)
+        time_train(given.data)
 
 
 if __name__ == "__main__":
