@@ -12,8 +12,7 @@ import importlib
 import os
 import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -27,25 +26,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
+from benchmarks.tools.arguments import existing
+from benchmarks.tools.turns import least_seconds
 from common.loading import orders
 from common.loading.loader import Loader
 from common.loading.worker import start_worker
 
 
-def compare(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Least seconds of each, measured in turns, so that a busy moment of the machine meets all of them."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(run())
-    return {name: min(times) for name, times in seconds.items()}
-
-
-def timed(windows: Callable[[], Iterator]) -> float:
-    started = time.perf_counter()
-    for _ in windows():
+def drain(items: Iterable) -> None:
+    for _ in items:
         pass
-    return time.perf_counter() - started
 
 
 # What a key costs.
@@ -109,12 +99,12 @@ def overhead() -> None:
             with Loader(dataset, orders.shuffled(len(dataset)), size, seed=0, workers=workers) as loader:
                 epochs = iter(range(1000))
                 runs = {
-                    "plain": lambda p=plain: timed(lambda: p),
-                    "keyed": lambda o=loader, e=epochs: timed(lambda: o.epoch(next(e))),
+                    "plain": lambda p=plain: drain(p),
+                    "keyed": lambda o=loader, e=epochs: drain(o.epoch(next(e))),
                 }
                 for run in runs.values():
                     run()  # starts the workers
-                best = compare(runs, repeats)
+                best = least_seconds(runs, repeats)
             us = {key: seconds / len(dataset) * 1e6 for key, seconds in best.items()}
             print(
                 f"| {name} | {workers} | {us['plain']:.1f} | {us['keyed']:.1f} | {us['keyed'] - us['plain']:+.1f} | "
@@ -126,7 +116,48 @@ def overhead() -> None:
 # How fast images come.
 
 
-def clouds(data: str | None) -> None:
+class BareLoops:
+    """Two processes with nothing but the loop over the rows, each taking the next row: all that two cores can do.
+
+    They live as long as the Loader's workers, so that nobody pays for the start of processes.
+    """
+
+    def __init__(self, dataset: Any, rows: np.ndarray):
+        context = torch.multiprocessing.get_context("fork")
+        self.taken = context.Value("i", 0)
+        self.ports, self.processes = [], []
+        for _ in range(2):
+            here, there = context.Pipe()
+            self.ports.append(here)
+            self.processes.append(context.Process(target=self._serve, args=(dataset, rows, there), daemon=True))
+            self.processes[-1].start()
+            there.close()  # else the death of the process would not end the wait for it
+
+    def _serve(self, dataset: Any, rows: np.ndarray, port: Any) -> None:
+        while port.recv():
+            while (place := self._next()) < len(rows):
+                dataset[int(rows[place])]
+            port.send(True)
+
+    def _next(self) -> int:
+        with self.taken.get_lock():
+            self.taken.value += 1
+            return self.taken.value - 1
+
+    def run(self) -> None:
+        self.taken.value = 0
+        for port in self.ports:
+            port.send(True)
+        for port in self.ports:
+            port.recv()
+
+    def end(self) -> None:
+        for port, process in zip(self.ports, self.processes, strict=True):
+            port.send(False)
+            process.join()
+
+
+def clouds(data: Path | None) -> None:
     from common import raw
     from competitions.clouds import task as competition
 
@@ -134,38 +165,25 @@ def clouds(data: str | None) -> None:
     if data is None:
         competition.write_sample(Path(folder.name))
     with redirect_stdout(StringIO()):
-        found = raw.find("clouds", data or folder.name, competition.write_sample)
+        found = raw.find("clouds", str(data or folder.name), competition.write_sample)
         dataset = competition.build(competition.RECIPES["default"], found).labelled
     rows = np.arange(len(dataset))[:256]
     if len(rows) < 128:
         rows = np.tile(rows, 128 // len(rows))
     cv2.setNumThreads(0)
 
-    def bare(part: np.ndarray) -> None:
-        for row in part:
-            dataset[int(row)]
-
-    def bare_processes() -> float:
-        """Two processes with nothing but the loop, on half of the rows each: all that two cores can do."""
-        context = torch.multiprocessing.get_context("fork")
-        started = time.perf_counter()
-        processes = [context.Process(target=bare, args=(part,)) for part in np.array_split(rows, 2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        return time.perf_counter() - started
-
+    bare = BareLoops(dataset, rows)
     with Loader(dataset, orders.shuffled(rows), 8, seed=0, workers=2) as loader:
         epochs = iter(range(1000))
         runs = {
-            "one bare loop": lambda: timed(lambda: (dataset[int(row)] for row in rows)),
-            "two bare loops": bare_processes,
-            "Loader, 2 workers": lambda: timed(lambda: loader.epoch(next(epochs))),
+            "one bare loop": lambda: drain(dataset[int(row)] for row in rows),
+            "two bare loops": bare.run,
+            "Loader, 2 workers": lambda: drain(loader.epoch(next(epochs))),
         }
         for run in runs.values():
-            run()
-        best = compare(runs, 5)
+            run()  # starts the workers
+        best = least_seconds(runs, 5)
+    bare.end()
     folder.cleanup()
     where = "generated" if data is None else data
     print(f"\n## Images a second of the clouds training: decode, masks, augment ({where}, {len(rows)} images)\n")
@@ -347,7 +365,7 @@ def guarantees() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=["all", "overhead", "clouds", "guarantees"], default="all")
-    parser.add_argument("--data", help="folder with the competition's files in Kaggle's layout")
+    parser.add_argument("--data", type=existing, help="folder with the competition's files in Kaggle's layout")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part in ("all", "overhead"):
