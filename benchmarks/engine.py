@@ -4,19 +4,21 @@
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory, cuda
 
 Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
-They take turns, and the undisturbed steps of each count. All train the same network on the same batches, drawn from a
-DataLoader that holds them ready, with a C allocator that keeps its memory: otherwise the ratios show where glibc
-happens to give pages back. requirements-peers.txt lists the peers.
+They take turns, and the quickest step of each counts: the one that nothing else disturbed. All train the same network
+on the same windows, made before the clock starts. The others get their batches ready cut, as views of these windows;
+the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc happens to give
+pages back. requirements-peers.txt lists the peers.
 """
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,16 +27,15 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from benchmarks.engine_parts.cuda import cuda_part
-from benchmarks.engine_parts.peers import PEERS, Work, installed
+from benchmarks.engine_parts.peers import ACCUMULATE, PEERS, Work, installed
+from benchmarks.tools.turns import in_turns
 from common.engine.step import Engine
 from common.losses import CrossEntropy, SoftFBeta, window_value
 from common.window import Window
 
 PROCESSES = Path("/proc")  # Linux only
-ACCUMULATE = 4
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "100000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 
 
@@ -55,29 +56,26 @@ NETWORKS = {"MLP 16-32-10": (mlp, (16,)), "CNN 3x32x32": (cnn, (3, 32, 32))}
 STEPS = {"MLP 16-32-10": 60, "CNN 3x32x32": 16}  # of a training
 
 
-def batches_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = torch.float32) -> list:
+def windows_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Window]:
     generator = torch.Generator().manual_seed(0)
     return [
-        (
+        Window(
             torch.randn(size, *shape, generator=generator, dtype=dtype),
             torch.randint(0, 10, (size,), generator=generator),
+            torch.arange(size),
         )
         for size in sizes
     ]
 
 
-def as_windows(batches: list, accumulate: int = ACCUMULATE) -> list[Window]:
-    """The same samples as windows of `accumulate` batches, the last one of what is left."""
-    groups = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
-    inputs = [torch.cat([x for x, _ in group]) for group in groups]
-    targets = [torch.cat([y for _, y in group]) for group in groups]
-    return [Window(x, y, torch.arange(len(x))) for x, y in zip(inputs, targets, strict=True)]
+def one_hot(windows: list[Window], dtype: torch.dtype) -> list[Window]:
+    return [replace(window, targets=F.one_hot(window.targets, 10).to(dtype)) for window in windows]
 
 
 def hand_written(work: Work) -> None:
     """The loop that everybody writes: a mean loss over the number of batches, a step every few of them."""
     model, optimizer, last = work.model, work.optimizer(work.model), len(work.batches) - 1
-    for number, (inputs, targets) in enumerate(DataLoader(work.batches, batch_size=None)):
+    for number, (inputs, targets) in enumerate(work.batches):
         if number % ACCUMULATE == 0:
             work.tick()
         (work.loss(model(inputs), targets) / ACCUMULATE).backward()
@@ -87,11 +85,16 @@ def hand_written(work: Work) -> None:
     work.tick()
 
 
+def naive_soft_f1(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Macro soft F1 of a batch as its users write it, equal to SoftFBeta(1, "macro") there."""
+    probabilities = outputs.sigmoid()
+    hits = (probabilities * targets).sum(0)
+    return 1 - ((2 * hits + 1) / (probabilities.sum(0) + targets.sum(0) + 1)).mean()
+
+
 def ours(work: Work) -> None:
-    engine = Engine(
-        work.model, work.exact_loss, work.optimizer(work.model), micro_batch=len(work.batches[0][0]), log=silent
-    )
-    for number, window in enumerate(DataLoader(as_windows(work.batches), batch_size=None)):
+    engine = Engine(work.model, work.exact_loss, work.optimizer(work.model), micro_batch=work.micro_batch, log=silent)
+    for number, window in enumerate(work.windows):
         work.tick()
         engine.step(window, number)
     work.tick()
@@ -113,9 +116,8 @@ def step_times(ticks: list[float]) -> list[float]:
 
 
 def quickest(turns: list[list[float]]) -> float:
-    """The lower decile of all steps: those that shared the processor with something else drop out."""
-    steps = sorted(seconds for turn in turns for seconds in turn)
-    return steps[len(steps) // 10]
+    """The least of all steps: the one that shared the processor with nothing else."""
+    return min(seconds for turn in turns for seconds in turn)
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -124,14 +126,14 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-class Turns:
-    """A contestant in a process of its own: what a peer changes by being imported slows nobody else."""
+class Contestant:
+    """One of CONTESTANTS in a process of its own: what a peer changes by being imported slows nobody else."""
 
     def __init__(self, name: str, network: str):
-        command = [sys.executable, "-m", "benchmarks.engine", "child", "turns", name, network]
+        command = [sys.executable, "-m", "benchmarks.engine", "child", "trainings", name, network]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def take(self) -> list[float]:
+    def train(self) -> list[float]:
         """Seconds of every step of one more training."""
         print("go", file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
@@ -144,14 +146,14 @@ class Turns:
         self.process.wait()
 
 
-def take_turns(name: str, network: str) -> None:
-    """The child's side of Turns: a training for every line of the input, whatever the peers print."""
+def train_on_demand(name: str, network: str) -> None:
+    """The child's side of Contestant: a training for every line of the input, whatever the peers print."""
     answers, sys.stdout = sys.stdout, sys.stderr
     make, shape = NETWORKS[network]
-    batches = batches_of(shape, [32] * (ACCUMULATE * STEPS[network]))
+    windows = windows_of(shape, [32 * ACCUMULATE] * STEPS[network])
     for _ in sys.stdin:
         optimizer, exact = partial(torch.optim.AdamW, lr=1e-3), CrossEntropy(ignore_index=None)
-        work = Work(make(), optimizer, F.cross_entropy, batches, exact)
+        work = Work(make(), optimizer, F.cross_entropy, windows, 32, exact)
         CONTESTANTS[name](work)
         print(json.dumps(step_times(work.ticks)), file=answers, flush=True)
 
@@ -161,11 +163,9 @@ def time_part(turns: int = 12) -> None:
     names = [name for name in CONTESTANTS if installed(name)]
     columns: dict[str, dict[str, float]] = {}
     for network in NETWORKS:
-        contestants = {name: Turns(name, network) for name in names}
-        taken: dict[str, list[list[float]]] = {name: [] for name in names}
-        for _ in range(turns if network.startswith("MLP") else turns // 2):
-            for name, contestant in contestants.items():
-                taken[name].append(contestant.take())
+        contestants = {name: Contestant(name, network) for name in names}
+        ways = {name: contestant.train for name, contestant in contestants.items()}
+        taken = in_turns(ways, turns if network.startswith("MLP") else turns // 2)
         for contestant in contestants.values():
             contestant.end()
         columns[network] = {name: quickest(taken[name]) for name in names}
@@ -179,36 +179,40 @@ def time_part(turns: int = 12) -> None:
                 cells += ["not installed", ""]
         rows.append([name, *cells])
     header = ["", *(f"{network}, {what}" for network in NETWORKS for what in ("ms", "ratio"))]
-    table("Time per optimizer step, 4 batches of 32, AdamW", header, rows)
+    table("Least time of an optimizer step, 4 batches of 32, AdamW", header, rows)
 
 
 def passes_part(turns: int = 12) -> None:
     """A loss that needs two passes against the naive accumulation of the same loss."""
     rows = []
     for network, (make, shape) in NETWORKS.items():
-        steps = 40 if network.startswith("MLP") else 16
-        batches = batches_of(shape, [32] * (ACCUMULATE * steps))
-        batches = [(inputs, F.one_hot(targets, 10).float()) for inputs, targets in batches]
-        f1 = SoftFBeta(1, "macro")
-        naive_loss = partial(window_value, f1)
-        taken: dict[str, list[list[float]]] = {"naive": [], "exact": [], "forward": []}
-        for _ in range(turns):
-            for name, contestant in (("naive", hand_written), ("exact", ours)):
-                work = Work(make(), partial(torch.optim.AdamW, lr=1e-3), naive_loss, batches, f1)
-                contestant(work)
-                taken[name].append(step_times(work.ticks))
-            model, ticks = make(), []
-            with torch.no_grad():
-                for number, (inputs, targets) in enumerate(batches):
-                    if number % ACCUMULATE == 0:
-                        ticks.append(time.perf_counter())
-                    f1.stats(model(inputs), targets)
-            taken["forward"].append(step_times(ticks))
-        naive, exact, forward = (quickest(taken[name]) for name in ("naive", "exact", "forward"))
+        windows = one_hot(windows_of(shape, [32 * ACCUMULATE] * STEPS[network]), torch.float32)
+
+        def trained(contestant: Callable[[Work], None], make=make, windows=windows) -> list[float]:
+            optimizer = partial(torch.optim.AdamW, lr=1e-3)
+            work = Work(make(), optimizer, naive_soft_f1, windows, 32, SoftFBeta(1, "macro"))
+            contestant(work)
+            return step_times(work.ticks)
+
+        ways = {
+            "naive": partial(trained, hand_written),
+            "exact": partial(trained, ours),
+            "forward": partial(trained, forward_alone),
+        }
+        naive, exact, forward = map(quickest, in_turns(ways, turns).values())
         bound = 1 + forward / naive + 0.05
         rows.append([network, f"{naive * 1e3:.2f}", f"{exact * 1e3:.2f}", f"{exact / naive:.2f}", f"{bound:.2f}"])
     header = ["", "naive, ms", "exact, ms", "ratio", "1 + F/(F+B) + 5 %"]
     table("Macro soft F1: two passes against naive accumulation", header, rows)
+
+
+def forward_alone(work: Work) -> None:
+    with torch.no_grad():
+        for number, (inputs, targets) in enumerate(work.batches):
+            if number % ACCUMULATE == 0:
+                work.tick()
+            work.loss(work.model(inputs), targets)
+    work.tick()
 
 
 def weights_of(model: nn.Module) -> Tensor:
@@ -222,31 +226,30 @@ def error_part() -> None:
         if not installed(name):
             rows.append([name, "not installed", "", ""])
             continue
-        batches = batches_of((16,), [8, 8, 8, 8, 5], torch.float64)
-        ratio, tail_error = update_error(contestant, batches, F.cross_entropy, CrossEntropy(), first=4)
-        f1, hot = SoftFBeta(1, "macro"), [(x, F.one_hot(y, 10).double()) for x, y in batches[:4]]
-        _, f1_error = update_error(contestant, hot, partial(window_value, f1), f1, first=0)
+        windows = windows_of((16,), [32, 5], torch.float64)
+        ratio, tail_error = update_error(contestant, windows, F.cross_entropy, CrossEntropy())
+        hot = one_hot(windows[:1], torch.float64)
+        _, f1_error = update_error(contestant, hot, naive_soft_f1, SoftFBeta(1, "macro"))
         rows.append([name, f"{ratio:.3f}", f"{tail_error:.1e}", f"{f1_error:.1e}"])
     header = ["", "last window: update / exact", "relative error", "macro soft F1: relative error"]
     table("Error of the update", header, rows)
 
 
 def update_error(
-    contestant: Callable[[Work], None], batches: list, loss: Callable, exact_loss: object, first: int
+    contestant: Callable[[Work], None], windows: list[Window], loss: Callable, exact_loss: object
 ) -> tuple[float, float]:
-    """(length along the exact update, relative error) of the update made by the batches from number `first` on."""
+    """(length along the exact update, relative error) of the update made by the last window."""
 
-    def trained(count: int) -> nn.Module:
+    def trained(windows: list[Window]) -> nn.Module:
         torch.manual_seed(0)
-        work = Work(mlp().double(), partial(torch.optim.SGD, lr=0.5), loss, batches[:count], exact_loss)
-        if count:
+        work = Work(mlp().double(), partial(torch.optim.SGD, lr=0.5), loss, windows, 8, exact_loss)
+        if windows:
             contestant(work)
         return work.model
 
-    start, end = trained(first), trained(len(batches))
-    (window,) = as_windows(batches[first:])
+    start, end = trained(windows[:-1]), trained(windows)
     start.zero_grad()  # some leave the last gradient behind
-    window_value(exact_loss, start(window.inputs), window.targets).backward()
+    window_value(exact_loss, start(windows[-1].inputs), windows[-1].targets).backward()
     exact = torch.cat([parameter.grad.flatten() for parameter in start.parameters()]) * -0.5
     update = weights_of(end) - weights_of(start)
     return float(update @ exact / exact.square().sum()), float((update - exact).norm() / exact.norm())
@@ -280,18 +283,19 @@ def train_once(case: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-    optimizer, ((inputs, targets),) = torch.optim.AdamW(model.parameters()), batches_of((3, 128, 128), [64])
+    optimizer, (window,) = torch.optim.AdamW(model.parameters()), windows_of((3, 128, 128), [64])
     engine = Engine(model, CrossEntropy(), optimizer, micro_batch=4, log=silent)
     with open(PROCESSES / "self/clear_refs", "w") as switch:
         switch.write("5")  # forget the peak of the imports
     before = resident("VmRSS")
     for step in range(3):
         if case == "window":
-            engine.step(Window(inputs, targets, torch.arange(64)), step)
+            engine.step(window, step)
             continue
         size = 64 if case == "whole" else 4
         for start in range(0, 64, size):
-            F.cross_entropy(model(inputs[start : start + size]), targets[start : start + size]).backward()
+            part = window.slice(start, start + size)
+            F.cross_entropy(model(part.inputs), part.targets).backward()
             optimizer.step()
             optimizer.zero_grad()
     print(before, resident("VmHWM"))
@@ -315,16 +319,27 @@ def machine() -> Iterator[str]:
 PARTS = {"time": time_part, "passes": passes_part, "error": error_part, "memory": memory_part, "cuda": cuda_part}
 
 
+def part(name: str) -> str:
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"there is no part {name}, only {', '.join(PARTS)}")
+    return name
+
+
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if arguments[:1] == ["child"]:
-        return take_turns(*arguments[2:]) if arguments[1] == "turns" else train_once(arguments[1])
+        return train_on_demand(*arguments[2:]) if arguments[1] == "trainings" else train_once(arguments[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", type=part, metavar="part", help=f"{', '.join(PARTS)} [all of them]")
+    given = parser.parse_args(arguments)
     if not os.environ.keys() >= STEADY_ALLOCATOR.keys():  # glibc reads them when a process starts
         again = [sys.executable, "-m", "benchmarks.engine", *arguments]
         os.execve(sys.executable, again, os.environ | STEADY_ALLOCATOR)
     print("\n".join(machine()))
-    for name in arguments or PARTS:
+    for name in given.parts or PARTS:
         PARTS[name]()
 
 

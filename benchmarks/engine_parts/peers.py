@@ -1,9 +1,12 @@
-"""The same training as the peers' own documentation writes it; each is imported only when it runs."""
+"""The same training as the peers' own documentation writes it; each is imported only when it runs.
+
+The batches lie ready in a list. accelerate and Keras learn from nothing but a DataLoader, so its cost is theirs.
+"""
 
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +14,30 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from common.window import Window
+
 ACCUMULATE = 4
 
 
 @dataclass
 class Work:
-    """One training: `optimizer(model's parameters)`, a mean loss for those who divide, an exact one for the kit."""
+    """One training: `optimizer(model's parameters)`, a mean loss for those who divide, an exact one for the kit.
+
+    `batches` are the (inputs, targets) of the windows' micro-batches, as views of the same memory.
+    """
 
     model: nn.Module
     make_optimizer: Callable
     loss: Callable
-    batches: list
+    windows: list[Window]
+    micro_batch: int
     exact_loss: Any
     ticks: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        size = self.micro_batch
+        parts = [window.slice(at, at + size) for window in self.windows for at in range(0, len(window), size)]
+        self.batches = [(part.inputs, part.targets) for part in parts]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return self.make_optimizer(model.parameters())
@@ -38,8 +52,8 @@ def fabric(work: Work) -> None:
 
     runner = Fabric(accelerator="cpu", devices=1)
     model, optimizer = runner.setup(work.model, work.optimizer(work.model))
-    loader, last = runner.setup_dataloaders(DataLoader(work.batches, batch_size=None)), len(work.batches) - 1
-    for number, (inputs, targets) in enumerate(loader):
+    last = len(work.batches) - 1
+    for number, (inputs, targets) in enumerate(work.batches):
         if number % ACCUMULATE == 0:
             work.tick()
         accumulating = number % ACCUMULATE != ACCUMULATE - 1 and number != last
@@ -66,6 +80,19 @@ def accelerate(work: Work) -> None:
             optimizer.step()
             optimizer.zero_grad()
     work.tick()
+
+
+class Batches:
+    """What Lightning iterates over without a DataLoader: a list would be several loaders to it."""
+
+    def __init__(self, batches: list):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)
 
 
 def lightning(work: Work) -> None:
@@ -98,7 +125,7 @@ def lightning(work: Work) -> None:
         precision="64-true" if double else "32-true",
         barebones=True,
     )
-    trainer.fit(Module(), DataLoader(work.batches, batch_size=None))
+    trainer.fit(Module(), Batches(work.batches))
     work.tick()
 
 
