@@ -1,7 +1,8 @@
-"""Label vectors: what they cost beside the dense decomposition, what they know, and what they are worth in training.
+"""Label vectors: their cost beside scipy and the dense decompositions, what they know, and their worth in training.
 
-    make bench BENCH=embedding                                        scale and decoding, some minutes for the reference
-    make bench BENCH=embedding ARGS="--part scale --no-reference"     without the dense float64 decomposition
+    make bench BENCH=embedding                                        scale and decoding, half an hour on two cores
+    make bench BENCH=embedding ARGS="--part scale --no-reference"     without the dense float64 decompositions
+    make bench BENCH=embedding ARGS="--part scale --labels 3000"      fewer labels, in proportion: a few minutes
     make bench BENCH=embedding ARGS="--part quality --data path/to/labels_only"
     make bench BENCH=embedding ARGS="--part training --data path/to/corel5k --epochs 20 --seeds 0,1 -- --precision bf16"
 
@@ -14,16 +15,23 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import eigsh
 
+from benchmarks.tools.arguments import existing, positive
+from benchmarks.tools.turns import in_turns
 from common import run as runs
 from common.raw import RawData
 from competitions.inclusive_images import labels as reader
+from competitions.inclusive_images import task
 from competitions.inclusive_images.label_embedding import LabelEmbedding, co_occurrence, ppmi
 
 IMAGES, LABELS, GIVEN, DIM = 1_743_042, 7_178, 8_000_000, 512
@@ -34,70 +42,101 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def zipf_labels(topics: int, seed: int = 0) -> csr_matrix:
-    """As many images and labels as the competition has, label r with probability ~ 1 / r.
+def zipf_labels(labels: int, topics: int, seed: int = 0) -> csr_matrix:
+    """`labels` labels on as many images, and as often, as in the competition; label r with probability ~ 1 / r.
 
     With `topics` above 0 three labels of five come from the image's topic, as in photographs; with 0 all are
     independent, which is harder: nothing but noise separates one eigenvalue from the next.
     """
+    images, given = IMAGES * labels // LABELS, GIVEN * labels // LABELS
     rng = np.random.default_rng(seed)
-    weights = np.cumsum(1 / np.arange(1, LABELS + 1))
-    image = rng.integers(0, IMAGES, GIVEN, dtype=np.int32)
-    label = np.searchsorted(weights / weights[-1], rng.random(GIVEN, np.float32)).astype(np.int32)
-    np.minimum(label, LABELS - 1, out=label)
+    weights = np.cumsum(1 / np.arange(1, labels + 1))
+    image = rng.integers(0, images, given, dtype=np.int32)
+    label = np.searchsorted(weights / weights[-1], rng.random(given, np.float32)).astype(np.int32)
+    np.minimum(label, labels - 1, out=label)
     if topics:
-        of_image = rng.integers(0, topics, IMAGES, dtype=np.int32)
-        size = LABELS // topics
-        inside = np.exp(rng.random(GIVEN, np.float32) * np.log(size)).astype(np.int32) - 1
-        label = np.where(rng.random(GIVEN, np.float32) < 0.6, of_image[image] + topics * inside, label)
-    matrix = csr_matrix((np.ones(GIVEN, np.uint8), (image, label)), shape=(IMAGES, LABELS))
+        of_image = rng.integers(0, topics, images, dtype=np.int32)
+        size = labels // topics
+        inside = np.exp(rng.random(given, np.float32) * np.log(size)).astype(np.int32) - 1
+        label = np.where(rng.random(given, np.float32) < 0.6, of_image[image] + topics * inside, label)
+    matrix = csr_matrix((np.ones(given, np.uint8), (image, label)), shape=(images, labels))
     matrix.data[:] = 1
     return matrix
 
 
-def worker(kind: str, topics: int, folder: Path) -> None:
-    """One side of the comparison in a process of its own: seconds and peak memory as JSON, vectors in a file."""
-    labels = zipf_labels(topics)
+def by_kit(labels: csr_matrix) -> np.ndarray:
+    vectors = LabelEmbedding.fit(labels, DIM).vectors
+    return vectors / np.linalg.norm(vectors, axis=0)
+
+
+def by_eigsh(labels: csr_matrix, dtype: type) -> np.ndarray:
+    return eigsh(ppmi(labels, smoothing=3.0).astype(dtype), DIM, which="LA")[1]
+
+
+def by_eigh(labels: csr_matrix) -> np.ndarray:
+    return np.linalg.eigh(ppmi(labels, smoothing=3.0).astype(np.float64))[1][:, -DIM:]
+
+
+def by_svd(labels: csr_matrix) -> np.ndarray:
+    left, _, right = np.linalg.svd(ppmi(labels, smoothing=3.0).astype(np.float64))
+    return left[:, np.flatnonzero((left * right.T).sum(0) > 0)[:DIM]]  # the others belong to negative eigenvalues
+
+
+# Every solver makes its own matrix and returns an orthonormal basis of the leading eigenvectors, [labels, DIM].
+SOLVERS: dict[str, Callable[[csr_matrix], np.ndarray]] = {
+    "this kit": by_kit,
+    "scipy eigsh, float32": partial(by_eigsh, dtype=np.float32),
+    "scipy eigsh, float64": partial(by_eigsh, dtype=np.float64),
+    "numpy eigh, float64": by_eigh,
+    "numpy svd, float64 (the blog)": by_svd,
+}
+DENSE = ("numpy eigh, float64", "numpy svd, float64 (the blog)")  # they find the whole spectrum
+
+
+def worker(solver: str, labels: int, topics: int, folder: Path) -> None:
+    """One solver in a process of its own: seconds and peak memory as JSON, vectors in a file."""
+    given = zipf_labels(labels, topics)
     before = peak_gb()
     start, busy = time.perf_counter(), time.process_time()
-    if kind == "kit":
-        found = LabelEmbedding.fit(labels, DIM)
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        basis = found.vectors / np.linalg.norm(found.vectors, axis=0)
-    else:
-        matrix = ppmi(labels, smoothing=3.0).astype(np.float64)
-        left, _, right = np.linalg.svd(matrix)
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        positive = np.flatnonzero((left * right.T).sum(0) > 0)[:DIM]  # the others belong to negative eigenvalues
-        basis = left[:, positive]
-    np.save(folder / f"{kind}.npy", basis)
-    print(json.dumps({"seconds": seconds, "busy": busy, "peak": peak_gb(), "before": before}))
+    basis = SOLVERS[solver](given)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    facts = {"seconds": seconds, "busy": busy, "peak": peak_gb(), "before": before}
+    np.save(folder / f"{solver}.npy", basis)
+    print(json.dumps(facts))
 
 
-def scale(topics: int, reference: bool) -> None:
-    """Time, memory and subspace of the truncated solver beside the dense decomposition of the blog."""
-    import tempfile
+def solve(solver: str, labels: int, topics: int, folder: str) -> dict[str, float]:
+    words = ["--worker", solver, "--labels", str(labels), "--topics", str(topics), "--folder", folder]
+    command = [sys.executable, "-m", "benchmarks.embedding", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
-    with tempfile.TemporaryDirectory() as name:
-        folder, facts = Path(name), {}
-        for kind in ("kit", "dense float64 SVD")[: 1 + reference]:
-            words = ["--worker", kind.split()[0], "--topics", str(topics), "--folder", name]
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.embedding", *words], stdout=subprocess.PIPE, check=True, text=True
-            )
-            facts[kind] = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"{IMAGES:,} x {LABELS:,}, {topics or 'no'} topics, {DIM} numbers: {kind:18} "
-                f"{facts[kind]['seconds']:7.1f} s ({facts[kind]['busy']:.1f} s of processor time), "
-                f"peak {facts[kind]['peak']:.2f} GB ({facts[kind]['before']:.2f} GB before)"
-            )
-        if reference:
-            fast, slow = np.load(folder / "kit.npy").astype(np.float64), np.load(folder / "dense.npy")
-            fast = np.linalg.qr(fast)[0]
-            missed = np.linalg.norm(slow - fast @ (fast.T @ slow), 2)
-            mean = np.linalg.norm(slow - fast @ (fast.T @ slow)) / np.sqrt(DIM)
-            ratio = facts["dense float64 SVD"]["seconds"] / facts["kit"]["seconds"]
-            print(f"  {ratio:.1f} times as fast; sines between the subspaces: largest {missed:.1e}, mean {mean:.1e}")
+
+def sines(exact: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """The largest sine between two subspaces and their root mean square."""
+    found = np.linalg.qr(found.astype(np.float64))[0]
+    missed = exact - found @ (found.T @ exact)
+    return np.linalg.norm(missed, 2), np.linalg.norm(missed) / np.sqrt(exact.shape[1])
+
+
+def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
+    """Time, memory and subspace of the truncated solver beside scipy's and the dense decompositions."""
+    names = [name for name in SOLVERS if with_dense or name not in DENSE]
+    exact = DENSE[0] if with_dense else "scipy eigsh, float64"
+    with tempfile.TemporaryDirectory() as folder:
+        taken = in_turns({name: partial(solve, name, labels, topics, folder) for name in names}, rounds)
+        bases = {name: np.load(Path(folder) / f"{name}.npy") for name in names}
+    least = {name: {key: min(turn[key] for turn in turns) for key in turns[0]} for name, turns in taken.items()}
+    images = IMAGES * labels // LABELS
+    print(f"{images:,} x {labels:,}, {topics or 'no'} topics, {DIM} numbers; minima of {rounds} turns")
+    print(f"| | seconds | of this kit's | processor time | peak GB (before) | sine to {exact}: largest | mean |")
+    print("|---|---|---|---|---|---|---|")
+    for name, facts in least.items():
+        largest, mean = sines(bases[exact].astype(np.float64), bases[name])
+        print(
+            f"| {name} | {facts['seconds']:.1f} | {facts['seconds'] / least['this kit']['seconds']:.1f} | "
+            f"{facts['busy']:.1f} s | {facts['peak']:.2f} ({facts['before']:.2f}) | {largest:.1e} | {mean:.1e} |"
+        )
 
 
 def decoding() -> None:
@@ -175,7 +214,7 @@ def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, 
         print(f"  {name:92} {np.mean(values):.4f}  ({', '.join(f'{value:.4f}' for value in values)})")
 
 
-def training(data: Path, seeds: list[int], epochs: int, recipes: tuple[str, ...], more: list[str]) -> None:
+def training(data: Path, seeds: tuple[int, ...], epochs: int, recipes: tuple[str, ...], more: list[str]) -> None:
     """Train every recipe on every seed by the real command, and set their held-out scores side by side."""
     found: dict[str, list[dict]] = {}
     for seed in seeds:
@@ -193,7 +232,7 @@ def training(data: Path, seeds: list[int], epochs: int, recipes: tuple[str, ...]
     goal = (
         max(value for run in found.get("small-bce", []) for _, value in run["scored"]) if "small-bce" in found else 2.0
     )
-    print(f"{data.name}, {epochs} epochs, seeds {seeds}; {runs.machine()}")
+    print(f"{data.name}, {epochs} epochs, seeds {list(seeds)}; {runs.machine()}")
     print("| recipe | mean F2 | F2, rule chosen elsewhere | precision@5 | epochs to BCE's best precision@5 | minutes |")
     print("|---|---|---|---|---|---|")
     for recipe, results in found.items():
@@ -208,6 +247,19 @@ def training(data: Path, seeds: list[int], epochs: int, recipes: tuple[str, ...]
         print(f"| {recipe} | {' | '.join(cells)} |", flush=True)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers and commas, for example 0,1")
+    return tuple(map(int, text.split(",")))
+
+
+def recipes(text: str) -> tuple[str, ...]:
+    unknown = [name for name in text.split(",") if name not in task.RECIPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no recipe {unknown[0]!r}, only {', '.join(task.RECIPES)}")
+    return tuple(text.split(","))
+
+
 def both(values: list[float]) -> str:
     return f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
 
@@ -215,35 +267,33 @@ def both(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("scale", "decoding", "quality", "training"))
-    parser.add_argument("--no-reference", action="store_true", help="leave the dense decomposition out")
+    parser.add_argument("--no-reference", action="store_true", help="leave the dense decompositions out")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of every solver [3]")
+    parser.add_argument("--labels", type=positive, default=LABELS, help=f"labels of the generated matrix [{LABELS}]")
     parser.add_argument("--topics", type=int, default=0, help="topics of the generated labels; 0: independent")
-    parser.add_argument("--data", type=Path, help="labels_only for quality, corel5k for training")
-    parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--recipes", default=",".join(TRAINED))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=existing, help="labels_only for quality, corel5k for training")
+    parser.add_argument("--seeds", type=numbers, default="0,1")
+    parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--recipes", type=recipes, default=",".join(TRAINED))
+    parser.add_argument("--worker", choices=SOLVERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("more", nargs="*", help="flags of make train, after --")
     given = parser.parse_args()
     if given.worker:
-        worker(given.worker, given.topics, given.folder)
+        worker(given.worker, given.labels, given.topics, given.folder)
         return
+    if given.labels <= DIM:
+        parser.error(f"--labels {given.labels}: expected more than the {DIM} numbers of a vector")
     if given.part in (None, "scale"):
-        scale(given.topics, not given.no_reference)
+        scale(given.labels, given.topics, not given.no_reference, given.rounds)
     if given.part in (None, "decoding"):
         decoding()
     if given.part in ("quality", "training") and not given.data:
         parser.error(f"--part {given.part} needs --data")
     if given.part == "quality":
-        quality(given.data, seeds=tuple(map(int, given.seeds.split(","))))
+        quality(given.data, seeds=given.seeds)
     if given.part == "training":
-        training(
-            given.data,
-            list(map(int, given.seeds.split(","))),
-            given.epochs,
-            tuple(given.recipes.split(",")),
-            given.more,
-        )
+        training(given.data, given.seeds, given.epochs, given.recipes, given.more)
 
 
 if __name__ == "__main__":
