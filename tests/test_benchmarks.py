@@ -1,0 +1,203 @@
+"""The benchmarks start, say what is wrong with their arguments, and compare like with like; nothing is timed here."""
+
+import importlib
+import signal
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import clouds, embedding, engine, kdd, loaders
+from benchmarks.engine_parts.peers import Work
+from benchmarks.tools import arguments, turns
+from common.losses import CrossEntropy, SoftFBeta, window_value
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in ROOT.glob("benchmarks/**/*.py"))
+OFFERED = sorted(file.stem for file in ROOT.glob("benchmarks/*.py") if file.stem != "__init__")  # as in the Makefile
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_can_be_imported_without_the_peers(name):
+    importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_whatever_make_offers_is_a_benchmark(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+# The engine.
+
+
+@pytest.mark.parametrize("contestant", engine.KIT.values(), ids=engine.KIT)
+def test_the_update_of_the_kit_is_exact(contestant):
+    windows = engine.windows_of((16,), [32, 5], torch.float64)
+    length, error = engine.update_error(contestant, windows, F.cross_entropy, CrossEntropy())
+    assert length == pytest.approx(1, abs=1e-12) and error < 1e-12
+    hot = engine.one_hot(windows[:1], torch.float64)
+    _, error = engine.update_error(contestant, hot, engine.naive_soft_f1, SoftFBeta(1, "macro"))
+    assert error < 1e-12
+
+
+def test_the_error_of_the_hand_written_loop_is_seen():
+    windows = engine.windows_of((16,), [32, 5], torch.float64)
+    length, error = engine.update_error(engine.hand_written, windows, F.cross_entropy, CrossEntropy())
+    assert length == pytest.approx(0.25) and error == pytest.approx(0.75)
+
+
+def test_all_contestants_train_on_the_same_memory():
+    windows = engine.windows_of((16,), [32, 5])
+    work = Work(engine.mlp(), partial(torch.optim.SGD, lr=0.5), F.cross_entropy, windows, 8, CrossEntropy())
+    assert [len(inputs) for inputs, _ in work.batches] == [8, 8, 8, 8, 5]
+    for place, attribute in enumerate(("inputs", "targets")):
+        whole = getattr(windows[0], attribute)
+        parts = [batch[place] for batch in work.batches[:4]]
+        assert torch.equal(torch.cat(parts), whole)
+        assert {part.untyped_storage().data_ptr() for part in parts} == {whole.untyped_storage().data_ptr()}
+
+
+def test_the_naive_soft_f1_is_the_kits_on_one_batch():
+    (window,) = engine.one_hot(engine.windows_of((10,), [32], torch.float64), torch.float64)
+    ours = window_value(SoftFBeta(1, "macro"), window.inputs, window.targets)
+    assert float(engine.naive_soft_f1(window.inputs, window.targets)) == pytest.approx(float(ours), rel=1e-12)
+
+
+def test_a_step_counts_by_the_least():
+    assert engine.quickest([[3.0, 2.0], [5.0, 1.5]]) == 1.5
+
+
+# Taking turns.
+
+
+def test_contestants_take_turns():
+    calls = []
+    ways = {name: partial(lambda name: calls.append(name) or len(calls), name) for name in "ab"}
+    assert turns.in_turns(ways, 3) == {"a": [1, 3, 5], "b": [2, 4, 6]}
+    assert calls == list("ababab")
+
+
+def test_the_bare_loops_take_every_row_once_in_every_turn():
+    taken = torch.zeros(20, dtype=torch.int64).share_memory_()
+
+    class Rows:
+        def __getitem__(self, index):
+            taken[index] += 1
+
+    loops = loaders.BareLoops(Rows(), torch.arange(20).numpy())
+    for turn in (1, 2):
+        loops.run()
+        assert taken.tolist() == [turn] * 20
+    loops.end()
+    assert [process.exitcode for process in loops.processes] == [0, 0]
+
+
+# What is wrong is said.
+
+
+def refusal(capsys, module, words: list[str], monkeypatch) -> str:
+    """The last line that a benchmark prints when it refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+    with pytest.raises(SystemExit) as stopped:
+        module.main(words) if module is engine else module.main()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "module, words, told",
+    [
+        (engine, "typo", "there is no part typo, only time, passes, error, memory, cuda"),
+        (engine, "error typo", "there is no part typo"),
+        (kdd, "--train", "--train needs --data"),
+        (kdd, "--jobs 0", "0: expected a whole number of 1 or more"),
+        (clouds, "--size 5", "5: expected height,width"),
+        (clouds, "--part typo", "invalid choice: 'typo'"),
+        (embedding, "--part quality", "--part quality needs --data"),
+        (embedding, "--labels 100", "expected more than the 512 numbers of a vector"),
+        (embedding, "--part training --recipes typo", "there is no recipe 'typo', only "),
+        (embedding, "--seeds 0,x", "0,x: expected whole numbers and commas"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(capsys, monkeypatch, module, words, told):
+    assert told in refusal(capsys, module, words.split(), monkeypatch)
+
+
+@pytest.mark.parametrize("module", [clouds, embedding, kdd, loaders])
+def test_missing_data_is_named(capsys, monkeypatch, module):
+    line = refusal(capsys, module, ["--data", "/nowhere/at/all"], monkeypatch)
+    assert "/nowhere/at/all does not exist" in line
+
+
+def test_types_of_arguments():
+    assert arguments.positive("12") == 12 and arguments.height_and_width("1400,2100") == (1400, 2100)
+    for text in ("0", "-1", "x", ""):
+        with pytest.raises(ArgumentTypeError):
+            arguments.positive(text)
+    for text in ("5", "5,", "1,2,3", "0,4"):
+        with pytest.raises(ArgumentTypeError):
+            arguments.height_and_width(text)
+
+
+# Whole runs are timed where none is finished yet.
+
+
+def test_kdd_trains_and_predicts_in_a_fresh_folder_every_time(monkeypatch, tmp_path):
+    seen = []
+
+    def run(words, cwd, **_):
+        seen.append((words[3], Path(cwd)))
+        assert Path(cwd).is_dir() and words[words.index("--data") + 1] == str(tmp_path)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    kdd.time_train(tmp_path)
+    kdd.time_train(tmp_path)
+    assert [verb for verb, _ in seen] == ["train", "predict"] * 2
+    folders = [folder for _, folder in seen]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert not any(folder.exists() for folder in folders)
+
+
+# Out of memory, and everything else.
+
+
+@pytest.mark.parametrize(
+    "returncode, stderr, expected",
+    [
+        (-signal.SIGKILL, "", True),
+        (137, "", True),
+        (1, "Traceback ...\n  step()\nRuntimeError: DefaultCPUAllocator: can't allocate memory: 9 bytes", True),
+        (1, "Traceback ...\n  step()\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB", True),
+        (1, "Traceback ...\n  step()\nMemoryError: micro-batches of 16 did not fit", True),
+        (-signal.SIGABRT, "terminate called after throwing an instance of 'std::bad_alloc'", True),
+        (1, "Traceback ...\n  # out of memory\nValueError: 3", False),
+        (-signal.SIGSEGV, "", False),
+        (2, "error: argument --size", False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_failures(returncode, stderr, expected):
+    assert clouds.is_out_of_memory(returncode, stderr) is expected
+
+
+def test_another_failure_is_raised_with_what_the_process_said(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ValueError: no such encoder")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="ValueError: no such encoder"):
+        clouds.peak(1, 1, False, (64, 96), "typo")
+
+
+# The solvers of the label vectors.
+
+
+def test_all_solvers_find_the_same_subspace(monkeypatch):
+    monkeypatch.setattr(embedding, "DIM", 8)
+    labels = embedding.zipf_labels(60, topics=12)
+    exact = embedding.SOLVERS["numpy eigh, float64"](labels)
+    for name, solver in embedding.SOLVERS.items():
+        largest, mean = embedding.sines(exact, solver(labels))
+        assert mean <= largest < 1e-4, name
