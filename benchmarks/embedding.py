@@ -109,7 +109,9 @@ def solve(solver: str, labels: int, topics: int, folder: str) -> dict[str, float
     words = ["--worker", solver, "--labels", str(labels), "--topics", str(topics), "--folder", folder]
     command = [sys.executable, "-m", "benchmarks.embedding", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    facts = json.loads(done.stdout.splitlines()[-1])
+    print(f"{solver}: {facts['seconds']:.1f} s", file=sys.stderr, flush=True)  # the table comes much later
+    return facts
 
 
 def sines(exact: np.ndarray, found: np.ndarray) -> tuple[float, float]:

@@ -165,7 +165,7 @@ def time_part(turns: int = 12) -> None:
     for network in NETWORKS:
         contestants = {name: Contestant(name, network) for name in names}
         ways = {name: contestant.train for name, contestant in contestants.items()}
-        taken = in_turns(ways, turns if network.startswith("MLP") else turns // 2)
+        taken = in_turns(ways, turns)
         for contestant in contestants.values():
             contestant.end()
         columns[network] = {name: quickest(taken[name]) for name in names}
