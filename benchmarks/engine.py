@@ -1,6 +1,6 @@
 """The engine beside a hand-written loop and beside its peers: time, exactness and memory of an optimizer step.
 
-    make bench BENCH=engine                  everything that this machine can run (about three minutes on two cores)
+    make bench BENCH=engine                  everything that this machine can run (about four minutes on two cores)
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory, cuda
 
 Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
