@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.__main__ import leave
 from common.engine import memory
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
@@ -108,4 +109,5 @@ if __name__ == "__main__":
                 place.mkdir(exist_ok=True)
                 {"exact": exact, "talk": talk, "killed": killed, "trained": trained}[name](all_ranks, place)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        leave(1)
