@@ -233,6 +233,11 @@ def checked(config: ConfigType) -> ConfigType:
     return config
 
 
+def folds_to_train(config: Config) -> list[int | None]:
+    """What --fold names: the folds to hold out, one after the other; None holds out nothing."""
+    return {"all": list(range(config.folds)), "none": [None]}.get(config.fold) or [int(config.fold)]
+
+
 def _refused(name: str, value: Any, expected: str) -> UserError:
     return UserError(f"--{name.replace('_', '-')} {_value_text(value)}: expected {expected}. See --help")
 

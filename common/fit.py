@@ -81,7 +81,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     A fold that is finished is left as it is; one that was interrupted goes on, to the same bits on a CPU.
     Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
     """
-    folder = run.path / ("fold-none" if fold is None else f"fold-{fold}")
+    folder, called = run.fold_folder(fold), "all rows" if fold is None else f"fold {fold}"
     if ranks.is_writer:
         remove_drafts(folder)
     if ranks.share((folder / "model.pt").is_file()):
@@ -94,7 +94,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
     if not len(train_rows) or (fold is not None and not len(held_rows)):
         raise UserError(
-            f"fold {fold} has {len(train_rows)} rows to train on and {len(held_rows)} to validate: "
+            f"{called} has {len(train_rows)} rows to train on and {len(held_rows)} to validate: "
             f"choose --fold and --folds so that both have some"
         )
 
@@ -145,7 +145,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     parts = Parts(model, loss if isinstance(loss, nn.Module) else None, optimizer, engine, average)
     state = parts.restore(resumed) if resumed else State()
     if resumed:
-        run.log(f"fold {fold}: resumed at epoch {state.epoch + 1}, window {state.window} of {loader.windows_per_epoch}")
+        run.log(f"{called}: resumed at epoch {state.epoch + 1}, window {state.window} of {loader.windows_per_epoch}")
     saved = time.monotonic()
 
     def evaluator(views: Sequence[View] = AS_IS) -> Predictor:
@@ -155,7 +155,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
         model.train()
         started = counted = time.monotonic()
-        label = f"fold {fold} epoch {state.epoch + 1}/{config.epochs}"
+        label = f"{called} epoch {state.epoch + 1}/{config.epochs}"
         windows = progress(
             loader.epoch(state.epoch, start=state.window),
             label,
@@ -181,7 +181,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
 
         if not state.samples:
             raise UserError(
-                f"fold {fold}: not one of its {len(train_rows)} training images can be read: make check, with the same "
+                f"{called}: not one of its {len(train_rows)} training images can be read: make check, with the same "
                 f"COMP= and DATA=, lists them"
             )
         row = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common import checkpoint, raw, submission
 from common import run as runs
-from common.config import Config, differences, with_flags
+from common.config import Config, differences, folds_to_train, with_flags
 from common.device import device_of, precision_of
 from common.engine import memory
 from common.engine.ranks import SINGLE, Ranks
@@ -154,8 +154,7 @@ def score(
 
 def load_models(run: Run, task: Task, config: Config, device: torch.device) -> list[nn.Module]:
     """The fold models of a run, in evaluation mode on `device`; raises UserError when one of them is missing."""
-    folds = {"all": range(config.folds), "none": ["none"]}.get(config.fold) or [int(config.fold)]
-    files = [run.path / f"fold-{fold}" / "model.pt" for fold in folds]
+    files = [run.fold_folder(fold) / "model.pt" for fold in folds_to_train(config)]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise UserError(

@@ -51,6 +51,10 @@ class Run:
         file = self.path / "result.json"
         return read_json(file) if file.is_file() else None
 
+    def fold_folder(self, fold: int | None) -> Path:
+        """Where the training that holds out `fold` (None: nothing) keeps its files."""
+        return self.path / ("fold-none" if fold is None else f"fold-{fold}")
+
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:

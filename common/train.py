@@ -11,7 +11,7 @@ import torch
 
 from common import checkpoint, raw
 from common import run as runs
-from common.config import Config
+from common.config import Config, folds_to_train
 from common.device import device_of
 from common.engine import memory
 from common.engine.ranks import Ranks
@@ -51,8 +51,7 @@ def train(
         if run.result is None:
             if ranks.is_writer:
                 folds.write_csv(run.path / "folds.csv", task.folds, task.ids)
-            chosen = {"all": list(range(config.folds)), "none": [None]}.get(config.fold) or [int(config.fold)]
-            folders = [fit(task, config, run, fold, ranks) for fold in chosen]
+            folders = [fit(task, config, run, fold, ranks) for fold in folds_to_train(config)]
             if ranks.is_writer:
                 finish(run, task, config, folders)
         else:

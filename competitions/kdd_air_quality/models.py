@@ -36,11 +36,6 @@ def longest_window(config: Config) -> int:
     return max(max(medians.windows_of(name)) for name in names)
 
 
-def fold_folder(run: Run, fold: int | None) -> Path:
-    """Where the core's `fit` keeps the network of a period, or of the whole history (None)."""
-    return run.path / ("fold-none" if fold is None else f"fold-{fold}")
-
-
 def fitted_folder(run: Run, fold: int | None) -> Path:
     return run.path / ("fitted" if fold is None else f"fitted-{fold}")
 
@@ -73,7 +68,7 @@ def fit(
         weeks = prophet_model.fit(known, config.jobs, label)
         facts = {"start": weeks.start, "level": weeks.level, "slope": weeks.slope, "week": weeks.week}
         write_with(folder / "prophet.npz", lambda stream: np.savez(stream, **facts))
-    if name == "mlp" and not (fold_folder(run, fold) / "model.pt").is_file():
+    if name == "mlp" and not (run.fold_folder(fold) / "model.pt").is_file():
         _fit_network(known, config, run, fold, held_days, later)
 
 
@@ -182,7 +177,7 @@ def _network_forecast(
 
     windows = medians.windows_of(config.windows)
     hours = 24 * (max(*windows, *features.MEDIAN_DAYS, config.history_days) + mlp.MEDIAN_SHIFTS_DAYS)
-    state = checkpoint.load(fold_folder(run, fold) / "model.pt")["model"]
+    state = checkpoint.load(run.fold_folder(fold) / "model.pt")["model"]
     parts = []
     for day in days:
         known = seen.before(first_hour(day))

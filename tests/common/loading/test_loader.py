@@ -52,7 +52,7 @@ def expected():
         (1, "fork", 4),
         (2, "fork", 2),
         (2, "fork", 4),
-        (8, "spawn", 1),
+        (2, "spawn", 1),
     ],
 )
 def test_windows_are_the_same_for_any_workers_ranks_and_restart(workers, start_method, world, expected):
