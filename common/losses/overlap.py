@@ -28,8 +28,10 @@ def softmax_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def overlap_sums(probabilities: Tensor, targets: Tensor) -> Tensor:
     """TP = sum p t, P = sum p and T = sum t over the pixels of every sample and class. [B, C, ...] -> [B, 3, C]"""
-    p, t = probabilities[..., None].flatten(2), targets[..., None].flatten(2)  # [B, C, pixels]
-    return torch.stack([(p * t).sum(2), p.sum(2), t.sum(2)], 1)
+    sums = [probabilities * targets, probabilities, targets]
+    if probabilities.ndim > 2:  # labels of an image have nothing to add up, and a small step feels every operation
+        sums = [part.flatten(2).sum(2) for part in sums]
+    return torch.stack(sums, 1)
 
 
 def overlap_loss(sums: Tensor, false_positive: float, false_negative: float, smooth: float) -> Tensor:
