@@ -237,4 +237,5 @@ def test_freed_memory_is_kept_or_given_back():
         )
         return int(done.stdout)
 
-    assert cleared("keep") < 16 and cleared("give back") >= 64
+    kept, given_back = cleared("keep"), cleared("give back")
+    assert given_back >= 64 and kept < given_back / 10, "kept may be a block more, where the heap lay badly at first"
