@@ -66,6 +66,9 @@ python:
 
 # opencv-python needs libGL, the headless twin does not: both share one folder, so the headless files go last.
 .venv/.installed: requirements.txt
+	@free=$$(df -Pk . | awk 'NR == 2 {print $$4}'); there=$$(du -sk .venv 2>/dev/null | cut -f 1); \
+	  [ $$((free + $${there:-0})) -ge 7000000 ] || { \
+	  echo "error: $$((free / 1000000)) GB are free for $(CURDIR)/.venv, which takes 7 GB (and 3 GB more where pip keeps its downloads, TMPDIR and ~/.cache/pip). Free some, or clone to a larger disk"; exit 1; }
 	@echo "installing requirements.txt into .venv (once; 6 GB, some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt

@@ -1,5 +1,6 @@
 """The front door: what make prints and which command it runs, without installing or training anything."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -65,3 +66,23 @@ def test_an_old_python_gets_one_clear_line(tmp_path):
     assert refused.returncode
     assert "Python 3.11 or newer is needed" in refused.stdout + refused.stderr
     assert "Python 3.8.10" in refused.stdout + refused.stderr
+
+
+def test_a_full_disk_is_named_before_anything_is_installed(tmp_path):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "requirements.txt").write_text("")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    df = tools / "df"
+    df.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\necho disk 9 2 $FREE 99% /\n")
+    df.chmod(0o755)
+
+    def run(free: int) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "FREE": str(free)}
+        line = ["make", "test", "PYTHON=echo"]  # what would install prints its arguments
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    refused, accepted = run(2_100_000), run(9_000_000)
+    assert refused.returncode and "2 GB are free" in refused.stdout and "takes 7 GB" in refused.stdout
+    assert "-m venv" not in refused.stdout and "installing" not in refused.stdout
+    assert "-m venv .venv" in accepted.stdout
