@@ -88,6 +88,28 @@ def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
     return average, losses, rates
 
 
+def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
+    """Of two seeds nothing but the dropout differs here: rows in order, no augmentation, one first weight for all."""
+    monkeypatch.chdir(tmp_path)
+
+    def first() -> nn.Module:
+        net = nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 3))
+        nn.init.constant_(net[1].weight, 0.1)
+        nn.init.zeros_(net[1].bias)
+        return net
+
+    def weights(seed: int, name: str) -> torch.Tensor:
+        config = replace(CONFIG, seed=seed)
+        plain = task_of(config)
+        task = replace(plain, labelled=plain.plain, model=first, order=orders.sequential)
+        (tmp_path / name).mkdir()
+        folder = fit(task, config, Run(tmp_path / name, {}), 1, SINGLE)
+        return torch.load(folder / "model.pt", weights_only=True)["model"]["1.weight"]
+
+    one, again, other = weights(1, "a"), weights(1, "b"), weights(2, "c")
+    assert torch.equal(one, again) and not torch.allclose(one, other)
+
+
 @pytest.mark.parametrize("more", [{}, {"mix": MixUp(0.4, classes=3)}, {"order": True}], ids=["plain", "mix", "order"])
 def test_the_loop_is_the_loop_written_by_hand(tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)

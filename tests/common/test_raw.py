@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import os
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -208,3 +210,28 @@ def test_the_cache_lies_beside_the_data_or_where_it_can(tmp_path, monkeypatch):
     read_only.mkdir()
     (read_only / "cache").touch()  # a folder of that name cannot be made: as on a disk without write permission
     assert raw.RawData(read_only, "toy").cache == raw.DATA / "cache" / "toy"
+
+
+def test_a_cache_is_made_again_when_a_file_was_touched(tmp_path):
+    """Somebody may mend a cell without changing the file's size."""
+    file = tmp_path / "a"
+    file.write_bytes(b"1")
+    data, before = raw.RawData(tmp_path, "toy"), raw.RawData(tmp_path, "toy").stamp("a")
+    assert data.stamp("a") == before
+    file.write_bytes(b"2")
+    os.utime(file, ns=(1, 1))
+    assert data.stamp("a") != before
+
+
+def test_an_archive_that_the_disk_cannot_hold_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = archive(tmp_path / "toy.zip", train="x" * 10_000_000)
+
+    def room(free):
+        monkeypatch.setattr(common_archive.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    room(common_archive.SPARE_BYTES + 9_999_999)
+    with pytest.raises(UserError, match=r"toy.zip needs 0.01 GB, 0.08 GB are free: free some space"):
+        raw.RawData(path, "toy").folder()
+    assert not list((tmp_path / "cache").iterdir())
+    room(common_archive.SPARE_BYTES + 10_000_000)
+    assert (raw.RawData(path, "toy").folder() / "train.csv").stat().st_size == 10_000_000

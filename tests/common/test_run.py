@@ -45,6 +45,8 @@ def test_a_named_run_resumes_with_its_own_config_only():
         open_run("mine", replace(Config(), lr=0.1, seed=3))
     with pytest.raises(UserError, match="data: /data -> /data, other contents"):
         open_run("mine", data_fingerprint="g")
+    with pytest.raises(UserError, match="folds: other rows in them than when the run began"):
+        open_run("mine", folds_fingerprint="h")
 
 
 @pytest.mark.parametrize("name", ["a/b", "a,b", "", "..", "x" * 101])
@@ -112,3 +114,15 @@ def test_progress_passes_everything_on(capsys, monkeypatch):
     assert "reading: 1/3 windows" in capsys.readouterr().out
     assert list(runs.progress(range(3), "reading", 3, show=False)) == [0, 1, 2]
     assert capsys.readouterr().out == ""
+
+
+def test_the_commit_says_when_the_code_differs_from_it(tmp_path):
+    assert runs.commit() == "unknown"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("1")
+    for words in (["init", "--quiet"], ["add", "code.py"], ["commit", "--quiet", "--message", "one"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert runs.commit() == head[:12]
+    (tmp_path / "code.py").write_text("2")
+    assert runs.commit() == head[:12] + "+changes"

@@ -143,7 +143,8 @@ class Kaggle(ThreadingHTTPServer):
                 if scored and self.reason:
                     row["errorDescription"] = self.reason
             rows.append(row)
-        return {"submissions": rows, "nextPageToken": ""}
+        size, page = body.get("pageSize", 20), body.get("page", 1)
+        return {"submissions": rows[size * (page - 1) : size * page], "nextPageToken": ""}
 
     def GetLeaderboard(self, body: dict) -> dict:
         rows = [{"teamId": n, "teamName": f"team {n}", "score": str(s)} for n, s in enumerate(self.leaderboard)]

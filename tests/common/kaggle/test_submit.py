@@ -13,6 +13,7 @@ import pytest
 from common.errors import UserError
 from common.kaggle import board as boards
 from common.kaggle import submit as submits
+from common.kaggle.asked import PAGE
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
 from common.kaggle.status import SCORED, Submission
@@ -447,6 +448,18 @@ def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, capfd):
     ]
     assert (HOME / "board.png").read_bytes().startswith(b"\x89PNG")
     assert {(row["run"], row["public"]) for row in ledger()} == {("001-best", "0.95"), ("", "0.95")}
+
+
+def test_submissions_on_later_pages_of_kaggles_list_are_joined_too(kaggle, module, capfd):
+    """A season of daily submissions is longer than the largest page."""
+    written()
+    submit(module)
+    for number in range(PAGE):
+        kaggle.submitted("by hand", f"{number}.csv")
+    kaggle.public = "0.95"
+    boards.board("toy", module.SOURCE)
+    assert {(row["run"], row["public"]) for row in ledger()} == {("001-best", "0.95"), ("", "0.95")}
+    assert len(ledger()) == 1 + PAGE
 
 
 def test_ranks_follow_the_direction_of_the_metric():
