@@ -5,9 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
+
+
+def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """`values` as a gradient of `parameter`, in the same order in memory.
+
+    The fused kernels walk the memory of both without looking at strides: a contiguous gradient of a channels_last
+    weight would move the wrong elements, without an error on a CPU. backward() takes care of that itself, a gradient
+    that is put there by hand has to.
+    """
+    return torch.empty_like(parameter, requires_grad=False).copy_(values)
 
 
 def parameter_groups(

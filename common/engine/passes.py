@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.engine.optimizers import laid_out_like
 from common.losses.protocol import (
     check_per_sample,
     columns_of,
@@ -137,7 +138,7 @@ def loss_of_outputs(engine: "Engine", kept: dict[str, Tree]) -> tuple[Tensor, li
     slopes = torch.autograd.grad(value * engine.scale.factor, wanted, allow_unused=True)
     if engine.ranks.is_writer:  # every rank has done the same: the loss's own parameters get their gradient once
         for parameter, gradient in zip(engine.loss_parameters, slopes[len(leaves) :], strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else laid_out_like(parameter, gradient)
     return value.detach(), list(slopes[: len(leaves)])
 
 

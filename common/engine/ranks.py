@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from common.engine.optimizers import laid_out_like
 from common.errors import UserError
 from common.window import Tree, map_tree, tensors_of
 
@@ -58,6 +59,13 @@ class Ranks:
         if self.world > 1:
             with self._expecting_the_others():
                 distributed.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace every number of `tensor` by the largest of any process and return it."""
+        if self.world > 1:
+            with self._expecting_the_others():
+                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return tensor
 
     def share(self, value: Any) -> Any:
@@ -123,18 +131,25 @@ class Ranks:
                 if parameter.grad is not None:
                     parameter.grad.copy_(total.view_as(parameter))
                 elif count:
-                    parameter.grad = total.view_as(parameter)
+                    parameter.grad = laid_out_like(parameter, total.view_as(parameter))
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the processes, whole for integers: one message per type of number."""
+    def average_(self, tensors: Sequence[Tensor], weight: float) -> None:
+        """Replace every tensor by its mean over the processes, each of which counts `weight` times.
+
+        Integers are counts and become the largest of any process. One message per type of number.
+        """
         if self.world == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            total = self.sum_(torch.cat([tensor.reshape(-1) for tensor in alike]))
-            means = total / self.world if dtype.is_floating_point else total // self.world
-            for tensor, mean in zip(alike, means.split([tensor.numel() for tensor in alike]), strict=True):
-                tensor.copy_(mean.view_as(tensor))
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            if dtype.is_floating_point:
+                sums = self.sum_(torch.cat((flat * weight, flat.new_tensor([weight]))))
+                flat = sums[:-1] / sums[-1]
+            else:
+                flat = self.max_(flat)
+            for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(values.view_as(tensor))
 
     def barrier(self) -> None:
         """Wait until every process is here."""

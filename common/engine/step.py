@@ -118,9 +118,8 @@ class Engine:
                 self._halve(len(window))
         if self.scale.enabled:
             self.multiply_gradients(1 / self.scale.factor)
-        self.ranks.average_(
-            self.buffers.statistics()
-        )  # every rank continues, and is restored, with the same statistics
+        # Every rank continues, and is restored, with the same statistics; one without samples has seen nothing new.
+        self.ranks.average_(self.buffers.statistics(), len(window))
         self._tell_once(len(window))
         return value
 
@@ -150,7 +149,11 @@ class Engine:
         return (rebuilt(tree, column) for column in columns)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
+        if tensor.device == self.device:
+            return tensor
+        if self.device.type == "mps" and tensor.dtype == torch.float64:  # which Apple's GPUs do not have
+            tensor = tensor.float()
+        return tensor.to(self.device, non_blocking=True)
 
     def fits_whole(self, window: Window) -> bool:
         """Whether the window is a single micro-batch of a single rank."""

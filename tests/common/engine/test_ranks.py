@@ -114,6 +114,7 @@ def test_the_small_calls(done):
         assert found["union"] == {0: "own", 1: "own", "both": 0}
         assert found["losses"] == said[0]["losses"]
         assert all(torch.equal(found["model"][name], said[0]["model"][name]) for name in found["model"])
+        assert int(found["model"]["1.num_batches_tracked"]) == 12, "three steps of 50 rows in micro-batches of 16"
 
 
 def test_a_fold_trained_by_two_is_that_of_one(done, tmp_path, monkeypatch):
@@ -147,8 +148,28 @@ def test_alone_everything_is_at_once():
         ranks.barrier()
 
 
-def test_statistics_of_ranks_are_averaged(monkeypatch):
-    monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor.mul_(2))  # another rank that has the same
-    mean, count = torch.tensor([1.0, 3.0]), torch.tensor(5)
-    Ranks(0, 2).average_([mean, count])
-    assert mean.tolist() == [1, 3] and int(count) == 5
+def test_statistics_of_ranks_are_averaged_by_what_they_saw(monkeypatch):
+    """Another rank has the means 5 and 7 of one sample, and counts 9 batches."""
+    monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor + torch.tensor([5.0, 7.0, 1.0]))
+    monkeypatch.setattr(Ranks, "max_", lambda self, tensor: tensor.clamp(min=9))
+    for weight, expected in ((3, [2, 4]), (0, [5, 7])):
+        mean, count = torch.tensor([1.0, 3.0]), torch.tensor(5)
+        Ranks(0, 2).average_([mean, count], weight)
+        assert mean.tolist() == expected and int(count) == 9
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_a_gradient_that_others_sent_lies_in_memory_as_its_weight_does(name, monkeypatch):
+    """A rank without samples takes the others' gradient; fused kernels do not look at strides."""
+    weights, gradient = torch.randn(2, 4, 3, 3, 3)
+    monkeypatch.setattr(Ranks, "sum_", lambda self, flat: flat + torch.cat((gradient.reshape(-1), torch.ones(1))))
+    found, expected = (
+        torch.nn.Parameter(weights.clone().contiguous(memory_format=form))
+        for form in (torch.channels_last, torch.contiguous_format)
+    )
+    Ranks(0, 2).sum_gradients([found])
+    expected.grad = gradient
+    assert torch.equal(found.grad, gradient) and found.grad.stride() == found.stride()
+    for parameter in (found, expected):
+        getattr(torch.optim, name)([parameter], lr=0.1, fused=True).step()
+    torch.testing.assert_close(found.detach(), expected.detach())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.engine.ranks import Ranks
+from common.engine.step import Engine
 from common.errors import UserError
 from common.losses import LovaszSoftmax, window_value
 from common.window import Window
@@ -25,8 +26,10 @@ from tests.common.engine.toys import (
     make_engine,
     make_model,
     make_window,
+    parameters_of,
     reference,
     relative_error,
+    silent,
 )
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -123,6 +126,30 @@ def test_a_parameter_in_the_loss_gets_its_gradient_once(make):
     expected = float(loss.log_scale.grad)
     make_engine(model, loss, micro_batch=4).gradients(window, 0)
     assert float(loss.log_scale.grad) / expected == pytest.approx(1, rel=1e-12)
+
+
+class Centres(nn.Module):
+    """A loss over the whole batch whose parameter is used transposed, and so has a transposed gradient."""
+
+    whole_batch = True
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.arange(24.0, dtype=torch.float64).reshape(4, CLASSES))
+
+    def forward(self, outputs, targets, weights):
+        return (outputs[:, :, None] - self.centres.t()[None]).square().mean(1).logsumexp((0, 1))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_fused_updates_of_a_parameter_in_the_loss_are_those_of_the_whole_window(optimizer):
+    def updated(micro_batch: int) -> torch.Tensor:
+        model, loss = make_model(), Centres()
+        fused = optimizer(parameters_of(model, loss), lr=0.1, fused=True)
+        Engine(model, loss, fused, micro_batch=micro_batch, log=silent).step(make_window(8), 0)
+        return loss.centres.detach()
+
+    torch.testing.assert_close(updated(3), updated(8), rtol=1e-9, atol=1e-12)
 
 
 def test_what_carries_no_graph_does_not_stop_a_cut_window():
