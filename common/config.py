@@ -223,6 +223,7 @@ def checked(config: ConfigType) -> ConfigType:
                 raise _refused(item.name, value, expected)
     together = [
         ("swa", config.ema or config.patience or config.keep == "best", "0, or --ema 0, --patience 0 and --keep last"),
+        ("compile", config.checkpointing, "false, or --checkpointing false: torch compiles no blocks that recompute"),
         ("patience", config.keep != "best", "0, or --keep best: what stopped early goes back to its best weights"),
     ]
     for name, clashes, expected in together:

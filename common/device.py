@@ -6,7 +6,7 @@ from common.config import Config
 from common.errors import UserError
 
 
-def device_of(config: Config, local_rank: int = 0) -> torch.device:
+def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.device:
     """The device that --device names; `auto` takes a CUDA card, then Apple's GPU, then the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind, there in available.items() if there) if config.device == "auto" else config.device
@@ -18,6 +18,8 @@ def device_of(config: Config, local_rank: int = 0) -> torch.device:
             f"process {local_rank + 1} of this machine has no card of its own (cards: {torch.cuda.device_count()}): "
             f"start as many as there are, NPROC={torch.cuda.device_count()}, or use --device cpu"
         )
+    if kind == "mps" and world > 1:
+        raise UserError(f"{world} processes cannot share an Apple GPU: start one, without NPROC, or use --device cpu")
     return torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
 
 

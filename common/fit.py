@@ -1,5 +1,6 @@
 """The only training loop: windows in, a fold's best weights and its out-of-fold predictions out."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -98,7 +99,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             f"choose --fold and --folds so that both have some"
         )
 
-    device = device_of(config, ranks.local_rank)
+    device = device_of(config, ranks.local_rank, ranks.world)
     torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if fold is None else fold))
     model = task.model().to(
         device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
@@ -212,9 +213,10 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         if (folder / "best.pt").is_file():
             model.load_state_dict(checkpoint.load(folder / "best.pt")["model"])
         if config.swa and ranks.is_writer:
-            batch_size = min(config.batch_size, engine.micro_batch)
-            with training_loader(batch_size) as again:
-                reestimate_batchnorm(model, (window.inputs for window in again.epoch(config.epochs)))
+            eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+            with eager, training_loader(config.batch_size) as again:  # else compiled anew for every batch's momentum
+                cut = (inputs for window in again.epoch(config.epochs) for inputs, *_ in engine.parts(window))
+                reestimate_batchnorm(model, cut)
         if len(held_rows) and ranks.is_writer:
             predictor = evaluator(task.views if config.views else AS_IS)
             write_out_of_fold(folder, predictor, held_rows)
@@ -254,7 +256,8 @@ def _remember_best(
     state: State, value: float, task: Task, config: Config, model: nn.Module, folder: Path, ranks: Ranks
 ) -> None:
     """Count validations since the best one and keep the weights of the best in best.pt (--keep last keeps none)."""
-    better = state.best is None or (value > state.best if task.metrics[0].higher_is_better else value < state.best)
+    sign = 1 if task.metrics[0].higher_is_better else -1
+    better = not math.isnan(value) and (state.best is None or sign * value > sign * state.best)
     state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
     if better and config.keep == "best" and ranks.is_writer:
         checkpoint.save(folder / "best.pt", {"model": model.state_dict()})

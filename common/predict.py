@@ -41,6 +41,7 @@ class Predictor:
     ):
         self.models, self.task, self.views, self.config = models, task, views, config
         self.device, self.batch_size = device, max(1, batch_size)
+        self.fitting = self.batch_size  # samples at once that the memory is known or hoped to hold
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
         precision = precision_of(config, device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
@@ -73,18 +74,23 @@ class Predictor:
     @torch.inference_mode()
     def _average(self, inputs: Tree) -> Tensor:
         size = len(_first(inputs))
-        parts, start, step = [], 0, size
+        parts, start = [], 0
         while start < size:
-            part, failed = None, False
+            part, failed, step = None, False, min(self.fitting, size - start)
             try:
                 part = self._forward(map_tree(lambda x: x[start : start + step].to(self.device), inputs))  # noqa: B023
-            except RuntimeError as error:
-                if not memory.is_out_of_memory(error) or step == 1:
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
                     raise
+                if step == 1:
+                    raise UserError(
+                        "out of memory while a single sample is predicted: try --precision bf16 on a card that has "
+                        "it, --device cpu, or a smaller input size"
+                    ) from error
                 failed = True
             if failed:  # outside `except`: the traceback keeps every activation alive
                 memory.release()
-                step = (step + 1) // 2
+                self.fitting = (step + 1) // 2
                 continue
             parts.append(part)
             start += step

@@ -33,7 +33,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     with Ranks.from_environment() as ranks:
-        device_of(config, ranks.local_rank)  # a device that is not there is told before anything is read
+        device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
         found = raw.find(competition, data, module.write_sample, announce=print if ranks.is_writer else _silent)
         task = module.build(config, found)
         origin = {
@@ -48,14 +48,18 @@ def train(
             "machine": runs.machine(),
         }
         run = open_together(competition, run_name, config, origin, ranks)
-        if run.result is None:
+        shares = [orders.share(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
+        if idle := sum(start == stop for start, stop in shares):
+            run.log(f"--batch-size {config.batch_size} leaves {idle} of {ranks.world} processes without work: raise it")
+        result = ranks.share(run.result)  # the others may have no such file, on disks of their own
+        if result is None:
             if ranks.is_writer:
                 folds.write_csv(run.path / "folds.csv", task.folds, task.ids)
             folders = [fit(task, config, run, fold, ranks) for fold in folds_to_train(config)]
             if ranks.is_writer:
                 finish(run, task, config, folders)
         else:
-            run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): only predicting")
+            run.log(f"{run.path} is finished ({result['monitor']} {result['score']}): only predicting")
         writer = ranks.is_writer
     if writer:
         if task.report and not run.is_finished:

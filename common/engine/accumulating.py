@@ -13,7 +13,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
     The loop around it stays as it is: zero_grad, backward, step, on every small batch. Moments, weight decay and step
     counts move once per real update, as with one batch of all the samples; call `flush()` after the last batch of an
     epoch, so that a shorter rest is an update too. Give `step(weight=len(batch))` when the batches are of different
-    sizes. A scheduler that is stepped per real update asks `step`'s answer or `updates`.
+    sizes. `updates` counts the real ones: step a scheduler when it has changed.
 
     The mean of batch means is the gradient of the whole only for losses that are means over samples; the engine
     (common.engine.step) has no such limit.
@@ -24,10 +24,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
             raise ValueError(f"accum_iters {accum_iters}: expected 1 or more small batches per update")
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer, self.accum_iters = optimizer, accum_iters
-        self.param_groups, self.state = (
-            optimizer.param_groups,
-            optimizer.state,
-        )
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.updates = 0
         self._start_over()
 

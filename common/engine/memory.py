@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 TEXTS = (
     "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Unable to find a valid cuDNN algorithm",
     "unable to find an engine",

@@ -58,6 +58,7 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
         (["--lr", "-1"], ["--lr -1", "above 0"]),
         (["--momentum", "1"], ["--momentum 1", "not including, 1"]),
         (["--swa", "0.2"], ["--swa 0.2", "--keep last"]),
+        (["--compile", "--checkpointing"], ["--compile true", "--checkpointing false"]),
         (["--swa", "0.2", "--keep", "last", "--ema", "0.9"], ["--swa 0.2", "--ema 0"]),
         (["--epochs", "1.5"], ["--epochs 1.5", "int"]),
         (["--head", "pixel"], ["--head pixel", "pixels"]),

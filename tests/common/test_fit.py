@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from common import raw
+from common import checkpoint, raw
 from common.engine.ranks import SINGLE
 from common.fit import fit
 from common.loading import orders
 from common.loading.keys import MIX_STREAM, Keys, keyed_seed
 from common.loading.mixing import MixUp
 from common.run import Run
+from common.task import Metric
 from tests.common import toy
 
 CONFIG = replace(
@@ -108,6 +109,26 @@ def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
 
     one, again, other = weights(1, "a"), weights(1, "b"), weights(2, "c")
     assert torch.equal(one, again) and not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch, higher):
+    """A correlation of constant predictions has none, and an untrained network predicts constants."""
+    monkeypatch.chdir(tmp_path)
+    scores = iter([math.nan, 0.7, math.nan, 0.8, 0.6])
+    kept = []
+    save = checkpoint.save
+
+    def saved(path, state):
+        kept.append(path.name)
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    config = replace(CONFIG, epochs=5, evaluate_every=1, keep="best", save_every=1e9)
+    metric = Metric("score", lambda decisions, targets: decisions.double(), lambda *_: next(scores), higher)
+    folder = fit(task_of(config, metrics=(metric,)), config, Run(tmp_path, {}), 1, SINGLE)
+    assert torch.load(folder / "model.pt", weights_only=True)["best"] == (0.8 if higher else 0.6)
+    assert kept == ["best.pt", "best.pt", "model.pt"], "of the second epoch, then of the fourth or of the fifth"
 
 
 @pytest.mark.parametrize("more", [{}, {"mix": MixUp(0.4, classes=3)}, {"order": True}], ids=["plain", "mix", "order"])

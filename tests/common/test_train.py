@@ -18,6 +18,7 @@ from common import fit as fitting
 from common import predict, raw
 from common import run as runs
 from common.config import Parser, add_prediction_flags
+from common.engine.ranks import Ranks
 from common.errors import UserError
 from common.loading.images import BadImage
 from common.train import train
@@ -410,6 +411,41 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
     assert float((kept["1.running_mean"] - hidden.mean(0)).abs().max()) < 0.1, "augmented a little"
     former = torch.stack([step["1.running_mean"] for step in taken]).mean(0)
     assert float((former - hidden.mean(0)).abs().max()) > float((kept["1.running_mean"] - hidden.mean(0)).abs().max())
+
+
+def test_batchnorm_is_estimated_again_in_parts_of_more_than_one_sample():
+    """82 training rows in parts of at most 9: windows of 41 are cut evenly, windows of 9 leave one over."""
+    folder = toy_train(rows=123, batch_size=41, micro_batch=9, swa=0.5, ema=0.0, keep="last")
+    assert (folder / "result.json").is_file()
+
+
+class SecondOfTwo(Ranks):
+    """What a second process sees, which has a disk of its own: the first one answers from `said`."""
+
+    def __init__(self, said: list):
+        super().__init__(1, 2, 1)
+        object.__setattr__(self, "said", said)
+
+    def share(self, value):
+        return self.said.pop(0)
+
+
+def test_a_second_computer_learns_that_the_run_is_trained(monkeypatch):
+    from common import train as training
+
+    ranks = SecondOfTwo(["one", {"monitor": "accuracy", "score": 0.5}])
+    monkeypatch.setattr(Ranks, "from_environment", lambda: ranks)
+    monkeypatch.setattr(training, "fit", None)
+    toy_train()
+    assert ranks.said == [] and not Path("runs/toy/one").exists()
+
+
+def test_processes_without_work_are_told(monkeypatch, capsys):
+    toy_train(batch_size=2, epochs=1, rows=12)
+    monkeypatch.setattr(Ranks, "share", lambda self, value: value)
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(0, 2))
+    toy_train(batch_size=2, epochs=1, rows=12)
+    assert "--batch-size 2 leaves 1 of 2 processes without work" in capsys.readouterr().out
 
 
 def test_the_weights_of_a_loss_are_trained(monkeypatch):
