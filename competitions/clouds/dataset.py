@@ -16,8 +16,7 @@ from competitions.clouds.reader import SUBMISSION_SIZE, Runs
 class CloudImages:
     """Samples of `size` (height, width): input uint8 [3, H, W] and a target that depends on what it is used for.
 
-    With `transform`: {"pixels": uint8 [H, W], one bit per class (see loss.pack), "classes": uint8 [4]}, the presence
-    counted after the transform.
+    With `transform`: uint8 [H, W], one bit per class (see loss.pack).
     With runs but without a transform: {"masks": uint8 [4, 350, 525]}, the truth at the size that is scored.
     Without runs (test images): an empty tensor.
     """
@@ -43,11 +42,7 @@ class CloudImages:
             return _channels_first(image), {"masks": torch.from_numpy(truth.view(np.uint8))}
         masks = np.stack([mask.view(np.uint8) for mask in self.runs.masks(row, self.size)], axis=-1)  # [H, W, 4]
         changed = self.transform(image=image, mask=masks)
-        present = torch.from_numpy(changed["mask"].any((0, 1)).astype(np.uint8))
-        return _channels_first(changed["image"]), {
-            "pixels": torch.from_numpy(pack(changed["mask"])),
-            "classes": present,
-        }
+        return _channels_first(changed["image"]), torch.from_numpy(pack(changed["mask"]))
 
 
 def _channels_first(array: np.ndarray) -> Tensor:

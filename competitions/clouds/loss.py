@@ -26,26 +26,32 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class OfPackedMasks(nn.Module):
-    """A loss whose targets {"pixels": packed [B, H, W], ...} are unpacked when a micro-batch is on the device."""
+    """A loss of {"pixels": masks [B, 4, H, W], "classes": presence [B, 4]}, given packed masks [B, H, W].
+
+    They are unpacked when a micro-batch is on the device, and a class is present where a pixel of it is left by then,
+    whatever a crop, a blackout or a pasted box has taken away.
+    """
 
     def __init__(self, loss: nn.Module):
         super().__init__()
         self.loss, self.kind, self.columns = loss, kind(loss), columns_of(loss)
 
-    def forward(self, outputs: Any, targets: dict[str, Tensor], weights: Tensor | None = None) -> Tensor:
-        return self.loss(outputs, self._unpacked(targets), weights)
+    def forward(self, outputs: Any, packed: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.loss(outputs, _targets(packed), weights)
 
-    def mass(self, targets: dict[str, Tensor]) -> Tensor:
-        return mass_of(self.loss, self._unpacked(targets))
+    def mass(self, packed: Tensor) -> Tensor:
+        return mass_of(self.loss, _targets(packed))
 
-    def stats(self, outputs: Any, targets: dict[str, Tensor]) -> Tensor:
-        return self.loss.stats(outputs, self._unpacked(targets))
+    def stats(self, outputs: Any, packed: Tensor) -> Tensor:
+        return self.loss.stats(outputs, _targets(packed))
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         return self.loss.value(sums, count)
 
-    def _unpacked(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        return targets | {"pixels": unpack(targets["pixels"])}
+
+def _targets(packed: Tensor) -> dict[str, Tensor]:
+    masks = unpack(packed)
+    return {"pixels": masks, "classes": masks.amax((2, 3))}
 
 
 def build(config: "CloudConfig") -> OfPackedMasks:

@@ -53,6 +53,9 @@ class CloudConfig(Config):
     )
     augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
     blackout: float = flag(0.1, "part of the training images that lose a class", "fraction", between(0, 1))
+    cutmix: float = flag(
+        0.0, "part of the pairs of training images in which a box of the other is pasted", "fraction", between(0, 1)
+    )
     bce: float = flag(1.0, "weight of the pixels' cross-entropy", rule=at_least(0))
     dice: float = flag(1.0, "weight of the Dice loss over the batch", rule=at_least(0))
     lovasz: float = flag(0.0, "weight of the Lovasz hinge over the batch", rule=at_least(0))
@@ -72,6 +75,7 @@ SMALL = replace(
     encoder_weights="none",
     encoder_lr=1.0,
     augment="strong",
+    cutmix=0.5,
     ema=0.995,
     channels_last=True,
     evaluate_every=26,
@@ -126,6 +130,7 @@ def write_sample(folder: Path) -> None:
 def build(config: CloudConfig, raw: RawData) -> Task:
     """Read and check the files, and put the competition together; raises UserError for what is wrong with either."""
     from common.loading.folds import multilabel_stratified
+    from common.loading.mixing import CutMix
     from common.task import Task, View
     from competitions.clouds import decision, loss, pictures, reader, rle, tuning
     from competitions.clouds.augment import pipeline
@@ -165,6 +170,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         valid=lambda values: rle.problem_of_text(values[0], reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]),
         learn=learn,
         pretrain=partial(_pretrain, config.encoder) if config.encoder_weights == "imagenet" else None,
+        mix=CutMix(probability=config.cutmix) if config.cutmix else None,
         views=tuple(View(name, partial(_flip, sides), partial(_unflip, sides)) for name, sides in FLIPS.items()),
         lr_scales={"net.encoder.": config.encoder_lr},
         fingerprint=_fingerprint(raw, files),

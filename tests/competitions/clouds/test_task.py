@@ -19,6 +19,8 @@ from common.__main__ import main
 from common.config import checked
 from common.engine.optimizers import parameter_groups
 from common.errors import UserError
+from common.loading import orders
+from common.loading.loader import Loader
 from common.losses import BCE, BCEDice, Dice, LovaszHinge, kind, window_value
 from common.raw import RawData
 from competitions.clouds import reader, rle, sample, task
@@ -211,9 +213,9 @@ def test_the_loss_is_made_of_the_flags(folder, weights, expected):
     masks = (torch.rand(3, 4, 16, 24) > 0.6).to(torch.uint8)
     masks[0, 2] = 0
     packed = torch.stack([torch.from_numpy(pack(image.permute(1, 2, 0).numpy())) for image in masks])
-    targets = {"pixels": packed, "classes": masks.flatten(2).any(2).to(torch.uint8)}
+    targets = {"pixels": masks, "classes": masks.flatten(2).any(2).to(torch.uint8)}
     assert kind(loss) == expected
-    value = window_value(loss, outputs, targets)
+    value = window_value(loss, outputs, packed)
     parts = {
         "bce": (BCE(), "pixels"),
         "dice": (Dice(average="batch"), "pixels"),
@@ -221,14 +223,31 @@ def test_the_loss_is_made_of_the_flags(folder, weights, expected):
         "present": (BCEDice(0.75, 0.25, present_only=True), "pixels"),
         "classes": (BCE(), "classes"),
     }
-    slow = sum(
-        weights[name] * window_value(part, outputs[head], masks if head == "pixels" else targets["classes"])
-        for name, (part, head) in parts.items()
-    )
+    slow = sum(weights[name] * window_value(part, outputs[head], targets[head]) for name, (part, head) in parts.items())
     assert value.item() == pytest.approx(slow.item(), rel=1e-6)
     value.backward()
     assert outputs["pixels"].grad.abs().sum() > 0
     assert (outputs["classes"].grad is not None) == bool(weights["classes"])
+
+
+def test_cutmix_pastes_images_with_their_masks_and_counts_presence_afterwards(folder):
+    assert build(folder).mix is None
+    built = build(folder, cutmix=1.0, augment="none", blackout=0.0)
+    size = len(NAMES) - len(NAMES) % 2
+    rows = orders.sequential(np.arange(size))
+    plain = next(iter(Loader(built.labelled, rows, size, seed=0, workers=0).epoch(0)))
+    mixed = next(iter(Loader(built.labelled, rows, size, seed=0, workers=0, mix=built.mix).epoch(0)))
+    partner = torch.arange(size) ^ 1
+    for found, own, other in (
+        (mixed.inputs, plain.inputs, plain.inputs[partner]),
+        (mixed.targets, plain.targets, plain.targets[partner]),
+    ):
+        assert ((found == own) | (found == other)).all() and (found != own).any()
+    masks = torch.stack([(mixed.targets >> label) & 1 for label in range(4)], dim=1)
+    outputs = {"pixels": torch.zeros(size, 4, *TINY.size), "classes": torch.randn(size, 4)}
+    only_classes = build(folder, bce=1e-9, dice=0.0, classes=1.0).loss
+    expected = window_value(BCE(), outputs["classes"], masks.flatten(2).amax(2))
+    assert float(window_value(only_classes, outputs, mixed.targets)) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
