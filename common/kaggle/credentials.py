@@ -19,6 +19,8 @@ RECIPE = (
 # These change what the kaggle program does behind the kit's back: another competition or folder as the default, and
 # printing every request with its password.
 LEAKING = ("KAGGLE_COMPETITION", "KAGGLE_PATH", "VERBOSE", "VERBOSE_OUTPUT")
+# In a Kaggle notebook these make the kaggle program prefer the notebook's own token to any account it is given.
+NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
 SHORTEST_SECRET = 5  # shorter ones cannot be told from ordinary text
 
 
@@ -50,38 +52,51 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
 
     Raises UserError with the recipe when there is none, or when one is only half there.
     """
-    child = {name: value for name, value in environment.items() if name not in LEAKING}
+    left_out = {*LEAKING, *NOTEBOOK, "KAGGLE_API_TOKEN"}
+    child = {name: value for name, value in environment.items() if name not in left_out}
     child |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     home = Path(environment["HOME"]) if environment.get("HOME") else _home_of_the_user()
 
-    if token := environment.get("KAGGLE_API_TOKEN"):
-        where = "the token in KAGGLE_API_TOKEN"
+    if token := environment.get("KAGGLE_API_TOKEN", "").strip():
         if _is_file(token):
-            where, token = f"the token in {token} (KAGGLE_API_TOKEN)", _first_line(Path(token))
-        return _isolated(Account(where, "token", child, _variants(token)))
-    name, key = environment.get("KAGGLE_USERNAME"), environment.get("KAGGLE_KEY")
+            return _with_token(_first_line(Path(token)), f"the token in {token} (KAGGLE_API_TOKEN)", child)
+        return _with_token(token, "the token in KAGGLE_API_TOKEN", child)
+    name, key = (environment.get(variable, "").strip() for variable in ("KAGGLE_USERNAME", "KAGGLE_KEY"))
     if name and key:
+        child |= {"KAGGLE_USERNAME": name, "KAGGLE_KEY": _sendable(key, "KAGGLE_KEY")}
         return _isolated(Account(f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", "key", child, _variants(key, name)))
     if name or key:
         given, absent = ("KAGGLE_USERNAME", "KAGGLE_KEY") if name else ("KAGGLE_KEY", "KAGGLE_USERNAME")
         raise UserError(f"{given} is set but {absent} is not: export both, or unset {given} to use a file")
-    mounted = environment.get("KAGGLE_API_V1_TOKEN", "")
-    if environment.get("KAGGLE_KERNEL_RUN_TYPE") and _is_file(mounted):
-        return Account(
-            "the token of this Kaggle notebook", "token", child, _variants(Path(mounted).read_text().strip())
-        )
+    notebook = {variable: environment.get(variable, "") for variable in NOTEBOOK}
+    if all(notebook.values()) and _is_file(mounted := notebook["KAGGLE_API_V1_TOKEN"]):
+        secrets = _variants(_first_line(Path(mounted)))
+        return Account("the token of this Kaggle notebook", "token", child | notebook, secrets)
 
     for file in (home / ".kaggle" / "access_token", home / ".kaggle" / "access_token.txt"):
         if _is_file(file):
-            return Account(f"the token in {file}", "token", child, _variants(_first_line(file)))
+            return _with_token(_first_line(file), f"the token in {file}", child)
     legacy = _config_folder(environment, home) / "kaggle.json"
     if _is_file(legacy):
         name, key = _legacy(legacy)
         return Account(f"the key of {name} in {legacy}", "key", child, _variants(key, name))
     login = home / ".kaggle" / "credentials.json"
     if _is_file(login):
-        return Account(f"the login in {login}", "oauth", child, _variants(*_strings(login)))
+        return Account(f"the login in {login}", "oauth", child, _tokens(login))
     raise UserError(f"no Kaggle credentials found (environment, {home / '.kaggle'}, {legacy}): {RECIPE}")
+
+
+def _with_token(token: str, where: str, child: dict[str, str]) -> Account:
+    """The account of a token; the kaggle program gets it from here, as it shows one with a stray character in full."""
+    child = child | {"KAGGLE_API_TOKEN": _sendable(token, where)}
+    return _isolated(Account(where, "token", child, _variants(token)))
+
+
+def _sendable(secret: str, where: str) -> str:
+    """The secret; raises UserError, without showing it, for what no token has and no header of a request can hold."""
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"{where}: it holds a control character or an accented letter, no token does: {RECIPE}")
+    return secret
 
 
 def _isolated(account: Account) -> Account:
@@ -118,37 +133,47 @@ def _is_file(path: str | Path) -> bool:
 
 
 def _first_line(file: Path) -> str:
-    text = file.read_text().strip()
+    """The token in a file, where editors leave byte order marks and people a comment below it."""
+    try:
+        text = file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} cannot be read as text in UTF-8 ({type(error).__name__}), expected a Kaggle token: {RECIPE}"
+        ) from None
     if not text:
         raise UserError(f"{file} is empty, expected a Kaggle token: {RECIPE}")
-    return text
+    return text.splitlines()[0].strip()
 
 
 def _legacy(file: Path) -> tuple[str, str]:
     """Name and key of a kaggle.json; the kaggle program passes over a broken one without a word."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         name, key = content["username"], content["key"]
+        if not (name and isinstance(name, str) and key and isinstance(key, str)):
+            raise TypeError
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"{file} cannot be used ({type(error).__name__}), expected JSON with username and key: {RECIPE}"
         ) from None
     if file.stat().st_mode & 0o044:
         print(f"note: {file} can be read by other users of this machine: chmod 600 {file}")
-    return name, key
+    return name, _sendable(key, str(file))
 
 
-def _strings(file: Path) -> list[str]:
-    """Every string of a JSON object, to be hidden; a broken file is the kaggle program's to report."""
+def _tokens(login: Path) -> tuple[str, ...]:
+    """The secrets in what `kaggle auth login` has saved; a broken file is the kaggle program's to report."""
     try:
-        return [value for value in json.loads(file.read_text()).values() if isinstance(value, str)]
+        content = json.loads(login.read_text(encoding="utf-8"))
+        tokens = [content.get("access_token"), content.get("refresh_token")]
     except (ValueError, OSError, AttributeError):
-        return []
+        return ()
+    return tuple(token for token in tokens if isinstance(token, str) and len(token) >= SHORTEST_SECRET)
 
 
-def _variants(secret: str, name: str = "", *more: str) -> tuple[str, ...]:
+def _variants(secret: str, name: str = "") -> tuple[str, ...]:
     """The secret as it is and as it travels: basic authentication holds name:secret in base64."""
-    found = [secret, *more]
+    found = [secret]
     if name:
         found.append(base64.b64encode(f"{name}:{secret}".encode()).decode())
     return tuple(text for text in found if len(text) >= SHORTEST_SECRET)

@@ -9,6 +9,7 @@ import pytest
 from common.errors import UserError
 from common.kaggle import credentials
 from common.kaggle.cli import kaggle as run_kaggle
+from common.kaggle.kernel import username
 from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Reply
 
 BASIC = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
@@ -23,8 +24,9 @@ def place(home: Path, name: str, content: str, mode: int = 0o600) -> Path:
 
 
 def login() -> dict:
-    return {"username": "other", "access_token": "oauth-access-secret", "refresh_token": "oauth-refresh-secret",
-            "access_token_expiration": "2099-01-01T00:00:00+00:00", "scopes": []}  # fmt: skip
+    """In the order in which `kaggle auth login` saves it."""
+    return {"refresh_token": "oauth-refresh-secret", "access_token": "oauth-access-secret",
+            "access_token_expiration": "2099-01-01T00:00:00+00:00", "username": USER, "scopes": []}  # fmt: skip
 
 
 def test_nothing_found_gives_a_recipe(tmp_path):
@@ -60,7 +62,9 @@ def test_a_token_may_be_a_path_to_a_file(tmp_path):
         credentials.find({"HOME": str(tmp_path), "KAGGLE_API_TOKEN": str(place(tmp_path, "empty", " \n"))})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"username": "x"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"username": "x"}', '{"username": "x", "key": 1}', '{"username": "x", "key": null}']
+)
 def test_a_broken_key_file_is_told(tmp_path, content):
     place(tmp_path, ".config/kaggle/kaggle.json", content)
     with pytest.raises(UserError, match="kaggle.json cannot be used.*expected JSON with username and key"):
@@ -105,6 +109,44 @@ def test_what_the_kaggle_program_would_do_behind_the_kits_back_is_dropped(tmp_pa
     assert not leaking.keys() & child.keys() and child["HTTPS_PROXY"] == "http://proxy:1"
 
 
+@pytest.mark.parametrize("secret", [f"{TOKEN}\r{KEY}", f"{TOKEN}\0", f"tökén-{TOKEN}"])
+def test_what_no_header_can_hold_is_refused_without_showing_it(tmp_path, secret):
+    legacy = place(tmp_path, ".kaggle/kaggle.json", json.dumps({"username": "x", "key": secret}))
+    for where, environment in (
+        ("the token in KAGGLE_API_TOKEN", {"KAGGLE_API_TOKEN": secret}),
+        ("KAGGLE_KEY", {"KAGGLE_USERNAME": USER, "KAGGLE_KEY": secret}),
+        (str(legacy), {}),
+    ):
+        with pytest.raises(UserError, match="it holds a control character or an accented letter") as raised:
+            credentials.find({"HOME": str(tmp_path), **environment})
+        assert str(raised.value).startswith(where) and TOKEN not in str(raised.value)
+
+
+def test_a_token_file_in_another_encoding_is_told(tmp_path):
+    place(tmp_path, ".kaggle/access_token", "").write_bytes(f"{TOKEN}\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match="access_token cannot be read as text in UTF-8.*settings/api"):
+        credentials.find({"HOME": str(tmp_path)})
+
+
+def test_only_the_tokens_of_a_login_are_hidden(tmp_path):
+    place(tmp_path, ".kaggle/credentials.json", json.dumps(login()))
+    account = credentials.find({"HOME": str(tmp_path)})
+    assert account.hide(f"{USER}: oauth-access-secret oauth-refresh-secret") == f"{USER}: *** ***"
+
+
+NOTEBOOK = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive", "KAGGLE_DATA_PROXY_URL": "http://proxy"}
+
+
+def test_the_token_of_a_kaggle_notebook(tmp_path):
+    file = str(place(tmp_path, "mounted", "mounted-token"))
+    mounted = NOTEBOOK | {"HOME": str(tmp_path), "KAGGLE_API_V1_TOKEN": file}
+    account = credentials.find(mounted)
+    assert account.where == "the token of this Kaggle notebook" and account.hide("mounted-token") == "***"
+    assert account.environment["KAGGLE_API_V1_TOKEN"] == file
+    with pytest.raises(UserError, match="no Kaggle credentials found"):  # the kaggle program does not use it either
+        credentials.find({name: value for name, value in mounted.items() if name != "KAGGLE_DATA_PROXY_URL"})
+
+
 # With the real program.
 
 
@@ -125,6 +167,45 @@ def test_files_are_used_where_the_kit_says(kaggle, tmp_path, monkeypatch):
     account = credentials.find()
     assert "access_token" in account.where and run_kaggle(account, "competitions", "files", SLUG).status == 0
     assert kaggle.asked[-1][2]["Authorization"] == f"Bearer {TOKEN}"
+
+
+def test_the_environment_wins_over_the_token_of_a_kaggle_notebook(kaggle, tmp_path, monkeypatch):
+    for name, value in (NOTEBOOK | {"KAGGLE_API_V1_TOKEN": str(place(tmp_path, "mounted", TOKEN))}).items():
+        monkeypatch.setenv(name, value)
+    assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
+    assert [headers["Authorization"] for _, _, headers in kaggle.asked] == [BASIC]
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", " \r\n"])
+def test_line_ends_around_a_secret_are_left_out(kaggle, monkeypatch, end):
+    """As an .env file written on Windows brings them: the kaggle program shows the whole token then."""
+    monkeypatch.setenv("KAGGLE_KEY", KEY + end)
+    assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
+    assert kaggle.asked[-1][2]["Authorization"] == BASIC
+    monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN + end)
+    assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
+    assert kaggle.asked[-1][2]["Authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("content", [f"{TOKEN}\r\n# for the laptop\r\n", f"\ufeff{TOKEN}\n"])
+def test_a_token_file_may_hold_more_than_the_token(kaggle, tmp_path, monkeypatch, content):
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name)
+    place(tmp_path / "home", ".kaggle/access_token", content)
+    assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
+    assert kaggle.asked[-1][2]["Authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("content", [json.dumps(login()), ""])
+def test_a_login_names_the_owner_of_a_notebook(kaggle, source, tmp_path, monkeypatch, content):
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name)
+    place(tmp_path / "home", ".kaggle/credentials.json", content)
+    if content:
+        assert username(credentials.find(), source) == USER
+    else:
+        with pytest.raises(UserError, match="does not accept the login in .*credentials.json .401"):
+            username(credentials.find(), source)
 
 
 @pytest.mark.parametrize("home", [None, "/proc/none"])
