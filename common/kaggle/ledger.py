@@ -3,6 +3,7 @@
 import csv
 import io
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError
@@ -47,15 +48,27 @@ def path_of(competition: str) -> Path:
 
 
 def read(competition: str) -> list[Row]:
-    """All lines, oldest first; columns that were added by hand are left out."""
+    """All lines, oldest first; columns that were added by hand are left out.
+
+    Raises UserError for what a spreadsheet may have made of it (another separator, dates and numbers of its own): rows
+    that are not understood would be lost, and their files sent again.
+    """
     path = path_of(competition)
     if not path.is_file():
         return []
     try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            return [Row(**{name: row.get(name) or "" for name in COLUMNS}) for row in csv.DictReader(stream)]
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            table = csv.DictReader(stream)
+            if absent := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
+                raise ValueError(f"no column {', '.join(absent)}")
+            rows = [Row(**{name: row.get(name) or "" for name in COLUMNS}) for row in table]
+        for row in rows:
+            if row.time or not row.ref:
+                datetime.fromisoformat(row.time)
+            float(row.validation or 0)
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): mend it, or move it away to start a new one") from error
+    return rows
 
 
 def write(competition: str, rows: list[Row]) -> None:

@@ -290,6 +290,37 @@ def test_success_that_is_not_listed_is_not_believed(kaggle, module, monkeypatch)
         submit(module)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text.replace(",", ";").encode(), "no column time, file, sha256"),
+        (lambda text: text.replace("time,", "Zeit,").encode(), "no column time"),
+        (lambda text: text.replace(",0.9,", ',"0,9",', 1).encode(), "could not convert string to float: '0,9'"),
+        (lambda text: text.replace("T", " at ").encode(), "Invalid isoformat string"),
+        (lambda text: text.replace("recipe", "größe").encode("cp1252"), "can't decode byte"),
+    ],
+)
+def test_a_ledger_that_a_spreadsheet_has_changed_is_not_emptied(kaggle, module, spoil, message):
+    written()
+    submit(module)
+    path = HOME / "ledger.csv"
+    spoilt = spoil(path.read_text())
+    path.write_bytes(spoilt)
+    for command in (lambda: submit(module), lambda: boards.board("toy", module.SOURCE)):
+        with pytest.raises(UserError, match=f"ledger.csv cannot be read .*{message}.*mend it, or move it away"):
+            command()
+    assert path.read_bytes() == spoilt and len(kaggle.uploads) == 1
+
+
+def test_a_ledger_with_a_byte_order_mark_is_read(kaggle, module):
+    written()
+    submit(module)
+    before, path = ledger(), HOME / "ledger.csv"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    boards.board("toy", module.SOURCE)
+    assert ledger() == before
+
+
 @pytest.fixture
 def after_sending(kaggle):
     """Let the listing answer with each of these in turn once something was submitted."""
