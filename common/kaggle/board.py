@@ -24,9 +24,9 @@ def board(competition: str, source: Source) -> None:
     rows, failure, scores, no_rank = ledger.read(competition), None, [], ""
     try:
         account = find()
-        rows = refreshed(rows, status.submissions(account, source)[0])
-        if rows:
-            ledger.write(competition, rows)
+        submissions = status.submissions(account, source)[0]
+        with ledger.changing(competition) as rows:  # read again: a submission may have come in between
+            rows[:] = refreshed(rows, submissions)
         try:
             scores = status.leaderboard(account, source)
         except UserError as error:

@@ -64,12 +64,18 @@ def kernel(
             facts = push_notebook(
                 account, source, competition, owner, name, version, arguments, accelerator, internet, Path(folder)
             )
-        write_text(record, json.dumps(facts | {"pushed": runs.now()}, indent=2) + "\n")
+        _write_json(record, facts | {"pushed": runs.now()})
     facts = json.loads(record.read_text())
     reference = facts["kernel"]
     with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
         follow_notebook(account, source, competition, reference, wait, poll, 0.0 if fetch else OUTAGE_SECONDS)
-        table = fetch_output(account, source, competition, reference)
+        table = Path(facts.get("fetched", ""))
+        if table.is_file():
+            print(f"fetched before: {table}; delete it to fetch it again")
+        else:
+            table = fetch_output(account, source, competition, reference)
+            facts["fetched"] = str(table)
+            _write_json(record, facts)
         if source.notebook_only:
             submit_version(account, source, competition, facts, table, min(poll, 4.0))
 
@@ -84,7 +90,7 @@ def username(account: Account, source: Source) -> str:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def push_code(account: Account, source: Source, owner: str, name: str, folder: Path, poll: float) -> str:
@@ -249,11 +255,7 @@ def follow_notebook(
 
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
-    """For competitions that score notebooks: submit this version of it and follow the score."""
-    known, left = status.submissions(account, source)
-    if left == 0:
-        raise UserError(f"no submission to {source.slug} is left today: submit version {facts['version']} of "
-                        f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
+    """For competitions that score notebooks: submit this version of it, unless it was before, and follow the score."""
     message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
     name = "submission.csv"
     sidecar = table.with_suffix(".json")
@@ -267,6 +269,19 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         validation=str(origin["score"]) if origin.get("score") is not None else "",
         message=message,
     )
+    before = ledger.newest(ledger.read(competition), "commit", row.commit)
+    if before is None:
+        known, left = status.submissions(account, source)
+        if left == 0:
+            raise UserError(f"no submission to {source.slug} is left today: submit version {facts['version']} of "
+                            f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
+        before = ledger.claim(competition, row, "commit")
+    if before is not None:
+        print(
+            f"{row.commit} was submitted before ({before.time}, {before.status} {before.public or '-'}): make board "
+            f"COMP={competition} shows its score. To submit it once more: {source.page}/submit"
+        )
+        return
     arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message]
     send(competition, account, source, arguments, known, name, row, poll)
     follow(competition, account, source, row, known, name, SCORE_SECONDS, poll)

@@ -1,13 +1,16 @@
 """submissions/<competition>/ledger.csv: a line for everything that was ever sent, with what became of it."""
 
 import csv
+import fcntl
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import not_written, write_text
 from common.kaggle.status import Submission
 from common.submission import SUBMISSIONS
 
@@ -71,19 +74,63 @@ def read(competition: str) -> list[Row]:
     return rows
 
 
-def write(competition: str, rows: list[Row]) -> None:
+def newest(rows: list[Row], column: str, value: str) -> Row | None:
+    """The last line that has `value` there, say the sha256 of a file."""
+    return next((row for row in reversed(rows) if getattr(row, column) == value), None)
+
+
+@contextmanager
+def changing(competition: str) -> Iterator[list[Row]]:
+    """All lines, to be changed in place by one process at a time; written when nothing was raised.
+
+    Raises UserError when they cannot be read or written.
+    """
+    path = path_of(competition)
+    lock = path.with_name(".ledger.lock")  # not the ledger itself, which every writing replaces
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(lock, "w")
+    except OSError as error:
+        raise not_written(lock, error) from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        rows = read(competition)
+        yield rows
+        if rows or path.is_file():
+            _write(path, rows)
+
+
+def _write(path: Path, rows: list[Row]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    write_text(path_of(competition), text.getvalue())
+    write_text(path, text.getvalue())
+
+
+def claim(competition: str, row: Row, column: str = "") -> Row | None:
+    """Append what is about to be sent: a kill on the way cannot hide it, and of two commands at once only one sends it.
+
+    Where a line has the same `column` already, nothing is appended and the newest such line is returned.
+    """
+    with changing(competition) as rows:
+        before = newest(rows, column, getattr(row, column)) if column else None
+        if before is None:
+            rows.append(row)
+    return before
 
 
 def put(competition: str, row: Row) -> None:
     """Append the row, or let it take the place of the one with its number or of itself from before it had one."""
-    rows = [
-        other
-        for other in read(competition)
-        if (other.ref != row.ref if other.ref else (other.time, other.file) != (row.time, row.file))
-    ]
-    write(competition, [*rows, row])
+    with changing(competition) as rows:
+        rows[:] = [*(other for other in rows if not _is_same(other, row)), row]
+
+
+def remove(competition: str, row: Row) -> None:
+    """Take back a claim: nothing was sent."""
+    with changing(competition) as rows:
+        rows[:] = [other for other in rows if not _is_same(other, row)]
+
+
+def _is_same(other: Row, row: Row) -> bool:
+    return other.ref == row.ref if other.ref else (other.time, other.file) == (row.time, row.file)

@@ -45,12 +45,8 @@ def submit(
     candidate = choose.choose(competition, source, run, file)
     rows = choose.check(candidate, competition, module, data)
     digest = candidate.sha256
-    before = [row for row in ledger.read(competition) if row.sha256 == digest]
-    if before and not force:
-        raise UserError(
-            f"{candidate.path} was sent before ({before[-1].time}, {before[-1].status} {before[-1].public or '-'}): "
-            f"sending the same file again uses up a submission. To do so: make submit COMP={competition} FORCE=1"
-        )
+    if not force and (before := ledger.newest(ledger.read(competition), "sha256", digest)):
+        raise _sent_before(competition, candidate.path, before)
     account = find()
     known, left = status.submissions(account, source)
     if left == 0:
@@ -70,9 +66,19 @@ def submit(
         validation="" if candidate.score is None else str(candidate.score),
         message=message,
     )
+    if before := ledger.claim(competition, row, "" if force else "sha256"):
+        raise _sent_before(competition, candidate.path, before)
     arguments = ["-f", str(candidate.path), "-m", message]
     send(competition, account, source, arguments, known, candidate.path.name, row, poll)
     follow(competition, account, source, row, known, candidate.path.name, wait, poll)
+
+
+def _sent_before(competition: str, path: Path, before: ledger.Row) -> UserError:
+    doubt = "" if before.ref else f"; make board COMP={competition} shows whether it arrived"
+    return UserError(
+        f"{path} was sent before ({before.time}, {before.status} {before.public or '-'}{doubt}): sending the same file "
+        f"again uses up a submission. To do so: make submit COMP={competition} FORCE=1"
+    )
 
 
 def refuse_nowhere(competition: str, source: Source) -> None:
@@ -101,26 +107,23 @@ def send(
 ) -> None:
     """Send, and raise UserError unless the program says that it did; it exits 0 when the upload fails.
 
-    When the line breaks after the file has left, only Kaggle's list can tell whether it arrived. Where that cannot be
-    read either, the row goes to the ledger: the file is not sent again unasked.
+    When the line breaks after the file has left, only Kaggle's list can tell whether it arrived. `row` is in the ledger
+    and leaves it only when nothing was submitted for certain: otherwise the file is not sent again unasked.
     """
     what, failure = f"submitting {name}", None
     with go_on_with(f"make board COMP={competition}"):  # as long as it may have arrived
         try:
-            try:
-                answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
-                if answer.status != 0:
-                    failure = explained(answer, account, source, what)
-                elif "Successfully submitted" in answer.text:
-                    return
-            except Silent as error:
-                failure = Transient(f"{what}: {error}")
-            unclear = failure is None or isinstance(failure, Transient)
-            if unclear and _is_listed(account, source, known, name, row.message, poll):
+            answer = kaggle(account, "competitions", "submit", source.slug, *arguments)
+            if answer.status != 0:
+                failure = explained(answer, account, source, what)
+            elif "Successfully submitted" in answer.text:
                 return
-        except (Transient, KeyboardInterrupt):
-            ledger.put(competition, row)
-            raise
+        except Silent as error:
+            failure = Transient(f"{what}: {error}")
+        unclear = failure is None or isinstance(failure, Transient)
+        if unclear and _is_listed(account, source, known, name, row.message, poll):
+            return
+    ledger.remove(competition, row)
     if isinstance(failure, Transient):
         raise UserError(f"{failure}. It did not arrive: Kaggle does not list it") from failure
     if failure is not None:
@@ -175,7 +178,6 @@ def follow(
     """Wait until the submission is listed and scored, keep the ledger up to date, print the scores."""
     deadline, pause, looks, listed = time.monotonic() + wait, poll, 0, None
     with go_on_with(f"make board COMP={competition}"), Progress(f"waiting for the score of {name}") as progress:
-        ledger.put(competition, row)  # before any look: whatever happens now, the file is not sent again unasked
         while True:
             failure = None
             try:

@@ -223,6 +223,24 @@ def test_a_competition_that_scores_notebooks(kaggle, source):
     assert "submissions/toy/001-best.csv" in text and "notebook someone/kit-toy/3,0.9,0.9,0.8,COMPLETE" in text
 
 
+def test_fetching_again_neither_copies_nor_submits_again(kaggle, source, capfd):
+    source = replace(source, notebook_only=True)
+    kernel(source)
+    ledger = Path("submissions/toy/ledger.csv").read_text()
+    kaggle.allowed_now = 0
+    kernel(source, fetch=True)
+    assert len(kaggle.calls("CreateCodeSubmission")) == 1
+    assert Path("submissions/toy/ledger.csv").read_text() == ledger
+    assert {path.name for path in Path("runs/toy").iterdir()} == {"001-best", "kernel.json"}
+    out = capfd.readouterr().out
+    assert "fetched before: submissions/toy/001-best.csv; delete it to fetch it again" in out
+    assert "notebook someone/kit-toy/3 was submitted before" in out and "COMPLETE 0.9" in out
+    kaggle.on = {"SaveKernel": {"ref": "x", "url": "u", "versionNumber": 4}}
+    kaggle.allowed_now = 9
+    kernel(source)
+    assert len(kaggle.calls("CreateCodeSubmission")) == 2 and Path("runs/toy/001-best-kaggle").is_dir()
+
+
 def test_data_from_elsewhere_has_no_notebook(kaggle, source):
     with pytest.raises(UserError, match="toy is not on Kaggle"):
         kernel(replace(source, slug=""))

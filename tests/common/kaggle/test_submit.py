@@ -4,6 +4,11 @@ import _thread
 import csv
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +17,7 @@ import pytest
 
 from common.errors import UserError
 from common.kaggle import board as boards
+from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
 from common.kaggle.ledger import Row
@@ -391,6 +397,69 @@ def test_the_list_is_not_readable_when_it_alone_can_tell(kaggle, module, after_s
     boards.board("toy", module.SOURCE)
     (row,) = ledger()
     assert row["run"] == "001-best" and row["status"] == "COMPLETE" and len(kaggle.submissions) == 1
+
+
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+from types import SimpleNamespace
+from common.errors import UserError
+from common.kaggle.submit import submit
+from tests.common.kaggle.conftest import SOURCE
+try: submit("toy", SimpleNamespace(SOURCE=SOURCE), poll=0.05, wait=30)
+except UserError as error: sys.exit(str(error))
+"""
+
+
+def started() -> subprocess.Popen:
+    """make submit in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", CHILD, Path(__file__).parents[3]], stderr=subprocess.PIPE, text=True)
+
+
+def test_a_terminal_that_is_closed_while_kaggle_answers(kaggle, module):
+    child = None
+
+    def closed(body):
+        child.send_signal(signal.SIGHUP)
+        child.wait()
+        return kaggle.CreateSubmission(body)
+
+    written()
+    kaggle.on = {"CreateSubmission": closed}
+    child = started()
+    child.communicate(timeout=60)
+    kaggle.on = {}
+    with pytest.raises(UserError, match="was sent before .*PENDING -; make board COMP=toy shows whether it arrived"):
+        submit(module)
+    assert len(kaggle.calls("CreateSubmission")) == 1
+
+
+def test_two_commands_at_once_send_it_once(kaggle):
+    both = threading.Barrier(2)
+
+    def together(body):
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=20)
+        both.abort()  # only the two looks before sending wait for each other
+        return kaggle.ListSubmissions(body)
+
+    written()
+    kaggle.on = {"ListSubmissions": together}
+    children = [started(), started()]
+    errors = [child.communicate(timeout=60)[1] for child in children]
+    assert sorted(child.returncode for child in children) == [0, 1] and "was sent before" in "".join(errors)
+    assert len(kaggle.calls("CreateSubmission")) == 1 and [row["status"] for row in ledger()] == ["COMPLETE"]
+
+
+def test_a_submission_is_not_lost_while_the_board_is_refreshed(kaggle, module):
+    def meanwhile(body):
+        ledgers.put("toy", Row(time="2026-01-02T00:00:00Z", file="other.csv", message="another"))
+        return kaggle.ListSubmissions(body)
+
+    written()
+    submit(module)
+    kaggle.on = {"ListSubmissions": meanwhile}
+    boards.board("toy", module.SOURCE)
+    assert {row["file"] for row in ledger()} == {"submissions/toy/001-best.csv", "other.csv"}
 
 
 def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, capfd):
