@@ -30,7 +30,7 @@ def whole_archive(
     `again` starts afresh, `as_it_is` does not compare the archive with the listing.
     """
     target = work / f"{source.slug}.zip"
-    listing = Listing(source, account, work)
+    listing = Listing(source, account, work, draft)
     try:
         with Progress(f"downloading {target.name}") as progress:
             answer = _download(
@@ -94,9 +94,9 @@ def _refuse_partial(work: Path, name: str) -> None:
 class Listing(threading.Thread):
     """Names and sizes of the competition's files, read page by page."""
 
-    def __init__(self, source: Source, account: Account, work: Path):
+    def __init__(self, source: Source, account: Account, work: Path, draft: Path):
         super().__init__(daemon=True)
-        self.source, self.account, self.work = source, account, work
+        self.source, self.account, self.work, self.draft = source, account, work, draft
         self.sizes: dict[str, int] = {}
         self.total, self.error, self.cancelled = 0, None, False
         self.start()
@@ -129,7 +129,7 @@ class Listing(threading.Thread):
         self.total = sum(self.sizes.values())
         free = shutil.disk_usage(self.work).free
         need = 2 * self.total - size_of(self.work) + archive.SPARE_BYTES  # the archive and what comes out of it
-        if need > free:
+        if need > free and not self.draft.exists():  # from then on, unpacking looks at the space for what is left
             folder = self.work.parent
             raise UserError(
                 f"{folder}: {self.source.slug} needs {need / 1e9:.2f} GB (archive and files), {free / 1e9:.2f} GB are "

@@ -17,12 +17,14 @@ import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from common import archive as archives
 from common.archive import unpack
 from common.errors import UserError
-from common.kaggle import data, stamp
+from common.kaggle import data, download, stamp
 from common.kaggle.source import Images, Source
 from tests.common.kaggle.server import DROP, HANG, KEY, SLUG, TOKEN, Reply, archive
 
@@ -518,6 +520,31 @@ def test_a_disk_that_is_too_small_is_told_from_the_listing(kaggle, source):
     assert_nothing_kept()
 
 
+def test_what_is_unpacked_already_needs_no_space_again(kaggle, source, monkeypatch):
+    """The last page of a long listing comes when the archive is unpacked, on a disk that just holds both."""
+    kaggle.files |= {f"train_images/{n}.jpg": b"%d" % n for n in range(250)}
+    big(kaggle, 20_000_000)
+    room = 2 * len(kaggle.archive) + archives.SPARE_BYTES
+    unpacked = Path("data/.toy.part/train.csv")
+
+    def disk_usage(folder):
+        folders = [Path("data/.toy.download"), unpacked.parent]
+        return SimpleNamespace(free=room - sum(download.size_of(folder) for folder in folders if folder.is_dir()))
+
+    def late(body):
+        deadline = time.monotonic() + 60
+        while body.get("pageToken") and time.monotonic() < deadline:
+            if unpacked.is_file() and unpacked.stat().st_size == len(kaggle.files["train.csv"]):
+                break
+            time.sleep(0.02)
+        return kaggle.ListDataFiles(body)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    kaggle.on = {"ListDataFiles": late}
+    fetch(source)
+    assert contents() == kaggle.files
+
+
 def test_a_disk_that_fills_up_on_the_way(kaggle, source, tmp_path):
     """On a disk of two megabytes of its own, as make data would meet it; the listing says nothing of the size."""
     big(kaggle)
@@ -543,8 +570,6 @@ def test_a_disk_that_fills_up_on_the_way(kaggle, source, tmp_path):
 
 
 def test_a_disk_that_is_full_while_unpacking(kaggle, source, monkeypatch):
-    from common import archive as archives
-
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
