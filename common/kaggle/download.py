@@ -13,7 +13,7 @@ from common.archive import Damaged, Entry
 from common.errors import UserError
 from common.kaggle import stamp
 from common.kaggle.cli import Answer, explained, kaggle
-from common.kaggle.credentials import Account
+from common.kaggle.credentials import Account, hide_addresses
 from common.kaggle.progress import Progress
 from common.kaggle.source import Source
 
@@ -186,9 +186,17 @@ def checked(checksum: str) -> str:
 
 
 def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> tuple[str, dict[str, Entry]]:
-    """The archive at a plain address, checked against the checksum given, known or published; (address, files)."""
+    """The archive at a plain address, checked against the checksum given, known or published; (address, files).
+
+    The address comes back as it may be shown and kept: without a signature in its query.
+    """
     from common.kaggle import web  # what it needs for https takes longer to import than all the rest
 
+    if "@" in urlsplit(url).netloc:
+        raise UserError(
+            "--url: the address has a user name or a password before its host, which is not sent: leave them out, or "
+            "get the archive by hand and pass DATA=/path/to/zip"
+        )
     address, record = url or source.url, source.checksum_url
     if url and urlsplit(url).path in ("", "/"):
         address, record = web.mirrored(source.url, url), web.mirrored(record, url)
@@ -198,11 +206,14 @@ def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> t
     if not checksum and same_file and record:
         checksum = web.published_checksum(record, name)
     if not checksum:
-        raise UserError(f'--url {url}: no checksum is known for {name}: add one, ARGS="--url ... --checksum md5:..."')
+        raise UserError(
+            f"--url {hide_addresses(url)}: no checksum is known for {name}: add one, "
+            'ARGS="--url ... --checksum md5:..."'
+        )
     target = work / name
     if not target.is_file():
         web.download(address, target, checksum)
     if target.suffix.lower() == ".zip":
-        return address, archive.unpack_into(target, draft)
+        return hide_addresses(address), archive.unpack_into(target, draft)
     draft.mkdir(parents=True)
-    return address, archive.copy_into(target, draft)
+    return hide_addresses(address), archive.copy_into(target, draft)

@@ -30,8 +30,8 @@ def mirrored(address: str, mirror: str) -> str:
 
 def open_url(address: str, headers: dict[str, str] | None = None):
     """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY."""
-    request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
     try:
+        request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
         return urllib.request.build_opener().open(request, timeout=patience())  # reads the proxies of now
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
@@ -41,7 +41,8 @@ def open_url(address: str, headers: dict[str, str] | None = None):
             'or name another address with ARGS="--url ..."'
         ) from error
     except ValueError as error:
-        raise UserError(f"--url {address}: expected an address like https://host/path ({error})") from error
+        said = hide_addresses(f"--url {address}: expected an address like https://host/path ({error})")
+        raise UserError(said) from error
 
 
 def download(address: str, target: Path, checksum: str) -> None:
@@ -77,8 +78,9 @@ def download(address: str, target: Path, checksum: str) -> None:
 
 
 def unreachable(address: str, failure: Exception | None) -> UserError:
+    reason = hide_addresses(str(getattr(failure, "reason", "") or failure))
     return UserError(
-        f"{hide_addresses(address)} cannot be read ({getattr(failure, 'reason', '') or failure}): check the network, "
+        f"{hide_addresses(address)} cannot be read ({reason}): check the network, "
         "and HTTPS_PROXY where there is a proxy, then repeat the same command; it goes on where it stopped"
     )
 

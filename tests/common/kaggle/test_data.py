@@ -820,6 +820,33 @@ def test_another_copy_needs_a_checksum(kaggle, elsewhere):
         fetch(elsewhere, url=f"{kaggle.address}/other.zip")
 
 
+SIGNED = "/records/7/files/series.zip?X-Amz-Signature=signed-secret"
+
+
+def test_the_signature_of_an_address_is_neither_shown_nor_kept(kaggle, elsewhere, capfd):
+    checksum = f"md5:{hashlib.md5(kaggle.blobs['/records/7/files/series.zip']).hexdigest()}"
+    fetch(elsewhere, url=kaggle.address + SIGNED, checksum=checksum)
+    fetch(elsewhere)
+    out = capfd.readouterr().out
+    assert "series.zip?***" in out and "signed-secret" not in out + Path("data/toy.stamp.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (f"http://me:signed-secret@127.0.0.1{SIGNED}", "a user name or a password before its host"),
+        (f"http://127.0.0.1:9/a b{SIGNED}", "cannot be read .URL can't contain control characters"),
+        (f"127.0.0.1{SIGNED}", "expected an address like https://host/path"),
+        (f"http://127.0.0.1/other{SIGNED.replace('series', 'other')}", "no checksum is known for other.zip"),
+    ],
+)
+def test_no_error_shows_a_password_in_an_address(kaggle, elsewhere, url, message):
+    checksum = "" if "other" in url else f"md5:{0:032}"
+    with pytest.raises(UserError, match=message) as raised:
+        fetch(elsewhere, url=url, checksum=checksum)
+    assert "signed-secret" not in str(raised.value) and kaggle.asked == []
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
