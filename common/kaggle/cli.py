@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +30,7 @@ class Answer:
     status: int
     out: str
     err: str
+    unhidden: str = field(default="", repr=False)  # stdout as it came: to be read by the kit, never to be shown
 
     @property
     def text(self) -> str:
@@ -137,7 +138,7 @@ def watched(
                 )
     finally:
         _end(child)
-    return Answer(child.returncode, account.hide(out.text()), account.hide(err.text()))
+    return Answer(child.returncode, account.hide(out.text()), account.hide(err.text()), out.text())
 
 
 def _ticks(process: int) -> str:
@@ -200,9 +201,13 @@ def explained(answer: Answer, account: Account, source: Source, what: str) -> Us
     said = answer.last_line
 
     def found(*patterns: str) -> bool:
-        return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+        return any(re.search(pattern, text, re.IGNORECASE | re.MULTILINE) for pattern in patterns)
 
-    if found(r"\b401\b", "Authentication required", "Unauthorized", "Invalid credentials"):
+    def has_status(number: str) -> bool:
+        """As the program writes it; a mere number may count the rows of a submission."""
+        return found(rf"\b{number} (Client|Server) Error", rf"^\({number}\)")
+
+    if has_status("401") or found("Authentication required", "Unauthorized", "Invalid credentials"):
         shadow = (
             "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those"
             if account.kind == "token" and account.environment.get("KAGGLE_KEY")
@@ -226,16 +231,16 @@ def explained(answer: Answer, account: Account, source: Source, what: str) -> Us
             f"{what}: Kaggle cannot be reached ({_shortened(said)}): check the network, and HTTPS_PROXY where there "
             "is a proxy, then repeat the same command"
         )
-    if found(r"\b429\b", "Too Many Requests"):
+    if has_status("429") or found("Too Many Requests"):
         return Transient(f"{what}: Kaggle asks to slow down (429): repeat the same command in some minutes")
-    if found(r"\b5\d\d Server Error", r"Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out"):
+    if has_status(r"5\d\d") or found(r"Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out"):
         return Transient(f"{what}: Kaggle itself fails ({said}): repeat the same command in some minutes")
-    if found(r"\b403\b", "Forbidden", "Permission"):
+    if has_status("403") or found("Forbidden", "Permission"):
         return UserError(
             f"{what}: Kaggle refuses it ({said}). Most often the rules are not accepted: open {source.rules_page} in "
             f"a browser as the owner of {account.where}, then repeat the same command"
         )
-    if found(r"\b404\b", "Not Found"):
+    if has_status("404") or found("Not Found"):
         return UserError(
             f"{what}: Kaggle does not find it ({said}): check that {source.page} opens in a browser, then repeat the "
             "same command"

@@ -5,6 +5,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from common import run as runs
@@ -247,11 +248,20 @@ def follow_notebook(
         print(f"the notebook still runs after {wait:,.0f} s")
         raise UserError(f"{page} is not ready: fetch it later with make kernel COMP={competition} ARGS=--fetch")
     if state != "COMPLETE":
-        with tempfile.TemporaryDirectory() as folder:
-            kaggle(account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
-            logs = [text for file in Path(folder).glob("*.log") if (text := file.read_text().strip())]
-        last = account.hide(logs[0].splitlines()[-1][-300:]) if logs else "no log"
+        last = account.hide(_end_of_log(account, reference))
         raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
+
+
+def _end_of_log(account: Account, reference: str) -> str:
+    """The last lines of a notebook's log as one, which Kaggle gives as JSON; "no log" where it cannot be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        with suppress(UserError):  # the reason of the notebook's failure is worth more than that of this one
+            kaggle(account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
+        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(folder).glob("*.log"))
+    with suppress(ValueError, KeyError, TypeError):  # plain text, as it may be cut
+        text = "".join(part["data"] for part in json.loads(text))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-3:])[-300:] or "no log"
 
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
@@ -282,6 +292,6 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
             f"COMP={competition} shows its score. To submit it once more: {source.page}/submit"
         )
         return
-    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, "-m", message]
+    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, f"--message={message}"]
     send(competition, account, source, arguments, known, name, row, poll)
     follow(competition, account, source, row, known, name, SCORE_SECONDS, poll)

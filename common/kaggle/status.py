@@ -39,8 +39,9 @@ def submissions(account: Account, source: Source) -> tuple[list[Submission], int
     if answer.status != 0:
         raise explained(answer, account, source, what)
     try:
-        found = json.loads(answer.out.strip().splitlines()[-1])
-        return [Submission(**row) for row in found["submissions"]], found["left"]
+        found = json.loads(answer.unhidden.strip().splitlines()[-1])  # a message with an address must stay as it is
+        rows = [row | {"reason": account.hide(row["reason"])} for row in found["submissions"]]
+        return [Submission(**row) for row in rows], found["left"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Transient(f"{what}: the answer cannot be read ({answer.last_line}): repeat the same command") from error
 

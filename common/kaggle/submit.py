@@ -68,7 +68,7 @@ def submit(
     )
     if before := ledger.claim(competition, row, "" if force else "sha256"):
         raise _sent_before(competition, candidate.path, before)
-    arguments = ["-f", str(candidate.path), "-m", message]
+    arguments = ["-f", str(candidate.path), f"--message={message}"]  # one word: it may start with a dash
     send(competition, account, source, arguments, known, candidate.path.name, row, poll)
     follow(competition, account, source, row, known, candidate.path.name, wait, poll)
 

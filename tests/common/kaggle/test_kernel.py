@@ -207,6 +207,27 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
     assert not Path("submissions").exists()
 
 
+@pytest.mark.parametrize(
+    ("answer", "end"),
+    [
+        (
+            {"log": json.dumps([{"stream_name": "stderr", "time": 5.6, "data": "Traceback:\n"}])[:-1]
+             + '\n,{"stream_name":"stderr","time":5.7,"data":"CUDA error: no kernel image\\n"}\n]\n'},
+            r"Traceback: \| CUDA error: no kernel image",
+        ),
+        ({"log": ""}, "no log"),
+        (Reply(503), "no log"),
+        (HANG, "no log"),
+    ],
+)  # fmt: skip
+def test_a_failed_notebook_is_told_with_or_without_its_log(kaggle, source, pushed, monkeypatch, answer, end):
+    kaggle.kernel_states, kaggle.kernel_failure = ["ERROR"], "out of memory"
+    kaggle.on = {"ListKernelSessionOutput": answer | {"files": []} if isinstance(answer, dict) else answer}
+    monkeypatch.setenv("KIT_PATIENCE", "1.2")
+    with pytest.raises(UserError, match=f"ended with ERROR .out of memory; {end}.: see https"):
+        kernel(source, fetch=True)
+
+
 def test_a_malicious_output_leaves_nothing(kaggle, source, pushed, tmp_path):
     kaggle.kernel_files[OUTPUT], kaggle.kernel_states = archive({"../../evil.txt": b"x"}), ["COMPLETE"]
     with pytest.raises(UserError, match="leads out of the folder"):

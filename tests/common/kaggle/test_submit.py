@@ -238,6 +238,24 @@ def test_a_submission_that_fails(kaggle, module, fault, message):
     assert ledger() == [] and kaggle.submissions == []
 
 
+@pytest.mark.parametrize("number", [401, 403, 404, 429])
+def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, number):
+    written()
+    kaggle.on = {"CreateSubmission": Reply(400, f"Submission must have {number} rows")}
+    with pytest.raises(UserError, match=f"submitting 001-best.csv: Submission must have {number} rows. Repeat"):
+        submit(module)
+    assert ledger() == []
+
+
+@pytest.mark.parametrize("message", ["--best", "see https://host/run?sweep=1", "größe 🎉"])
+def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, monkeypatch, message):
+    monkeypatch.setattr(submits, "LISTED_TRIES", 1000)  # nothing is found by its file's name
+    written()
+    submit(module, message=message)
+    (row,) = ledger()
+    assert row["message"] == message == kaggle.submissions[0]["description"] and row["status"] == "COMPLETE"
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
