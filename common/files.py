@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +46,8 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
             raise
         raise not_written(path, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this too, and must not hide what was raised above
+            draft.unlink(missing_ok=True)
 
 
 def remove_drafts(folder: Path) -> None:

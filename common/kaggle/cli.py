@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +21,8 @@ from common.kaggle.source import Source
 # A program that neither writes nor says anything for so long is stopped. Longer than the longest pause (33 s) between
 # the kaggle program's own five attempts at a download, short enough to tell within a minute that there is no network.
 PATIENCE_SECONDS = 45.0
-KAGGLE = Path(sys.executable).with_name("kaggle")
+# Not .venv/bin/kaggle, whose first line names the folder of its installation: a checkout may have been moved since.
+KAGGLE = (sys.executable, "-P", "-m", "kaggle")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,10 @@ def kaggle(
     lock: IO | None = None,
 ) -> Answer:
     """Run `kaggle ARGUMENTS` as `watched` does; raises UserError when it is not installed."""
-    if not KAGGLE.is_file():
-        raise UserError(f"{KAGGLE} is missing: install it with .venv/bin/python -m pip install -r requirements.txt")
+    if find_spec("kaggle") is None:
+        raise UserError("kaggle is not installed: .venv/bin/python -m pip install -r requirements.txt")
     # -W: a hint on stdout that a newer version exists would mix with the answers
-    return watched([str(KAGGLE), "-W", *arguments], account, measure=measure, stop=stop, lock=lock)
+    return watched([*KAGGLE, "-W", *arguments], account, measure=measure, stop=stop, lock=lock)
 
 
 def watched(

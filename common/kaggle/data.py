@@ -4,6 +4,7 @@ import csv
 import fcntl
 import hashlib
 import heapq
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 from common.archive import Damaged
 from common.errors import UserError
+from common.files import not_written
 from common.kaggle import download, stamp
 from common.kaggle.cli import end_orphan
 from common.kaggle.credentials import find
@@ -82,8 +84,14 @@ def _draft(home: Path) -> Path:
 @contextmanager
 def _locked(work: Path, competition: str) -> Iterator[IO]:
     """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "a+") as lock:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "a+")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _no_folder(work.parent) from error
+    except OSError as error:
+        raise not_written(work / "lock", error) from error
+    with lock:
         try:
             _take(lock)
         except OSError as error:
@@ -97,6 +105,13 @@ def _locked(work: Path, competition: str) -> Iterator[IO]:
             shutil.rmtree(_draft(work.with_name(competition)), ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _no_folder(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link, then repeat "
+        "the same command"
+    )
 
 
 def _take(lock: IO) -> None:
@@ -128,6 +143,8 @@ def _has_others(home: Path, before: stamp.Stamp | None, labels: stamp.Stamp) -> 
 
 def _refuse_unknown(home: Path, before: stamp.Stamp | None, force: bool) -> None:
     """Files that somebody put there by hand are not replaced unasked."""
+    if os.path.lexists(home) and not home.is_dir():
+        raise _no_folder(home)
     found = [path.name for path in visible(home)] if home.is_dir() else []
     if found and before is None and not force:
         raise UserError(

@@ -4,6 +4,8 @@ import csv
 import errno
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +153,15 @@ def test_blank_lines_of_the_sample_do_not_count(tmp_path):
     submission.write(tmp_path / "a.csv", ("ImageId", "Label"), rows, [*SAMPLE, "\n"], digit, {})
     with pytest.raises(UserError, match="line 5: id 4 is not in the sample"):
         submission.write(tmp_path / "b.csv", ("ImageId", "Label"), [*rows, (4, 1)], [*SAMPLE, "\n"], digit, {})
+
+
+def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):
+    """It refuses to delete the draft too, whether there is one or not."""
+
+    def read_only(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(UserError, match="run.csv could not be written .Read-only.*Make it writable for you"):
+        files.write_text(tmp_path / "run.csv", "x")

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,23 @@ def test_the_environment_wins_over_a_token_file(kaggle, tmp_path):
     place(tmp_path / "home", ".kaggle/access_token", TOKEN)
     assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
     assert [headers["Authorization"] for _, _, headers in kaggle.asked] == [BASIC]
+
+
+def test_the_kaggle_program_is_found_in_a_checkout_that_was_moved(kaggle, tmp_path, monkeypatch):
+    """The scripts of its environment still begin with the old place."""
+    moved = tmp_path / "moved"
+    (moved / "bin").mkdir(parents=True)
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "bin":
+            (moved / path.name).symlink_to(path)
+    (moved / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    place(moved, "bin/kaggle", "#!/gone/bin/python\n", 0o700)
+    code = "from common.kaggle.cli import kaggle; from common.kaggle.credentials import find\n"
+    code += f"sys.exit(kaggle(find(), 'competitions', 'files', '{SLUG}').status)"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n{code}"
+    done = subprocess.run([moved / "bin" / "python", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert kaggle.asked[-1][2]["Authorization"] == BASIC
 
 
 def test_files_are_used_where_the_kit_says(kaggle, tmp_path, monkeypatch):

@@ -591,6 +591,25 @@ def test_files_put_there_by_hand_are_not_replaced_unasked(kaggle, source):
     assert contents() == {"train.csv": b"mine"} and kaggle.asked == []
 
 
+@pytest.mark.parametrize("place", [Path("data"), HOME])
+@pytest.mark.parametrize("put", [lambda path: path.write_text("x"), lambda path: path.symlink_to("/nowhere/big")])
+def test_a_file_or_a_dangling_link_in_the_place_of_a_folder(kaggle, source, place, put):
+    place.parent.mkdir(exist_ok=True)
+    put(place)
+    with pytest.raises(UserError, match=f"^{place} is a file or a link that leads nowhere, expected a folder"):
+        fetch(source)
+    assert kaggle.asked == [] and not place.is_dir()
+
+
+def test_a_folder_that_cannot_be_written(kaggle, source, monkeypatch):
+    def read_only(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match="download/lock could not be written .Read-only.*Make it writable for you"):
+        fetch(source)
+
+
 def test_what_a_file_manager_leaves_does_not_count(kaggle, source):
     HOME.mkdir(parents=True)
     (HOME / ".DS_Store").write_bytes(b"?")
