@@ -113,7 +113,8 @@ def _place(holder: Path, name: PurePosixPath) -> PurePosixPath:
     """
     stem = name.name[: -len(".zip")]
     with opened(holder, str(name)) as stream:
-        tops = {PurePosixPath(_plain(member.filename)).parts[0] for member in stream.infolist() if member.filename}
+        names = _safe_files(stream, str(name))
+    tops = {PurePosixPath(inside).parts[0] for inside in names if not inside.startswith(".")}
     return name.parent if tops == {stem} else name.parent / stem
 
 
@@ -148,7 +149,7 @@ def _unpack_one(
     shown = shown or archive.name
     folder.mkdir(parents=True, exist_ok=True)
     with opened(archive, shown) as stream:
-        members = {name: member for name, member in _safe_names(stream, shown) if not member.is_dir()}
+        members = _safe_files(stream, shown)
     budget.spend(list(members.values()), folder)
     targets = {str(place / name): member for name, member in members.items()}
     for parent in {str((folder / name).parent) for name in targets}:
@@ -181,31 +182,32 @@ def opened(archive: Path, shown: str) -> zipfile.ZipFile:
         raise Damaged(f"{shown} is not a whole zip archive ({error})") from error
 
 
-def _plain(name: str) -> str:
-    return name.replace("\\", "/")  # written by Windows programs that break the rules
+def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInfo]:
+    """The files in the archive by their relative names, without what Macs add to every archive they make.
 
-
-def _safe_names(stream: zipfile.ZipFile, shown: str) -> list[tuple[str, zipfile.ZipInfo]]:
-    """(relative name, member) of everything in the archive; raises Unsafe for what must not be unpacked."""
+    Raises Unsafe for what must not be unpacked.
+    """
     found: dict[str, zipfile.ZipInfo] = {}
     for member in stream.infolist():
-        name = _plain(member.filename)
+        name = member.filename.replace("\\", "/")  # written by Windows programs that break the rules
         parts = PurePosixPath(name).parts
+        is_folder = name.endswith("/")
         kind = stat.S_IFMT(member.external_attr >> 16)
         problem = ""
-        if name.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")) or not parts:
+        if name.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")) or not (parts or is_folder):
             problem = "leads out of the folder"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a device, not a file"
         elif member.flag_bits & 1:
             problem = "is encrypted"
-        elif str(PurePosixPath(name)) in found and not member.is_dir():
+        elif str(PurePosixPath(name)) in found and not is_folder:
             problem = "is there twice"
         if problem:
             raise Unsafe(f"{shown}: the entry {member.filename!r} {problem}: nothing of it was kept. Get the files "
                          f"from the competition's page by hand and pass DATA=/path/to/folder")  # fmt: skip
-        found[str(PurePosixPath(name))] = member
-    return list(found.items())
+        if not is_folder and parts[0] != "__MACOSX" and parts[-1] != ".DS_Store":
+            found[str(PurePosixPath(name))] = member
+    return found
 
 
 def _make_folder(path: Path, folder: Path, shown: str) -> None:

@@ -170,8 +170,23 @@ def single_files(source: Source, account: Account, work: Path, draft: Path, lock
         if answer.status != 0 or not (plain.is_file() or packed.is_file()):
             raise explained(answer, account, source, f"downloading {name}")
         _refuse_partial(work, name)
-        found |= archive.unpack_into(packed, draft) if packed.is_file() else archive.copy_into(plain, draft)
+        if packed.is_file():
+            found |= archive.unpack_into(packed, draft)
+        else:
+            _refuse_page(plain)
+            found |= archive.copy_into(plain, draft)
     return found
+
+
+def _refuse_page(file: Path) -> None:
+    """Raises Damaged for a web page in the place of a file, as the login of a network or of a proxy gives it.
+
+    The listing would tell by the size, but names label files after hundreds of pages of images.
+    """
+    with open(file, "rb") as stream:
+        start = stream.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise Damaged(f"{file.name} is a web page, expected the competition's file")
 
 
 def checked(checksum: str) -> str:
@@ -211,7 +226,7 @@ def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> t
             'ARGS="--url ... --checksum md5:..."'
         )
     target = work / name
-    if not target.is_file():
+    if not target.is_file() or web.digest(target, checksum.split(":")[0]) != checksum:  # of a call that failed later
         web.download(address, target, checksum)
     if target.suffix.lower() == ".zip":
         return hide_addresses(address), archive.unpack_into(target, draft)

@@ -119,6 +119,30 @@ def test_nested_archives_are_unpacked_where_readers_look(kaggle, source):
     }
 
 
+@pytest.mark.parametrize(
+    ("more", "place"),
+    [
+        ({"__MACOSX/._images": b"", "__MACOSX/images/._a.jpg": b"", ".DS_Store": b"", "images/.DS_Store": b""}, ""),
+        ({"images\\": b""}, ""),
+        ({"./": b"", "./top.jpg": b"0"}, "images/"),
+    ],
+)
+def test_what_other_programs_add_to_an_archive_does_not_move_its_files(tmp_path, more, place):
+    inner = {f"images/{name}.jpg": name.encode() for name in "ab"}
+    (tmp_path / "in.zip").write_bytes(archive({"./": b"", "images.zip": archive(inner | more)}))
+    unpack(tmp_path / "in.zip", tmp_path / "out")
+    files = {f"{place}{name}": content for name, content in inner.items()}
+    assert contents(tmp_path / "out") == files | ({"images/top.jpg": b"0"} if place else {})
+
+
+@pytest.mark.parametrize("page", [b"<html>please log in</html>", b"\n<!DOCTYPE html>\n<html>"])
+def test_a_web_page_is_no_label_file(kaggle, source, page):
+    kaggle.files["train.csv"] = page
+    with pytest.raises(UserError, match="train.csv is a web page.*a second download was no better"):
+        fetch(source, labels_only=True)
+    assert leftovers() == set()
+
+
 def test_labels_alone(kaggle, source, capfd):
     fetch(source, labels_only=True)
     assert contents() == {"train.csv": kaggle.files["train.csv"]}
@@ -832,6 +856,15 @@ def test_a_checksum_that_cannot_be_one_is_refused_before_the_download(kaggle, el
     with pytest.raises(UserError, match=f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256:"):
         fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum=checksum)
     assert kaggle.asked == []
+
+
+def test_a_refused_archive_does_not_stand_in_for_another(kaggle, elsewhere):
+    bad, good = (archive({name: b"1", "series.tsf": b"2"}) for name in ("../evil.txt", "notes.txt"))
+    kaggle.blobs |= {"/bad/series.zip": bad, "/good/series.zip": good}
+    with pytest.raises(UserError, match="leads out of the folder"):
+        fetch(elsewhere, url=f"{kaggle.address}/bad/series.zip", checksum=f"md5:{hashlib.md5(bad).hexdigest()}")
+    fetch(elsewhere, url=f"{kaggle.address}/good/series.zip", checksum=f"md5:{hashlib.md5(good).hexdigest()}")
+    assert contents() == {"notes.txt": b"1", "series.tsf": b"2"}
 
 
 def test_another_copy_needs_a_checksum(kaggle, elsewhere):
