@@ -64,7 +64,7 @@ def fetch(
             if rest is not None:
                 now = now.added_to(rest)
             stamp.install(_draft(home), now, before)
-            shutil.rmtree(Path(lock.name).parent, ignore_errors=True)
+            _clear(Path(lock.name).parent)
             if rest is not None and (problems := now.damage()):
                 print(
                     f"{home}: the label files are new, others are damaged ({stamp.listed(problems)}): fetch all again "
@@ -72,8 +72,8 @@ def fetch(
                 )
             else:
                 print(f"{home} is complete: {len(now.files):,} files, {now.size / 1e6:,.1f} MB ({now.source})")
-    if images:
-        _fetch_images(home, source, images)
+        if images:
+            _fetch_images(home, source, images)
     return home
 
 
@@ -105,6 +105,13 @@ def _locked(work: Path, competition: str) -> Iterator[IO]:
             shutil.rmtree(_draft(work.with_name(competition)), ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear(work: Path) -> None:
+    """Delete what was downloaded; the lock is still held."""
+    for file in work.iterdir():
+        if file.name != "lock":
+            file.unlink()
 
 
 def _no_folder(path: Path) -> UserError:
@@ -186,9 +193,7 @@ def _obtain(
                 raise Damaged(f"{origin}: the download has no {', '.join(absent)} (found: {found})")
             return stamp.make(home, draft, part, files, origin)
         except Damaged as error:
-            for file in work.iterdir():
-                if file.name != "lock":
-                    file.unlink()
+            _clear(work)
             if attempt == 2:
                 raise UserError(
                     f"{error}; a second download was no better and nothing was kept. See {origin_page(source)}, or "

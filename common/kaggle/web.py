@@ -1,24 +1,30 @@
 """Plain downloads over HTTPS: resumed, bounded, checked against a published checksum."""
 
+import errno
 import hashlib
 import http.client
 import json
+import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from common.archive import SPARE_BYTES
 from common.errors import UserError
+from common.files import WRITE_ERRORS, not_written
 from common.kaggle.cli import patience
 from common.kaggle.credentials import hide_addresses
 from common.kaggle.progress import Progress
 
 CHUNK_BYTES = 1 << 20
-ATTEMPTS = 3
+ATTEMPTS = 3  # without progress
+AT_ONCE = 16  # small files
 BROKEN_LINE = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
@@ -29,10 +35,13 @@ def mirrored(address: str, mirror: str) -> str:
 
 
 def open_url(address: str, headers: dict[str, str] | None = None):
-    """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY."""
+    """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY.
+
+    Waits for a part of the patience alone: there are several attempts, and servers with several addresses to try.
+    """
     try:
         request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
-        return urllib.request.build_opener().open(request, timeout=patience())  # reads the proxies of now
+        return urllib.request.build_opener().open(request, timeout=patience() / ATTEMPTS)  # reads the proxies of now
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
@@ -52,20 +61,22 @@ def download(address: str, target: Path, checksum: str) -> None:
     """
     draft = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    failure: Exception | None = None
     with Progress(f"downloading {target.name}") as progress:
-        for _ in range(ATTEMPTS):
+        reached, attempts, since = _size(draft), 0, time.monotonic()
+        while True:
             try:
                 _append(address, draft, progress)
                 break
             except BROKEN_LINE as error:
-                failure = error
-                if isinstance(error, OSError) and error.errno == 28:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     raise UserError(f"{target}: the disk is full: free some space, then repeat the command") from error
                 if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                     draft.unlink(missing_ok=True)  # what is here is longer than the file there
-        else:
-            raise unreachable(address, failure)
+                attempts += 1
+                if _size(draft) > reached:
+                    reached, attempts, since = _size(draft), 0, time.monotonic()
+                elif attempts == ATTEMPTS or time.monotonic() - since >= patience():
+                    raise unreachable(address, error) from error
     found = digest(draft, checksum.split(":")[0]) if checksum else ""
     _validator(draft).unlink(missing_ok=True)
     if found != checksum:
@@ -81,8 +92,13 @@ def unreachable(address: str, failure: Exception | None) -> UserError:
     reason = hide_addresses(str(getattr(failure, "reason", "") or failure))
     return UserError(
         f"{hide_addresses(address)} cannot be read ({reason}): check the network, "
-        "and HTTPS_PROXY where there is a proxy, then repeat the same command; it goes on where it stopped"
+        "and HTTPS_PROXY where there is a proxy, then repeat the same command; it goes on where it stopped. On a "
+        "slow line set KIT_PATIENCE=300"
     )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _validator(draft: Path) -> Path:
@@ -91,7 +107,7 @@ def _validator(draft: Path) -> Path:
 
 def _append(address: str, draft: Path, progress: Progress) -> None:
     """Bring the draft to its full length; raises OSError or HTTPException when the line breaks."""
-    have = draft.stat().st_size if draft.is_file() else 0
+    have = _size(draft)
     known = _validator(draft).read_text() if have and _validator(draft).is_file() else ""
     headers = {"Range": f"bytes={have}-", "If-Range": known} if known else {}
     with open_url(address, headers) as answer:
@@ -135,18 +151,18 @@ def published_checksum(record: str, name: str) -> str:
 
 
 def download_many(addresses: Iterable[tuple[str, Path]], total: int, label: str) -> list[str]:
-    """Fetch many small files, 16 at a time; those that are there already are left. Returns what failed, with why.
+    """Fetch many small files, several at a time; those that are there already are left. Returns what failed, with why.
 
-    Raises UserError as soon as the first ones all fail: the network is down then, not a file missing.
+    Raises UserError when the first ones all fail, for the network is down then, not a file missing, and when the disk
+    is full or cannot be written.
     """
-    failures, done = [], 0
 
     def one(job: tuple[str, Path]) -> str | None:
         address, target = job
-        if target.is_file():
-            return None
         draft = target.with_name(f".{target.name}.part")
         try:
+            if shutil.disk_usage(target.parent).free < SPARE_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with open_url(address) as answer, open(draft, "wb") as out:
                 expected = answer.headers.get("Content-Length")
                 shutil.copyfileobj(answer, out)
@@ -156,19 +172,27 @@ def download_many(addresses: Iterable[tuple[str, Path]], total: int, label: str)
             return None
         except (*BROKEN_LINE, UserError) as error:
             draft.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+                raise not_written(target, error) from error
             return f"{target.name}: {error}"
 
-    with ThreadPoolExecutor(16) as pool, Progress(label) as progress:
-        for failure in _bounded(pool, one, addresses):
-            done += 1
-            if failure:
-                failures.append(failure)
-            if done >= 16 and len(failures) == done:
-                pool.shutdown(wait=False, cancel_futures=True)
-                reason = hide_addresses(failures[-1])
-                raise UserError(f"{label}: none of the first {done} files could be read ({reason}): check the network, "
-                                "then repeat the same command")  # fmt: skip
-            progress.update(f"{done:,} of {total:,} files")
+    wanted = (job for job in addresses if not job[1].is_file())
+    first = list(islice(wanted, AT_ONCE))
+    with ThreadPoolExecutor(AT_ONCE) as pool, Progress(label) as progress:
+        # The first ones alone: behind a line that is dead, those after them would keep everybody waiting once more.
+        failures = [failure for failure in pool.map(one, first) if failure]
+        if len(failures) == AT_ONCE:
+            raise UserError(
+                f"{label}: none of the first {AT_ONCE} files could be read ({hide_addresses(failures[-1])}): check the "
+                "network, then repeat the same command"
+            )
+        try:
+            for done, failure in enumerate(_bounded(pool, one, wanted), len(first) + 1):
+                failures += [failure] if failure else []
+                progress.update(f"{done:,} of {total:,} files")
+        except UserError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failures
 
 

@@ -247,6 +247,53 @@ def test_missing_images_are_counted_and_named(kaggle, source):
     assert len(list((HOME / "train_images").iterdir())) == 19
 
 
+IMAGES = Images("http://images.example/{id}.jpg", "train.csv", "ImageID", "train_images", "40")
+
+
+@pytest.fixture
+def many(kaggle, source, monkeypatch):
+    """A competition with forty images elsewhere, on the same server, and its files fetched already."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    kaggle.files["train.csv"] = b"ImageID\n" + b"".join(b"im%d\n" % n for n in range(40))
+    kaggle.listing["train.csv"] = len(kaggle.files["train.csv"])
+    kaggle.archive = archive(kaggle.files)
+    kaggle.blobs = {f"/im{n}.jpg": b"jpeg" for n in range(40)}
+    source = replace(source, images=replace(IMAGES, url=f"{kaggle.address}/{{id}}.jpg"))
+    fetch(source)
+    kaggle.asked.clear()
+    return source
+
+
+def test_images_from_a_server_that_is_silent_are_given_up_together(kaggle, many, monkeypatch):
+    monkeypatch.setenv("KIT_PATIENCE", "0.9")
+    kaggle.on = {"GET": HANG}
+    with pytest.raises(UserError, match="none of the first 16 files could be read .*timed out"):
+        fetch(many, images=40)
+    assert len(kaggle.calls("GET")) == 16, "nobody waited for a second round of requests"
+
+
+def test_images_that_do_not_fit_on_the_disk(kaggle, many, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=archives.SPARE_BYTES - 1))
+    with pytest.raises(UserError, match=r"im\d+.jpg could not be written .No space left on device.*Free disk space"):
+        fetch(many, images=40)
+    assert kaggle.asked == [] and list((HOME / "train_images").iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_images_are_fetched_by_one_command_at_a_time(kaggle, many, monkeypatch, force):
+    """Another one meets the lock, also where the files were fetched anew first."""
+
+    def meanwhile(home, source, count):
+        with pytest.raises(UserError, match="data/toy is being downloaded by another process"):
+            fetch(many)
+        images.append(count)
+
+    images = []
+    monkeypatch.setattr(data, "_fetch_images", meanwhile)
+    fetch(many, images=40, force=force)
+    assert images == [40] and leftovers() == {"toy", "toy.stamp.json"}
+
+
 # What Kaggle says.
 
 
@@ -915,6 +962,22 @@ def test_plain_download_failures(kaggle, elsewhere, monkeypatch, fault, message)
     with pytest.raises(UserError, match=message):
         fetch(elsewhere, url=kaggle.address)
     assert_nothing_kept()
+
+
+def test_a_silent_server_is_left_within_the_patience(kaggle, elsewhere, monkeypatch):
+    """Not within three times as much; what arrives in between starts the time anew."""
+    monkeypatch.setenv("KIT_PATIENCE", "3")
+    kaggle.on = {"GET": HANG}
+    start = time.monotonic()
+    with pytest.raises(UserError, match="cannot be read .*timed out.*On a slow line set KIT_PATIENCE=300"):
+        fetch(elsewhere, url=f"{kaggle.address}/records/7/files/series.zip", checksum=f"md5:{0:032}")
+    assert 2.5 < time.monotonic() - start < 6
+
+
+def test_a_line_that_breaks_often_but_goes_on_is_followed(kaggle, elsewhere):
+    kaggle.cut_after = [10**9, *[300_000] * 6]  # the record, then more cuts than attempts
+    fetch(elsewhere, url=kaggle.address)
+    assert len(contents()["series.tsf"]) == 2_000_000
 
 
 def test_a_record_without_the_file(kaggle, elsewhere):
