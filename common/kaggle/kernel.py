@@ -5,7 +5,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from common import run as runs
@@ -15,7 +14,7 @@ from common.kaggle import ledger, status
 from common.kaggle.cli import Answer, Silent, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
 from common.kaggle.notebook import notebook, pack
-from common.kaggle.output import fetch_output
+from common.kaggle.output import end_of_log, fetch_output
 from common.kaggle.progress import Progress
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
@@ -248,20 +247,8 @@ def follow_notebook(
         print(f"the notebook still runs after {wait:,.0f} s")
         raise UserError(f"{page} is not ready: fetch it later with make kernel COMP={competition} ARGS=--fetch")
     if state != "COMPLETE":
-        last = account.hide(_end_of_log(account, reference))
+        last = account.hide(end_of_log(account, reference))
         raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
-
-
-def _end_of_log(account: Account, reference: str) -> str:
-    """The last lines of a notebook's log as one, which Kaggle gives as JSON; "no log" where it cannot be read."""
-    with tempfile.TemporaryDirectory() as folder:
-        with suppress(UserError):  # the reason of the notebook's failure is worth more than that of this one
-            kaggle(account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
-        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(folder).glob("*.log"))
-    with suppress(ValueError, KeyError, TypeError):  # plain text, as it may be cut
-        text = "".join(part["data"] for part in json.loads(text))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-3:])[-300:] or "no log"
 
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:

@@ -1,9 +1,10 @@
-"""What a notebook on Kaggle has made, put where the runs and submissions made here are."""
+"""What a notebook on Kaggle has made, put where the runs and submissions made here are; and what it said last."""
 
 import json
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from common import archive
@@ -69,3 +70,15 @@ def _free_name(name: str, competition: str) -> str:
     while (runs.RUNS / competition / tried).exists() or (SUBMISSIONS / competition / f"{tried}.csv").exists():
         tried, number = f"{name}-kaggle{number if number > 1 else ''}", number + 1
     return tried
+
+
+def end_of_log(account: Account, reference: str) -> str:
+    """The last lines of a notebook's log as one, which Kaggle gives as JSON; "no log" where it cannot be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        with suppress(UserError):  # the reason of the notebook's failure is worth more than that of this one
+            kaggle(account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
+        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(folder).glob("*.log"))
+    with suppress(ValueError, KeyError, TypeError):  # plain text, as it may be cut
+        text = "".join(part["data"] for part in json.loads(text))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-3:])[-300:] or "no log"
