@@ -189,6 +189,12 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
             raise UserError(
                 f"runs {first_run.name} and {run.name} predict different test rows: average runs of the same data"
             )
+        run.check_outputs(member_task.outputs)
+        if member_task.outputs != task.outputs:
+            raise UserError(
+                f"run {first_run.name} predicts {task.outputs}, run {run.name} {member_task.outputs}: average runs of "
+                f"the same data"
+            )
         if member_task.fingerprint != task.fingerprint:
             print(f"{first_run.name} and {run.name} are averaged, with the same ids but from files of other contents")
         models = load_models(run, member_task, member_config, device)

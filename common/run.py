@@ -83,6 +83,15 @@ class Run:
     def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
         return configs.from_values(config_class, read_json(self.path / "config.json"))
 
+    def check_outputs(self, outputs: str) -> None:
+        """Raises UserError when this run's models were trained for others: outputs have no names, only places."""
+        learnt = self.origin.get("outputs", outputs)  # runs of earlier versions did not note it
+        if learnt != outputs:
+            raise UserError(
+                f"run {self.name} was trained to predict {learnt}, and the data have {outputs}: give it the data of "
+                f"its training, DATA={self.origin['data']}, or train another run on these"
+            )
+
     def lock(self) -> None:
         """Keep a second process out of this run; the lock goes with the process, however it ends."""
         try:

@@ -93,6 +93,7 @@ class Task:
     mix: Any = None  # MixUp or CutMix of common.loading.mixing
     lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
     fingerprint: str = ""  # sha256 of the data that was read
+    outputs: str = ""  # what the outputs stand for, in their order, where the data say so; models fit no other
     paths: Sequence[Path] = ()  # every image file, for `make check`
     prediction_type: str = "float32"  # of the kept out-of-fold predictions; uint8 for probabilities in 255 steps
     report: Callable[[Any], None] | None = None  # draws the run's pictures once it is finished

@@ -43,6 +43,7 @@ def train(
             "data": str(found.path.resolve()),
             "data_fingerprint": task.fingerprint,
             "folds_fingerprint": folds.fingerprint(task.folds, task.ids),
+            "outputs": task.outputs,
             "command": shlex.join([os.path.relpath(sys.executable), "-m", "common", *sys.argv[1:]]),
             "commit": runs.commit(),
             "machine": runs.machine(),

@@ -1,5 +1,6 @@
 """The competition's label files as one index of codes and sparse matrices [images, labels]."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ class LabelIndex:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def __str__(self) -> str:
+        """The codes in their order, as short as a message can show them: equal texts are equal columns."""
+        digest = hashlib.sha256("\n".join(self.codes).encode()).hexdigest()
+        return f"{len(self):,} codes of {CLASSES} (order {digest[:16]})"
 
     def columns(self, text: str) -> list[int]:
         """Columns of space-separated codes; codes that are not trainable are left out."""

@@ -113,7 +113,8 @@ def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding | None:
 def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
     """Put the weights of the run --start-from into `model`.
 
-    Raises UserError when that run, or one that it started from itself, has seen what is held out here.
+    Raises UserError when that run has other labels, or when it, or one that it started from itself, has seen what is
+    held out here.
     """
     from competitions.inclusive_images.model import start_from as take_over
 
@@ -132,6 +133,7 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
             )
         name = its.start_from
     run = runs.load("inclusive_images", config.start_from)
+    run.check_outputs(str(rows.index))
     files = sorted(run.path.glob("fold-*/model.pt"))
     if len(files) != 1:
         raise UserError(

@@ -230,6 +230,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         order=None if weights is None else partial(_weighted, weights),
         mix=_mix(config.mix),
         fingerprint=files.fingerprint,
+        outputs=str(files.index),
         paths=[*files.paths, *files.test_paths],
         prediction_type="float16",
         report=partial(pictures.report, files=files, embedding=embedding, decide=decide),

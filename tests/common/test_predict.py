@@ -93,6 +93,20 @@ def test_runs_of_other_test_rows_are_not_averaged(monkeypatch):
         predict_again("--run", "one,two")
 
 
+def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
+    whole, meaning = toy.build, {0: "a, b, c", 1: "b, a, c"}
+    monkeypatch.setattr(toy, "build", lambda config, data: replace(whole(config, data), outputs=meaning[config.seed]))
+    toy_train("one")
+    toy_train("two", seed=1)
+    written = sorted(Path("submissions/toy").iterdir())
+    with pytest.raises(UserError, match="run one predicts a, b, c, run two b, a, c: average runs of the same data"):
+        predict_again("--run", "one,two")
+    meaning[0] = "c, b, a"
+    with pytest.raises(UserError, match="run one was trained to predict a, b, c, and the data have c, b, a.* DATA="):
+        predict_again("--run", "one")
+    assert sorted(Path("submissions/toy").iterdir()) == written
+
+
 @pytest.mark.parametrize(("higher", "decider"), [(True, "two"), (False, "one")])
 def test_the_run_with_the_best_score_decides(higher, decider, capsys):
     task = SimpleNamespace(metrics=[SimpleNamespace(higher_is_better=higher)])

@@ -1,6 +1,7 @@
 """The whole competition on its generated sample: rows, samples, network, losses, submission, and what is refused."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -256,6 +257,8 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
         "sample": True,
         "data_fingerprint": "",
         "folds_fingerprint": fingerprint(built_task.folds, built_task.ids),
+        "outputs": built_task.outputs,
+        "data": "first",
     }
     run = runs.open_run("inclusive_images", "first", config, origin)
     (run.path / "fold-0").mkdir()
@@ -275,6 +278,13 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
         start(fold="1")
     with pytest.raises(UserError, match="trained on images that are held out here"):
         start(seed=1)
+    other = tmp_path / "other"
+    shutil.copytree(raw.path, other, ignore=shutil.ignore_patterns("cache"))
+    header, *codes = (other / "classes-trainable.csv").read_text().splitlines()
+    (other / "classes-trainable.csv").write_text("\n".join([header, *sorted(codes)]) + "\n")
+    with pytest.raises(UserError, match="run first was trained to predict 23 codes .* and the data have 23 codes"):
+        later = dataclasses.replace(config, start_from="first")
+        rows.start_from(later, rows.read(later, RawData(other, "inclusive_images"), lambda message: None), trained)
     # A run that saw the tuning images, and one that only started from it: `tuned` may go on from neither.
     for name, changes in (
         ("everything", {"labelled": "validated", "fold": "none"}),
@@ -327,8 +337,6 @@ def test_submission_is_checked(raw, tmp_path):
 
 
 def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_path):
-    import shutil
-
     from common.kaggle import choose
 
     data = tmp_path / "data"
@@ -348,8 +356,6 @@ def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_
 
 
 def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
-    import shutil
-
     shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     other = RawData(tmp_path / "data", "inclusive_images")
     said = []
