@@ -280,7 +280,10 @@ def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> 
             torch.set_num_threads(config.threads)
         found = raw.of_run(run.origin, given.data, module.write_sample)
         samples.add(found.is_sample or run.origin["sample"])
-        members.append((run, module.build(config, found), config))
+        task = module.build(config, found)
+        if task.preflight:
+            task.preflight()
+        members.append((run, task, config))
     path = write_submission(competition, members, is_sample=any(samples))
     if len(members) == 1 and not given.data:
         members[0][0].finish()

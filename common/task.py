@@ -87,6 +87,7 @@ class Task:
     sample_submission: Callable[[], Iterable[str]]  # opens the competition's sample file: its lines
     valid: Callable[[Sequence[str]], str | None]  # a CSV row without its id -> what is wrong with it, or None
     learn: Callable[[np.ndarray, np.ndarray], Learnt] = _nothing  # out-of-fold [m, ...], row numbers [m] -> learnt
+    preflight: Callable[[], None] | None = None  # raises UserError for what would fail only after the training
     pretrain: Callable[[nn.Module], None] | None = None  # fetches a fresh model's weights, for training only
     views: tuple[View, ...] = (View("as is"),)
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles

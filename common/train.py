@@ -36,6 +36,8 @@ def train(
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
         found = raw.find(competition, data, module.write_sample, announce=print if ranks.is_writer else _silent)
         task = module.build(config, found)
+        if task.preflight:
+            task.preflight()
         origin = {
             "competition": competition,
             "recipe": recipe,

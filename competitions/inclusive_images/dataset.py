@@ -40,6 +40,16 @@ class Pictures:
             return images.decode(self.paths[row], self.size)  # an all-black row is an image that could not be read
         return self._store[row]
 
+    def unreadable(self) -> list[BadImage]:
+        """The images that cannot be read, as far as the file knows: none where every use decodes them."""
+        bad = []
+        for row in () if self._store is None else np.flatnonzero(~self._store[:, 0, 0].any(axis=1)).tolist():
+            try:
+                self[row]
+            except BadImage as error:
+                bad.append(error)
+        return bad
+
 
 def _stored(paths: list[Path], size: tuple[int, int], file: Path) -> np.ndarray:
     """The images as one uint8 file [n, H, W, 3] in the page cache; rows of unreadable images stay black."""

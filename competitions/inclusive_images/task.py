@@ -19,6 +19,7 @@ from common.raw import RawData
 
 if TYPE_CHECKING:  # needs torch, and --help does not
     from common.task import Metric, Task
+    from competitions.inclusive_images.dataset import Pictures
 
 SOURCE = Source(
     slug="inclusive-images-challenge",
@@ -225,6 +226,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         sample_submission=lambda: raw.text(files.sample_name).splitlines(),
         valid=partial(_fault, files.index.column),
         learn=learn,
+        preflight=partial(_preflight, test),
         pretrain=partial(rows.start_from, config, files) if config.start_from else None,
         views=(View("as is"), View("left-right", _mirrored)),
         order=None if weights is None else partial(_weighted, weights),
@@ -265,6 +267,16 @@ def _check(config: TagConfig) -> None:
         raise UserError("--learns heads trains on a backbone of random weights: add --start-from RUN")
     if config.labelled == "validated" and config.fold not in ("0", "none"):
         raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
+
+
+def _preflight(test: Pictures) -> None:
+    """Raises UserError before hours of training when the test images cannot make a submission after them."""
+    if bad := test.unreadable():
+        named = "; ".join(f"{error.path} {error.reason}" for error in bad[:5])
+        raise UserError(
+            f"{len(bad)} of {len(test)} test images cannot be read ({named}), and a submission needs every one: "
+            f"replace the files and repeat the same command; make check, with the same COMP= and DATA=, lists them all"
+        )
 
 
 def _model(config: TagConfig, m: int, projections: Any, rates: Any) -> Any:

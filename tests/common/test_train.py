@@ -211,6 +211,20 @@ def test_a_second_train_command_makes_a_second_run(capsys):
         assert capsys.readouterr().out.strip().splitlines()[-1] == f"submission: submissions/toy/{expected}.csv"
 
 
+def test_what_would_fail_after_the_training_fails_before_it(monkeypatch):
+    whole = toy.build
+    toy_train("one")
+
+    def preflight() -> None:
+        raise UserError("a test image is missing")
+
+    monkeypatch.setattr(toy, "build", lambda config, data: replace(whole(config, data), preflight=preflight))
+    for attempt in (lambda: toy_train("two"), lambda: predict_again("--run", "one")):
+        with pytest.raises(UserError, match="a test image is missing"):
+            attempt()
+    assert not Path("runs/toy/two").exists()
+
+
 def test_unreadable_images_are_listed_in_the_run_and_left_out(monkeypatch):
     whole = toy.build
 

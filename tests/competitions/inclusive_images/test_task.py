@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,27 @@ def test_an_unreadable_image_is_named(raw, tmp_path):
     assert found[0].any()
     with pytest.raises(UserError, match="broken.jpg"):
         found[1]
+
+
+def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replaced(raw, tmp_path):
+    shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    other = RawData(tmp_path / "data", "inclusive_images")
+    whole = built(other)
+    whole.preflight()
+    image = other.path / "stage_1_test_images" / f"{whole.test_ids[3]}.jpg"
+    contents = image.read_bytes()
+    image.write_bytes(contents[:100])
+    for _ in range(2):  # as it is resized, and from the file
+        broken = built(other)
+        with pytest.raises(UserError, match=f"1 of 40 test images cannot be read .*{image.name} is truncated"):
+            broken.preflight()
+    black = np.zeros((64, 64, 3), np.uint8)
+    cv2.imwrite(str(image), black)
+    mended = built(other)
+    mended.preflight()
+    assert whole.fingerprint == broken.fingerprint == mended.fingerprint, "what was trained goes on"
+    next((other.path / "train_images").iterdir()).write_bytes(contents)
+    assert built(other).fingerprint != whole.fingerprint
 
 
 @pytest.mark.parametrize("loss", ["bce", "focal", "f2", "bce+f2", "pvn"])
