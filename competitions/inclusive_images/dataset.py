@@ -1,5 +1,6 @@
 """Images with their labels as samples: resized once, kept as uint8, augmented, and given the targets of every head."""
 
+import fcntl
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,28 +55,42 @@ class Pictures:
 def _stored(paths: list[Path], size: tuple[int, int], file: Path) -> np.ndarray:
     """The images as one uint8 file [n, H, W, 3] in the page cache; rows of unreadable images stay black."""
     if not file.is_file():
-        draft = file.with_suffix(f".{os.getpid()}.part")
         try:
-            store = np.lib.format.open_memmap(draft, "w+", np.uint8, (len(paths), *size, 3))
-
-            def put(row: int) -> None:
-                try:
-                    store[row] = images.decode(paths[row], size)
-                except BadImage:
-                    store[row] = 0
-
-            with ThreadPoolExecutor() as pool:
-                for _ in progress(pool.map(put, range(len(paths))), f"resizing into {file}", len(paths), "image"):
-                    pass
-            store.flush()
-            os.replace(draft, file)
+            with open(file.with_name("images.lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process resizes, and the others find its file
+                if not file.is_file():
+                    _resize(paths, size, file)
         except OSError as error:
             raise UserError(
                 f"{file} cannot be written ({error.strerror or error}): free disk space, or train with --cache-gb 0"
             ) from error
-        finally:
-            draft.unlink(missing_ok=True)
     return np.load(file, mmap_mode="r")
+
+
+def _resize(paths: list[Path], size: tuple[int, int], file: Path) -> None:
+    """Write the file of `_stored`; its lock is held, so any draft that is there was left by a killed process."""
+    for left in file.parent.glob("images-*.part"):
+        left.unlink()
+    draft = file.with_suffix(".part")
+    try:
+        store = np.lib.format.open_memmap(draft, "w+", np.uint8, (len(paths), *size, 3))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(draft, "r+b") as stream:  # a disk that fills up under a mapped file kills the process by SIGBUS
+                os.posix_fallocate(stream.fileno(), 0, draft.stat().st_size)
+
+        def put(row: int) -> None:
+            try:
+                store[row] = images.decode(paths[row], size)
+            except BadImage:
+                store[row] = 0
+
+        with ThreadPoolExecutor() as pool:
+            for _ in progress(pool.map(put, range(len(paths))), f"resizing into {file}", len(paths), "image"):
+                pass
+        store.flush()
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class TaggedImages:

@@ -1,7 +1,10 @@
 """The whole competition on its generated sample: rows, samples, network, losses, submission, and what is refused."""
 
 import dataclasses
+import errno
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -114,6 +117,33 @@ def test_images_are_resized_once(raw, monkeypatch):
     assert torch.equal(built(raw).plain[0][0], expected)
     monkeypatch.undo()
     assert torch.equal(built(raw, cache_gb=0.0).plain[0][0], expected)
+
+
+def test_a_disk_too_small_for_the_resized_images_is_named_before_they_are_written(raw, tmp_path, monkeypatch):
+    """Pages of a mapped file for which there is no room kill the process, so the room is taken first."""
+    paths = sorted((raw.path / "train_images").iterdir())[:4]
+    (tmp_path / "images-old-64x64.part").write_bytes(b"left by a killed process")
+
+    def no_room(descriptor: int, offset: int, length: int) -> None:
+        assert offset == 0 and length == os.fstat(descriptor).st_size > 4 * 32 * 32 * 3
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", no_room, raising=False)
+        full.setattr(dataset.images, "decode", lambda *_: pytest.fail("decoded without room"))
+        with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
+            dataset.Pictures(paths, (32, 32), tmp_path, "key", 1.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["images.lock"]
+    dataset.Pictures(paths, (32, 32), tmp_path, "key", 1.0)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_several_processes_resize_once(raw, tmp_path, monkeypatch):
+    paths, decoded, decode = sorted((raw.path / "train_images").iterdir())[:4], [], dataset.images.decode
+    monkeypatch.setattr(dataset.images, "decode", lambda *what: decoded.append(what) or decode(*what))
+    with ThreadPoolExecutor() as pool:  # every opening of the lock's file is a holder of its own, as in a process
+        list(pool.map(lambda _: dataset.Pictures(paths, (32, 32), tmp_path, "key", 1.0), range(4)))
+    assert len(decoded) == 4
 
 
 def test_an_unreadable_image_is_named(raw, tmp_path):
