@@ -27,12 +27,13 @@ ABOVE_0: Rule = lambda value: value > 0, "above 0"
 BELOW_1: Rule = lambda value: 0 <= value < 1, "0 up to, not including, 1"
 
 
-def flag(default: Any, help: str, unit: str = "", rule: Rule | None = None) -> Any:
+def flag(default: Any, help: str, unit: str = "", rule: Rule | None = None, predicts: bool = False) -> Any:
     """A field of a Config that is also a command-line flag: default, line of help, unit and which values it may have.
 
-    A number has to be finite in any case, and a tuple's rule is for each of its numbers.
+    A number has to be finite in any case, and a tuple's rule is for each of its numbers. One that `predicts` also is
+    a flag of `make predict`: it chooses what is predicted and has no part in the training.
     """
-    return field(default=default, metadata={"help": help, "unit": unit, "rule": rule})
+    return field(default=default, metadata={"help": help, "unit": unit, "rule": rule, "predicts": predicts})
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Config:
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
 MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory"})
-# What `make predict` may set; the rest shaped the weights.
+# What `make predict` may set, and what a competition marks with flag(..., predicts=True); the rest shaped the weights.
 PREDICTION_FIELDS = frozenset(
     {"batch_size", "views", "device", "precision", "workers", "threads", "keep_memory", "channels_last"}
 )
@@ -179,7 +180,7 @@ def add_flags(parser: argparse.ArgumentParser, config: Config) -> None:
 def add_prediction_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
     """Flags of what may differ between a run and its predictions; everything else is as the run was trained."""
     for item in fields(config_class):
-        if item.name in PREDICTION_FIELDS:
+        if item.name in PREDICTION_FIELDS or item.metadata.get("predicts"):
             _add_flag(parser, config_class, item, "as the run was trained")
 
 

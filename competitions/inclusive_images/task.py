@@ -50,7 +50,7 @@ SOURCE = Source(
 class TagConfig(Config):
     """The settings of inclusive_images: the rows, the network and its heads, their losses, the label vectors."""
 
-    stage: Literal["1", "2"] = flag("1", "test images and sample submission of this stage")
+    stage: Literal["1", "2"] = flag("1", "test images and sample submission of this stage", predicts=True)
     labelled: Literal["train", "validated", "both", "tuning"] = flag(
         "train",
         "rows: the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "

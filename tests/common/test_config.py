@@ -7,7 +7,17 @@ from typing import Literal
 
 import pytest
 
-from common.config import Config, Parser, add_flags, differences, flag, from_values, to_json, with_flags
+from common.config import (
+    Config,
+    Parser,
+    add_flags,
+    add_prediction_flags,
+    differences,
+    flag,
+    from_values,
+    to_json,
+    with_flags,
+)
 from common.errors import UserError
 
 
@@ -47,6 +57,21 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     assert differences(config, parse()) == [] or [line.split(":")[0] for line in differences(parse(), config)] == [
         field
     ]
+
+
+def test_predictions_have_the_flags_that_shaped_no_weights():
+    @dataclass(frozen=True)
+    class Staged(Config):
+        stage: int = flag(1, "what is predicted", predicts=True)
+        size: int = flag(64, "side of the images")
+
+    parser = Parser(prog="kit", allow_abbrev=False)
+    add_prediction_flags(parser, Staged)
+    config = with_flags(Staged(), parser.parse_args(["--stage", "2", "--batch-size", "8"]))
+    assert (config.stage, config.batch_size) == (2, 8)
+    for name in ("--size", "--lr"):
+        with pytest.raises(UserError, match=f"unknown flag {name}"):
+            parser.parse_args([name, "1"])
 
 
 @pytest.mark.parametrize(

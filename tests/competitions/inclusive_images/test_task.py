@@ -13,7 +13,7 @@ import torch
 
 from common import checkpoint, submission
 from common import run as runs
-from common.config import checked
+from common.config import Parser, add_prediction_flags, checked, with_flags
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
@@ -405,6 +405,12 @@ def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_
         (tmp_path / "sent.csv").write_text("image_id,labels\n" + "".join(lines))
         candidate = choose.Candidate(tmp_path / "sent.csv", {})
         assert choose.check(candidate, "inclusive_images", task, str(data)) == n
+
+
+def test_a_trained_network_predicts_either_stage():
+    parser = Parser()
+    add_prediction_flags(parser, task.TagConfig)
+    assert with_flags(SMOKE, parser.parse_args(["--stage", "2"])).stage == "2"
 
 
 def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
