@@ -1,6 +1,7 @@
 """The network: any backbone of timm, and up to three heads on its pooled features."""
 
 import difflib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ class TagNet(nn.Module):
     def __init__(
         self,
         backbone: str,
+        size: tuple[int, int],
         labels: int,
         heads: tuple[str, ...],
         projections: np.ndarray,
@@ -35,14 +37,10 @@ class TagNet(nn.Module):
         frozen: bool = False,
     ):
         super().__init__()
-        if not timm.is_model(backbone):
-            near = difflib.get_close_matches(backbone, timm.list_models(), n=3)
-            raise UserError(f"--backbone {backbone}: expected a model of timm, such as {', '.join(near) or 'resnet18'}")
-        self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0)
+        self.backbone, width = _backbone(backbone, size)
         self.frozen = frozen
         self.dropout = nn.Dropout(dropout)
         sizes = {"labels": labels, "embedding": projections.shape[1], "count": 1}
-        width = _pooled_width(self.backbone)
         self.heads = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in heads})
         self.register_buffer("projections", torch.from_numpy(projections))
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
@@ -71,12 +69,31 @@ class TagNet(nn.Module):
         return outputs
 
 
-def _pooled_width(backbone: nn.Module) -> int:
-    """Features that the backbone hands to a head. `num_features` is another number where a hidden layer follows."""
-    with torch.no_grad():
-        width = backbone.eval()(torch.zeros(1, *backbone.pretrained_cfg["input_size"])).shape[1]
-    backbone.train()
-    return width
+def _backbone(name: str, size: tuple[int, int]) -> tuple[nn.Module, int]:
+    """A model of timm for images of `size` and the features that it hands to a head.
+
+    `num_features` is another number where a hidden layer follows, so an image is passed through. Raises UserError when
+    there is no such model, or when it does not take images of this size.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"--backbone {name}: expected a model of timm, such as {', '.join(near) or 'resnet18'}")
+    create = partial(timm.create_model, name, pretrained=False, num_classes=0)
+    try:
+        try:
+            backbone = create(img_size=size)  # transformers have to know it
+        except TypeError:  # convolutions take any, and no such argument
+            backbone = create()
+        with torch.no_grad():
+            width = backbone.eval()(torch.zeros(1, 3, *size)).shape[1]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        usual = ",".join(map(str, timm.get_pretrained_cfg(name).input_size[1:]))
+        raise UserError(
+            f"--backbone {name} does not take images of --size {size[0]},{size[1]} ({reason}): it was made for --size "
+            f"{usual}; give that, or another --backbone"
+        ) from error
+    return backbone.train(), width
 
 
 def start_from(model: TagNet, file: Path) -> None:
@@ -94,6 +111,6 @@ def start_from(model: TagNet, file: Path) -> None:
     if wrong or taken.keys() - own.keys():
         raise UserError(
             f"{file} holds another network (first difference: {(wrong or sorted(taken.keys() - own.keys()))[0]}): "
-            f"start from a run with the same --backbone, labels and heads"
+            f"start from a run with the same --backbone, labels and heads, and of a transformer with the same --size"
         )
     model.load_state_dict(taken | {"projections": own["projections"]})

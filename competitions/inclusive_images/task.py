@@ -6,7 +6,7 @@ make train COMP=inclusive_images RECIPE=small
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -208,6 +208,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         found = decisions["labels"].cpu().numpy()
         return [(image, files.index.text(np.flatnonzero(row))) for image, row in zip(ids, found, strict=True)]
 
+    network = partial(_model, config, m, projections, counts / files.fitted.shape[0])
     labelled = TaggedImages(images, files.labels, vectors, config.count > 0, augmentation(config.augment, config.size))
     return Task(
         labelled=labelled,
@@ -216,7 +217,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         ids=files.ids,
         test_ids=files.test_ids,
         folds=files.folds,
-        model=partial(_model, config, m, projections, counts / files.fitted.shape[0]),
+        model=network,
         loss=_loss(config),
         metrics=_metrics(),
         predict=partial(_predict, config),
@@ -226,7 +227,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         sample_submission=lambda: raw.text(files.sample_name).splitlines(),
         valid=partial(_fault, files.index.column),
         learn=learn,
-        preflight=partial(_preflight, test),
+        preflight=partial(_preflight, network, test),
         pretrain=partial(rows.start_from, config, files) if config.start_from else None,
         views=(View("as is"), View("left-right", _mirrored)),
         order=None if weights is None else partial(_weighted, weights),
@@ -269,8 +270,9 @@ def _check(config: TagConfig) -> None:
         raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
 
 
-def _preflight(test: Pictures) -> None:
-    """Raises UserError before hours of training when the test images cannot make a submission after them."""
+def _preflight(network: Callable[[], Any], test: Pictures) -> None:
+    """Raises UserError when there is no such network, or when the test images cannot make a submission at the end."""
+    network()
     if bad := test.unreadable():
         named = "; ".join(f"{error.path} {error.reason}" for error in bad[:5])
         raise UserError(
@@ -284,7 +286,7 @@ def _model(config: TagConfig, m: int, projections: Any, rates: Any) -> Any:
 
     weights = dict(zip(HEADS, (config.classifier, config.embedding, config.count), strict=True))
     heads = tuple(name for name in HEADS if weights[name])
-    return TagNet(config.backbone, m, heads, projections, rates, config.dropout, config.learns == "heads")
+    return TagNet(config.backbone, config.size, m, heads, projections, rates, config.dropout, config.learns == "heads")
 
 
 def _loss(config: TagConfig) -> Any:

@@ -266,6 +266,23 @@ def test_heads_fit_what_the_backbone_hands_over(raw, backbone):
     assert outputs["labels"].shape == (2, 23) and outputs["embedding"].shape == (2, 16)
 
 
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128s"])
+def test_transformers_are_made_for_the_size_of_the_images(raw, backbone):
+    built_task = built(raw, backbone=backbone, size=(64, 96))
+    built_task.preflight()
+    outputs = built_task.model().train()(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    assert outputs["labels"].shape == (2, 23) and outputs["embedding"].shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "usual"), [("inception_v3", (64, 64), "299,299"), ("nest_tiny", (64, 96), "224,224")]
+)
+def test_a_backbone_that_does_not_take_the_size_is_refused_before_the_run(raw, backbone, size, usual):
+    words = f"--backbone {backbone} does not take images of --size {size[0]},{size[1]} .*--size {usual}"
+    with pytest.raises(UserError, match=words):
+        built(raw, backbone=backbone, size=size).preflight()
+
+
 def test_the_count_head_leaves_no_trace_in_the_predictions(raw):
     """So that runs with and without one can be averaged."""
     for count in (0.0, 0.01):
@@ -451,7 +468,7 @@ def test_settings_that_make_no_sense(raw, changes, words):
 
 def test_unknown_backbone_names_the_nearest(raw):
     with pytest.raises(UserError, match="resnet18"):
-        built(raw, backbone="resnet81").model()
+        built(raw, backbone="resnet81").preflight()
 
 
 def test_pictures(raw, tmp_path):
