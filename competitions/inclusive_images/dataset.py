@@ -28,8 +28,9 @@ class Pictures:
 
     def __init__(self, paths: Sequence[Path], size: tuple[int, int], cache: Path, key: str, limit_gb: float):
         self.paths, self.size = list(paths), size
+        self.gigabytes = len(self.paths) * size[0] * size[1] * 3 / GIGABYTE
         self._store: np.ndarray | None = None
-        if len(self.paths) * size[0] * size[1] * 3 <= limit_gb * GIGABYTE:
+        if self.gigabytes <= limit_gb:
             self._store = _stored(self.paths, size, cache / f"images-{key[:16]}-{size[0]}x{size[1]}.npy")
 
     def __len__(self) -> int:

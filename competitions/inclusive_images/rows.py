@@ -101,10 +101,8 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     )
 
 
-def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding | None:
-    """The label vectors of `rows.fitted`; None when nothing needs them."""
-    if not config.embedding and not config.clusters:
-        return None
+def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding:
+    """The label vectors of `rows.fitted`."""
     return LabelEmbedding.fit(
         rows.fitted, config.embedding_dim, config.embedding_kind, smoothing=config.smoothing, seed=config.seed
     )

@@ -18,8 +18,11 @@ from common.kaggle.source import Images, Source
 from common.raw import RawData
 
 if TYPE_CHECKING:  # needs torch, and --help does not
+    from common.run import Run
     from common.task import Metric, Task
     from competitions.inclusive_images.dataset import Pictures
+    from competitions.inclusive_images.label_embedding import LabelEmbedding
+    from competitions.inclusive_images.rows import Rows
 
 SOURCE = Source(
     slug="inclusive-images-challenge",
@@ -177,12 +180,13 @@ def build(config: TagConfig, raw: RawData) -> Task:
     import numpy as np
 
     from common.task import Task, View
-    from competitions.inclusive_images import decision, pictures, rows
+    from competitions.inclusive_images import decision, rows
     from competitions.inclusive_images.dataset import Pictures, TaggedImages, augmentation, sampling_weights
 
     _check(config)
-    files = rows.read(config, raw, print if os.environ.get("RANK", "0") == "0" else _silent)
-    embedding = rows.embed(config, files)
+    announce = print if os.environ.get("RANK", "0") == "0" else _silent
+    files = rows.read(config, raw, announce)
+    embedding = rows.embed(config, files) if config.embedding or config.clusters else None
     m = len(files.index)
     projections = np.zeros((m, config.embedding_dim if embedding else 1), np.float32)
     if embedding:
@@ -194,6 +198,12 @@ def build(config: TagConfig, raw: RawData) -> Task:
 
     images = Pictures(files.paths, config.size, raw.cache, rows.stamp(files.paths), config.cache_gb)
     test = Pictures(files.test_paths, config.size, raw.cache, rows.stamp(files.test_paths), config.cache_gb)
+    for what, those in (("labelled", images), ("test", test)):
+        if those.gigabytes > config.cache_gb:
+            announce(
+                f"the {len(those):,} {what} images are decoded at every use: resized they would take "
+                f"{those.gigabytes:.2g} GB, more than --cache-gb {config.cache_gb:g}"
+            )
     vectors = embedding.vectors if config.embedding else None
     weights = sampling_weights(files.labels) if config.sampling == "weighted" else None
 
@@ -236,7 +246,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
         outputs=str(files.index),
         paths=[*files.paths, *files.test_paths],
         prediction_type="float16",
-        report=partial(pictures.report, files=files, embedding=embedding, decide=decide),
+        report=partial(_report, config, files, embedding, decide),
     )
 
 
@@ -338,3 +348,15 @@ def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
     if unknown:
         return f"{unknown[0]} is not in classes-trainable.csv"
     return "a label is there twice" if len(set(codes)) < len(codes) else None
+
+
+def _report(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, decide: Any, run: Run) -> None:
+    """The page of a run. What trained without label vectors gets some for its pictures, where the labels have any."""
+    from competitions.inclusive_images import pictures, rows
+
+    if embedding is None:
+        try:
+            embedding = rows.embed(config, files)
+        except UserError as error:
+            run.log(f"no pictures of the label vectors: {error}")
+    pictures.report(run, files, embedding, decide)

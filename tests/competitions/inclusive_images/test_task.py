@@ -110,13 +110,18 @@ def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
     assert 4 <= blended <= 20, "about half of the pairs"
 
 
-def test_images_are_resized_once(raw, monkeypatch):
+def test_images_are_resized_once_up_to_a_limit(raw, monkeypatch, capsys):
     before = built(raw)
     expected = before.plain[0][0]
     monkeypatch.setattr(dataset.images, "decode", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(built(raw).plain[0][0], expected)
     monkeypatch.undo()
+    capsys.readouterr()
     assert torch.equal(built(raw, cache_gb=0.0).plain[0][0], expected)
+    said = capsys.readouterr().out
+    assert "the 240 labelled images are decoded at every use" in said and "the 40 test images" in said
+    built(raw)
+    assert "decoded at every use" not in capsys.readouterr().out
 
 
 def test_a_disk_too_small_for_the_resized_images_is_named_before_they_are_written(raw, tmp_path, monkeypatch):
@@ -493,6 +498,20 @@ def test_pictures(raw, tmp_path):
     assert f"{len(held)} of them" in page
     for name in ("similarity", "map", "curves"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_runs_without_label_vectors_have_their_pictures_too(raw, tmp_path, monkeypatch):
+    built_task = built(raw, embedding=0.0)
+    built_task.report(runs.Run(tmp_path, {}))
+    assert (tmp_path / "report.html").read_text().count("<img") == 2
+
+    def alike(*_, **__) -> None:
+        raise UserError("all images have the same labels")
+
+    monkeypatch.setattr(rows.LabelEmbedding, "fit", alike)
+    built_task.report(runs.Run(tmp_path, {}))
+    assert "<img" not in (tmp_path / "report.html").read_text(), "a run is not lost for want of pictures"
+    assert "no pictures of the label vectors: all images have" in (tmp_path / "log.txt").read_text()
 
 
 def test_frequency_bands_partition_the_labels_that_occur():
