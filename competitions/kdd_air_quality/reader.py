@@ -27,6 +27,7 @@ STATION_COLUMNS = ("stationId", "station_id", "Station_ID", "GeoCode")
 TIME_COLUMNS = ("utc_time", "time", "MeasurementDateGMT")
 # Files of the competition without any observation of air quality, by a column that only they have.
 OTHER_FILES = {"api_data", "test_id", "stationName", "temperature", "humidity"}
+DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
 O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 16:00 local, 08:00 UTC; local time would show 16
 
 
@@ -89,7 +90,7 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
         except ValueError as error:  # empty, ragged, or not text: pandas and the decoder raise its subclasses
             warnings.append(f"{name} was not read: {error}".strip())
             continue
-        if table is not None:
+        if table is not None and len(table):
             _warn_of_local_time(name, table, warnings)
             tables.append(table)
     if not tables:
@@ -128,7 +129,8 @@ def _csv_table(name: str, content: bytes, warnings: list[str]) -> pd.DataFrame |
     if unreadable.any():
         example = frame[time][unreadable].iloc[0]
         warnings.append(
-            f"{name}: {int(unreadable.sum())} rows are left out, their time cannot be read, such as {example!r}"
+            f"{name}: {int(unreadable.sum())} rows are left out, their time cannot be read, such as {str(example)!r}: "
+            f"expected year, month, day and hour as in 2018-01-31 05:00"
         )
     return table[table["station"].notna() & table["hour"].notna()]
 
@@ -140,10 +142,35 @@ def _pollutant(column: str) -> str | None:
 
 
 def _hours(texts: pd.Series) -> np.ndarray:
-    """Times as full hours, NaT where blank or unreadable; each distinct text is parsed once, 13 times faster."""
+    """Times as full hours in UTC, NaT where blank or unreadable; each distinct text is parsed once, 13 times faster.
+
+    Numbers count as unreadable (seconds, a spreadsheet's days: nobody knows since when), and so does what has no year
+    of four digits. Raises ValueError where days and months cannot be told apart.
+    """
     codes, distinct = pd.factorize(texts)
-    times = pd.to_datetime(pd.Series(distinct, dtype=object), errors="coerce", format="mixed").dt.floor("h")
-    return np.append(times.to_numpy("datetime64[ns]"), np.datetime64("NaT", "ns"))[codes]  # a blank has the code -1
+    distinct = pd.Series(distinct, dtype=object)
+    given = _year_first(distinct.astype(str))
+    dated = given.str.contains(r"\d{4}") & pd.to_numeric(distinct, errors="coerce").isna()
+    times = pd.to_datetime(given.where(dated), errors="coerce", format="mixed", utc=True).dt.floor("h")
+    hours = times.dt.tz_localize(None).to_numpy("datetime64[ns]")
+    return np.append(hours, np.datetime64("NaT", "ns"))[codes]  # a blank has the code -1
+
+
+def _year_first(texts: pd.Series) -> pd.Series:
+    """'31/1/2018 5:00' as '2018-1-31 5:00', and so '1/31/2018 5:00'; other texts as they are.
+
+    Which of the two a file means shows in a field above 12. Raises ValueError when both or neither of them has one.
+    """
+    fields = texts.str.extract(DAY_MONTH_YEAR).dropna()
+    if fields.empty:
+        return texts
+    day_first, month_first = ((fields[number].astype(int) > 12).any() for number in (0, 2))
+    if day_first == month_first:
+        raise ValueError(
+            f"times such as {texts[fields.index[0]]!r} are {'both' if day_first else 'either'} day or month first: "
+            f"expected the year first as in 2018-01-31 05:00"
+        )
+    return texts.str.replace(DAY_MONTH_YEAR, r"\4-\3-\1" if day_first else r"\4-\1-\3", regex=True)
 
 
 def _tsf_table(content: bytes) -> pd.DataFrame | None:

@@ -123,6 +123,60 @@ def test_rows_without_a_time_are_left_out(files, others):
     assert not (observations.values == 999).any() and observations.values.shape == expected.shape
 
 
+@pytest.mark.parametrize(
+    "layout", ["%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M", "%d.%m.%Y %H:%M", "%Y-%m-%dT%H:%M:%SZ", "%d %B %Y %H:%M"]
+)
+def test_times_in_other_layouts_are_the_same_hours(files, layout):
+    expected = load(files).values
+    frame = pd.read_csv(files / LONDON)
+    frame["MeasurementDateGMT"] = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed").dt.strftime(layout)
+    frame.to_csv(files / LONDON, index=False)
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected)
+    assert not observations.warnings
+
+
+def test_times_with_and_without_a_zone_stand_side_by_side(files):
+    expected = load(files).values
+    frame = pd.read_csv(files / LONDON)
+    hours = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed")
+    texts = hours.astype(str)
+    texts[::3] += "Z"
+    texts[1::3] = (hours[1::3] + pd.Timedelta(hours=8)).astype(str) + "+08:00"
+    frame.assign(MeasurementDateGMT=texts).to_csv(files / LONDON, index=False)
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected)
+    assert not observations.warnings
+
+
+@pytest.mark.parametrize(
+    "times, word",
+    [
+        (["05/01/2018 5:00", "06/01/2018 5:00"], "either day or month first"),
+        (["25/01/2018 5:00", "01/25/2018 5:00"], "both day or month first"),
+        (["1514764800", "1514768400"], "cannot be read, such as '1514764800'"),
+        (["43101.25", "43101.2916667"], "cannot be read, such as '43101.25'"),
+        (["2018010100", "2018010101"], "cannot be read, such as '2018010100'"),
+        (["25/01/18 5:00", "05:00"], "cannot be read, such as '25/01/18 5:00'"),
+    ],
+)
+def test_times_that_could_be_others_are_left_out(files, times, word):
+    expected = load(files)
+    rows = [f"{time},CD1,999,999" for time in times]
+    (files / "more.csv").write_text("\n".join(["MeasurementDateGMT,station_id,PM2.5 (ug/m3),PM10 (ug/m3)", *rows]))
+    observations = load(files)
+    (warning,) = observations.warnings
+    assert warning.startswith("more.csv") and word in warning and "as in 2018-01-31 05:00" in warning
+    np.testing.assert_array_equal(observations.values, expected.values)
+    assert observations.start == expected.start
+
+
+def test_files_whose_times_cannot_be_read_are_no_files(tmp_path):
+    (tmp_path / "epoch.csv").write_text("stationId,utc_time,PM2.5\ndongsi_aq,1514764800,3\n")
+    with pytest.raises(UserError, match="has no file of air quality.*such as '1514764800'"):
+        load(tmp_path)
+
+
 def test_unknown_stations_are_listed(files):
     pd.read_csv(files / HISTORY).iloc[:5].assign(stationId="atlantis_aq").to_csv(files / "more.csv", index=False)
     (warning,) = load(files).warnings
