@@ -23,10 +23,11 @@ from competitions.kdd_air_quality.stations import (
     city_of,
 )
 
-STATION_COLUMNS = ("stationId", "station_id", "Station_ID", "GeoCode")
-TIME_COLUMNS = ("utc_time", "time", "MeasurementDateGMT")
+# Names of columns as `_plain` has them.
+STATION_COLUMNS = ("stationid", "station_id", "geocode")
+TIME_COLUMNS = ("utc_time", "time", "measurementdategmt")
 # Files of the competition without any observation of air quality, by a column that only they have.
-OTHER_FILES = {"api_data", "test_id", "stationName", "temperature", "humidity"}
+OTHER_FILES = {"api_data", "test_id", "stationname", "temperature", "humidity"}
 DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
 O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 16:00 local, 08:00 UTC; local time would show 16
 
@@ -78,21 +79,27 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
     Of several values for the same hour the last in the order of the file names counts. Negative values stay: the score
     needs them. Raises UserError when no file can be read or a whole city is missing; what is odd is in `warnings`.
     """
-    tables, warnings = [], []
+    tables, warnings, others = [], [], []
     for name in raw.names():
-        if name.startswith("cache/") or "sample_submission" in name.rsplit("/", 1)[-1]:
+        file = name.rsplit("/", 1)[-1].lower()
+        if name.startswith("cache/") or file.startswith(".") or "sample_submission" in file:
             continue
-        if not name.endswith((".csv", ".tsf")):
+        if not file.endswith((".csv", ".tsf")):
+            others.append(name)
             continue
         content = raw.read(name)
         try:
-            table = _csv_table(name, content, warnings) if name.endswith(".csv") else _tsf_table(content)
+            table = _csv_table(name, content, warnings) if file.endswith(".csv") else _tsf_table(content)
         except ValueError as error:  # empty, ragged, or not text: pandas and the decoder raise its subclasses
             warnings.append(f"{name} was not read: {error}".strip())
             continue
         if table is not None and len(table):
             _warn_of_local_time(name, table, warnings)
             tables.append(table)
+    if others:
+        warnings.append(
+            f"neither .csv nor .tsf, so not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+        )
     if not tables:
         raise UserError(
             f"{raw.path} has no file of air quality (found: {', '.join(raw.names()[:8]) or 'nothing'}"
@@ -105,25 +112,27 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
 def _csv_table(name: str, content: bytes, warnings: list[str]) -> pd.DataFrame | None:
     """station, hour and the pollutants of one CSV; None for a file of something else. Accepts every known layout."""
     frame = pd.read_csv(io.BytesIO(content), low_memory=False)
-    columns = [str(column) for column in frame.columns]
-    if OTHER_FILES & set(columns):
-        return None
-    station = next((column for column in STATION_COLUMNS if column in columns), None)
-    time = next((column for column in TIME_COLUMNS if column in columns), None)
-    found = {_pollutant(column): column for column in columns if _pollutant(column)}
+    columns = {_plain(column): column for column in frame.columns}
+    station = next((columns[name] for name in STATION_COLUMNS if name in columns), None)
+    time = next((columns[name] for name in TIME_COLUMNS if name in columns), None)
+    found = {_pollutant(column): column for column in frame.columns if _pollutant(column)}
     if station is None or time is None or not found:
+        if OTHER_FILES & set(columns):
+            return None
         missing = [
             what
             for what, there in [
-                (f"a station column ({', '.join(STATION_COLUMNS)})", station),
-                (f"a time column ({', '.join(TIME_COLUMNS)})", time),
-                ("a pollutant (PM2.5, PM25_Concentration, PM2.5 (ug/m3) ...)", found),
+                (f"station column ({', '.join(STATION_COLUMNS)})", station),
+                (f"time column ({', '.join(TIME_COLUMNS)})", time),
+                ("pollutant (PM2.5, PM25_Concentration, PM2.5 (ug/m3) ...)", found),
             ]
             if not there
         ]
-        warnings.append(f"{name} was not read: it has no {' and no '.join(missing)}, only {', '.join(columns[:8])}")
+        warnings.append(
+            f"{name} was not read: it has no {' and no '.join(missing)}, only {', '.join(frame.columns[:8])}"
+        )
         return None
-    values = {pollutant: pd.to_numeric(frame[column], errors="coerce") for pollutant, column in found.items()}
+    values = {pollutant: _numbers(name, frame[column], warnings) for pollutant, column in found.items()}
     table = pd.DataFrame({"station": frame[station], "hour": _hours(frame[time]), **values})
     unreadable = table["hour"].isna() & table["station"].notna()
     if unreadable.any():
@@ -135,10 +144,27 @@ def _csv_table(name: str, content: bytes, warnings: list[str]) -> pd.DataFrame |
     return table[table["station"].notna() & table["hour"].notna()]
 
 
+def _plain(column: str) -> str:
+    return column.strip().lower()
+
+
 def _pollutant(column: str) -> str | None:
-    """PM2.5 of 'PM2.5', 'PM2.5 (ug/m3)' and 'PM25_Concentration'; None of other columns."""
-    short = column.removesuffix("_Concentration").removesuffix(" (ug/m3)").replace("PM25", "PM2.5")
-    return short if short in ALL_POLLUTANTS else None
+    """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)' and 'PM25_Concentration'; None of other columns."""
+    short = _plain(column).removesuffix("_concentration").removesuffix("(ug/m3)").strip().replace("pm25", "pm2.5")
+    return short.upper() if short.upper() in ALL_POLLUTANTS else None
+
+
+def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
+    """The column as numbers; what is none, such as a decimal comma, is missing, and warned of."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    lost = column[numbers.isna() & column.notna()].astype(str)
+    lost = lost[lost.str.strip() != ""]
+    if len(lost):
+        warnings.append(
+            f"{name}: {len(lost)} values of {column.name.strip()} are no numbers and count as missing, such as "
+            f"{lost.iloc[0]!r}: expected one such as 12.5"
+        )
+    return numbers
 
 
 def _hours(texts: pd.Series) -> np.ndarray:
@@ -182,7 +208,7 @@ def _tsf_table(content: bytes) -> pd.DataFrame | None:
     names = [line.split()[1] for line in head.splitlines() if line.startswith("@attribute")]
     wanted = ("station", "air_quality_measurement", "start_timestamp")
     if not set(wanted) <= set(names):
-        return None
+        raise ValueError(f"expected an @attribute line for each of {', '.join(wanted)}, found {names}")
     parts = []
     for line in body.splitlines():
         *fields, values = line.split(":")

@@ -102,6 +102,55 @@ def test_other_columns_are_named_and_left_out(files):
 
 
 @pytest.mark.parametrize(
+    "renamed",
+    [
+        str.upper,
+        str.lower,
+        lambda column: f" {column} ",
+        lambda column: column + " (ug/m3)" * (column in ("PM10", "O3")),
+    ],
+)
+def test_spelling_of_columns_and_endings_does_not_matter(files, renamed):
+    expected = load(files).values
+    pd.read_csv(files / HISTORY).rename(columns=renamed).to_csv(files / "BEIJING.CSV", index=False)
+    (files / HISTORY).unlink()
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected)
+    assert not observations.warnings
+
+
+def test_columns_of_the_weather_beside_the_pollutants_hide_nothing(files):
+    expected = load(files).values
+    pd.read_csv(files / HISTORY).assign(temperature=3, humidity=40).to_csv(files / HISTORY, index=False)
+    np.testing.assert_array_equal(load(files).values, expected)
+
+
+def test_values_that_are_no_numbers_are_named(files):
+    frame = pd.read_csv(files / HISTORY)
+    texts = frame["PM10"].astype(str).where(frame["PM10"].notna(), " ")
+    frame.assign(PM10=texts.str.replace(".", ",")).to_csv(files / HISTORY, index=False)
+    (warning,) = load(files).warnings
+    count, example = frame["PM10"].notna().sum(), texts[frame["PM10"].notna()].iloc[0].replace(".", ",")
+    assert f"{HISTORY}: {count} values of PM10 are no numbers" in warning and repr(example) in warning
+
+
+def test_series_of_something_else_are_named(files):
+    (files / "tides.tsf").write_text("@attribute harbour string\n@data\nT1:Dover:3,4,5\n")
+    (warning,) = load(files).warnings
+    assert warning.startswith("tides.tsf was not read") and "air_quality_measurement" in warning
+
+
+def test_files_of_other_kinds_are_listed(files):
+    expected = load(files).values
+    for name in ("more.xlsx", "beijing.csv.gz", "notes.txt", ".hidden"):
+        (files / name).write_text("?")
+    observations = load(files)
+    (warning,) = observations.warnings
+    assert "beijing.csv.gz, more.xlsx, notes.txt" in warning and "hidden" not in warning
+    np.testing.assert_array_equal(observations.values, expected)
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"a,b\n1,2,3\n1,2,3,4,5\n", b"stationId,utc_time,PM2.5\nd\xe9j\xe0,2018-01-01,3\n"]
 )
 def test_a_file_that_is_no_table_is_named_and_left_out(files, content):
