@@ -80,6 +80,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
             f"{len(known.values) // 24} days of history are too few to hold out {config.backtest_days} and learn from "
             f"the rest: add earlier files, or use fewer --backtest-days"
         )
+    refuse_unscored(known, period.days)
     warnings = [*observations.warnings, *short_history(known, config)]
     run = started(competition, found, config, given)
     if run.result is None:
@@ -118,6 +119,15 @@ def short_history(observations: Observations, config: Config) -> list[str]:
     return [f"{days} days of history, the longest window has {longest}: windows end where the data begin"] * (
         days < longest
     )
+
+
+def refuse_unscored(observations: Observations, days: np.ndarray) -> None:
+    """Raise UserError, before anything is fitted, when the score of these days would be the mean of nothing."""
+    if not metric.valid_points(observations.truth(days), observations.network.stations).any():
+        raise UserError(
+            f"nothing can be scored of the forecasts of {days[0]} to {days[-1]}: no hour after them has a value of "
+            f"every pollutant of a station. Expected earlier days (--last-day), or the files of the days after them"
+        )
 
 
 def fitted_blend(forecasts: dict[str, np.ndarray], truth: np.ndarray, observations: Observations) -> blend.Weights:
@@ -251,6 +261,7 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
         if day:
             known_before(observations, parse_day(day))
     days = days_between(config.first_day or newest - 29 * DAY, config.last_day or newest)
+    refuse_unscored(observations, days)
     if fitted is not None:
         _backtest_of(fitted, observations, days)
         return

@@ -11,7 +11,7 @@ import pandas as pd
 
 from common.errors import UserError
 from common.raw import RawData
-from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR, first_hour, forecast_hours
+from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, HOUR, first_hour, forecast_hours
 from competitions.kdd_air_quality.stations import (
     ALL_POLLUTANTS,
     CITIES,
@@ -29,6 +29,7 @@ TIME_COLUMNS = ("utc_time", "time", "measurementdategmt")
 # Files of the competition without any observation of air quality, by a column that only they have.
 OTHER_FILES = {"api_data", "test_id", "stationname", "temperature", "humidity"}
 DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
+LONGEST_GAP_DAYS = 90  # a season without any file is a mistyped date, or history that says nothing of the last days
 O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 16:00 local, 08:00 UTC; local time would show 16
 
 
@@ -246,21 +247,41 @@ def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawDa
     if unknown:
         warnings.append(f"{len(unknown)} unknown stations are left out: {', '.join(unknown[:5])}")
     rows = table[names.isin(number_of.keys())]
+    given = rows.reindex(columns=ALL_POLLUTANTS).to_numpy(np.float32)
+    there = np.isfinite(given)
+    rows, given, there = (part[there.any(axis=1)] for part in (rows, given, there))  # blank rows begin and end nothing
     if rows.empty:
-        example = network.stations[0]
-        raise UserError(f"{raw.path}: no row is of a known station such as {example} (found: {', '.join(unknown[:5])})")
+        raise UserError(
+            f"{raw.path}: no row has a value of a known station such as {network.stations[0]}"
+            + (f" ({'; '.join(warnings)})" if warnings else "")
+            + f": get the public copy with make data COMP={raw.competition}, or pass DATA=/path/to/folder"
+        )
     hours = rows["hour"].to_numpy().astype("datetime64[h]")
+    _refuse_gaps(rows["station"].to_numpy(), hours, raw)
     start = hours.min().astype("datetime64[D]").astype("datetime64[h]")
     row = ((hours - start) / HOUR).astype(int)
     column = rows["station"].map(number_of).to_numpy().astype(int)
     values = np.full((row.max() + 1, len(network.stations), len(ALL_POLLUTANTS)), np.nan, np.float32)
-    for number, pollutant in enumerate(ALL_POLLUTANTS):
-        if pollutant in rows:
-            given = rows[pollutant].to_numpy(np.float32)
-            there = np.isfinite(given)
-            values[row[there], column[there], number] = given[there]  # of equal indices the last one stays
+    for number in range(len(ALL_POLLUTANTS)):
+        own = there[:, number]
+        values[row[own], column[own], number] = given[own, number]  # of equal indices the last one stays
     observations = Observations(start, values, network)
     return replace(observations, warnings=tuple(warnings + _gaps(observations, raw)))
+
+
+def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, raw: RawData) -> None:
+    """One mistyped year would move the end of the data, and with it everything that is forecast and scored."""
+    days = np.unique(hours.astype("datetime64[D]"))
+    wide = np.flatnonzero(np.diff(days) > LONGEST_GAP_DAYS * DAY)
+    if not len(wide):
+        return
+    before, after = days[wide[-1]], days[wide[-1] + 1]
+    fewer = min(hours < after, hours >= after, key=np.sum)
+    raise UserError(
+        f"{raw.path} has no value from {before + DAY} to {after - DAY}, expected gaps of at most {LONGEST_GAP_DAYS} "
+        f"days: mend or remove the {fewer.sum()} rows on one side, such as {stations[fewer][0]} at {hours[fewer][0]}, "
+        f"or add the files between"
+    )
 
 
 def _gaps(observations: Observations, raw: RawData) -> list[str]:

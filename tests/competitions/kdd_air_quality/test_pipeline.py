@@ -191,6 +191,25 @@ def test_backtest_of_a_fitted_run_fits_nothing(here, capsys):
     assert "know too much" in shown, "the run was fitted on these days"
 
 
+@pytest.mark.parametrize("verb", ["train", "backtest", "backtest --run a"])
+def test_days_that_cannot_be_scored_are_refused_before_anything_is_fitted(here, capsys, verb):
+    """No PM10 in the last weeks: values are there, but no row is scored."""
+    for file in (here / "files").glob("*.csv"):
+        frame = pd.read_csv(file)
+        time = next((c for c in frame if c in ("utc_time", "time", "MeasurementDateGMT")), None)
+        if time is not None:
+            late = pd.to_datetime(frame[time], format="mixed") >= "2018-03-15"
+            frame.loc[late, [column for column in frame if "PM10" in column]] = np.nan
+            frame.to_csv(file, index=False)
+    verb, *words = verb.split()
+    days = ["--first-day", "2018-03-20", "--last-day", "2018-03-24"] if verb == "backtest" else []
+    small = [] if words else SMALL
+    assert main([verb, "kdd_air_quality", "--data", "files", *small, *words, *days]) == 1
+    error = capsys.readouterr().err
+    assert "nothing can be scored of the forecasts of 2018-03-2" in error and "--last-day" in error
+    assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
+
+
 def test_a_finished_run_is_not_trained_again(here, capsys):
     assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
     assert "nothing to train" in capsys.readouterr().out

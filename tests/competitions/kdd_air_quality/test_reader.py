@@ -226,6 +226,27 @@ def test_files_whose_times_cannot_be_read_are_no_files(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("hour", ["2017-06-01 00:00:00", "2018-12-31 23:00:00", "2081-04-01 00:00:00"])
+def test_rows_without_values_begin_and_end_nothing(files, hour):
+    expected = load(files)
+    (files / "blank.csv").write_text(f"stationId,utc_time,PM2.5,PM10,O3\ndongsi_aq,{hour},,,\n")
+    observations = load(files)
+    assert (observations.start, observations.end) == (expected.start, expected.end)
+
+
+@pytest.mark.parametrize("year", [1918, 2017, 2019, 2081])
+def test_a_mistyped_year_is_refused(files, year):
+    (files / "more.csv").write_text(f"stationId,utc_time,PM2.5\ndongsi_aq,{year}-08-01 05:00:00,3\n")
+    with pytest.raises(UserError, match=f"the 1 rows on one side, such as dongsi_aq at {year}-08-01T05"):
+        load(files)
+
+
+def test_a_folder_without_a_single_value_is_refused(tmp_path):
+    (tmp_path / "blank.csv").write_text("stationId,utc_time,PM2.5\ndongsi_aq,2018-01-01 05:00:00,\n")
+    with pytest.raises(UserError, match="no row has a value of a known station such as dongsi_aq"):
+        load(tmp_path)
+
+
 def test_unknown_stations_are_listed(files):
     pd.read_csv(files / HISTORY).iloc[:5].assign(stationId="atlantis_aq").to_csv(files / "more.csv", index=False)
     (warning,) = load(files).warnings
