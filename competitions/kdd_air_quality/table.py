@@ -1,9 +1,11 @@
 """The submission's table: the ids of the sample file in its order, and one row of forecasts for each."""
 
+import csv
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from common import submission
 from common.errors import UserError
 from common.raw import RawData
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
@@ -40,14 +42,33 @@ def parse_id(text: str) -> tuple[str, int]:
 def stations_of(lines: Sequence[str]) -> tuple[str, ...]:
     """The stations that the sample asks for, in the organisers' order whatever its own is.
 
-    Raises UserError when its header or an id is another's.
+    Raises UserError on anything in it that no checked CSV could follow: before the training, not after it.
     """
-    if not lines or tuple(lines[0].strip().split(",")) != COLUMNS:
+    header, *asked = _rows_of(lines) or [[]]
+    if tuple(header) != COLUMNS:
         raise UserError(
-            f"the sample submission starts with {lines[0] if lines else 'nothing'!r}: expected {','.join(COLUMNS)}"
+            f"the sample submission starts with {','.join(header) or 'nothing'!r}: expected {','.join(COLUMNS)}"
         )
-    asked = {parse_id(line.split(",")[0])[0] for line in lines[1:] if line.strip()}
-    return tuple(station for station in STATIONS if station in asked)
+    if not asked:
+        raise UserError("the sample submission has a header and no ids: mend it, or remove it for the official ids")
+    for row in asked:
+        if len(row) != len(COLUMNS):
+            raise UserError(f"the sample submission has the row {','.join(row)!r}: expected {len(COLUMNS)} values")
+    stations = {parse_id(row[0])[0] for row in asked}
+    network = Network(tuple(station for station in STATIONS if station in stations))
+    draft = rows(lines, np.zeros((HORIZON_HOURS, len(network.series))), network)
+    fault = next(iter(submission.faults([COLUMNS, *draft], _rows_of(lines), valid)), None)
+    if fault:
+        raise UserError(
+            f"the sample submission cannot be followed, {fault}: expected each id once, and London's O3 blank or a "
+            f"number from 0 up. Mend it, or remove it for the official ids"
+        )
+    return network.stations
+
+
+def _rows_of(lines: Sequence[str]) -> list[list[str]]:
+    """The rows of the sample as the check of a submission reads them."""
+    return [row for row in csv.reader(lines) if row]
 
 
 def grid(forecast: np.ndarray, network: Network) -> np.ndarray:
@@ -61,10 +82,7 @@ def grid(forecast: np.ndarray, network: Network) -> np.ndarray:
 def rows(lines: Sequence[str], forecast: np.ndarray, network: Network) -> Iterator[list[str]]:
     """CSV rows for one day's forecast [48, S]; London's O3 is what the sample has there."""
     values = grid(forecast[None], network)[0]
-    for line in lines[1:]:
-        if not line.strip():
-            continue
-        identity, *given = line.strip().split(",")
+    for identity, *given in _rows_of(lines)[1:]:
         station, hour = parse_id(identity)
         own = values[hour, network.stations.index(station)]
         yield [identity, *(f"{v:.4f}" if np.isfinite(v) else default for v, default in zip(own, given, strict=True))]

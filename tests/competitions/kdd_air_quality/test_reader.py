@@ -331,6 +331,34 @@ class TestTable:
             table.stations_of(["test_id,PM2.5,PM10,O3", line])
 
     @pytest.mark.parametrize(
+        "lines, fault",
+        [
+            ([], "a header and no ids"),
+            (["CD1#0"], "the row 'CD1#0': expected 4 values"),
+            (["CD1#0,0,0"], "expected 4 values"),
+            (["   "], "expected 4 values"),
+            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is there twice"),
+            (["CD1#0,0,0,nan"], "id CD1#0 has the value 0.0000,0.0000,nan"),
+            (["CD1#0,0,0,-1"], "O3 is -1, expected 0 or more"),
+            (["CD1#0,0,0,none"], "O3 is 'none', expected a number"),
+        ],
+    )
+    def test_what_no_submission_could_follow_is_refused(self, lines, fault):
+        with pytest.raises(UserError) as caught:
+            table.stations_of(["test_id,PM2.5,PM10,O3", *lines])
+        assert fault in str(caught.value)
+
+    @pytest.mark.parametrize("header", ["", "id,PM2.5,PM10,O3", "test_id,PM2.5,PM10,O3 "])
+    def test_other_headers_are_refused(self, header):
+        with pytest.raises(UserError, match="expected test_id,PM2.5,PM10,O3"):
+            table.stations_of([header, "CD1#0,0,0,"])
+
+    def test_quotes_and_blank_lines_are_those_of_any_csv(self):
+        lines = ['"test_id","PM2.5","PM10","O3"', "", '"CD1#7","0","0",""', ""]
+        network = Network(table.stations_of(lines))
+        assert list(table.rows(lines, np.ones((48, 2)), network)) == [["CD1#7", "1.0000", "1.0000", ""]]
+
+    @pytest.mark.parametrize(
         "values, fault",
         [
             (("1", "2", "3"), None),
