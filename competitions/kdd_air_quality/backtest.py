@@ -10,7 +10,7 @@ from common.files import write_text, write_with
 from common.run import Run
 from competitions.kdd_air_quality import metric, models, table
 from competitions.kdd_air_quality.config import Config
-from competitions.kdd_air_quality.origins import DAY, days_between, first_hour
+from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_scored_day
 from competitions.kdd_air_quality.reader import Observations, known_before
 
 
@@ -68,6 +68,9 @@ def summarise(run: Run, parts: list[tuple[Period, dict[str, np.ndarray]]], obser
             lines.append({"span": span, "model": name, **figures})
     for line in ["", *_aligned(lines)]:
         print(line)
+    late = days[days > last_scored_day(observations.end)]
+    if len(late):
+        print(f"not scored, the data end before their 48 hours do: {', '.join(map(str, late))}")
     _write_csv(run, "metrics.csv", lines)
     daily = {name: metric.daily(truth, values, network.stations) for name, values in grids.items()}
     rows = [{"day": day, **{name: daily[name][number] for name in daily}} for number, day in enumerate(days)]

@@ -32,6 +32,11 @@ def last_day(end: np.datetime64) -> np.datetime64:
     return last_observed
 
 
+def last_scored_day(end: np.datetime64) -> np.datetime64:
+    """The last submit day whose 48 hours are all over when the data end before the hour `end`."""
+    return end.astype("datetime64[D]") - 3 * DAY
+
+
 def days_between(first: str | np.datetime64, last: str | np.datetime64) -> np.ndarray:
     """All submit days from `first` to `last`, both included; raises UserError when that is none or not a date."""
     days = np.arange(parse_day(first), parse_day(last) + DAY, dtype="datetime64[D]")

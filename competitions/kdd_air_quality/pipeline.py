@@ -17,7 +17,7 @@ from common.run import Run
 from competitions.kdd_air_quality import blend, metric, models, pictures, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
 from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, Config
-from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, parse_day
+from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, last_scored_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
 from competitions.kdd_air_quality.sample import write as write_sample
 
@@ -73,7 +73,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
     found, lines, observations = opened(competition, given.data)
     day = parse_day(config.last_day) if config.last_day else last_day(observations.end)
     known = known_before(observations, day)
-    stop = day - TRUTH_DAYS * DAY
+    stop = min(day - TRUTH_DAYS * DAY, last_scored_day(observations.end))
     period = Period(0, days_between(stop - (config.backtest_days - 1) * DAY, stop))
     if first_hour(period.days[0]) <= known.start:
         raise UserError(
@@ -256,7 +256,7 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     if fitted is not None:
         fitted.config(Config)  # says so when the run is of another version
     found, _, observations = opened(competition, given.data, fitted)
-    newest = last_day(observations.end) - TRUTH_DAYS * DAY
+    newest = last_scored_day(observations.end)
     for day in (config.first_day, config.last_day):
         if day:
             known_before(observations, parse_day(day))

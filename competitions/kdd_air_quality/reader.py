@@ -11,7 +11,7 @@ import pandas as pd
 
 from common.errors import UserError
 from common.raw import RawData
-from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, HOUR, first_hour, forecast_hours
+from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, HOUR, first_hour, last_scored_day
 from competitions.kdd_air_quality.stations import (
     ALL_POLLUTANTS,
     CITIES,
@@ -65,12 +65,15 @@ class Observations:
         return self.values[:, numbers[:, 0], numbers[:, 1]]
 
     def truth(self, days: np.ndarray) -> np.ndarray:
-        """What the forecasts of these submit days are compared with [days, 48, stations, 3]; NaN after the data."""
+        """What the forecasts of these submit days are compared with [days, 48, stations, 3].
+
+        All NaN for a day whose 48 hours are not all within the data: a score of the others would not be the official.
+        """
         result = np.full((len(days), HORIZON_HOURS, len(self.network.stations), len(POLLUTANTS)), np.nan, np.float32)
         for number, day in enumerate(days):
-            rows = ((forecast_hours(day) - self.start) / HOUR).astype(int)
-            there = (rows >= 0) & (rows < len(self.values))
-            result[number, there] = self.values[rows[there], :, : len(POLLUTANTS)]
+            first = int((first_hour(day) - self.start) / HOUR)
+            if first >= 0 and day <= last_scored_day(self.end):
+                result[number] = self.values[first : first + HORIZON_HOURS, :, : len(POLLUTANTS)]
         return result
 
 

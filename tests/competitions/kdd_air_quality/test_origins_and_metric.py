@@ -21,6 +21,13 @@ def test_last_day_is_the_day_of_the_last_hour(end, day):
     assert str(origins.last_day(np.datetime64(end, "h"))) == day
 
 
+@pytest.mark.parametrize("end, day", [("2018-05-01T00", "2018-04-28"), ("2018-04-30T23", "2018-04-27")])
+def test_the_last_scored_day_is_over(end, day):
+    found = origins.last_scored_day(np.datetime64(end, "h"))
+    assert str(found) == day and origins.forecast_hours(found)[-1] < np.datetime64(end, "h")
+    assert origins.forecast_hours(found + origins.DAY)[-1] >= np.datetime64(end, "h")
+
+
 def test_days_are_checked():
     assert len(origins.days_between("2018-02-28", "2018-03-29")) == 30
     with pytest.raises(UserError, match="before --first-day"):

@@ -210,6 +210,29 @@ def test_days_that_cannot_be_scored_are_refused_before_anything_is_fitted(here, 
     assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
 
 
+def test_half_known_days_have_no_official_score(here, capsys):
+    words = ["kdd_air_quality", "--run", "a", "--data", "files", "--first-day", "2018-03-29", "--last-day"]
+    assert main(["predict", *words, "2018-03-30"]) == 0
+    shown = capsys.readouterr().out
+    assert "2018-03-29: official score" in shown and "2018-03-30: official score" not in shown
+    sidecar = (here / "submissions" / "kdd_air_quality" / "a-2018-03-30.json").read_text()
+    assert json.loads(sidecar)["official_score"] is None
+    assert main(["backtest", *words, "2018-03-31"]) == 0
+    assert "not scored, the data end before their 48 hours do: 2018-03-30, 2018-03-31" in capsys.readouterr().out
+    scores = pd.read_csv(here / "runs" / "kdd_air_quality" / "a" / "backtest-2018-03-29-2018-03-31" / "scores.csv")
+    assert scores["blend"].notna().tolist() == [True, False, False]
+
+
+def test_held_out_days_are_over_when_the_data_end_at_noon(here):
+    for file in (here / "files").glob("*aq_2018.csv"):
+        frame = pd.read_csv(file)
+        frame[frame["time"] < "2018-03-31 12"].to_csv(file, index=False)
+    assert main(["train", "kdd_air_quality", *SMALL, "--models", "medians", "--data", "files", "--run", "noon"]) == 0
+    assert (here / "submissions" / "kdd_air_quality" / "noon-2018-03-31.csv").is_file()
+    scores = pd.read_csv(here / "runs" / "kdd_air_quality" / "noon" / "scores.csv")
+    assert list(scores["day"]) == ["2018-03-25", "2018-03-26", "2018-03-27", "2018-03-28"]
+
+
 def test_a_finished_run_is_not_trained_again(here, capsys):
     assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
     assert "nothing to train" in capsys.readouterr().out

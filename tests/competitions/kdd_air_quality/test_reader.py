@@ -293,6 +293,17 @@ def test_nothing_is_left_after_the_origin(files):
         known_before(observations, np.datetime64("2017-12-01"))
 
 
+def test_a_day_that_is_half_over_has_no_truth(files):
+    observations = load(files)  # to 2018-03-31 23:00
+    days = np.arange("2018-03-28", "2018-04-01", dtype="datetime64[D]")
+    known = np.isfinite(observations.truth(days)).any(axis=(1, 2, 3))
+    assert known.tolist() == [True, True, False, False]
+    hours = np.flatnonzero(np.isfinite(observations.truth(days[1:2])).any(axis=(0, 2, 3)))
+    assert hours[0] == 0 and hours[-1] == 47
+    early = np.array([observations.start.astype("datetime64[D]")]) - 2
+    assert np.isnan(observations.truth(early)).all(), "nor has one that began before the data"
+
+
 def test_an_origin_after_the_last_hour_is_padded_with_missing_hours(files):
     observations = load(files)
     known = known_before(observations, np.datetime64("2018-04-01"))
