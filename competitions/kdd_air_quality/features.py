@@ -131,7 +131,8 @@ def training_ends(observations: Observations) -> np.ndarray:
     if len(ends) < FEWEST_ORIGINS:
         raise UserError(
             f"{len(observations.values) // 24} days of history before {observations.end} leave {len(ends)} origins to "
-            f"train on, expected at least {FEWEST_ORIGINS}: add earlier files, or use --models medians"
+            f"train on, expected at least {FEWEST_ORIGINS}: hold out fewer --backtest-days, add earlier files, or use "
+            f"--models medians"
         )
     return ends
 

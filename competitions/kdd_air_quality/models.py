@@ -36,6 +36,14 @@ def longest_window(config: Config) -> int:
     return max(max(medians.windows_of(name)) for name in names)
 
 
+def refuse_short_history(known: Observations, config: Config) -> None:
+    """Raise UserError, before anything is fitted, when `known` leaves a model nothing to be trained on."""
+    names = names_of(config)
+    if {"linear", "boosting", "mlp"} & set(names):
+        lost = max(boosting.SHIFT_HOURS) if "boosting" in names else 0  # its days begin at several hours
+        features.training_ends(known.history(len(known.values) - lost))
+
+
 def fitted_folder(run: Run, fold: int | None) -> Path:
     return run.path / ("fitted" if fold is None else f"fitted-{fold}")
 

@@ -4,6 +4,8 @@ A forecast is named by its submit day D. It knows every hour before (D+1) 00:00,
 from there on will be: hours 0-23 are D+1, hours 24-47 are D+2.
 """
 
+from datetime import date
+
 import numpy as np
 
 from common.errors import UserError
@@ -47,9 +49,6 @@ def days_between(first: str | np.datetime64, last: str | np.datetime64) -> np.nd
 
 def parse_day(text: str | np.datetime64) -> np.datetime64:
     try:
-        day = np.datetime64(text, "D")
+        return np.datetime64(date.fromisoformat(str(text)), "D")  # numpy would take 2018-04 for its first day
     except ValueError as error:
-        raise UserError(f"{text!r} is not a day: expected year-month-day as in 2018-04-30") from error
-    if np.isnat(day):
-        raise UserError("a day is missing: expected year-month-day as in 2018-04-30")
-    return day
+        raise UserError(f"{str(text)!r} is not a day: expected year-month-day as in 2018-04-30") from error

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import numpy as np
 from common import raw as raw_data
 from common import run as runs
 from common import submission
+from common.config import MACHINE_FIELDS
 from common.errors import UserError
 from common.raw import RawData
 from common.run import Run
 from competitions.kdd_air_quality import blend, metric, models, pictures, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
-from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, Config
+from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, last_scored_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
 from competitions.kdd_air_quality.sample import write as write_sample
@@ -47,7 +49,12 @@ def opened(competition: str, data: str | None, fitted: Run | None = None) -> tup
 
 
 def started(competition: str, found: RawData, config: Config, given: argparse.Namespace) -> Run:
-    """A new run, or the interrupted one of the same command and data."""
+    """A new run, or the interrupted one of the same command and data; raises UserError under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # which starts the whole command several times
+        raise UserError(
+            f"NPROC={os.environ['WORLD_SIZE']}: one process fits all models of {competition}, several at a time: leave "
+            f"out NPROC and NNODES, and use --jobs {os.environ['WORLD_SIZE']}"
+        )
     names = [name for name in found.names() if not name.startswith("cache/")]
     origin = {
         "competition": competition,
@@ -80,6 +87,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
             f"{len(known.values) // 24} days of history are too few to hold out {config.backtest_days} and learn from "
             f"the rest: add earlier files, or use fewer --backtest-days"
         )
+    models.refuse_short_history(known_before(observations, period.days[0]), config)
     refuse_unscored(known, period.days)
     warnings = [*observations.warnings, *short_history(known, config)]
     run = started(competition, found, config, given)
@@ -252,9 +260,13 @@ def has_models(run: Run) -> bool:
 def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:
     """`make backtest`: every model and the blend over a range of days, refitted as the days pass, or a run as it is."""
     models.names_of(config)
-    fitted = next((run for run in runs.all_runs(competition) if run.name == given.run and has_models(run)), None)
+    there = runs.all_runs(competition)
+    fitted = next((run for run in there if run.name == given.run and has_models(run)), None)
     if fitted is not None:
-        fitted.config(Config)  # says so when the run is of another version
+        _refuse_settings(fitted, config, given)
+    elif given.run and given.run not in [run.name for run in there]:
+        names = ", ".join(run.name for run in there if has_models(run)) or "none yet"
+        print(f"warning: no run is named {given.run} (fitted ones: {names}): this fits a new backtest of that name")
     found, _, observations = opened(competition, given.data, fitted)
     newest = last_scored_day(observations.end)
     for day in (config.first_day, config.last_day):
@@ -272,7 +284,9 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
             f"--first-day {days[0]} leaves no data before {before.days[0]}, where the {config.backtest_days} days "
             f"begin that the first blend is fitted on: choose a later --first-day, or fewer --backtest-days"
         )
-    warnings = [*observations.warnings, *short_history(known_before(observations, before.days[0]), config)]
+    known = known_before(observations, before.days[0])
+    models.refuse_short_history(known, config)
+    warnings = [*observations.warnings, *short_history(known, config)]
     run = started(competition, found, config, given)
     for warning in warnings:
         run.log(f"warning: {warning}")
@@ -302,6 +316,23 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
     )
     run.finish()
     print(f"report: {page}")
+
+
+def _refuse_settings(fitted: Run, config: Config, given: argparse.Namespace) -> None:
+    """Raise UserError on flags that a fitted run cannot follow any more."""
+    recipe, own = RECIPES[given.recipe], fitted.config(Config)
+    free = {"first_day", "last_day", "jobs", *MACHINE_FIELDS}
+    ignored = [
+        f"--{item.name.replace('_', '-')} {getattr(config, item.name)}"
+        for item in fields(config)
+        if item.name not in free
+        and getattr(config, item.name) not in (getattr(recipe, item.name), getattr(own, item.name))
+    ]
+    if ignored:
+        raise UserError(
+            f"{', '.join(ignored)}: {fitted.path} is fitted otherwise, and --run scores it as it is: leave these flags "
+            f"out, or leave out --run to fit models with them"
+        )
 
 
 def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None:

@@ -131,6 +131,20 @@ def test_too_short_a_history_is_named(observations):
         features.training_ends(observations.before(observations.start + 4 * 24 * HOUR))
 
 
+@pytest.mark.parametrize("name", ["linear", "boosting"])
+def test_the_least_history_that_is_let_through_is_enough(observations, tmp_path, name):
+    config = replace(CONFIG, models=name)
+    for days in range(1, 12):
+        known = observations.before(observations.start + days * 24 * HOUR)
+        try:
+            models.refuse_short_history(known, config)
+            break
+        except UserError:
+            with pytest.raises(UserError, match="days of history"):
+                models.fit(name, known, config, Run(tmp_path, {}), None)
+    models.fit(name, known, config, Run(tmp_path, {}), None)
+
+
 def smape_and_penalty(coefficients: np.ndarray, table: np.ndarray, target: np.ndarray, penalty: float) -> float:
     """What the linear forecaster minimises, by numerical integration of the slope that its rounds use."""
     steps = np.linspace(0, 12, 24_001)

@@ -32,7 +32,7 @@ def test_days_are_checked():
     assert len(origins.days_between("2018-02-28", "2018-03-29")) == 30
     with pytest.raises(UserError, match="before --first-day"):
         origins.days_between("2018-03-02", "2018-03-01")
-    for text in ("yesterday", "", "2018-13-01"):
+    for text in ("yesterday", "", "2018-13-01", "2018-03", "2018", "2018-03-01T05", "today"):
         with pytest.raises(UserError, match="2018-04-30"):
             origins.parse_day(text)
 

@@ -233,6 +233,35 @@ def test_held_out_days_are_over_when_the_data_end_at_noon(here):
     assert list(scores["day"]) == ["2018-03-25", "2018-03-26", "2018-03-27", "2018-03-28"]
 
 
+def test_backtest_of_a_fitted_run_refuses_settings_of_another(here, capsys):
+    words = ["backtest", "kdd_air_quality", "--data", "files", "--run", "a", "--first-day", "2018-03-28"]
+    assert main([*words, "--model", "linear", "--refit-days", "3"]) == 1
+    assert "--models linear, --refit-days 3: runs/kdd_air_quality/a is fitted otherwise" in capsys.readouterr().err
+    assert main([*words, *SMALL, "--jobs", "2"]) == 0, "its own settings and the machine's are no others"
+
+
+def test_backtest_of_a_run_that_is_not_there_says_so(here, capsys):
+    words = ["backtest", "kdd_air_quality", *SMALL, "--model", "medians", "--data", "files", "--run", "typo"]
+    assert main([*words, "--first-day", "2018-03-28"]) == 0
+    assert "no run is named typo (fitted ones: a): this fits a new backtest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["backtest"], ["train", "--backtest-days", "84"]])
+def test_too_short_a_history_is_refused_before_anything_is_fitted(here, capsys, words):
+    """Such as the defaults of a backtest on the generated sample."""
+    verb, *rest = words
+    assert main([verb, "kdd_air_quality", "--data", "files", *rest]) == 1
+    assert "hold out fewer --backtest-days" in capsys.readouterr().err
+    assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
+
+
+def test_several_processes_are_refused(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "kdd_air_quality", *SMALL, "--data", "files"]) == 1
+    assert "NPROC=2" in (error := capsys.readouterr().err) and "--jobs 2" in error
+    assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
+
+
 def test_a_finished_run_is_not_trained_again(here, capsys):
     assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
     assert "nothing to train" in capsys.readouterr().out
