@@ -85,16 +85,19 @@ def test_an_unreadable_test_image_is_named_and_nothing_is_written(folder, here):
     path = folder / "test_images" / TEST_NAMES[0]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    code, output = run("train", "clouds", "--data", str(folder), "--run", "one", *FLAGS, "--bad-images", "skip")
+    command = ["train", "clouds", "--data", str(folder), "--run", "one", *FLAGS, "--bad-images", "skip"]
+    code, output = run(*command)
     assert code == 1
     message = output.strip().splitlines()[-1]
     assert TEST_NAMES[0] in message and "is truncated" in message and "make predict COMP=clouds RUN=one" in message
     assert not list(Path("submissions").rglob("*.csv"))
     assert Path("runs/clouds/one/unfinished").exists() and "skip" not in message
     path.write_bytes(whole)
-    code, output = run("predict", "clouds", "--run", "one")
-    assert code == 0 and Path("submissions/clouds/one.csv").is_file(), output
-    assert not Path("runs/clouds/one/unfinished").exists()
+    for again in (["predict", "clouds", "--run", "one"], command):
+        code, output = run(*again)
+        assert code == 0 and Path("submissions/clouds/one.csv").is_file(), output
+        assert not Path("runs/clouds/one/unfinished").exists()
+    assert "runs/clouds/one is finished" in output, "the same training"
 
 
 def test_averaged_runs_are_decided_by_the_better_ones_rules(folder, here):
