@@ -223,7 +223,8 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
 def test_a_failed_notebook_is_told_with_or_without_its_log(kaggle, source, pushed, monkeypatch, answer, end):
     kaggle.kernel_states, kaggle.kernel_failure = ["ERROR"], "out of memory"
     kaggle.on = {"ListKernelSessionOutput": answer | {"files": []} if isinstance(answer, dict) else answer}
-    monkeypatch.setenv("KIT_PATIENCE", "1.2")
+    if answer == HANG:
+        monkeypatch.setenv("KIT_PATIENCE", "3")
     with pytest.raises(UserError, match=f"ended with ERROR .out of memory; {end}.: see https"):
         kernel(source, fetch=True)
 
