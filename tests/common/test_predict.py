@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.predict import AS_IS, Predictor
 from common.task import View
 from tests.common import toy
-from tests.common.test_train import predict_again, toy_train
+from tests.common.toy_runs import predict_again, toy_train
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,172 @@
+"""What may be in an archive: damage, malice, archives in archives; nothing of a bad one is kept."""
+
+import io
+import stat
+import struct
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.archive import unpack
+from common.errors import UserError
+from tests.common.kaggle.fetching import assert_nothing_kept, big, contents, fetch, leftovers
+from tests.common.kaggle.server import archive
+
+pytestmark = pytest.mark.usefixtures("no_secrets")
+
+
+def test_a_corrupt_archive_of_the_right_length_is_fetched_again(kaggle, source, capfd):
+    big(kaggle, 200_000)
+    good = kaggle.archive
+    kaggle.archive = good[:100_000] + bytes([good[100_000] ^ 1]) + good[100_001:]
+
+    def second_time_good(body):
+        if kaggle.counts["DownloadDataFiles"] > 1:
+            kaggle.archive = good
+        return kaggle.DownloadDataFiles(body)
+
+    kaggle.on = {"DownloadDataFiles": second_time_good}
+    fetch(source)
+    assert contents() == kaggle.files
+    assert "train.csv is damaged" in capfd.readouterr().out
+
+
+def test_twice_corrupt_is_refused(kaggle, source):
+    good = kaggle.archive
+    kaggle.archive = good[:40] + bytes([good[40] ^ 1]) + good[41:]
+    with pytest.raises(UserError, match="is damaged.*a second download was no better and nothing was kept"):
+        fetch(source)
+    assert leftovers() == set()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda k: setattr(k, "archive", k.archive[:-30]), "not a whole zip archive"),
+        (lambda k: setattr(k, "archive", b"<html>please log in</html>"), "not a whole zip archive"),
+        (lambda k: k.listing.update({"train.csv": 99}), "train.csv has 13 bytes, Kaggle lists 99 .FORCE=1 keeps"),
+        (lambda k: k.listing.update({"more.csv": 1}), "more.csv is missing"),
+        (
+            lambda k: (setattr(k, "archive", archive({"other.csv": b"1"})), k.listing.clear()),
+            r"no train.csv, sample_submission.csv \(found: other.csv\)",
+        ),
+    ],
+)
+def test_incomplete_archives(kaggle, source, spoil, message):
+    spoil(kaggle)
+    with pytest.raises(UserError, match=message):
+        fetch(source)
+    assert leftovers() == set()
+
+
+def test_force_keeps_what_the_listing_denies(kaggle, source):
+    kaggle.listing["train.csv"] = 99
+    fetch(source, force=True)
+    assert contents() == kaggle.files
+
+
+def link(target: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as out:
+        entry = zipfile.ZipInfo("train.csv")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        out.writestr(entry, target)
+    return stream.getvalue()
+
+
+def encrypted() -> bytes:
+    content = bytearray(archive({"train.csv": b"1"}))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    return bytes(content)
+
+
+MALICIOUS = {
+    "parent": (archive({"../evil.txt": b"x"}), "leads out of the folder"),
+    "hidden parent": (archive({"train_images/../../evil.txt": b"x"}), "leads out of the folder"),
+    "windows parent": (archive({"..\\evil.txt": b"x"}), "leads out of the folder"),
+    "absolute": (archive({"/tmp/kaggle-starter-kit-evil.txt": b"x"}), "leads out of the folder"),
+    "drive": (archive({"C:/evil.txt": b"x"}), "leads out of the folder"),
+    "link": (link("/etc/passwd"), "is a link or a device"),
+    "encrypted": (encrypted(), "is encrypted"),
+    "file and folder": (archive({"a": b"x", "a/b": b"y"}), "is there as a file and as a folder|there twice"),
+    "bomb": (archive({"zeros.csv": bytes(100 << 20)}), "unpacks to more than 200 times its size"),
+    "nested": (archive({"inner.zip": archive({"../../evil.txt": b"x"})}), "inner.zip: the entry.*leads out"),
+    "nested bomb": (
+        archive({f"{n}.zip": archive({"zeros.csv": bytes(40 << 20)}) for n in range(2)}),
+        "unpacks to more than 200 times its size",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "bomb"])
+def test_malicious_archives_leave_nothing(kaggle, source, tmp_path, kind):
+    before = {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)}
+    kaggle.archive, message = MALICIOUS[kind]
+    kaggle.listing = {}
+    with pytest.raises(UserError, match=message):
+        fetch(source)
+    assert {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)} == before
+    assert_nothing_kept()
+    assert not Path("/tmp/kaggle-starter-kit-evil.txt").exists()
+
+
+@pytest.mark.parametrize("kind", MALICIOUS)
+def test_unpacking_refuses_what_is_malicious(tmp_path, kind):
+    content, message = MALICIOUS[kind]
+    (tmp_path / "in.zip").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        unpack(tmp_path / "in.zip", tmp_path / "sub" / "out")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "in.zip"]
+    assert not Path("/tmp/kaggle-starter-kit-evil.txt").exists()
+
+
+def test_a_member_that_lies_about_its_size(tmp_path):
+    """The header says 10 bytes, the data unpack to 10 MB: reading stops there, and the checksum tells."""
+    content = bytearray(archive({"train.csv": bytes(10 << 20)}))
+    for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        struct.pack_into("<I", content, content.index(signature) + offset, 10)
+    (tmp_path / "in.zip").write_bytes(content)
+    with pytest.raises(UserError, match="train.csv is damaged"):
+        unpack(tmp_path / "in.zip", tmp_path / "out")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_nested_archives_are_unpacked_where_readers_look(kaggle, source):
+    inner = archive({"a.jpg": b"1", "b.jpg": b"2"})
+    kaggle.files |= {
+        "train.csv.zip": archive({"train.csv": b"unpacked"}),
+        "test_images.zip": inner,
+        "train_images.zip": archive({"train_images/c.jpg": b"3"}),
+        "deep.zip": archive({"deeper.zip": archive({"x.txt": b"4"})}),
+    }
+    del kaggle.files["train.csv"]
+    kaggle.archive = archive(kaggle.files)
+    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
+    fetch(replace(source, expected=("train.csv", "test_images/*.jpg")))
+    assert contents() == {
+        "train.csv": b"unpacked",
+        "test_images/a.jpg": b"1",
+        "test_images/b.jpg": b"2",
+        "train_images/c.jpg": b"3",
+        "deep/deeper/x.txt": b"4",
+        "sample_submission.csv": kaggle.files["sample_submission.csv"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "place"),
+    [
+        ({"__MACOSX/._images": b"", "__MACOSX/images/._a.jpg": b"", ".DS_Store": b"", "images/.DS_Store": b""}, ""),
+        ({"images\\": b""}, ""),
+        ({"./": b"", "./top.jpg": b"0"}, "images/"),
+    ],
+)
+def test_what_other_programs_add_to_an_archive_does_not_move_its_files(tmp_path, more, place):
+    inner = {f"images/{name}.jpg": name.encode() for name in "ab"}
+    (tmp_path / "in.zip").write_bytes(archive({"./": b"", "images.zip": archive(inner | more)}))
+    unpack(tmp_path / "in.zip", tmp_path / "out")
+    files = {f"{place}{name}": content for name, content in inner.items()}
+    assert contents(tmp_path / "out") == files | ({"images/top.jpg": b"0"} if place else {})

@@ -1,0 +1,174 @@
+"""A run that was stopped at any moment goes on to the same bits, and loses nothing."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.train import train
+from tests.common import toy
+from tests.common.toy_runs import same, toy_train
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: nothing in the kit catches it."""
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("step", [1, 4, 5, 14])
+def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch):
+    """Five windows an epoch: inside an epoch, at its end, after a validation, in the last epoch."""
+    straight = toy_train("straight", keep=keep, save_every=0)
+    from common.engine.step import Engine
+
+    original = Engine.step
+
+    def stopping(self, window, step_number):
+        if step_number == step:
+            raise Killed
+        return original(self, window, step_number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stopping)
+        with pytest.raises(Killed):
+            toy_train("broken", keep=keep, save_every=0)
+    assert same(straight, toy_train("broken", keep=keep, save_every=0))
+    assert "resumed" in Path("runs/toy/broken/log.txt").read_text()
+
+
+def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) -> tuple[int | None, list[Path]]:
+    """toy_train in a process of its own, which SIGKILLs itself at the first replacement of `killed_at`, before or
+    after it; its exit code and the files that it replaced."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child():
+        replace_file = os.replace
+
+        def killing(source, target):
+            sender.send(Path(target))
+            if Path(target) == killed_at and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace_file(source, target)
+            if Path(target) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = killing
+        toy_train("broken", **changes)
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    replaced = []
+    with contextlib.suppress(EOFError):
+        while True:
+            replaced.append(receiver.recv())
+    process.join()
+    return process.exitcode, list(dict.fromkeys(replaced))
+
+
+def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
+    """Real kills of real processes, before or after the first writing of every file: settings, weights, CSV ..."""
+    changes = {"fold": "all", "epochs": 2, "save_every": 0}
+    straight = toy_train("straight", **changes)  # also loads what every child would load for itself
+    code, places = in_a_child(**changes)
+    assert code == 0 and len(places) > 20
+    shutil.rmtree("runs/toy/broken")
+    names = {place.name for place in places}
+    assert {"run.json", "last.pt", "best.pt", "model.pt", "oof.npy", "result.json", "broken-sample.csv.part"} <= names
+    for number, place in enumerate(places):
+        code, _ = in_a_child(killed_at=place, before=number % 2 == 0, **changes)
+        assert code in (0, -signal.SIGKILL), place  # 0: the file was whole already
+    code, _ = in_a_child(**changes)
+    assert code == 0 and same(straight, Path("runs/toy/broken"))
+
+
+def test_stopped_after_the_training_the_same_command_only_predicts(monkeypatch):
+    """Without RUN=: a run whose file is not written yet is not a finished one, however long it trained."""
+    config = toy.RECIPES["smoke"]
+    reported = []
+    whole = toy.build
+    monkeypatch.setattr(
+        toy, "build", lambda *given: replace(whole(*given), report=lambda run: reported.append(run.name))
+    )
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.train.write_submission", lambda *given: os._exit(9))
+        command = ("toy", toy, config, "smoke", None, None)
+        child = multiprocessing.get_context("fork").Process(target=train, args=command)
+        child.start()
+        child.join()
+    assert child.exitcode == 9
+    result = Path("runs/toy/001-smoke-sample/result.json").read_bytes()
+    train("toy", toy, config, "smoke", None, None)
+    assert Path("submissions/toy/001-smoke-sample.csv").is_file() and not Path("runs/toy/002-smoke-sample").exists()
+    assert Path("runs/toy/001-smoke-sample/result.json").read_bytes() == result
+    assert len(reported) == 1, "a report that may be half a report is made again"
+    train("toy", toy, config, "smoke", None, "001-smoke-sample")
+    assert len(reported) == 1
+    train("toy", toy, config, "smoke", None, None)
+    assert Path("submissions/toy/002-smoke-sample.csv").is_file()
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_stopped_after_the_last_checkpoint_the_metrics_are_whole(epochs, monkeypatch):
+    straight = toy_train("straight", epochs=epochs, save_every=0)
+    from common.fit import Parts
+
+    original = Parts.save
+
+    def stopping(self, path, state):
+        original(self, path, state)
+        if state.epoch == epochs:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "save", stopping)
+        with pytest.raises(Killed):
+            toy_train("broken", epochs=epochs, save_every=0)
+    assert same(straight, toy_train("broken", epochs=epochs, save_every=0))
+
+
+def test_what_killed_writers_left_is_removed():
+    folder = Path("runs/toy/one/fold-0")
+    folder.mkdir(parents=True)
+    (folder / ".last.pt.123.part").write_bytes(b"half")
+    toy_train()
+    assert not list(folder.glob(".*.part"))
+    (folder / "last.pt").write_bytes(b"old")  # killed between model.pt and its removal
+    Path("runs/toy/one/result.json").unlink()
+    toy_train()
+    assert not (folder / "last.pt").exists()
+
+
+def test_the_seconds_of_an_epoch_before_a_kill_count(monkeypatch):
+    from common import fit
+    from common.engine.step import Engine
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(fit.time, "monotonic", lambda: float(next(clock)))
+    straight = json.loads((toy_train("straight", save_every=0) / "result.json").read_text())["training_seconds"]
+    original = Engine.step
+
+    def stopping(self, window, step_number):
+        if step_number == 3:
+            raise Killed
+        return original(self, window, step_number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stopping)
+        with pytest.raises(Killed):
+            toy_train("broken", save_every=0)
+    broken = json.loads((toy_train("broken", save_every=0) / "result.json").read_text())["training_seconds"]
+    assert abs(broken - straight) <= 0.2 * straight

@@ -1,0 +1,46 @@
+"""Runs of the toy competition in the working folder, and whether two of them are the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from common import predict
+from common.config import Parser, add_prediction_flags
+from common.train import train
+from tests.common import toy
+
+
+def toy_train(run: str = "one", **changes) -> Path:
+    train("toy", toy, replace(toy.RECIPES["default"], **changes), "default", None, run)
+    return Path("runs/toy") / run
+
+
+def predict_again(*argv: str) -> None:
+    parser = Parser()
+    parser.add_argument("--run")
+    parser.add_argument("--data")
+    add_prediction_flags(parser, toy.ToyConfig)
+    predict.predict("toy", toy, parser.parse_args(argv))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}/{name}": value
+        for file in sorted(folder.glob("fold-*/model.pt"))
+        for name, value in torch.load(file, weights_only=True)["model"].items()
+    }
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    return (
+        first.keys() == second.keys()
+        and all(torch.equal(first[name], second[name]) for name in first)
+        and (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+        and all(results[0][name] == results[1][name] for name in ("score", "metrics", "learnt", "rows"))
+        and Path(f"submissions/toy/{one.name}-sample.csv").read_bytes()
+        == Path(f"submissions/toy/{other.name}-sample.csv").read_bytes()
+    )
