@@ -24,7 +24,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "competitions: $(notdir $(patsubst %/task.py,%,$(wildcard competitions/*/task.py)))"
 
-train: name .venv/.installed ## train COMP, on the generated sample when there is no data, and write its submission (NPROC=2: two processes)
+train: name .venv/.installed ## train COMP, on demo data when there is no data, and write its submission (NPROC=2: two processes)
 	@$(LAUNCH) train $(COMP) $(FLAGS)
 
 predict: name .venv/.installed ## write the submission of a finished RUN again (RUN=a,b averages runs)

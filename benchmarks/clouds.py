@@ -25,12 +25,12 @@ from pycocotools import mask as coco
 from benchmarks.tools.arguments import existing, height_and_width, positive
 from benchmarks.tools.turns import least_seconds
 from common import predict, submission
+from common.batch import Batch
 from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
 from common.engine.step import Engine
 from common.raw import RawData
-from common.window import Window
 from competitions.clouds import decision, loss, reader, rle, task
 from competitions.clouds.model import CloudNet
 from competitions.clouds.reader import MASK_SIZE, SUBMISSION_SIZE
@@ -190,7 +190,7 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     pixels[:, : size[0] // 2] = 0b1111
     targets = {"pixels": pixels, "classes": torch.ones(batch, 4, dtype=torch.uint8)}
     inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
-    done = engine.step(Window(inputs, targets, torch.arange(batch), total=batch), 0)
+    done = engine.step(Batch(inputs, targets, torch.arange(batch), total=batch), 0)
     if done.micro_batch < micro:  # the engine survives what is asked about here
         raise MemoryError(f"micro-batches of {micro} did not fit, the engine went on with {done.micro_batch}")
     if device.type == "cuda":
@@ -202,7 +202,7 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "masks", "inference", "memory", "step"), default="all")
-    parser.add_argument("--data", type=existing, help="folder with the competition's files [the generated sample]")
+    parser.add_argument("--data", type=existing, help="folder with the competition's files [demo data]")
     parser.add_argument("--encoder", default="resnet18")
     parser.add_argument("--size", type=height_and_width, default="1400,2100")
     parser.add_argument("--batch", type=positive, default=16)
@@ -217,8 +217,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if given.data is None:
-            task.write_sample(Path(folder))
-        data = RawData(given.data or Path(folder), "clouds", is_sample=given.data is None)
+            task.write_demo(Path(folder))
+        data = RawData(given.data or Path(folder), "clouds", is_demo=given.data is None)
         if given.part in ("all", "masks"):
             masks(data)
         if given.part in ("all", "inference"):

@@ -5,7 +5,7 @@
 
 Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
 They take turns, and the quickest step of each counts: the one that nothing else disturbed. All train the same network
-on the same windows, made before the clock starts. The others get their batches ready cut, as views of these windows;
+on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of these batches;
 the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc happens to give
 pages back. requirements-peers.txt lists the peers.
 """
@@ -32,8 +32,8 @@ from benchmarks.engine_parts.cuda import cuda_part
 from benchmarks.engine_parts.peers import ACCUMULATE, PEERS, Work, installed
 from benchmarks.tools.turns import in_turns
 from common.engine.step import Engine
-from common.losses import CrossEntropy, SoftFBeta, window_value
-from common.window import Window
+from common.losses import CrossEntropy, SoftFBeta, batch_value
+from common.batch import Batch
 
 PROCESSES = Path("/proc")  # Linux only
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "100000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
@@ -56,10 +56,10 @@ NETWORKS = {"MLP 16-32-10": (mlp, (16,)), "CNN 3x32x32": (cnn, (3, 32, 32))}
 STEPS = {"MLP 16-32-10": 60, "CNN 3x32x32": 16}  # of a training
 
 
-def windows_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Window]:
+def batches_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     return [
-        Window(
+        Batch(
             torch.randn(size, *shape, generator=generator, dtype=dtype),
             torch.randint(0, 10, (size,), generator=generator),
             torch.arange(size),
@@ -68,14 +68,14 @@ def windows_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = to
     ]
 
 
-def one_hot(windows: list[Window], dtype: torch.dtype) -> list[Window]:
-    return [replace(window, targets=F.one_hot(window.targets, 10).to(dtype)) for window in windows]
+def one_hot(batches: list[Batch], dtype: torch.dtype) -> list[Batch]:
+    return [replace(batch, targets=F.one_hot(batch.targets, 10).to(dtype)) for batch in batches]
 
 
 def hand_written(work: Work) -> None:
-    """The loop that everybody writes: a mean loss over the number of batches, a step every few of them."""
-    model, optimizer, last = work.model, work.optimizer(work.model), len(work.batches) - 1
-    for number, (inputs, targets) in enumerate(work.batches):
+    """The loop that everybody writes: a mean loss over the number of micro-batches, a step every few of them."""
+    model, optimizer, last = work.model, work.optimizer(work.model), len(work.micro_batches) - 1
+    for number, (inputs, targets) in enumerate(work.micro_batches):
         if number % ACCUMULATE == 0:
             work.tick()
         (work.loss(model(inputs), targets) / ACCUMULATE).backward()
@@ -94,9 +94,9 @@ def naive_soft_f1(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def ours(work: Work) -> None:
     engine = Engine(work.model, work.exact_loss, work.optimizer(work.model), micro_batch=work.micro_batch, log=silent)
-    for number, window in enumerate(work.windows):
+    for number, batch in enumerate(work.batches):
         work.tick()
-        engine.step(window, number)
+        engine.step(batch, number)
     work.tick()
 
 
@@ -150,16 +150,16 @@ def train_on_demand(name: str, network: str) -> None:
     """The child's side of Contestant: a training for every line of the input, whatever the peers print."""
     answers, sys.stdout = sys.stdout, sys.stderr
     make, shape = NETWORKS[network]
-    windows = windows_of(shape, [32 * ACCUMULATE] * STEPS[network])
+    batches = batches_of(shape, [32 * ACCUMULATE] * STEPS[network])
     for _ in sys.stdin:
         optimizer, exact = partial(torch.optim.AdamW, lr=1e-3), CrossEntropy(ignore_index=None)
-        work = Work(make(), optimizer, F.cross_entropy, windows, 32, exact)
+        work = Work(make(), optimizer, F.cross_entropy, batches, 32, exact)
         CONTESTANTS[name](work)
         print(json.dumps(step_times(work.ticks)), file=answers, flush=True)
 
 
 def time_part(turns: int = 12) -> None:
-    """Time of an optimizer step of 4 batches of 32, AdamW."""
+    """Time of an optimizer step of 4 micro-batches of 32, AdamW."""
     names = [name for name in CONTESTANTS if installed(name)]
     columns: dict[str, dict[str, float]] = {}
     for network in NETWORKS:
@@ -179,18 +179,18 @@ def time_part(turns: int = 12) -> None:
                 cells += ["not installed", ""]
         rows.append([name, *cells])
     header = ["", *(f"{network}, {what}" for network in NETWORKS for what in ("ms", "ratio"))]
-    table("Least time of an optimizer step, 4 batches of 32, AdamW", header, rows)
+    table("Least time of an optimizer step, 4 micro-batches of 32, AdamW", header, rows)
 
 
 def passes_part(turns: int = 12) -> None:
     """A loss that needs two passes against the naive accumulation of the same loss."""
     rows = []
     for network, (make, shape) in NETWORKS.items():
-        windows = one_hot(windows_of(shape, [32 * ACCUMULATE] * STEPS[network]), torch.float32)
+        batches = one_hot(batches_of(shape, [32 * ACCUMULATE] * STEPS[network]), torch.float32)
 
-        def trained(contestant: Callable[[Work], None], make=make, windows=windows) -> list[float]:
+        def trained(contestant: Callable[[Work], None], make=make, batches=batches) -> list[float]:
             optimizer = partial(torch.optim.AdamW, lr=1e-3)
-            work = Work(make(), optimizer, naive_soft_f1, windows, 32, SoftFBeta(1, "macro"))
+            work = Work(make(), optimizer, naive_soft_f1, batches, 32, SoftFBeta(1, "macro"))
             contestant(work)
             return step_times(work.ticks)
 
@@ -208,7 +208,7 @@ def passes_part(turns: int = 12) -> None:
 
 def forward_alone(work: Work) -> None:
     with torch.no_grad():
-        for number, (inputs, targets) in enumerate(work.batches):
+        for number, (inputs, targets) in enumerate(work.micro_batches):
             if number % ACCUMULATE == 0:
                 work.tick()
             work.loss(work.model(inputs), targets)
@@ -220,36 +220,36 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 def error_part() -> None:
-    """The update against SGD on the exact gradient of the window; 37 samples, batches of 8, 4 of them an update."""
+    """The update against SGD on the exact gradient of the batch; 37 samples, micro-batches of 8, 4 of them an update."""
     rows = []
     for name, contestant in CONTESTANTS.items():
         if not installed(name):
             rows.append([name, "not installed", "", ""])
             continue
-        windows = windows_of((16,), [32, 5], torch.float64)
-        ratio, tail_error = update_error(contestant, windows, F.cross_entropy, CrossEntropy())
-        hot = one_hot(windows[:1], torch.float64)
+        batches = batches_of((16,), [32, 5], torch.float64)
+        ratio, tail_error = update_error(contestant, batches, F.cross_entropy, CrossEntropy())
+        hot = one_hot(batches[:1], torch.float64)
         _, f1_error = update_error(contestant, hot, naive_soft_f1, SoftFBeta(1, "macro"))
         rows.append([name, f"{ratio:.3f}", f"{tail_error:.1e}", f"{f1_error:.1e}"])
-    header = ["", "last window: update / exact", "relative error", "macro soft F1: relative error"]
+    header = ["", "last batch: update / exact", "relative error", "macro soft F1: relative error"]
     table("Error of the update", header, rows)
 
 
 def update_error(
-    contestant: Callable[[Work], None], windows: list[Window], loss: Callable, exact_loss: object
+    contestant: Callable[[Work], None], batches: list[Batch], loss: Callable, exact_loss: object
 ) -> tuple[float, float]:
-    """(length along the exact update, relative error) of the update made by the last window."""
+    """(length along the exact update, relative error) of the update made by the last batch."""
 
-    def trained(windows: list[Window]) -> nn.Module:
+    def trained(batches: list[Batch]) -> nn.Module:
         torch.manual_seed(0)
-        work = Work(mlp().double(), partial(torch.optim.SGD, lr=0.5), loss, windows, 8, exact_loss)
-        if windows:
+        work = Work(mlp().double(), partial(torch.optim.SGD, lr=0.5), loss, batches, 8, exact_loss)
+        if batches:
             contestant(work)
         return work.model
 
-    start, end = trained(windows[:-1]), trained(windows)
+    start, end = trained(batches[:-1]), trained(batches)
     start.zero_grad()  # some leave the last gradient behind
-    window_value(exact_loss, start(windows[-1].inputs), windows[-1].targets).backward()
+    batch_value(exact_loss, start(batches[-1].inputs), batches[-1].targets).backward()
     exact = torch.cat([parameter.grad.flatten() for parameter in start.parameters()]) * -0.5
     update = weights_of(end) - weights_of(start)
     return float(update @ exact / exact.square().sum()), float((update - exact).norm() / exact.norm())
@@ -260,7 +260,7 @@ def memory_part() -> None:
     if not PROCESSES.exists():
         print("memory: skipped, the peak of a process is read from Linux's /proc")
         return
-    cases = {"plain, batch 4": "plain", "this kit, window 64, micro-batch 4": "window", "whole batch of 64": "whole"}
+    cases = {"plain, batch 4": "plain", "this kit, batch 64, micro-batch 4": "batch", "whole batch of 64": "whole"}
     peaks = {}
     for name, case in cases.items():
         command = [sys.executable, "-m", "benchmarks.engine", "child", case]
@@ -283,18 +283,18 @@ def train_once(case: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-    optimizer, (window,) = torch.optim.AdamW(model.parameters()), windows_of((3, 128, 128), [64])
+    optimizer, (batch,) = torch.optim.AdamW(model.parameters()), batches_of((3, 128, 128), [64])
     engine = Engine(model, CrossEntropy(), optimizer, micro_batch=4, log=silent)
     with open(PROCESSES / "self/clear_refs", "w") as switch:
         switch.write("5")  # forget the peak of the imports
     before = resident("VmRSS")
     for step in range(3):
-        if case == "window":
-            engine.step(window, step)
+        if case == "batch":
+            engine.step(batch, step)
             continue
         size = 64 if case == "whole" else 4
         for start in range(0, 64, size):
-            part = window.slice(start, start + size)
+            part = batch.slice(start, start + size)
             F.cross_entropy(model(part.inputs), part.targets).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -3,7 +3,7 @@
 make bench BENCH=kaggle [ARGS="--megabytes 200 --rounds 5"]
 
 Both sides run the kaggle program against a server on loopback, in turn. Ours also lists the files, compares them with
-the disk and the archive, verifies every checksum, refuses unsafe names, and stamps every file with its sha256.
+the disk and the archive, verifies every checksum, refuses unsafe names, and lists every file with its sha256.
 """
 
 import argparse

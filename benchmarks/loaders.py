@@ -163,9 +163,9 @@ def clouds(data: Path | None) -> None:
 
     folder = tempfile.TemporaryDirectory()
     if data is None:
-        competition.write_sample(Path(folder.name))
+        competition.write_demo(Path(folder.name))
     with redirect_stdout(StringIO()):
-        found = raw.find("clouds", str(data or folder.name), competition.write_sample)
+        found = raw.find("clouds", str(data or folder.name), competition.write_demo)
         dataset = competition.build(competition.RECIPES["default"], found).labelled
     rows = np.arange(len(dataset))[:256]
     if len(rows) < 128:
@@ -282,9 +282,7 @@ class Ours:
         with Loader(
             dataset, orders.shuffled(len(dataset)), BATCH * world, seed=0, workers=workers, rank=rank, world=world
         ) as loader:
-            return [
-                [(window.inputs, window.targets) for window in loader.epoch(epoch, start)] for epoch in range(count)
-            ]
+            return [[(batch.inputs, batch.targets) for batch in loader.epoch(epoch, start)] for epoch in range(count)]
 
 
 def joined(batches: list) -> dict[int, tuple[float, ...]]:

@@ -105,7 +105,7 @@ def submit(competition: str, argv: list[str]) -> None:
 
 
 def board(competition: str, argv: list[str]) -> None:
-    """validation against leaderboard for every submission of the ledger, as a table and a picture"""
+    """validation against leaderboard for every submission of the ledger, as a table and a plot"""
     verbs.board(competition, task_module(competition), verb_parser("board", competition, board.__doc__), argv)
 
 

@@ -67,7 +67,7 @@ class Config:
     warmup: float = flag(
         0.05, "part of the run in which the learning rate rises", "fraction of the steps", between(0, 1)
     )
-    clip_norm: float = flag(0.0, "largest norm of the window's gradient; 0 never clips", rule=at_least(0))
+    clip_norm: float = flag(0.0, "largest norm of the batch's gradient; 0 never clips", rule=at_least(0))
     ema: float = flag(
         0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step", BELOW_1
     )

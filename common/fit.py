@@ -1,4 +1,4 @@
-"""The only training loop: windows in, a fold's best weights and its out-of-fold predictions out."""
+"""The only training loop: batches in, a fold's best weights and its out-of-fold predictions out."""
 
 import math
 import time
@@ -39,7 +39,7 @@ class State:
     """Where the loop stands: everything besides tensors that a resumed run needs, in plain types."""
 
     epoch: int = 0
-    window: int = 0  # windows of this epoch that are done
+    batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps that are done
     loss_sum: float = 0.0  # of this epoch, times samples
     samples: int = 0  # of this epoch
@@ -85,7 +85,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     folder, called = run.fold_folder(fold), "all rows" if fold is None else f"fold {fold}"
     if ranks.is_writer:
         remove_drafts(folder)
-    if ranks.share((folder / "model.pt").is_file()):
+    if ranks.broadcast((folder / "model.pt").is_file()):
         _remove_checkpoints(folder, ranks)
         if ranks.is_writer and fold is not None and not (folder / "oof.npy").is_file():
             _predict_held_out_again(task, config, folder, np.flatnonzero(task.folds == fold))
@@ -105,7 +105,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )
     last = folder / "last.pt"
-    resumed = ranks.share(checkpoint.load(last) if ranks.is_writer and last.is_file() else None)
+    resumed = ranks.broadcast(checkpoint.load(last) if ranks.is_writer and last.is_file() else None)
     if task.pretrain and not resumed:
         task.pretrain(model)
     prepare(model, config.checkpointing, config.compile, run.log)
@@ -138,7 +138,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         mix=task.mix,
     )
     loader = training_loader(config.batch_size, rank=ranks.rank, world=ranks.world)
-    total_steps = config.epochs * loader.windows_per_epoch
+    total_steps = config.epochs * loader.batches_per_epoch
     averaged_from = round((1 - config.swa) * total_steps) if config.swa else 0
     rate = partial(  # of a step, relative to --lr
         learning_rate_factor, total_steps=total_steps, schedule=config.schedule, warmup_fraction=config.warmup
@@ -146,7 +146,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
     parts = Parts(model, loss if isinstance(loss, nn.Module) else None, optimizer, engine, average)
     state = parts.restore(resumed) if resumed else State()
     if resumed:
-        run.log(f"{called}: resumed at epoch {state.epoch + 1}, window {state.window} of {loader.windows_per_epoch}")
+        run.log(f"{called}: resumed at epoch {state.epoch + 1}, batch {state.batch} of {loader.batches_per_epoch}")
     saved = time.monotonic()
 
     def evaluator(views: Sequence[View] = AS_IS) -> Predictor:
@@ -157,23 +157,23 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         model.train()
         started = counted = time.monotonic()
         label = f"{called} epoch {state.epoch + 1}/{config.epochs}"
-        windows = progress(
-            loader.epoch(state.epoch, start=state.window),
+        batches = progress(
+            loader.epoch(state.epoch, start=state.batch),
             label,
-            loader.windows_per_epoch - state.window,
+            loader.batches_per_epoch - state.batch,
             show=ranks.is_writer,
         )
-        for window in windows:
-            state.window = window.number + 1
-            if not ranks.any(len(window) > 0):  # all its images are unreadable: no step, as in a single process
+        for batch in batches:
+            state.batch = batch.number + 1
+            if not ranks.any(len(batch) > 0):  # all its images are unreadable: no step, as in a single process
                 continue
             set_learning_rate(optimizer, rate(state.step))
-            report = engine.step(window, state.step)
+            report = engine.step(batch, state.step)
             if average and state.step >= averaged_from:
                 average.update(model)
             state.step += 1
-            state.loss_sum += float(report.loss) * window.total
-            state.samples += window.total
+            state.loss_sum += float(report.loss) * batch.total
+            state.samples += batch.total
             if ranks.is_writer and time.monotonic() - saved > config.save_every:
                 state.seconds, counted = state.seconds + time.monotonic() - counted, time.monotonic()
                 parts.save(last, state)
@@ -197,7 +197,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
                 row |= validate(evaluator(), held_rows, ranks)
                 _remember_best(state, row[task.metrics[0].name], task, config, model, folder, ranks)
         state.history.append(row)
-        state.epoch, state.window, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
+        state.epoch, state.batch, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
         skipped = ranks.union(dict(loader.skipped))
         if ranks.is_writer:  # before the checkpoint: an epoch that is saved as done is never written again
             write_metrics(folder, state.history)
@@ -215,7 +215,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         if config.swa and ranks.is_writer:
             eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
             with eager, training_loader(config.batch_size) as again:  # else compiled anew for every batch's momentum
-                cut = (inputs for window in again.epoch(config.epochs) for inputs, *_ in engine.parts(window))
+                cut = (inputs for batch in again.epoch(config.epochs) for inputs, *_ in engine.parts(batch))
                 reestimate_batchnorm(model, cut)
         if len(held_rows) and ranks.is_writer:
             predictor = evaluator(task.views if config.views else AS_IS)

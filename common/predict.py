@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common import checkpoint, raw, submission
 from common import run as runs
+from common.batch import Tree, map_tree
 from common.config import Config, differences, folds_to_train, with_flags
 from common.device import device_of, precision_of
 from common.engine import memory
@@ -22,7 +23,6 @@ from common.loading import orders
 from common.loading.loader import Loader
 from common.run import Run, progress
 from common.task import Learnt, Task, View
-from common.window import Tree, map_tree
 
 AS_IS = (View("as is"),)
 
@@ -64,9 +64,9 @@ class Predictor:
             bad_images=self.config.bad_images,
         )
         try:
-            windows = progress(loader.epoch(0), label or "", loader.windows_per_epoch, "batch", show=label is not None)
-            for window in windows:
-                yield window.index.cpu().numpy(), self._average(window.inputs), window.targets
+            batches = progress(loader.epoch(0), label or "", loader.batches_per_epoch, show=label is not None)
+            for batch in batches:
+                yield batch.index.cpu().numpy(), self._average(batch.inputs), batch.targets
         finally:
             self.skipped |= dict(loader.skipped)
             loader.close()
@@ -178,7 +178,7 @@ def load_model(found: dict[str, Any], task: Task, config: Config, device: torch.
     return model.to(device, memory_format=memory_format).eval()
 
 
-def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config]], is_sample: bool) -> Path:
+def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config]], is_demo: bool) -> Path:
     """Average the members' predictions of the test rows and write the checked CSV; returns its path."""
     first_run, task, config = members[0]
     device = device_of(config)
@@ -221,28 +221,26 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
                 f"replace the files, then predict again with make predict COMP={competition} RUN={first_run.name}"
             )
 
-    name = "+".join(run.name for run, _, _ in members) + (
-        "-sample" if is_sample and "sample" not in first_run.name else ""
-    )
+    name = "+".join(run.name for run, _, _ in members) + ("-demo" if is_demo and "demo" not in first_run.name else "")
     scores = [  # no flag of `predict` may hide behind the score of the training
         None if differences(run.config(type(own)), own) else (run.result or {}).get("score") for run, _, own in members
     ]
     for run, _, own in members:
         if changes := differences(run.config(type(own)), own):
             print(f"{run.name} was trained and scored otherwise ({'; '.join(changes)}): its score is not this file's")
-    origin = {
+    provenance = {
         "competition": competition,
         "run": ",".join(run.name for run, _, _ in members),
-        "recipe": first_run.origin["recipe"],
+        "recipe": first_run.provenance["recipe"],
         "score": scores[0] if len(scores) == 1 else None,
         "monitor": task.metrics[0].name,
         "commit": runs.commit(),
         "data_fingerprint": task.fingerprint,
-        "sample": is_sample,
+        "demo": is_demo,
         "created": runs.now(),
     }
     path = submission.SUBMISSIONS / competition / f"{name}.csv"
-    return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, origin)
+    return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, provenance)
 
 
 def _rules_of(members: Sequence[tuple[Run, Task, Config]]) -> tuple[Task, Learnt]:
@@ -273,18 +271,18 @@ def predict(competition: str, module: ModuleType, given: argparse.Namespace) -> 
     members, samples = [], set()
     for run in chosen:
         if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command, {run.origin.get('command', '')}")
+            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
         config = with_flags(run.config(type(module.RECIPES["default"])), given)
         memory.keep_freed(config.keep_memory)
         if config.threads:
             torch.set_num_threads(config.threads)
-        found = raw.of_run(run.origin, given.data, module.write_sample)
-        samples.add(found.is_sample or run.origin["sample"])
+        found = raw.of_run(run.provenance, given.data, module.write_demo)
+        samples.add(found.is_demo or run.provenance["demo"])
         task = module.build(config, found)
         if task.preflight:
             task.preflight()
         members.append((run, task, config))
-    path = write_submission(competition, members, is_sample=any(samples))
+    path = write_submission(competition, members, is_demo=any(samples))
     if len(members) == 1 and not given.data:
         members[0][0].finish()
     print(f"submission: {path}")

@@ -1,4 +1,4 @@
-"""The raw data of a competition: a folder or the archive as it was downloaded, or the generated sample."""
+"""The raw data of a competition: a folder or the archive as it was downloaded, or demo data."""
 
 import csv
 import hashlib
@@ -24,7 +24,7 @@ class RawData:
 
     path: Path
     competition: str
-    is_sample: bool = False
+    is_demo: bool = False
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile | None:
@@ -138,8 +138,8 @@ class RawData:
         raise UserError(f"neither {beside} nor {DATA / 'cache'} can be written: free space or change their owner")
 
 
-def find(competition: str, given: str | None, write_sample: Callable[[Path], None], announce=print) -> RawData:
-    """The data to use: `given` (DATA=), else data/<competition>, else the generated sample; announces the last."""
+def find(competition: str, given: str | None, write_demo: Callable[[Path], None], announce=print) -> RawData:
+    """The data to use: `given` (DATA=), else data/<competition>, else demo data; announces the last."""
     if given:
         path = Path(given).expanduser()
         try:
@@ -147,26 +147,26 @@ def find(competition: str, given: str | None, write_sample: Callable[[Path], Non
                 raise UserError(
                     f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files"
                 )
-            is_sample = path.resolve().is_relative_to((DATA / "sample").resolve())
-            return RawData(_only_archive(path), competition, is_sample)
+            is_demo = path.resolve().is_relative_to((DATA / "demo").resolve())
+            return RawData(_only_archive(path), competition, is_demo)
         except PermissionError as error:
             raise _forbidden(path, error) from error
     home = DATA / competition
     if home.is_dir() and visible(home):
         return RawData(_only_archive(home), competition)
     announce(
-        f"sample: no data in {home}, so a small generated sample takes its place. Real data: "
+        f"demo: no data in {home}, so small generated demo data take its place. Real data: "
         f"make data COMP={competition}, or DATA=/path/to/folder-or-zip"
     )
-    return RawData(_sample(competition, write_sample), competition, is_sample=True)
+    return RawData(_demo(competition, write_demo), competition, is_demo=True)
 
 
-def of_run(origin: dict[str, Any], given: str | None, write_sample: Callable[[Path], None]) -> RawData:
-    """The data for predicting with a run: `given` (DATA=), else those it was trained on, the sample included."""
-    competition = origin["competition"]
-    if origin["sample"] and not given:
-        return RawData(_sample(competition, write_sample), competition, is_sample=True)
-    return find(competition, given or origin["data"], write_sample)
+def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[Path], None]) -> RawData:
+    """The data for predicting with a run: `given` (DATA=), else those it was trained on, demo data included."""
+    competition = provenance["competition"]
+    if provenance["demo"] and not given:
+        return RawData(_demo(competition, write_demo), competition, is_demo=True)
+    return find(competition, given or provenance["data"], write_demo)
 
 
 def _forbidden(path: Path, error: OSError) -> UserError:
@@ -187,20 +187,20 @@ def visible(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.name != "cache" and not file.name.startswith(".")]
 
 
-def _sample(competition: str, write_sample: Callable[[Path], None]) -> Path:
-    """The sample's folder, generated once; written beside and renamed, so that half a sample is never read."""
-    folder = DATA / "sample" / competition
+def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
+    """The demo data's folder, generated once; written beside and renamed, so that half of it is never read."""
+    folder = DATA / "demo" / competition
     if not folder.is_dir():
         draft = folder.with_name(f"{competition}.{os.getpid()}.part")
         shutil.rmtree(draft, ignore_errors=True)
         try:
             draft.mkdir(parents=True)
-            write_sample(draft)
+            write_demo(draft)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise not_written(folder, error) from error
         try:
             draft.rename(folder)
-        except OSError:  # another process was faster: its sample is the same
+        except OSError:  # another process was faster: its files are the same
             shutil.rmtree(draft)
     return folder

@@ -1,4 +1,4 @@
-"""A run's pictures: PNG files, and one HTML page that holds them all and can be sent to anybody."""
+"""A run's plots: PNG files, and one HTML page that holds them all and can be sent to anybody."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from typing import Any
 
 from common.files import write_text, write_with
 
-DOTS_PER_INCH = 80  # a page of ten pictures stays below 5 MB
+DOTS_PER_INCH = 80  # a page of ten plots stays below 5 MB
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 img { max-width: 100% } figure { margin: 1.5em 0 } figcaption { color: #666 }

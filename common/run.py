@@ -25,10 +25,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its folder and the facts about it (`origin`: competition, recipe, data, commit ...)."""
+    """One training: its folder and the facts about it (`provenance`: competition, recipe, data, commit ...)."""
 
     path: Path
-    origin: dict[str, Any]
+    provenance: dict[str, Any]
     is_writer: bool = True  # the first of several processes; the others neither print nor write
     _lock: list = field(default_factory=list, repr=False)  # holds the open lock file while this process lives
 
@@ -85,11 +85,11 @@ class Run:
 
     def check_outputs(self, outputs: str) -> None:
         """Raises UserError when this run's models were trained for others: outputs have no names, only places."""
-        learnt = self.origin.get("outputs", outputs)  # runs of earlier versions did not note it
+        learnt = self.provenance.get("outputs", outputs)  # runs of earlier versions did not note it
         if learnt != outputs:
             raise UserError(
                 f"run {self.name} was trained to predict {learnt}, and the data have {outputs}: give it the data of "
-                f"its training, DATA={self.origin['data']}, or train another run on these"
+                f"its training, DATA={self.provenance['data']}, or train another run on these"
             )
 
     def lock(self) -> None:
@@ -134,21 +134,21 @@ def _valid(name: str) -> str:
     return name
 
 
-def open_run(competition: str, name: str | None, config: Config, origin: dict[str, Any]) -> Run:
+def open_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any]) -> Run:
     """The run to train: `name` if it is given, else an unfinished run of the same config and data, else a new one.
 
     Raises UserError when the named run was started with another config or other data, listing what differs.
     """
     if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
-        return _new_run(competition, name, config, origin)
+        return _new_run(competition, name, config, provenance)
     if name is None:
         unfinished = [run for run in reversed(all_runs(competition)) if not run.is_finished]
         for run in unfinished:
-            if not _obstacles(run, config, origin):
+            if not _obstacles(run, config, provenance):
                 return _resumed(run)
-        return _new_run(competition, None, config, origin)
+        return _new_run(competition, None, config, provenance)
     run = load(competition, name)
-    if obstacles := _obstacles(run, config, origin):
+    if obstacles := _obstacles(run, config, provenance):
         raise UserError(
             f"RUN={name} was started differently ({'; '.join(obstacles)}): repeat its own command to resume "
             f"it, name another RUN=, or delete {run.path}"
@@ -156,15 +156,15 @@ def open_run(competition: str, name: str | None, config: Config, origin: dict[st
     return _resumed(run)
 
 
-def _obstacles(run: Run, config: Config, origin: dict[str, Any]) -> list[str]:
+def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> list[str]:
     """Why this command cannot go on with that run."""
     try:
         found = configs.differences(run.config(type(config)), config)
     except UserError as error:
         return [str(error)]
-    if run.origin["data_fingerprint"] != origin["data_fingerprint"]:
-        found.append(f"data: {run.origin['data']} -> {origin['data']}, other contents")
-    elif run.origin.get("folds_fingerprint") != origin.get("folds_fingerprint"):
+    if run.provenance["data_fingerprint"] != provenance["data_fingerprint"]:
+        found.append(f"data: {run.provenance['data']} -> {provenance['data']}, other contents")
+    elif run.provenance.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
         found.append("folds: other rows in them than when the run began")
     return found
 
@@ -176,7 +176,7 @@ def _resumed(run: Run) -> Run:
     return run
 
 
-def _new_run(competition: str, name: str | None, config: Config, origin: dict[str, Any]) -> Run:
+def _new_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any]) -> Run:
     """Make the folder; the number in a generated name counts the runs of the competition."""
     home = RUNS / competition
     try:
@@ -185,7 +185,7 @@ def _new_run(competition: str, name: str | None, config: Config, origin: dict[st
         raise not_written(home, error) from error
     number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
     while True:
-        path = home / (name or f"{number:03d}-{origin['recipe']}{'-sample' if origin['sample'] else ''}")
+        path = home / (name or f"{number:03d}-{provenance['recipe']}{'-demo' if provenance['demo'] else ''}")
         try:
             path.mkdir(exist_ok=name is not None)
             break
@@ -193,10 +193,10 @@ def _new_run(competition: str, name: str | None, config: Config, origin: dict[st
             number += 1
         except OSError as error:
             raise not_written(path, error) from error
-    run = Run(path, {"run": path.name, **origin, "created": now()})
+    run = Run(path, {"run": path.name, **provenance, "created": now()})
     run.lock()
     write_text(path / "config.json", configs.to_json(config) + "\n")
-    run.write_json("run.json", run.origin)  # last: a folder with run.json is a whole run
+    run.write_json("run.json", run.provenance)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")
     return run
 
@@ -235,7 +235,7 @@ def _print(message: str) -> None:
         print(message, flush=True)
 
 
-def progress(items: Iterable[Item], label: str, total: int, unit: str = "window", show: bool = True) -> Iterator[Item]:
+def progress(items: Iterable[Item], label: str, total: int, unit: str = "batches", show: bool = True) -> Iterator[Item]:
     """Pass the items on with a bar on a terminal, or with a plain line every 20 seconds anywhere else."""
     if not show:
         yield from items
@@ -251,5 +251,5 @@ def progress(items: Iterable[Item], label: str, total: int, unit: str = "window"
             if now - last > HEARTBEAT_SECONDS and done < total:
                 last = now
                 print(
-                    f"{label}: {done}/{total} {unit}s, {(now - start) / done * (total - done):.0f} s to go", flush=True
+                    f"{label}: {done}/{total} {unit}, {(now - start) / done * (total - done):.0f} s to go", flush=True
                 )

@@ -88,7 +88,7 @@ def write(
     rows: Iterable[Sequence[Any]],
     sample_lines: Iterable[str],
     valid: Validator | None,
-    origin: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> Path:
     """Stream `rows` into `path`, check the whole file, then put it in place with the sidecar `<name>.json`.
 
@@ -108,7 +108,7 @@ def write(
         with open(draft, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with replacing(path.with_suffix(".json"), "w", encoding="utf-8") as stream:
-            stream.write(json.dumps({**origin, "sha256": digest}, indent=2) + "\n")
+            stream.write(json.dumps({**provenance, "sha256": digest}, indent=2) + "\n")
             stream.flush()
             os.fsync(stream.fileno())  # on a full disk both files stay as they were
             draft.replace(path)

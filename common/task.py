@@ -10,9 +10,9 @@ The way of a batch through its slots:
 competitions/<name>/task.py gives the core five names; it imports nothing heavy, so that --help stays instant:
 
     Config                      its settings, one level below common.config.Config
-    RECIPES: dict[str, Config]  named settings; "default" needs no RECIPE=, "smoke" takes seconds on the sample
+    RECIPES: dict[str, Config]  named settings; "default" needs no RECIPE=, "smoke" takes seconds on the demo data
     SOURCE                      where the data comes from (common.kaggle.source)
-    write_sample(folder)        generates a small data set in the real file formats
+    write_demo(folder)        generates a small data set in the real file formats
     build(config, raw) -> Task  reads the data (common.raw.RawData) and fills in the slots below
     VERBS                       optional: further verbs, or its own way of a verb: {"backtest": backtest}, where
                                 backtest(competition, argv) parses its flags with common.cli and has a line of help
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from common.window import Tree
+from common.batch import Tree
 
 # Plain types only: it is written to the run as JSON. "score", when it is there, is the first metric as measured on rows
 # that the learning did not see; the run reports it instead of the score on the rows that were learnt from.
@@ -97,4 +97,4 @@ class Task:
     outputs: str = ""  # what the outputs stand for, in their order, where the data say so; models fit no other
     paths: Sequence[Path] = ()  # every image file, for `make check`
     prediction_type: str = "float32"  # of the kept out-of-fold predictions; uint8 for probabilities in 255 steps
-    report: Callable[[Any], None] | None = None  # draws the run's pictures once it is finished
+    report: Callable[[Any], None] | None = None  # draws the run's plots once it is finished

@@ -34,14 +34,14 @@ def train(
         torch.set_num_threads(config.threads)
     with Ranks.from_environment() as ranks:
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
-        found = raw.find(competition, data, module.write_sample, announce=print if ranks.is_writer else _silent)
+        found = raw.find(competition, data, module.write_demo, announce=print if ranks.is_writer else _silent)
         task = module.build(config, found)
         if task.preflight:
             task.preflight()
-        origin = {
+        provenance = {
             "competition": competition,
             "recipe": recipe,
-            "sample": found.is_sample,
+            "demo": found.is_demo,
             "data": str(found.path.resolve()),
             "data_fingerprint": task.fingerprint,
             "folds_fingerprint": folds.fingerprint(task.folds, task.ids),
@@ -50,11 +50,11 @@ def train(
             "commit": runs.commit(),
             "machine": runs.machine(),
         }
-        run = open_together(competition, run_name, config, origin, ranks)
-        shares = [orders.share(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
+        run = open_together(competition, run_name, config, provenance, ranks)
+        shares = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
         if idle := sum(start == stop for start, stop in shares):
             run.log(f"--batch-size {config.batch_size} leaves {idle} of {ranks.world} processes without work: raise it")
-        result = ranks.share(run.result)  # the others may have no such file, on disks of their own
+        result = ranks.broadcast(run.result)  # the others may have no such file, on disks of their own
         if result is None:
             if ranks.is_writer:
                 folds.write_csv(run.path / "folds.csv", task.folds, task.ids)
@@ -67,7 +67,7 @@ def train(
     if writer:
         if task.report and not run.is_finished:
             task.report(run)
-        path = write_submission(competition, [(run, task, config)], found.is_sample)
+        path = write_submission(competition, [(run, task, config)], found.is_demo)
         run.finish()
         print(f"submission: {path}")
 
@@ -76,20 +76,20 @@ def _silent(message: str) -> None:
     """Only the first process speaks."""
 
 
-def open_together(competition: str, name: str | None, config: Config, origin: dict, ranks: Ranks) -> Run:
+def open_together(competition: str, name: str | None, config: Config, provenance: dict, ranks: Ranks) -> Run:
     """The first process opens or makes the run; the others get the same one."""
     if ranks.is_writer:
         try:
-            run = runs.open_run(competition, name, config, origin)
+            run = runs.open_run(competition, name, config, provenance)
         except BaseException:
-            ranks.share(None)  # the others must not wait for a run that will not come
+            ranks.broadcast(None)  # the others must not wait for a run that will not come
             raise
-        ranks.share(run.name)
+        ranks.broadcast(run.name)
         return run
-    shared = ranks.share(None)
+    shared = ranks.broadcast(None)
     if shared is None:
         sys.exit(1)
-    return Run(runs.RUNS / competition / shared, origin, is_writer=False)
+    return Run(runs.RUNS / competition / shared, provenance, is_writer=False)
 
 
 def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
@@ -142,9 +142,9 @@ def score_kept(task: Task, config: Config, predictions: np.ndarray, rows: np.nda
 
     def batches():
         position = 0
-        for window in loader.epoch(0):
-            yield unpack(predictions[position : position + len(window)]), window.targets
-            position += len(window)
+        for batch in loader.epoch(0):
+            yield unpack(predictions[position : position + len(batch)]), batch.targets
+            position += len(batch)
 
     with loader:
         return score(task, batches(), learnt)
@@ -160,7 +160,7 @@ def check_images(competition: str, module: ModuleType, config: Config, data: str
     """`make check`: read every image once and list those that cannot be decoded."""
     from common.loading.images import check_folder
 
-    found = raw.find(competition, data, module.write_sample)
+    found = raw.find(competition, data, module.write_demo)
     task = module.build(config, found)
     if not task.paths:
         print(f"{competition} has no image files: {found.path} was read and is in order")

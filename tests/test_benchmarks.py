@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from benchmarks import clouds, embedding, engine, kdd, loaders
 from benchmarks.engine_parts.peers import Work
 from benchmarks.tools import arguments, turns
-from common.losses import CrossEntropy, SoftFBeta, window_value
+from common.losses import CrossEntropy, SoftFBeta, batch_value
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in ROOT.glob("benchmarks/**/*.py"))
@@ -37,35 +37,35 @@ def test_whatever_make_offers_is_a_benchmark(name):
 
 @pytest.mark.parametrize("contestant", engine.KIT.values(), ids=engine.KIT)
 def test_the_update_of_the_kit_is_exact(contestant):
-    windows = engine.windows_of((16,), [32, 5], torch.float64)
-    length, error = engine.update_error(contestant, windows, F.cross_entropy, CrossEntropy())
+    batches = engine.batches_of((16,), [32, 5], torch.float64)
+    length, error = engine.update_error(contestant, batches, F.cross_entropy, CrossEntropy())
     assert length == pytest.approx(1, abs=1e-12) and error < 1e-12
-    hot = engine.one_hot(windows[:1], torch.float64)
+    hot = engine.one_hot(batches[:1], torch.float64)
     _, error = engine.update_error(contestant, hot, engine.naive_soft_f1, SoftFBeta(1, "macro"))
     assert error < 1e-12
 
 
 def test_the_error_of_the_hand_written_loop_is_seen():
-    windows = engine.windows_of((16,), [32, 5], torch.float64)
-    length, error = engine.update_error(engine.hand_written, windows, F.cross_entropy, CrossEntropy())
+    batches = engine.batches_of((16,), [32, 5], torch.float64)
+    length, error = engine.update_error(engine.hand_written, batches, F.cross_entropy, CrossEntropy())
     assert length == pytest.approx(0.25) and error == pytest.approx(0.75)
 
 
 def test_all_contestants_train_on_the_same_memory():
-    windows = engine.windows_of((16,), [32, 5])
-    work = Work(engine.mlp(), partial(torch.optim.SGD, lr=0.5), F.cross_entropy, windows, 8, CrossEntropy())
-    assert [len(inputs) for inputs, _ in work.batches] == [8, 8, 8, 8, 5]
+    batches = engine.batches_of((16,), [32, 5])
+    work = Work(engine.mlp(), partial(torch.optim.SGD, lr=0.5), F.cross_entropy, batches, 8, CrossEntropy())
+    assert [len(inputs) for inputs, _ in work.micro_batches] == [8, 8, 8, 8, 5]
     for place, attribute in enumerate(("inputs", "targets")):
-        whole = getattr(windows[0], attribute)
-        parts = [batch[place] for batch in work.batches[:4]]
+        whole = getattr(batches[0], attribute)
+        parts = [batch[place] for batch in work.micro_batches[:4]]
         assert torch.equal(torch.cat(parts), whole)
         assert {part.untyped_storage().data_ptr() for part in parts} == {whole.untyped_storage().data_ptr()}
 
 
 def test_the_naive_soft_f1_is_the_kits_on_one_batch():
-    (window,) = engine.one_hot(engine.windows_of((10,), [32], torch.float64), torch.float64)
-    ours = window_value(SoftFBeta(1, "macro"), window.inputs, window.targets)
-    assert float(engine.naive_soft_f1(window.inputs, window.targets)) == pytest.approx(float(ours), rel=1e-12)
+    (batch,) = engine.one_hot(engine.batches_of((10,), [32], torch.float64), torch.float64)
+    ours = batch_value(SoftFBeta(1, "macro"), batch.inputs, batch.targets)
+    assert float(engine.naive_soft_f1(batch.inputs, batch.targets)) == pytest.approx(float(ours), rel=1e-12)
 
 
 def test_a_step_counts_by_the_least():

@@ -76,15 +76,15 @@ def test_sample_to_submission_killed_and_resumed(competition, tmp_path):
     whole = run(straight, *train(competition))
     assert whole.returncode == 0, whole.stderr + whole.stdout
     lines = whole.stdout.strip().splitlines()
-    assert sum("sample" in line and "make data" in line for line in lines) == 1, "the banner is one line"
-    assert lines[-1].startswith(f"submission: submissions/{competition}/") and "sample" in lines[-1]
+    assert sum("demo" in line and "make data" in line for line in lines) == 1, "the banner is one line"
+    assert lines[-1].startswith(f"submission: submissions/{competition}/") and "demo" in lines[-1]
     table = straight / lines[-1].removeprefix("submission: ")
-    origin = json.loads(table.with_suffix(".json").read_text())
-    assert origin["sample"] is True and origin["competition"] == competition and origin["run"] == "smoke"
+    provenance = json.loads(table.with_suffix(".json").read_text())
+    assert provenance["demo"] is True and provenance["competition"] == competition and provenance["run"] == "smoke"
     assert len(list(csv.reader(open(table)))) > 2
 
     (broken / "data").mkdir()
-    (broken / "data" / "sample").symlink_to(straight / "data" / "sample")
+    (broken / "data" / "demo").symlink_to(straight / "data" / "demo")
     checkpoint = broken / "runs" / competition / "smoke"
     assert killed(broken, train(competition), lambda: any(checkpoint.glob("fold-*/last.pt"))), (
         "ended before a checkpoint"

@@ -1,6 +1,6 @@
 """The same training as the peers' own documentation writes it; each is imported only when it runs.
 
-The batches lie ready in a list. accelerate sees the end of the data only in a DataLoader, and Keras makes one of all
+The micro-batches lie ready in a list. accelerate sees the end of the data only in a DataLoader, and Keras makes one of all
 that it gets, so for these two its cost counts.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.window import Window
+from common.batch import Batch
 
 ACCUMULATE = 4
 
@@ -24,21 +24,21 @@ ACCUMULATE = 4
 class Work:
     """One training: `optimizer(model's parameters)`, a mean loss for those who divide, an exact one for the kit.
 
-    `batches` are the (inputs, targets) of the windows' micro-batches, as views of the same memory.
+    `micro_batches` are the (inputs, targets) of the batches' micro-batches, as views of the same memory.
     """
 
     model: nn.Module
     make_optimizer: Callable
     loss: Callable
-    windows: list[Window]
+    batches: list[Batch]
     micro_batch: int
     exact_loss: Any
     ticks: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         size = self.micro_batch
-        parts = [window.slice(at, at + size) for window in self.windows for at in range(0, len(window), size)]
-        self.batches = [(part.inputs, part.targets) for part in parts]
+        parts = [batch.slice(at, at + size) for batch in self.batches for at in range(0, len(batch), size)]
+        self.micro_batches = [(part.inputs, part.targets) for part in parts]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return self.make_optimizer(model.parameters())
@@ -53,8 +53,8 @@ def fabric(work: Work) -> None:
 
     runner = Fabric(accelerator="cpu", devices=1)
     model, optimizer = runner.setup(work.model, work.optimizer(work.model))
-    last = len(work.batches) - 1
-    for number, (inputs, targets) in enumerate(work.batches):
+    last = len(work.micro_batches) - 1
+    for number, (inputs, targets) in enumerate(work.micro_batches):
         if number % ACCUMULATE == 0:
             work.tick()
         accumulating = number % ACCUMULATE != ACCUMULATE - 1 and number != last
@@ -71,7 +71,7 @@ def accelerate(work: Work) -> None:
 
     runner = Accelerator(gradient_accumulation_steps=ACCUMULATE, cpu=True)
     model, optimizer, loader = runner.prepare(
-        work.model, work.optimizer(work.model), DataLoader(work.batches, batch_size=None)
+        work.model, work.optimizer(work.model), DataLoader(work.micro_batches, batch_size=None)
     )
     for number, (inputs, targets) in enumerate(loader):
         if number % ACCUMULATE == 0:
@@ -86,14 +86,14 @@ def accelerate(work: Work) -> None:
 class Batches:
     """What Lightning iterates over without a DataLoader: a list would be several loaders to it."""
 
-    def __init__(self, batches: list):
-        self.batches = batches
+    def __init__(self, micro_batches: list):
+        self.micro_batches = micro_batches
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.micro_batches)
 
     def __iter__(self) -> Iterator:
-        return iter(self.batches)
+        return iter(self.micro_batches)
 
 
 def lightning(work: Work) -> None:
@@ -126,7 +126,7 @@ def lightning(work: Work) -> None:
         precision="64-true" if double else "32-true",
         barebones=True,
     )
-    trainer.fit(Module(), Batches(work.batches))
+    trainer.fit(Module(), Batches(work.micro_batches))
     work.tick()
 
 
@@ -135,11 +135,11 @@ def keras(work: Work) -> None:
     import keras
 
     network = [_keras_layer(keras, layer) for layer in work.model]
-    model = keras.Sequential([keras.Input(work.batches[0][0].shape[1:]), *(layer for layer in network if layer)])
+    model = keras.Sequential([keras.Input(work.micro_batches[0][0].shape[1:]), *(layer for layer in network if layer)])
     pairs = [(ours, theirs) for ours, theirs in zip(work.model, network, strict=True) if list(ours.parameters())]
     for ours, theirs in pairs:
         theirs.set_weights([_turned(ours.weight), ours.bias.detach().float().numpy()])
-    target_type = _single(work.batches[:1])[0][1].dtype
+    target_type = _single(work.micro_batches[:1])[0][1].dtype
     plain = work.make_optimizer([torch.zeros(1, requires_grad=True)])
     made = {"AdamW": keras.optimizers.AdamW, "SGD": keras.optimizers.SGD}[type(plain).__name__]
     rate = plain.param_groups[0]["lr"]
@@ -153,7 +153,7 @@ def keras(work: Work) -> None:
             if batch % ACCUMULATE == 0:
                 work.tick()
 
-    model.fit(DataLoader(_single(work.batches), batch_size=None), epochs=1, verbose=0, callbacks=[Clock()])
+    model.fit(DataLoader(_single(work.micro_batches), batch_size=None), epochs=1, verbose=0, callbacks=[Clock()])
     work.tick()
     with torch.no_grad():
         for ours, theirs in pairs:
@@ -162,8 +162,8 @@ def keras(work: Work) -> None:
             ours.bias.copy_(torch.as_tensor(bias))
 
 
-def _single(batches: list) -> list:
-    return [(x.float(), y.float() if y.is_floating_point() else y) for x, y in batches]
+def _single(micro_batches: list) -> list:
+    return [(x.float(), y.float() if y.is_floating_point() else y) for x, y in micro_batches]
 
 
 def _turned(weight: torch.Tensor) -> Any:

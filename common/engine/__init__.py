@@ -1,1 +1,1 @@
-"""One optimizer step over a window of samples, exact whatever fits into the memory."""
+"""One optimizer step over a batch of samples, exact whatever fits into the memory."""

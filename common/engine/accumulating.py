@@ -78,7 +78,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, in the middle of a window too."""
+        """Plain types and tensors, in the middle of a batch too."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "sums": [self._sums.get(parameter) for parameter in self._parameters()],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.window import Tree, map_tree, tensors_of
+from common.batch import Tree, map_tree, tensors_of
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def sizes(count: int, largest: int) -> list[int]:
 
 
 class Buffers:
-    """A model's buffers (BatchNorm's running statistics) as they were before the window, for a pass that is repeated.
+    """A model's buffers (BatchNorm's running statistics) as they were before the batch, for a pass that is repeated.
 
     Copied without looking for changes: batch norm writes to its statistics behind the back of autograd's version
     counters. Costs a second copy of the buffers, nothing for a model without any.
@@ -85,7 +85,7 @@ class Buffers:
         self._touched = False
 
     def begin_pass(self) -> None:
-        """Every pass over a window, repeated or not, starts from the same buffers."""
+        """Every pass over a batch, repeated or not, starts from the same buffers."""
         if self._touched and self._owners:
             self._copy(lambda buffer, copy: buffer.copy_(copy))
         self._touched = True

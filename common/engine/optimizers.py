@@ -75,7 +75,7 @@ def build_optimizer(
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate moments and counters now, so that the first step needs no memory that the first window did not leave.
+    """Allocate moments and counters now, so that the first step needs no memory that the first batch did not leave.
 
     A step of rate 0 along a gradient of 0 leaves weights and moments as they are; the counters go back to 0.
     """

@@ -1,7 +1,7 @@
-"""The gradient of a window from its micro-batches, for each of the three kinds of loss (common.losses.protocol).
+"""The gradient of a batch from its micro-batches, for each of the three kinds of loss (common.losses.protocol).
 
-Each function fills .grad with the gradient of the window value, summed over the ranks, and returns that value. They
-multiply what they send backward by `engine.scale.factor`. In the formulas, i runs over the samples of the window.
+Each function fills .grad with the gradient of the batch value, summed over the ranks, and returns that value. They
+multiply what they send backward by `engine.scale.factor`. In the formulas, i runs over the samples of the batch.
 """
 
 from collections.abc import Iterable
@@ -11,41 +11,41 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.engine.optimizers import laid_out_like
 from common.losses.protocol import (
+    batch_value,
     check_per_sample,
     columns_of,
     has_mass,
     normaliser,
     positive,
     weighted_sums,
-    window_value,
 )
-from common.window import Tree, Window, map_tree, tensors_of
 
 if TYPE_CHECKING:
     from common.engine.step import Engine
 
 
-def per_sample(engine: "Engine", window: Window) -> Tensor:
+def per_sample(engine: "Engine", batch: Batch) -> Tensor:
     """value = sum_i w_i l_i / sum_i w_i m_i. One pass: the normaliser needs the targets only, so it is known before."""
-    loss, count = engine.loss, len(window)
-    if count and engine.samples_alike and window.weights is None and engine.ranks.world == 1:
+    loss, count = engine.loss, len(batch)
+    if count and engine.samples_alike and batch.weights is None and engine.ranks.world == 1:
         total = float(count)  # a tiny model's step would feel every operation on a tensor
     else:
-        total = window_normaliser(engine, window)
+        total = batch_normaliser(engine, batch)
     slope = engine.scale.factor / total
 
     def backward() -> Tensor:
         kept, sent = [], None
         engine.begin_pass()
-        for inputs, targets, weights, size in engine.parts(window):
+        for inputs, targets, weights, size in engine.parts(batch):
             losses = loss(engine.forward(inputs), targets)
             if sent is None or weights is not None or sent.shape != losses.shape:  # else the last one serves again
                 sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
             losses.backward(sent)
             kept.append(losses.detach())
-        return window_sums(engine, window, kept, total)
+        return batch_sums(engine, batch, kept, total)
 
     sums = engine.together(backward)
     engine.sum_gradients()
@@ -53,23 +53,23 @@ def per_sample(engine: "Engine", window: Window) -> Tensor:
     return value.sum() if value.ndim else value
 
 
-def sums(engine: "Engine", window: Window) -> Tensor:
+def sums(engine: "Engine", batch: Batch) -> Tensor:
     """value = g(S), S = sum_i w_i s_i. The gradient is <g'(S), sum_i w_i grad s_i>, and g'(S) needs all samples.
 
     With a single sum g'(S) is one factor on the whole gradient and comes last; else a first pass finds S.
     Only S is kept between the passes, not the outputs.
     """
-    if engine.fits_whole(window):
-        return whole(engine, window)
+    if engine.fits_whole(batch):
+        return whole(engine, batch)
     loss = engine.loss
-    count = window_normaliser(engine, window)
+    count = batch_normaliser(engine, batch)
 
     def add_up(sent: Tensor | None, keep_sums: bool) -> Tensor | None:
         """A pass that sends `sent` back into the statistics (None: nothing) and returns their sums on this rank."""
         total = None
         engine.begin_pass()
         with torch.set_grad_enabled(sent is not None):
-            for inputs, targets, weights, _ in engine.parts(window):
+            for inputs, targets, weights, _ in engine.parts(batch):
                 stats = loss.stats(engine.forward(inputs), targets)
                 if sent is not None:
                     stats.backward(sent_back(stats, sent, weights))
@@ -79,7 +79,7 @@ def sums(engine: "Engine", window: Window) -> Tensor:
         return total
 
     if engine.single_sum:
-        unit = count.max()  # only against overflow: the sum of a large window in fp16
+        unit = count.max()  # only against overflow: the sum of a large batch in fp16
         total = engine.together(lambda: add_up(engine.scale.factor / unit, True))
         value, slope = value_and_slope(engine, total, count)
         engine.sum_gradients()
@@ -87,22 +87,22 @@ def sums(engine: "Engine", window: Window) -> Tensor:
         return value
     total = engine.together(lambda: add_up(None, True))
     value, slope = value_and_slope(engine, total, count)
-    engine.single_sum = slope.numel() == 1  # known from now on; the first window may take two passes all the same
+    engine.single_sum = slope.numel() == 1  # known from now on; the first batch may take two passes all the same
     engine.together(lambda: add_up(slope * engine.scale.factor, False))
     engine.sum_gradients()
     return value
 
 
-def whole_batch(engine: "Engine", window: Window) -> Tensor:
+def whole_batch(engine: "Engine", batch: Batch) -> Tensor:
     """value = L(z_1 ... z_n) without any structure: keep the outputs z, take dL/dz, send it back in a second pass."""
-    if engine.fits_whole(window):
-        return whole(engine, window)
-    ranks, count = engine.ranks, len(window)
+    if engine.fits_whole(batch):
+        return whole(engine, batch)
+    ranks, count = engine.ranks, len(batch)
 
     def forward() -> dict[str, Tree] | None:
         engine.begin_pass()
         with torch.no_grad():
-            found = [(engine.forward(inputs), targets, weights) for inputs, targets, weights, _ in engine.parts(window)]
+            found = [(engine.forward(inputs), targets, weights) for inputs, targets, weights, _ in engine.parts(batch)]
         if not found:
             return None
         outputs, targets, weights = zip(*found, strict=True)
@@ -117,7 +117,7 @@ def whole_batch(engine: "Engine", window: Window) -> Tensor:
     def backward() -> None:
         start = 0
         engine.begin_pass()
-        for inputs, _, _, size in engine.parts(window):
+        for inputs, _, _, size in engine.parts(batch):
             outputs = [leaf for leaf in tensors_of(engine.forward(inputs)) if leaf.is_floating_point()]
             pairs = [(leaf, slope) for leaf, slope in zip(outputs, slopes, strict=True)]
             pairs = [(leaf, slope) for leaf, slope in pairs if slope is not None and leaf.requires_grad]
@@ -145,44 +145,44 @@ def loss_of_outputs(engine: "Engine", kept: dict[str, Tree]) -> tuple[Tensor, li
 PASSES = {"per_sample": per_sample, "sums": sums, "whole_batch": whole_batch}
 
 
-def whole(engine: "Engine", window: Window) -> Tensor:
-    """One graph for a window that is not cut: nothing has to be found out by a first pass."""
+def whole(engine: "Engine", batch: Batch) -> Tensor:
+    """One graph for a batch that is not cut: nothing has to be found out by a first pass."""
 
     def backward() -> Tensor:
         engine.begin_pass()
-        ((inputs, targets, weights, _),) = engine.parts(window)
-        value = window_value(engine.loss, engine.forward(inputs), targets, weights)
+        ((inputs, targets, weights, _),) = engine.parts(batch)
+        value = batch_value(engine.loss, engine.forward(inputs), targets, weights)
         (value * engine.scale.factor).backward()
         return value.detach()
 
     return engine.together(backward)
 
 
-def window_normaliser(engine: "Engine", window: Window) -> Tensor:
+def batch_normaliser(engine: "Engine", batch: Batch) -> Tensor:
     """sum_i w_i m_i over all ranks, [] or [K], 1 where it is 0."""
     loss, device = engine.loss, engine.device
     shape = () if columns_of(loss) == 1 else (columns_of(loss),)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if window.weights is None and not has_mass(loss):
-        return positive(engine.ranks.sum_(torch.full(shape, len(window), dtype=dtype, device=device)))
+    if batch.weights is None and not has_mass(loss):
+        return positive(engine.ranks.sum_(torch.full(shape, len(batch), dtype=dtype, device=device)))
 
     def local() -> Tensor:
-        if tensors_of(window.targets)[0].device == device:  # nothing has to move, so nothing has to be cut
-            weights = None if window.weights is None else engine.to_device(window.weights)
-            return normaliser(loss, window.targets, weights)
+        if tensors_of(batch.targets)[0].device == device:  # nothing has to move, so nothing has to be cut
+            weights = None if batch.weights is None else engine.to_device(batch.weights)
+            return normaliser(loss, batch.targets, weights)
         total = torch.zeros(shape, dtype=dtype, device=device)
-        for _, targets, weights, _ in engine.parts(window, with_inputs=False):
+        for _, targets, weights, _ in engine.parts(batch, with_inputs=False):
             total += normaliser(loss, targets, weights)
         return total
 
     return positive(engine.ranks.sum_(engine.together(local)))
 
 
-def window_sums(engine: "Engine", window: Window, losses: list[Tensor], total: Tensor) -> Tensor:
+def batch_sums(engine: "Engine", batch: Batch, losses: list[Tensor], total: Tensor) -> Tensor:
     """sum_i w_i l_i of this rank's micro-batches, in the shape of the normaliser."""
     if not losses:  # a rank without samples
         return torch.zeros_like(total)
-    weights = None if window.weights is None else engine.to_device(window.weights)
+    weights = None if batch.weights is None else engine.to_device(batch.weights)
     return weighted_sums(torch.cat(losses), weights)
 
 

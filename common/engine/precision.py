@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from common.window import Tree, map_tree
+from common.batch import Tree, map_tree
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_FACTOR = 2.0**-14  # of the loss scale: gradients of a billion would overflow with it

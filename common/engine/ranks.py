@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from common.batch import Tree, map_tree, tensors_of
 from common.engine.optimizers import laid_out_like
 from common.errors import UserError
-from common.window import Tree, map_tree, tensors_of
 
 PATIENCE_MINUTES = 60.0  # the others wait that long, for example while the first process predicts the held-out rows
 
@@ -68,7 +68,7 @@ class Ranks:
                 distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return tensor
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's `value`, in every process; the others' is ignored."""
         if self.world == 1:
             return value

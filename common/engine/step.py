@@ -1,4 +1,4 @@
-"""The engine: exactly one optimizer step over one window, whatever part of it fits into the memory at once."""
+"""The engine: exactly one optimizer step over one batch, whatever part of it fits into the memory at once."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from common.batch import Batch, Tree, tensors_of
 from common.engine import memory
 from common.engine.passes import PASSES, rebuilt
 from common.engine.precision import LossScale, forward_in
@@ -17,13 +18,12 @@ from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.keys import keyed_seed
 from common.losses.protocol import columns_of, has_mass, kind
-from common.window import Tree, Window, tensors_of
 
 Result = TypeVar("Result")
 
 
 class StepReport(NamedTuple):
-    """What a step did: the window value (0-d), the norm of its gradient before clipping, the micro-batch."""
+    """What a step did: the batch value (0-d), the norm of its gradient before clipping, the micro-batch."""
 
     loss: Tensor
     gradient_norm: float | Tensor  # 0-d on a card
@@ -35,9 +35,9 @@ class DoesNotFit(Exception):
 
 
 class Engine:
-    """Steps `optimizer` along the exact gradient of `loss` over a window, in micro-batches of `micro_batch` samples.
+    """Steps `optimizer` along the exact gradient of `loss` over a batch, in micro-batches of `micro_batch` samples.
 
-    "auto" begins with the whole window and halves when the memory does not hold it; so does a given size. A window
+    "auto" begins with the whole batch and halves when the memory does not hold it; so does a given size. A batch
     that failed starts again from its first sample, so nothing is lost or counted twice, and the smaller size is kept.
     Dropout starts from a function of (seed, step, rank) in every pass. BatchNorm normalises over micro-batches, which
     no accumulation can undo; its running statistics move once a micro-batch.
@@ -69,23 +69,23 @@ class Engine:
         self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
-        self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the window
+        self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the batch
         self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
         self.buffers = memory.Buffers(model)
         self._first_seed = keyed_seed(seed, ranks.rank)
         self._log = log if ranks.is_writer else lambda message: None
         self._told = False
 
-    def step(self, window: Window, step_number: int) -> StepReport:
-        """One optimizer step over the window. Raises UserError, before the update, when it is not a finite one."""
-        value = self.gradients(window, step_number)
+    def step(self, batch: Batch, step_number: int) -> StepReport:
+        """One optimizer step over the batch. Raises UserError, before the update, when it is not a finite one."""
+        value = self.gradients(batch, step_number)
         norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         known = math.isfinite(value)  # the one place where a step waits for a GPU
         finite = known and math.isfinite(norm)
         if not finite and not (known and self.scale.can_shrink):
             what = "the gradient of the loss" if known else "the loss"
             raise UserError(
-                f"{what} is not finite in step {step_number + 1} (epoch {window.epoch + 1}, window {window.number + 1})"
+                f"{what} is not finite in step {step_number + 1} (epoch {batch.epoch + 1}, batch {batch.number + 1})"
                 ": train with a lower --lr, with --clip-norm 1, or with --precision fp32, and look at the data"
             )
         if finite:
@@ -97,36 +97,36 @@ class Engine:
         self._drop_gradients()
         return StepReport(value, norm, self.micro_batch)
 
-    def gradients(self, window: Window, step_number: int) -> Tensor:
-        """Fill .grad with the exact gradient of the window, summed over all ranks, and return the window's value.
+    def gradients(self, batch: Batch, step_number: int) -> Tensor:
+        """Fill .grad with the exact gradient of the batch, summed over all ranks, and return the batch's value.
 
         Raises UserError when not even one sample fits into the memory.
         """
         self._seed = (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
         self.buffers.keep()
         if not self.limited:
-            self.micro_batch = max(self.micro_batch, len(window))
+            self.micro_batch = max(self.micro_batch, len(batch))
         fits = False
         while not fits:
             self._drop_gradients()
             try:
-                value = PASSES[self.kind](self, window)
+                value = PASSES[self.kind](self, batch)
                 fits = True
             except DoesNotFit:
                 self._drop_gradients()
             if not fits:  # outside `except`, where the failed pass can be given back
-                self._halve(len(window))
+                self._halve(len(batch))
         if self.scale.enabled:
             self.multiply_gradients(1 / self.scale.factor)
         # Every rank continues, and is restored, with the same statistics; one without samples has seen nothing new.
-        self.ranks.average_(self.buffers.statistics(), len(window))
-        self._tell_once(len(window))
+        self.ranks.average_(self.buffers.statistics(), len(batch))
+        self._tell_once(len(batch))
         return value
 
     # What the passes of common.engine.passes use.
 
     def begin_pass(self) -> None:
-        """Every pass over a window sees the same dropout and the same buffers."""
+        """Every pass over a batch sees the same dropout and the same buffers."""
         torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
@@ -134,12 +134,12 @@ class Engine:
             torch.mps.manual_seed(self._seed)
         self.buffers.begin_pass()
 
-    def parts(self, window: Window, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
-        """(inputs, targets, weights, size) of each micro-batch, on the device: views of the window until they move."""
-        sizes = memory.sizes(len(window), self.micro_batch)
-        inputs = self._cut(window.inputs, sizes) if with_inputs else repeat(None)
-        weights = repeat(None) if window.weights is None else self._cut(window.weights, sizes)
-        return zip(inputs, self._cut(window.targets, sizes), weights, sizes, strict=False)
+    def parts(self, batch: Batch, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
+        """(inputs, targets, weights, size) of each micro-batch, on the device: views of the batch until they move."""
+        sizes = memory.sizes(len(batch), self.micro_batch)
+        inputs = self._cut(batch.inputs, sizes) if with_inputs else repeat(None)
+        weights = repeat(None) if batch.weights is None else self._cut(batch.weights, sizes)
+        return zip(inputs, self._cut(batch.targets, sizes), weights, sizes, strict=False)
 
     def _cut(self, tree: Tree, sizes: list[int]) -> Iterable[Tree]:
         if isinstance(tree, Tensor):
@@ -155,9 +155,9 @@ class Engine:
             tensor = tensor.float()
         return tensor.to(self.device, non_blocking=True)
 
-    def fits_whole(self, window: Window) -> bool:
-        """Whether the window is a single micro-batch of a single rank."""
-        return self.ranks.world == 1 and len(window) <= self.micro_batch
+    def fits_whole(self, batch: Batch) -> bool:
+        """Whether the batch is a single micro-batch of a single rank."""
+        return self.ranks.world == 1 and len(batch) <= self.micro_batch
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Run `work`, then vote: DoesNotFit is raised on every rank if any ran out of memory. No collectives inside."""
@@ -209,7 +209,7 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            # Some weights have moved and some have not, so this window cannot start again.
+            # Some weights have moved and some have not, so this batch cannot start again.
             raise UserError(
                 f"out of memory inside the optimizer, in step {step_number + 1}: repeat the command with "
                 f"--micro-batch {max(1, self.micro_batch // 2)}, it goes on from the last checkpoint"
@@ -229,17 +229,17 @@ class Engine:
                 * (self.kind == "whole_batch")
             )
         self.micro_batch, self.limited, self._told = (largest + 1) // 2, True, False
-        self._log(f"out of memory at {largest} samples: the same window again in micro-batches of {self.micro_batch}")
+        self._log(f"out of memory at {largest} samples: the same batch again in micro-batches of {self.micro_batch}")
 
     def _tell_once(self, count: int) -> None:
         if self._told:
             return
         self._told = True
         whole = count <= self.micro_batch
-        self._log(f"micro-batch {self.micro_batch}: " + ("the whole window fits" if whole else f"a window of {count}"))
+        self._log(f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch of {count}"))
         if not whole and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
             self._log(
-                f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the window "
+                f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the batch "
                 f"of {count}: another --micro-batch is another function for it"
             )
         if not whole and any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.model.modules()):

@@ -1,4 +1,4 @@
-"""`make board`: validation against leaderboard for everything that was sent, as a table and a picture."""
+"""`make board`: validation against leaderboard for everything that was sent, as a table and a plot."""
 
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -42,7 +42,7 @@ def board(competition: str, source: Source) -> None:
             print(f"no ranks: {no_rank}")
         path = SUBMISSIONS / competition / "board.png"
         draw(rows, source, path)
-        print(f"picture: {path}")
+        print(f"plot: {path}")
     if failure:
         raise UserError(f"not refreshed: {failure}")
 

@@ -17,18 +17,18 @@ from common.submission import SUBMISSIONS
 
 @dataclass(frozen=True)
 class Candidate:
-    """A submission file and where it came from; `origin` is empty for a file that the kit did not write."""
+    """A submission file and where it came from; `provenance` is empty for a file that the kit did not write."""
 
     path: Path
-    origin: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
     def run(self) -> str:
-        return self.origin.get("run", "")
+        return self.provenance.get("run", "")
 
     @property
     def score(self) -> float | None:
-        return self.origin.get("score")
+        return self.provenance.get("score")
 
     @property
     def sha256(self) -> str:
@@ -53,7 +53,7 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
                 f"RUN={run} has no submission (there are: {names}): make predict COMP={competition} RUN={run}"
             )
         return candidates[-1]
-    real = [candidate for candidate in candidates if not candidate.origin.get("sample")]
+    real = [candidate for candidate in candidates if not candidate.provenance.get("demo")]
     if not real:
         why = f"only samples ({candidates[-1].path})" if candidates else "nothing"
         raise UserError(
@@ -74,17 +74,17 @@ def _written(competition: str) -> list[Candidate]:
     for sidecar in (SUBMISSIONS / competition).glob("*.json"):
         path = sidecar.with_suffix(".csv")
         try:
-            origin = json.loads(sidecar.read_text())
+            provenance = json.loads(sidecar.read_text())
         except ValueError:
             continue  # not one of the kit's
-        if path.is_file() and _is_ours(origin):
-            found.append(Candidate(path, origin))
-    return sorted(found, key=lambda one: (one.origin.get("created", ""), one.path.stat().st_mtime_ns))
+        if path.is_file() and _is_ours(provenance):
+            found.append(Candidate(path, provenance))
+    return sorted(found, key=lambda one: (one.provenance.get("created", ""), one.path.stat().st_mtime_ns))
 
 
-def _is_ours(origin: Any) -> bool:
+def _is_ours(provenance: Any) -> bool:
     """Whether the content of a .json beside a .csv was written by the kit, not by whatever else made that file."""
-    return isinstance(origin, dict) and "sha256" in origin
+    return isinstance(provenance, dict) and "sha256" in provenance
 
 
 def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
@@ -92,37 +92,37 @@ def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
         try:
-            origin = json.loads(sidecar.read_text())
+            provenance = json.loads(sidecar.read_text())
         except ValueError as error:
             raise UserError(f"{sidecar} cannot be read ({error}): write the submission again: make predict") from error
-        if _is_ours(origin):
-            return Candidate(path, origin)
+        if _is_ours(provenance):
+            return Candidate(path, provenance)
     digest = Candidate(path, {}).sha256
-    same = [candidate.origin for candidate in candidates if candidate.origin["sha256"] == digest]
+    same = [candidate.provenance for candidate in candidates if candidate.provenance["sha256"] == digest]
     return Candidate(path, same[0] if same else {})
 
 
 def check(candidate: Candidate, competition: str, module: ModuleType, data: str | None) -> int:
     """Raises UserError for a sample, a changed or stale file, or one that no sample submission allows; its rows."""
     again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
-    if candidate.origin.get("sample"):
+    if candidate.provenance.get("demo"):
         raise UserError(
-            f"{candidate.path} was made from the generated sample and means nothing on Kaggle: make data "
+            f"{candidate.path} was made from demo data and means nothing on Kaggle: make data "
             f"COMP={competition}, then make train COMP={competition}"
         )
-    if candidate.origin and candidate.sha256 != candidate.origin.get("sha256"):
+    if candidate.provenance and candidate.sha256 != candidate.provenance.get("sha256"):
         raise UserError(f"{candidate.path} was changed after it was checked: write it again with {again}")
     for name in filter(None, candidate.run.split(",")):
         result = runs.RUNS / competition / name / "result.json"
         finished = json.loads(result.read_text()).get("finished", "") if result.is_file() else ""
-        if finished > candidate.origin.get("created", ""):
+        if finished > candidate.provenance.get("created", ""):
             raise UserError(
-                f"{candidate.path} is older than its run ({candidate.origin.get('created')}, {name} finished "
+                f"{candidate.path} is older than its run ({candidate.provenance.get('created')}, {name} finished "
                 f"{finished}): write it again with {again}"
             )
     found = _data(candidate, competition, data)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
-    valid = None if candidate.origin else module.build(module.RECIPES["default"], found).valid
+    valid = None if candidate.provenance else module.build(module.RECIPES["default"], found).valid
     pattern, failure = module.SOURCE.sample_submission, None
     for name in [name for name in found.names() if fnmatchcase(name, pattern)] or [pattern]:
         try:
@@ -146,8 +146,8 @@ def _data(candidate: Candidate, competition: str, data: str | None) -> raw.RawDa
             f"{candidate.path} cannot be compared with the sample submission, there is no {raw.DATA / competition}: "
             f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
         )
-    return raw.find(competition, data, _no_sample)
+    return raw.find(competition, data, _no_demo)
 
 
-def _no_sample(folder: Path) -> None:
-    raise AssertionError(f"no sample is made for a submission: {folder}")
+def _no_demo(folder: Path) -> None:
+    raise AssertionError(f"no demo data are made for a submission: {folder}")

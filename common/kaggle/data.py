@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from common.archive import Damaged
 from common.errors import UserError
 from common.files import not_written
-from common.kaggle import download, stamp
+from common.kaggle import download, manifest
 from common.kaggle.cli import end_orphan
 from common.kaggle.credentials import find
 from common.kaggle.source import Source, missing
@@ -46,7 +46,7 @@ def fetch(
     home = DATA / competition
     with _locked(DATA / f".{competition}.download", competition) as lock:
         part, expected = ("labels", source.labels) if labels_only else ("all", source.archived)
-        before = stamp.read(home)
+        before = manifest.read(home)
         if not force and _is_complete(home, before, part):
             print(f"{home} is complete: {len(before.files):,} files, {before.size / 1e6:,.1f} MB ({before.source})")
         else:
@@ -63,12 +63,12 @@ def fetch(
             rest = before if part == "labels" and _has_others(home, before, now) else None
             if rest is not None:
                 now = now.added_to(rest)
-            stamp.install(_draft(home), now, before)
+            manifest.install(_draft(home), now, before)
             _clear(Path(lock.name).parent)
             if rest is not None and (problems := now.damage()):
                 print(
-                    f"{home}: the label files are new, others are damaged ({stamp.listed(problems)}): fetch all again "
-                    f"with make data COMP={competition}"
+                    f"{home}: the label files are new, others are damaged ({manifest.listed(problems)}): fetch all "
+                    f"again with make data COMP={competition}"
                 )
             else:
                 print(f"{home} is complete: {len(now.files):,} files, {now.size / 1e6:,.1f} MB ({now.source})")
@@ -131,24 +131,24 @@ def _take(lock: IO) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is_complete(home: Path, before: stamp.Stamp | None, part: str) -> bool:
-    """Whether the data is what its stamp says; says so when it is damaged."""
+def _is_complete(home: Path, before: manifest.Manifest | None, part: str) -> bool:
+    """Whether the data is what its manifest says; says so when it is damaged."""
     if before is None or (part == "all" and before.part != "all"):
         return False
     problems = before.damage()
     if problems:
-        print(f"{home} is damaged ({stamp.listed(problems)}): fetching it again")
+        print(f"{home} is damaged ({manifest.listed(problems)}): fetching it again")
     return not problems
 
 
-def _has_others(home: Path, before: stamp.Stamp | None, labels: stamp.Stamp) -> bool:
+def _has_others(home: Path, before: manifest.Manifest | None, labels: manifest.Manifest) -> bool:
     """Whether more than the label files was fetched before and any of it is there; deleted data are not asked for."""
     if before is None or before.part != "all":
         return False
     return any((home / name).is_file() for name in before.files.keys() - labels.files.keys())
 
 
-def _refuse_unknown(home: Path, before: stamp.Stamp | None, force: bool) -> None:
+def _refuse_unknown(home: Path, before: manifest.Manifest | None, force: bool) -> None:
     """Files that somebody put there by hand are not replaced unasked."""
     if os.path.lexists(home) and not home.is_dir():
         raise _no_folder(home)
@@ -170,7 +170,7 @@ def _obtain(
     url: str,
     checksum: str,
     force: bool,
-) -> stamp.Stamp:
+) -> manifest.Manifest:
     """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
     account = find() if source.slug else None
     if account:
@@ -180,18 +180,18 @@ def _obtain(
         shutil.rmtree(draft, ignore_errors=True)
         try:
             if account is None:
-                origin, files = download.plain(source, work, draft, url, checksum)
+                provenance, files = download.plain(source, work, draft, url, checksum)
             elif part == "labels":
-                origin, files = source.page, download.single_files(source, account, work, draft, lock)
+                provenance, files = source.page, download.single_files(source, account, work, draft, lock)
             else:
-                origin, files = (
+                provenance, files = (
                     source.page,
                     download.whole_archive(source, account, work, draft, lock, again=attempt > 1, as_it_is=force),
                 )
             if absent := missing(expected, list(files)):
                 found = ", ".join(sorted(files)[:5]) or "nothing"
-                raise Damaged(f"{origin}: the download has no {', '.join(absent)} (found: {found})")
-            return stamp.make(home, draft, part, files, origin)
+                raise Damaged(f"{provenance}: the download has no {', '.join(absent)} (found: {found})")
+            return manifest.make(home, draft, part, files, provenance)
         except Damaged as error:
             _clear(work)
             if attempt == 2:

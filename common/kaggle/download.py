@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from common import archive
 from common.archive import Damaged, Entry
 from common.errors import UserError
-from common.kaggle import stamp
+from common.kaggle import manifest
 from common.kaggle.cli import Answer, explained, kaggle
 from common.kaggle.credentials import Account, hide_addresses
 from common.kaggle.progress import Progress
@@ -156,7 +156,7 @@ class Listing(threading.Thread):
             if name in packed and packed[name] != size
         ]
         if problems:
-            raise Damaged(f"{target.name}: {stamp.listed(problems)} (FORCE=1 keeps it as it is)")
+            raise Damaged(f"{target.name}: {manifest.listed(problems)} (FORCE=1 keeps it as it is)")
 
 
 def single_files(source: Source, account: Account, work: Path, draft: Path, lock: IO) -> dict[str, Entry]:

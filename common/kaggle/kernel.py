@@ -256,14 +256,14 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
     message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
     name = "submission.csv"
     sidecar = table.with_suffix(".json")
-    origin = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     row = ledger.Row(
         time=runs.now(),
         file=str(table),
-        sha256=origin.get("sha256", ""),
-        run=origin.get("run", ""),
+        sha256=provenance.get("sha256", ""),
+        run=provenance.get("run", ""),
         commit=f"notebook {facts['kernel']}/{facts['version']}",
-        validation=str(origin["score"]) if origin.get("score") is not None else "",
+        validation=str(provenance["score"]) if provenance.get("score") is not None else "",
         message=message,
     )
     before = ledger.newest(ledger.read(competition), "commit", row.commit)

@@ -51,13 +51,15 @@ def _place(output: Path, competition: str) -> list[Path]:
     tables = []
     for table in sorted((output / "submissions" / competition).glob("*.csv")):
         sidecar = table.with_suffix(".json")
-        origin = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-        old = origin.get("run", table.stem)
+        provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        old = provenance.get("run", table.stem)
         name = table.stem.replace(old, names.get(old, old))
         target = SUBMISSIONS / competition / f"{name}.csv"
         target.parent.mkdir(parents=True, exist_ok=True)
-        if origin:
-            write_text(target.with_suffix(".json"), json.dumps(origin | {"run": names.get(old, old)}, indent=2) + "\n")
+        if provenance:
+            write_text(
+                target.with_suffix(".json"), json.dumps(provenance | {"run": names.get(old, old)}, indent=2) + "\n"
+            )
         shutil.move(table, target)
         tables.append(target)
     if not tables:

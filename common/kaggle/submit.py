@@ -52,7 +52,7 @@ def submit(
     if left == 0:
         raise UserError(f"no submission to {source.slug} is left today: repeat the same command after midnight UTC")
     message = (message or described(candidate))[:LONGEST_MESSAGE]
-    score = f", {candidate.origin['monitor']} {candidate.score:.5f}" if candidate.score is not None else ""
+    score = f", {candidate.provenance['monitor']} {candidate.score:.5f}" if candidate.score is not None else ""
     print(f"Kaggle account: {account.where}")
     print(f"sending {candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score} to {source.page}")
     print(f"message: {message}\nsubmissions left today: {'unknown' if left is None else left}")
@@ -62,7 +62,7 @@ def submit(
         file=str(candidate.path),
         sha256=digest,
         run=candidate.run,
-        commit=candidate.origin.get("commit", ""),
+        commit=candidate.provenance.get("commit", ""),
         validation="" if candidate.score is None else str(candidate.score),
         message=message,
     )
@@ -88,10 +88,10 @@ def refuse_nowhere(competition: str, source: Source) -> None:
 
 def described(candidate: Candidate) -> str:
     """The default message: run, recipe, score and commit."""
-    origin = candidate.origin
-    score = f"{origin['monitor']} {candidate.score:.5f}" if candidate.score is not None else ""
-    commit = f"commit {origin['commit']}" if origin.get("commit") else ""
-    parts = [candidate.run or candidate.path.name, f"recipe {origin.get('recipe', '-')}", score, commit]
+    provenance = candidate.provenance
+    score = f"{provenance['monitor']} {candidate.score:.5f}" if candidate.score is not None else ""
+    commit = f"commit {provenance['commit']}" if provenance.get("commit") else ""
+    parts = [candidate.run or candidate.path.name, f"recipe {provenance.get('recipe', '-')}", score, commit]
     return ", ".join(filter(None, parts))
 
 

@@ -1,4 +1,4 @@
-"""Windows of a dataset, bit-identical for any number of workers, any number of processes and after any restart.
+"""Batches of a dataset, bit-identical for any number of workers, any number of processes and after any restart.
 
 A dataset is any object with `__len__` and one of
 
@@ -17,23 +17,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from common.batch import Batch, tensors_of
 from common.errors import UserError
 from common.loading.binding import held_generators
 from common.loading.keys import MIX_STREAM, Keys
-from common.loading.orders import Order, Plan, share
-from common.loading.worker import Loaded, WindowKey, WindowReader, as_tensors, send_generators_whole, start_worker
-from common.window import Window, tensors_of
+from common.loading.orders import Order, Plan, shard
+from common.loading.worker import BatchKey, BatchReader, Loaded, as_tensors, send_generators_whole, start_worker
 
-PREFETCH_LIMIT = 0.1  # of a card's memory: larger windows wait on the host, and travel in micro-batches
+PREFETCH_LIMIT = 0.1  # of a card's memory: larger batches wait on the host, and travel in micro-batches
 
 
 class Loader:
-    """Yields this process's share of every window; `order` (common.loading.orders) decides what the windows are.
+    """Yields this process's shard of every batch; `order` (common.loading.orders) decides what the batches are.
 
-    The share of rank r of `world` is a contiguous block of whole pairs. `mix` (common.loading.mixing) blends pairs.
-    `bad_images="skip"` leaves unreadable images out of their windows and lists them in `skipped`. Window.total is then
+    The shard of rank r of `world` is a contiguous block of whole pairs. `mix` (common.loading.mixing) blends pairs.
+    `bad_images="skip"` leaves unreadable images out of their batches and lists them in `skipped`. Batch.total is then
     what this rank knows of; the true size over all ranks is the sum of their lengths, which the engine forms anyway.
-    On a CUDA `device` the next window is copied while the model works; otherwise windows stay where they were made.
+    On a CUDA `device` the next batch is copied while the model works; otherwise batches stay where they were made.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Loader:
                 f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from "
                 "`keys` alone: other numbers would depend on which samples come together"
             )
-        self._reader = WindowReader(dataset, seed, bad_images == "skip")
-        self.windows_per_epoch = len(self._plan(0).bounds(batch_size, keep_tail)) - 1
-        if not self.windows_per_epoch:
+        self._reader = BatchReader(dataset, seed, bad_images == "skip")
+        self.batches_per_epoch = len(self._plan(0).bounds(batch_size, keep_tail)) - 1
+        if not self.batches_per_epoch:
             raise UserError(
-                f"{len(self._plan(0).index)} samples give no window of {batch_size}: keep the tail, or use "
+                f"{len(self._plan(0).index)} samples give no batch of {batch_size}: keep the tail, or use "
                 "a smaller --batch-size"
             )
 
@@ -80,11 +80,11 @@ class Loader:
         """The samples that were left out so far, sorted: their row and the reason."""
         return sorted(self._skipped.items())
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        """The windows of an epoch from number `start` on; those before it are not loaded."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on; those before it are not loaded."""
         loaded = self._with_batch(epoch, start) if self.in_batches else self._with_reader(epoch, start)
         finished = (self._finished(part) for part in loaded)
-        return _one_ahead(finished, self.device) if self.device.type == "cuda" else (window for window in finished)
+        return _one_ahead(finished, self.device) if self.device.type == "cuda" else (batch for batch in finished)
 
     def close(self) -> None:
         """Stop the worker processes; the next epoch starts new ones."""
@@ -101,22 +101,22 @@ class Loader:
             self._planned = epoch, self.order(self.seed, epoch)
         return self._planned[1]
 
-    def _keys(self, epoch: int, start: int) -> Iterator[WindowKey]:
+    def _keys(self, epoch: int, start: int) -> Iterator[BatchKey]:
         plan = self._plan(epoch)
         bounds = plan.bounds(self.batch_size, self.keep_tail).tolist()
         for number in range(start, len(bounds) - 1):
             total = bounds[number + 1] - bounds[number]
-            first, last = share(total, self.rank, self.world)
+            first, last = shard(total, self.rank, self.world)
             part = slice(bounds[number] + first, bounds[number] + last)
-            yield WindowKey(epoch, number, plan.index[part], plan.draw[part], np.arange(first, last), total)
+            yield BatchKey(epoch, number, plan.index[part], plan.draw[part], np.arange(first, last), total)
 
     def _with_batch(self, epoch: int, start: int) -> Iterator[Loaded]:
         weights = getattr(self.dataset, "weights", None)
         for key in self._keys(epoch, start):
-            # A share of no samples still has the shapes of one, for the engine.
+            # A shard of no samples still has the shapes of one, for the engine.
             index, draw = (key.index, key.draw) if len(key.index) else (np.zeros(1, np.int64), np.zeros(1, np.int64))
             inputs, targets = as_tensors(self.dataset.batch(index, Keys(self.seed, epoch, index, draw)))
-            window = Window(
+            batch = Batch(
                 inputs,
                 targets,
                 torch.from_numpy(index),
@@ -125,17 +125,17 @@ class Loader:
                 key.number,
                 key.total,
             )
-            yield Loaded(window.slice(0, len(key.index)), key.place, [])
+            yield Loaded(batch.slice(0, len(key.index)), key.place, [])
 
     def _with_reader(self, epoch: int, start: int) -> Iterator[Loaded]:
-        """Windows of single samples, from worker processes where there are any; raises their UserErrors here."""
+        """Batches of single samples, from worker processes where there are any; raises their UserErrors here."""
         keys = self._keys(epoch, start)
         try:
             for loaded in self._in_workers(keys) if self.workers else map(self._reader.__getitem__, keys):
                 if isinstance(loaded, UserError):
                     raise loaded
                 self._skipped |= loaded.skipped
-                if not len(loaded.window) and self.world == 1:  # with others, the engine waits for every share
+                if not len(loaded.batch) and self.world == 1:  # with others, the engine waits for every shard
                     continue
                 yield loaded
         except RuntimeError as error:
@@ -146,7 +146,7 @@ class Loader:
                 f"or a smaller --batch-size ({str(error).splitlines()[0]})"
             ) from error
 
-    def _in_workers(self, keys: Iterator[WindowKey]) -> Iterator[Loaded | UserError]:
+    def _in_workers(self, keys: Iterator[BatchKey]) -> Iterator[Loaded | UserError]:
         if self._torch_loader is None:
             send_generators_whole()
             # Its own generator: the DataLoader draws a base seed, which must not come from the training's stream.
@@ -156,7 +156,7 @@ class Loader:
                 sampler=_Sampler(),
                 collate_fn=_as_it_is,
                 worker_init_fn=start_worker,
-                num_workers=min(self.workers, self.windows_per_epoch),
+                num_workers=min(self.workers, self.batches_per_epoch),
                 persistent_workers=True,
                 multiprocessing_context=self._start_method,
                 pin_memory=self.device.type == "cuda",
@@ -170,27 +170,27 @@ class Loader:
             if sampler.keys is not keys:
                 raise RuntimeError("an epoch went on after another was begun: the workers serve one at a time")
 
-    def _finished(self, loaded: Loaded) -> Window:
-        """The window on its device, with its pairs blended."""
-        window, place = loaded.window, loaded.place
+    def _finished(self, loaded: Loaded) -> Batch:
+        """The batch on its device, with its pairs blended."""
+        batch, place = loaded.batch, loaded.place
         if self.device.type == "cuda":
-            window = _sent(window, self.device)
-        if self.mix is None or not len(window):
-            return window
+            batch = _sent(batch, self.device)
+        if self.mix is None or not len(batch):
+            return batch
         local = {position: row for row, position in enumerate(place.tolist())}
         partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
-        keys = Keys(self.seed, window.epoch, place // 2, window.number)
-        inputs, targets = self.mix(window.inputs, window.targets, torch.tensor(partner), keys, MIX_STREAM)
-        return replace(window, inputs=inputs, targets=targets)
+        keys = Keys(self.seed, batch.epoch, place // 2, batch.number)
+        inputs, targets = self.mix(batch.inputs, batch.targets, torch.tensor(partner), keys, MIX_STREAM)
+        return replace(batch, inputs=inputs, targets=targets)
 
 
 class _Sampler:
     """Hands the keys of the epoch at hand to the workers, which live through all epochs."""
 
     def __init__(self):
-        self.keys: Iterator[WindowKey] = iter(())
+        self.keys: Iterator[BatchKey] = iter(())
 
-    def __iter__(self) -> Iterator[WindowKey]:
+    def __iter__(self) -> Iterator[BatchKey]:
         return self.keys
 
 
@@ -198,23 +198,23 @@ def _as_it_is(loaded: Loaded | UserError) -> Loaded | UserError:
     return loaded
 
 
-def _sent(window: Window, device: torch.device) -> Window:
-    """The window on the card, unless it would take too much of it: then pinned on the host."""
-    tensors = tensors_of((window.inputs, window.targets))
+def _sent(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the card, unless it would take too much of it: then pinned on the host."""
+    tensors = tensors_of((batch.inputs, batch.targets))
     if any(tensor.is_cuda for tensor in tensors):
-        return window.to(device)
-    pinned = window if window.index.is_pinned() else window.pin_memory()
+        return batch.to(device)
+    pinned = batch if batch.index.is_pinned() else batch.pin_memory()
     limit = PREFETCH_LIMIT * torch.cuda.get_device_properties(device).total_memory
     return pinned.to(device, non_blocking=True) if sum(tensor.nbytes for tensor in tensors) <= limit else pinned
 
 
-def _one_ahead(windows: Iterator[Window], device: torch.device) -> Iterator[Window]:
-    """Yields every window after the copy of the next one was started on a stream of its own."""
+def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields every batch after the copy of the next one was started on a stream of its own."""
     copies, ahead = torch.cuda.Stream(device), None
     copies.wait_stream(torch.cuda.current_stream(device))  # data that lives on the card may still be on its way
     while True:
         with torch.cuda.stream(copies):
-            window = next(windows, None)
+            batch = next(batches, None)
             arrived = torch.cuda.Event()
             arrived.record(copies)
         if ahead is not None:
@@ -226,6 +226,6 @@ def _one_ahead(windows: Iterator[Window], device: torch.device) -> Iterator[Wind
                 if tensor.is_cuda:  # the memory must not be given to the next copy before the model is done with it
                     tensor.record_stream(model_stream)
             yield ready
-        if window is None:
+        if batch is None:
             return
-        ahead = window, arrived
+        ahead = batch, arrived

@@ -1,4 +1,4 @@
-"""Blends the two samples of a pair, 2k and 2k + 1 of a window: the same blends for any number of processes.
+"""Blends the two samples of a pair, 2k and 2k + 1 of a batch: the same blends for any number of processes.
 
 The loader passes the keys of the pairs (both samples of a pair have one key), so every draw below is one per pair.
 A sample whose partner is missing is its own partner and stays as it is.
@@ -11,9 +11,9 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
+from common.batch import Tree, map_tree
 from common.errors import UserError
 from common.loading.keys import Keys
-from common.window import Tree, map_tree
 
 
 @dataclass(frozen=True)

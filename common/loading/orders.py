@@ -1,4 +1,4 @@
-"""Which rows make up the windows of an epoch: functions (seed, epoch) -> Plan, the same in every process."""
+"""Which rows make up the batches of an epoch: functions (seed, epoch) -> Plan, the same in every process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Plan:
     """The samples of an epoch in their global order.
 
     `index` [m] are rows of the dataset, `draw` [m] counts how often the row came before in this epoch (zeros unless
-    rows repeat), `sizes` are the samples of every window where the order decides it, else the batch size does.
+    rows repeat), `sizes` are the samples of every batch where the order decides it, else the batch size does.
     """
 
     index: np.ndarray
@@ -24,7 +24,7 @@ class Plan:
     sizes: np.ndarray | None = None
 
     def bounds(self, batch_size: int, keep_tail: bool = True) -> np.ndarray:
-        """Window w holds the samples bounds[w] to bounds[w + 1], int64 [windows + 1]."""
+        """Batch w holds the samples bounds[w] to bounds[w + 1], int64 [batches + 1]."""
         if self.sizes is not None:
             return np.concatenate([[0], np.cumsum(self.sizes)])
         bounds = np.arange(0, len(self.index) + 1, batch_size)
@@ -35,10 +35,10 @@ class Plan:
 Order = Callable[[int, int], Plan]
 
 
-def share(size: int, rank: int, world: int) -> tuple[int, int]:
-    """The samples start..stop of a window of `size` that `rank` loads: contiguous, and never half of a pair.
+def shard(size: int, rank: int, world: int) -> tuple[int, int]:
+    """The samples start..stop of a batch of `size` that `rank` loads: contiguous, and never half of a pair.
 
-    Samples 2k and 2k + 1 of a window are a pair for MixUp and CutMix, which so never need another process.
+    Samples 2k and 2k + 1 of a batch are a pair for MixUp and CutMix, which so never need another process.
     """
     pairs = (size + 1) // 2
     return min(pairs * rank // world * 2, size), min(pairs * (rank + 1) // world * 2, size)
@@ -79,8 +79,8 @@ def weighted(weights: np.ndarray, samples_per_epoch: int | None = None, rows: np
     return order
 
 
-def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_window: int = 1) -> Order:
-    """Every window is all rows of a group (or of a few groups), the groups in an order of their own for every epoch.
+def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_batch: int = 1) -> Order:
+    """Every batch is all rows of a group (or of a few groups), the groups in an order of their own for every epoch.
 
     `groups` [n] names the group of each of `rows` (default 0..n-1). The batch size has no say.
     """
@@ -92,7 +92,7 @@ def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_windo
 
     def order(seed: int, epoch: int) -> Plan:
         chosen = _generator(seed, epoch).permutation(len(counts))
-        sizes = np.add.reduceat(counts[chosen], np.arange(0, len(chosen), groups_per_window))
+        sizes = np.add.reduceat(counts[chosen], np.arange(0, len(chosen), groups_per_batch))
         index = np.concatenate([members[group] for group in chosen])
         return Plan(index, np.zeros(len(index), np.int64), sizes)
 

@@ -1,4 +1,4 @@
-"""What happens inside a worker process: whole windows are loaded, sample by sample, each under its own key."""
+"""What happens inside a worker process: whole batches are loaded, sample by sample, each under its own key."""
 
 import os
 from multiprocessing.reduction import ForkingPickler
@@ -10,37 +10,37 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import default_collate
 
+from common.batch import Batch, Tree
 from common.errors import UserError
 from common.loading.binding import Binding, kept_global_state
 from common.loading.images import BadImage
-from common.window import Tree, Window
 
 PIPE_BYTES = 2**16
-CHECKED_SAMPLES = 8  # of the first window; a flip in half of the loads escapes them once in 256
-SMALL_BYTES = 2**20  # of a window's tensor: below it, a second copy is cheaper than a tensor for every sample
+CHECKED_SAMPLES = 8  # of the first batch; a flip in half of the loads escapes them once in 256
+SMALL_BYTES = 2**20  # of a batch's tensor: below it, a second copy is cheaper than a tensor for every sample
 
 
-class WindowKey(NamedTuple):
-    """Everything that decides a rank's share of a window."""
+class BatchKey(NamedTuple):
+    """Everything that decides a rank's shard of a batch."""
 
     epoch: int
     number: int
     index: np.ndarray  # [B] rows of the dataset
     draw: np.ndarray  # [B] how often each row came before in the epoch
-    place: np.ndarray  # [B] places of the samples in the window over all ranks
-    total: int  # samples of the window over all ranks
+    place: np.ndarray  # [B] places of the samples in the batch over all ranks
+    total: int  # samples of the batch over all ranks
 
 
 class Loaded(NamedTuple):
-    """A window, the places in it that its samples have, and the (row, reason) of samples that were left out."""
+    """A batch, the places in it that its samples have, and the (row, reason) of samples that were left out."""
 
-    window: Window
+    batch: Batch
     place: np.ndarray
     skipped: list[tuple[int, str]]
 
 
-class WindowReader(torch.utils.data.Dataset):
-    """A dataset of single samples, read a window at a time: `reader[key]` is the window of a WindowKey.
+class BatchReader(torch.utils.data.Dataset):
+    """A dataset of single samples, read a batch at a time: `reader[key]` is the batch of a BatchKey.
 
     Errors that a user can mend are returned instead of raised, so that they cross the process border as they are.
     """
@@ -53,7 +53,7 @@ class WindowReader(torch.utils.data.Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_binding": None}
 
-    def __getitem__(self, key: WindowKey) -> Loaded | UserError:
+    def __getitem__(self, key: BatchKey) -> Loaded | UserError:
         try:
             if torch.utils.data.get_worker_info():
                 return self._read(key)
@@ -62,7 +62,7 @@ class WindowReader(torch.utils.data.Dataset):
         except UserError as error:
             return error
 
-    def _read(self, key: WindowKey) -> Loaded:
+    def _read(self, key: BatchKey) -> Loaded:
         if self._binding is None or self._process != os.getpid():
             self._binding, self._process = Binding(self.dataset, self.seed), os.getpid()
             self._check_repeatable(key)
@@ -76,13 +76,13 @@ class WindowReader(torch.utils.data.Dataset):
                     raise
                 skipped.append((index, str(error)))
         index = torch.from_numpy(key.index[kept])
-        if not samples:  # a share of no samples still has the shapes of one, for the engine
+        if not samples:  # a shard of no samples still has the shapes of one, for the engine
             samples, index = [self._any_sample()], torch.zeros(1, dtype=torch.int64)
         inputs, targets = collate(samples)
         weights = getattr(self.dataset, "weights", None)
         weights = None if weights is None else torch.as_tensor(weights)[index]
-        window = Window(inputs, targets, index, weights, key.epoch, key.number, key.total - len(skipped))
-        return Loaded(window if kept else window.slice(0, 0), key.place[kept], skipped)
+        batch = Batch(inputs, targets, index, weights, key.epoch, key.number, key.total - len(skipped))
+        return Loaded(batch if kept else batch.slice(0, 0), key.place[kept], skipped)
 
     def _load(self, epoch: int, index: int, draw: int) -> tuple[Tree, Tree]:
         generator = self._binding.rekey(epoch, index, draw)
@@ -107,7 +107,7 @@ class WindowReader(torch.utils.data.Dataset):
                 continue
         raise UserError("not one image of the data can be read: make check, with the same COMP= and DATA=, lists them")
 
-    def _check_repeatable(self, key: WindowKey) -> None:
+    def _check_repeatable(self, key: BatchKey) -> None:
         """Load some samples twice: catches randomness that no search finds, such as a generator made per sample."""
         for index in key.index[:CHECKED_SAMPLES].tolist():
             try:
@@ -132,7 +132,7 @@ def collate(samples: list[Any]) -> Tree:
     if isinstance(first, (Tensor, np.ndarray, np.generic)):
         if any(sample.shape != first.shape for sample in samples):
             shapes = sorted({tuple(sample.shape) for sample in samples})
-            raise UserError(f"the samples of a window have the shapes {shapes}: resize or crop them to one shape")
+            raise UserError(f"the samples of a batch have the shapes {shapes}: resize or crop them to one shape")
         if isinstance(first, np.ndarray) and first.nbytes * len(samples) < SMALL_BYTES:
             return torch.from_numpy(np.stack(samples))
         # In a worker torch's own collate writes straight into shared memory: one copy less.

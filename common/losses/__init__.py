@@ -1,8 +1,8 @@
-"""Losses that say what their value over a window is made of; see common.losses.protocol."""
+"""Losses that say what their value over a batch is made of; see common.losses.protocol."""
 
 from common.losses.classification import BCE, CosineProximity, CrossEntropy, Focal, PositivesVersusNegatives, SoftFBeta
 from common.losses.combine import Heads, Weighted
-from common.losses.protocol import kind, whole_batch, window_value
+from common.losses.protocol import batch_value, kind, whole_batch
 from common.losses.regression import MAE, MSE, RMSE, SMAPE, ClippedMAE, LogSMAPE
 from common.losses.segmentation import BCEDice, Dice, Jaccard, LovaszHinge, LovaszSoftmax, Tversky
 
@@ -29,5 +29,5 @@ __all__ = [
     "Weighted",
     "kind",
     "whole_batch",
-    "window_value",
+    "batch_value",
 ]

@@ -19,7 +19,7 @@ class CrossEntropy(nn.Module):
 
     outputs [B, C, ...], targets [B, ...] class numbers, or [B, C, ...] probabilities (MixUp). Positions are averaged.
     With class numbers the normaliser is the sum of the class weights of the targets, as in torch; targets equal to
-    `ignore_index` weigh nothing, and a window of nothing else has value 0. With probabilities every position weighs 1.
+    `ignore_index` weigh nothing, and a batch of nothing else has value 0. With probabilities every position weighs 1.
     With `ignore_index` None a target outside 0..C-1 is an error, and the targets need not be counted.
     """
 
@@ -133,10 +133,10 @@ class SoftFBeta:
     """1 - ((1+b^2) TP + s) / (b^2 T + P + s), TP = sum p t, P = sum p, T = sum t, p = sigmoid(z), s = smooth.
 
     outputs, targets [B, C, ...]. "samples": TP, P, T of each sample over its labels, mean over samples (per sample).
-    "macro": of each class over the window, mean over classes (sums, 3C of them). "micro": of everything (3 sums).
+    "macro": of each class over the batch, mean over classes (sums, 3C of them). "micro": of everything (3 sums).
     Hard 0/1 predictions give 1 - sklearn.metrics.fbeta_score for s = 0, where 0/0 counts as F = 1. Empty targets: the
     loss is P / (P + s), so false positives cost something unless s = 0; no clamp that would take the slope away.
-    `present_only` ("macro") averages over the classes with a positive in the window; with none of them it is 0.
+    `present_only` ("macro") averages over the classes with a positive in the batch; with none of them it is 0.
     """
 
     beta: float = 1.0

@@ -1,31 +1,31 @@
-"""Several losses as one: a weighted sum, exact however the window is cut, whatever kinds its parts are of."""
+"""Several losses as one: a weighted sum, exact however the batch is cut, whatever kinds its parts are of."""
 
 import torch
 from torch import Tensor, nn
 
+from common.batch import Tree, tensors_of
 from common.errors import UserError
 from common.losses.protocol import (
     Kind,
     Loss,
+    batch_value,
     check_per_sample,
     columns_of,
     kind,
     linear_value,
     mass_of,
-    window_value,
 )
-from common.window import Tree, tensors_of
 
 KINDS: tuple[Kind, ...] = ("per_sample", "sums", "whole_batch")  # from the least demanding to the most
 
 
 class Combined(nn.Module):
-    """sum_p c_p times the window value of part p. Build it with `Heads` or `Weighted`.
+    """sum_p c_p times the batch value of part p. Build it with `Heads` or `Weighted`.
 
     Its kind is the most demanding one of its parts. Every part keeps a normaliser of its own (a column), because
     sums of losses with different masses have no common one:
     per sample, the columns are c_p l_p and m_p; over sums, the statistics of all parts lie side by side, those of a
-    per-sample part being its l_p; over the whole batch, every part is evaluated on all the outputs.
+    per-demo part being its l_p; over the whole batch, every part is evaluated on all the outputs.
     """
 
     def __init__(self, parts: list[tuple[str | None, Loss, float]]):
@@ -39,9 +39,9 @@ class Combined(nn.Module):
         self.layout: list[torch.Size] = []  # shape of every part's statistics, without B
 
     def forward(self, outputs: Tree, targets: Tree, weights: Tensor | None = None) -> Tensor:
-        """[B] or [B, columns] when every part is per sample, else the window value itself."""
+        """[B] or [B, columns] when every part is per sample, else the batch value itself."""
         if self.kind != "per_sample":
-            return sum(c * window_value(loss, *_read(key, outputs, targets), weights) for key, loss, c in self.parts)
+            return sum(c * batch_value(loss, *_read(key, outputs, targets), weights) for key, loss, c in self.parts)
         values = []
         for key, loss, coefficient in self.parts:
             out, target = _read(key, outputs, targets)

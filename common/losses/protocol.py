@@ -1,14 +1,14 @@
-"""What a loss must say of itself so that a window can be cut into micro-batches and its gradient stay exact.
+"""What a loss must say of itself so that a batch can be cut into micro-batches and its gradient stay exact.
 
 A loss is one of three kinds. `kind(loss)` tells them apart by what they have; nothing is registered, nothing inherited.
-Below w_i is the weight of sample i (1 when the window has none).
+Below w_i is the weight of sample i (1 when the batch has none).
 
 "per_sample"   Any callable `loss(outputs, targets) -> [B]`. One pass.
-               window value = sum_i w_i l_i / sum_i w_i m_i, where m = `loss.mass(targets)` [B] if the loss has that
+               batch value = sum_i w_i l_i / sum_i w_i m_i, where m = `loss.mass(targets)` [B] if the loss has that
                attribute, else 1. With a mass, l_i is the sum over the sample and not its mean: class weights, ignored
                and missing targets. The mass reads the targets only, so that the normaliser is known before any forward.
                A loss of several normalisers (several heads) sets `loss.columns = K` and returns [B, K] from both calls:
-               window value = sum_k (sum_i w_i l_ik / sum_i w_i m_ik).
+               batch value = sum_k (sum_i w_i l_ik / sum_i w_i m_ik).
 "sums"         An object with `stats(outputs, targets) -> [B, ...]`, additive over samples, and
                `value(sums, count) -> scalar`: sums = sum_i w_i stats_i has the shape of stats without B, count is the
                normaliser of the kind above: sum_i w_i m_i, a scalar, or [K] when the loss has columns.
@@ -19,9 +19,9 @@ Below w_i is the weight of sample i (1 when the window has none).
 
 An object which can be several kinds, by its settings, names the one it is in the attribute `kind`.
 Losses turn bfloat16 and float16 outputs into float32 themselves and leave float64 alone. One that holds tensors or
-parameters is an nn.Module, for the engine to move; the parameters get their gradient once per window, like the model's.
+parameters is an nn.Module, for the engine to move; the parameters get their gradient once per batch, like the model's.
 Sums over samples go through `normaliser`, `linear_value` and `weighted_sums`, for the engine and the reference
-`window_value` alike: they divide by 1 where nothing weighs anything, so a window of ignored targets has value 0.
+`batch_value` alike: they divide by 1 where nothing weighs anything, so a batch of ignored targets has value 0.
 """
 
 import inspect
@@ -31,8 +31,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.batch import Tree, tensors_of
 from common.errors import UserError
-from common.window import Tree, tensors_of
 
 Kind = Literal["per_sample", "sums", "whole_batch"]
 Loss = Any  # one of the three shapes above
@@ -50,7 +50,7 @@ def kind(loss: Loss) -> Kind:
 
 
 class WholeBatch(nn.Module):
-    """A scalar loss together with the promise that it is called once with all the outputs of a window."""
+    """A scalar loss together with the promise that it is called once with all the outputs of a batch."""
 
     whole_batch = True
 
@@ -65,7 +65,7 @@ class WholeBatch(nn.Module):
             return self.function(outputs, targets, weights=weights)
         if weights is not None:
             raise UserError(
-                f"the window has sample weights but the loss {_name(self.function)} takes none: "
+                f"the batch has sample weights but the loss {_name(self.function)} takes none: "
                 "declare it as loss(outputs, targets, weights), or train without weights"
             )
         return self.function(outputs, targets)
@@ -122,7 +122,7 @@ def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def linear_value(values: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:
-    """The share of these samples in the window value: values [B] or [B, K], total = the window's normaliser."""
+    """The share of these samples in the batch value: values [B] or [B, K], total = the batch's normaliser."""
     return (weighted_sums(values, weights) / positive(total)).sum()
 
 
@@ -142,15 +142,15 @@ def check_per_sample(values: Tensor, batch: int, loss: Loss = None) -> Tensor:
             "take the mean over all axes but the first, for example values.flatten(1).mean(1)"
         )
     raise UserError(
-        f"the loss {_name(loss)} returned one number for {batch} samples, so a window cannot be cut into micro-batches"
+        f"the loss {_name(loss)} returned one number for {batch} samples, so a batch cannot be cut into micro-batches"
         f" exactly: return one value per sample, shape [{batch}] (reduction='none'), or declare it in two lines:\n"
         "    from common.losses import whole_batch\n"
         "    loss = whole_batch(loss)"
     )
 
 
-def window_value(loss: Loss, outputs: Tree, targets: Tree, weights: Tensor | None = None) -> Tensor:
-    """The value of a loss over a whole window in one graph: the reference, and the value in validation."""
+def batch_value(loss: Loss, outputs: Tree, targets: Tree, weights: Tensor | None = None) -> Tensor:
+    """The value of a loss over a whole batch in one graph: the reference, and the value in validation."""
     which = kind(loss)
     if which == "whole_batch":
         return loss(outputs, targets, weights)

@@ -1,4 +1,4 @@
-"""Losses of numbers. Targets that are NaN are missing: they weigh nothing, and a window of nothing else has value 0."""
+"""Losses of numbers. Targets that are NaN are missing: they weigh nothing, and a batch of nothing else has value 0."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ class MSE:
 
 @dataclass(frozen=True)
 class RMSE:
-    """sqrt(mean (y - t)^2), the mean over all known entries of the window. One sum, so one pass.
+    """sqrt(mean (y - t)^2), the mean over all known entries of the batch. One sum, so one pass.
 
     outputs, targets [B, ...]. The square root has slope 0, not infinity, where every error is 0.
     """

@@ -21,9 +21,9 @@ class Tversky:
     outputs [B, C, ...]; "sigmoid": targets [B, C, ...] of 0 and 1, NaN counts nowhere (integer types save the search);
     "softmax": targets [B, ...] class numbers, -100 counts nowhere.
     average "image": TP, FP, FN of every image, then the mean over images (per sample). "batch": TP, FP, FN of the whole
-    window (sums, 3C of them), which large objects dominate. They are different losses, not two ways to one.
+    batch (sums, 3C of them), which large objects dominate. They are different losses, not two ways to one.
     Empty targets: the loss is a P / (a P + s), so false positives cost something as long as smooth > 0.
-    `present_only` averages over the (image, class) pairs, or the classes of the window, which have a target at all.
+    `present_only` averages over the (image, class) pairs, or the classes of the batch, which have a target at all.
     """
 
     false_positive: float = 0.5
@@ -106,7 +106,7 @@ class LovaszHinge:
     """Lovasz extension of the Jaccard loss, at the errors max(0, 1 - z (2t - 1)) (Berman et al. 2018), mean over C.
 
     outputs, targets [B, C, ...], targets 0 or 1; NaN counts nowhere. A class without a target leaves the largest
-    hinge error of its background. Whole batch: the pixels of the window are sorted together, each weighing what its
+    hinge error of its background. Whole batch: the pixels of the batch are sorted together, each weighing what its
     sample weighs. `per_image` sorts every image by itself and takes the mean over images (per sample).
     """
 
@@ -129,7 +129,7 @@ class LovaszSoftmax:
     """Lovasz extension of the Jaccard loss, at the errors |1(t = c) - softmax(z)_c| (Berman et al. 2018).
 
     outputs [B, C, ...], targets [B, ...] class numbers, -100 counts nowhere. The mean over the classes that occur, in
-    the window (whole batch) or in each image with `per_image` (per sample); 0 where none does. `present_only=False`
+    the batch (whole batch) or in each image with `per_image` (per sample); 0 where none does. `present_only=False`
     takes the mean over all C, where an absent class leaves its largest probability.
     """
 

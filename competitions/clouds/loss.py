@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pack(masks: np.ndarray) -> np.ndarray:
-    """Masks of 0 and 1, uint8 [H, W, 4] -> uint8 [H, W]: a window of 16 full-size images then holds 50 MB, not 190."""
+    """Masks of 0 and 1, uint8 [H, W, 4] -> uint8 [H, W]: a batch of 16 full-size images then holds 50 MB, not 190."""
     return np.packbits(masks, axis=2, bitorder="little")[:, :, 0]
 
 

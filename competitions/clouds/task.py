@@ -113,18 +113,18 @@ RECIPES: dict[str, CloudConfig] = {
     "full": FULL,
     # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one card
     "best": BEST,
-    # make train COMP=clouds RECIPE=smoke: seconds on the sample, to see that everything works
+    # make train COMP=clouds RECIPE=smoke: seconds on the demo data, to see that everything works
     "smoke": replace(
         SMALL, fold="0", folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False
     ),
 }
 
 
-def write_sample(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     """A handful of generated cloud images in the competition's files."""
-    from competitions.clouds import sample
+    from competitions.clouds import demo
 
-    sample.write(folder)
+    demo.write(folder)
 
 
 def build(config: CloudConfig, raw: RawData) -> Task:
@@ -132,14 +132,14 @@ def build(config: CloudConfig, raw: RawData) -> Task:
     from common.loading.folds import multilabel_stratified
     from common.loading.mixing import CutMix
     from common.task import Task, View
-    from competitions.clouds import decision, loss, pictures, reader, rle, tuning
+    from competitions.clouds import decision, loss, plots, reader, rle, tuning
     from competitions.clouds.augment import pipeline
     from competitions.clouds.dataset import CloudImages
 
     _check(config)
-    if raw.is_sample and config.encoder_weights != "none":
+    if raw.is_demo and config.encoder_weights != "none":
         if os.environ.get("RANK", "0") == "0":
-            print("sample: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
+            print("demo: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)
     files = reader.read(raw)
     plain = CloudImages(files.train_paths, config.size, files.runs)
@@ -176,7 +176,7 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         fingerprint=_fingerprint(raw, files),
         paths=[*files.train_paths, *files.test_paths],
         prediction_type="uint8",
-        report=lambda run: pictures.report(run, files, plain),
+        report=lambda run: plots.report(run, files, plain),
     )
 
 

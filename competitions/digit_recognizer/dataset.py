@@ -1,4 +1,4 @@
-"""All images as one uint8 tensor; windows are cut from it and augmented at once."""
+"""All images as one uint8 tensor; batches are cut from it and augmented at once."""
 
 import numpy as np
 import torch

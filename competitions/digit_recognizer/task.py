@@ -68,13 +68,13 @@ RECIPES["fast"] = replace(
 )
 # make train COMP=digit_recognizer RECIPE=best
 RECIPES["best"] = replace(RECIPES["default"], fold="all")
-# seconds on the sample, for tests
+# seconds on the demo data, for tests
 RECIPES["smoke"] = replace(RECIPES["default"], width=8, epochs=2, folds=5, precision="fp32", evaluate_every=1, ema=0.9)
 
 
-def write_sample(folder: Path) -> None:
-    """scikit-learn's small digits in the competition's files; see sample.py."""
-    from competitions.digit_recognizer.sample import write_sample as write
+def write_demo(folder: Path) -> None:
+    """scikit-learn's small digits in the competition's files; see demo.py."""
+    from competitions.digit_recognizer.demo import write_demo as write
 
     write(folder)
 

@@ -23,7 +23,7 @@ MIRROR = cv2.BORDER_REFLECT_101
 GIGABYTE = 1 << 30
 
 
-class Pictures:
+class ImageStore:
     """n images of one size: rows of a file made once when they fit into `limit_gb`, else decoded at every use."""
 
     def __init__(self, paths: Sequence[Path], size: tuple[int, int], cache: Path, key: str, limit_gb: float):
@@ -86,7 +86,7 @@ def _resize(paths: list[Path], size: tuple[int, int], file: Path) -> None:
                 store[row] = 0
 
         with ThreadPoolExecutor() as pool:
-            for _ in progress(pool.map(put, range(len(paths))), f"resizing into {file}", len(paths), "image"):
+            for _ in progress(pool.map(put, range(len(paths))), f"resizing into {file}", len(paths), "images"):
                 pass
         store.flush()
         os.replace(draft, file)
@@ -95,7 +95,7 @@ def _resize(paths: list[Path], size: tuple[int, int], file: Path) -> None:
 
 
 class TaggedImages:
-    """Samples (uint8 [3, H, W], targets) of `pictures`, whose labels are the rows of `labels` uint8 csr [n, m].
+    """Samples (uint8 [3, H, W], targets) of `images`, whose labels are the rows of `labels` uint8 csr [n, m].
 
     Targets: {"labels": uint8 [m]}, with `vectors` [m, D] also {"embedding": float32 [D]}, their sum, and with `counts`
     {"count": float32 [1]}. Without labels (test images) an empty tensor.
@@ -103,22 +103,22 @@ class TaggedImages:
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: ImageStore,
         labels: csr_matrix | None = None,
         vectors: np.ndarray | None = None,
         counts: bool = False,
         transform: Callable[..., dict[str, Any]] | None = None,
     ):
-        self.pictures, self.vectors, self.counts, self.transform = pictures, vectors, counts, transform
+        self.images, self.vectors, self.counts, self.transform = images, vectors, counts, transform
         self.starts = None if labels is None else labels.indptr
         self.columns = None if labels is None else labels.indices
         self.label_count = 0 if labels is None else labels.shape[1]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Any]:
-        image = self.pictures[row]
+        image = self.images[row]
         if self.transform is not None:
             image = self.transform(image=np.ascontiguousarray(image))["image"]
         pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: the file is read-only

@@ -121,7 +121,7 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
     while name and config.fold != "none":
         before = runs.load("inclusive_images", name)
         its = before.config(type(config))
-        same = folds == before.origin["folds_fingerprint"] and its.fold == config.fold
+        same = folds == before.provenance["folds_fingerprint"] and its.fold == config.fold
         without_tuning = its.labelled == "train" or (its.labelled == "validated" and its.fold == "0")
         if not same and not (config.labelled == "tuning" and without_tuning):
             raise UserError(
@@ -141,7 +141,7 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
     take_over(model, files[0])
 
 
-def stamp(paths: list[Path]) -> str:
+def cache_key(paths: list[Path]) -> str:
     """Key of image files as they are on disk (path, size, time): what their cache is keyed by."""
     digest = hashlib.sha256()
     for path in paths:

@@ -20,7 +20,7 @@ from common.raw import RawData
 if TYPE_CHECKING:  # needs torch, and --help does not
     from common.run import Run
     from common.task import Metric, Task
-    from competitions.inclusive_images.dataset import Pictures
+    from competitions.inclusive_images.dataset import ImageStore
     from competitions.inclusive_images.label_embedding import LabelEmbedding
     from competitions.inclusive_images.rows import Rows
 
@@ -148,7 +148,7 @@ RECIPES: dict[str, TagConfig] = {
         evaluate_every=5,
         augment="none",
     ),
-    # RECIPE=smoke: seconds on the sample, to see that everything works
+    # RECIPE=smoke: seconds on the demo data, to see that everything works
     "smoke": replace(
         SMALL,
         labelled="train",
@@ -168,11 +168,11 @@ RECIPES: dict[str, TagConfig] = {
 }
 
 
-def write_sample(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     """A few hundred generated scenes in the competition's files."""
-    from competitions.inclusive_images import sample
+    from competitions.inclusive_images import demo
 
-    sample.write(folder)
+    demo.write(folder)
 
 
 def build(config: TagConfig, raw: RawData) -> Task:
@@ -181,7 +181,7 @@ def build(config: TagConfig, raw: RawData) -> Task:
 
     from common.task import Task, View
     from competitions.inclusive_images import decision, rows
-    from competitions.inclusive_images.dataset import Pictures, TaggedImages, augmentation, sampling_weights
+    from competitions.inclusive_images.dataset import ImageStore, TaggedImages, augmentation, sampling_weights
 
     _check(config)
     announce = print if os.environ.get("RANK", "0") == "0" else _silent
@@ -196,8 +196,8 @@ def build(config: TagConfig, raw: RawData) -> Task:
     prior = np.argsort(-counts, kind="stable")[: min(3, m)]
     default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
 
-    images = Pictures(files.paths, config.size, raw.cache, rows.stamp(files.paths), config.cache_gb)
-    test = Pictures(files.test_paths, config.size, raw.cache, rows.stamp(files.test_paths), config.cache_gb)
+    images = ImageStore(files.paths, config.size, raw.cache, rows.cache_key(files.paths), config.cache_gb)
+    test = ImageStore(files.test_paths, config.size, raw.cache, rows.cache_key(files.test_paths), config.cache_gb)
     for what, those in (("labelled", images), ("test", test)):
         if those.gigabytes > config.cache_gb:
             announce(
@@ -280,7 +280,7 @@ def _check(config: TagConfig) -> None:
         raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
 
 
-def _preflight(network: Callable[[], Any], test: Pictures) -> None:
+def _preflight(network: Callable[[], Any], test: ImageStore) -> None:
     """Raises UserError when there is no such network, or when the test images cannot make a submission at the end."""
     network()
     if bad := test.unreadable():
@@ -351,12 +351,12 @@ def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
 
 
 def _report(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, decide: Any, run: Run) -> None:
-    """The page of a run. What trained without label vectors gets some for its pictures, where the labels have any."""
-    from competitions.inclusive_images import pictures, rows
+    """The page of a run. What trained without label vectors gets some for its plots, where the labels have any."""
+    from competitions.inclusive_images import plots, rows
 
     if embedding is None:
         try:
             embedding = rows.embed(config, files)
         except UserError as error:
-            run.log(f"no pictures of the label vectors: {error}")
-    pictures.report(run, files, embedding, decide)
+            run.log(f"no plots of the label vectors: {error}")
+    plots.report(run, files, embedding, decide)

@@ -78,15 +78,15 @@ def fit(
     lines: Lines,
     draws: list[int],
     rounds: int,
-    share: float,
+    fraction: float,
     jobs: int,
     seed: int,
     label: str = "boosting",
 ) -> Iterator[tuple[int, list[Member]]]:
     """Fit kinds x cities on everything that is over at the end of the data; yields the members of each draw when done.
 
-    Every draw takes another `share` of the rows (origin, hour ahead, series). `lines` is the linear forecaster of the
-    same data. Raises UserError on too short a history.
+    Every draw takes another `fraction` of the rows (origin, hour ahead, series). `lines` is the linear forecaster of
+    the same data. Raises UserError on too short a history.
     """
     groups = observations.network.groups
     parts = []
@@ -100,7 +100,7 @@ def fit(
         categorical = [place for place, number in enumerate(kept) if known.names[number] in features.CATEGORICAL]
         work, members = [], []
         for city in CITIES:
-            table, target = _rows(parts, city, groups, share / len(parts), seed, draw)
+            table, target = _rows(parts, city, groups, fraction / len(parts), seed, draw)
             for kind in KINDS if len(target) else ():
                 work.append((_fit_one, (table[:, kept], target, categorical, kind, seed * 1000 + draw, rounds)))
                 members.append((city, kind, draw))
@@ -112,16 +112,16 @@ def _rows(
     parts: list[tuple[features.Features, np.ndarray, np.ndarray]],
     city: str,
     groups: tuple[str, ...],
-    share: float,
+    fraction: float,
     seed: int,
     draw: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random `share` of a city's rows with a known target: features [n, F] and what the draw is to learn [n]."""
+    """A random `fraction` of a city's rows with a known target: features [n, F] and what the draw is to learn [n]."""
     own = np.array([group.startswith(city) for group in groups])
     tables, found = [], []
     for number, (known, wanted, linear) in enumerate(parts):
         random = np.random.default_rng([seed, draw, number])
-        chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < share)
+        chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < fraction)
         origin, hour, series = np.nonzero(chosen)
         tables.append(known.table(origin, hour, series))
         found.append((wanted - linear if from_linear(draw) else wanted)[origin, hour, series])
@@ -152,5 +152,5 @@ def forecast(members: list[Member], lines: Lines, observations: Observations, en
             table = known.table(np.full(len(hour), number), hour, place)
             mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
-    share = sum(from_linear(member.draw) for member in members) / max(len(members), 1)
-    return np.exp(result + share * lines.at(known, observations.network.groups) + np.tile(known.base, (1, 2, 1)))
+    fraction = sum(from_linear(member.draw) for member in members) / max(len(members), 1)
+    return np.exp(result + fraction * lines.at(known, observations.network.groups) + np.tile(known.base, (1, 2, 1)))

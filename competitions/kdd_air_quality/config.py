@@ -8,7 +8,7 @@ from common.config import at_least, between, flag
 
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
-SHARE: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
+FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
 
 
@@ -39,8 +39,8 @@ class Config(common.Config):
     london_windows: str = flag("fib_9", "windows of the medians in London")
     boosting_rounds: int = flag(250, "trees of each boosted model", "trees", at_least(1))
     boosting_seeds: int = flag(4, "boosted models per city and kind of tree, each on other rows", "models", at_least(1))
-    boosting_share: float = flag(
-        0.08, "part of all rows (origin, hour ahead, series) that a boosted model sees", rule=SHARE
+    boosting_fraction: float = flag(
+        0.08, "part of all rows (origin, hour ahead, series) that a boosted model sees", rule=FRACTION
     )
     history_days: int = flag(
         1, "days of hours before the origin that the network sees; the blog's were 360", "days", at_least(1)
@@ -55,7 +55,7 @@ DEFAULT = Config()
 
 RECIPES = {
     "default": DEFAULT,
-    # Seconds on the generated sample, to see everything work; its score says nothing.
+    # Seconds on demo data, to see everything work; its score says nothing.
     "smoke": replace(
         DEFAULT,
         models="medians,linear,boosting,mlp",
@@ -64,7 +64,7 @@ RECIPES = {
         jobs=1,
         boosting_rounds=20,
         boosting_seeds=1,
-        boosting_share=0.2,
+        boosting_fraction=0.2,
         history_days=7,
         windows="golden_3",
         train_days=60,

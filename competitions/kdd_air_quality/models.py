@@ -68,7 +68,7 @@ def fit(
         write_with(folder / "linear.npy", lambda stream: np.save(stream, lines.coefficients))
     if name == "boosting":
         draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
-        rounds, share = config.boosting_rounds, config.boosting_share
+        rounds, share = config.boosting_rounds, config.boosting_fraction
         fitted = boosting.fit(known, _lines(folder), draws, rounds, share, config.jobs, config.seed, label)
         for draw, members in fitted if draws else ():
             write_text(folder / f"boosting-{draw}.json", json.dumps([vars(member) for member in members]))

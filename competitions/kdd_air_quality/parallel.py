@@ -20,4 +20,4 @@ def in_parallel(work: Sequence[tuple[Callable, tuple]], jobs: int, label: str) -
     except ValueError:  # Ray's backend hands its results back all at once: the bar stands still until then
         pool = joblib.Parallel(n_jobs=jobs)
     results = pool(joblib.delayed(function)(*arguments) for function, arguments in work)
-    return list(progress(results, label, len(work), "fit"))
+    return list(progress(results, label, len(work), "fits"))

@@ -16,12 +16,12 @@ from common.config import MACHINE_FIELDS
 from common.errors import UserError
 from common.raw import RawData
 from common.run import Run
-from competitions.kdd_air_quality import blend, metric, models, pictures, table
+from competitions.kdd_air_quality import blend, metric, models, plots, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
 from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config
+from competitions.kdd_air_quality.demo import write as write_demo
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, last_scored_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
-from competitions.kdd_air_quality.sample import write as write_sample
 
 TRUTH_DAYS = 2  # a submit day is scored on the two days after it
 
@@ -32,9 +32,9 @@ def opened(competition: str, data: str | None, fitted: Run | None = None) -> tup
     Raises UserError when the sample submission asks for a station that the run knows nothing of.
     """
     if fitted is None:
-        found = raw_data.find(competition, data, write_sample)
+        found = raw_data.find(competition, data, write_demo)
     else:
-        found = raw_data.of_run(fitted.origin, data, write_sample)
+        found = raw_data.of_run(fitted.provenance, data, write_demo)
     lines = table.sample_lines(found)
     stations = asked = table.stations_of(lines)
     if fitted is not None:  # what it learnt belongs to its stations, whichever the sample asks for
@@ -56,17 +56,17 @@ def started(competition: str, found: RawData, config: Config, given: argparse.Na
             f"out NPROC and NNODES, and use --jobs {os.environ['WORLD_SIZE']}"
         )
     names = [name for name in found.names() if not name.startswith("cache/")]
-    origin = {
+    provenance = {
         "competition": competition,
         "recipe": given.recipe,
-        "sample": found.is_sample,
+        "demo": found.is_demo,
         "data": str(found.path.resolve()),
         "data_fingerprint": found.fingerprint(*names),
         "command": f"python -m common {' '.join(sys.argv[1:])}",
         "commit": runs.commit(),
         "machine": runs.machine(),
     }
-    return runs.open_run(competition, given.run, config, origin)
+    return runs.open_run(competition, given.run, config, provenance)
 
 
 def train(competition: str, config: Config, given: argparse.Namespace) -> None:
@@ -99,7 +99,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
         weights = fitted_blend(backtested, truth, known)
         forecasts = backtested | {"blend": blended(weights, backtested, known)}
         rows = summarise(run, [(period, forecasts)], known)
-        pictures.draw(run, known, period.days, forecasts)
+        plots.draw(run, known, period.days, forecasts)
         for name in names:
             models.fit(name, known, config, run, None)
         run.write_result(
@@ -115,7 +115,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
         )
     else:
         run.log(f"{run.path} is finished ({run.result['monitor']} {run.result['score']}): nothing to train")
-    paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_sample, warnings)
+    paths = write_forecasts(run, config, observations, np.array([day]), lines, found.is_demo, warnings)
     run.finish()
     print(f"no submission: {NOWHERE_TO_SUBMIT}")
     print(f"submission: {paths[-1]}")
@@ -156,7 +156,7 @@ def write_forecasts(
     observations: Observations,
     days: np.ndarray,
     lines: list[str],
-    sample: bool,
+    demo: bool,
     warnings: list[str],
 ) -> list[Path]:
     """Forecast the submit days with the run's models and write a checked CSV for each.
@@ -182,11 +182,11 @@ def write_forecasts(
                 f"{day}: no value in the last 24 hours of {len(silent)} of {known.shape[1]} series: "
                 f"{', '.join(silent[:6])}{' ...' if len(silent) > 6 else ''}"
             )
-        name = f"{run.name}{'-sample' if sample and 'sample' not in run.name else ''}-{day}"
-        origin = {
-            "competition": run.origin["competition"],
+        name = f"{run.name}{'-demo' if demo and 'demo' not in run.name else ''}-{day}"
+        provenance = {
+            "competition": run.provenance["competition"],
             "run": run.name,
-            "recipe": run.origin["recipe"],
+            "recipe": run.provenance["recipe"],
             "score": run.result["score"],
             "monitor": "smape",
             "day": str(day),
@@ -196,13 +196,13 @@ def write_forecasts(
             "warnings": warnings,
             "submit": NOWHERE_TO_SUBMIT,
             "commit": runs.commit(),
-            "data_fingerprint": run.origin["data_fingerprint"],
-            "sample": sample,
+            "data_fingerprint": run.provenance["data_fingerprint"],
+            "demo": demo,
             "created": runs.now(),
         }
-        path = submission.SUBMISSIONS / run.origin["competition"] / f"{name}.csv"
+        path = submission.SUBMISSIONS / run.provenance["competition"] / f"{name}.csv"
         rows = table.rows(lines, forecast[number], observations.network)
-        paths.append(submission.write(path, table.COLUMNS, rows, lines, table.valid, origin))
+        paths.append(submission.write(path, table.COLUMNS, rows, lines, table.valid, provenance))
         if not np.isnan(scores[number]):
             run.log(f"{day}: official score {scores[number]:.4f}")
     return paths
@@ -220,7 +220,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
     warn_of_seen_days(run, days)
-    paths = write_forecasts(run, config, observations, days, lines, found.is_sample or run.origin["sample"], warnings)
+    paths = write_forecasts(run, config, observations, days, lines, found.is_demo or run.provenance["demo"], warnings)
     print(f"no submission: {NOWHERE_TO_SUBMIT}")
     for path in paths:
         print(f"submission: {path}")
@@ -233,7 +233,7 @@ def warn_of_seen_days(run: Run, days: np.ndarray) -> None:
         print(
             f"warning: {run.path} was fitted on everything before {run.result['fitted_before']}: its forecasts of "
             f"earlier days ({early[0]} ...) know too much. Honest ones: make backtest "
-            f"COMP={run.origin['competition']} without --run"
+            f"COMP={run.provenance['competition']} without --run"
         )
 
 
@@ -242,7 +242,7 @@ def finished(competition: str, name: str | None) -> Run:
     if name:
         run = runs.load(competition, name)
         if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command ({run.origin.get('command', '')})")
+            raise UserError(f"{run.path} is not finished: repeat its command ({run.provenance.get('command', '')})")
         if not has_models(run):
             raise UserError(f"RUN={name} is a backtest and has no fitted models: make train COMP={competition}")
         return run
@@ -304,7 +304,7 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
         past = {name: np.concatenate([past[name], found_forecasts[name]]) for name in past}
     rows = summarise(run, parts, observations)
     together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
-    page = pictures.draw(run, observations, days, together)
+    page = plots.draw(run, observations, days, together)
     run.write_result(
         {
             "monitor": "smape",

@@ -26,11 +26,11 @@ SOURCE = Source(
 )
 
 
-def write_sample(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     """A seeded two-city data set in the organisers' file formats."""
-    from competitions.kdd_air_quality import sample
+    from competitions.kdd_air_quality import demo
 
-    sample.write(folder)
+    demo.write(folder)
 
 
 def build(config: Config, raw):

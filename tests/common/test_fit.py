@@ -37,11 +37,11 @@ class Net(nn.Module):
 
 
 def task_of(config, **changes):
-    return replace(toy.build(config, raw.find("toy", None, toy.write_sample, str)), model=Net, **changes)
+    return replace(toy.build(config, raw.find("toy", None, toy.write_demo, str)), model=Net, **changes)
 
 
 def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
-    """Averaged weights, mean loss of every epoch and learning rate at its end: one graph a window."""
+    """Averaged weights, mean loss of every epoch and learning rate at its end: one graph a batch."""
     rows = np.flatnonzero(task.folds != fold)
     torch.manual_seed(keyed_seed(config.seed, fold))
     model = task.model()

@@ -61,12 +61,12 @@ def test_predictions_are_means_over_models_and_views():
 def test_what_the_sample_taught_is_a_sample_whatever_it_predicts():
     toy_train("one")
     Path("real").mkdir()
-    toy.write_sample(Path("real"))
+    toy.write_demo(Path("real"))
     for old in Path("submissions/toy").iterdir():
         old.unlink()
     predict_again("--run", "one", "--data", "real")
-    assert [file.name for file in sorted(Path("submissions/toy").iterdir())] == ["one-sample.csv", "one-sample.json"]
-    assert '"sample": true' in Path("submissions/toy/one-sample.json").read_text()
+    assert [file.name for file in sorted(Path("submissions/toy").iterdir())] == ["one-demo.csv", "one-demo.json"]
+    assert '"demo": true' in Path("submissions/toy/one-demo.json").read_text()
 
 
 def test_without_a_name_the_newest_finished_run_predicts(capsys):
@@ -74,7 +74,7 @@ def test_without_a_name_the_newest_finished_run_predicts(capsys):
     toy_train("two", seed=1)
     (toy_train("three", seed=2) / "result.json").unlink()
     predict_again()
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/two-sample.csv"
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/two-demo.csv"
 
 
 def test_runs_of_other_test_rows_are_not_averaged(monkeypatch):

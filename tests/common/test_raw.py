@@ -33,10 +33,10 @@ def archive(path, **files):
 def test_without_data_the_sample_is_made_once_and_announced(tmp_path):
     said = []
     found = raw.find("toy", None, sample, said.append)
-    assert found.is_sample and found.read("train.csv") == b"sample"
-    assert len(said) == 1 and "sample" in said[0] and "make data COMP=toy" in said[0] and "DATA=" in said[0]
+    assert found.is_demo and found.read("train.csv") == b"sample"
+    assert len(said) == 1 and "demo" in said[0] and "make data COMP=toy" in said[0] and "DATA=" in said[0]
     again = raw.find("toy", None, lambda folder: pytest.fail("made twice"), said.append)
-    assert again.path == found.path and list((tmp_path / "data" / "sample").iterdir()) == [tmp_path / found.path]
+    assert again.path == found.path and list((tmp_path / "data" / "demo").iterdir()) == [tmp_path / found.path]
 
 
 def test_a_sample_that_fails_half_way_is_not_taken_for_whole(tmp_path):
@@ -54,7 +54,7 @@ def test_the_data_folder_wins_over_the_sample(tmp_path):
     home.mkdir(parents=True)
     (home / "train.csv").write_text("real")
     found = raw.find("toy", None, sample, pytest.fail)
-    assert not found.is_sample and found.read("train.csv") == b"real"
+    assert not found.is_demo and found.read("train.csv") == b"real"
 
 
 def test_a_zip_and_the_folder_that_holds_it_read_alike(tmp_path):
@@ -77,7 +77,7 @@ def test_what_a_file_manager_leaves_beside_the_archive(tmp_path):
 def test_hidden_files_and_the_cache_are_no_data(tmp_path):
     (tmp_path / "data" / "toy" / "cache").mkdir(parents=True)
     (tmp_path / "data" / "toy" / ".DS_Store").write_bytes(b"?")
-    assert raw.find("toy", None, sample, str).is_sample
+    assert raw.find("toy", None, sample, str).is_demo
 
 
 def test_processes_that_unpack_at_once_agree(tmp_path, monkeypatch):
@@ -97,13 +97,13 @@ def test_processes_that_unpack_at_once_agree(tmp_path, monkeypatch):
 
 
 def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
-    origin = {"competition": "toy", "sample": True, "data": str(raw.find("toy", None, sample, str).path)}
+    provenance = {"competition": "toy", "demo": True, "data": str(raw.find("toy", None, sample, str).path)}
     home = tmp_path / "data" / "toy"
     home.mkdir(parents=True)
     (home / "train.csv").write_text("real")
-    assert raw.of_run(origin, None, sample).is_sample
-    assert raw.of_run(origin, str(home), sample).read("train.csv") == b"real"
-    assert raw.of_run(origin | {"sample": False, "data": str(home)}, None, sample).read("train.csv") == b"real"
+    assert raw.of_run(provenance, None, sample).is_demo
+    assert raw.of_run(provenance, str(home), sample).read("train.csv") == b"real"
+    assert raw.of_run(provenance | {"demo": False, "data": str(home)}, None, sample).read("train.csv") == b"real"
 
 
 def test_a_disk_without_room_for_the_sample(tmp_path):
@@ -113,7 +113,7 @@ def test_a_disk_without_room_for_the_sample(tmp_path):
 
     with pytest.raises(UserError, match="No space left"):
         raw.find("toy", None, full, str)
-    assert not list((tmp_path / "data" / "sample").iterdir())
+    assert not list((tmp_path / "data" / "demo").iterdir())
 
 
 def test_an_encrypted_archive_is_named(tmp_path):
@@ -137,8 +137,8 @@ def test_fingerprint_depends_on_names_and_contents(tmp_path):
 
 def test_the_sample_stays_a_sample_when_it_is_given_as_data(tmp_path):
     made = raw.find("toy", None, sample, str)
-    assert raw.find("toy", str(made.path), sample, pytest.fail).is_sample
-    assert raw.find("toy", str(made.path.resolve()), sample, pytest.fail).is_sample
+    assert raw.find("toy", str(made.path), sample, pytest.fail).is_demo
+    assert raw.find("toy", str(made.path.resolve()), sample, pytest.fail).is_demo
 
 
 def test_text_is_utf8_without_a_mark_and_a_bad_byte_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The page holds its pictures itself, and words cannot become markup."""
+"""The page holds its plots itself, and words cannot become markup."""
 
 import base64
 import re

@@ -28,16 +28,16 @@ class Killed(BaseException):
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("step", [1, 4, 5, 14])
 def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch):
-    """Five windows an epoch: inside an epoch, at its end, after a validation, in the last epoch."""
+    """Five batches an epoch: inside an epoch, at its end, after a validation, in the last epoch."""
     straight = toy_train("straight", keep=keep, save_every=0)
     from common.engine.step import Engine
 
     original = Engine.step
 
-    def stopping(self, window, step_number):
+    def stopping(self, batch, step_number):
         if step_number == step:
             raise Killed
-        return original(self, window, step_number)
+        return original(self, batch, step_number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stopping)
@@ -86,7 +86,7 @@ def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
     assert code == 0 and len(places) > 20
     shutil.rmtree("runs/toy/broken")
     names = {place.name for place in places}
-    assert {"run.json", "last.pt", "best.pt", "model.pt", "oof.npy", "result.json", "broken-sample.csv.part"} <= names
+    assert {"run.json", "last.pt", "best.pt", "model.pt", "oof.npy", "result.json", "broken-demo.csv.part"} <= names
     for number, place in enumerate(places):
         code, _ = in_a_child(killed_at=place, before=number % 2 == 0, **changes)
         assert code in (0, -signal.SIGKILL), place  # 0: the file was whole already
@@ -110,15 +110,15 @@ def test_stopped_after_the_training_the_same_command_only_predicts(monkeypatch):
         child.start()
         child.join()
     assert child.exitcode == 9
-    result = Path("runs/toy/001-smoke-sample/result.json").read_bytes()
+    result = Path("runs/toy/001-smoke-demo/result.json").read_bytes()
     train("toy", toy, config, "smoke", None, None)
-    assert Path("submissions/toy/001-smoke-sample.csv").is_file() and not Path("runs/toy/002-smoke-sample").exists()
-    assert Path("runs/toy/001-smoke-sample/result.json").read_bytes() == result
+    assert Path("submissions/toy/001-smoke-demo.csv").is_file() and not Path("runs/toy/002-smoke-demo").exists()
+    assert Path("runs/toy/001-smoke-demo/result.json").read_bytes() == result
     assert len(reported) == 1, "a report that may be half a report is made again"
-    train("toy", toy, config, "smoke", None, "001-smoke-sample")
+    train("toy", toy, config, "smoke", None, "001-smoke-demo")
     assert len(reported) == 1
     train("toy", toy, config, "smoke", None, None)
-    assert Path("submissions/toy/002-smoke-sample.csv").is_file()
+    assert Path("submissions/toy/002-smoke-demo.csv").is_file()
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -161,10 +161,10 @@ def test_the_seconds_of_an_epoch_before_a_kill_count(monkeypatch):
     straight = json.loads((toy_train("straight", save_every=0) / "result.json").read_text())["training_seconds"]
     original = Engine.step
 
-    def stopping(self, window, step_number):
+    def stopping(self, batch, step_number):
         if step_number == 3:
             raise Killed
-        return original(self, window, step_number)
+        return original(self, batch, step_number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stopping)

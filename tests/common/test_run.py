@@ -12,7 +12,7 @@ from common import run as runs
 from common.config import Config
 from common.errors import UserError
 
-ORIGIN = {"competition": "toy", "recipe": "fast", "sample": True, "data": "/data", "data_fingerprint": "f"}
+PROVENANCE = {"competition": "toy", "recipe": "fast", "demo": True, "data": "/data", "data_fingerprint": "f"}
 
 
 @pytest.fixture(autouse=True)
@@ -20,22 +20,22 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def open_run(name=None, config=Config(), **origin):  # noqa: B008
-    run = runs.open_run("toy", name, config, ORIGIN | origin)
+def open_run(name=None, config=Config(), **provenance):  # noqa: B008
+    run = runs.open_run("toy", name, config, PROVENANCE | provenance)
     run._lock[0].close()  # as if the process had ended
     return run
 
 
 def test_an_unfinished_run_goes_on_and_a_finished_one_is_followed_by_the_next():
     first = open_run()
-    assert first.name == "001-fast-sample" and open_run().name == first.name
+    assert first.name == "001-fast-demo" and open_run().name == first.name
     first.write_result({"score": 1.0})
     assert open_run().name == first.name, "not predicted yet"
     first.finish()
     second = open_run()
-    assert second.name == "002-fast-sample" and open_run(config=Config(workers=0)).name == second.name
-    assert open_run(config=Config(lr=0.1)).name == "003-fast-sample"
-    assert open_run(data_fingerprint="g", sample=False).name == "004-fast"
+    assert second.name == "002-fast-demo" and open_run(config=Config(workers=0)).name == second.name
+    assert open_run(config=Config(lr=0.1)).name == "003-fast-demo"
+    assert open_run(data_fingerprint="g", demo=False).name == "004-fast"
     assert [run.name[:3] for run in runs.all_runs("toy")] == ["001", "002", "003", "004"]
 
 
@@ -82,7 +82,7 @@ def test_folders_that_cannot_be_made_are_named(monkeypatch):
 def test_the_config_and_origin_are_read_back():
     run = open_run("mine", Config(lr=0.25))
     again = runs.load("toy", "mine")
-    assert again.config(Config) == Config(lr=0.25) and again.origin == run.origin and again.result is None
+    assert again.config(Config) == Config(lr=0.25) and again.provenance == run.provenance and again.result is None
     with pytest.raises(UserError, match="RUN=other.*runs: mine"):
         runs.load("toy", "other")
 
@@ -90,7 +90,7 @@ def test_the_config_and_origin_are_read_back():
 def test_a_second_process_is_kept_out():
     code = (
         "from common import run; from common.config import Config; import sys; "
-        f"held = run.open_run('toy', 'mine', Config(), {ORIGIN!r}); print('locked', flush=True); sys.stdin.read()"
+        f"held = run.open_run('toy', 'mine', Config(), {PROVENANCE!r}); print('locked', flush=True); sys.stdin.read()"
     )
     root = Path(runs.__file__).parents[1]
     child = subprocess.Popen(
@@ -102,7 +102,7 @@ def test_a_second_process_is_kept_out():
     )
     assert "run runs/toy/mine" in child.stdout.readline() and child.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match="trained by another process"):
-        runs.open_run("toy", "mine", Config(), ORIGIN)
+        runs.open_run("toy", "mine", Config(), PROVENANCE)
     child.kill()
     child.wait()
     assert open_run("mine").name == "mine"
@@ -111,7 +111,7 @@ def test_a_second_process_is_kept_out():
 def test_progress_passes_everything_on(capsys, monkeypatch):
     monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.0)
     assert list(runs.progress(range(3), "reading", 3)) == [0, 1, 2]
-    assert "reading: 1/3 windows" in capsys.readouterr().out
+    assert "reading: 1/3 batches" in capsys.readouterr().out
     assert list(runs.progress(range(3), "reading", 3, show=False)) == [0, 1, 2]
     assert capsys.readouterr().out == ""
 

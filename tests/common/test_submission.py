@@ -20,14 +20,14 @@ def digit(values):
 
 
 def write(path, rows, columns=("ImageId", "Label")):
-    return submission.write(path, columns, rows, SAMPLE, digit, {"competition": "toy", "sample": False})
+    return submission.write(path, columns, rows, SAMPLE, digit, {"competition": "toy", "demo": False})
 
 
 def test_a_good_submission_is_written_with_its_origin(tmp_path):
     path = write(tmp_path / "toy" / "run.csv", [(1, 7), (2, 0), (3, 9)])
     assert list(csv.reader(open(path))) == [["ImageId", "Label"], ["1", "7"], ["2", "0"], ["3", "9"]]
-    origin = json.loads(path.with_suffix(".json").read_text())
-    assert origin == {"competition": "toy", "sample": False, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    provenance = json.loads(path.with_suffix(".json").read_text())
+    assert provenance == {"competition": "toy", "demo": False, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     assert submission.check(path, SAMPLE, digit) == 3
 
 

@@ -28,13 +28,13 @@ def _here(tmp_path, monkeypatch):
 
 def test_a_run_learns_and_leaves_everything_behind(capsys):
     folder = toy_train(epochs=12, fold="all", lr=0.02)
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/one-sample.csv"
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
     result = json.loads((folder / "result.json").read_text())
     assert result["score"] > 0.7 and result["rows"] == 120 and result["monitor"] == "accuracy"
     kept = np.load(folder / "oof.npy")
     ids = (folder / "oof_ids.txt").read_text().split()
     assert kept.shape == (120, 3) and sorted(ids) == sorted(f"r{row}" for row in range(120))
-    truth = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_sample, str)).plain.targets
+    truth = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_demo, str)).plain.targets
     accuracy = float((torch.from_numpy(kept).argmax(1) == truth[[int(name[1:]) for name in ids]]).double().mean())
     assert result["score"] == pytest.approx(accuracy, abs=1e-12), "the score is that of the kept predictions"
     metrics = list(csv.DictReader(open(folder / "metrics.csv")))
@@ -64,7 +64,7 @@ def test_early_stop_restores_the_best_weights():
 def test_training_on_everything_has_no_score():
     folder = toy_train(fold="none")
     assert json.loads((folder / "result.json").read_text())["score"] is None
-    assert json.loads(Path("submissions/toy/one-sample.json").read_text())["score"] is None
+    assert json.loads(Path("submissions/toy/one-demo.json").read_text())["score"] is None
 
 
 def test_nan_predictions_never_become_a_submission():
@@ -83,19 +83,19 @@ def test_two_runs_are_averaged_in_probability_space():
     folders = [toy_train("one"), toy_train("two", seed=1)]
     predict_again("--run", "one,two")
     config = toy.RECIPES["default"]
-    task = toy.build(config, raw.find("toy", None, toy.write_sample, str))
+    task = toy.build(config, raw.find("toy", None, toy.write_demo, str))
     mean = torch.zeros(30, 3)
     for folder in folders:
         (model,) = predict.load_models(runs.load("toy", folder.name), task, config, torch.device("cpu"))
         for scale in (1.0, 1.01):
             mean += model(scale * task.test.inputs).softmax(1).detach() / 4
-    found = [int(label) for _, label in list(csv.reader(open("submissions/toy/one+two-sample.csv")))[1:]]
+    found = [int(label) for _, label in list(csv.reader(open("submissions/toy/one+two-demo.csv")))[1:]]
     assert found == mean.argmax(1).tolist()
 
 
 def test_a_second_train_command_makes_a_second_run(capsys):
     config = toy.RECIPES["smoke"]
-    for expected in ("001-smoke-sample", "002-smoke-sample"):
+    for expected in ("001-smoke-demo", "002-smoke-demo"):
         train("toy", toy, config, "smoke", None, None)
         assert capsys.readouterr().out.strip().splitlines()[-1] == f"submission: submissions/toy/{expected}.csv"
 
@@ -190,7 +190,7 @@ def test_folds_share_no_weights_of_the_loss(monkeypatch):
 def test_a_missing_fold_is_named_and_trained_again(fold):
     """No CSV without it; with it everything is as it was, though the other folds' predictions were joined already."""
     straight, folder = toy_train("straight", fold="all"), toy_train(fold="all")
-    table = Path("submissions/toy/one-sample.csv")
+    table = Path("submissions/toy/one-demo.csv")
     table.unlink()
     shutil.rmtree(folder / f"fold-{fold}")
     with pytest.raises(UserError, match=f"fold-{fold}/model.pt of 3 models.*result.json.*RUN=one"):
@@ -202,7 +202,7 @@ def test_a_missing_fold_is_named_and_trained_again(fold):
 
 def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
     toy_train("one")
-    sidecar = Path("submissions/toy/one-sample.json")
+    sidecar = Path("submissions/toy/one-demo.json")
     trained = json.loads(sidecar.read_text())["score"]
     predict_again("--run", "one", "--workers", "1")
     assert json.loads(sidecar.read_text())["score"] == trained is not None
@@ -223,11 +223,11 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
 
     monkeypatch.setattr(Average, "update", update)
     folder = toy_train(epochs=4, swa=0.5, ema=0.0, keep="last", lr=0.05)
-    assert len(taken) == 10, "half of four epochs of five windows"
+    assert len(taken) == 10, "half of four epochs of five batches"
     kept = torch.load(folder / "fold-0" / "model.pt", weights_only=True)["model"]
     for name in ("0.weight", "1.weight", "4.bias"):
         torch.testing.assert_close(kept[name], torch.stack([step[name] for step in taken]).mean(0))
-    task = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_sample, str))
+    task = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_demo, str))
     hidden = torch.nn.functional.linear(
         task.plain.inputs[torch.from_numpy(task.folds != 0)], kept["0.weight"], kept["0.bias"]
     )
@@ -237,7 +237,7 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
 
 
 def test_batchnorm_is_estimated_again_in_parts_of_more_than_one_sample():
-    """82 training rows in parts of at most 9: windows of 41 are cut evenly, windows of 9 leave one over."""
+    """82 training rows in parts of at most 9: batches of 41 are cut evenly, batches of 9 leave one over."""
     folder = toy_train(rows=123, batch_size=41, micro_batch=9, swa=0.5, ema=0.0, keep="last")
     assert (folder / "result.json").is_file()
 
@@ -249,7 +249,7 @@ class SecondOfTwo(Ranks):
         super().__init__(1, 2, 1)
         object.__setattr__(self, "said", said)
 
-    def share(self, value):
+    def broadcast(self, value):
         return self.said.pop(0)
 
 
@@ -265,7 +265,7 @@ def test_a_second_computer_learns_that_the_run_is_trained(monkeypatch):
 
 def test_processes_without_work_are_told(monkeypatch, capsys):
     toy_train(batch_size=2, epochs=1, rows=12)
-    monkeypatch.setattr(Ranks, "share", lambda self, value: value)
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
     monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(0, 2))
     toy_train(batch_size=2, epochs=1, rows=12)
     assert "--batch-size 2 leaves 1 of 2 processes without work" in capsys.readouterr().out

@@ -40,7 +40,7 @@ class ToyRows:
         return inputs, self.targets[indices]
 
 
-def write_sample(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     (folder / "seed.txt").write_text("1")
 
 

@@ -41,6 +41,6 @@ def same(one: Path, other: Path) -> bool:
         and all(torch.equal(first[name], second[name]) for name in first)
         and (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
         and all(results[0][name] == results[1][name] for name in ("score", "metrics", "learnt", "rows"))
-        and Path(f"submissions/toy/{one.name}-sample.csv").read_bytes()
-        == Path(f"submissions/toy/{other.name}-sample.csv").read_bytes()
+        and Path(f"submissions/toy/{one.name}-demo.csv").read_bytes()
+        == Path(f"submissions/toy/{other.name}-demo.csv").read_bytes()
     )

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.batch import Batch
 from common.cli import task_module
 from common.loading import orders
 from common.loading.loader import Loader
 from common.raw import RawData
 from common.task import Task
-from common.window import Window
 
 NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")  # those that fill in a Task
 
@@ -20,12 +20,12 @@ NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")  # those that fill
 def samples(tmp_path_factory):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("competitions.clouds.sample.TRAIN_IMAGES", 8)  # they are large
-        patch.setattr("competitions.clouds.sample.TEST_IMAGES", 1)
+        patch.setattr("competitions.clouds.demo.TRAIN_IMAGES", 8)  # they are large
+        patch.setattr("competitions.clouds.demo.TEST_IMAGES", 1)
         for name in NETWORKS:
             folder = tmp_path_factory.mktemp(name)
-            task_module(name).write_sample(folder)
-            found[name] = RawData(folder, name, is_sample=True)
+            task_module(name).write_demo(folder)
+            found[name] = RawData(folder, name, is_demo=True)
     return found
 
 
@@ -39,7 +39,7 @@ def tasks(samples):
     return {name: built(samples, name) for name in NETWORKS}
 
 
-def first_images(task: Task, count: int = 4) -> Window:
+def first_images(task: Task, count: int = 4) -> Batch:
     with Loader(task.plain, orders.sequential(np.arange(count)), count, seed=0) as loader:
         return next(loader.epoch(0))
 

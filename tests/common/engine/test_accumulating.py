@@ -98,7 +98,7 @@ def test_batches_of_different_sizes(name):
 
 @every_optimizer
 @pytest.mark.parametrize("stop", [1, 4, 6])
-def test_saved_in_the_middle_of_a_window(name, stop):
+def test_saved_in_the_middle_of_a_batch(name, stop):
     rows = batches(12)
     model = make()
     optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 4)
@@ -159,7 +159,7 @@ def test_at_least_one():
         AccumulatingOptimizer(OPTIMIZERS["sgd"](make().parameters()), 0)
 
 
-def test_weights_of_an_open_window_are_kept():
+def test_weights_of_an_open_batch_are_kept():
     def make():
         model = nn.Linear(2, 1, bias=False)
         nn.init.ones_(model.weight)

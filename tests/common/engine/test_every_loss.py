@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.batch import Batch, map_tree, tensors_of
 from common.losses.protocol import kind
-from common.window import Window, map_tree, tensors_of
 from tests.common.engine.toys import gradient_of, make_engine, reference, relative_error
 from tests.common.losses.cases import SHIPPED, Case
 
@@ -36,12 +36,12 @@ def test_gradient_of_one_graph(case: Case, weighted):
     generator = torch.Generator().manual_seed(12)
     weights = torch.rand(ROWS, generator=generator, dtype=torch.float64) if weighted else None
     model, loss = NearIdentity(outputs), case.make()
-    window = Window(outputs, targets, torch.arange(ROWS), weights)
-    value, expected = reference(model, loss, window)
+    batch = Batch(outputs, targets, torch.arange(ROWS), weights)
+    value, expected = reference(model, loss, batch)
     assert kind(loss) == case.kind and float(expected.norm()) > 0
     for micro_batch in (1, 3, 7, 16, ROWS):
         engine = make_engine(model, loss, micro_batch=micro_batch)
-        for step in range(2):  # a loss over a single sum goes another way from the second window on
-            found = engine.gradients(window, step)
+        for step in range(2):  # a loss over a single sum goes another way from the second batch on
+            found = engine.gradients(batch, step)
             assert relative_error(gradient_of(model, loss), expected) <= 1e-12, (micro_batch, step)
             torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14, check_dtype=False)

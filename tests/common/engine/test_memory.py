@@ -1,4 +1,4 @@
-"""Out of memory: at every place of a window, whatever the error says, and what is kept of it."""
+"""Out of memory: at every place of a batch, whatever the error says, and what is kept of it."""
 
 import ctypes
 import gc
@@ -20,9 +20,9 @@ from tests.common.engine.toys import (
     SmallMemory,
     cross_entropy,
     gradient_of,
+    make_batch,
     make_engine,
     make_model,
-    make_window,
     reference,
     relative_error,
     silent,
@@ -71,16 +71,16 @@ def test_parts_cover_everything_evenly(count, largest):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("at", range(4))
-def test_a_window_that_failed_anywhere_is_exact_in_the_end(name, phase, at, monkeypatch):
+def test_a_batch_that_failed_anywhere_is_exact_in_the_end(name, phase, at, monkeypatch):
     """Full at the at-th micro-batch of 16, then at the at-th of 8 where there are as many; at most 4 rows fit."""
     monkeypatch.setattr(memory, "release", lambda: None)  # collecting garbage takes most of a test's time
     small = SmallMemory(4, phase, at)
-    model, loss, window = make_model(small), LOSSES[name](), make_window(61, weighted=True)
+    model, loss, batch = make_model(small), LOSSES[name](), make_batch(61, weighted=True)
     small.limit = 10**9
-    _, expected = reference(model, loss, window)
+    _, expected = reference(model, loss, batch)
     small.limit, small.calls = 4, 0
     engine = make_engine(model, loss, micro_batch=16)
-    engine.gradients(window, 0)
+    engine.gradients(batch, 0)
     assert relative_error(gradient_of(model, loss), expected) <= 1e-12
     assert engine.micro_batch == 4
 
@@ -88,8 +88,8 @@ def test_a_window_that_failed_anywhere_is_exact_in_the_end(name, phase, at, monk
 def test_halving_32_16_8():
     said, small = [], SmallMemory(8, "backward")
     engine = make_engine(make_model(small), cross_entropy, log=said.append)
-    engine.step(make_window(64), 0)
-    engine.step(make_window(64), 1)
+    engine.step(make_batch(64), 0)
+    engine.step(make_batch(64), 1)
     assert engine.micro_batch == 8 and engine.state_dict()["micro_batch"] == 8
     assert [line.split(":")[0] for line in said] == [
         "out of memory at 64 samples",
@@ -99,41 +99,41 @@ def test_halving_32_16_8():
     ]
     resumed = make_engine(make_model(small), cross_entropy)
     resumed.load_state_dict(engine.state_dict())
-    resumed.step(make_window(64), 2)
+    resumed.step(make_batch(64), 2)
     assert resumed.micro_batch == 8
 
 
-def test_auto_grows_with_the_windows_until_a_limit_is_known():
+def test_auto_grows_with_the_batches_until_a_limit_is_known():
     engine = make_engine(make_model(), cross_entropy)
     for count, expected in [(5, 5), (64, 64), (7, 64)]:
-        assert engine.step(make_window(count), 0).micro_batch == expected
+        assert engine.step(make_batch(count), 0).micro_batch == expected
 
 
 def test_every_sample_is_seen_in_the_pass_that_counts():
-    """The ids that reach the loss in the last, successful pass are those of the window."""
+    """The ids that reach the loss in the last, successful pass are those of the batch."""
     seen: list[list[int]] = []
     small = SmallMemory(3, "backward", at=1)
-    model, window = make_model(small), make_window(29)
+    model, batch = make_model(small), make_batch(29)
 
     def loss(outputs, targets):
         seen.append(targets.tolist())
         return cross_entropy(outputs, targets % 6)
 
-    window.targets.copy_(window.index)
+    batch.targets.copy_(batch.index)
     engine = make_engine(model, loss, micro_batch=8)
-    engine.gradients(window, 0)
+    engine.gradients(batch, 0)
     last_pass = seen[-len(memory.sizes(29, engine.micro_batch)) :]
     assert sorted(row for part in last_pass for row in part) == list(range(29))
 
 
 def test_dropout_and_batchnorm_after_a_failure_are_those_of_a_first_try():
-    window = make_window(32)
+    batch = make_batch(32)
 
     def run(limit):
         small = SmallMemory(limit, "backward", at=1)
         model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.3), small)
         engine = make_engine(model, cross_entropy, micro_batch=8 if limit > 8 else 16, seed=3)
-        engine.gradients(window, 0)
+        engine.gradients(batch, 0)
         return gradient_of(model, None), model[1].state_dict(), engine.micro_batch
 
     (gradient, norm, size), (expected, expected_norm, expected_size) = run(8), run(100)
@@ -161,20 +161,20 @@ def test_the_failed_pass_is_given_back_before_the_next(monkeypatch):
     for name in LOSSES:
         alive.clear()
         model = make_model(Watch(), SmallMemory(4, "backward", at=1))
-        make_engine(model, LOSSES[name](), micro_batch=8).gradients(make_window(32), 0)
+        make_engine(model, LOSSES[name](), micro_batch=8).gradients(make_batch(32), 0)
     assert at_release and not any(at_release)
 
 
 def test_a_single_sample_that_does_not_fit_names_the_flags():
     engine = make_engine(make_model(SmallMemory(0)), cross_entropy)
     with pytest.raises(UserError, match="--checkpointing.*input size.*--precision bf16"):
-        engine.step(make_window(8), 0)
+        engine.step(make_batch(8), 0)
 
 
 def test_other_errors_pass_through():
     error = RuntimeError("CUDA error: device-side assert triggered")
     with pytest.raises(RuntimeError, match="device-side"):
-        make_engine(make_model(SmallMemory(0, error=error)), cross_entropy).step(make_window(8), 0)
+        make_engine(make_model(SmallMemory(0, error=error)), cross_entropy).step(make_batch(8), 0)
 
 
 def test_out_of_memory_in_the_optimizer_is_final():
@@ -187,7 +187,7 @@ def test_out_of_memory_in_the_optimizer_is_final():
 
     engine.optimizer.step = full
     with pytest.raises(UserError, match="inside the optimizer, in step 6.*--micro-batch 4"):
-        engine.step(make_window(16), 5)
+        engine.step(make_batch(16), 5)
     assert len(calls) == 1
 
 
@@ -202,7 +202,7 @@ def test_a_buffer_that_is_assigned_is_put_back_too():
             return inputs
 
     model = make_model(Counter(), SmallMemory(8, "backward", at=1))
-    make_engine(model, RootMeanSquare(), micro_batch=16, log=silent).step(make_window(32), 0)
+    make_engine(model, RootMeanSquare(), micro_batch=16, log=silent).step(make_batch(32), 0)
     assert float(model[1].count) == 4
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from common.engine.prepare import enable_checkpointing, prepare
 from common.errors import UserError
-from tests.common.engine.toys import cross_entropy, gradient_of, make_engine, make_window, relative_error
+from tests.common.engine.toys import cross_entropy, gradient_of, make_batch, make_engine, relative_error
 
 
 class Block(nn.Module):
@@ -37,10 +37,10 @@ def flat():
     ("make", "expected"), [(deep, list("012345")), (flat, ["16", "[0:6]", "[6:12]", "[12:16]", "[17:23]", "[23:29]"])]
 )
 def test_gradient_dropout_and_statistics_stay_the_same(make, expected):
-    plain, saving, window = make(), make(), make_window(24)
+    plain, saving, batch = make(), make(), make_batch(24)
     assert set(enable_checkpointing(saving)) >= set(expected)
     for model in (plain, saving):
-        make_engine(model, cross_entropy, micro_batch=8).gradients(window, 0)
+        make_engine(model, cross_entropy, micro_batch=8).gradients(batch, 0)
     assert relative_error(gradient_of(saving, None), gradient_of(plain, None)) <= 1e-12
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(saving.state_dict()[name], tensor)

@@ -13,7 +13,7 @@ import torch
 from common.engine.ranks import SINGLE, Ranks
 from common.fit import fit
 from common.run import Run
-from tests.common.engine.toys import LOSSES, make_model, make_window, reference, relative_error
+from tests.common.engine.toys import LOSSES, make_batch, make_model, reference, relative_error
 from tests.common.test_fit import CONFIG, task_of
 
 ROOT = Path(__file__).parents[3]
@@ -79,7 +79,7 @@ def exact(done):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("shares, rows", [("unequal", 90), ("one empty", 3)])
 def test_the_gradient_of_a_single_process(exact, name, shares, rows):
-    value, expected = reference(make_model(), LOSSES[name](), make_window(rows, weighted=True))
+    value, expected = reference(make_model(), LOSSES[name](), make_batch(rows, weighted=True))
     for rank in range(2):
         for step in range(2):
             found_value, found = exact[rank][f"{name}, {shares}, {step}"]
@@ -94,7 +94,7 @@ def test_the_gradient_of_a_single_process(exact, name, shares, rows):
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_out_of_memory_on_one_rank_shrinks_both(exact, name, phase):
     """50 and 40 rows, and 8 that fit on the second rank."""
-    _, expected = reference(make_model(), LOSSES[name](), make_window(90, weighted=True))
+    _, expected = reference(make_model(), LOSSES[name](), make_batch(90, weighted=True))
     for rank in range(2):
         assert relative_error(exact[rank][f"{name}, full in {phase}"][1], expected) <= 1e-12
     sizes = [exact[rank][f"{name}, micro-batch after {phase}"] for rank in range(2)]
@@ -143,7 +143,7 @@ def test_alone_everything_is_at_once():
         assert ranks is SINGLE and ranks.is_writer
         assert ranks.any(True) and not ranks.any(False)
         tensor = torch.ones(2)
-        assert ranks.sum_(tensor) is tensor and ranks.gather(tensor) == (tensor, 0) and ranks.share(3) == 3
+        assert ranks.sum_(tensor) is tensor and ranks.gather(tensor) == (tensor, 0) and ranks.broadcast(3) == 3
         assert ranks.union({"a": 1}) == {"a": 1}
         ranks.barrier()
 

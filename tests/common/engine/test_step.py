@@ -1,4 +1,4 @@
-"""One step of the engine against one graph over the whole window."""
+"""One step of the engine against one graph over the whole batch."""
 
 import random
 from dataclasses import replace
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.batch import Batch
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
 from common.errors import UserError
-from common.losses import LovaszSoftmax, window_value
-from common.window import Window
+from common.losses import LovaszSoftmax, batch_value
 from tests.common.engine.toys import (
     CLASSES,
     LOSSES,
@@ -23,9 +23,9 @@ from tests.common.engine.toys import (
     SoftF1,
     cross_entropy,
     gradient_of,
+    make_batch,
     make_engine,
     make_model,
-    make_window,
     parameters_of,
     reference,
     relative_error,
@@ -39,22 +39,22 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("micro_batch", [1, 3, 7, 16, 37, 64])
 def test_gradient_of_one_graph_for_every_micro_batch(name, weighted, micro_batch):
-    model, loss, window = make_model(), LOSSES[name](), make_window(37, weighted)
-    value, expected = reference(model, loss, window)
-    found = make_engine(model, loss, micro_batch=micro_batch).gradients(window, 0)
+    model, loss, batch = make_model(), LOSSES[name](), make_batch(37, weighted)
+    value, expected = reference(model, loss, batch)
+    found = make_engine(model, loss, micro_batch=micro_batch).gradients(batch, 0)
     assert relative_error(gradient_of(model, loss), expected) <= 1e-12
     torch.testing.assert_close(found, value, rtol=1e-12, atol=0, check_dtype=False)
 
 
 @every_loss
-def test_the_second_window_is_as_exact_as_the_first(name):
-    """A loss over one sum takes two passes in its first window and one from then on."""
+def test_the_second_batch_is_as_exact_as_the_first(name):
+    """A loss over one sum takes two passes in its first batch and one from then on."""
     model, loss = make_model(), LOSSES[name]()
     engine = make_engine(model, loss, micro_batch=8)
     for number in range(3):
-        window = make_window(37 - number, seed=number)
-        _, expected = reference(model, loss, window)
-        engine.gradients(window, number)
+        batch = make_batch(37 - number, seed=number)
+        _, expected = reference(model, loss, batch)
+        engine.gradients(batch, number)
         assert relative_error(gradient_of(model, loss), expected) <= 1e-12
 
 
@@ -66,22 +66,22 @@ def forwards(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("loss, passes", [(cross_entropy, 1), (RootMeanSquare(), 1), (SoftF1(), 2), (Contrast(), 2)])
-def test_passes_over_a_window(loss, passes):
+def test_passes_over_a_batch(loss, passes):
     model = make_model()
     engine = make_engine(model, loss, micro_batch=8)
-    engine.step(make_window(32), 0)
+    engine.step(make_batch(32), 0)
     sizes = forwards(model)
-    engine.step(make_window(32), 1)
+    engine.step(make_batch(32), 1)
     assert sizes == [8] * 4 * passes
     sizes.clear()
-    make_engine(model, loss).step(make_window(32), 0)
-    assert sizes == [32], "a window that fits needs no second pass"
+    make_engine(model, loss).step(make_batch(32), 0)
+    assert sizes == [32], "a batch that fits needs no second pass"
 
 
-def naive(model, loss_of_batch, window, cut):
+def naive(model, loss_of_batch, batch, cut):
     """What accumulation loops do: the mean of the micro-batches' losses."""
     model.zero_grad()
-    parts = [window.slice(start, min(start + cut, len(window))) for start in range(0, len(window), cut)]
+    parts = [batch.slice(start, min(start + cut, len(batch))) for start in range(0, len(batch), cut)]
     for part in parts:
         (loss_of_batch(model(part.inputs), part.targets) / len(parts)).backward()
     return gradient_of(model, None)
@@ -89,26 +89,26 @@ def naive(model, loss_of_batch, window, cut):
 
 def test_naive_accumulation_is_visibly_wrong():
     """The control: a test that could not fail would pass with these too."""
-    window, model, f1 = make_window(64), make_model(), SoftF1()
-    _, expected = reference(model, f1, window)
-    wrong = naive(model, lambda outputs, targets: f1.value(f1.stats(outputs, targets).sum(0), None), window, 4)
+    batch, model, f1 = make_batch(64), make_model(), SoftF1()
+    _, expected = reference(model, f1, batch)
+    wrong = naive(model, lambda outputs, targets: f1.value(f1.stats(outputs, targets).sum(0), None), batch, 4)
     assert relative_error(wrong, expected) > 0.05
     engine = make_engine(model, f1, micro_batch=4)
-    engine.gradients(window, 0)
+    engine.gradients(batch, 0)
     assert relative_error(gradient_of(model, None), expected) <= 1e-12
 
     lovasz = LovaszSoftmax()
     model[-1].weight.data *= 10  # as sure of itself as a trained one
-    _, expected = reference(model, lovasz, window)
-    wrong = naive(model, lambda outputs, targets: lovasz(outputs, targets, None), window, 4)
+    _, expected = reference(model, lovasz, batch)
+    wrong = naive(model, lambda outputs, targets: lovasz(outputs, targets, None), batch, 4)
     assert relative_error(wrong, expected) > 0.5
-    make_engine(model, lovasz, micro_batch=4).gradients(window, 0)
+    make_engine(model, lovasz, micro_batch=4).gradients(batch, 0)
     assert relative_error(gradient_of(model, None), expected) <= 1e-12
 
 
-def test_short_last_window_is_a_whole_update():
-    """N = 37, batches of 8, 4 of them a window: the last window has 5 samples and steps by their own mean."""
-    model, rows = make_model(), make_window(37)
+def test_short_last_batch_is_a_whole_update():
+    """N = 37, batches of 8, 4 of them a batch: the last batch has 5 samples and steps by their own mean."""
+    model, rows = make_model(), make_batch(37)
     last = rows.slice(32, 37)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     _, expected = reference(model, cross_entropy, last)
@@ -121,10 +121,10 @@ def test_short_last_window_is_a_whole_update():
 
 @pytest.mark.parametrize("make", [ScaledEntropy, Contrast])
 def test_a_parameter_in_the_loss_gets_its_gradient_once(make):
-    model, loss, window = make_model(), make(), make_window(16)
-    reference(model, loss, window)
+    model, loss, batch = make_model(), make(), make_batch(16)
+    reference(model, loss, batch)
     expected = float(loss.log_scale.grad)
-    make_engine(model, loss, micro_batch=4).gradients(window, 0)
+    make_engine(model, loss, micro_batch=4).gradients(batch, 0)
     assert float(loss.log_scale.grad) / expected == pytest.approx(1, rel=1e-12)
 
 
@@ -142,17 +142,17 @@ class Centres(nn.Module):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_fused_updates_of_a_parameter_in_the_loss_are_those_of_the_whole_window(optimizer):
+def test_fused_updates_of_a_parameter_in_the_loss_are_those_of_the_whole_batch(optimizer):
     def updated(micro_batch: int) -> torch.Tensor:
         model, loss = make_model(), Centres()
         fused = optimizer(parameters_of(model, loss), lr=0.1, fused=True)
-        Engine(model, loss, fused, micro_batch=micro_batch, log=silent).step(make_window(8), 0)
+        Engine(model, loss, fused, micro_batch=micro_batch, log=silent).step(make_batch(8), 0)
         return loss.centres.detach()
 
     torch.testing.assert_close(updated(3), updated(8), rtol=1e-9, atol=1e-12)
 
 
-def test_what_carries_no_graph_does_not_stop_a_cut_window():
+def test_what_carries_no_graph_does_not_stop_a_cut_batch():
     """Frozen weights in a loss over the whole batch, and an output that the model has detached."""
 
     class Heads(nn.Module):
@@ -172,10 +172,10 @@ def test_what_carries_no_graph_does_not_stop_a_cut_window():
         def forward(self, outputs, targets, weights):
             return super().forward(outputs["outputs"], targets, weights) + (outputs["outputs"] * outputs["seen"]).mean()
 
-    model, loss, window = Heads(), Frozen(), make_window(16)
-    window_value(loss, model(window.inputs), window.targets, window.weights).backward()
+    model, loss, batch = Heads(), Frozen(), make_batch(16)
+    batch_value(loss, model(batch.inputs), batch.targets, batch.weights).backward()
     expected = gradient_of(model, None)
-    make_engine(model, loss, micro_batch=5).gradients(window, 0)
+    make_engine(model, loss, micro_batch=5).gradients(batch, 0)
     assert relative_error(gradient_of(model, None), expected) <= 1e-12
 
 
@@ -189,11 +189,11 @@ def test_trees_of_inputs_outputs_and_targets():
             features = self.body(inputs["rows"]) * inputs["scale"][:, None]
             return {"a": self.heads[0](features), "b": (self.heads[1](features), features)}
 
-    window = make_window(22, weighted=True)
-    trees = Window(
-        {"rows": window.inputs, "scale": window.weights},
-        {"a": window.targets % 2, "b": window.targets % 3},
-        window.index,
+    batch = make_batch(22, weighted=True)
+    trees = Batch(
+        {"rows": batch.inputs, "scale": batch.weights},
+        {"a": batch.targets % 2, "b": batch.targets % 3},
+        batch.index,
     )
 
     def per_sample(outputs, targets):
@@ -215,39 +215,39 @@ def test_trees_of_inputs_outputs_and_targets():
 @pytest.mark.parametrize("name", ["cross-entropy", "sums", "whole batch"])
 def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
     """Against one graph over the same micro-batches, drawn in the same order."""
-    model, loss, window = make_model(nn.Dropout(0.3)), LOSSES[name](), make_window(32)
+    model, loss, batch = make_model(nn.Dropout(0.3)), LOSSES[name](), make_batch(32)
     engine = make_engine(model, loss, micro_batch=8, seed=5)
-    engine.gradients(window, 3)
+    engine.gradients(batch, 3)
     found = gradient_of(model, loss)
     engine.begin_pass()
-    outputs = torch.cat([model(window.inputs[start : start + 8]) for start in range(0, 32, 8)])
+    outputs = torch.cat([model(batch.inputs[start : start + 8]) for start in range(0, 32, 8)])
     for parameter in model.parameters():
         parameter.grad = None
-    window_value(loss, outputs, window.targets).backward()
+    batch_value(loss, outputs, batch.targets).backward()
     expected = gradient_of(model, loss)
     assert relative_error(found, expected) <= 1e-12
-    engine.gradients(window, 4)
+    engine.gradients(batch, 4)
     assert relative_error(gradient_of(model, loss), expected) > 0.01, "another step, other dropout"
-    engine.gradients(window, 3)
+    engine.gradients(batch, 3)
     assert torch.equal(gradient_of(model, loss), found)
 
 
 def test_only_torchs_own_generators_are_seeded():
-    engine, window = make_engine(make_model(), cross_entropy), make_window(4)
+    engine, batch = make_engine(make_model(), cross_entropy), make_batch(4)
     random.seed(1), np.random.seed(1)
     expected = random.random(), np.random.rand()
     random.seed(1), np.random.seed(1)
-    engine.step(window, 0)
+    engine.step(batch, 0)
     assert (random.random(), np.random.rand()) == expected
 
 
 @pytest.mark.parametrize("name, micro_batches", [("cross-entropy", 4), ("sums", 4), ("whole batch", 4), ("one sum", 4)])
 def test_batchnorm_statistics_move_once_a_micro_batch(name, micro_batches):
-    model, loss, window = make_model(nn.BatchNorm1d(48)), LOSSES[name](), make_window(32)
+    model, loss, batch = make_model(nn.BatchNorm1d(48)), LOSSES[name](), make_batch(32)
     twin = make_model(nn.BatchNorm1d(48))
-    make_engine(model, loss, micro_batch=8).step(window, 0)
+    make_engine(model, loss, micro_batch=8).step(batch, 0)
     for start in range(0, 32, 8):
-        twin(window.inputs[start : start + 8])
+        twin(batch.inputs[start : start + 8])
     assert int(model[1].num_batches_tracked) == micro_batches
     torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
     torch.testing.assert_close(model[1].running_var, twin[1].running_var)
@@ -257,21 +257,21 @@ def test_the_ghost_batch_is_named_once():
     said = []
     engine = make_engine(make_model(nn.BatchNorm1d(48)), cross_entropy, micro_batch=8, log=said.append)
     for number in range(3):
-        engine.step(make_window(32), number)
+        engine.step(make_batch(32), number)
     assert len([line for line in said if "BatchNorm" in line]) == 1 and "up to 8 samples" in said[-1]
     said.clear()
-    make_engine(make_model(), cross_entropy, micro_batch=8, log=said.append).step(make_window(32), 0)
+    make_engine(make_model(), cross_entropy, micro_batch=8, log=said.append).step(make_batch(32), 0)
     assert not [line for line in said if "BatchNorm" in line]
 
 
 def test_clipping_is_once_and_over_everything():
-    window, loss = make_window(37), ScaledEntropy()
+    batch, loss = make_batch(37), ScaledEntropy()
     whole, cut = make_model(), make_model()
-    _, gradient = reference(whole, loss, window)
-    report = make_engine(cut, loss, lr=1.0, micro_batch=5, clip_norm=0.05).step(window, 0)
+    _, gradient = reference(whole, loss, batch)
+    report = make_engine(cut, loss, lr=1.0, micro_batch=5, clip_norm=0.05).step(batch, 0)
     assert float(report.gradient_norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
     loss.log_scale.data.fill_(0.3)  # the step has moved it
-    reference(whole, loss, window)
+    reference(whole, loss, batch)
     norm = nn.utils.clip_grad_norm_([*whole.parameters(), *loss.parameters()], 0.05)
     assert norm > 0.05, "a test in which nothing is clipped"
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
@@ -282,31 +282,31 @@ def test_dropout_of_micro_batches_is_named_once():
     said = []
     engine = make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=8, log=said.append)
     for number in range(3):
-        engine.step(make_window(32), number)
+        engine.step(make_batch(32), number)
     assert len([line for line in said if "dropout draws" in line]) == 1
     said.clear()
-    make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=32, log=said.append).step(make_window(32), 0)
+    make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=32, log=said.append).step(make_batch(32), 0)
     assert not [line for line in said if "dropout" in line]
 
 
 @pytest.mark.parametrize("place", ["inputs", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(place):
-    model, window = make_model(), make_window(12)
+    model, batch = make_model(), make_batch(12)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     if place == "inputs":
-        window.inputs[7, 3] = float("nan")
+        batch.inputs[7, 3] = float("nan")
         loss, word = cross_entropy, "the loss is not finite"
     else:
         # d sqrt(x) / dx at 0
         loss, word = (lambda outputs, targets: (outputs.sum(1) * 0).sqrt()), "the gradient of the loss is not finite"
     with pytest.raises(UserError, match=f"{word} in step 8"):
-        make_engine(model, loss, micro_batch=5).step(window, 7)
+        make_engine(model, loss, micro_batch=5).step(batch, 7)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_scalar_loss_is_refused_with_the_declaration():
     with pytest.raises(UserError, match="whole_batch"):
-        make_engine(make_model(), F.cross_entropy).step(make_window(8), 0)
+        make_engine(make_model(), F.cross_entropy).step(make_batch(8), 0)
 
 
 def test_modules_that_talk_to_other_processes_are_refused():
@@ -315,35 +315,35 @@ def test_modules_that_talk_to_other_processes_are_refused():
 
 
 def single_precision(loss):
-    window = make_window(24)
-    window = Window(window.inputs.float(), window.targets, window.index)
-    return make_model().float(), loss.float() if isinstance(loss, nn.Module) else loss, window
+    batch = make_batch(24)
+    batch = Batch(batch.inputs.float(), batch.targets, batch.index)
+    return make_model().float(), loss.float() if isinstance(loss, nn.Module) else loss, batch
 
 
 @every_loss
 def test_bf16_is_near_and_finite(name):
-    model, loss, window = single_precision(LOSSES[name]())
-    _, expected = reference(model, loss, window)
+    model, loss, batch = single_precision(LOSSES[name]())
+    _, expected = reference(model, loss, batch)
     engine = make_engine(model, loss, micro_batch=7, precision="bf16")
-    engine.gradients(window, 0)
+    engine.gradients(batch, 0)
     assert relative_error(gradient_of(model, loss), expected) < 0.05
-    assert engine.forward(window.inputs).dtype == torch.float32
+    assert engine.forward(batch.inputs).dtype == torch.float32
 
 
 @every_loss
 def test_fp16_gradients_are_unscaled(name):
-    model, loss, window = single_precision(LOSSES[name]())
-    _, expected = reference(model, loss, window)
+    model, loss, batch = single_precision(LOSSES[name]())
+    _, expected = reference(model, loss, batch)
     engine = make_engine(model, loss, micro_batch=7, precision="fp16")
-    engine.gradients(window, 0)
+    engine.gradients(batch, 0)
     assert relative_error(gradient_of(model, loss), expected) < 0.02
 
 
 def test_fp16_scale_follows_torchs_scaler():
     """Overflows and good steps in a mixed order: the factor of torch.amp.GradScaler, and no update at an overflow."""
     model = make_model().float()
-    window = make_window(8)
-    window = Window(window.inputs.float(), window.targets, window.index)
+    batch = make_batch(8)
+    batch = Batch(batch.inputs.float(), batch.targets, batch.index)
     factor = [1.0]
     engine = make_engine(model, lambda o, t: cross_entropy(o, t) * factor[0], precision="fp16")
     engine.scale.growth_steps = 3
@@ -354,7 +354,7 @@ def test_fp16_scale_follows_torchs_scaler():
     for number, good in enumerate([1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]):
         factor[0] = 1.0 if good else 1e36  # finite in float32, not after the scale
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        engine.step(window, number)
+        engine.step(batch, number)
         moved = not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert moved == bool(good)
         other.grad = torch.full((1,), 1.0 if good else float("inf"))
@@ -365,12 +365,12 @@ def test_fp16_scale_follows_torchs_scaler():
 
 def test_fp16_stops_when_no_scale_can_help():
     """A gradient that is NaN with every factor is an error, as in fp32, and not a training without updates."""
-    model, window = make_model().float(), make_window(8)
-    window = Window(window.inputs.float(), window.targets, window.index)
+    model, batch = make_model().float(), make_batch(8)
+    batch = Batch(batch.inputs.float(), batch.targets, batch.index)
     engine = make_engine(model, lambda outputs, targets: (outputs.sum(1) * 0).sqrt(), precision="fp16")
     with pytest.raises(UserError, match="gradient of the loss is not finite"):
         for number in range(40):
-            engine.step(window, number)
+            engine.step(batch, number)
     assert 20 < number < 40
 
 
@@ -389,9 +389,9 @@ def test_state_is_plain_and_goes_on():
 
 
 def test_the_report():
-    model, window = make_model(), make_window(20, weighted=True)
-    value, gradient = reference(model, cross_entropy, window)
-    report = make_engine(model, cross_entropy).step(window, 0)
+    model, batch = make_model(), make_batch(20, weighted=True)
+    value, gradient = reference(model, cross_entropy, batch)
+    report = make_engine(model, cross_entropy).step(batch, 0)
     assert report.micro_batch == 20 and not report.loss.requires_grad
     assert float(report.loss) == pytest.approx(float(value), rel=1e-12)
     assert float(report.gradient_norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
@@ -403,10 +403,10 @@ def test_ranks_have_their_own_dropout():
     assert engines[0]._first_seed != engines[1]._first_seed
 
 
-def test_a_large_window_in_fp16_does_not_overflow_with_one_sum():
-    model, window = make_model().float(), make_window(4000)
-    window = replace(window, inputs=window.inputs.float())
+def test_a_large_batch_in_fp16_does_not_overflow_with_one_sum():
+    model, batch = make_model().float(), make_batch(4000)
+    batch = replace(batch, inputs=batch.inputs.float())
     engine = make_engine(model, RootMeanSquare(), micro_batch=500, precision="fp16")
     for step in range(2):
-        engine.gradients(window, step)
+        engine.gradients(batch, step)
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())

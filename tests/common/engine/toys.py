@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.batch import Batch
 from common.engine.step import Engine
-from common.losses.protocol import whole_batch, window_value
-from common.window import Window
+from common.losses.protocol import batch_value, whole_batch
 
 CLASSES = 6
 
@@ -19,12 +19,12 @@ def make_model(*extra: nn.Module, seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(20, 48), *extra, nn.Tanh(), nn.Linear(48, CLASSES)).double()
 
 
-def make_window(count: int, weighted: bool = False, seed: int = 1) -> Window:
+def make_batch(count: int, weighted: bool = False, seed: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, 20, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, CLASSES, (count,), generator=generator)
     weights = torch.rand(count, generator=generator, dtype=torch.float64) + 0.1 if weighted else None
-    return Window(inputs, targets, torch.arange(count), weights)
+    return Batch(inputs, targets, torch.arange(count), weights)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class ScaledEntropy(nn.Module):
-    """A per-sample loss with a learnt temperature and a mass per sample: class weights."""
+    """A per-demo loss with a learnt temperature and a mass per sample: class weights."""
 
     def __init__(self):
         super().__init__()
@@ -104,11 +104,11 @@ def gradient_of(model: nn.Module, loss: object) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in parameters_of(model, loss)]).clone()
 
 
-def reference(model: nn.Module, loss: object, window: Window) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the window in one graph."""
+def reference(model: nn.Module, loss: object, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Value and gradient of the batch in one graph."""
     for parameter in parameters_of(model, loss):
         parameter.grad = None
-    value = window_value(loss, model(window.inputs), window.targets, window.weights)
+    value = batch_value(loss, model(batch.inputs), batch.targets, batch.weights)
     value.backward()
     return value.detach(), gradient_of(model, loss)
 

@@ -19,7 +19,7 @@ from common.engine.step import Engine
 from common.errors import UserError
 from common.fit import fit
 from common.run import Run
-from tests.common.engine.toys import LOSSES, SmallMemory, gradient_of, make_engine, make_model, make_window
+from tests.common.engine.toys import LOSSES, SmallMemory, gradient_of, make_batch, make_engine, make_model
 from tests.common.test_fit import CONFIG, task_of
 
 SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # rows of rank 0, of rank 1
@@ -27,7 +27,7 @@ SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # rows of rank 0, of 
 
 def share_of(ranks: Ranks, shares: str):
     bounds = SHARES[shares]
-    whole = make_window(bounds[-1], weighted=True)
+    whole = make_batch(bounds[-1], weighted=True)
     return replace(whole.slice(bounds[ranks.rank], bounds[ranks.rank + 1]), total=len(whole))
 
 
@@ -61,7 +61,7 @@ def talk(ranks: Ranks, folder: Path) -> None:
     said = {
         "any": [ranks.any(False), ranks.any(ranks.rank == 1)],
         "sum": ranks.sum_(torch.tensor([1.0, ranks.rank])),
-        "share": ranks.share({"run": "one"} if ranks.is_writer else None),
+        "share": ranks.broadcast({"run": "one"} if ranks.is_writer else None),
         "gather": ranks.gather(rows),
         "gather from the second": ranks.gather(None if ranks.is_writer else rows),
         "union": ranks.union({ranks.rank: "own", "both": 0}),
@@ -82,12 +82,12 @@ def killed(ranks: Ranks, folder: Path) -> None:
 
 
 def trained(ranks: Ranks, folder: Path) -> None:
-    """A whole fold of the toy, validated, averaged and with a window of one row at the end."""
+    """A whole fold of the toy, validated, averaged and with a batch of one row at the end."""
     rows, step = [], Engine.step
 
-    def counting(self, window, number):
-        rows.append((len(window), window.total))
-        return step(self, window, number)
+    def counting(self, batch, number):
+        rows.append((len(batch), batch.total))
+        return step(self, batch, number)
 
     Engine.step = counting
     home = folder / str(ranks.rank)

@@ -22,7 +22,7 @@ def leftovers() -> set[str]:
 
 
 def assert_nothing_kept():
-    """No data, no stamp, no half of anything; a download to be resumed is the only thing that may stay."""
+    """No data, no manifest, no half of anything; a download to be resumed is the only thing that may stay."""
     assert leftovers() <= {".toy.download"}
 
 

@@ -86,7 +86,7 @@ def encrypted() -> bytes:
 MALICIOUS = {
     "parent": (archive({"../evil.txt": b"x"}), "leads out of the folder"),
     "hidden parent": (archive({"train_images/../../evil.txt": b"x"}), "leads out of the folder"),
-    "windows parent": (archive({"..\\evil.txt": b"x"}), "leads out of the folder"),
+    "batches parent": (archive({"..\\evil.txt": b"x"}), "leads out of the folder"),
     "absolute": (archive({"/tmp/kaggle-starter-kit-evil.txt": b"x"}), "leads out of the folder"),
     "drive": (archive({"C:/evil.txt": b"x"}), "leads out of the folder"),
     "link": (link("/etc/passwd"), "is a link or a device"),

@@ -62,9 +62,9 @@ def test_data_submit_and_board_by_make(kaggle, make):
     home = here / "submissions" / COMPETITION
     home.mkdir(parents=True)
     (home / "001-best.csv").write_text(GOOD)
-    origin = {"run": "001-best", "recipe": "best", "score": 0.99, "monitor": "accuracy", "sample": False,
+    provenance = {"run": "001-best", "recipe": "best", "score": 0.99, "monitor": "accuracy", "demo": False,
               "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "created": CREATED}  # fmt: skip
-    (home / "001-best.json").write_text(json.dumps(origin))
+    (home / "001-best.json").write_text(json.dumps(provenance))
     done = run("submit", "RUN=001-best", "MSG=two words, $$ and 'quotes'")
     assert done.returncode == 0, done.stderr
     assert kaggle.uploads == [GOOD.encode()] and "public 0.9, private 0.8" in done.stdout

@@ -18,7 +18,7 @@ import pytest
 
 from common import archive as archives
 from common.errors import UserError
-from common.kaggle import data, download, stamp
+from common.kaggle import data, download, manifest
 from common.kaggle.source import Images
 from tests.common.kaggle.fetching import HOME, assert_nothing_kept, big, contents, fetch, leftovers, with_images
 from tests.common.kaggle.server import DROP, HANG, KEY, SLUG, TOKEN, Reply, archive
@@ -33,8 +33,8 @@ DENIED = b"<html>Forbidden</html>"
 def test_data_arrives_whole_and_a_second_call_does_nothing(kaggle, source, capfd):
     assert fetch(source) == HOME
     assert contents() == kaggle.files
-    assert leftovers() == {"toy", "toy.stamp.json"}
-    facts = json.loads(Path("data/toy.stamp.json").read_text())
+    assert leftovers() == {"toy", "toy.manifest.json"}
+    facts = json.loads(Path("data/toy.manifest.json").read_text())
     assert facts["files"]["train.csv"]["size"] == len(kaggle.files["train.csv"]) and facts["source"] == source.page
     asked = len(kaggle.asked)
     fetch(source)
@@ -53,7 +53,7 @@ def test_damage_is_noticed_and_mended(kaggle, source, capfd):
         (file.unlink, "train.csv is missing"),
     ):
         spoil()
-        assert stamp.read(HOME).damage() == [told]
+        assert manifest.read(HOME).damage() == [told]
     fetch(source)
     assert contents() == kaggle.files | {"own.txt": b"kept"}
     assert "data/toy is damaged (train.csv is missing): fetching it again" in capfd.readouterr().out
@@ -92,10 +92,10 @@ def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source, capf
     for force in (False, True):
         fetch(source, labels_only=True, force=force)
         assert contents() == kaggle.files
-        assert stamp.read(HOME).part == "all" and set(stamp.read(HOME).files) == set(kaggle.files)
+        assert manifest.read(HOME).part == "all" and set(manifest.read(HOME).files) == set(kaggle.files)
     asked = len(kaggle.asked)
     fetch(source)
-    assert len(kaggle.asked) == asked, "all that the stamp says is there"
+    assert len(kaggle.asked) == asked, "all that the manifest says is there"
     (HOME / "train_images/1.jpg").unlink()
     capfd.readouterr()
     fetch(source, labels_only=True)
@@ -131,7 +131,7 @@ def test_a_damaged_rest_does_not_keep_images_from_elsewhere_away(kaggle, source,
     fetch(source)
     (HOME / "train_images/1.jpg").unlink()
     fetch(source, labels_only=True, images=4)
-    assert images == [4] and stamp.read(HOME).part == "all"
+    assert images == [4] and manifest.read(HOME).part == "all"
 
 
 def test_a_listing_of_many_pages_is_read_to_its_end(kaggle, source):
@@ -223,7 +223,7 @@ def test_a_stalled_download_is_stopped_and_resumed_by_the_next_call(kaggle, sour
     kaggle.stall_after = None
     monkeypatch.setenv("KIT_PATIENCE", "20")
     fetch(source)
-    assert contents() == kaggle.files and leftovers() == {"toy", "toy.stamp.json"}
+    assert contents() == kaggle.files and leftovers() == {"toy", "toy.manifest.json"}
     assert [headers.get("Range") for asked, _, headers in kaggle.asked if asked == "GET"][-1] == "bytes=1048576-"
 
 
@@ -279,7 +279,7 @@ def test_killed_and_started_again(kaggle, source):
     child.wait()
     kaggle.stall_after = None
     fetch(source)
-    assert contents() == kaggle.files and leftovers() == {"toy", "toy.stamp.json"}
+    assert contents() == kaggle.files and leftovers() == {"toy", "toy.manifest.json"}
 
 
 def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source):

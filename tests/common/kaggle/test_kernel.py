@@ -24,14 +24,14 @@ GOOD = "id,label\n1,0\n2,1\n"
 
 def output(run: str = "001-best") -> bytes:
     """What the notebook leaves: a finished run and its submission."""
-    origin = {"competition": "toy", "run": run, "score": 0.9, "monitor": "accuracy", "sample": False,
+    provenance = {"competition": "toy", "run": run, "score": 0.9, "monitor": "accuracy", "demo": False,
               "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "created": "2026-01-02T00:00:00Z"}  # fmt: skip
     return archive(
         {
             f"runs/toy/{run}/run.json": "{}",
             f"runs/toy/{run}/result.json": '{"finished": "2026-01-01T00:00:00Z"}',
             f"submissions/toy/{run}.csv": GOOD,
-            f"submissions/toy/{run}.json": json.dumps(origin),
+            f"submissions/toy/{run}.json": json.dumps(provenance),
         }
     )
 
@@ -74,8 +74,8 @@ def test_a_second_time_is_a_new_version_and_replaces_nothing(kaggle, source):
     assert len(kaggle.calls("CreateDatasetVersion")) == 1 and not kaggle.calls("CreateDataset")
     assert Path("submissions/toy/001-best.csv").read_text() == "made here"
     assert Path("submissions/toy/001-best-kaggle.csv").read_text() == GOOD
-    origin = json.loads(Path("submissions/toy/001-best-kaggle.json").read_text())
-    assert origin["run"] == "001-best-kaggle" and Path("runs/toy/001-best-kaggle/run.json").is_file()
+    provenance = json.loads(Path("submissions/toy/001-best-kaggle.json").read_text())
+    assert provenance["run"] == "001-best-kaggle" and Path("runs/toy/001-best-kaggle/run.json").is_file()
 
 
 def test_fetching_later(kaggle, source, capfd):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.kaggle import stamp
+from common.kaggle import manifest
 from tests.common.kaggle.fetching import HOME, contents, fetch, leftovers, with_images
 from tests.common.kaggle.server import archive
 
@@ -70,8 +70,8 @@ def test_force_adds_to_files_put_there_by_hand(kaggle, source, capfd):
     assert contents(Path("data/toy.before")) == aside, "what is the same is not kept twice"
     assert "data/toy.before takes what is in the way of new files: " in capfd.readouterr().out
     fetch(source, force=True)
-    assert leftovers() == {"toy", "toy.before", "toy.stamp.json"}, "nothing of the user's is in the way now"
-    Path("data/toy.stamp.json").unlink()
+    assert leftovers() == {"toy", "toy.before", "toy.manifest.json"}, "nothing of the user's is in the way now"
+    Path("data/toy.manifest.json").unlink()
     changed = own("train.csv")
     fetch(source, force=True)
     assert contents(Path("data/toy.before2")) == changed and contents(Path("data/toy.before")) == aside
@@ -101,14 +101,14 @@ def test_old_files_do_not_outlive_an_installation_that_is_stopped(kaggle, source
     fetch(source)
     without(kaggle, "train_images/2.jpg")
     with monkeypatch.context() as patch:
-        patch.setattr(stamp, "_remove", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(manifest, "_remove", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fetch(source, force=True)
     assert (HOME / "train_images/2.jpg").is_file()
-    assert stamp.read(HOME).damage() == ["train_images/2.jpg is left over from older data"]
+    assert manifest.read(HOME).damage() == ["train_images/2.jpg is left over from older data"]
     fetch(source, **then)
     assert contents() == kaggle.files
-    assert stamp.read(HOME).outdated == () and stamp.read(HOME).part == "all"
+    assert manifest.read(HOME).outdated == () and manifest.read(HOME).part == "all"
     kept = own("train_images/2.jpg")
     fetch(source)
     assert contents() == kaggle.files | kept, "the name is free for the user's own"
@@ -118,7 +118,7 @@ def test_stopped_when_nothing_but_the_last_stamp_is_left_to_do(kaggle, source, m
     with_images(kaggle)
     fetch(source)
     without(kaggle, "train_images/2.jpg")
-    write = stamp.Stamp.write
+    write = manifest.Manifest.write
 
     def once(self):
         if not self.outdated:
@@ -126,13 +126,13 @@ def test_stopped_when_nothing_but_the_last_stamp_is_left_to_do(kaggle, source, m
         write(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stamp.Stamp, "write", once)
+        patch.setattr(manifest.Manifest, "write", once)
         with pytest.raises(KeyboardInterrupt):
             fetch(source, force=True)
-    assert contents() == kaggle.files and stamp.read(HOME).outdated
+    assert contents() == kaggle.files and manifest.read(HOME).outdated
     asked = len(kaggle.asked)
     fetch(source)
-    assert len(kaggle.asked) == asked and stamp.read(HOME).outdated == ()
+    assert len(kaggle.asked) == asked and manifest.read(HOME).outdated == ()
 
 
 def test_old_files_in_a_linked_folder(kaggle, source):
@@ -175,7 +175,7 @@ def test_a_folder_on_another_disk_is_written_as_one_on_the_same(kaggle, source, 
     assert Path("mine.csv").read_bytes() == b"mine" and not (HOME / "train.csv").is_symlink()
     assert Path("backup.csv").read_bytes() == old["sample_submission.csv"]
     assert contents() == kaggle.files, "and nothing half copied"
-    made = stamp.read(HOME)
+    made = manifest.read(HOME)
     assert made.times == {name: (HOME / name).stat().st_mtime_ns for name in made.files}, "nothing is hashed again"
 
 

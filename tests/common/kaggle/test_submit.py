@@ -43,17 +43,17 @@ def _data(kaggle):
     Path("data/toy/sample_submission.csv").write_text("id,label\n1,0\n2,0\n")
 
 
-def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", **origin) -> Path:
+def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", **provenance) -> Path:
     """A submission with its sidecar and its finished run, as make train leaves them."""
     path = HOME / f"{run}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     facts = {
         "competition": "toy", "run": run, "recipe": "best", "score": score, "monitor": "accuracy", "commit": "abc123",
-        "data_fingerprint": "f", "sample": False, "created": CREATED,
+        "data_fingerprint": "f", "demo": False, "created": CREATED,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }  # fmt: skip
-    path.with_suffix(".json").write_text(json.dumps(facts | origin))
+    path.with_suffix(".json").write_text(json.dumps(facts | provenance))
     folder = Path("runs/toy") / run
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"data": str(Path("data/toy").resolve())}))
@@ -89,7 +89,7 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     written("003-c", 0.9, created="2026-01-03T00:00:00Z")
     written("004-d", 0.85, created="2026-01-04T00:00:00Z")
     written("005-everything", None, created="2026-01-05T00:00:00Z")
-    written("006-sample", 0.99, sample=True)
+    written("006-demo", 0.99, demo=True)
     assert choice(module) == "003-c"
     module.SOURCE = replace(module.SOURCE, higher_is_better=False)
     assert choice(module) == "001-a"
@@ -101,8 +101,8 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     ("prepare", "options", "message"),
     [
         (lambda: None, {}, "submissions/toy holds nothing: train on the real data first: make data COMP=toy"),
-        (lambda: written(sample=True), {}, r"holds only samples \(submissions/toy/001-best.csv\)"),
-        (lambda: written(sample=True), {"run": "001-best"}, "made from the generated sample and means nothing"),
+        (lambda: written(demo=True), {}, r"holds only samples \(submissions/toy/001-best.csv\)"),
+        (lambda: written(demo=True), {"run": "001-best"}, "made from demo data and means nothing"),
         (lambda: written(), {"run": "002"}, r"RUN=002 has no submission \(there are: 001-best\)"),
         (lambda: written(), {"file": "x.csv"}, "FILE=x.csv does not exist.*submissions/toy/001-best.csv"),
         (lambda: written().write_text(GOOD + "3,1\n"), {}, "was changed after it was checked.*make predict COMP=toy"),
@@ -138,8 +138,8 @@ def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, mo
 
 
 def test_a_copy_of_a_sample_is_still_a_sample(kaggle, module):
-    Path("copy.csv").write_bytes(written(sample=True).read_bytes())
-    with pytest.raises(UserError, match="copy.csv was made from the generated sample"):
+    Path("copy.csv").write_bytes(written(demo=True).read_bytes())
+    with pytest.raises(UserError, match="copy.csv was made from demo data"):
         submit(module, file="copy.csv")
 
 

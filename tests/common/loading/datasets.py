@@ -7,8 +7,8 @@ import albumentations as A
 import numpy as np
 import torch
 
+from common.batch import Batch, tensors_of
 from common.loading.images import BadImage
-from common.window import Window, tensors_of
 from tests.common.loading import noises
 
 ROWS = 23
@@ -144,10 +144,10 @@ class HoldsClosure(Numbers):
         return np.array([self.noise(), self.noise()]), index
 
 
-def digest(*windows: Window) -> str:
-    """sha256 of all that several windows hold, joined row by row as if they were one."""
+def digest(*batches: Batch) -> str:
+    """sha256 of all that several batches hold, joined row by row as if they were one."""
     found = hashlib.sha256()
-    trees = [tensors_of((w.inputs, w.targets, w.index, *([] if w.weights is None else [w.weights]))) for w in windows]
+    trees = [tensors_of((w.inputs, w.targets, w.index, *([] if w.weights is None else [w.weights]))) for w in batches]
     for parts in zip(*trees, strict=True):
         joined = torch.cat(parts)
         found.update(f"{joined.dtype} {tuple(joined.shape)}".encode())

@@ -208,7 +208,7 @@ def test_a_batch_that_holds_a_generator_is_refused():
 def test_hidden_generators_are_the_same_in_workers(dataset):
     def load(workers):
         with Loader(dataset, orders.sequential(64), 8, seed=0, workers=workers) as loader:
-            return torch.cat([window.inputs for window in loader.epoch(0)])
+            return torch.cat([batch.inputs for batch in loader.epoch(0)])
 
     assert torch.equal(load(0), load(2))
     assert len(set(load(2)[:, 0].tolist())) == 64

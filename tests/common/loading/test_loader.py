@@ -18,16 +18,16 @@ from tests.common.loading.datasets import ROWS, Batches, Everything, Holey, Numb
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
 )  # more workers than this machine has cores
-SIZE = 3  # 23 rows make 7 windows of 3 and one of 2: work for 8 workers
+SIZE = 3  # 23 rows make 7 batches of 3 and one of 2: work for 8 workers
 
 
 def digests(dataset, epoch=0, starts=(0,), order=None, **settings):
-    """Digest of every window, its ranks joined, for each of the windows that the epoch begins at."""
+    """Digest of every batch, its ranks joined, for each of the batches that the epoch begins at."""
     world = settings.pop("world", 1)
     order = order or orders.shuffled(len(dataset))
     loaders = [Loader(dataset, order, SIZE, seed=5, rank=rank, world=world, **settings) for rank in range(world)]
     found = [
-        [digest(*shares) for shares in zip(*(loader.epoch(epoch, start) for loader in loaders), strict=True)]
+        [digest(*shards) for shards in zip(*(loader.epoch(epoch, start) for loader in loaders), strict=True)]
         for start in starts
     ]
     for loader in loaders:
@@ -55,7 +55,7 @@ def expected():
         (2, "spawn", 1),
     ],
 )
-def test_windows_are_the_same_for_any_workers_ranks_and_restart(workers, start_method, world, expected):
+def test_batches_are_the_same_for_any_workers_ranks_and_restart(workers, start_method, world, expected):
     starts = range(len(expected[0]))
     found = digests(Everything(), 1, starts, workers=workers, start_method=start_method, world=world)
     assert found == [expected[1][start:] for start in starts]
@@ -64,7 +64,7 @@ def test_windows_are_the_same_for_any_workers_ranks_and_restart(workers, start_m
 def test_epochs_and_seeds_differ(expected):
     assert not set(expected[0]) & set(expected[1])
     other = Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=6)
-    assert not set(expected[0]) & {digest(window) for window in other.epoch(0)}
+    assert not set(expected[0]) & {digest(batch) for batch in other.epoch(0)}
 
 
 @settings(max_examples=25)
@@ -80,11 +80,11 @@ def test_ranks_and_restarts_for_any_seed_epoch_and_size(seed, epoch, rows, size,
     dataset, order = Numbers(rows), orders.weighted(np.arange(1.0, rows + 1), 2 * rows)
     mix = MixUp(0.4, probability=0.7, classes=rows)
     whole = Loader(dataset, order, size, seed=seed, mix=mix)
-    expected = [digest(window) for window in whole.epoch(epoch)]
-    assert len(expected) == whole.windows_per_epoch
+    expected = [digest(batch) for batch in whole.epoch(epoch)]
+    assert len(expected) == whole.batches_per_epoch
     start = data.draw(st.integers(0, len(expected)))
-    shares = [Loader(dataset, order, size, seed=seed, rank=rank, world=world, mix=mix) for rank in range(world)]
-    found = list(zip(*(loader.epoch(epoch, start) for loader in shares), strict=True))
+    shards = [Loader(dataset, order, size, seed=seed, rank=rank, world=world, mix=mix) for rank in range(world)]
+    found = list(zip(*(loader.epoch(epoch, start) for loader in shards), strict=True))
     assert [digest(*parts) for parts in found] == expected[start:]
     assert all(sum(map(len, parts)) == parts[0].total for parts in found)
 
@@ -112,7 +112,7 @@ def test_the_random_state_of_the_training_is_untouched(workers, dataset):
 
 def test_four_workers_draw_distinct_numbers_in_every_epoch():
     with Loader(Everything(), orders.weighted(np.ones(ROWS), 64), 4, seed=0, workers=4) as loader:
-        epochs = [torch.cat([window.inputs["numbers"] for window in loader.epoch(epoch)]) for epoch in range(2)]
+        epochs = [torch.cat([batch.inputs["numbers"] for batch in loader.epoch(epoch)]) for epoch in range(2)]
     for column in range(epochs[0].shape[1]):
         values = [set(epoch[:, column].tolist()) for epoch in epochs]
         assert min(map(len, values)) >= 60
@@ -122,8 +122,8 @@ def test_four_workers_draw_distinct_numbers_in_every_epoch():
 def test_batches_are_the_same_for_any_batching_and_rank():
     def rows(size, **settings):
         found = {}
-        for window in Loader(Batches(), orders.shuffled(64), size, seed=1, **settings).epoch(2):
-            for index, uniform, normal in zip(window.index.tolist(), *window.inputs.values(), strict=True):
+        for batch in Loader(Batches(), orders.shuffled(64), size, seed=1, **settings).epoch(2):
+            for index, uniform, normal in zip(batch.index.tolist(), *batch.inputs.values(), strict=True):
                 found[index] = (*uniform.tolist(), normal.item())
         return found
 
@@ -140,12 +140,12 @@ def test_two_epochs_at_once_share_no_workers():
     with Loader(Numbers(16), orders.sequential(16), 4, seed=0, workers=2) as loader:
         left_early, other = loader.epoch(0), loader.epoch(1)
         next(left_early)
-        assert [window.number for window in other] == [0, 1, 2, 3]
+        assert [batch.number for batch in other] == [0, 1, 2, 3]
         with pytest.raises(RuntimeError, match="after another was begun"):
             next(left_early)
 
 
-def test_skipped_windows_are_not_loaded():
+def test_skipped_batches_are_not_loaded():
     class Counting(Numbers):
         def __init__(self):
             super().__init__(40)
@@ -156,16 +156,16 @@ def test_skipped_windows_are_not_loaded():
             return super().sample(index, rng)
 
     dataset = Counting()
-    windows = list(Loader(dataset, orders.sequential(40), 8, seed=0).epoch(0, start=3))
-    assert [window.number for window in windows] == [3, 4]
+    batches = list(Loader(dataset, orders.sequential(40), 8, seed=0).epoch(0, start=3))
+    assert [batch.number for batch in batches] == [3, 4]
     assert dataset.loaded == set(range(24, 40))
 
 
-def test_windows_carry_types_weights_and_places():
+def test_batches_carry_types_weights_and_places():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the masks are read-only arrays
-        windows = list(Loader(Everything(), orders.sequential(ROWS), SIZE, seed=0).epoch(1))
-    first, last = windows[0], windows[-1]
+        batches = list(Loader(Everything(), orders.sequential(ROWS), SIZE, seed=0).epoch(1))
+    first, last = batches[0], batches[-1]
     assert first.inputs["image"].dtype == torch.uint8 and first.inputs["image"].shape == (3, 8, 8, 4)
     assert first.inputs["numbers"].dtype == torch.float64
     assert first.targets[0].shape == (3, 8, 8, 2) and first.targets[1].tolist() == first.index.tolist()
@@ -178,23 +178,23 @@ def test_windows_carry_types_weights_and_places():
 def test_bad_images_are_left_out_and_listed(workers, world):
     bad = {0, 7, 8, 9}
     clean = Loader(Numbers(20), orders.shuffled(20), 6, seed=0)
-    shares = [
+    shards = [
         Loader(
             Holey(20, bad), orders.shuffled(20), 6, seed=0, workers=workers, rank=rank, world=world, bad_images="skip"
         )
         for rank in range(world)
     ]
-    windows = zip(clean.epoch(0), *(loader.epoch(0) for loader in shares), strict=True)
-    for whole, *parts in windows:
+    batches = zip(clean.epoch(0), *(loader.epoch(0) for loader in shards), strict=True)
+    for whole, *parts in batches:
         kept = torch.tensor([row not in bad for row in whole.index.tolist()])
         found = torch.cat([part.inputs for part in parts])
         assert torch.equal(found, whole.inputs[kept])
         assert torch.cat([part.index for part in parts]).tolist() == whole.index[kept].tolist()
         if world == 1:
             assert parts[0].total == len(parts[0])
-    assert sorted(row for loader in shares for row, _ in loader.skipped) == sorted(bad)
-    assert "image-7.jpg (row 7) is truncated" in dict(sum((loader.skipped for loader in shares), []))[7]
-    for loader in shares:
+    assert sorted(row for loader in shards for row, _ in loader.skipped) == sorted(bad)
+    assert "image-7.jpg (row 7) is truncated" in dict(sum((loader.skipped for loader in shards), []))[7]
+    for loader in shards:
         loader.close()
 
 
@@ -205,9 +205,9 @@ def test_a_bad_image_stops_the_epoch_by_name(workers):
         list(loader.epoch(0))
 
 
-def test_a_window_without_any_readable_image_is_left_out():
+def test_a_batch_without_any_readable_image_is_left_out():
     loader = Loader(Holey(20, {6, 7, 8, 9, 10, 11}), orders.sequential(20), 6, seed=0, bad_images="skip")
-    assert [(window.number, len(window)) for window in loader.epoch(0)] == [(0, 6), (2, 6), (3, 2)]
+    assert [(batch.number, len(batch)) for batch in loader.epoch(0)] == [(0, 6), (2, 6), (3, 2)]
     assert [row for row, _ in loader.skipped] == [6, 7, 8, 9, 10, 11]
 
 
@@ -229,12 +229,12 @@ def test_a_pair_with_a_bad_half_is_left_unmixed_for_any_ranks():
 
 
 def test_empty_shares_have_the_shapes_of_a_sample():
-    windows = [
+    batches = [
         list(Loader(Everything(), orders.sequential(ROWS), 21, seed=0, rank=rank, world=4).epoch(0))[-1]
         for rank in range(4)
     ]  # two samples for four ranks
-    assert [len(window) for window in windows] == [0, 0, 0, 2]
-    assert windows[0].inputs["image"].shape == (0, 8, 8, 4) and windows[0].weights.shape == (0,)
+    assert [len(batch) for batch in batches] == [0, 0, 0, 2]
+    assert batches[0].inputs["image"].shape == (0, 8, 8, 4) and batches[0].weights.shape == (0,)
     empty = list(Loader(Batches(), orders.sequential(64), 62, seed=0, rank=0, world=4).epoch(0))[-1]
     assert empty.inputs["uniform"].shape == (0, 3) and empty.total == 2
 
@@ -245,10 +245,10 @@ class Mirrored(Numbers):
 
 
 def test_mirrored_arrays_and_numbers_become_tensors():
-    window = next(Loader(Mirrored(), orders.sequential(2), 4, seed=0).epoch(0))
-    assert window.inputs.tolist() == [[[2, 1, 0], [5, 4, 3]]] * 2
-    assert window.targets["scalar"].dtype == torch.float32 and window.targets["flag"].tolist() == [False, True]
-    assert window.targets["part"].tolist() == [0.0, 0.5]
+    batch = next(Loader(Mirrored(), orders.sequential(2), 4, seed=0).epoch(0))
+    assert batch.inputs.tolist() == [[[2, 1, 0], [5, 4, 3]]] * 2
+    assert batch.targets["scalar"].dtype == torch.float32 and batch.targets["flag"].tolist() == [False, True]
+    assert batch.targets["part"].tolist() == [0.0, 0.5]
 
 
 class Dying(Numbers):
@@ -276,12 +276,12 @@ def test_what_goes_wrong_is_said_in_one_line():
         list(Loader(Ragged(), orders.sequential(2), 4, seed=0).epoch(0))
     with pytest.raises(UserError, match=r"expected a pair \(input, target\)"):
         list(Loader(Single(), orders.sequential(2), 4, seed=0).epoch(0))
-    with pytest.raises(UserError, match="no window of 9"):
+    with pytest.raises(UserError, match="no batch of 9"):
         Loader(Numbers(8), orders.sequential(8), 9, seed=0, keep_tail=False)
 
 
 def test_weights_of_a_dataset_of_batches():
     dataset = Batches()
     dataset.weights = np.linspace(0.5, 2, 64)
-    window = next(Loader(dataset, orders.shuffled(64), 7, seed=0).epoch(0))
-    np.testing.assert_array_equal(window.weights, dataset.weights[window.index])
+    batch = next(Loader(dataset, orders.shuffled(64), 7, seed=0).epoch(0))
+    np.testing.assert_array_equal(batch.weights, dataset.weights[batch.index])

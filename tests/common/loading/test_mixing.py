@@ -30,7 +30,7 @@ def test_mixup_blends_pairs_and_their_targets_alike():
     assert torch.allclose(targets[0::2] + targets[1::2], torch.eye(5)[CLASSES[0::2]] + torch.eye(5)[CLASSES[1::2]])
 
 
-def test_mixup_parts_follow_the_beta_distribution_and_the_window():
+def test_mixup_parts_follow_the_beta_distribution_and_the_batch():
     keys = [Keys(0, 0, np.arange(2000), number) for number in range(2)]
     rows = torch.zeros(2000, 1).index_fill_(0, torch.arange(0, 2000, 2), 1.0)
     parts = [MixUp(0.4)(rows, rows, torch.arange(2000) ^ 1, key, 0)[0][0::2, 0].numpy() for key in keys]

@@ -45,13 +45,13 @@ def test_weights_that_are_no_probabilities_are_refused(weights):
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 4))
 @settings(max_examples=30)
-def test_grouped_windows_hold_whole_groups(groups, groups_per_window, epoch):
+def test_grouped_batches_hold_whole_groups(groups, groups_per_batch, epoch):
     groups = np.array(groups)
-    plan = orders.grouped(groups, groups_per_window=groups_per_window)(0, epoch)
+    plan = orders.grouped(groups, groups_per_batch=groups_per_batch)(0, epoch)
     bounds = plan.bounds(batch_size=4)
     for start, stop in zip(bounds, bounds[1:], strict=False):
         inside = plan.index[start:stop]
-        assert len(set(groups[inside])) <= groups_per_window
+        assert len(set(groups[inside])) <= groups_per_batch
         assert sorted(inside) == sorted(np.flatnonzero(np.isin(groups, groups[inside])))
     assert sorted(plan.index) == list(range(len(groups)))
 
@@ -73,10 +73,10 @@ def test_the_tail_is_kept_or_dropped(rows, size, keep_tail, expected):
 @given(st.integers(0, 50), st.integers(1, 9))
 @settings(max_examples=100)
 def test_shares_are_contiguous_and_never_half_of_a_pair(size, world):
-    shares = [orders.share(size, rank, world) for rank in range(world)]
-    assert [place for start, stop in shares for place in range(start, stop)] == list(range(size))
-    assert all(start % 2 == 0 or start == size for start, _ in shares)
-    assert max(stop - start for start, stop in shares) - min(stop - start for start, stop in shares) <= 2 + size % 2
+    shards = [orders.shard(size, rank, world) for rank in range(world)]
+    assert [place for start, stop in shards for place in range(start, stop)] == list(range(size))
+    assert all(start % 2 == 0 or start == size for start, _ in shards)
+    assert max(stop - start for start, stop in shards) - min(stop - start for start, stop in shards) <= 2 + size % 2
 
 
 def test_no_rows_are_refused():

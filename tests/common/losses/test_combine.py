@@ -1,4 +1,4 @@
-"""A combination is the weighted sum of the window values of its parts, whatever kinds and masses these have."""
+"""A combination is the weighted sum of the batch values of its parts, whatever kinds and masses these have."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from common.losses import (
     LovaszHinge,
     SoftFBeta,
     Weighted,
+    batch_value,
     kind,
-    window_value,
 )
 from common.losses.protocol import linear_value, normaliser, weighted_sums
 from tests.common.losses.cases import WEIGHTS, heads, masks
@@ -33,7 +33,7 @@ PARTS = [
 
 
 @pytest.fixture
-def window() -> tuple:
+def batch() -> tuple:
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(7, generator=generator, dtype=torch.float64)
     return *masks(7, generator), weights
@@ -41,46 +41,46 @@ def window() -> tuple:
 
 @pytest.mark.parametrize("count, expected", [(4, "per_sample"), (6, "sums"), (7, "whole_batch")])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_weighted_is_the_sum_of_the_parts(window, count: int, expected: str, weighted: bool):
-    outputs, targets, weights = window
+def test_weighted_is_the_sum_of_the_parts(batch, count: int, expected: str, weighted: bool):
+    outputs, targets, weights = batch
     weights = weights if weighted else None
     loss = Weighted(*PARTS[:count])
     assert kind(loss) == expected
     outputs.requires_grad_()
-    sum_of_parts = sum(c * window_value(part, outputs, targets, weights) for part, c in PARTS[:count])
-    value = window_value(loss, outputs, targets, weights)
+    sum_of_parts = sum(c * batch_value(part, outputs, targets, weights) for part, c in PARTS[:count])
+    value = batch_value(loss, outputs, targets, weights)
     torch.testing.assert_close(value, sum_of_parts, rtol=1e-12, atol=0)
     (found,) = torch.autograd.grad(value, outputs)
     (expected,) = torch.autograd.grad(sum_of_parts, outputs)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
-def test_parts_with_different_masses_stay_one_pass_and_exact_in_pieces(window):
-    outputs, targets, weights = window
+def test_parts_with_different_masses_stay_one_pass_and_exact_in_pieces(batch):
+    outputs, targets, weights = batch
     loss = Weighted(*PARTS[:4])
     total = normaliser(loss, targets, weights)
     assert kind(loss) == "per_sample" and total.shape == (5,) and len(set(total.tolist())) == 3
     pieces = (slice(0, 3), slice(3, 4), slice(4, 7))
     value = sum(linear_value(loss(outputs[p], targets[p]), weights[p], total) for p in pieces)
-    torch.testing.assert_close(value, window_value(loss, outputs, targets, weights), rtol=1e-12, atol=0)
+    torch.testing.assert_close(value, batch_value(loss, outputs, targets, weights), rtol=1e-12, atol=0)
 
 
-def test_sums_are_exact_in_pieces(window):
-    outputs, targets, weights = window
+def test_sums_are_exact_in_pieces(batch):
+    outputs, targets, weights = batch
     loss = Weighted(*PARTS[:6])
     pieces = (slice(0, 3), slice(3, 4), slice(4, 7))
     sums = sum(weighted_sums(loss.stats(outputs[p], targets[p]), weights[p]) for p in pieces)
     count = sum(normaliser(loss, targets[p], weights[p]) for p in pieces)
     torch.testing.assert_close(
-        loss.value(sums, count), window_value(loss, outputs, targets, weights), rtol=1e-12, atol=0
+        loss.value(sums, count), batch_value(loss, outputs, targets, weights), rtol=1e-12, atol=0
     )
 
 
-def test_a_common_normaliser_would_be_wrong(window):
-    outputs, targets, _ = window
+def test_a_common_normaliser_would_be_wrong(batch):
+    outputs, targets, _ = batch
     parts = [BCE(present_only=True), Dice(present_only=True)]
     together = sum(part(outputs, targets).sum() for part in parts) / sum(part.mass(targets).sum() for part in parts)
-    assert abs(together - window_value(Weighted(*((part, 0.5) for part in parts)), outputs, targets)) > 0.01
+    assert abs(together - batch_value(Weighted(*((part, 0.5) for part in parts)), outputs, targets)) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_heads_read_their_own_outputs_and_targets(pixels, classes, expected: str
     weights = torch.rand(7, dtype=torch.float64)
     loss = Heads({"pixels": pixels, "classes": (classes, 0.1)})
     assert kind(loss) == expected
-    value = window_value(pixels, outputs["pixels"], targets["pixels"], weights)
-    value = value + 0.1 * window_value(classes, outputs["classes"], targets["classes"], weights)
-    torch.testing.assert_close(window_value(loss, outputs, targets, weights), value, rtol=1e-12, atol=0)
+    value = batch_value(pixels, outputs["pixels"], targets["pixels"], weights)
+    value = value + 0.1 * batch_value(classes, outputs["classes"], targets["classes"], weights)
+    torch.testing.assert_close(batch_value(loss, outputs, targets, weights), value, rtol=1e-12, atol=0)
 
 
 def test_tensors_and_parameters_of_the_parts_are_its_own():
@@ -118,14 +118,14 @@ def test_tensors_and_parameters_of_the_parts_are_its_own():
 def test_a_head_that_is_not_there_is_named():
     outputs, targets = heads(3, torch.Generator().manual_seed(1))
     with pytest.raises(UserError, match=r"head 'labels'.*\['classes', 'pixels'\]"):
-        window_value(Heads({"labels": BCE()}), outputs, targets)
+        batch_value(Heads({"labels": BCE()}), outputs, targets)
     with pytest.raises(UserError, match="at least one"):
         Weighted()
 
 
-def test_a_share_without_samples_has_rows_of_the_same_width(window):
-    """One of several processes may get no sample of a short window, or only unreadable ones."""
+def test_a_share_without_samples_has_rows_of_the_same_width(batch):
+    """One of several processes may get no sample of a short batch, or only unreadable ones."""
     loss = Weighted((BCE(), 0.5), (BCE(present_only=True), 2.0), (Weighted((Focal(), 0.3), (BCE(True), 0.2)), 3.0))
-    outputs, targets, weights = window
+    outputs, targets, weights = batch
     for values in (loss(outputs, targets), loss(outputs[:0], targets[:0])):
         assert values.shape[1:] == (loss.columns,) and loss.columns > 1

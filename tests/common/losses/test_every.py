@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.losses import kind, window_value
+from common.batch import map_tree, tensors_of
+from common.losses import batch_value, kind
 from common.losses.protocol import columns_of, mass_of, normaliser
-from common.window import map_tree, tensors_of
 from tests.common.losses.cases import SHIPPED, Case
 
 every = pytest.mark.parametrize("case", SHIPPED, ids=lambda case: case.name.replace(" ", "_"))
@@ -17,9 +17,9 @@ def rows(tree, index):
 
 
 def gradients(loss, outputs, targets, weights=None) -> tuple[Tensor, list[Tensor]]:
-    """The window value, and its gradient for every tensor of the outputs."""
+    """The batch value, and its gradient for every tensor of the outputs."""
     outputs = map_tree(lambda tensor: tensor.detach().clone().requires_grad_(), outputs)
-    value = window_value(loss, outputs, targets, weights)
+    value = batch_value(loss, outputs, targets, weights)
     return value.detach(), list(torch.autograd.grad(value, tensors_of(outputs), allow_unused=True))
 
 
@@ -28,7 +28,7 @@ def test_has_the_kind_it_should_and_gives_one_number(case: Case):
     loss = case.make()
     outputs, targets = case.sample(7)
     assert kind(loss) == case.kind
-    value = window_value(loss, outputs, targets)
+    value = batch_value(loss, outputs, targets)
     assert value.shape == () and torch.isfinite(value)
 
 
@@ -49,8 +49,8 @@ def test_a_weight_counts_like_copies_of_the_sample(case: Case):
 def test_the_order_of_the_samples_does_not_matter(case: Case):
     outputs, targets = case.sample(7, seed=2)
     turned = torch.tensor([3, 1, 6, 0, 5, 2, 4])
-    value = window_value(case.make(), outputs, targets)
-    torch.testing.assert_close(window_value(case.make(), rows(outputs, turned), rows(targets, turned)), value)
+    value = batch_value(case.make(), outputs, targets)
+    torch.testing.assert_close(batch_value(case.make(), rows(outputs, turned), rows(targets, turned)), value)
 
 
 @every
@@ -77,7 +77,7 @@ def test_gradcheck(case: Case):
 
     def value(*leaves: Tensor) -> Tensor:
         found = iter(leaves)
-        return window_value(loss, map_tree(lambda _: next(found), outputs), targets, weights)
+        return batch_value(loss, map_tree(lambda _: next(found), outputs), targets, weights)
 
     assert torch.autograd.gradcheck(value, leaves)
 
@@ -124,9 +124,9 @@ def test_is_finite_at_extreme_outputs(case: Case, dtype: torch.dtype, change):
 def test_outputs_in_half_precision_only_lose_their_own_digits(case: Case):
     outputs, targets = case.sample(6, seed=6)
     rounded = map_tree(lambda tensor: tensor.bfloat16(), outputs)
-    exact = window_value(case.make(), map_tree(lambda tensor: tensor.double(), rounded), targets)
+    exact = batch_value(case.make(), map_tree(lambda tensor: tensor.double(), rounded), targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = window_value(case.make(), rounded, targets)
+        found = batch_value(case.make(), rounded, targets)
     torch.testing.assert_close(found.double(), exact.double(), rtol=2e-6, atol=1e-6)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
-from common.losses import kind, whole_batch, window_value
+from common.losses import batch_value, kind, whole_batch
 from common.losses.protocol import full_precision, weighted_sums
 
 
@@ -34,27 +34,27 @@ def test_kinds_are_told_apart_by_what_a_loss_has():
 def test_a_plain_callable_is_averaged_with_its_weights_and_mass():
     outputs, targets, weights = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([1.0, 0.0, 2.0, 3.0])
     values = per_sample(outputs, targets)
-    torch.testing.assert_close(window_value(per_sample, outputs, targets).float(), values.mean())
+    torch.testing.assert_close(batch_value(per_sample, outputs, targets).float(), values.mean())
     expected = (weights * values).sum() / weights.sum()
-    torch.testing.assert_close(window_value(per_sample, outputs, targets, weights).float(), expected)
+    torch.testing.assert_close(batch_value(per_sample, outputs, targets, weights).float(), expected)
 
     def with_mass(outputs, targets):
         return per_sample(outputs, targets)
 
     with_mass.mass = lambda targets: torch.tensor([1.0, 5.0, 0.5, 0.0])
     expected = (weights * values).sum() / 2.0
-    torch.testing.assert_close(window_value(with_mass, outputs, targets, weights).float(), expected)
+    torch.testing.assert_close(batch_value(with_mass, outputs, targets, weights).float(), expected)
 
 
 def test_sums_are_weighted_before_the_value():
     outputs, targets, weights = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([1.0, 0.0, 2.0, 3.0])
     expected = (weights[:, None] * outputs * targets).sum(0).square().sum() / 6
-    torch.testing.assert_close(window_value(Total(), outputs, targets, weights).float(), expected)
+    torch.testing.assert_close(batch_value(Total(), outputs, targets, weights).float(), expected)
 
 
 def test_a_scalar_is_refused_with_the_two_lines_that_declare_it():
     with pytest.raises(UserError) as refused:
-        window_value(nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3))
+        batch_value(nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3))
     message = str(refused.value)
     assert "MSELoss returned one number for 4 samples" in message
     lines = [line.strip() for line in message.splitlines()[1:]]
@@ -63,14 +63,14 @@ def test_a_scalar_is_refused_with_the_two_lines_that_declare_it():
     exec("\n".join(lines), scope)  # the message's own code must work
     assert kind(scope["loss"]) == "whole_batch"
     outputs, targets = torch.randn(4, 3), torch.randn(4, 3)
-    assert window_value(scope["loss"], outputs, targets) == F.mse_loss(outputs, targets)
+    assert batch_value(scope["loss"], outputs, targets) == F.mse_loss(outputs, targets)
 
 
 def test_values_that_are_not_one_per_sample_are_refused():
     with pytest.raises(UserError, match=r"returned shape \[4, 3\] for 4 samples"):
-        window_value(nn.MSELoss(reduction="none"), torch.randn(4, 3), torch.randn(4, 3))
+        batch_value(nn.MSELoss(reduction="none"), torch.randn(4, 3), torch.randn(4, 3))
     with pytest.raises(UserError, match="one number for 1 samples"):
-        window_value(nn.MSELoss(), torch.randn(1, 3), torch.randn(1, 3))
+        batch_value(nn.MSELoss(), torch.randn(1, 3), torch.randn(1, 3))
 
 
 def test_whole_batch_passes_weights_only_to_those_that_take_them():
@@ -79,10 +79,10 @@ def test_whole_batch_passes_weights_only_to_those_that_take_them():
         return outputs.sum() if weights is None else (weights * outputs).sum()
 
     outputs, weights = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
-    assert window_value(with_weights, outputs, outputs) == 3
-    assert window_value(with_weights, outputs, outputs, weights) == 6
+    assert batch_value(with_weights, outputs, outputs) == 3
+    assert batch_value(with_weights, outputs, outputs, weights) == 6
     with pytest.raises(UserError, match="takes none"):  # its third argument, `weight`, is something else
-        window_value(whole_batch(F.cross_entropy), torch.randn(3, 2), torch.tensor([0, 1, 1]), weights)
+        batch_value(whole_batch(F.cross_entropy), torch.randn(3, 2), torch.tensor([0, 1, 1]), weights)
 
 
 def test_whole_batch_keeps_the_parameters_of_a_module():

@@ -159,14 +159,14 @@ def test_validation_and_test_samples(files):
     assert len(test) == 2 and test[0][0].shape == (3, 64, 96)
 
 
-def windows(files, **settings):
+def batches(files, **settings):
     data = CloudImages(files.train_paths, (64, 96), files.runs, pipeline("strong", 0.5))
     with Loader(data, orders.shuffled(np.arange(len(data))), 4, seed=5, **settings) as loader:
-        return [(window.inputs, window.targets) for epoch in range(2) for window in loader.epoch(epoch)]
+        return [(batch.inputs, batch.targets) for epoch in range(2) for batch in loader.epoch(epoch)]
 
 
 def test_the_same_bits_for_any_number_of_workers(files):
-    alone, two = windows(files, workers=0), windows(files, workers=2)
+    alone, two = batches(files, workers=0), batches(files, workers=2)
     assert len(alone) == len(two) == 4
     for (inputs, targets), (other_inputs, other_targets) in zip(alone, two, strict=True):
         assert torch.equal(inputs, other_inputs)

@@ -21,9 +21,9 @@ from common.engine.optimizers import parameter_groups
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
-from common.losses import BCE, BCEDice, Dice, LovaszHinge, kind, window_value
+from common.losses import BCE, BCEDice, Dice, LovaszHinge, batch_value, kind
 from common.raw import RawData
-from competitions.clouds import reader, rle, sample, task
+from competitions.clouds import demo, reader, rle, task
 from competitions.clouds.loss import pack
 from competitions.clouds.reader import CLASSES
 
@@ -128,20 +128,20 @@ def test_a_class_that_is_missing_from_folds_is_trained_and_scored_all_the_same(f
 
 
 def test_the_generated_sample_needs_no_network(here, monkeypatch):
-    monkeypatch.setattr(sample, "TRAIN_IMAGES", 4)
-    monkeypatch.setattr(sample, "TEST_IMAGES", 1)
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
+    monkeypatch.setattr(demo, "TEST_IMAGES", 1)
     code, output = run("train", "clouds", *SHORT)
     assert code == 0, output
-    assert "sample: the encoder starts from scratch (--encoder-weights none)" in output
-    assert "-sample.csv" in output
+    assert "demo: the encoder starts from scratch (--encoder-weights none)" in output
+    assert "-demo.csv" in output
 
 
 def test_the_sample_is_the_same_every_time_and_has_the_competitions_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "TRAIN_IMAGES", 3)
-    monkeypatch.setattr(sample, "TEST_IMAGES", 1)
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 3)
+    monkeypatch.setattr(demo, "TEST_IMAGES", 1)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        task.write_sample(tmp_path / name)
+        task.write_demo(tmp_path / name)
     one, two = (
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
         for name in ("one", "two")
@@ -218,7 +218,7 @@ def test_the_loss_is_made_of_the_flags(folder, weights, expected):
     packed = torch.stack([torch.from_numpy(pack(image.permute(1, 2, 0).numpy())) for image in masks])
     targets = {"pixels": masks, "classes": masks.flatten(2).any(2).to(torch.uint8)}
     assert kind(loss) == expected
-    value = window_value(loss, outputs, packed)
+    value = batch_value(loss, outputs, packed)
     parts = {
         "bce": (BCE(), "pixels"),
         "dice": (Dice(average="batch"), "pixels"),
@@ -226,7 +226,7 @@ def test_the_loss_is_made_of_the_flags(folder, weights, expected):
         "present": (BCEDice(0.75, 0.25, present_only=True), "pixels"),
         "classes": (BCE(), "classes"),
     }
-    slow = sum(weights[name] * window_value(part, outputs[head], targets[head]) for name, (part, head) in parts.items())
+    slow = sum(weights[name] * batch_value(part, outputs[head], targets[head]) for name, (part, head) in parts.items())
     assert value.item() == pytest.approx(slow.item(), rel=1e-6)
     value.backward()
     assert outputs["pixels"].grad.abs().sum() > 0
@@ -249,8 +249,8 @@ def test_cutmix_pastes_images_with_their_masks_and_counts_presence_afterwards(fo
     masks = torch.stack([(mixed.targets >> label) & 1 for label in range(4)], dim=1)
     outputs = {"pixels": torch.zeros(size, 4, *TINY.size), "classes": torch.randn(size, 4)}
     only_classes = build(folder, bce=1e-9, dice=0.0, classes=1.0).loss
-    expected = window_value(BCE(), outputs["classes"], masks.flatten(2).amax(2))
-    assert float(window_value(only_classes, outputs, mixed.targets)) == pytest.approx(float(expected), rel=1e-5)
+    expected = batch_value(BCE(), outputs["classes"], masks.flatten(2).amax(2))
+    assert float(batch_value(only_classes, outputs, mixed.targets)) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -8,7 +8,7 @@ import torch
 
 from common.loading.keys import Keys
 from competitions.digit_recognizer.augment import Strength, augment, view
-from competitions.digit_recognizer.sample import digits
+from competitions.digit_recognizer.demo import digits
 
 FULL = Strength(rotation=12, scale=0.12, shear=0.12, shift=2, elastic=0.8)
 

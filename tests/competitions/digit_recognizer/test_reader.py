@@ -83,7 +83,7 @@ def test_test_rows_follow_the_order_of_the_sample_submission(folder):
     assert np.array_equal(turned.test_images, straight.test_images[::-1])
 
 
-def test_windows_line_ends_are_read(folder):
+def test_batches_line_ends_are_read(folder):
     raw = write(folder)
     straight = read(raw)
     for name in reader.FILES:

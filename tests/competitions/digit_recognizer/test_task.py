@@ -13,13 +13,13 @@ from common.loading.keys import Keys
 from common.predict import score
 from common.raw import RawData
 from competitions.digit_recognizer import task as digit_recognizer
-from competitions.digit_recognizer.sample import write_sample
+from competitions.digit_recognizer.demo import write_demo
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder)
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder)
     return digit_recognizer.build(digit_recognizer.RECIPES["default"], RawData(folder, "digit_recognizer"))
 
 
@@ -55,7 +55,7 @@ def test_training_images_are_changed_and_the_others_are_not(task):
 
 
 def test_every_flag_is_the_strength_or_the_size_that_it_names(tmp_path):
-    write_sample(tmp_path)
+    write_demo(tmp_path)
     strengths = {"rotation": 1.0, "scale": 0.2, "shear": 0.3, "shift": 4.0, "elastic": 0.5}
     config = replace(digit_recognizer.RECIPES["default"], **strengths, width=3, kernel=7, dropout=0.25)
     built = digit_recognizer.build(config, RawData(tmp_path, "digit_recognizer"))

@@ -1,4 +1,4 @@
-"""The whole competition on its generated sample: rows, samples, network, losses, submission, and what is refused."""
+"""The whole competition on its demo data: rows, samples, network, losses, submission, and what is refused."""
 
 import dataclasses
 import errno
@@ -17,18 +17,18 @@ from common.config import Parser, add_prediction_flags, checked, with_flags
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
-from common.losses import kind, window_value
+from common.losses import batch_value, kind
 from common.raw import RawData
-from competitions.inclusive_images import dataset, decision, model, pictures, rows, sample, task
+from competitions.inclusive_images import dataset, decision, demo, model, plots, rows, task
 
 SMOKE = dataclasses.replace(task.RECIPES["smoke"], clusters=0)
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> RawData:
-    folder = tmp_path_factory.mktemp("sample")
-    sample.write(folder)
-    return RawData(folder, "inclusive_images", is_sample=True)
+    folder = tmp_path_factory.mktemp("demo")
+    demo.write(folder)
+    return RawData(folder, "inclusive_images", is_demo=True)
 
 
 def built(raw: RawData, **changes):
@@ -36,7 +36,7 @@ def built(raw: RawData, **changes):
 
 
 def test_sample_is_seeded_and_its_labels_come_together(raw, tmp_path):
-    sample.write(tmp_path)
+    demo.write(tmp_path)
     for name in ("train_human_labels.csv", "tuning_labels.csv", "stage_1_sample_submission.csv"):
         assert (tmp_path / name).read_bytes() == (raw.path / name).read_bytes()
     files = rows.read(SMOKE, raw, lambda message: None)
@@ -81,7 +81,7 @@ def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
 
     def epoch(workers: int, number: int) -> torch.Tensor:
         with Loader(built_task.labelled, order, 12, seed=0, workers=workers) as loader:
-            return torch.cat([window.inputs for window in loader.epoch(number)])
+            return torch.cat([batch.inputs for batch in loader.epoch(number)])
 
     first, second = epoch(0, 0), epoch(0, 1)
     assert torch.equal(first, epoch(2, 0))
@@ -95,18 +95,18 @@ def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
     built_task = built(raw, mix=mix, augment="none")
     order = orders.sequential(np.arange(24))
     with Loader(built_task.labelled, order, 24, seed=0, mix=built_task.mix) as loader:
-        window = next(loader.epoch(0))
+        batch = next(loader.epoch(0))
     plain = [built_task.plain[row] for row in range(24)]
     blended = 0
     for row, (image, targets) in enumerate(plain):
         partner = plain[row ^ 1][1]
         own, other = targets["labels"].float(), partner["labels"].float()
-        got, different = window.targets["labels"][row], own != other
+        got, different = batch.targets["labels"][row], own != other
         part = float(((got - other) / (own - other))[different].mean()) if different.any() else 1.0
         assert torch.allclose(got, part * own + (1 - part) * other, atol=1e-5)
         vector = part * targets["embedding"] + (1 - part) * partner["embedding"]
-        assert torch.allclose(window.targets["embedding"][row], vector, atol=1e-4)
-        blended += not torch.equal(window.inputs[row], image)
+        assert torch.allclose(batch.targets["embedding"][row], vector, atol=1e-4)
+        blended += not torch.equal(batch.inputs[row], image)
     assert 4 <= blended <= 20, "about half of the pairs"
 
 
@@ -137,9 +137,9 @@ def test_a_disk_too_small_for_the_resized_images_is_named_before_they_are_writte
         full.setattr(os, "posix_fallocate", no_room, raising=False)
         full.setattr(dataset.images, "decode", lambda *_: pytest.fail("decoded without room"))
         with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
-            dataset.Pictures(paths, (32, 32), tmp_path, "key", 1.0)
+            dataset.ImageStore(paths, (32, 32), tmp_path, "key", 1.0)
     assert [file.name for file in tmp_path.iterdir()] == ["images.lock"]
-    dataset.Pictures(paths, (32, 32), tmp_path, "key", 1.0)
+    dataset.ImageStore(paths, (32, 32), tmp_path, "key", 1.0)
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -147,7 +147,7 @@ def test_several_processes_resize_once(raw, tmp_path, monkeypatch):
     paths, decoded, decode = sorted((raw.path / "train_images").iterdir())[:4], [], dataset.images.decode
     monkeypatch.setattr(dataset.images, "decode", lambda *what: decoded.append(what) or decode(*what))
     with ThreadPoolExecutor() as pool:  # every opening of the lock's file is a holder of its own, as in a process
-        list(pool.map(lambda _: dataset.Pictures(paths, (32, 32), tmp_path, "key", 1.0), range(4)))
+        list(pool.map(lambda _: dataset.ImageStore(paths, (32, 32), tmp_path, "key", 1.0), range(4)))
     assert len(decoded) == 4
 
 
@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_named(raw, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8no image")
     good = next((raw.path / "train_images").iterdir())
-    found = dataset.Pictures([good, broken], (32, 32), tmp_path, "key", 1.0)
+    found = dataset.ImageStore([good, broken], (32, 32), tmp_path, "key", 1.0)
     assert found[0].any()
     with pytest.raises(UserError, match="broken.jpg"):
         found[1]
@@ -187,9 +187,9 @@ def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replac
 def test_every_loss_is_per_sample_and_finite(raw, loss, embedding_loss):
     built_task = built(raw, loss=loss, embedding_loss=embedding_loss)
     with Loader(built_task.plain, orders.sequential(np.arange(8)), 8, seed=0) as loader:
-        window = next(loader.epoch(0))
+        batch = next(loader.epoch(0))
     network = built_task.model().train()
-    value = window_value(built_task.loss, network(window.inputs), window.targets)
+    value = batch_value(built_task.loss, network(batch.inputs), batch.targets)
     value.backward()
     assert kind(built_task.loss) == "per_sample" and torch.isfinite(value)
     heads = [network.heads[name].weight.grad.abs().sum() for name in model.HEADS]
@@ -203,7 +203,7 @@ def test_the_loss_called_f2_is_the_soft_f2_of_every_image(raw):
     found = logits.sigmoid()
     hits, slack = (found * labels).sum(1), 0.1
     wanted = 1 - (5 * hits + slack) / (4 * labels.sum(1) + found.sum(1) + slack)
-    value = window_value(loss, {"labels": logits}, {"labels": labels})
+    value = batch_value(loss, {"labels": logits}, {"labels": labels})
     assert float(value) == pytest.approx(float(wanted.mean()), rel=1e-5)
 
 
@@ -326,15 +326,15 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
     built_task = task.build(config, raw)
     from common.loading.folds import fingerprint
 
-    origin = {
+    provenance = {
         "recipe": "smoke",
-        "sample": True,
+        "demo": True,
         "data_fingerprint": "",
         "folds_fingerprint": fingerprint(built_task.folds, built_task.ids),
         "outputs": built_task.outputs,
         "data": "first",
     }
-    run = runs.open_run("inclusive_images", "first", config, origin)
+    run = runs.open_run("inclusive_images", "first", config, provenance)
     (run.path / "fold-0").mkdir()
     trained = built_task.model()
     checkpoint.save(run.path / "fold-0" / "model.pt", {"model": trained.state_dict()})
@@ -364,7 +364,7 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
         ("everything", {"labelled": "validated", "fold": "none"}),
         ("after", {"start_from": "everything", "fold": "none"}),
     ):
-        run = runs.open_run("inclusive_images", name, dataclasses.replace(config, **changes), origin)
+        run = runs.open_run("inclusive_images", name, dataclasses.replace(config, **changes), provenance)
         (run.path / "fold-none").mkdir()
         checkpoint.save(run.path / "fold-none" / "model.pt", {"model": trained.state_dict()})
         with pytest.raises(UserError, match=f"--start-from {name}: run everything"):
@@ -487,7 +487,7 @@ def test_pictures(raw, tmp_path):
     learnt = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
     result = {"score": 0.3, "metrics": {"f2": 0.31}, "learnt": learnt, "training_seconds": 1.0}
     run.write_json("result.json", result)
-    pictures.report(run, files, embedding, built(raw).decide)
+    plots.report(run, files, embedding, built(raw).decide)
     page = (tmp_path / "report.html").read_text()
     assert (
         page.count("<img") == 3
@@ -510,11 +510,11 @@ def test_runs_without_label_vectors_have_their_pictures_too(raw, tmp_path, monke
 
     monkeypatch.setattr(rows.LabelEmbedding, "fit", alike)
     built_task.report(runs.Run(tmp_path, {}))
-    assert "<img" not in (tmp_path / "report.html").read_text(), "a run is not lost for want of pictures"
-    assert "no pictures of the label vectors: all images have" in (tmp_path / "log.txt").read_text()
+    assert "<img" not in (tmp_path / "report.html").read_text(), "a run is not lost for want of plots"
+    assert "no plots of the label vectors: all images have" in (tmp_path / "log.txt").read_text()
 
 
 def test_frequency_bands_partition_the_labels_that_occur():
-    bands = pictures.frequency_bands(np.array([0, 5, 9, 1, 1, 40, 3, 0, 2]))
+    bands = plots.frequency_bands(np.array([0, 5, 9, 1, 1, 40, 3, 0, 2]))
     assert sorted(np.concatenate(list(bands.values())).tolist()) == [1, 2, 3, 4, 5, 6, 8]
     assert list(bands)[0] == "1: 9 to 40"

@@ -3,19 +3,19 @@
 import pytest
 
 from common.raw import RawData
-from competitions.kdd_air_quality import sample
+from competitions.kdd_air_quality import demo
 from competitions.kdd_air_quality.reader import read
 
-STATIONS = (*sample.BEIJING, *sample.LONDON)
+STATIONS = (*demo.BEIJING, *demo.LONDON)
 
 
 @pytest.fixture(scope="session")
-def sample_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sample")
-    sample.write(folder)
+def demo_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    demo.write(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def observations(sample_folder):
-    return read(RawData(sample_folder, "kdd_air_quality"), STATIONS)
+def observations(demo_folder):
+    return read(RawData(demo_folder, "kdd_air_quality"), STATIONS)

@@ -341,10 +341,10 @@ def test_missing_and_zero_values_give_a_finite_loss(observations):
     rows = network_rows(replace(observations, values=values), [30])
     inputs, targets = rows.batch(np.arange(len(rows)))
     assert torch.isfinite(inputs).all()
-    from common.losses import LogSMAPE, window_value
+    from common.losses import LogSMAPE, batch_value
 
     outputs = torch.zeros(len(rows), 48, requires_grad=True)
-    loss = window_value(LogSMAPE(), outputs, targets)
+    loss = batch_value(LogSMAPE(), outputs, targets)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(outputs.grad).all()
 

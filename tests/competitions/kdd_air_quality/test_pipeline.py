@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from common.cli import main
-from competitions.kdd_air_quality import metric, pipeline, sample, table
+from competitions.kdd_air_quality import demo, metric, pipeline, table
 from competitions.kdd_air_quality.origins import days_between
 from competitions.kdd_air_quality.stations import Network
 
@@ -17,10 +17,10 @@ SMALL = ["--recipe", "smoke", "--models", "medians,boosting", "--boosting-rounds
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, sample_folder):
+def home(tmp_path_factory, demo_folder):
     """A working directory with a trained run 'a' on a copy of the sample files."""
     folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(sample_folder, folder / "files")
+    shutil.copytree(demo_folder, folder / "files")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
@@ -47,7 +47,7 @@ def test_train_writes_the_day_after_the_data_end(here):
     expected = rows_of(here / "files" / "sample_submission.csv")
     assert rows[0] == expected[0] and [row[0] for row in rows] == [row[0] for row in expected]
     for row in rows[1:]:
-        numbers = row[1:] if row[0].split("#")[0] in sample.BEIJING else row[1:3]
+        numbers = row[1:] if row[0].split("#")[0] in demo.BEIJING else row[1:3]
         assert all(float(text) >= 0 for text in numbers)
     assert rows[-1][3] == ""
     origin = json.loads(path.with_suffix(".json").read_text())
@@ -139,7 +139,7 @@ def test_a_sample_with_other_stations_than_the_run_s_is_refused(here, capsys):
     assert "KF1" in error and "make train" in error and sorted((here / "submissions").rglob("*.csv")) == before
 
 
-@pytest.mark.parametrize("city, other", [("Beijing", sample.LONDON), ("London", sample.BEIJING)])
+@pytest.mark.parametrize("city, other", [("Beijing", demo.LONDON), ("London", demo.BEIJING)])
 def test_one_city_alone(here, tmp_path, city, other):
     """The way out that an empty city's message names: a sample submission without its stations."""
     shutil.copytree(here / "files", tmp_path / "files")
@@ -248,7 +248,7 @@ def test_backtest_of_a_run_that_is_not_there_says_so(here, capsys):
 
 @pytest.mark.parametrize("words", [["backtest"], ["train", "--backtest-days", "84"]])
 def test_too_short_a_history_is_refused_before_anything_is_fitted(here, capsys, words):
-    """Such as the defaults of a backtest on the generated sample."""
+    """Such as the defaults of a backtest on demo data."""
     verb, *rest = words
     assert main([verb, "kdd_air_quality", "--data", "files", *rest]) == 1
     assert "hold out fewer --backtest-days" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from common.raw import RawData
-from competitions.kdd_air_quality import sample, table
+from competitions.kdd_air_quality import demo, table
 from competitions.kdd_air_quality.origins import HOUR
 from competitions.kdd_air_quality.reader import known_before, read
 from competitions.kdd_air_quality.stations import Network
@@ -18,13 +18,13 @@ LONDON = "London_historical_aqi_forecast_stations_20180331.csv"
 
 
 @pytest.fixture
-def files(sample_folder, tmp_path):
+def files(demo_folder, tmp_path):
     folder = tmp_path / "data"
-    shutil.copytree(sample_folder, folder)
+    shutil.copytree(demo_folder, folder)
     return folder
 
 
-def load(folder, stations=(*sample.BEIJING, *sample.LONDON)):
+def load(folder, stations=(*demo.BEIJING, *demo.LONDON)):
     return read(RawData(folder, "kdd_air_quality"), stations)
 
 
@@ -35,7 +35,7 @@ def value(observations, station, hour, pollutant=0):
 
 def test_the_mixed_files_make_one_grid(files):
     observations = load(files)
-    assert observations.values.shape == (sample.DAYS * 24, 8, 6) and not observations.warnings
+    assert observations.values.shape == (demo.DAYS * 24, 8, 6) and not observations.warnings
     history = pd.read_csv(files / HISTORY).dropna(subset=["O3"]).iloc[100]
     assert value(observations, history.stationId, history.utc_time, 2) == np.float32(history.O3)
     recent = pd.read_csv(files / "bj_aq_2018.csv").dropna(subset=["PM10_Concentration"])
@@ -267,11 +267,11 @@ def test_an_empty_city_is_refused(files):
         (files / name).unlink()
     with pytest.raises(UserError, match="no observation of London"):
         load(files)
-    load(files, sample.BEIJING)
+    load(files, demo.BEIJING)
 
 
 def test_a_station_without_data_is_listed(files):
-    warnings = load(files, (*sample.BEIJING, *sample.LONDON, "zhiwuyuan_aq")).warnings
+    warnings = load(files, (*demo.BEIJING, *demo.LONDON, "zhiwuyuan_aq")).warnings
     assert any("zhiwuyuan_aq PM2.5" in text for text in warnings)
 
 

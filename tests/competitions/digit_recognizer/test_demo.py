@@ -1,4 +1,4 @@
-"""The generated sample: the exact files of the competition, real digits inside, the same bytes every time."""
+"""Demo data: the exact files of the competition, real digits inside, the same bytes every time."""
 
 import csv
 
@@ -6,12 +6,12 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from common.raw import RawData
+from competitions.digit_recognizer.demo import TRAIN_ROWS, write_demo
 from competitions.digit_recognizer.reader import FILES, read
-from competitions.digit_recognizer.sample import TRAIN_ROWS, write_sample
 
 
 def test_files_are_those_of_the_competition(tmp_path):
-    write_sample(tmp_path)
+    write_demo(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == set(FILES)
     for name, columns in FILES.items():
         rows = list(csv.reader((tmp_path / name).open()))
@@ -19,12 +19,12 @@ def test_files_are_those_of_the_competition(tmp_path):
     assert rows[1] == ["1", "0"] and rows[-1] == ["300", "0"]
     again = tmp_path / "again"
     again.mkdir()
-    write_sample(again)
+    write_demo(again)
     assert all((again / name).read_bytes() == (tmp_path / name).read_bytes() for name in FILES)
 
 
 def test_digits_are_the_bundled_ones(tmp_path):
-    write_sample(tmp_path)
+    write_demo(tmp_path)
     files = read(RawData(tmp_path, "digit_recognizer"))
     small, labels = load_digits(return_X_y=True)
     assert files.images.shape == (TRAIN_ROWS, 1, 28, 28) and len(files.test_images) == len(small) - TRAIN_ROWS

@@ -1,4 +1,4 @@
-"""The window: the samples of one optimizer step, before anything is cut to fit the memory."""
+"""The batch: the samples of one optimizer step, before anything is cut to fit the memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Tree = Any  # a tensor, or a tuple, list or dict of trees; every tensor has the window's B rows
+Tree = Any  # a tensor, or a tuple, list or dict of trees; every tensor has the batch's B rows
 
 
 def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
@@ -18,7 +18,7 @@ def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
         return {key: map_tree(function, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
         return type(tree)(map_tree(function, value) for value in tree)
-    raise TypeError(f"a window holds tensors in tuples, lists and dicts, not {type(tree).__name__}")
+    raise TypeError(f"a batch holds tensors in tuples, lists and dicts, not {type(tree).__name__}")
 
 
 def tensors_of(tree: Tree) -> list[Tensor]:
@@ -29,11 +29,11 @@ def tensors_of(tree: Tree) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Window:
-    """An effective batch of B samples (this process's share of it when there are several ranks).
+class Batch:
+    """An effective batch of B samples (this process's shard of it when there are several ranks).
 
     `index` [B] is the row of every sample in its dataset, `weights` [B] an optional weight per sample,
-    `number` the window's place in its epoch and `total` the samples of the window over all ranks.
+    `number` the batch's place in its epoch and `total` the samples of the batch over all ranks.
     """
 
     inputs: Tree
@@ -47,18 +47,18 @@ class Window:
     def __len__(self) -> int:
         return len(self.index)
 
-    def slice(self, start: int, stop: int) -> "Window":
+    def slice(self, start: int, stop: int) -> "Batch":
         """Samples start..stop as views of the same memory: a micro-batch costs no copy."""
         return self._map(lambda tensor: tensor[start:stop])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Window":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Window":
+    def pin_memory(self) -> "Batch":
         """Page-locked copies, so that the transfer to a CUDA card can overlap with its work."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Window":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
             inputs=map_tree(function, self.inputs),

@@ -1,4 +1,4 @@
-"""The pictures of a finished run: the label vectors as heat map and map, precision and recall by label frequency."""
+"""The plots of a finished run: the label vectors as heat map and map, precision and recall by label frequency."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,10 @@ def report(
     """Write report.html and its PNG files into the run's folder."""
     result = run.result or {}
     page = Report(run.path, f"Inclusive Images: {run.name}")
+    known = run.provenance
     page.text(
-        f"{run.origin.get('command', '')} on {run.origin.get('data', '')}, commit {run.origin.get('commit', '')}, "
-        f"{run.origin.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
+        f"{known.get('command', '')} on {known.get('data', '')}, commit {known.get('commit', '')}, "
+        f"{known.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
     )
     if embedding is not None:
         names = files.index.names

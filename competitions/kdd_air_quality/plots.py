@@ -1,4 +1,4 @@
-"""Pictures of a run: forecasts against the truth, error by hour ahead, station x day, and what is missing."""
+"""Plots of a run: forecasts against the truth, error by hour ahead, station x day, and what is missing."""
 
 import csv
 from pathlib import Path
@@ -13,7 +13,7 @@ from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import POLLUTANTS, city_of
 
 SHOWN_STATIONS = ("dongsi_aq", "dingling_aq", "MY7")
-SHOWN_DAYS = 4  # last days with a truth in the picture of forecasts
+SHOWN_DAYS = 4  # last days with a truth in the plot of forecasts
 
 
 def draw(run: Run, observations: Observations, days: np.ndarray, forecasts: dict[str, np.ndarray]) -> Path:
@@ -57,7 +57,7 @@ def draw(run: Run, observations: Observations, days: np.ndarray, forecasts: dict
 
     missing, months = _missing(observations)
     figure = Figure(figsize=(12, 10))
-    _heat(figure, missing, network.stations, months, "share missing", 1.0)
+    _heat(figure, missing, network.stations, months, "part missing", 1.0)
     page.figure(figure, "missing", "Share of missing values of the scored pollutants by station and month")
     return page.write()
 

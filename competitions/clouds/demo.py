@@ -1,4 +1,4 @@
-"""A generated sample in the competition's files: blue sea under four textures of cloud, with their masks."""
+"""A demo data in the competition's files: blue sea under four textures of cloud, with their masks."""
 
 from pathlib import Path
 

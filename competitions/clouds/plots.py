@@ -1,4 +1,4 @@
-"""The pictures of a finished run: what it found beside the truth, the scores, and how the thresholds move them."""
+"""The plots of a finished run: what it found beside the truth, the scores, and how the thresholds move them."""
 
 import csv
 from functools import partial
@@ -25,9 +25,10 @@ def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
     """Write report.html and its PNG files into the run's folder."""
     result = run.result or {}
     page = Report(run.path, f"Clouds: {run.name}")
+    known = run.provenance
     page.text(
-        f"{run.origin.get('command', '')} on {run.origin.get('data', '')}, commit {run.origin.get('commit', '')}, "
-        f"{run.origin.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
+        f"{known.get('command', '')} on {known.get('data', '')}, commit {known.get('commit', '')}, "
+        f"{known.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
     )
     page.figure(training_curves(run.path / "metrics.csv"), "training", "Loss and validation score of every epoch")
     if (run.path / "oof.npy").is_file():

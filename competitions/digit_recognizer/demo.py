@@ -1,4 +1,4 @@
-"""The generated sample: scikit-learn's 1,797 scanned digits in the exact files of the competition."""
+"""Demo data: scikit-learn's 1,797 scanned digits in the exact files of the competition."""
 
 import csv
 from pathlib import Path
@@ -21,7 +21,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return F.pad(large, [BORDER] * 4).round().to(torch.uint8).flatten(1).numpy(), labels
 
 
-def write_sample(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     """Write train.csv, test.csv and sample_submission.csv; always the same bytes."""
     pixels, labels = digits()
     columns = [f"pixel{number}" for number in range(pixels.shape[1])]

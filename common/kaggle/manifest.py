@@ -1,4 +1,4 @@
-"""The stamp of downloaded data: what was unpacked, so that complete data is left alone and damage is noticed."""
+"""The manifest of downloaded data: what was unpacked, so that complete data is left alone and damage is noticed."""
 
 import errno
 import hashlib
@@ -18,8 +18,8 @@ SHOWN = 3  # so many damaged files are named
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """Sizes and sha256 of the files below `home`, kept beside it in <home>.stamp.json."""
+class Manifest:
+    """Sizes and sha256 of the files below `home`, kept beside it in <home>.manifest.json."""
 
     home: Path
     part: str  # "all", or "labels" for the label files alone
@@ -33,8 +33,8 @@ class Stamp:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
 
-    def added_to(self, whole: "Stamp") -> "Stamp":
-        """The stamp of a whole folder in which only the files of this one were replaced."""
+    def added_to(self, whole: "Manifest") -> "Manifest":
+        """The manifest of a whole folder in which only the files of this one were replaced."""
         return replace(whole, files=whole.files | self.files, times=whole.times | self.times)
 
     def write(self) -> None:
@@ -72,21 +72,21 @@ class Stamp:
 
 
 def path_of(home: Path) -> Path:
-    return home.with_name(f"{home.name}.stamp.json")
+    return home.with_name(f"{home.name}.manifest.json")
 
 
-def make(home: Path, folder: Path, part: str, files: dict[str, Entry], source: str) -> Stamp:
-    """The stamp for files that lie in `folder` now and will be moved to `home`."""
-    return Stamp(home, part, files, {name: (folder / name).stat().st_mtime_ns for name in files}, source)
+def make(home: Path, folder: Path, part: str, files: dict[str, Entry], source: str) -> Manifest:
+    """The manifest for files that lie in `folder` now and will be moved to `home`."""
+    return Manifest(home, part, files, {name: (folder / name).stat().st_mtime_ns for name in files}, source)
 
 
-def read(home: Path) -> Stamp | None:
-    """The stamp of `home`, or None where `make data` has made nothing yet or the stamp cannot be read."""
+def read(home: Path) -> Manifest | None:
+    """The manifest of `home`, or None where `make data` has made nothing yet or the manifest cannot be read."""
     try:
         facts = json.loads(path_of(home).read_text())
         entries = {name: Entry(entry["size"], entry["sha256"]) for name, entry in facts["files"].items()}
         times = {name: entry["mtime_ns"] for name, entry in facts["files"].items()}
-        return Stamp(home, facts["part"], entries, times, facts["source"], tuple(facts.get("outdated", ())))
+        return Manifest(home, facts["part"], entries, times, facts["source"], tuple(facts.get("outdated", ())))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -96,24 +96,24 @@ def listed(problems: list[str]) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def install(draft: Path, stamp: Stamp, previous: Stamp | None) -> None:
-    """Move the files in `draft` to the stamp's home, in the place of those that a previous `make data` brought.
+def install(draft: Path, manifest: Manifest, previous: Manifest | None) -> None:
+    """Move the files in `draft` to the manifest's home, in the place of those that a previous `make data` brought.
 
     Files that it did not bring (images fetched since, the user's own) stay where they are, so that nothing can be lost
-    on the way; one that is in the way of a new file moves to <home>.before. The stamp goes before the files and
+    on the way; one that is in the way of a new file moves to <home>.before. The manifest goes before the files and
     names those that have to go: killed in between, the folder is found damaged and made again, and nothing old stays.
     """
-    home, brought = stamp.home, {*previous.files, *previous.outdated} if previous else set()
-    stamp = replace(stamp, outdated=tuple(sorted(brought - stamp.files.keys())))
+    home, brought = manifest.home, {*previous.files, *previous.outdated} if previous else set()
+    manifest = replace(manifest, outdated=tuple(sorted(brought - manifest.files.keys())))
     try:
-        _set_aside(home, list(_in_the_way(stamp, brought)))
-        stamp.write()
-        for name in stamp.outdated:
+        _set_aside(home, list(_in_the_way(manifest, brought)))
+        manifest.write()
+        for name in manifest.outdated:
             _remove(home, name)
         shutil.rmtree(home / "cache", ignore_errors=True)  # was made from the old files
         _merge(draft, home)
-        if stamp.outdated:
-            replace(stamp, outdated=()).write()
+        if manifest.outdated:
+            replace(manifest, outdated=()).write()
     except OSError as error:
         raise UserError(
             f"{home} could not be put in place ({error}): check who owns it, then repeat the same command; it goes on "
@@ -121,12 +121,12 @@ def install(draft: Path, stamp: Stamp, previous: Stamp | None) -> None:
         ) from error
 
 
-def _in_the_way(stamp: Stamp, brought: set[str]) -> Iterator[Path]:
+def _in_the_way(manifest: Manifest, brought: set[str]) -> Iterator[Path]:
     """What lies where a new file or its folder has to, was not brought by `make data` and is not that very file."""
-    for name, entry in stamp.files.items():
+    for name, entry in manifest.files.items():
         parts = Path(name).parts
         for depth in range(1, len(parts) + 1):
-            path, is_file = stamp.home.joinpath(*parts[:depth]), depth == len(parts)
+            path, is_file = manifest.home.joinpath(*parts[:depth]), depth == len(parts)
             if path.is_dir() and not is_file:
                 continue
             if path.is_dir() or (
