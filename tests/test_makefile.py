@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from common.cli import competitions
+from common.competition import names as competitions
 
 ROOT = Path(__file__).parents[1]
 

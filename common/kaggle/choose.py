@@ -5,11 +5,11 @@ import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from common import raw, submission
 from common import run as runs
+from common.competition import Competition
 from common.errors import UserError
 from common.kaggle.source import Source
 from common.submission import SUBMISSIONS
@@ -102,7 +102,7 @@ def _with_origin(path: Path, candidates: list[Candidate]) -> Candidate:
     return Candidate(path, same[0] if same else {})
 
 
-def check(candidate: Candidate, competition: str, module: ModuleType, data: str | None) -> int:
+def check(candidate: Candidate, competition: str, module: Competition, data: str | None) -> int:
     """Raises UserError for a sample, a changed or stale file, or one that no sample submission allows; its rows."""
     again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
     if candidate.provenance.get("demo"):
@@ -122,8 +122,8 @@ def check(candidate: Candidate, competition: str, module: ModuleType, data: str 
             )
     found = _data(candidate, competition, data)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
-    valid = None if candidate.provenance else module.build(module.RECIPES["default"], found).valid
-    pattern, failure = module.SOURCE.sample_submission, None
+    valid = None if candidate.provenance else module.build(module.recipes["default"], found, print).submission.valid
+    pattern, failure = module.source.sample_submission, None
     for name in [name for name in found.names() if fnmatchcase(name, pattern)] or [pattern]:
         try:
             return submission.check(candidate.path, found.text(name).splitlines(), valid)

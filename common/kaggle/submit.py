@@ -2,8 +2,8 @@
 
 import time
 from pathlib import Path
-from types import ModuleType
 
+from common.competition import Competition
 from common.errors import UserError
 from common.kaggle import choose, ledger, status
 from common.kaggle.choose import Candidate
@@ -21,7 +21,7 @@ LISTED_TRIES = 5  # how often the list is read until a submission that was sent 
 
 def submit(
     competition: str,
-    module: ModuleType,
+    module: Competition,
     *,
     run: str | None = None,
     file: str | None = None,
@@ -35,7 +35,7 @@ def submit(
 
     `wait` and `poll` are seconds: how long the score is waited for, and the first pause between two looks.
     """
-    source: Source = module.SOURCE
+    source: Source = module.source
     refuse_nowhere(competition, source)
     if source.notebook_only:
         raise UserError(

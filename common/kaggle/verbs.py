@@ -5,8 +5,8 @@ Each takes the competition's name and task module, a parser that has --data alre
 
 import argparse
 from collections.abc import Callable
-from types import ModuleType
 
+from common.competition import Competition
 from common.config import Parser
 from common.errors import UserError
 from common.kaggle.source import Source
@@ -14,8 +14,8 @@ from common.kaggle.source import Source
 Configured = Callable[[Parser, dict, list[str]], tuple[object, argparse.Namespace]]
 
 
-def data(competition: str, module: ModuleType, parser: Parser, argv: list[str]) -> None:
-    source: Source = module.SOURCE
+def data(competition: str, module: Competition, parser: Parser, argv: list[str]) -> None:
+    source: Source = module.source
     _force(parser, "fetch the files again, over whatever is there, and keep an archive that Kaggle's list denies")
     if source.labels:
         parser.add_argument("--labels-only", action="store_true", help=f"fetch only {', '.join(source.labels)}")
@@ -36,7 +36,7 @@ def data(competition: str, module: ModuleType, parser: Parser, argv: list[str]) 
     fetch(
         competition,
         source,
-        force=_is_yes("FORCE", given["force"]),
+        force=is_yes("FORCE", given["force"]),
         labels_only=given.get("labels_only", False),
         images=_number("--images", given.get("images", "0"), int),
         url=given.get("url", ""),
@@ -44,7 +44,7 @@ def data(competition: str, module: ModuleType, parser: Parser, argv: list[str]) 
     )
 
 
-def submit(competition: str, module: ModuleType, parser: Parser, argv: list[str]) -> None:
+def submit(competition: str, module: Competition, parser: Parser, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="run whose newest submission is sent [the best one]")
     parser.add_argument("--file", metavar="CSV", help="file to send [chosen by the run]")
     parser.add_argument("--msg", metavar="TEXT", help="message [run, recipe, score and commit]")
@@ -59,20 +59,20 @@ def submit(competition: str, module: ModuleType, parser: Parser, argv: list[str]
         run=given.run,
         file=given.file,
         message=given.msg,
-        force=_is_yes("FORCE", given.force),
+        force=is_yes("FORCE", given.force),
         data=given.data,
         wait=_number("--wait", given.wait, float),
     )
 
 
-def board(competition: str, module: ModuleType, parser: Parser, argv: list[str]) -> None:
+def board(competition: str, module: Competition, parser: Parser, argv: list[str]) -> None:
     parser.parse_args(argv)
     from common.kaggle import board as boards
 
-    boards.board(competition, module.SOURCE)
+    boards.board(competition, module.source)
 
 
-def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str], configured: Configured) -> None:
+def kernel(competition: str, module: Competition, parser: Parser, argv: list[str], configured: Configured) -> None:
     """Flags of the training are checked here by `configured`, as those of `train`, and handed on as they are."""
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
@@ -82,14 +82,14 @@ def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str]
         one.add_argument("--wait", metavar="SECONDS", default="43200", help="how long it is followed [43200]")
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
-    _, checked = configured(parser, module.RECIPES, training)
+    _, checked = configured(parser, module.recipes, training)
     if checked.data:
-        raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.SOURCE.slug or competition} are at hand")
+        raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.source.slug or competition} are at hand")
     from common.kaggle import kernel as kernels
 
     kernels.kernel(
         competition,
-        module.SOURCE,
+        module.source,
         training,
         accelerator=given.accelerator,
         internet=None if given.internet is None else given.internet == "on",
@@ -102,7 +102,7 @@ def _force(parser: Parser, help: str) -> None:
     parser.add_argument("--force", nargs="?", const="1", default="0", help=help)
 
 
-def _is_yes(name: str, text: str) -> bool:
+def is_yes(name: str, text: str) -> bool:
     """FORCE=1 and FORCE=0 mean what they say."""
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
     if text.lower() not in words:

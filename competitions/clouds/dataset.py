@@ -17,7 +17,8 @@ class CloudImages:
     """Samples of `size` (height, width): input uint8 [3, H, W] and a target that depends on what it is used for.
 
     With `transform`: uint8 [H, W], one bit per class (see loss.pack).
-    With runs but without a transform: {"masks": uint8 [4, 350, 525]}, the truth at the size that is scored.
+    With runs but without a transform: {"masks": uint8 [4, 350, 525], "packed": uint8 [H, W]}, the truth at the size
+    that is scored and at that of the loss.
     Without runs (test images): an empty tensor.
     """
 
@@ -37,10 +38,10 @@ class CloudImages:
         image = images.decode(self.paths[row], self.size, upright=False)  # [H, W, 3]
         if self.runs is None:
             return _channels_first(image), torch.empty(0)
-        if self.transform is None:
-            truth = self.runs.masks(row, SUBMISSION_SIZE)
-            return _channels_first(image), {"masks": torch.from_numpy(truth.view(np.uint8))}
         masks = np.stack([mask.view(np.uint8) for mask in self.runs.masks(row, self.size)], axis=-1)  # [H, W, 4]
+        if self.transform is None:
+            truth = self.runs.masks(row, SUBMISSION_SIZE).view(np.uint8)
+            return _channels_first(image), {"masks": torch.from_numpy(truth), "packed": torch.from_numpy(pack(masks))}
         changed = self.transform(image=image, mask=masks)
         return _channels_first(changed["image"]), torch.from_numpy(pack(changed["mask"]))
 

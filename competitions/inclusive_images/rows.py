@@ -19,7 +19,7 @@ from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.labels import LabelIndex, LabelTable
 
 if TYPE_CHECKING:
-    from competitions.inclusive_images.task import TagConfig
+    from competitions.inclusive_images.config import TagConfig
 
 ENDINGS = (".jpg", ".jpeg", ".png")
 

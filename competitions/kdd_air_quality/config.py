@@ -5,11 +5,23 @@ from typing import Literal
 
 from common import config as common
 from common.config import at_least, between, flag
+from common.kaggle.source import Source
 
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
 FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
+
+SOURCE = Source(
+    slug="",
+    expected=("*.tsf",),
+    higher_is_better=False,
+    url="https://zenodo.org/records/4656719/files/kdd_cup_2018_dataset_with_missing_values.zip",
+    checksum_url="https://zenodo.org/api/records/4656719",
+    nowhere_to_submit=NOWHERE_TO_SUBMIT,
+    notes="270 hourly series of 59 stations, 2017-01-01 to 2018-03-31, CC BY 4.0 (Monash archive, Zenodo 4656719). "
+    "The organisers' own files can be put beside it: every layout is read, in any mix.",
+)
 
 
 @dataclass(frozen=True)
@@ -76,3 +88,27 @@ RECIPES = {
 def checked(config: Config) -> Config:
     """--model medians becomes --models medians: a run's config names its models once."""
     return replace(config, models=config.model, model="") if config.model else config
+
+
+def train(competition: str, argv: list[str]) -> None:
+    """fit every model and the blend, or go on with the interrupted run, and write the forecast of the next two days"""
+    from competitions.kdd_air_quality import task
+
+    task.train(competition, argv)
+
+
+def predict(competition: str, argv: list[str]) -> None:
+    """forecast any submit days with a fitted run, from what was known before each of them"""
+    from competitions.kdd_air_quality import task
+
+    task.predict(competition, argv)
+
+
+def backtest(competition: str, argv: list[str]) -> None:
+    """score every model and the blend over a range of submit days; with --run, the models of a fitted run"""
+    from competitions.kdd_air_quality import task
+
+    task.backtest(competition, argv)
+
+
+VERBS = {"train": train, "predict": predict, "backtest": backtest}

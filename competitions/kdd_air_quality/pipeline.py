@@ -19,7 +19,7 @@ from common.run import Run
 from competitions.kdd_air_quality import blend, metric, models, plots, table
 from competitions.kdd_air_quality.backtest import Period, forecasts_of, periods_of, summarise
 from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config
-from competitions.kdd_air_quality.demo import write as write_demo
+from competitions.kdd_air_quality.demo import write_demo
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_day, last_scored_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
 
@@ -38,7 +38,7 @@ def opened(competition: str, data: str | None, fitted: Run | None = None) -> tup
     lines = table.sample_lines(found)
     stations = asked = table.stations_of(lines)
     if fitted is not None:  # what it learnt belongs to its stations, whichever the sample asks for
-        stations = tuple(fitted.result["learnt"]["stations"])
+        stations = tuple(fitted.result["tuned"]["stations"])
         unknown = [station for station in asked if station not in stations]
         if unknown:
             raise UserError(
@@ -62,6 +62,8 @@ def started(competition: str, found: RawData, config: Config, given: argparse.Na
         "demo": found.is_demo,
         "data": str(found.path.resolve()),
         "data_fingerprint": found.fingerprint(*names),
+        "outputs": "",
+        "code": runs.code_fingerprint(competition),
         "command": f"python -m common {' '.join(sys.argv[1:])}",
         "commit": runs.commit(),
         "machine": runs.machine(),
@@ -107,7 +109,7 @@ def train(competition: str, config: Config, given: argparse.Namespace) -> None:
                 "monitor": "smape",
                 "score": rows["blend"]["mean"],
                 "metrics": rows,
-                "learnt": {"blend": weights, "models": names, "stations": known.network.stations},
+                "tuned": {"blend": weights, "models": names, "stations": known.network.stations},
                 "rows": int(metric.valid_points(truth, known.network.stations).sum()),
                 "fitted_before": str(first_hour(day)),
                 "last_day": str(day),
@@ -163,9 +165,9 @@ def write_forecasts(
 
     What is missing is said, and stands with the `warnings` about the data in the file beside the CSV.
     """
-    learnt = run.result["learnt"]
-    parts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
-    forecast = blended(learnt["blend"], parts, observations)
+    tuned = run.result["tuned"]
+    parts = {name: models.forecast(name, observations, days, config, run, None) for name in tuned["models"]}
+    forecast = blended(tuned["blend"], parts, observations)
     scores = metric.daily(
         observations.truth(days), table.grid(forecast, observations.network), observations.network.stations
     )
@@ -310,7 +312,7 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
             "monitor": "smape",
             "score": rows["blend"]["mean"],
             "metrics": rows,
-            "learnt": {},
+            "tuned": {},
             "rows": len(days),
         },
     )
@@ -338,9 +340,9 @@ def _refuse_settings(fitted: Run, config: Config, given: argparse.Namespace) -> 
 def _backtest_of(run: Run, observations: Observations, days: np.ndarray) -> None:
     """Score the fitted run as it is over the days: no fits, and the tables go to backtest-FIRST-LAST/ in its folder."""
     config = run.config(Config)
-    learnt = run.result["learnt"]
-    forecasts = {name: models.forecast(name, observations, days, config, run, None) for name in learnt["models"]}
-    forecasts["blend"] = blended(learnt["blend"], forecasts, observations)
+    tuned = run.result["tuned"]
+    forecasts = {name: models.forecast(name, observations, days, config, run, None) for name in tuned["models"]}
+    forecasts["blend"] = blended(tuned["blend"], forecasts, observations)
     print(f"{run.path}, fitted before {run.result['fitted_before']}")
     warn_of_seen_days(run, days)
     summarise(

@@ -9,31 +9,10 @@ Five kinds of models and a blend are not one network, so the competition brings 
 files, runs, the training loop of the network and the submission are the core's.
 """
 
-from pathlib import Path
-
-from common.kaggle.source import Source
-from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config, checked
-
-SOURCE = Source(
-    slug="",
-    expected=("*.tsf",),
-    higher_is_better=False,
-    url="https://zenodo.org/records/4656719/files/kdd_cup_2018_dataset_with_missing_values.zip",
-    checksum_url="https://zenodo.org/api/records/4656719",
-    nowhere_to_submit=NOWHERE_TO_SUBMIT,
-    notes="270 hourly series of 59 stations, 2017-01-01 to 2018-03-31, CC BY 4.0 (Monash archive, Zenodo 4656719). "
-    "The organisers' own files can be put beside it: every layout is read, in any mix.",
-)
+from competitions.kdd_air_quality.config import RECIPES, Config, checked
 
 
-def write_demo(folder: Path) -> None:
-    """A seeded two-city data set in the organisers' file formats."""
-    from competitions.kdd_air_quality import demo
-
-    demo.write(folder)
-
-
-def build(config: Config, raw):
+def build(config: Config, raw, log):
     """The Task of the network on all data, gaps filled in time only: for `make check` and a look at the shapes."""
     from competitions.kdd_air_quality import models, reader, table
 
@@ -80,6 +59,3 @@ def backtest(competition: str, argv: list[str]) -> None:
 def _day_flags(parser) -> None:
     parser.add_argument("--first-day", metavar="DATE", default="", help="first submit day [the last of the data]")
     parser.add_argument("--last-day", metavar="DATE", default="", help="last submit day [the first]")
-
-
-VERBS = {"train": train, "predict": predict, "backtest": backtest}

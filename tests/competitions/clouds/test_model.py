@@ -13,8 +13,8 @@ from torch import nn
 from common.engine.prepare import prepare
 from common.errors import UserError
 from competitions.clouds import model as models
+from competitions.clouds.config import Architecture
 from competitions.clouds.model import CloudNet, load_encoder_weights
-from competitions.clouds.task import Architecture
 
 
 def net(architecture="unet", encoder="resnet18", head="pooled", checkpointing=False):
