@@ -7,7 +7,7 @@ from typing import IO
 import numpy as np
 
 from common.engine.ranks import SINGLE, Ranks
-from common.files import replacing, write_with
+from common.files import read_cell, replacing, write_csv, write_npy
 from common.predict import Predictor, pack, score
 from common.run import Run
 from common.task import Task
@@ -38,7 +38,7 @@ def write_out_of_fold(folder: Path, predictor: Predictor, rows: np.ndarray) -> N
         if len(found) < len(rows):  # unreadable images were left out
             stream.seek(0)
             write_npy_header(stream, packed.dtype, (len(found), *packed.shape[1:]))  # of the same length, numpy pads it
-    write_with(folder / "oof_rows.npy", lambda stream: np.save(stream, np.array(found)))
+    write_npy(folder / "oof_rows.npy", np.array(found))
 
 
 def write_npy_header(stream: IO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -53,9 +53,8 @@ def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -
     known = {}
     if file.is_file():
         with open(file, newline="", encoding="utf-8") as stream:
-            known = {row["id"]: row["reason"] for row in csv.DictReader(stream)}
+            known = {read_cell(row["id"]): row["reason"] for row in csv.DictReader(stream)}
     new = {str(task.ids[row]): reason for row, reason in skipped.items() if str(task.ids[row]) not in known}
     if new:
-        with replacing(file, "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([("id", "reason"), *sorted((known | new).items())])
+        write_csv(file, ("id", "reason"), sorted((known | new).items()))
         run.log(f"left out {len(new)} unreadable images, listed in {file}")

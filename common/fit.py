@@ -144,7 +144,8 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
         learning_rate_factor, total_steps=total_steps, schedule=config.schedule, warmup_fraction=config.warmup
     )
     parts = Parts(model, loss if isinstance(loss, nn.Module) else None, optimizer, engine, average)
-    state = parts.restore(resumed) if resumed else State()
+    with checkpoint.restoring(last):
+        state = parts.restore(resumed) if resumed else State()
     if resumed:
         run.log(f"{called}: resumed at epoch {state.epoch + 1}, batch {state.batch} of {loader.batches_per_epoch}")
     saved = time.monotonic()
@@ -211,7 +212,9 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
 
     with parts.averaged():
         if (folder / "best.pt").is_file():
-            model.load_state_dict(checkpoint.load(folder / "best.pt")["model"])
+            best = checkpoint.load(folder / "best.pt", "model")
+            with checkpoint.restoring(folder / "best.pt"):
+                model.load_state_dict(best["model"])
         if config.swa and ranks.is_writer:
             eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
             with eager, training_loader(config.batch_size) as again:  # else compiled anew for every batch's momentum
@@ -239,8 +242,9 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
 
 def _predict_held_out_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
     """The fold was part of a run whose predictions are joined already, and another fold of it is trained again."""
-    found, device = checkpoint.load(folder / "model.pt"), device_of(config)
-    model, views = load_model(found, task, config, device), task.views if config.views else AS_IS
+    file, device = folder / "model.pt", device_of(config)
+    found = checkpoint.load(file, "micro_batch")
+    model, views = load_model(file, task, config, device), task.views if config.views else AS_IS
     batch_size = min(config.batch_size, found["micro_batch"])
     write_out_of_fold(folder, Predictor([model], task, views, config, batch_size, device), rows)
 

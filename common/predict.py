@@ -167,13 +167,14 @@ def load_models(run: Run, task: Task, config: Config, device: torch.device) -> l
             f"{', '.join(missing)} of {len(files)} models of the run {'is' if len(missing) == 1 else 'are'} missing: "
             f"delete {run.path / 'result.json'} and train what is missing with the run's command and RUN={run.name}"
         )
-    return [load_model(checkpoint.load(file), task, config, device) for file in files]
+    return [load_model(file, task, config, device) for file in files]
 
 
-def load_model(found: dict[str, Any], task: Task, config: Config, device: torch.device) -> nn.Module:
-    """The network of a model.pt, in evaluation mode on `device`."""
-    model = task.model()
-    model.load_state_dict(found["model"])
+def load_model(file: Path, task: Task, config: Config, device: torch.device) -> nn.Module:
+    """The network of a model.pt, in evaluation mode on `device`; raises UserError when it holds another one."""
+    found, model = checkpoint.load(file, "model"), task.model()
+    with checkpoint.restoring(file):
+        model.load_state_dict(found["model"])
     memory_format = torch.channels_last if config.channels_last else torch.preserve_format
     return model.to(device, memory_format=memory_format).eval()
 
@@ -240,7 +241,8 @@ def write_submission(competition: str, members: Sequence[tuple[Run, Task, Config
         "created": runs.now(),
     }
     path = submission.SUBMISSIONS / competition / f"{name}.csv"
-    return submission.write(path, task.columns, csv_rows(), task.sample_submission(), task.valid, provenance)
+    sample = submission.Sample.of_lines(task.sample_submission(), f"the sample submission of {competition}")
+    return submission.write(path, task.columns, csv_rows(), sample, task.valid, provenance)
 
 
 def _rules_of(members: Sequence[tuple[Run, Task, Config]]) -> tuple[Task, Learnt]:

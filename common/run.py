@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from common.files import not_written, read_json, write_text
 
 RUNS = Path("runs")
 HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
-LONGEST_NAME = 100  # characters of a run's name: every file system takes it, with what is added to it
+LONGEST_NAME = 100  # bytes of a run's name: every file system takes it, with what is added to it
 Item = TypeVar("Item")
 
 
@@ -49,7 +50,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What the finished run found (score, metrics, learnt), or None while it is not finished."""
         file = self.path / "result.json"
-        return read_json(file) if file.is_file() else None
+        return read_json(file, "score") if file.is_file() else None
 
     def fold_folder(self, fold: int | None) -> Path:
         """Where the training that holds out `fold` (None: nothing) keeps its files."""
@@ -58,6 +59,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
+            message = message.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes of any kind
             _print(message)
             try:
                 with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
@@ -116,20 +118,27 @@ def load(competition: str, name: str) -> Run:
             f"RUN={name}: there is no such run of {competition} (runs: {names}). "
             f"Train one: make train COMP={competition}"
         )
-    return Run(path, read_json(path / "run.json"))
+    return _read(path)
 
 
 def all_runs(competition: str) -> list[Run]:
     """Every run of a competition, oldest first."""
     files = sorted((RUNS / competition).glob("*/run.json"), key=lambda file: (file.stat().st_mtime_ns, file))
-    return [Run(file.parent, read_json(file)) for file in files]
+    return [_read(file.parent) for file in files]
+
+
+def _read(path: Path) -> Run:
+    return Run(path, read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint"))
 
 
 def _valid(name: str) -> str:
-    if set(name) & set("/,") or name in ("", ".", "..") or len(name) > LONGEST_NAME:
+    in_bytes = os.fsencode(name)
+    is_text = in_bytes.decode("utf-8", "replace") == name  # else a log and a table could not hold it
+    if set(name) & set("/,\n") or name in ("", ".", "..") or len(in_bytes) > LONGEST_NAME or not is_text:
         raise UserError(
-            f"RUN={name[:LONGEST_NAME]}: expected a name of at most {LONGEST_NAME} characters without / and , (a comma "
-            f"separates the runs that predict averages)"
+            f"RUN={in_bytes[:LONGEST_NAME].decode('utf-8', 'backslashreplace')}: expected a name of at most "
+            f"{LONGEST_NAME} bytes in UTF-8, characters without / and , (a comma separates the runs that predict "
+            f"averages)"
         )
     return name
 
@@ -217,8 +226,6 @@ def commit() -> str:
 
 def machine() -> str:
     """The hardware and versions that a figure was measured on, in one line."""
-    import os
-
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

@@ -94,7 +94,7 @@ def open_together(competition: str, name: str | None, config: Config, provenance
 
 def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     """Join the folds' predictions, learn from them, score them with the views, and mark the run as trained."""
-    models = [checkpoint.load(folder / "model.pt") for folder in folders]
+    models = [checkpoint.load(folder / "model.pt", "seconds", "micro_batch") for folder in folders]
     result = {
         "monitor": task.metrics[0].name,
         "score": None,
