@@ -326,7 +326,9 @@ class Training:
     def _keep(self) -> None:
         """Write the fold's weights and its out-of-fold predictions; fold.json comes last, it marks the fold as done."""
         if (self.folder / "best.pt").is_file():
-            self.model.load_state_dict(checkpoint.load(self.folder / "best.pt")["model"])
+            best = checkpoint.load(self.folder / "best.pt", "model")
+            with checkpoint.restoring(self.folder / "best.pt"):
+                self.model.load_state_dict(best["model"])
         if not self.ranks.is_writer:
             return
         if self.config.swa:

@@ -16,7 +16,7 @@ from common.device import precision_of
 from common.engine import memory
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
-from common.files import replacing, write_npy
+from common.files import read_cell, write_csv, write_npy
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
@@ -163,11 +163,10 @@ def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -
     known = {}
     if file.is_file():
         with open(file, newline="", encoding="utf-8") as stream:
-            known = {row["id"]: row["reason"] for row in csv.DictReader(stream)}
+            known = {read_cell(row["id"]): row["reason"] for row in csv.DictReader(stream)}
     new = {str(ids[row]): reason for row, reason in skipped.items() if str(ids[row]) not in known}
     if new:
-        with replacing(file, "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([("id", "reason"), *sorted((known | new).items())])
+        write_csv(file, ("id", "reason"), sorted((known | new).items()))
         run.log(f"left out {len(new)} unreadable images, listed in {file}")
 
 

@@ -55,7 +55,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What the finished run found (score, metrics, tuned), or None while it is not finished."""
         file = self.path / "result.json"
-        return read_json(file) if file.is_file() else None
+        return read_json(file, "score") if file.is_file() else None
 
     @property
     def report(self) -> Path:
@@ -69,6 +69,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
+            message = message.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes of any kind
             _print(message)
             try:
                 with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
@@ -127,7 +128,7 @@ def load(competition: str, name: str) -> Run:
             f"RUN={name}: there is no such run of {competition} (runs: {names}). "
             f"Train one: make train COMP={competition}"
         )
-    run = Run(path, read_json(path / "run.json"))
+    run = _read(path)
     if not run.is_readable:
         raise UserError(
             f"{path} was made by another version of the kit (format {run.provenance.get('format', 1)}, this one reads "
@@ -138,8 +139,12 @@ def load(competition: str, name: str) -> Run:
 
 def all_runs(competition: str) -> list[Run]:
     """Every run of a competition that this version can read, oldest first by the time in run.json: files get copied."""
-    found = [Run(file.parent, read_json(file)) for file in (RUNS / competition).glob("*/run.json")]
+    found = [_read(file.parent) for file in (RUNS / competition).glob("*/run.json")]
     return sorted((run for run in found if run.is_readable), key=lambda run: (run.provenance["created"], run.name))
+
+
+def _read(path: Path) -> Run:
+    return Run(path, read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint", "created"))
 
 
 def _valid(name: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from common import raw, submission
 from common import run as runs
 from common.competition import Competition
 from common.errors import UserError
+from common.files import read_json
 from common.kaggle.source import Source
 from common.submission import SUBMISSIONS
 
@@ -114,7 +114,7 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
         raise UserError(f"{candidate.path} was changed after it was checked: write it again with {again}")
     for name in filter(None, candidate.run.split(",")):
         result = runs.RUNS / competition / name / "result.json"
-        finished = json.loads(result.read_text()).get("finished", "") if result.is_file() else ""
+        finished = read_json(result).get("finished", "") if result.is_file() else ""
         if finished > candidate.provenance.get("created", ""):
             raise UserError(
                 f"{candidate.path} is older than its run ({candidate.provenance.get('created')}, {name} finished "
@@ -124,9 +124,9 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
     valid = None if candidate.provenance else module.build(module.recipes["default"], found, print).submission.valid
     pattern, failure = module.source.sample_submission, None
-    for name in [name for name in found.names() if fnmatchcase(name, pattern)] or [pattern]:
+    for name in found.matching(pattern) or [pattern]:
         try:
-            return submission.check(candidate.path, found.text(name).splitlines(), valid)
+            return submission.check(candidate.path, submission.Sample.read(found, name), valid)
         except UserError as error:
             failure = failure or error
     raise failure
@@ -137,7 +137,7 @@ def _data(candidate: Candidate, competition: str, data: str | None) -> raw.RawDa
     if data is None:
         for name in filter(None, candidate.run.split(",")):
             file = runs.RUNS / competition / name / "run.json"
-            path = json.loads(file.read_text()).get("data", "") if file.is_file() else ""
+            path = read_json(file).get("data", "") if file.is_file() else ""
             if path and Path(path).exists():
                 data = path
                 break

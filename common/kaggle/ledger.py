@@ -2,15 +2,14 @@
 
 import csv
 import fcntl
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import not_written, write_text
+from common.files import not_written, read_cell, write_csv
 from common.kaggle.status import Submission
 from common.submission import SUBMISSIONS
 
@@ -64,7 +63,7 @@ def read(competition: str) -> list[Row]:
             table = csv.DictReader(stream)
             if absent := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
                 raise ValueError(f"no column {', '.join(absent)}")
-            rows = [Row(**{name: row.get(name) or "" for name in COLUMNS}) for row in table]
+            rows = [Row(**{name: read_cell(row.get(name) or "") for name in COLUMNS}) for row in table]
         for row in rows:
             if row.time or not row.ref:
                 datetime.fromisoformat(row.time)
@@ -97,15 +96,7 @@ def changing(competition: str) -> Iterator[list[Row]]:
         rows = read(competition)
         yield rows
         if rows or path.is_file():
-            _write(path, rows)
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_text(path, text.getvalue())
+            write_csv(path, COLUMNS, map(astuple, rows))
 
 
 def claim(competition: str, row: Row, column: str = "") -> Row | None:

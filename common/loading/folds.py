@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import files
 from common.errors import UserError
-from common.files import replacing
 from common.loading.keys import keyed_seed
 
 
@@ -87,15 +87,13 @@ def fingerprint(folds: np.ndarray, ids: Sequence) -> str:
 
 def write_csv(path: Path, folds: np.ndarray, ids: Sequence) -> None:
     """Save the folds as `id,fold`, to share them among models."""
-    with replacing(path, "w", encoding="utf-8", newline="") as stream:
-        rows = zip(ids, np.asarray(folds).tolist(), strict=True)
-        csv.writer(stream, lineterminator="\n").writerows([("id", "fold"), *rows])
+    files.write_csv(path, ("id", "fold"), zip(ids, np.asarray(folds).tolist(), strict=True))
 
 
 def read_csv(path: Path, ids: Sequence) -> np.ndarray:
     """The folds of `ids` that `write_csv` saved; raises UserError when an id has none."""
     with open(path, encoding="utf-8", newline="") as stream:
-        saved = {row["id"]: int(row["fold"]) for row in csv.DictReader(stream)}
+        saved = {files.read_cell(row["id"]): int(row["fold"]) for row in csv.DictReader(stream)}
     missing = [name for name in map(str, ids) if name not in saved]
     if missing:
         raise UserError(

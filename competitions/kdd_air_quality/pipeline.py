@@ -204,7 +204,8 @@ def write_forecasts(
         }
         path = submission.SUBMISSIONS / run.provenance["competition"] / f"{name}.csv"
         rows = table.rows(lines, forecast[number], observations.network)
-        paths.append(submission.write(path, table.COLUMNS, rows, lines, table.valid, provenance))
+        sample = submission.Sample.of_lines(lines, "the sample submission")
+        paths.append(submission.write(path, table.COLUMNS, rows, sample, table.valid, provenance))
         if not np.isnan(scores[number]):
             run.log(f"{day}: official score {scores[number]:.4f}")
     return paths

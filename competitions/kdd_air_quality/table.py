@@ -16,9 +16,9 @@ COLUMNS = ("test_id", *POLLUTANTS)
 
 def sample_lines(raw: RawData) -> list[str]:
     """The lines of the sample submission; without one, the official 2,304 ids with full station names."""
-    names = [name for name in raw.names() if "sample_submission" in name.rsplit("/", 1)[-1] and name.endswith(".csv")]
+    names = raw.matching("*sample_submission*.csv")
     if names:
-        chosen = "sample_submission.csv" if "sample_submission.csv" in names else names[0]
+        chosen = next((name for name in names if name.lower() == "sample_submission.csv"), names[0])
         return raw.text(chosen).splitlines()
     rows = [
         f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
@@ -57,7 +57,8 @@ def stations_of(lines: Sequence[str]) -> tuple[str, ...]:
     stations = {parse_id(row[0])[0] for row in asked}
     network = Network(tuple(station for station in STATIONS if station in stations))
     draft = rows(lines, np.zeros((HORIZON_HOURS, len(network.series))), network)
-    fault = next(iter(submission.faults([COLUMNS, *draft], _rows_of(lines), valid)), None)
+    sample = submission.Sample.of_lines(lines, "the sample submission")
+    fault = next(iter(submission.faults([COLUMNS, *draft], sample, valid)), None)
     if fault:
         raise UserError(
             f"the sample submission cannot be followed, {fault}: expected each id once, and London's O3 blank or a "

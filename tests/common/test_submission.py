@@ -12,7 +12,14 @@ import pytest
 from common import files, submission
 from common.errors import UserError
 
-SAMPLE = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
+LINES = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
+
+
+def sample_of(*lines: str) -> submission.Sample:
+    return submission.Sample.of_lines(lines, "the sample")
+
+
+SAMPLE = sample_of(*LINES)
 
 
 def digit(values):
@@ -62,7 +69,7 @@ def test_the_header_must_be_the_samples(tmp_path):
 
 
 def test_five_offenders_are_named_and_no_more(tmp_path):
-    sample = ["id,y\n", *(f"{i},0\n" for i in range(20))]
+    sample = sample_of("id,y\n", *(f"{i},0\n" for i in range(20)))
     with pytest.raises(UserError) as raised:
         submission.write(tmp_path / "x.csv", ("id", "y"), [(i + 100, 0) for i in range(20)], sample, None, {})
     assert str(raised.value).count("line ") == 5
@@ -123,7 +130,7 @@ def test_a_disk_that_is_full_when_the_sidecar_reaches_it_keeps_both_old_files(tm
 
 
 def test_a_long_value_is_no_fault_and_another_encoding_is(tmp_path):
-    sample = ["id,runs\n", "a,\n"]
+    sample = sample_of("id,runs\n", "a,\n")
     path = submission.write(tmp_path / "run.csv", ("id", "runs"), [("a", "1 2 " * 100_000)], sample, None, {})
     assert submission.check(path, sample) == 1
     path.write_bytes("id,runs\na,é\n".encode("latin-1"))
@@ -150,9 +157,9 @@ def test_an_error_of_the_rows_is_not_taken_for_the_disks(tmp_path):
 
 def test_blank_lines_of_the_sample_do_not_count(tmp_path):
     rows = [(1, 7), (2, 0), (3, 9)]
-    submission.write(tmp_path / "a.csv", ("ImageId", "Label"), rows, [*SAMPLE, "\n"], digit, {})
+    submission.write(tmp_path / "a.csv", ("ImageId", "Label"), rows, sample_of(*LINES, "\n"), digit, {})
     with pytest.raises(UserError, match="line 5: id 4 is not in the sample"):
-        submission.write(tmp_path / "b.csv", ("ImageId", "Label"), [*rows, (4, 1)], [*SAMPLE, "\n"], digit, {})
+        submission.write(tmp_path / "b.csv", ("ImageId", "Label"), [*rows, (4, 1)], sample_of(*LINES, "\n"), digit, {})
 
 
 def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
+from common.files import read_cell
 from common.kaggle import board as boards
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
@@ -252,7 +253,7 @@ def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, monkeypatch
     written()
     submit(module, message=message)
     (row,) = ledger()
-    assert row["message"] == message == kaggle.submissions[0]["description"] and row["status"] == "COMPLETE"
+    assert read_cell(row["message"]) == message == kaggle.submissions[0]["description"] and row["status"] == "COMPLETE"
 
 
 @pytest.mark.parametrize(

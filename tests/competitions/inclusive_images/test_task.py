@@ -394,9 +394,8 @@ def test_submission_is_checked(raw, tmp_path):
     built_task = built(raw)
     scores = torch.rand(40, 23, generator=torch.Generator().manual_seed(0))
     lines = list(built_task.rows(built_task.test_ids, built_task.decide(scores, {})))
-    path = submission.write(
-        tmp_path / "a.csv", built_task.columns, lines, built_task.sample_submission(), built_task.valid, {}
-    )
+    sample = submission.Sample.of_lines(built_task.sample_submission(), "the sample")
+    path = submission.write(tmp_path / "a.csv", built_task.columns, lines, sample, built_task.valid, {})
     first = path.read_text().splitlines()
     assert first[0] == "image_id,labels" and len(first) == 41
     assert built_task.valid([""]) == "no label, which scores 0"
@@ -404,9 +403,7 @@ def test_submission_is_checked(raw, tmp_path):
     assert "twice" in built_task.valid(["/m/0s000 /m/0s000"])
     bad = [(image, "/m/odd") for image, _ in lines]
     with pytest.raises(UserError, match="/m/odd"):
-        submission.write(
-            tmp_path / "b.csv", built_task.columns, bad, built_task.sample_submission(), built_task.valid, {}
-        )
+        submission.write(tmp_path / "b.csv", built_task.columns, bad, sample, built_task.valid, {})
     assert not (tmp_path / "b.csv").exists()
 
 
