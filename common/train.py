@@ -158,7 +158,7 @@ def joined_metrics(folders: list[Path]) -> str:
 
 def check_images(competition: str, module: ModuleType, config: Config, data: str | None) -> None:
     """`make check`: read every image once and list those that cannot be decoded."""
-    from common.loading.images import check_folder
+    from common.vision.check import check_folder
 
     found = raw.find(competition, data, module.write_demo)
     task = module.build(config, found)

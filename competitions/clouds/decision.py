@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from common.vision.tta import Flip
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE
 
 STEPS = 255
@@ -48,10 +49,10 @@ def predict(outputs: dict[str, Tensor]) -> Tensor:
     return torch.cat((presence, pixels), dim=2)
 
 
-def flip_predictions(predictions: Tensor, dimension: int) -> Tensor:
-    """Predictions of images that were flipped along `dimension` (-2 or -1), the right way round again."""
-    pixels = predictions[:, :, FIRST_PIXEL:].unflatten(2, SUBMISSION_SIZE).flip(dimension)
-    return torch.cat((predictions[:, :, :FIRST_PIXEL], pixels.flatten(2)), dim=2)
+def unflip(way: Flip, predictions: Tensor) -> Tensor:
+    """Predictions of images that were laid down another way (common.vision.tta), the right way round again."""
+    pixels = way.undo(predictions[:, :, FIRST_PIXEL:].unflatten(2, SUBMISSION_SIZE))
+    return torch.cat((predictions[:, :, :FIRST_PIXEL], pixels.flatten(2)), dim=2) if way.sides else predictions
 
 
 def in_steps(predictions: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

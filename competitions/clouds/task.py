@@ -20,6 +20,7 @@ from common.raw import RawData
 
 if TYPE_CHECKING:  # needs torch, and --help does not
     from common.task import Metric, Task
+    from common.vision.datasets import ImageDataset
     from competitions.clouds.reader import CloudFiles
 
 SOURCE = Source(
@@ -43,7 +44,7 @@ class CloudConfig(Config):
     )
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
-    encoder_weights: Literal["imagenet", "none"] = flag("imagenet", "where the encoder starts; none is from scratch")
+    encoder_weights: str = flag("imagenet", "where the encoder starts: imagenet, none, or a file or folder of weights")
     encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr", at_least(0))
     class_head: Literal["pooled", "topk"] = flag(
         "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"
@@ -132,17 +133,19 @@ def build(config: CloudConfig, raw: RawData) -> Task:
     from common.loading.folds import multilabel_stratified
     from common.loading.mixing import CutMix
     from common.task import Task, View
+    from common.vision.tta import FLIPS
     from competitions.clouds import decision, loss, plots, reader, rle, tuning
     from competitions.clouds.augment import pipeline
-    from competitions.clouds.dataset import CloudImages
+    from competitions.clouds.dataset import cloud_images
 
     _check(config)
-    if raw.is_demo and config.encoder_weights != "none":
-        if os.environ.get("RANK", "0") == "0":
-            print("demo: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
+    announce = print if os.environ.get("RANK", "0") == "0" else lambda message: None
+    if raw.is_demo and config.encoder_weights == "imagenet":
+        announce("demo: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)
-    files = reader.read(raw)
-    plain = CloudImages(files.train_paths, config.size, files.runs)
+    files = reader.read(raw, announce)
+    plain = cloud_images(files.train_paths, config.size, files.runs)
+    test = cloud_images(files.test_paths, config.size)
 
     def learn(predictions: Any, rows: Any) -> dict[str, Any]:
         return tuning.learn(predictions, lambda i: files.runs.masks(int(rows[i]), reader.SUBMISSION_SIZE), config.seed)
@@ -153,9 +156,9 @@ def build(config: CloudConfig, raw: RawData) -> Task:
                 yield f"{image}_{reader.CLASSES[label]}", rle.encode(of_classes[label])
 
     return Task(
-        labelled=CloudImages(files.train_paths, config.size, files.runs, pipeline(config.augment, config.blackout)),
+        labelled=cloud_images(files.train_paths, config.size, files.runs, pipeline(config.augment, config.blackout)),
         plain=plain,
-        test=CloudImages(files.test_paths, config.size),
+        test=test,
         ids=files.images,
         test_ids=files.test_images,
         folds=multilabel_stratified(files.images, files.runs.present(), config.folds, config.seed),
@@ -169,28 +172,16 @@ def build(config: CloudConfig, raw: RawData) -> Task:
         sample_submission=lambda: raw.text("sample_submission.csv").splitlines(),
         valid=lambda values: rle.problem_of_text(values[0], reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]),
         learn=learn,
-        pretrain=partial(_pretrain, config.encoder) if config.encoder_weights == "imagenet" else None,
+        preflight=partial(_preflight, config, test),
+        pretrain=partial(_pretrain, config) if config.encoder_weights != "none" else None,
         mix=CutMix(probability=config.cutmix) if config.cutmix else None,
-        views=tuple(View(name, partial(_flip, sides), partial(_unflip, sides)) for name, sides in FLIPS.items()),
+        views=tuple(View(name, way.apply, partial(decision.unflip, way)) for name, way in FLIPS.items()),
         lr_scales={"net.encoder.": config.encoder_lr},
         fingerprint=_fingerprint(raw, files),
         paths=[*files.train_paths, *files.test_paths],
         prediction_type="uint8",
         report=lambda run: plots.report(run, files, plain),
     )
-
-
-FLIPS: dict[str, tuple[int, ...]] = {"as is": (), "left-right": (-1,), "up-down": (-2,), "half turn": (-1, -2)}
-
-
-def _flip(sides: tuple[int, ...], images: Any) -> Any:
-    return images.flip(sides) if sides else images
-
-
-def _unflip(sides: tuple[int, ...], predictions: Any) -> Any:
-    from competitions.clouds.decision import flip_predictions
-
-    return flip_predictions(predictions, sides) if sides else predictions
 
 
 def _check(config: CloudConfig) -> None:
@@ -204,10 +195,20 @@ def _model(config: CloudConfig) -> Any:
     return CloudNet(config.architecture, config.encoder, config.class_head, config.dropout)
 
 
-def _pretrain(encoder: str, network: Any) -> None:
-    from competitions.clouds.model import load_encoder_weights
+def _preflight(config: CloudConfig, test: ImageDataset) -> None:
+    from common.vision.backbones import probe
+    from common.vision.check import refuse_unreadable
 
-    load_encoder_weights(network, encoder)
+    flags = f"--architecture {config.architecture} --encoder {config.encoder}"
+    probe(partial(_model, config), config.size, 3, flags)
+    refuse_unreadable(test.unreadable(), len(test), "test images")
+
+
+def _pretrain(config: CloudConfig, network: Any) -> None:
+    from common.vision.weights import start_encoder
+
+    scratch = "--encoder-weights none --encoder-lr 1"
+    start_encoder(network.net.encoder, config.encoder, config.encoder_weights, scratch=scratch)
 
 
 def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:
@@ -227,7 +228,7 @@ def _fingerprint(raw: RawData, files: CloudFiles) -> str:
 
     Not of the test images: a run in which one of them was mended since is still the same training.
     """
-    digest = hashlib.sha256(raw.fingerprint("train.csv", "sample_submission.csv").encode())
-    for path in files.train_paths:
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()
+    from common.vision.find import fingerprint
+
+    tables = raw.fingerprint("train.csv", "sample_submission.csv")
+    return hashlib.sha256(f"{tables} {fingerprint(files.train_paths)}".encode()).hexdigest()

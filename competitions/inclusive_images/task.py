@@ -20,7 +20,7 @@ from common.raw import RawData
 if TYPE_CHECKING:  # needs torch, and --help does not
     from common.run import Run
     from common.task import Metric, Task
-    from competitions.inclusive_images.dataset import ImageStore
+    from common.vision.datasets import ImageDataset
     from competitions.inclusive_images.label_embedding import LabelEmbedding
     from competitions.inclusive_images.rows import Rows
 
@@ -65,7 +65,10 @@ class TagConfig(Config):
     cache_gb: float = flag(
         20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
     )
-    backbone: str = flag("resnet50", "model of timm, from scratch: the competition forbade published weights")
+    backbone: str = flag("resnet50", "model of timm")
+    encoder_weights: str = flag(
+        "none", "where the backbone starts: none, as the competition forbade others, imagenet, or a file of weights"
+    )
     dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
     augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
     mix: Literal["none", "mixup", "cutmix"] = flag("none", "blend pairs of training images and their labels")
@@ -180,8 +183,11 @@ def build(config: TagConfig, raw: RawData) -> Task:
     import numpy as np
 
     from common.task import Task, View
+    from common.vision.datasets import ImageDataset
+    from common.vision.store import ImageStore
+    from common.vision.tta import MIRRORED
     from competitions.inclusive_images import decision, rows
-    from competitions.inclusive_images.dataset import ImageStore, TaggedImages, augmentation, sampling_weights
+    from competitions.inclusive_images.dataset import Targets, augmentation, sampling_weights
 
     _check(config)
     announce = print if os.environ.get("RANK", "0") == "0" else _silent
@@ -196,14 +202,8 @@ def build(config: TagConfig, raw: RawData) -> Task:
     prior = np.argsort(-counts, kind="stable")[: min(3, m)]
     default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
 
-    images = ImageStore(files.paths, config.size, raw.cache, rows.cache_key(files.paths), config.cache_gb)
-    test = ImageStore(files.test_paths, config.size, raw.cache, rows.cache_key(files.test_paths), config.cache_gb)
-    for what, those in (("labelled", images), ("test", test)):
-        if those.gigabytes > config.cache_gb:
-            announce(
-                f"the {len(those):,} {what} images are decoded at every use: resized they would take "
-                f"{those.gigabytes:.2g} GB, more than --cache-gb {config.cache_gb:g}"
-            )
+    store = partial(ImageStore, size=config.size, cache=raw.cache, limit_gb=config.cache_gb, announce=announce)
+    images, test = store(files.paths), ImageDataset(store(files.test_paths))
     vectors = embedding.vectors if config.embedding else None
     weights = sampling_weights(files.labels) if config.sampling == "weighted" else None
 
@@ -219,11 +219,11 @@ def build(config: TagConfig, raw: RawData) -> Task:
         return [(image, files.index.text(np.flatnonzero(row))) for image, row in zip(ids, found, strict=True)]
 
     network = partial(_model, config, m, projections, counts / files.fitted.shape[0])
-    labelled = TaggedImages(images, files.labels, vectors, config.count > 0, augmentation(config.augment, config.size))
+    targets = Targets(files.labels, vectors, config.count > 0)
     return Task(
-        labelled=labelled,
-        plain=TaggedImages(images, files.labels, vectors, config.count > 0),
-        test=TaggedImages(test),
+        labelled=ImageDataset(images, targets, transform=augmentation(config.augment, config.size)),
+        plain=ImageDataset(images, targets),
+        test=test,
         ids=files.ids,
         test_ids=files.test_ids,
         folds=files.folds,
@@ -238,8 +238,8 @@ def build(config: TagConfig, raw: RawData) -> Task:
         valid=partial(_fault, files.index.column),
         learn=learn,
         preflight=partial(_preflight, network, test),
-        pretrain=partial(rows.start_from, config, files) if config.start_from else None,
-        views=(View("as is"), View("left-right", _mirrored)),
+        pretrain=partial(_pretrain, config, files) if config.start_from or config.encoder_weights != "none" else None,
+        views=tuple(View(name, way.apply) for name, way in MIRRORED.items()),
         order=None if weights is None else partial(_weighted, weights),
         mix=_mix(config.mix),
         fingerprint=files.fingerprint,
@@ -252,10 +252,6 @@ def build(config: TagConfig, raw: RawData) -> Task:
 
 def _silent(message: str) -> None:
     """Only the first process speaks."""
-
-
-def _mirrored(images: Any) -> Any:
-    return images.flip(-1)
 
 
 def _weighted(weights: Any, training_rows: Any) -> Any:
@@ -280,15 +276,22 @@ def _check(config: TagConfig) -> None:
         raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
 
 
-def _preflight(network: Callable[[], Any], test: ImageStore) -> None:
+def _preflight(network: Callable[[], Any], test: ImageDataset) -> None:
     """Raises UserError when there is no such network, or when the test images cannot make a submission at the end."""
+    from common.vision.check import refuse_unreadable
+
     network()
-    if bad := test.unreadable():
-        named = "; ".join(f"{error.path} {error.reason}" for error in bad[:5])
-        raise UserError(
-            f"{len(bad)} of {len(test)} test images cannot be read ({named}), and a submission needs every one: "
-            f"replace the files and repeat the same command; make check, with the same COMP= and DATA=, lists them all"
-        )
+    refuse_unreadable(test.unreadable(), len(test), "test images")
+
+
+def _pretrain(config: TagConfig, files: Rows, network: Any) -> None:
+    from common.vision.weights import start_backbone
+    from competitions.inclusive_images import rows
+
+    if config.start_from:
+        rows.start_from(config, files, network)
+    else:
+        start_backbone(network.backbone, config.backbone, config.encoder_weights)
 
 
 def _model(config: TagConfig, m: int, projections: Any, rates: Any) -> Any:

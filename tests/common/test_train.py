@@ -14,8 +14,7 @@ from common import fit as fitting
 from common import predict, raw
 from common import run as runs
 from common.engine.ranks import Ranks
-from common.errors import UserError
-from common.loading.images import BadImage
+from common.errors import BadImage, UserError
 from common.train import train
 from tests.common import toy
 from tests.common.toy_runs import predict_again, same, toy_train, weights
