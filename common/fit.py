@@ -69,8 +69,8 @@ def rows_of_fold(task: Task, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
     valid = np.flatnonzero(folds == fold) if fold is not None else np.empty(0, int)
     if not len(train) or (fold is not None and not len(valid)):
         raise UserError(
-            f"{fold_label(fold)} has {len(train)} rows to train on and {len(valid)} to validate: choose --fold and --folds "
-            f"so that both have some"
+            f"{fold_label(fold)} has {len(train)} rows to train on and {len(valid)} to validate: choose --fold and "
+            f"--folds so that both have some"
         )
     return train, valid
 
@@ -80,7 +80,7 @@ def fold_label(fold: int | None) -> str:
 
 
 def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) -> Path:
-    """Train on every row outside `fold` (None: on all rows) and return the folder with model.pt, the predictions and fold.json.
+    """Train on every row outside `fold` (None: on all rows); returns the folder with its weights and predictions.
 
     A fold that is finished is left as it is; one that was interrupted goes on, to the same bits on a CPU.
     Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
@@ -193,8 +193,8 @@ class Training:
         state.seconds += time.monotonic() - self.counted
         if not state.samples:
             raise UserError(
-                f"{fold_label(self.fold)}: not one of its {len(self.rows)} training images can be read: make check, with "
-                f"the same COMP= and DATA=, lists them"
+                f"{fold_label(self.fold)}: not one of its {len(self.rows)} training images can be read: make check, "
+                f"with the same COMP= and DATA=, lists them"
             )
         row = self._row() | {"samples_per_second": round((state.samples - before) / max(seconds, 1e-9), 1)}
         if len(self.valid_rows) and self._validates():

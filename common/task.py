@@ -36,6 +36,7 @@ from common.predictions import Predictions
 from common.raw import RawData
 from common.submission import Sample
 from common.vision.check import image_paths
+from common.vision.find import fingerprint
 
 # Plain types only: it is written to the run as JSON. "score", when it is there, is the first metric as measured on rows
 # that the tuning did not see; the run reports it instead of the score on the rows that were tuned on.
@@ -144,8 +145,7 @@ def completed(task: Task, raw: RawData) -> Task:
             f"are not given): expected one for each"
         )
     submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
-    sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path in image_paths(data.train))
-    digest = sha256(f"{raw.opened_fingerprint()}\n{sizes}".encode()).hexdigest()
+    digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
 
 

@@ -27,7 +27,7 @@ class CloudConfig(Config):
     )
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
-    encoder_weights: Literal["imagenet", "none"] = flag("imagenet", "where the encoder starts; none is from scratch")
+    encoder_weights: str = flag("imagenet", "where the encoder starts: imagenet, none, or a file or folder of weights")
     encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr", at_least(0))
     class_head: Literal["pooled", "topk"] = flag(
         "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"

@@ -1,8 +1,8 @@
 """From probabilities to masks: is the class there at all, which regions count, and how far do they reach.
 
 Predictions are {"presence": [B, 4, 2], "pixels": [B, 4, 350, 525]}: how likely the class is there at all, by the class
-head and by the pixels, and the probability of every pixel. The mean over networks and TTA is taken of each: the presence
-of averaged pixels would be less than that of each network's, for which the gate is tuned.
+head and by the pixels, and the probability of every pixel. The mean over networks and TTA is taken of each: the
+presence of averaged pixels would be less than that of each network's, for which the gate is tuned.
 All comparisons happen in 255 steps, the resolution in which out-of-fold predictions are kept, so that a rule which
 was tuned on kept predictions decides the same on fresh ones.
 """

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from common.predictions import read_predictions, unpack
 from common.report import Report
 from common.run import Run
+from common.vision.datasets import ImageDataset
 from competitions.clouds import decision, tuning
-from competitions.clouds.dataset import CloudImages
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE, CloudFiles
 
 COLOURS = {"Fish": (230, 60, 60), "Flower": (60, 200, 80), "Gravel": (70, 130, 255), "Sugar": (250, 210, 40)}
@@ -21,7 +21,7 @@ OVERLAYS = 8  # images on the page: from the best to the worst
 CURVE_IMAGES = 150  # that the threshold curves are drawn from
 
 
-def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
+def report(run: Run, files: CloudFiles, images: ImageDataset) -> None:
     """Write report.html and its PNG files into the run's folder."""
     result = run.result or {}
     page = Report(run.path, f"Clouds: {run.name}")
@@ -36,7 +36,7 @@ def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
     page.write()
 
 
-def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: CloudImages) -> None:
+def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: ImageDataset) -> None:
     predictions = read_predictions(run.path, "oof")
     row_of = {name: row for row, name in enumerate(files.images)}
     rows = [row_of[name] for name in (run.path / "oof_ids.txt").read_text().splitlines()]

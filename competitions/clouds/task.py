@@ -16,13 +16,14 @@ from common.loading.mixing import CutMix
 from common.metrics import Metric
 from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
+from common.vision.backbones import probe
+from common.vision.tta import FLIPS, Flip
+from common.vision.weights import start_encoder
 from competitions.clouds import decision, loss, plots, reader, rle, tuning
 from competitions.clouds.augment import pipeline
 from competitions.clouds.config import CloudConfig
-from competitions.clouds.dataset import CloudImages
-from competitions.clouds.model import CloudNet, load_encoder_weights
-
-FLIPS: dict[str, tuple[int, ...]] = {"as is": (), "left-right": (-1,), "up-down": (-2,), "half turn": (-1, -2)}
+from competitions.clouds.dataset import cloud_images
+from competitions.clouds.model import CloudNet
 
 
 def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
@@ -32,8 +33,8 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     if raw.is_demo and config.encoder_weights == "imagenet":
         log("demo: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)
-    files = reader.read(raw)
-    valid = CloudImages(files.train_paths, config.size, files.runs)
+    files = reader.read(raw, log)
+    valid = cloud_images(files.train_paths, config.size, files.runs)
 
     def tune(predictions: dict[str, Any], rows: Any) -> dict[str, Any]:
         return tuning.tune(predictions, lambda i: files.runs.masks(int(rows[i]), reader.SUBMISSION_SIZE), config.seed)
@@ -43,41 +44,41 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             for label in files.test_classes[image]:
                 yield f"{image}_{reader.CLASSES[label]}", rle.encode(of_classes[label])
 
+    network = partial(CloudNet, config.architecture, config.encoder, config.class_head, config.dropout)
+    flags = f"--architecture {config.architecture} --encoder {config.encoder}"
     pixels = reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]
     return Task(
         data=Data(
-            train=CloudImages(files.train_paths, config.size, files.runs, pipeline(config.augment, config.blackout)),
+            train=cloud_images(files.train_paths, config.size, files.runs, pipeline(config.augment, config.blackout)),
             valid=valid,
             ids=files.images,
             folds=multilabel_stratified(files.images, files.runs.present(), config.folds, config.seed),
-            test=CloudImages(files.test_paths, config.size),
+            test=cloud_images(files.test_paths, config.size),
             test_ids=files.test_images,
             mix=CutMix(probability=config.cutmix) if config.cutmix else None,
         ),
         network=Network(
-            model=partial(CloudNet, config.architecture, config.encoder, config.class_head, config.dropout),
+            model=network,
             loss=loss.build(config),
-            tta=tuple(TTA(name, partial(_flip, sides), partial(_unflip, sides)) for name, sides in FLIPS.items()),
+            tta=tuple(TTA(name, way.apply, partial(_undo, way)) for name, way in FLIPS.items()),
             lr_scales={"net.encoder.": config.encoder_lr},
-            pretrain=partial(_pretrain, config.encoder) if config.encoder_weights == "imagenet" else None,
+            pretrain=partial(_pretrain, config) if config.encoder_weights != "none" else None,
         ),
         postprocess=Postprocess(predict=decision.predict, apply=decision.apply, tune=tune, kept="uint8"),
         submission=Submission(rows=rows, valid=lambda values: rle.problem_of_text(values[0], pixels)),
         metrics=_metrics(reader.CLASSES),
+        check=partial(probe, network, config.size, 3, flags),
         report=lambda run: plots.report(run, files, valid),
     )
 
 
-def _flip(sides: tuple[int, ...], images: Tensor) -> Tensor:
-    return images.flip(sides) if sides else images
+def _undo(way: Flip, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return predictions | {"pixels": way.undo(predictions["pixels"])}
 
 
-def _unflip(sides: tuple[int, ...], predictions: dict[str, Tensor]) -> dict[str, Tensor]:
-    return predictions | {"pixels": _flip(sides, predictions["pixels"])}
-
-
-def _pretrain(encoder: str, network: CloudNet) -> None:
-    load_encoder_weights(network, encoder)
+def _pretrain(config: CloudConfig, network: CloudNet) -> None:
+    scratch = "--encoder-weights none --encoder-lr 1"
+    start_encoder(network.net.encoder, config.encoder, config.encoder_weights, scratch=scratch)
 
 
 def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:

@@ -47,7 +47,10 @@ class TagConfig(Config):
     cache_gb: float = flag(
         20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
     )
-    backbone: str = flag("resnet50", "model of timm, from scratch: the competition forbade published weights")
+    backbone: str = flag("resnet50", "model of timm")
+    encoder_weights: str = flag(
+        "none", "where the backbone starts: none, as the competition forbade others, imagenet, or a file of weights"
+    )
     dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
     augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
     mix: Literal["none", "mixup", "cutmix"] = flag("none", "blend pairs of training images and their labels")

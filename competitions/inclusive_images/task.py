@@ -18,9 +18,13 @@ from common.metrics import Metric
 from common.raw import RawData
 from common.run import Run
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
+from common.vision.datasets import ImageDataset
+from common.vision.store import ImageStore
+from common.vision.tta import MIRRORED
+from common.vision.weights import start_backbone
 from competitions.inclusive_images import decision, plots, rows
 from competitions.inclusive_images.config import TagConfig
-from competitions.inclusive_images.dataset import ImageStore, TaggedImages, augmentation, sampling_weights
+from competitions.inclusive_images.dataset import Targets, augmentation, sampling_weights
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.model import HEADS, TagNet
 from competitions.inclusive_images.rows import Rows
@@ -34,19 +38,12 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     clusters = decision.cluster(embedding, config.clusters) if config.clusters else np.arange(len(files.index))
     counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
     decide = _decide(config, files, counts, clusters)
-    images, test = (
-        ImageStore(paths, config.size, raw.cache, rows.cache_key(paths), config.cache_gb)
-        for paths in (files.paths, files.test_paths)
-    )
-    for what, those in (("labelled", images), ("test", test)):
-        if those.gigabytes > config.cache_gb:
-            log(
-                f"the {len(those):,} {what} images are decoded at every use: resized they would take "
-                f"{those.gigabytes:.2g} GB, more than --cache-gb {config.cache_gb:g}"
-            )
+    store = partial(ImageStore, size=config.size, cache=raw.cache, limit_gb=config.cache_gb, announce=log)
+    images, test = store(files.paths), store(files.test_paths)
     vectors = embedding.vectors if config.embedding else None
     weights = sampling_weights(files.labels) if config.sampling == "weighted" else None
-    augmented = augmentation(config.augment, config.size)
+    started = config.start_from or config.encoder_weights != "none"
+    targets = Targets(files.labels, vectors, config.count > 0)
 
     def tune(scores: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         prior, trims = _prior(counts), (0, 1, 2, 3) if config.clusters else (0,)
@@ -58,11 +55,11 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
     return Task(
         data=Data(
-            train=TaggedImages(images, files.labels, vectors, config.count > 0, augmented),
-            valid=TaggedImages(images, files.labels, vectors, config.count > 0),
+            train=ImageDataset(images, targets, transform=augmentation(config.augment, config.size)),
+            valid=ImageDataset(images, targets),
             ids=files.ids,
             folds=files.folds,
-            test=TaggedImages(test),
+            test=ImageDataset(test),
             test_ids=files.test_ids,
             order=None if weights is None else lambda own: orders.weighted(weights[own], rows=own),
             mix=_mix(config.mix),
@@ -70,8 +67,8 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         network=Network(
             model=partial(_model, config, files, embedding, counts),
             loss=_loss(config),
-            tta=(TTA("as is"), TTA("left-right", lambda images: images.flip(-1))),
-            pretrain=partial(rows.start_from, config, files) if config.start_from else None,
+            tta=tuple(TTA(name, way.apply) for name, way in MIRRORED.items()),
+            pretrain=partial(_pretrain, config, files) if started else None,
             outputs=str(files.index),
         ),
         postprocess=Postprocess(predict=partial(_predict, config), apply=decide, tune=tune, kept="float16"),
@@ -114,6 +111,13 @@ def _model(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, cou
     heads = tuple(name for name in HEADS if weights[name])
     rates, frozen = counts / files.fitted.shape[0], config.learns == "heads"
     return TagNet(config.backbone, config.size, m, heads, projections, rates, config.dropout, frozen)
+
+
+def _pretrain(config: TagConfig, files: Rows, network: TagNet) -> None:
+    if config.start_from:
+        rows.start_from(config, files, network)
+    else:
+        start_backbone(network.backbone, config.backbone, config.encoder_weights)
 
 
 def _loss(config: TagConfig) -> Any:

@@ -3,9 +3,9 @@ import pickle
 import cv2
 import numpy as np
 import pytest
+from common.loading.images import BadImage, check_folder, decode, find_bad
 
 from common.errors import UserError
-from common.loading.images import BadImage, check_folder, decode, find_bad
 
 HEIGHT, WIDTH = 140, 210
 
