@@ -104,14 +104,10 @@ def kernel(name: str, argv: list[str]) -> None:
     verbs.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-def name(competition: str, argv: list[str]) -> None:
-    """succeed when the competition exists, name the nearest when it does not (for the target that is given next)"""
+VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel, name)}
-
-
-def _verb(word: str, competition: str) -> Callable[[str, list[str]], None]:
+def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
     """The verb that `word` names, of the core or of the competition; raises UserError saying who has it."""
     there = competitions.names()
     own = {one: competitions.load(one).verbs for one in there}
@@ -119,7 +115,9 @@ def _verb(word: str, competition: str) -> Callable[[str, list[str]], None]:
     if word in found:
         return found[word]
     if having := [one for one in there if word in own[one]]:
-        raise UserError(f"{competition or 'COMP='} has no {word}: only {', '.join(having)} has")
+        raise UserError(
+            f"COMP={competition} has no {word}: only {', '.join(having)} has. Try: make {word} COMP={having[0]}"
+        )
     near = difflib.get_close_matches(word, found, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"{word!r} is not a verb: expected one of {', '.join(found)}.{hint}")
@@ -131,8 +129,8 @@ def _run(argv: list[str]) -> None:
             raise UserError(f"{word!r} is not UTF-8: give the file or the run a name that is")
     verb, rest = argv[0], argv[2:]
     given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
-    found = _verb(verb, given)
-    found(competitions.known(given, rest[0] if verb == "name" and rest else verb), rest)
+    function = verb_of(verb, given)
+    function(competitions.known(given, verb), rest)
 
 
 def main(argv: list[str]) -> int:

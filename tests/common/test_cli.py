@@ -17,10 +17,12 @@ def _here(tmp_path, monkeypatch):
     [
         (["trian", "clouds"], ["'trian' is not a verb", "Did you mean train?"]),
         (["trian"], ["'trian' is not a verb", "predict", "submit"]),
-        (["backtest", "clouds"], ["clouds has no backtest: only kdd_air_quality has"]),
+        (
+            ["backtest", "clouds"],
+            ["COMP=clouds has no backtest: only kdd_air_quality has", "make backtest COMP=kdd_air_quality"],
+        ),
         (["predict"], ["COMP= is missing", "make predict COMP=clouds"]),
-        (["name", "", "predict"], ["COMP= is missing", "make predict COMP=clouds"]),
-        (["name", "digits", "submit"], ["COMP=digits is not", "Did you mean digit_recognizer?", "make submit COMP="]),
+        (["submit", "digits"], ["COMP=digits is not", "Did you mean digit_recognizer?", "make submit COMP="]),
         (["train", "clouds", "--recipe", "smal"], ["RECIPE=smal", "small", "Did you mean small?"]),
         (["train", "clouds", "--recipe"], ["python -m common train clouds --help"]),
         (["train", "digit_recognizer", "--epoch", "1"], ["unknown flag --epoch", "Did you mean --epochs?"]),
