@@ -14,12 +14,11 @@ import cv2
 from tqdm import tqdm
 
 from common.errors import BadImage, UserError
-from common.vision.decode import decode, jpeg_size
+from common.vision.decode import PIXELS, decode, jpeg_size
 from common.vision.find import ENDINGS
 
 FEW = 2000  # images of 1400x2100 are decoded in half a minute on two cores
 ENDS = 2**16  # bytes of a file's beginning and end that tell whether it is whole
-PIXELS = 2**30  # of the largest image that OpenCV decodes
 NAMED = 5
 
 

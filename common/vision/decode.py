@@ -10,6 +10,7 @@ from common.errors import BadImage
 
 REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
+PIXELS = 2**30  # OpenCV decodes no larger images
 
 Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one grey file for each channel
 
@@ -17,9 +18,9 @@ Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one grey file 
 def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = True) -> np.ndarray:
     """The image as uint8 [H, W, C], resized to `size` (height, width) where given.
 
-    One file is RGB, also where it holds grey; a tuple of files is stacked, each of them one channel in grey. Of 16 bits
-    the upper eight are kept, and transparency is dropped. `upright` turns the image as its EXIF orientation says; where
-    masks belong to the pixels as they are stored it must not. A JPEG at least twice as large as `size` is decoded at
+    One file is RGB, also where it holds grey; a tuple of files is stacked, each of them one channel in grey. 16 bits
+    become eight (65535 is 255), and transparency is dropped. `upright` turns the image as its EXIF orientation says;
+    where masks belong to the pixels as they are stored it must not. A JPEG at least twice as large as `size` is decoded at
     1/2, 1/4 or 1/8: that skips most of its inverse transform. Raises BadImage whatever is wrong with a file.
     """
     if not isinstance(image, tuple):
@@ -45,6 +46,8 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
     if size is not None and data[:2] == b"\xff\xd8":
         height, width = jpeg_size(data)
+        if height * width >= PIXELS:  # at 1/8 it would be decoded, and be grey: two bytes of it were damaged
+            raise BadImage(path, f"cannot be decoded (its header says {height}x{width} pixels)")
         factor = min(height // size[0], width // size[1])
         if factor >= 2:
             flags |= REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
