@@ -26,8 +26,8 @@ def digit(values):
     return None if values[0] in set("0123456789") else f"label {values[0]!r} is not 0 to 9"
 
 
-def write(path, rows, columns=("ImageId", "Label")):
-    return submission.write(path, columns, rows, SAMPLE, digit, {"competition": "toy", "demo": False})
+def write(path, rows):
+    return submission.write(path, SAMPLE, rows, digit, {"competition": "toy", "demo": False})
 
 
 def test_a_good_submission_is_written_with_its_origin(tmp_path):
@@ -63,15 +63,16 @@ def test_a_bad_submission_is_refused_and_the_old_one_stays(tmp_path, rows, messa
 
 
 def test_the_header_must_be_the_samples(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text("id,Label\n1,7\n2,0\n3,9\n")
     with pytest.raises(UserError, match="header is 'id,Label', expected 'ImageId,Label'"):
-        write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)], columns=("id", "Label"))
-    assert list(tmp_path.iterdir()) == []
+        submission.check(path, SAMPLE, digit)
 
 
 def test_five_offenders_are_named_and_no_more(tmp_path):
     sample = sample_of("id,y\n", *(f"{i},0\n" for i in range(20)))
     with pytest.raises(UserError) as raised:
-        submission.write(tmp_path / "x.csv", ("id", "y"), [(i + 100, 0) for i in range(20)], sample, None, {})
+        submission.write(tmp_path / "x.csv", sample, [(i + 100, 0) for i in range(20)], None, {})
     assert str(raised.value).count("line ") == 5
 
 
@@ -131,7 +132,7 @@ def test_a_disk_that_is_full_when_the_sidecar_reaches_it_keeps_both_old_files(tm
 
 def test_a_long_value_is_no_fault_and_another_encoding_is(tmp_path):
     sample = sample_of("id,runs\n", "a,\n")
-    path = submission.write(tmp_path / "run.csv", ("id", "runs"), [("a", "1 2 " * 100_000)], sample, None, {})
+    path = submission.write(tmp_path / "run.csv", sample, [("a", "1 2 " * 100_000)], None, {})
     assert submission.check(path, sample) == 1
     path.write_bytes("id,runs\na,é\n".encode("latin-1"))
     with pytest.raises(UserError, match="not readable as a CSV in UTF-8"):
@@ -157,9 +158,9 @@ def test_an_error_of_the_rows_is_not_taken_for_the_disks(tmp_path):
 
 def test_blank_lines_of_the_sample_do_not_count(tmp_path):
     rows = [(1, 7), (2, 0), (3, 9)]
-    submission.write(tmp_path / "a.csv", ("ImageId", "Label"), rows, sample_of(*LINES, "\n"), digit, {})
+    submission.write(tmp_path / "a.csv", sample_of(*LINES, "\n"), rows, digit, {})
     with pytest.raises(UserError, match="line 5: id 4 is not in the sample"):
-        submission.write(tmp_path / "b.csv", ("ImageId", "Label"), [*rows, (4, 1)], sample_of(*LINES, "\n"), digit, {})
+        submission.write(tmp_path / "b.csv", sample_of(*LINES, "\n"), [*rows, (4, 1)], digit, {})
 
 
 def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.vision.tta import Flip
 from competitions.clouds import decision, tuning
 from competitions.clouds.decision import Rule
 from competitions.clouds.reader import CLASSES
-from competitions.clouds.task import _flip, _unflip
+from competitions.clouds.task import _undo
 
 HEIGHT, WIDTH = 350, 525
 
@@ -142,7 +143,7 @@ def test_tta_undoes_what_they_did(sides):
 
     images = torch.randint(0, 255, (2, 3, HEIGHT, WIDTH), dtype=torch.uint8)
     direct = flat(decision.predict(network(images)))
-    turned = flat(_unflip(sides, decision.predict(network(_flip(sides, images)))))
+    turned = flat(_undo(Flip(sides), decision.predict(network(images.flip(sides)))))
     assert torch.allclose(direct, turned, atol=1e-6)
     assert not torch.allclose(direct, flat(decision.predict(network(images.flip(sides)))), atol=1e-3)
 
