@@ -112,7 +112,8 @@ class RawData:
                 return name
             folder = (self.path / name).parent
             there = [folder / own for own in os.listdir(folder)] if folder.is_dir() else []
-            alike = [str(own.relative_to(self.path)) for own in there if own.name.lower() == Path(name).name.lower()]
+            alike = [own for own in there if own.name.lower() == Path(name).name.lower() and own.is_file()]
+            alike = [str(own.relative_to(self.path)) for own in alike]
         if len(alike) > 1:
             raise UserError(f"{self.path} has no {name}, but {' and '.join(sorted(alike))}: remove or rename one")
         return alike[0] if alike else None
