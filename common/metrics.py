@@ -158,6 +158,12 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
     return *shape[:1], *(size for size in shape[1:] if size != 1)
 
 
+def _has_nan(tensor: Tensor) -> Tensor:
+    return (
+        tensor.amin().isnan() if tensor.numel() else torch.zeros((), dtype=torch.bool)
+    )  # far faster than isnan().any()
+
+
 class _Sums:
     """The sums of an additive metric, of all rows and, for its error, of every group of rows."""
 
@@ -185,7 +191,7 @@ class _Sums:
             self.sizes, self.squares = torch.zeros(size, dtype=torch.float64), 0.0
         stats = stats.double()
         self.sums += stats.sum(0)
-        self.spoilt += sum(x.isnan().any().to(self.spoilt.device) for x in tensors_of(picked[0]))
+        self.spoilt += sum(_has_nan(x).to(self.spoilt.device) for x in tensors_of(picked[0]))
         if groups is not None:
             stats = stats.cpu()
             self.parts.index_add_(0, groups, stats)
@@ -226,7 +232,7 @@ class _Rows:
 
     def _of(self, chosen: Any) -> float:
         rows = map_tree(lambda x: x[chosen], self.rows)
-        spoilt = any(bool(x.isnan().any()) for x in tensors_of(rows[0]))
+        spoilt = any(map(_has_nan, tensors_of(rows[0])))
         return math.nan if spoilt else float(self.metric.whole(*map_tree(lambda x: x.numpy(), rows)))
 
     def score(self, count: float) -> float:
@@ -339,14 +345,16 @@ def log_loss(eps: float = 1e-15) -> Metric:
     """
 
     def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        if bool(((decisions < 0) | (decisions > 1)).any()):
+        least, most = map(float, decisions.aminmax())
+        if least < 0 or most > 1:
             raise UserError(
-                f"log_loss needs probabilities, found {float(decisions.min()):.4g} to {float(decisions.max()):.4g}: "
-                "predict the softmax or sigmoid of the outputs"
+                f"log_loss needs probabilities, found {least:.4g} to {most:.4g}: predict the softmax or sigmoid of the "
+                "outputs"
             )
         if _of_classes(decisions, targets):
             true = decisions.gather(1, targets.long()[:, None])[:, 0].double()
-            return _weighted(-(true / decisions.double().sum(1)).clamp(eps, 1 - eps).log(), targets, weights)
+            total = decisions.sum(1, dtype=torch.float64)
+            return _weighted(-(true / total).clamp(eps, 1 - eps).log(), targets, weights)
         _same_shape("log_loss", decisions, targets)
         p, t = decisions.double().clamp(eps, 1 - eps), targets.double()
         return _weighted(-torch.xlogy(t, p) - torch.xlogy(1 - t, 1 - p), targets, weights)
