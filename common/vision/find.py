@@ -62,7 +62,10 @@ def images_of(folder: Path, ids: Sequence[Any], table: str, again: str) -> list[
         raise UserError(f"{folder} is missing: {again}")
     paths = match_images(folder, ids)
     if missing := [str(name) for name, path in zip(ids, paths, strict=True) if path is None]:
-        raise UserError(f"{table} names {some(missing)}, not in {folder}: unpack the images again, or remove the rows")
+        raise UserError(
+            f"{table} names {some(missing)}, not in {folder} ({len(missing):,} of {len(paths):,} images): unpack the "
+            f"images again, or {again}"
+        )
     return paths
 
 

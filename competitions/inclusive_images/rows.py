@@ -76,8 +76,7 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
     test_ids = reader.read_submission_ids(raw, sample_name)
-    again = "unpack the test images there, or get them with make data COMP=inclusive_images"
-    test_paths = images_of(test_folder, test_ids, sample_name, again)
+    test_paths = images_of(test_folder, test_ids, sample_name, "get them with make data COMP=inclusive_images")
     names = [reader.TRAIN, reader.CLASSES, reader.TUNING, sample_name]
     # Not of the test images: a run in which one of them was mended since is still the same training.
     contents = f"{raw.fingerprint(*[name for name in names if raw.exists(name)])} {fingerprint(paths)}"

@@ -51,7 +51,7 @@ def test_two_files_of_one_name_are_an_error_unless_the_id_says_which(tmp_path):
 
 def test_missing_images_are_named(tmp_path):
     folder = touched(tmp_path / "train", "a.jpg")
-    with pytest.raises(UserError, match="train.csv names b, c, d and 2 more, not in .*train"):
+    with pytest.raises(UserError, match="train.csv names b, c, d and 2 more, not in .*train .5 of 6 images.*or get it"):
         images_of(folder, [*"abcdef"], "train.csv", "get it")
     with pytest.raises(UserError, match="other is missing: get it"):
         images_of(tmp_path / "other", ["a"], "train.csv", "get it")

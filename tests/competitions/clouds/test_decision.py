@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.vision.tta import Flip
+from common.vision.tta import FLIPS
 from competitions.clouds import decision, tuning
 from competitions.clouds.decision import Rule
 from competitions.clouds.reader import CLASSES
@@ -133,8 +133,8 @@ def test_every_pixel_of_a_larger_network_counts():
     assert float(pixels.mean()) == pytest.approx(0.25, abs=0.002)
 
 
-@pytest.mark.parametrize("sides", [(-1,), (-2,), (-1, -2)])
-def test_tta_undoes_what_they_did(sides):
+@pytest.mark.parametrize("way", list(FLIPS.values())[1:])
+def test_tta_undoes_what_it_did(way):
     """A network that knows no place: its predictions of the flipped image, flipped back, are the same."""
 
     def network(images):
@@ -143,9 +143,9 @@ def test_tta_undoes_what_they_did(sides):
 
     images = torch.randint(0, 255, (2, 3, HEIGHT, WIDTH), dtype=torch.uint8)
     direct = flat(decision.predict(network(images)))
-    turned = flat(_undo(Flip(sides), decision.predict(network(images.flip(sides)))))
+    turned = flat(_undo(way, decision.predict(network(way.apply(images)))))
     assert torch.allclose(direct, turned, atol=1e-6)
-    assert not torch.allclose(direct, flat(decision.predict(network(images.flip(sides)))), atol=1e-3)
+    assert not torch.allclose(direct, flat(decision.predict(network(way.apply(images)))), atol=1e-3)
 
 
 def test_dice_hand_cases():
