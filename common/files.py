@@ -153,10 +153,7 @@ def write_with(path: Path, writer: Callable[[IO], None]) -> None:
     with replacing(path) as stream:
         try:
             writer(stream)
-        except (RuntimeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise
-            # torch's zip writer reports a full disk as a RuntimeError, numpy's as an OSError without a number
+        except RuntimeError as error:  # torch.save reports a full disk as a RuntimeError of its zip writer
             full = shutil.disk_usage(path.parent).free < NO_ROOM
             reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
             raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.raw import RawData
 from common.tables.columns import NO_NUMBER, Column, as_column
 
-BYTES_AT_ONCE = 1 << 24  # the whole file would take several times its size while it is parsed
+BYTES_AT_ONCE = 1 << 23  # few enough for the distinct cells to stay in the processor cache, and for the memory
 SHOWN = 30  # characters of a cell or a name in a message
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 IN_WHOLE_NUMBERS = np.zeros(256, bool)
@@ -215,10 +215,12 @@ class _File:
         return frame
 
     def _counted(self, block: bytes, expected: int, line: int) -> tuple[np.ndarray, int]:
-        """The lines of the rows [n], and how many cells each has behind those of the header: 1 where all end in a comma.
+        """The lines of the rows [n], and how many blank cells each has beyond the header: 1 where all end in a comma.
 
         Raises UserError for a row with other cells.
         """
+        if (rows := _equal_rows(block, expected)) is not None:
+            return line + np.arange(rows), 0
         cells, blank, ends, lines = _quoted_rows(block) if b'"' in block else _plain_rows(block)
         if not self.blank_lines and blank[: len(blank) - _blank_tail(blank)].any():
             raise UserError(f"{self.where} line {line + lines[np.argmax(blank)]} is blank: {self.again}")
@@ -272,8 +274,19 @@ class _File:
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # cells, is blank, last cell is blank, line from 0: [n]
 
 
+def _equal_rows(block: bytes, cells: int) -> int | None:
+    """The number of rows of a block without quotes and blank lines that all have so many cells; None of any other."""
+    if b'"' in block or cells < 2:
+        return None
+    text = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
+    marks = text[np.flatnonzero((text == ord(",")) | (text == ord("\n")))]
+    if len(marks) % cells or not (marks[cells - 1 :: cells] == ord("\n")).all():
+        return None
+    return len(marks) // cells if np.count_nonzero(marks == ord("\n")) == len(marks) // cells else None
+
+
 def _plain_rows(block: bytes) -> Rows:
-    """The rows of a block without quotes: 0.2 s for 73 MB."""
+    """The rows of a block without quotes."""
     text = np.frombuffer(block.removesuffix(b"\n"), np.uint8)
     if not len(text):
         return np.ones(1, int), np.ones(1, bool), np.ones(1, bool), np.zeros(1, int)

@@ -144,7 +144,10 @@ FAULTS = {
     "negative": (changed(4, "3", "-3"), ["line 4, column count: '-3'"]),
     "blank": (changed(4, "3", ""), ["line 4, column count: ''"]),
     "beyond any integer": (changed(4, "3", "9" * 40), ["line 4, column count: '999"]),
-    "no number": (changed(2, "2.5", "2;5"), ["line 2, column size: '2;5', expected a number from 0 to 100, or nothing"]),
+    "no number": (
+        changed(2, "2.5", "2;5"),
+        ["line 2, column size: '2;5', expected a number from 0 to 100, or nothing"],
+    ),
     "infinite": (changed(2, "2.5", "inf"), ["line 2, column size: 'inf'"]),
     "overflow": (changed(2, "2.5", "1e999"), ["line 2, column size: '1e999'"]),
     "out of range": (changed(2, "2.5", "-0.1"), ["line 2, column size: '-0.1'"]),

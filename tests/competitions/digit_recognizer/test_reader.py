@@ -139,9 +139,17 @@ def test_csv_is_parsed_once_for_the_same_contents(folder, monkeypatch):
         reader.tables, "read", lambda raw, name, *given, **rest: parsed.append(name) or parse(raw, name, *given, **rest)
     )
     again = read(raw)
-    assert parsed == ["sample_submission.csv"] and np.array_equal(again.images, first.images) and again.fingerprint == first.fingerprint
+    assert (
+        parsed == ["sample_submission.csv"]
+        and np.array_equal(again.images, first.images)
+        and again.fingerprint == first.fingerprint
+    )
     changed = read(write(folder, train=cell(2, 1, 77)))
-    assert parsed[1:] == ["train.csv", "sample_submission.csv"] and changed.images[0, 0, 0, 0] == 77 and changed.fingerprint != first.fingerprint
+    assert (
+        parsed[1:] == ["train.csv", "sample_submission.csv"]
+        and changed.images[0, 0, 0, 0] == 77
+        and changed.fingerprint != first.fingerprint
+    )
 
 
 def test_folder_that_cannot_be_written_is_told_and_cached_elsewhere(folder, tmp_path, capsys, monkeypatch):
