@@ -413,17 +413,18 @@ class TestTable:
     def test_both_spellings_keep_their_ids_and_order(self, real_data):
         for name in ("sample_submission.csv", "sample_submission_short_ids.csv"):
             lines = (real_data / "kdd_cup_2018" / name).read_text().splitlines()
-            assert table.stations_of(lines) == Network().stations
+            asked = table.asked_by(lines, name)
+            assert asked.network == Network()
             forecast = np.arange(48 * 131, dtype=float).reshape(48, 131)
-            rows = list(table.rows(lines, forecast, Network()))
+            rows = list(table.csv_rows(asked, forecast, Network()))
             assert [row[0] for row in rows] == [line.split(",")[0] for line in lines[1:]] and len(rows) == 2304
             assert rows[0][1:] == ["0.0000", "1.0000", "2.0000"]
             assert rows[-1][1:3] == [f"{48 * 131 - 2}.0000", f"{48 * 131 - 1}.0000"]
             assert rows[-1][3] == lines[-1].split(",")[3]
 
     def test_the_standard_sample_without_a_file(self, tmp_path):
-        lines = table.sample_lines(RawData(tmp_path, "kdd_air_quality"))
-        assert len(lines) == 2305 and lines[1] == "dongsi_aq#0,0,0,0" and lines[-1] == "TH4#47,0,0,"
+        rows = table.asked(RawData(tmp_path, "kdd_air_quality")).rows
+        assert len(rows) == 2304 and rows[0] == ["dongsi_aq#0", "0", "0", "0"] and rows[-1] == ["TH4#47", "0", "0", ""]
 
     @pytest.mark.parametrize(
         "name", ["Sample_Submission.csv", "SAMPLE_SUBMISSION.CSV", "2018/sample_submission_v2.csv"]
@@ -431,17 +432,17 @@ class TestTable:
     def test_the_sample_in_another_case_is_the_sample(self, tmp_path, name):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("test_id,PM2.5,PM10,O3\nCD1#0,0,0,\n")
-        assert table.sample_lines(RawData(tmp_path, "kdd_air_quality"))[1:] == ["CD1#0,0,0,"]
+        assert table.asked(RawData(tmp_path, "kdd_air_quality")).sample.ids == ("CD1#0",)
         (tmp_path / "sample_submission.csv").write_text("test_id,PM2.5,PM10,O3\nBL0#0,0,0,\n")
         if name != "Sample_Submission.csv":
-            assert table.sample_lines(RawData(tmp_path, "kdd_air_quality"))[1:] == ["BL0#0,0,0,"]
+            assert table.asked(RawData(tmp_path, "kdd_air_quality")).sample.ids == ("BL0#0",)
 
     def test_ids_are_joined_by_name_not_by_place(self):
         lines = ["test_id,PM2.5,PM10,O3", "CD1#1,0,0,", "dongsi_aq#0,0,0,0"]
-        network = Network(table.stations_of(lines))
-        assert network.stations == ("dongsi_aq", "CD1"), "the order of the series is not the sample's"
+        asked = table.asked_by(lines, "sample.csv")
+        assert asked.network.stations == ("dongsi_aq", "CD1"), "the order of the series is not the sample's"
         forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # dongsi PM2.5, PM10, O3, CD1 PM2.5, PM10
-        assert list(table.rows(lines, forecast, network)) == [
+        assert list(table.csv_rows(asked, forecast, asked.network)) == [
             ["CD1#1", "8.0000", "9.0000", ""],
             ["dongsi_aq#0", "0.0000", "1.0000", "2.0000"],
         ]
@@ -449,35 +450,35 @@ class TestTable:
     @pytest.mark.parametrize("line", ["nowhere_aq#1,0,0,0", "CD1#48,0,0,0", "CD1,0,0,0"])
     def test_other_ids_are_refused(self, line):
         with pytest.raises(UserError, match="expected a station"):
-            table.stations_of(["test_id,PM2.5,PM10,O3", line])
+            table.asked_by(["test_id,PM2.5,PM10,O3", line], "sample.csv")
 
     @pytest.mark.parametrize(
         "lines, fault",
         [
-            ([], "a header and no ids"),
-            (["CD1#0"], "the row 'CD1#0': expected 4 values"),
-            (["CD1#0,0,0"], "expected 4 values"),
-            (["   "], "expected 4 values"),
-            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is there twice"),
-            (["CD1#0,0,0,nan"], "id CD1#0 has the value 0.0000,0.0000,nan"),
+            ([], "a header and no rows"),
+            (["CD1#0"], "line 2: 1 values, expected 4"),
+            (["CD1#0,0,0"], "line 2: 3 values, expected 4"),
+            (["   "], "line 2: 1 values, expected 4"),
+            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is in line 2 already"),
+            (["CD1#0,0,0,nan"], "id CD1#0 has the value nan in O3"),
             (["CD1#0,0,0,-1"], "O3 is -1, expected 0 or more"),
             (["CD1#0,0,0,none"], "O3 is 'none', expected a number"),
         ],
     )
     def test_what_no_submission_could_follow_is_refused(self, lines, fault):
         with pytest.raises(UserError) as caught:
-            table.stations_of(["test_id,PM2.5,PM10,O3", *lines])
+            table.asked_by(["test_id,PM2.5,PM10,O3", *lines], "sample.csv")
         assert fault in str(caught.value)
 
     @pytest.mark.parametrize("header", ["", "id,PM2.5,PM10,O3", "test_id,PM2.5,PM10,O3 "])
     def test_other_headers_are_refused(self, header):
-        with pytest.raises(UserError, match="expected test_id,PM2.5,PM10,O3"):
-            table.stations_of([header, "CD1#0,0,0,"])
+        with pytest.raises(UserError, match="expected test_id,PM2.5,PM10,O3|line 2: the header is 'CD1#0,0,0,'"):
+            table.asked_by([header, "CD1#0,0,0,"], "sample.csv")
 
     def test_quotes_and_blank_lines_are_those_of_any_csv(self):
         lines = ['"test_id","PM2.5","PM10","O3"', "", '"CD1#7","0","0",""', ""]
-        network = Network(table.stations_of(lines))
-        assert list(table.rows(lines, np.ones((48, 2)), network)) == [["CD1#7", "1.0000", "1.0000", ""]]
+        asked = table.asked_by(lines, "sample.csv")
+        assert list(table.csv_rows(asked, np.ones((48, 2)), asked.network)) == [["CD1#7", "1.0000", "1.0000", ""]]
 
     @pytest.mark.parametrize(
         "values, fault",
