@@ -14,7 +14,6 @@ from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.stations import FULL_NAME, POLLUTANTS, STATIONS, Network, city_of
 
 COLUMNS = ("test_id", *POLLUTANTS)
-EXACT = "sample_submission.csv"
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,9 @@ class Asked:
 
 def asked(raw: RawData) -> Asked:
     """The sample submission; without one, the official 2,304 ids with full station names."""
-    files = {name: name.rsplit("/", 1)[-1].lower() for name in raw.names()}
-    found = [name for name, file in files.items() if EXACT.removesuffix(".csv") in file and file.endswith(".csv")]
-    if found:
-        name = min(found, key=lambda name: (name != EXACT, name.lower() != EXACT, name))
+    if found := raw.matching("*sample_submission*.csv"):
+        exact = "sample_submission.csv"
+        name = min(found, key=lambda name: (name != exact, name.lower() != exact, name))
         return asked_by(raw.text(name).splitlines(), f"{raw.path}/{name}")
     official = [
         f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
