@@ -182,6 +182,7 @@ def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> d
         "data_fingerprint": task.fingerprint,
         "demo": is_demo,
         "created": runs.now(),
+        **task.submission.facts,
     }
 
 

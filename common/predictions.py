@@ -53,10 +53,11 @@ def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
 
 
 def unpack(kept: Predictions) -> Predictions:
-    """What `pack` kept, as float32 tensors [B, ...]; a tree of it likewise."""
+    """What `pack` kept, as float32 tensors [B, ...] (float64 where it was kept so); a tree of it likewise."""
     if isinstance(kept, dict):
         return {name: unpack(part) for name, part in kept.items()}
-    return torch.from_numpy(kept.astype(np.float32) / (255 if kept.dtype == np.uint8 else 1))
+    exact = kept.astype(np.float64 if kept.dtype == np.float64 else np.float32)
+    return torch.from_numpy(exact / (255 if kept.dtype == np.uint8 else 1))
 
 
 class PredictionWriter:

@@ -24,6 +24,7 @@ Predictions are one tensor [B, ...] or a flat dict of tensors. competitions/<nam
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,12 @@ class Submission:
     valid: Callable[[Sequence[str]], str | None] | None = None  # a row without its id -> what is wrong with it
     sample: str = "sample_submission.csv"  # name of the sample submission in the data
     text: tuple[str, ...] = ()  # columns that hold words, though the sample has nothing but numbers in them
+    facts: dict[str, Any] = field(default_factory=dict)  # what else stands in the file beside the CSV
 
 
-# training rows, validation rows, fold (None: all rows train) -> predictions of the validation rows and of the test rows
-FitPredict = Callable[[np.ndarray, np.ndarray, int | None], tuple[Predictions, Predictions]]
+# training rows, validation rows, fold (None: all rows train), folder of the fold, to keep models and what a stopped run
+# goes on with -> predictions of the validation rows and of the test rows
+FitPredict = Callable[[np.ndarray, np.ndarray, int | None, Path], tuple[Predictions, Predictions]]
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ class Task:
     submission: Submission = field(default_factory=Submission)
     check: Callable[[], None] | None = None  # raises UserError for what would fail only after the training
     report: Callable[[Any], None] | None = None  # draws the plots of the run, once it is finished
+    sample: Sample | None = None  # None: of the file that `submission` names
     # Filled in by `completed`.
-    sample: Sample | None = None
     fingerprint: str = ""  # sha256 of the data that was read
 
 
@@ -130,7 +133,7 @@ def completed(task: Task, raw: RawData) -> Task:
     """`task` with its defaults filled in from the data; raises UserError for what does not fit together."""
     if (task.network is None) == (task.fit_predict is None):
         raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
-    sample = Sample.read(raw, task.submission.sample, task.submission.text)
+    sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text)
     data = task.data
     if data.test_ids is None:
         data = replace(data, test_ids=sample.ids)

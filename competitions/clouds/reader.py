@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import tables
 from common.errors import BadImage, UserError
 from common.raw import RawData
 from common.vision.decode import decode
@@ -81,16 +82,10 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
 
 def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
     """Rows of a CSV as (line, image, class, cell); raises UserError for other columns and unknown classes."""
-    rows = raw.rows(name)
-    _, header = next(rows, (1, []))
-    if tuple(header) != COLUMNS:
-        found, expected = ", ".join(header)[:200] or "none", ", ".join(COLUMNS)
-        raise UserError(f"{raw.path}/{name} has the columns {found}; expected {expected}: {AGAIN}")
+    columns = {COLUMNS[0]: str, COLUMNS[1]: tables.text(blank=True)}
+    table = tables.read(raw, name, columns, others="refuse", lines=True)
     known = {label: number for number, label in enumerate(CLASSES)}
-    for line, row in rows:
-        if len(row) != len(COLUMNS):
-            raise UserError(f"{raw.path}/{name} line {line} has {len(row)} cells, expected {len(COLUMNS)}: {AGAIN}")
-        key, cell = row
+    for line, key, cell in table.itertuples():
         image, _, label = key.rpartition("_")
         if label not in known or not image:
             near = difflib.get_close_matches(label, CLASSES, n=1)
@@ -116,8 +111,6 @@ def _train(raw: RawData) -> tuple[list[str], Runs]:
         if fault := rle.problem(runs, MASK_SIZE[0] * MASK_SIZE[1]):
             raise UserError(f"{where}: {fault}: {AGAIN}")
         masks[label] = runs
-    if not cells:
-        raise UserError(f"{raw.path}/train.csv has no rows: {AGAIN}")
     for image, masks in cells.items():
         missing = [CLASSES[label] for label, runs in enumerate(masks) if runs is None]
         if missing:
