@@ -115,6 +115,10 @@ def default_report(
     if (run.path / "metrics.csv").is_file():
         with open(run.path / "metrics.csv", newline="", encoding="utf-8") as stream:
             _training(page, list(csv.DictReader(stream)), metrics)
+    if folds := result.get("folds"):
+        columns = list(dict.fromkeys(name for facts in folds for name in facts))
+        page.heading("Folds")
+        page.table(columns, [[facts.get(name, "") for name in columns] for facts in folds])
     page.heading("Settings")
     changed = {name for name, value in settings.items() if recipe is not None and recipe.get(name) != value}
     rows = [
@@ -132,13 +136,13 @@ def default_report(
 def score_line(result: dict[str, Any]) -> str:
     """The score of result.json in one line, with its standard error ("errors", by metric): for the log and the page."""
     if result.get("score") is None:
-        return "No score: no rows were held out."
+        return "No CV score: no rows were held out."
     name, values, errors = result["monitor"], result["metrics"], result.get("errors", {})
 
     def told(metric: str, value: float) -> str:
         return f"{metric} {value:.5f}" + (f" ± {errors[metric]:.5f}" if metric in errors else "")
 
-    words = f"Held-out score: {told(name, result['score'])} on {result['rows']:,} rows"
+    words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
     if result["score"] != values[name]:
         words += f", by rules that were tuned without them ({values[name]:.5f} by rules that were tuned on them)"
     others = ", ".join(told(metric, value) for metric, value in values.items() if metric != name)

@@ -100,17 +100,19 @@ def run(tmp_path):
     ]
     (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
     result = {"monitor": "accuracy", "score": 0.9, "metrics": {"accuracy": 0.9, "log_loss": 0.3}, "rows": 1200}
-    (tmp_path / "result.json").write_text(json.dumps(result | {"errors": {"accuracy": 0.01}}))
+    result |= {"errors": {"accuracy": 0.01}, "folds": [{"fold": 0, "seconds": 7.5}, {"fold": 1, "micro_batch": 8}]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
     return Run(tmp_path, {"competition": MARKUP, "command": "make <this>"})
 
 
 def test_every_run_has_a_page(run):
     page = default_report(run, {"lr": 0.1, "epochs": 4}, (accuracy(),), recipe={"lr": 0.2, "epochs": 4})
     html = page.write().read_text()
-    assert "Held-out score: accuracy 0.90000 ± 0.01000 on 1,200 rows; log_loss 0.30000." in html
+    assert "CV score: accuracy 0.90000 ± 0.01000 on 1,200 rows; log_loss 0.30000." in html
     assert "<td>fold 0</td><td>4</td><td>3</td><td>0.3333</td><td>0.3000</td>" in html
     assert "<td>mean</td><td></td><td></td><td></td><td>0.3050</td>" in html
     assert f"<td>standard deviation</td><td></td><td></td><td></td><td>{0.01 / 2**0.5:.4f}</td>" in html
+    assert "<td>0</td><td>7.5000</td><td></td>" in html and "<td>1</td><td></td><td>8</td>" in html
     assert "Other than in the recipe: lr." in html and "<td>lr</td><td>0.1</td><td>0.2</td>" in html
     assert "make &lt;this&gt;" in html and "<b>" not in html
     assert not re.search(r'(src|href)="(?!data:)', html)
@@ -133,10 +135,10 @@ def test_curves_are_those_of_metrics_csv(run):
 def test_a_run_of_rules_names_both_of_its_scores():
     tuned = {"monitor": "f2", "score": 0.5, "metrics": {"f2": 0.6}, "rows": 10}
     assert score_line(tuned) == (
-        "Held-out score: f2 0.50000 on 10 rows, by rules that were tuned without them (0.60000 by rules that were "
+        "CV score: f2 0.50000 on 10 rows, by rules that were tuned without them (0.60000 by rules that were "
         "tuned on them)."
     )
-    assert score_line({"score": None}) == "No score: no rows were held out."
+    assert score_line({"score": None}) == "No CV score: no rows were held out."
 
 
 class Told(Report):
