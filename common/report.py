@@ -204,6 +204,7 @@ def training_curves(history: list[dict[str, str]], first: Sequence[str] = ()) ->
                     mark = "." if len(points) < 30 else ""
                     axes.plot(*zip(*points, strict=True), style, marker=mark, color=f"C{number % 10}", label=label)
         axes.set(xlabel="epoch", title="loss (dashed: validation)" if column == "loss" else column)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
     for unused in figure.axes[len(columns) :]:
         unused.set_axis_off()
