@@ -116,6 +116,8 @@ def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[f
     for decisions, targets in batches:
         decisions = _tensors(decisions)
         first = tensors_of(decisions)[0]
+        if not len(first):  # all images of the batch are unreadable
+            continue
         targets = map_tree(lambda x: x.to(first.device), _tensors(targets))  # noqa: B023
         groups = torch.from_numpy((random.random(len(first)) * GROUPS).astype(np.int64)) if with_errors else None
         for tally in tallies:
@@ -159,9 +161,7 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _has_nan(tensor: Tensor) -> Tensor:
-    return (
-        tensor.amin().isnan() if tensor.numel() else torch.zeros((), dtype=torch.bool)
-    )  # far faster than isnan().any()
+    return tensor.amin().isnan()  # far faster than isnan().any()
 
 
 class _Sums:
