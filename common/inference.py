@@ -1,7 +1,8 @@
 """Models to predictions: averaged over models and TTA, scored on validation rows, kept as out-of-fold predictions."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Predictor:
         self.models, self.task, self.tta, self.config = models, task, tta, config
         self.device, self.batch_size = device, max(1, batch_size)
         self.fitting = self.batch_size  # samples at once that the memory is known or hoped to hold
+        self.heads: dict[int, list[nn.Module]] = {}  # of every model, by its id
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
         precision = precision_of(config, device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
@@ -94,6 +96,18 @@ class Predictor:
         value = None if loss is None else sum(values) / size
         return (parts[0] if len(parts) == 1 else joined(parts)), value
 
+    def _outputs(self, model: nn.Module, inputs: Tree) -> Tree:
+        """In --precision, but for the last layers: bfloat16 has 256 steps from 0.5 to 1, and predictions would tie."""
+        if self.dtype is None:
+            return model(inputs)
+        with torch.autocast(self.device.type, dtype=self.dtype):
+            if self.config.compile:  # a layer that changes would be compiled again
+                return model(inputs)
+            if id(model) not in self.heads:
+                self.heads[id(model)] = heads_of(model, map_tree(lambda x: x[:1], inputs))
+            with in_float32(self.heads[id(model)], self.device.type):
+                return model(inputs)
+
     def _cut(self, tree: Tree, start: int, step: int) -> Tree:
         return map_tree(lambda x: x[start : start + step].to(self.device), tree)
 
@@ -105,8 +119,7 @@ class Predictor:
         found, value = [], None
         for model in self.models:
             for one in self.tta:
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                    outputs = model(one.apply(inputs))
+                outputs = self._outputs(model, one.apply(inputs))
                 outputs = map_tree(lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, outputs)
                 if loss is not None:
                     value = batch_value(loss, outputs, targets) * len(tensors_of(outputs)[0])
@@ -118,6 +131,42 @@ class Predictor:
                 "with --clip-norm 1, or with --precision fp32"
             )
         return mean, value
+
+
+@contextmanager
+def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
+    """Inside the block these layers compute in float32, whatever precision is set around them."""
+
+    def exactly(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(inputs: Tensor) -> Tensor:
+            with torch.autocast(device, enabled=False):
+                return forward(inputs.float())
+
+        return run
+
+    for head in heads:
+        head.forward = exactly(head.forward)
+    try:
+        yield
+    finally:
+        for head in heads:
+            del head.forward  # the class has the original one
+
+
+def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
+    """The linear and convolutional layers whose results are outputs of the model: what predictions are ranked by."""
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that no other one gets their id
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, output: made.update({id(output): (layer, output)}))
+        for layer in layers
+    ]
+    try:
+        outputs = tensors_of(model(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(made[id(output)][0] for output in outputs if id(output) in made))
 
 
 def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
