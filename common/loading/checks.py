@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batch import Tree, tensors_of
+from common.batch import tensors_of
 from common.errors import UserError
+from common.loading.binding import kept_global_state
 from common.loading.collate import as_tensors, join
 from common.loading.keys import Keys
 
@@ -57,19 +58,20 @@ def compare_samples(dataset: Any, one: dict[int, bytes], other: dict[int, bytes]
 def check_batch(dataset: Any, keys: Keys) -> None:
     """Load a batch twice, and once in two halves; raises UserError when the samples are not the same."""
 
-    def load(*edges: int) -> Tree:
+    def load(*edges: int) -> list[Tensor]:
         parts = [Keys(keys.seed, keys.epoch, keys.index[a:b], keys.draw[a:b]) for a, b in pairwise(edges) if a < b]
-        return join([as_tensors(dataset.batch(part.index, part)) for part in parts])
+        return tensors_of(join([as_tensors(dataset.batch(part.index, part)) for part in parts]))
 
-    whole = tensors_of(load(0, len(keys)))
     ways = {"twice": (0, len(keys)), "in two halves": (0, (len(keys) + 1) // 2, len(keys))}
-    for way, edges in ways.items():
-        if any(_differ(one, other) for one, other in zip(whole, tensors_of(load(*edges)), strict=True)):
-            raise UserError(
-                f"a batch of {type(dataset).__name__} differs when it is loaded {way} under the same keys: it draws "
-                "from a generator that is not keyed (np.random, torch.rand, a transform), keeps state, or mixes its "
-                "samples. Draw from the `keys` of batch(indices, keys), and let row b depend on sample b alone"
-            )
+    with kept_global_state():
+        whole = load(0, len(keys))
+        for way, edges in ways.items():
+            if any(_differ(one, other) for one, other in zip(whole, load(*edges), strict=True)):
+                raise UserError(
+                    f"a batch of {type(dataset).__name__} differs when it is loaded {way} under the same keys: it "
+                    "draws from a generator that is not keyed (np.random, torch.rand, a transform), keeps state, or "
+                    "mixes its samples. Draw from the `keys` of batch(indices, keys), one row for every sample"
+                )
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

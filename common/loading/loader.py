@@ -12,8 +12,8 @@ which moves its tensors and returns it, as modules do: its batches are then made
 do, and what of it is found, is told in common.loading.checks.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,10 +22,11 @@ import torch
 
 from common.batch import Batch, Tree, map_tree
 from common.errors import UserError
-from common.loading.binding import held_generators, kept_global_state
+from common.loading.binding import refuse_generators
 from common.loading.checks import CHECKED_BATCHES, CHECKED_SAMPLES, check_batch, compare_samples
 from common.loading.collate import as_tensors, join
-from common.loading.keys import MIX_STREAM, Keys
+from common.loading.keys import Keys
+from common.loading.mixing import mix_pairs
 from common.loading.orders import Order, Plan, shard
 from common.loading.stream import Stream, Workers
 from common.loading.transfer import beside, to_card
@@ -62,24 +63,20 @@ class Loader:
         mix: Any = None,
         log: Callable[[str], Any] = print,
     ):
-        self.order, self.batch_size, self.seed, self.epochs = order, batch_size, seed, epochs
+        self.order, self.batch_size, self.seed = order, batch_size, seed
+        self.epochs = math.inf if epochs is None else epochs
         self.rank, self.world, self.keep_tail, self.mix, self.log = rank, world, keep_tail, mix, log
         self.device = torch.device(device or "cpu")
         self.in_batches = hasattr(dataset, "batch")
         self._skipped: dict[int, str] = {}
         self._planned: tuple[int, Plan] | None = None
         self._is_checked = self._is_crowded = False
-        held = held_generators(dataset) if self.in_batches else []
-        if held:
-            raise UserError(
-                f"{held[0][0]} is a {type(held[0][1]).__name__}, but batch(indices, keys) may draw from "
-                "`keys` alone: other numbers would depend on which samples come together"
-            )
+        if self.in_batches:
+            refuse_generators(dataset)
         on_card = self.in_batches and self.device.type != "cpu"
         self._batches_at_once = max(1, SAMPLES_AT_ONCE // batch_size) if on_card else 1
         self.dataset = dataset.to(self.device) if on_card and hasattr(dataset, "to") else dataset
-        self.batches_per_epoch = len(self._bounds(0)) - 1
-        samples = len(self._plan(0).index)
+        self.batches_per_epoch, samples = len(self._bounds(0)) - 1, len(self._plan(0).index)
         if not self.batches_per_epoch:
             raise UserError(
                 f"{samples} samples give no batch of {batch_size}: keep the tail, or use a smaller --batch-size"
@@ -128,17 +125,16 @@ class Loader:
     def _with_batch(self, epoch: int, start: int) -> Iterator[Batch]:
         """Batches that the dataset makes itself; on a card several small ones at once."""
         keys = self._keys(epoch, start)
+        if not self._is_checked:
+            for key in islice(self._keys(epoch, start), CHECKED_BATCHES):
+                if len(key.index):
+                    check_batch(self.dataset, Keys(self.seed, epoch, key.index, key.draw))
+            self._is_checked = True
         while several := list(islice(keys, self._batches_at_once)):
             index, draw = (np.concatenate([getattr(key, name) for key in several]) for name in ("index", "draw"))
             if not len(index):  # a shard of no samples still has the shapes of one, for the engine
                 index = draw = np.zeros(1, np.int64)
-            numbers = Keys(self.seed, epoch, index, draw)
-            for key in several if not self._is_checked else ():
-                if len(key.index):
-                    with kept_global_state():
-                        check_batch(self.dataset, Keys(self.seed, epoch, key.index, key.draw))
-                self._is_checked = key.number + 1 >= start + CHECKED_BATCHES
-            made, done = as_tensors(self.dataset.batch(index, numbers)), 0
+            made, done = as_tensors(self.dataset.batch(index, Keys(self.seed, epoch, index, draw))), 0
             for key in several:
                 rows = slice(done, done + len(key.index))
                 inputs, targets = map_tree(lambda tensor: tensor[rows], made)  # noqa: B023
@@ -173,36 +169,29 @@ class Loader:
     def _stream_at(self, epoch: int, start: int) -> Stream:
         """What the workers are at, if they went on to this epoch; else they begin with it."""
         stream = self._workers.stream
-        if stream is None or stream.position != (epoch, start) or (self.epochs is not None and epoch >= self.epochs):
+        if stream is None or stream.position != (epoch, start) or epoch >= self.epochs:
             stream = self._workers.begin(self._pieces(epoch, start))
         stream.position = None
         return stream
 
     def _pieces(self, epoch: int, start: int) -> Iterator[PieceKey | CheckKey]:
         """The keys of an epoch and of those after it, a piece for every worker; two checks of the first rows."""
+        unchecked = not self._is_checked
         while True:
             for key in self._keys(epoch, start):
-                size = max(1, -(-len(key.index) // max(1, self.workers)))
-                cuts = [slice(first, first + size) for first in range(0, len(key.index), size)] or [slice(0, 0)]
-                pieces = [
-                    key._replace(
-                        index=key.index[cut], draw=key.draw[cut], place=key.place[cut], following=len(cuts) - number
-                    )
-                    for number, cut in enumerate(cuts, start=1)
-                ]
-                if self._is_checked or key.number > start:
-                    yield from pieces
-                    continue
-                checks = [CheckKey(epoch, key.index[:CHECKED_SAMPLES].tolist(), turned) for turned in (False, True)]
+                pieces, checks = key.split(self.workers or 1), []
+                if unchecked:
+                    rows, unchecked = key.index[:CHECKED_SAMPLES].tolist(), False
+                    checks = [CheckKey(epoch, rows, turned) for turned in (False, True)]
                 # Nobody waits for a check to get the first batch, but an epoch ends with a batch.
                 yield from checks + pieces if key.is_last else pieces + checks
             epoch, start = epoch + 1, 0
-            if self.epochs is not None and epoch >= self.epochs:
+            if epoch >= self.epochs:
                 return
 
     def _joined(self, parts: list[tuple[PieceKey, Piece]]) -> Batch:
         """The batch of its pieces, without the samples that could not be read."""
-        keys, pieces = zip(*parts, strict=True)
+        key, pieces = parts[0][0], [piece for _, piece in parts]
         inputs, targets = join([(piece.inputs, piece.targets) for piece in pieces], self.device.type == "cuda")
         index = np.concatenate([key.index[piece.kept] for key, piece in parts])
         place = np.concatenate([key.place[piece.kept] for key, piece in parts])
@@ -211,10 +200,10 @@ class Loader:
         if not self._is_crowded and any(piece.crowded for piece in pieces):
             self._is_crowded = True
             self.log(
-                "shared memory (/dev/shm) is too small for these samples, which take slower ways: give the container "
-                "more (docker run --shm-size 1g), or use --workers 0"
+                "shared memory (/dev/shm) is too small for these samples, which go through slower pipes: give the "
+                "container more (docker run --shm-size 1g), or use --workers 0"
             )
-        return self._finished(keys[0], inputs, targets, index, place, keys[0].total - len(skipped))
+        return self._finished(key, inputs, targets, index, place, key.total - len(skipped))
 
     def _finished(
         self, key: PieceKey, inputs: Tree, targets: Tree, index: np.ndarray, place: np.ndarray, total: int
@@ -225,10 +214,4 @@ class Loader:
         batch = Batch(inputs, targets, rows, weights, key.epoch, key.number, total)
         if self.device.type == "cuda":
             batch = to_card(batch, self.device)
-        if self.mix is None or not len(batch):
-            return batch
-        local = {position: row for row, position in enumerate(place.tolist())}
-        partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
-        keys = Keys(self.seed, batch.epoch, place // 2, batch.number)
-        inputs, targets = self.mix(batch.inputs, batch.targets, torch.tensor(partner), keys, MIX_STREAM)
-        return replace(batch, inputs=inputs, targets=targets)
+        return mix_pairs(self.mix, batch, place, self.seed) if self.mix and len(batch) else batch

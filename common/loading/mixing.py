@@ -4,16 +4,16 @@ The loader passes the keys of the pairs (both samples of a pair have one key), s
 A sample whose partner is missing is its own partner and stays as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from common.batch import Tree, map_tree, tensors_of
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.errors import UserError
-from common.loading.keys import Keys
+from common.loading.keys import MIX_STREAM, Keys
 from common.loading.transfer import to_device
 
 
@@ -80,6 +80,15 @@ class CutMix:
             return _blend(_as_amounts(tensor, self.classes), partner, left)
 
         return map_tree(paste, inputs), map_tree(mix_target, targets)
+
+
+def mix_pairs(mix: MixUp | CutMix, batch: Batch, place: np.ndarray, seed: int) -> Batch:
+    """The batch with its pairs blended; `place` [B] are the places of its samples in the batch over all ranks."""
+    local = {position: row for row, position in enumerate(place.tolist())}
+    partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
+    keys = Keys(seed, batch.epoch, place // 2, batch.number)
+    inputs, targets = mix(batch.inputs, batch.targets, torch.tensor(partner), keys, MIX_STREAM)
+    return replace(batch, inputs=inputs, targets=targets)
 
 
 def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> np.ndarray:

@@ -43,6 +43,17 @@ class PieceKey(NamedTuple):
     following: int  # pieces of the batch that come after this one
     is_last: bool  # whether the batch is the last of its epoch
 
+    def split(self, count: int) -> "list[PieceKey]":
+        """At most `count` pieces of one size, the last may be smaller; one of a shard of no samples."""
+        size = max(1, -(-len(self.index) // count))
+        cuts = [slice(first, first + size) for first in range(0, len(self.index) or 1, size)]
+        return [
+            self._replace(
+                index=self.index[cut], draw=self.draw[cut], place=self.place[cut], following=len(cuts) - number
+            )
+            for number, cut in enumerate(cuts, start=1)
+        ]
+
 
 class Piece(NamedTuple):
     """The samples that could be read, their positions in the key, and the (row, reason) of the others."""
