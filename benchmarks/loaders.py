@@ -1,7 +1,7 @@
 """Loaders beside their peers: what a key costs, how fast images come, and which guarantees hold.
 
-    make bench BENCH=loaders                                   all three parts
-    make bench BENCH=loaders ARGS="--part guarantees"          overhead, clouds or guarantees
+    make bench BENCH=loaders                                   all four parts
+    make bench BENCH=loaders ARGS="--part guarantees"          overhead, first, clouds or guarantees
     make bench BENCH=loaders ARGS="--data path/to/clouds"      real images instead of generated ones
 
 torchdata and Lightning come from requirements-peers.txt; without them their rows say so.
@@ -12,8 +12,10 @@ import importlib
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def overhead() -> None:
                 shuffle=True,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                worker_init_fn=start_worker,
+                worker_init_fn=partial(start_worker, True),
             )
             with Loader(dataset, orders.shuffled(len(dataset)), size, seed=0, workers=workers) as loader:
                 epochs = iter(range(1000))
@@ -111,6 +113,37 @@ def overhead() -> None:
                 f"{us['keyed'] / us['plain']:.3f} |",
                 flush=True,
             )
+
+
+# How long a training waits for the first batch of an epoch.
+
+
+class Slow(Rows):
+    """A sample takes 20 ms, in which it does not need a core."""
+
+    seconds = 0.02
+
+    def __getitem__(self, index: int):
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+def first() -> None:
+    print("\n## The first batch of an epoch: batches of 16, two workers, 20 ms a sample; in samples' times\n")
+    print("| | first epoch, with the workers' start | next epoch | next, after 1 s of validation |\n|---|---|---|---|")
+    dataset = Slow(128)
+    plain = DataLoader(dataset, 16, shuffle=True, num_workers=2, persistent_workers=True)
+    with Loader(dataset, orders.shuffled(128), 16, seed=0, workers=2) as loader:
+        for name, epoch in (("torch DataLoader", lambda number: iter(plain)), ("this kit's Loader", loader.epoch)):
+            waits = []
+            for number, pause in enumerate((0.0, 0.0, 1.0)):
+                time.sleep(pause)
+                started = time.perf_counter()
+                batches = epoch(number)
+                next(batches)
+                waits.append((time.perf_counter() - started) / Slow.seconds)
+                drain(batches)
+            print(f"| {name} | {' | '.join(f'{wait:.1f}' for wait in waits)} |", flush=True)
 
 
 # How fast images come.
@@ -362,12 +395,14 @@ def guarantees() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["all", "overhead", "clouds", "guarantees"], default="all")
+    parser.add_argument("--part", choices=["all", "overhead", "first", "clouds", "guarantees"], default="all")
     parser.add_argument("--data", type=existing, help="folder with the competition's files in Kaggle's layout")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part in ("all", "overhead"):
         overhead()
+    if given.part in ("all", "first"):
+        first()
     if given.part in ("all", "clouds"):
         clouds(given.data)
     if given.part in ("all", "guarantees"):
