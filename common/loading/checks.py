@@ -62,6 +62,8 @@ def check_batch(dataset: Any, keys: Keys) -> None:
         parts = [Keys(keys.seed, keys.epoch, keys.index[a:b], keys.draw[a:b]) for a, b in pairwise(edges) if a < b]
         return tensors_of(join([as_tensors(dataset.batch(part.index, part)) for part in parts]))
 
+    if not len(keys):
+        return
     ways = {"twice": (0, len(keys)), "in two halves": (0, (len(keys) + 1) // 2, len(keys))}
     with kept_global_state():
         whole = load(0, len(keys))

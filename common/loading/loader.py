@@ -24,13 +24,13 @@ from common.batch import Batch, Tree, map_tree
 from common.errors import UserError
 from common.loading.binding import refuse_generators
 from common.loading.checks import CHECKED_BATCHES, CHECKED_SAMPLES, check_batch, compare_samples
-from common.loading.collate import as_tensors, join
+from common.loading.collate import as_tensors
 from common.loading.keys import Keys
 from common.loading.mixing import mix_pairs
 from common.loading.orders import Order, Plan, shard
 from common.loading.stream import Stream, Workers
 from common.loading.transfer import beside, to_card
-from common.loading.worker import CheckKey, Piece, PieceKey, Reader
+from common.loading.worker import CheckKey, PieceKey, Reader, joined
 
 SAMPLES_AT_ONCE = 1024  # of small batches that are made on a card: their kernels cost more to start than to run
 
@@ -70,7 +70,7 @@ class Loader:
         self.in_batches = hasattr(dataset, "batch")
         self._skipped: dict[int, str] = {}
         self._planned: tuple[int, Plan] | None = None
-        self._is_checked = self._is_crowded = False
+        self._is_checked = False
         if self.in_batches:
             refuse_generators(dataset)
         on_card = self.in_batches and self.device.type != "cpu"
@@ -78,9 +78,7 @@ class Loader:
         self.dataset = dataset.to(self.device) if on_card and hasattr(dataset, "to") else dataset
         self.batches_per_epoch, samples = len(self._bounds(0)) - 1, len(self._plan(0).index)
         if not self.batches_per_epoch:
-            raise UserError(
-                f"{samples} samples give no batch of {batch_size}: keep the tail, or use a smaller --batch-size"
-            )
+            raise UserError(f"{samples} samples give no batch of {batch_size}: keep the tail or lower --batch-size")
         self.workers = 0 if self.in_batches else min(workers, samples)
         self._workers = Workers(Reader(dataset, seed, bad_images == "skip"), self.workers, start_method, log)
 
@@ -127,8 +125,7 @@ class Loader:
         keys = self._keys(epoch, start)
         if not self._is_checked:
             for key in islice(self._keys(epoch, start), CHECKED_BATCHES):
-                if len(key.index):
-                    check_batch(self.dataset, Keys(self.seed, epoch, key.index, key.draw))
+                check_batch(self.dataset, Keys(self.seed, epoch, key.index, key.draw))
             self._is_checked = True
         while several := list(islice(keys, self._batches_at_once)):
             index, draw = (np.concatenate([getattr(key, name) for key in several]) for name in ("index", "draw"))
@@ -159,7 +156,9 @@ class Loader:
             parts.append((key, answer))
             if key.following:
                 continue
-            batch, parts = self._joined(parts), []
+            inputs, targets, index, place, skipped = joined(parts, self.device.type == "cuda")
+            self._skipped |= skipped
+            batch, parts = self._finished(key, inputs, targets, index, place, key.total - len(skipped)), []
             stream.position = (epoch + 1, 0) if key.is_last else None
             if len(batch) or self.world > 1:  # with others, the engine waits for every shard
                 yield batch
@@ -188,22 +187,6 @@ class Loader:
             epoch, start = epoch + 1, 0
             if epoch >= self.epochs:
                 return
-
-    def _joined(self, parts: list[tuple[PieceKey, Piece]]) -> Batch:
-        """The batch of its pieces, without the samples that could not be read."""
-        key, pieces = parts[0][0], [piece for _, piece in parts]
-        inputs, targets = join([(piece.inputs, piece.targets) for piece in pieces], self.device.type == "cuda")
-        index = np.concatenate([key.index[piece.kept] for key, piece in parts])
-        place = np.concatenate([key.place[piece.kept] for key, piece in parts])
-        skipped = [entry for piece in pieces for entry in piece.skipped]
-        self._skipped |= skipped
-        if not self._is_crowded and any(piece.crowded for piece in pieces):
-            self._is_crowded = True
-            self.log(
-                "shared memory (/dev/shm) is too small for these samples, which go through slower pipes: give the "
-                "container more (docker run --shm-size 1g), or use --workers 0"
-            )
-        return self._finished(key, inputs, targets, index, place, key.total - len(skipped))
 
     def _finished(
         self, key: PieceKey, inputs: Tree, targets: Tree, index: np.ndarray, place: np.ndarray, total: int

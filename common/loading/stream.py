@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,13 +15,17 @@ from common.loading.worker import CheckKey, Piece, PieceKey, Reader
 Key = PieceKey | CheckKey
 Answer = Piece | dict[int, bytes]
 PIECES_AHEAD = 3  # of every worker: two batches ready and one in the making
+CROWDED = (
+    "shared memory (/dev/shm) is too small for these samples, which go through slower pipes: give the container more "
+    "(docker run --shm-size 1g), or use --workers 0"
+)
 
 
 class Stream:
     """Keys as they are taken, and the answers to them; `position` is the (epoch, batch) where the next epoch begins."""
 
-    def __init__(self, keys: Iterable[Key]):
-        self._keys, self._taken = iter(keys), deque()
+    def __init__(self, keys: Iterable[Key], log: Callable[[str], Any] = print):
+        self._keys, self._taken, self._log = iter(keys), deque(), log
         self._answers: Iterator[Answer | UserError] = iter(())
         self.position: tuple[int, int] | None = None
 
@@ -51,6 +55,8 @@ class Stream:
             ) from error
         if isinstance(answer, UserError):
             raise answer
+        if isinstance(answer, Piece) and answer.crowded:
+            self._log(CROWDED)
         return self._taken.popleft(), answer
 
 
@@ -58,12 +64,13 @@ class Workers:
     """`count` processes that load what a Reader reads, or this process for 0; `begin` gives them other keys."""
 
     def __init__(self, reader: Reader, count: int, start_method: str | None, log: Callable[[str], Any]):
-        self._reader, self._count, self._start_method, self._log = reader, count, start_method, log
+        self._reader, self._count, self._start_method = reader, count, start_method
+        self._log = cache(log)  # the same line once
         self._torch_loader: torch.utils.data.DataLoader | None = None
         self.stream: Stream | None = None  # what they are at
 
     def begin(self, keys: Iterable[Key]) -> Stream:
-        stream = Stream(keys)
+        stream = Stream(keys, self._log)
         if not self._count:
             return stream.answered_by(map(self._reader.__getitem__, stream))
         if self._torch_loader is None:

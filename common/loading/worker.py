@@ -22,7 +22,7 @@ from common.batch import Tree, map_tree, tensors_of
 from common.errors import UserError
 from common.loading.binding import Binding, kept_global_state
 from common.loading.checks import digest
-from common.loading.collate import collate
+from common.loading.collate import collate, join
 from common.loading.images import BadImage
 
 PIPE_BYTES = 2**16
@@ -71,6 +71,16 @@ class CheckKey(NamedTuple):
     epoch: int
     rows: list[int]
     turned: bool
+
+
+def joined(
+    parts: list[tuple[PieceKey, Piece]], pinned: bool
+) -> tuple[Tree, Tree, np.ndarray, np.ndarray, list[tuple[int, str]]]:
+    """Inputs, targets, rows and places of the samples of a batch, and the (row, reason) of those left out."""
+    inputs, targets = join([(piece.inputs, piece.targets) for _, piece in parts], pinned)
+    index = np.concatenate([key.index[piece.kept] for key, piece in parts])
+    place = np.concatenate([key.place[piece.kept] for key, piece in parts])
+    return inputs, targets, index, place, [entry for _, piece in parts for entry in piece.skipped]
 
 
 class Reader(torch.utils.data.Dataset):
