@@ -345,7 +345,8 @@ class Training:
     def _reestimate_batchnorm(self) -> None:
         """BatchNorm's statistics of the averaged weights, from the training rows."""
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
-        with eager, self._loader(self._order, self.config.batch_size, epochs=1) as again:  # else compiled anew for every batch
+        # Eager, else compiled anew for every batch.
+        with eager, self._loader(self._order, self.config.batch_size, epochs=1) as again:
             parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
             reestimate_batchnorm(self.model, parts)
 

@@ -19,11 +19,10 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import get_worker_info
 
 from common.batch import Tree, map_tree, tensors_of
-from common.errors import UserError
+from common.errors import BadImage, UserError
 from common.loading.binding import Binding, kept_global_state
 from common.loading.checks import digest
 from common.loading.collate import collate, join
-from common.loading.images import BadImage
 
 PIPE_BYTES = 2**16
 SHARED_MEMORY = "/dev/shm"  # Docker's default has 64 MB
