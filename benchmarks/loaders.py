@@ -14,9 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +189,16 @@ class BareLoops:
 
 
 def clouds(data: Path | None) -> None:
-    from common import raw
-    from competitions.clouds import task as competition
+    from common.raw import RawData
+    from competitions.clouds.config import RECIPES
+    from competitions.clouds.demo import write_demo
+    from competitions.clouds.task import build
 
     folder = tempfile.TemporaryDirectory()
     if data is None:
-        competition.write_demo(Path(folder.name))
-    with redirect_stdout(StringIO()):
-        found = raw.find("clouds", str(data or folder.name), competition.write_demo)
-        dataset = competition.build(competition.RECIPES["default"], found).labelled
+        write_demo(Path(folder.name))
+    found = RawData(data or Path(folder.name), "clouds", is_demo=data is None)
+    dataset = build(RECIPES["default"], found, lambda line: None).data.train
     rows = np.arange(len(dataset))[:256]
     if len(rows) < 128:
         rows = np.tile(rows, 128 // len(rows))
