@@ -54,10 +54,6 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Batch":
-        """Page-locked copies, so that the transfer to a CUDA card can overlap with its work."""
-        return self._map(Tensor.pin_memory)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,

@@ -109,7 +109,7 @@ class Training:
         resumed = ranks.broadcast(found)
         self._build(pretrained=not resumed)
         order = task.data.order(self.rows) if task.data.order else orders.shuffled(self.rows)
-        self.loader = self._loader(order, config.batch_size, rank=ranks.rank, world=ranks.world)
+        self.loader = self._loader(order, config.batch_size, rank=ranks.rank, world=ranks.world, epochs=config.epochs)
         self._order = order
         self.total_steps = config.epochs * self.loader.batches_per_epoch
         self.averaged_from = round((1 - config.swa) * self.total_steps) if config.swa else 0
@@ -165,6 +165,7 @@ class Training:
             device=self.device,
             bad_images=config.bad_images,
             mix=self.task.data.mix,
+            log=self.run.log,
             **shard,
         )
 
@@ -344,7 +345,8 @@ class Training:
     def _reestimate_batchnorm(self) -> None:
         """BatchNorm's statistics of the averaged weights, from the training rows."""
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
-        with eager, self._loader(self._order, self.config.batch_size) as again:  # else compiled anew for every batch
+        # Eager, else compiled anew for every batch.
+        with eager, self._loader(self._order, self.config.batch_size, epochs=1) as again:
             parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
             reestimate_batchnorm(self.model, parts)
 

@@ -56,6 +56,7 @@ class Predictor:
             self.batch_size,
             seed=self.config.seed,
             workers=min(self.config.workers, len(rows) // self.batch_size),  # a small set is read before workers start
+            epochs=1,
             device=self.device,
             bad_images=self.config.bad_images,
         )

@@ -2,10 +2,12 @@
 
 import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -117,6 +119,9 @@ class Run:
                 f"{self.path} is being trained by another process: wait for it, or name another RUN="
             ) from error
         self._lock.append(stream)
+        held = weakref.ref(stream)
+        # A forked worker that outlived its trainer would hold the lock with its copy of the descriptor.
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
 
 
 def load(competition: str, name: str) -> Run:
@@ -268,8 +273,6 @@ def code_fingerprint(competition: str) -> dict[str, str]:
 
 def machine() -> str:
     """The hardware and versions that a figure was measured on, in one line."""
-    import os
-
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
