@@ -88,10 +88,16 @@ class Config:
     # The machine: these change speed and memory only (low precisions round).
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
-    workers: int = flag(
-        2, "processes that read and augment files; data held as tensors needs none", "processes", between(0, 1024)
+    workers: int | Literal["auto"] = flag(
+        "auto",
+        "processes that read and augment files; auto is the cores less one, on a CPU a fourth of them; data held as "
+        "tensors need none",
+        "processes",
+        (lambda value: value == "auto" or 0 <= value <= 1024, "auto or 0 to 1024"),
     )
-    threads: int = flag(0, "CPU threads of the training process; 0 lets torch decide", "threads", between(0, 1024))
+    threads: int = flag(
+        0, "CPU threads of the training process; 0 takes the cores without a worker", "threads", between(0, 1024)
+    )
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     keep_memory: bool = flag(True, "on a CPU, keep freed memory for the next step: faster, but a higher peak")
     compile: bool = flag(False, "torch.compile the model: a minute more at the start, faster steps")

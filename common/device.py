@@ -8,6 +8,7 @@ import torch
 from common.config import Config
 from common.engine import memory
 from common.errors import UserError
+from common.loading import cores
 
 
 def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -36,11 +37,16 @@ def precision_of(config: Config, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
-def use_threads(config: Config) -> None:
-    """Apply --threads and --keep-memory to this process."""
+def workers_of(config: Config, device: torch.device) -> int:
+    """Loading workers of this process: --workers, or its part of the cores."""
+    return cores.workers_of(config.workers, device.type != "cpu", cores.ranks_here())
+
+
+def use_threads(config: Config, with_workers: bool = False) -> None:
+    """Apply --threads and --keep-memory to this process, beside its loading workers when it has some."""
     memory.keep_freed(config.keep_memory)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    workers = workers_of(config, device_of(config)) if with_workers else 0
+    torch.set_num_threads(cores.threads_of(config.threads, workers, cores.ranks_here()))
 
 
 def peak_memory(device: torch.device) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 from common import checkpoint
 from common.batch import Batch
 from common.config import Config
-from common.device import device_of, peak_memory, precision_of
+from common.device import device_of, peak_memory, precision_of, workers_of
 from common.engine.average import Average, reestimate_batchnorm
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
@@ -161,7 +161,7 @@ class Training:
             order,
             batch_size,
             seed=config.seed,
-            workers=config.workers,
+            workers=workers_of(config, self.device),
             device=self.device,
             bad_images=config.bad_images,
             mix=self.task.data.mix,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import checkpoint, metrics
 from common.batch import Tree, map_tree, tensors_of
 from common.config import Config, folds_to_train
-from common.device import precision_of
+from common.device import precision_of, workers_of
 from common.engine import memory
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
@@ -55,7 +55,7 @@ class Predictor:
             orders.sequential(rows),
             self.batch_size,
             seed=self.config.seed,
-            workers=min(self.config.workers, len(rows) // self.batch_size),  # a small set is read before workers start
+            workers=min(workers_of(self.config, self.device), len(rows) // self.batch_size),  # a small set is read before workers start
             epochs=1,
             device=self.device,
             bad_images=self.config.bad_images,

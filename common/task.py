@@ -153,6 +153,11 @@ def completed(task: Task, raw: RawData) -> Task:
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
 
 
+def needs_workers(task: Task) -> bool:
+    """Whether the training rows are read one by one, in processes of their own; whole batches need none."""
+    return task.network is not None and not hasattr(task.data.train, "batch")
+
+
 def _a_row_each(ids: Sequence[str], decisions: Tensor | np.ndarray) -> Iterable[Sequence[Any]]:
     """id and decision [B], or id and the decisions [B, columns], as rows of the CSV."""
     for name, values in zip(ids, decisions.tolist(), strict=True):

@@ -44,7 +44,7 @@ from common.preflight import check_before
 from common.raw import RawData
 from common.report import default_report, score_line
 from common.run import Run
-from common.task import Task, completed
+from common.task import Task, completed, needs_workers
 
 ROWS_AT_ONCE = 64  # of predictions that are copied or scored
 
@@ -58,12 +58,12 @@ def train(
     insist: bool = False,
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
-    use_threads(config)
     with Ranks.from_environment() as ranks:
         say = print if ranks.is_writer else _silent
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
+        use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
         opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist)
         run = _open_together(competition, task, config, provenance, opening, ranks)

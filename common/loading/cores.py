@@ -17,9 +17,18 @@ def cores() -> int:
     return there if allowed == "max" else max(1, min(there, math.ceil(int(allowed) / int(period))))
 
 
-def workers_of(value: int | str, ranks_on_this_machine: int = 1) -> int:
-    """Loading workers of one process: a number as it is; "auto" is its part of the cores, less one for itself."""
-    return max(0, cores() // ranks_on_this_machine - 1) if value == "auto" else int(value)
+def ranks_here() -> int:
+    """The processes of this training on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def workers_of(value: int | str, on_card: bool, ranks_on_this_machine: int = 1) -> int:
+    """Loading workers of one process: a number as it is.
+
+    "auto" is its part of the cores, less one for itself; a fourth of them where the cores compute the network too.
+    """
+    own = cores() // ranks_on_this_machine
+    return (max(0, own - 1) if on_card else own // 4) if value == "auto" else int(value)
 
 
 def threads_of(value: int, workers: int, ranks_on_this_machine: int = 1) -> int:

@@ -297,11 +297,11 @@ def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quot
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if quota:
         cores.QUOTA.write_text(quota + "\n")
-    assert cores.workers_of("auto", ranks) == workers
+    assert cores.workers_of("auto", True, ranks) == workers
     assert cores.threads_of(0, workers, ranks) == threads
     free = max(1, cores.cores() // ranks)
     assert cores.threads_of(0, 0, ranks) == free, "data held as tensors leave all cores to the threads"
-    assert cores.workers_of(5, ranks) == 5 and cores.threads_of(3, workers, ranks) == 3
+    assert cores.workers_of(5, True, ranks) == 5 and cores.threads_of(3, workers, ranks) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cores.threads_of(0, 0, ranks) == 1
 
