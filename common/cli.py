@@ -10,7 +10,8 @@ from types import ModuleType
 from common import config as configs
 from common.config import Config, Parser
 from common.errors import UserError
-from common.kaggle import verbs
+from common.kaggle import commands
+from common.kaggle.kernel import command as kernels
 
 COMPETITIONS = Path(__file__).parents[1] / "competitions"
 
@@ -96,23 +97,23 @@ def check(competition: str, argv: list[str]) -> None:
 
 def data(competition: str, argv: list[str]) -> None:
     """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
-    verbs.data(competition, task_module(competition), verb_parser("data", competition, data.__doc__), argv)
+    commands.data(competition, task_module(competition), verb_parser("data", competition, data.__doc__), argv)
 
 
 def submit(competition: str, argv: list[str]) -> None:
     """send the best run's checked submission to Kaggle, wait for the score, keep the ledger"""
-    verbs.submit(competition, task_module(competition), verb_parser("submit", competition, submit.__doc__), argv)
+    commands.submit(competition, task_module(competition), verb_parser("submit", competition, submit.__doc__), argv)
 
 
 def board(competition: str, argv: list[str]) -> None:
     """validation against leaderboard for every submission of the ledger, as a table and a plot"""
-    verbs.board(competition, task_module(competition), verb_parser("board", competition, board.__doc__), argv)
+    commands.board(competition, task_module(competition), verb_parser("board", competition, board.__doc__), argv)
 
 
 def kernel(competition: str, argv: list[str]) -> None:
     """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (flags: those of train too)"""
     parser = verb_parser("kernel", competition, kernel.__doc__)
-    verbs.kernel(competition, task_module(competition), parser, argv, configured)
+    kernels.kernel(competition, task_module(competition), parser, argv, configured)
 
 
 def name(competition: str, argv: list[str]) -> None:

@@ -2,13 +2,16 @@
 
 import csv
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO
 
 from common.errors import UserError
 
@@ -16,6 +19,7 @@ from common.errors import UserError
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 NO_ROOM = 2**20  # bytes
+FORMULA = r"'*[=+\-@\t\r\n]"  # with quotes of its own in front, which must come back
 csv.field_size_limit(2**31 - 1)  # the module's 131,072 characters are fewer than the run lengths of a ragged mask take
 
 
@@ -48,6 +52,49 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     finally:
         with suppress(OSError):  # a read-only disk refuses this too, and must not hide what was raised above
             draft.unlink(missing_ok=True)
+
+
+def is_visible(name: str) -> bool:
+    """Whether a relative name is that of data: neither hidden nor added by a Mac (`__MACOSX`, `._x`, `.DS_Store`)."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def as_cell(text: str) -> str:
+    """`text` for a CSV that people open: a quote before whatever a spreadsheet would run as a formula."""
+    try:
+        float(text)
+        return text
+    except ValueError:
+        return f"'{text}" if re.match(FORMULA, text) else text
+
+
+def from_cell(cell: str) -> str:
+    """What `as_cell` was given."""
+    return cell[1:] if cell.startswith("'") and re.match(FORMULA, cell) else cell
+
+
+def sha256(file: Path | BinaryIO) -> str:
+    """sha256 of a file's content, or of the rest of a stream, in hexadecimal."""
+    with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def locked(path: Path, busy: str = "") -> IO[str]:
+    """`path`, opened and locked; the lock goes when it is closed, or with the process, however that ends.
+
+    Waits for another process that holds it, or raises UserError(busy) at once where that is given.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise not_written(path, error) from error
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError as error:
+        stream.close()
+        raise UserError(busy) from error
+    return stream
 
 
 def remove_drafts(folder: Path) -> None:

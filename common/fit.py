@@ -30,7 +30,8 @@ from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
 from common.predict import AS_IS, Predictor, load_model
-from common.run import Run, progress
+from common.progress import progress
+from common.run import Run
 from common.task import Task, View
 
 

@@ -21,7 +21,8 @@ from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
-from common.run import Run, progress
+from common.progress import progress
+from common.run import Run
 from common.task import Learnt, Task, View
 
 AS_IS = (View("as is"),)

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.archive import DAMAGED, Damaged, unpack
+from common.archive import DAMAGED, Damaged, refuse_bomb, unpack
 from common.errors import UserError
-from common.files import not_written
+from common.files import is_visible, not_written, sha256
 
 DATA = Path("data")
 
@@ -41,10 +41,17 @@ class RawData:
             ) from error
 
     def names(self) -> list[str]:
-        """Names of all files, relative to the data, sorted."""
+        """Names of all files, relative to the data, sorted; neither hidden ones nor what a Mac adds, nor the cache."""
         if self._archive is not None:
-            return sorted(name for name in self._archive.namelist() if not name.endswith("/"))
-        return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
+            return sorted(name for name in self._archive.namelist() if not name.endswith("/") and is_visible(name))
+        found = []
+        for folder, folders, files in os.walk(self.path, followlinks=True):
+            here = Path(folder)
+            folders[:] = [name for name in folders if is_visible(name) and not _leads_back(here / name)]
+            if here == self.path and "cache" in folders:
+                folders.remove("cache")
+            found += [here / name for name in files if is_visible(name) and (here / name).is_file()]
+        return sorted(str(file.relative_to(self.path)) for file in found)
 
     def exists(self, name: str) -> bool:
         return name in self._archive.namelist() if self._archive is not None else (self.path / name).is_file()
@@ -52,13 +59,17 @@ class RawData:
     def open(self, name: str) -> BinaryIO:
         """The file as a binary stream; raises UserError when it is missing or its archive is damaged."""
         if not self.exists(name):
-            found = ", ".join([file for file in self.names() if not file.startswith("cache/")][:8]) or "nothing"
+            found = ", ".join(self.names()[:8]) or "nothing"
             raise UserError(
                 f"{self.path} has no {name} (found: {found}): get the files with "
                 f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
             )
         try:
-            return self._archive.open(name) if self._archive is not None else open(self.path / name, "rb")
+            if self._archive is None:
+                return open(self.path / name, "rb")
+            member = self._archive.getinfo(name)
+            refuse_bomb(name, member.file_size, member.compress_size, str(self.path))  # it may be read into memory
+            return self._archive.open(name)
         except PermissionError as error:
             raise _forbidden(self.path / name, error) from error
         except (*DAMAGED, OSError) as error:
@@ -121,7 +132,7 @@ class RawData:
         for name in names:
             digest.update(name.encode() + b"\0")
             with self.open(name) as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                digest.update(bytes.fromhex(sha256(stream)))
         return digest.hexdigest()
 
     @cached_property
@@ -182,9 +193,14 @@ def _only_archive(path: Path) -> Path:
     return path
 
 
+def _leads_back(folder: Path) -> bool:
+    """Whether a link points to a folder that it lies in."""
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.parents}
+
+
 def visible(folder: Path) -> list[Path]:
-    """What somebody put there: neither hidden nor the cache."""
-    return [file for file in folder.iterdir() if file.name != "cache" and not file.name.startswith(".")]
+    """What somebody put there: neither hidden, nor added by a Mac, nor the cache."""
+    return [file for file in folder.iterdir() if file.name != "cache" and is_visible(file.name)]
 
 
 def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:

@@ -1,26 +1,22 @@
 """A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
 
-import fcntl
 import json
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import not_written, read_json, write_text
+from common.files import locked, not_written, read_json, write_text
+from common.progress import say
 
 RUNS = Path("runs")
-HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
 LONGEST_NAME = 100  # characters of a run's name: every file system takes it, with what is added to it
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
-            _print(message)
+            say(message)
             try:
                 with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
                     stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
@@ -94,17 +90,8 @@ class Run:
 
     def lock(self) -> None:
         """Keep a second process out of this run; the lock goes with the process, however it ends."""
-        try:
-            stream = open(self.path / "lock", "w")
-        except OSError as error:
-            raise not_written(self.path / "lock", error) from error
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} is being trained by another process: wait for it, or name another RUN="
-            ) from error
-        self._lock.append(stream)
+        busy = f"{self.path} is being trained by another process: wait for it, or name another RUN="
+        self._lock.append(locked(self.path / "lock", busy))
 
 
 def load(competition: str, name: str) -> Run:
@@ -223,33 +210,3 @@ def machine() -> str:
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return f"{card}, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def _print(message: str) -> None:
-    """A line above the progress bar, where there is one."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        tqdm.write(message)
-    else:
-        print(message, flush=True)
-
-
-def progress(items: Iterable[Item], label: str, total: int, unit: str = "batches", show: bool = True) -> Iterator[Item]:
-    """Pass the items on with a bar on a terminal, or with a plain line every 20 seconds anywhere else."""
-    if not show:
-        yield from items
-    elif sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=label, total=total, unit=unit, leave=False)
-    else:
-        start = last = time.monotonic()
-        for done, item in enumerate(items, start=1):
-            yield item
-            now = time.monotonic()
-            if now - last > HEARTBEAT_SECONDS and done < total:
-                last = now
-                print(
-                    f"{label}: {done}/{total} {unit}, {(now - start) / done * (total - done):.0f} s to go", flush=True
-                )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.raw import RawData
+from common.raw import RawData, visible
 from competitions.clouds import rle
 
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
@@ -139,7 +139,7 @@ def _paths(folder: Path, images: list[str], table: str) -> list[Path]:
     """Paths of the images; raises UserError for a row without an image, and for an image without a row."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: get the files with make data COMP=clouds, or pass DATA=/path/to/folder")
-    there = {file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.name[0] != "."}
+    there = {file.name for file in visible(folder) if file.suffix.lower() in ENDINGS}
     without_image, without_row = sorted(set(images) - there), sorted(there - set(images))
     if without_image:
         raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.loading import images
 from common.loading.images import BadImage
-from common.run import progress
+from common.progress import progress
 
 MIRROR = cv2.BORDER_REFLECT_101
 GIGABYTE = 1 << 30

@@ -13,7 +13,7 @@ from torch import nn
 from common import run as runs
 from common.errors import UserError
 from common.loading import folds as folding
-from common.raw import RawData
+from common.raw import RawData, visible
 from competitions.inclusive_images import labels as reader
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.labels import LabelIndex, LabelTable
@@ -168,6 +168,6 @@ def _find(folder: Path, ids: list[str]) -> tuple[list[Path | None], list[str]]:
     """The path of every id, None where there is no file, and the ids without one."""
     there = {}
     if folder.is_dir():
-        there = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
+        there = {file.stem: file for file in visible(folder) if file.suffix.lower() in ENDINGS}
     paths = [there.get(image) for image in ids]
     return paths, [image for image, path in zip(ids, paths, strict=True) if path is None]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.kaggle import kernel as kernels
 from common.kaggle.credentials import find
-from common.kaggle.notebook import OUTPUT, VERSION, notebook, pack
+from common.kaggle.kernel import push as kernels
+from common.kaggle.kernel.notebook import OUTPUT, VERSION, notebook, pack
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
 pytestmark = pytest.mark.usefixtures("no_secrets")

@@ -78,7 +78,7 @@ def sent(kaggle) -> list[str]:
 
 
 def choice(module, **options):
-    from common.kaggle import choose
+    from common.kaggle import candidate as choose
 
     return choose.choose("toy", module.SOURCE, options.get("run"), options.get("file")).path.stem
 
@@ -124,7 +124,7 @@ def test_what_is_not_sent(kaggle, module, prepare, options, message):
 
 
 def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, module):
-    from common.kaggle import choose
+    from common.kaggle import candidate as choose
 
     module.SOURCE = replace(module.SOURCE, sample_submission="stage_*.csv")
     Path("data/toy/stage_1.csv").write_text("id,label\n1,0\n2,0\n")

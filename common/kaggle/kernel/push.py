@@ -11,14 +11,14 @@ from common import run as runs
 from common.errors import UserError
 from common.files import write_text
 from common.kaggle import ledger, status
-from common.kaggle.cli import Answer, Silent, Transient, explained, go_on_with, kaggle
+from common.kaggle.client import Answer, Silent, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
-from common.kaggle.notebook import notebook, pack
-from common.kaggle.output import end_of_log, fetch_output
-from common.kaggle.progress import Progress
+from common.kaggle.kernel.notebook import notebook, pack
+from common.kaggle.kernel.output import end_of_log, fetch_output
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
-from common.kaggle.submit import follow, send
+from common.kaggle.submit import deliver
+from common.progress import Progress
 
 WAIT_SECONDS = 12 * 3600  # the longest that Kaggle lets a notebook run
 OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
@@ -202,7 +202,7 @@ def _until(
     """
     start, pause = time.monotonic(), poll
     answered = start
-    with Progress(label) as progress:
+    with Progress(label, int(wait), "s") as progress:
         while True:
             failure = None
             try:
@@ -217,7 +217,7 @@ def _until(
                 raise failure
             if is_last:
                 return None
-            progress.update(f"{now - start:,.0f} s{f', {failure}' if failure else ''}")
+            progress.update(int(now - start), str(failure or ""))
             time.sleep(pause)
             pause = min(1.3 * pause, 60)
 
@@ -253,8 +253,6 @@ def follow_notebook(
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
     """For competitions that score notebooks: submit this version of it, unless it was before, and follow the score."""
-    message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
-    name = "submission.csv"
     sidecar = table.with_suffix(".json")
     provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     row = ledger.Row(
@@ -264,11 +262,11 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         run=provenance.get("run", ""),
         commit=f"notebook {facts['kernel']}/{facts['version']}",
         validation=str(provenance["score"]) if provenance.get("score") is not None else "",
-        message=message,
+        message=ledger.tagged(f"{facts['kernel']} version {facts['version']}, code {facts['code']}"),
     )
     before = ledger.newest(ledger.read(competition), "commit", row.commit)
     if before is None:
-        known, left = status.submissions(account, source)
+        left = status.submissions(account, source)[1]
         if left == 0:
             raise UserError(f"no submission to {source.slug} is left today: submit version {facts['version']} of "
                             f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
@@ -279,6 +277,5 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
             f"COMP={competition} shows its score. To submit it once more: {source.page}/submit"
         )
         return
-    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, f"--message={message}"]
-    send(competition, account, source, arguments, known, name, row, poll)
-    follow(competition, account, source, row, known, name, SCORE_SECONDS, poll)
+    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", "submission.csv"]
+    deliver(competition, account, source, arguments, row, SCORE_SECONDS, poll)

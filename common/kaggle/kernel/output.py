@@ -11,9 +11,9 @@ from common import archive
 from common import run as runs
 from common.errors import UserError
 from common.files import write_text
-from common.kaggle.cli import explained, kaggle
+from common.kaggle.client import explained, kaggle
 from common.kaggle.credentials import Account
-from common.kaggle.notebook import OUTPUT
+from common.kaggle.kernel.notebook import OUTPUT
 from common.kaggle.source import Source
 from common.submission import SUBMISSIONS
 

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKED = ("common", "competitions", "requirements.txt")  # nothing else of the checkout leaves this machine
 OUTPUT = "kit-output.zip"  # what the notebook leaves for the kit
 VERSION = "code-version.txt"

@@ -1,0 +1,37 @@
+"""The flags of `make kernel`."""
+
+import argparse
+from collections.abc import Callable
+from types import ModuleType
+
+from common.config import Parser
+from common.errors import UserError
+from common.kaggle.commands import seconds
+
+Configured = Callable[[Parser, dict, list[str]], tuple[object, argparse.Namespace]]
+
+
+def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str], configured: Configured) -> None:
+    """Flags of the training are checked here by `configured`, as those of `train`, and handed on as they are."""
+    own = Parser(add_help=False, allow_abbrev=False)
+    for one in (own, parser):
+        one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
+        one.add_argument("--accelerator", default="", metavar="NAME", help="Kaggle's name of it [its default GPU]")
+        one.add_argument("--internet", choices=("on", "off"), help="in the notebook [off where notebooks are scored]")
+        one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
+    parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
+    given, training = own.parse_known_args(argv)
+    _, checked = configured(parser, module.RECIPES, training)
+    if checked.data:
+        raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.SOURCE.slug or competition} are at hand")
+    from common.kaggle.kernel import push
+
+    push.kernel(
+        competition,
+        module.SOURCE,
+        training,
+        accelerator=given.accelerator,
+        internet=None if given.internet is None else given.internet == "on",
+        fetch=given.fetch,
+        wait=given.wait,
+    )
