@@ -215,7 +215,10 @@ def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInf
             problem = "is there twice"
         elif len(parts) > DEEPEST_FOLDER:
             problem = f"lies in {len(parts) - 1:,} folders, at most {DEEPEST_FOLDER - 1} are taken"
-        elif max((len(os.fsencode(part)) for part in parts), default=0) > LONGEST_PART or len(name) > LONGEST_NAME:
+        elif (
+            max((len(os.fsencode(part)) for part in parts), default=0) > LONGEST_PART
+            or len(os.fsencode(name)) > LONGEST_NAME
+        ):
             problem = f"has a name of {len(os.fsencode(name)):,} bytes, longer than a file's may be"
         if problem:
             entry = name if len(name) < SHOWN else f"{name[:SHOWN]}..."

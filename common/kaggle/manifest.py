@@ -124,7 +124,7 @@ def settle(home: Path, kept: str) -> None:
             aside.rename(home)
             return
         names = (home.with_name(f"{home.name}.before{n if n > 1 else ''}") for n in count(1))
-        before = next(path for path in names if not os.path.lexists(path))
+        before = next(path for path in names if not os.path.lexists(path) or not any(path.glob("*")))
         wanted, brought = (one.files if one else {} for one in (read(home), read(aside)))
         own = []
         for path in [path for path in aside.rglob("*") if path.is_symlink() or not path.is_dir()]:

@@ -4,6 +4,7 @@ import _thread
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from common.errors import UserError
 from common.kaggle import board as boards
+from common.kaggle import candidate as candidates
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
@@ -78,9 +80,7 @@ def sent(kaggle) -> list[str]:
 
 
 def choice(module, **options):
-    from common.kaggle import candidate as choose
-
-    return choose.choose("toy", module.SOURCE, options.get("run"), options.get("file")).path.stem
+    return candidates.choose("toy", module.SOURCE, options.get("run"), options.get("file")).path.stem
 
 
 def test_the_newest_file_of_the_best_run_is_chosen(module):
@@ -101,7 +101,11 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     ("prepare", "options", "message"),
     [
         (lambda: None, {}, "submissions/toy holds nothing: train on the real data first: make data COMP=toy"),
-        (lambda: written(demo=True), {}, r"holds only samples \(submissions/toy/001-best.csv\)"),
+        (
+            lambda: written(demo=True),
+            {},
+            r"holds only submissions made from demo data \(submissions/toy/001-best.csv\)",
+        ),
         (lambda: written(demo=True), {"run": "001-best"}, "made from demo data and means nothing"),
         (lambda: written(), {"run": "002"}, r"RUN=002 has no submission \(there are: 001-best\)"),
         (lambda: written(), {"file": "x.csv"}, "FILE=x.csv does not exist.*submissions/toy/001-best.csv"),
@@ -124,20 +128,18 @@ def test_what_is_not_sent(kaggle, module, prepare, options, message):
 
 
 def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, module):
-    from common.kaggle import candidate as choose
-
     module.SOURCE = replace(module.SOURCE, sample_submission="stage_*.csv")
     Path("data/toy/stage_1.csv").write_text("id,label\n1,0\n2,0\n")
     Path("data/toy/stage_2.csv").write_text("id,label\n8,0\n")
     for run, text, rows in (("one", GOOD, 2), ("two", "id,label\n8,1\n", 1)):
         written(run, text=text)
-        assert choose.check(choose.choose("toy", module.SOURCE, run, None), "toy", module, None) == rows
+        assert candidates.check(candidates.choose("toy", module.SOURCE, run, None), "toy", module, None) == rows
     written("three", text="id,label\n9,1\n")
     with pytest.raises(UserError, match="id 9, expected 1"):
-        choose.check(choose.choose("toy", module.SOURCE, "three", None), "toy", module, None)
+        candidates.check(candidates.choose("toy", module.SOURCE, "three", None), "toy", module, None)
 
 
-def test_a_copy_of_a_sample_is_still_a_sample(kaggle, module):
+def test_a_copy_of_a_demo_file_is_still_one(kaggle, module):
     Path("copy.csv").write_bytes(written(demo=True).read_bytes())
     with pytest.raises(UserError, match="copy.csv was made from demo data"):
         submit(module, file="copy.csv")
@@ -167,7 +169,8 @@ def test_the_round_trip(kaggle, module, capfd):
     submit(module)
     assert sent(kaggle) == [GOOD]
     (created,) = kaggle.calls("CreateSubmission")
-    assert created["submissionDescription"] == "001-best, recipe best, accuracy 0.90000, commit abc123"
+    message = created["submissionDescription"]
+    assert re.fullmatch(r"001-best, recipe best, accuracy 0.90000, commit abc123 \[kit-[0-9a-f]{12}\]", message)
     out = capfd.readouterr().out
     assert "sending submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000 to https://www.kag" in out
     assert "submissions left today: 9" in out and "public 0.9, private 0.8, validation 0.90000" in out
@@ -176,7 +179,7 @@ def test_the_round_trip(kaggle, module, capfd):
     assert row == {
         "file": "submissions/toy/001-best.csv", "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "run": "001-best",
         "commit": "abc123", "validation": "0.9", "public": "0.9", "private": "0.8", "status": "COMPLETE",
-        "ref": "1000", "reason": "", "message": "001-best, recipe best, accuracy 0.90000, commit abc123",
+        "ref": "1000", "reason": "", "message": message,
     }  # fmt: skip
 
     with pytest.raises(UserError, match="was sent before .*COMPLETE 0.9.*FORCE=1"):
@@ -184,7 +187,7 @@ def test_the_round_trip(kaggle, module, capfd):
     assert len(kaggle.uploads) == 1
     submit(module, force=True, message="again")
     assert [row["ref"] for row in ledger()] == ["1000", "1001"]
-    assert kaggle.calls("CreateSubmission")[1]["submissionDescription"] == "again"
+    assert kaggle.calls("CreateSubmission")[1]["submissionDescription"].startswith("again [kit-")
 
 
 def test_slow_scoring_is_waited_for(kaggle, module):
@@ -246,13 +249,16 @@ def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, nu
     assert ledger() == []
 
 
-@pytest.mark.parametrize("message", ["--best", "see https://host/run?sweep=1", "größe 🎉"])
-def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, monkeypatch, message):
-    monkeypatch.setattr(submits, "LISTED_TRIES", 1000)  # nothing is found by its file's name
+@pytest.mark.parametrize(
+    "message",
+    ["--best", "see https://host/run?sweep=1", "größe 🎉", '"quoted", [kit-000000000000] \\', "=1+1", "long " * 200],
+)
+def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, message):
     written()
     submit(module, message=message)
-    (row,) = ledger()
-    assert row["message"] == message == kaggle.submissions[0]["description"] and row["status"] == "COMPLETE"
+    sent, (row,) = kaggle.submissions[0]["description"], ledgers.read("toy")
+    assert row.message == sent and row.status == "COMPLETE"
+    assert len(sent) <= 500 and sent.rpartition(" [kit-")[0] == message[: 500 - len(" [kit-0123456789ab]")]
 
 
 @pytest.mark.parametrize(
@@ -469,7 +475,7 @@ def test_two_commands_at_once_send_it_once(kaggle):
 
 def test_a_submission_is_not_lost_while_the_board_is_refreshed(kaggle, module):
     def meanwhile(body):
-        ledgers.put("toy", Row(time="2026-01-02T00:00:00Z", file="other.csv", message="another"))
+        ledgers.claim("toy", Row(time="2026-01-02T00:00:00Z", file="other.csv", message="another"))
         return kaggle.ListSubmissions(body)
 
     written()
@@ -493,20 +499,30 @@ def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, cap
     assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
 
 
-def test_rows_without_a_number_get_theirs_in_the_order_of_sending():
+def test_rows_without_a_number_get_theirs_by_their_tag():
     def listed(ref, message):
         return Submission(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
 
+    first, second = ledgers.tagged("equal"), ledgers.tagged("equal")
     rows = [
-        Row("2026-01-01T00:00:00Z", "a/x.csv", run="first", message="equal"),
-        Row("2026-01-02T00:00:00Z", "a/x.csv", run="second", message="equal"),
-        Row("2026-01-03T00:00:00Z", "a/x.csv", run="third", message="other", ref="3"),
+        Row("2026-01-01T00:00:00Z", "a/x.csv", run="first", message=first),
+        Row("2026-01-02T00:00:00Z", "a/x.csv", run="second", message=second),
+        Row("2026-01-03T00:00:00Z", "a/x.csv", run="third", message="of an earlier version", ref="3"),
+        Row("2026-01-03T01:00:00Z", "a/x.csv", run="lost", message="equal"),
     ]
-    found = boards.refreshed(rows, [listed("4", "by hand"), listed("3", "other"), listed("2", "equal"),
-                                    listed("1", "equal")])  # fmt: skip
+    listing = [listed("4", "equal"), listed("3", "changed there"), listed("1", f"{first} "), listed("2", second)]
+    found = boards.refreshed(rows, listing)
     assert [(row.run, row.public) for row in found] == [
-        ("first", "0.1"), ("second", "0.2"), ("third", "0.3"), ("", "0.4")
+        ("first", "0.1"), ("second", "0.2"), ("third", "0.3"), ("lost", ""), ("", "0.4")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+a", "-a", "@a", "\ta", "'=1", "''=1", "-0.5", "1e-3", "'a", "", "a=1", "-"])
+def test_no_cell_is_a_formula_and_every_one_comes_back(text):
+    ledgers.claim("toy", Row("2026-01-01T00:00:00Z", f"{text}.csv", run=text, message=text, public=text))
+    (row,) = ledger()
+    assert row["run"][:1] not in tuple("=+-@\t") or row["run"] in ("", "-0.5")
+    assert ledgers.read("toy") == [Row("2026-01-01T00:00:00Z", f"{text}.csv", run=text, message=text, public=text)]
 
 
 def test_somebody_elses_submission_is_not_taken_for_ours(kaggle, module):
@@ -595,6 +611,14 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
     out = capfd.readouterr().out
     assert "no ranks: reading the leaderboard of toy-competition: Kaggle refuses it" in out
     assert (HOME / "board.png").is_file()
+
+
+@pytest.mark.parametrize("run", [r"$\frac{$", "$x^2$", "a_b\\%", "größe 🎉"])
+def test_a_runs_name_is_text_and_no_formula(kaggle, module, run):
+    written(run)
+    submit(module)
+    boards.board("toy", module.SOURCE)
+    assert (HOME / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_board_without_network_shows_the_ledger_and_says_so(kaggle, module, monkeypatch, capfd):
