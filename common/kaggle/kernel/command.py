@@ -7,7 +7,9 @@ from types import ModuleType
 from common.config import Parser
 from common.errors import UserError
 from common.kaggle.commands import seconds
+from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS
 
+NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # cards where half precision is fp16
 Configured = Callable[[Parser, dict, list[str]], tuple[object, argparse.Namespace]]
 
 
@@ -16,14 +18,17 @@ def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str]
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
         one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
-        one.add_argument("--accelerator", default="", metavar="NAME", help="Kaggle's name of it [its default GPU]")
+        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
+        one.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
         one.add_argument("--internet", choices=("on", "off"), help="in the notebook [off where notebooks are scored]")
         one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
-    _, checked = configured(parser, module.RECIPES, training)
+    config, checked = configured(parser, module.RECIPES, training)
     if checked.data:
         raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.SOURCE.slug or competition} are at hand")
+    if getattr(config, "precision", "") == "auto" and given.accelerator.startswith(NO_BF16):
+        training = [*training, "--precision", "fp16"]
     from common.kaggle.kernel import push
 
     push.kernel(
@@ -33,5 +38,6 @@ def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str]
         accelerator=given.accelerator,
         internet=None if given.internet is None else given.internet == "on",
         fetch=given.fetch,
+        hours=given.hours,
         wait=given.wait,
     )
