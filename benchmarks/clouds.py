@@ -138,7 +138,8 @@ def inference(data: RawData, encoder: str) -> None:
         expected = ["Image_Label,EncodedPixels\n"]
         expected += [f"{name}_{reader.CLASSES[c]},\n" for name in built.test_ids[:count] for c in (0, 1, 2, 3)]
         with tempfile.TemporaryDirectory() as folder:
-            submission.write(Path(folder) / "bench.csv", built.columns, rows(), expected, built.valid, {})
+            sample = submission.Sample.of_lines(expected, "the sample")
+            submission.write(Path(folder) / "bench.csv", built.columns, rows(), sample, built.valid, {})
 
     taken = least_seconds({"forward alone": alone, "images to CSV": to_csv}, rounds=3)
     print(f"\nfull resolution 1400x2100, {encoder} Unet, {count} images on {device}")

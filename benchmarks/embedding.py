@@ -1,6 +1,6 @@
 """Label vectors: their cost beside scipy and the dense decompositions, what they know, and their worth in training.
 
-    make bench BENCH=embedding                                        scale and decoding, half an hour on two cores
+    make bench BENCH=embedding                                        half an hour on two cores
     make bench BENCH=embedding ARGS="--part scale --no-reference"     without the dense float64 decompositions
     make bench BENCH=embedding ARGS="--part scale --labels 3000"      fewer labels, in proportion: a few minutes
     make bench BENCH=embedding ARGS="--part quality --data path/to/labels_only"
@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import eigsh
 
@@ -141,21 +140,6 @@ def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
         )
 
 
-def decoding() -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((LABELS, DIM), np.float32)
-    ones = np.ones(LABELS, np.float32)
-    embedding = LabelEmbedding(vectors, np.ones(DIM, np.float32), ones, ones.astype(np.int64), "ppmi")
-    outputs = torch.from_numpy(rng.standard_normal((100_000, DIM), np.float32))
-    before, start, busy = peak_gb(), time.perf_counter(), time.process_time()
-    embedding.decode(outputs, 10)
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
-    print(
-        f"decoding 100,000 outputs against {LABELS:,} vectors of {DIM}: {seconds:.1f} s ({busy:.1f} s of processor "
-        f"time), {peak_gb() - before:.2f} GB more than before"
-    )
-
-
 def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, ...] = (0, 1)) -> None:
     """Hide one label of every held-out image, rank the others by what is left: how often is it among the first ten?"""
     raw = RawData(folder, "inclusive_images")
@@ -199,7 +183,7 @@ def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, 
         for name, settings in variants.items():
             for dim in dims:
                 found = LabelEmbedding.fit(train, dim, **settings)
-                outputs = found.encode(given)
+                outputs = given @ found.vectors
                 outputs /= np.maximum(np.linalg.norm(outputs, axis=1, keepdims=True), 1e-12)
                 # PMI is what chance does not explain: a share of the labels' own frequency goes back in.
                 rates = np.log(counts[found.known], dtype=np.float32) / 16
@@ -268,7 +252,7 @@ def both(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("scale", "decoding", "quality", "training"))
+    parser.add_argument("--part", choices=("scale", "quality", "training"))
     parser.add_argument("--no-reference", action="store_true", help="leave the dense decompositions out")
     parser.add_argument("--rounds", type=positive, default=3, help="turns of every solver [3]")
     parser.add_argument("--labels", type=positive, default=LABELS, help=f"labels of the generated matrix [{LABELS}]")
@@ -288,8 +272,6 @@ def main() -> None:
         parser.error(f"--labels {given.labels}: expected more than the {DIM} numbers of a vector")
     if given.part in (None, "scale"):
         scale(given.labels, given.topics, not given.no_reference, given.rounds)
-    if given.part in (None, "decoding"):
-        decoding()
     if given.part in ("quality", "training") and not given.data:
         parser.error(f"--part {given.part} needs --data")
     if given.part == "quality":

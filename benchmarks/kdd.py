@@ -96,11 +96,11 @@ def compare_medians(series: np.ndarray, repeats: int = 3) -> None:
             for window, expected in enumerate(way(flat, int(ends[place]))):
                 np.testing.assert_allclose(found[window, place], expected, rtol=1e-5)
 
-    ways = {"counting trees": ours} | {name: partial(theirs, way) for name, way in tables.items()}
+    ways = {"sliding medians": ours} | {name: partial(theirs, way) for name, way in tables.items()}
     least = {name: np.min(taken, axis=0) for name, taken in in_turns(ways, repeats).items()}
-    clock, work = least["counting trees"]
+    clock, work = least["sliding medians"]
     print(f"medians, 9 windows x {series.shape[1]} series x {ORIGINS} origins (least of {repeats}, results equal)")
-    print(f"  counting trees        {clock:8.2f} s, processor {work:8.2f} s")
+    print(f"  sliding medians       {clock:8.2f} s, processor {work:8.2f} s")
     for name in tables:
         their_clock, their_work = least[name]
         print(

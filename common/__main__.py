@@ -13,7 +13,7 @@ def leave(status: int) -> None:
     One that fails among several ends at once: while Python tidies up, gloo's threads may abort a process that has lost
     the others, and the status that torchrun sees is the abort's.
     """
-    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if status and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         for worker in multiprocessing.active_children():
             worker.terminate()
         sys.stdout.flush()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError
-from common.files import is_visible, sha256
+from common.files import is_foreign, sha256
 
 CHUNK_BYTES = 1 << 17  # larger ones leave the processor cache, and take half as long again
 # deflate cannot pack tighter than 1 to 1032; real competition files stay below 1 to 50
@@ -224,7 +224,7 @@ def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInf
             entry = name if len(name) < SHOWN else f"{name[:SHOWN]}..."
             raise Unsafe(f"{shown}: the entry {entry!r} {problem}: nothing of it was kept. Get the files "
                          f"from the competition's page by hand and pass DATA=/path/to/folder")  # fmt: skip
-        if not is_folder and is_visible(name):
+        if not is_folder and not any(map(is_foreign, parts)):
             found[str(PurePosixPath(name))] = member
     return found
 

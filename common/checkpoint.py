@@ -2,6 +2,8 @@
 
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,42 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_with(path, lambda stream: torch.save(state, stream))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state on the CPU; raises UserError when the file is damaged or holds anything but plain types."""
+def load(path: Path, *keys: str) -> dict[str, Any]:
+    """The state on the CPU.
+
+    Raises UserError when the file is damaged, holds anything but plain types, or lacks one of `keys`.
+    """
     try:
         if not zipfile.is_zipfile(path):  # torch would take anything else for a pickle of its oldest format
             raise EOFError("not a whole file")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise EOFError(f"it holds a {type(found).__name__}, expected named parts")
+        if missing := [key for key in keys if key not in found]:
+            raise EOFError(f"it has no {', '.join(missing)}")
+    except pickle.UnpicklingError as error:  # whose own text advises to run what the file says
+        raise _refused(path, "it holds more than plain types and tensors, or is damaged") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise _refused(path, str(error)) from error
+    return found
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around what puts the parts of the checkpoint `path` in their places; other names or shapes raise UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({reason}): delete it and repeat the command"
+            f"{path} does not fit this network and these settings ({reason[:200]}): it is of other code or of another "
+            f"run. Put its own file back, or delete it and repeat the command"
         ) from error
+
+
+def _refused(path: Path, reason: str) -> UserError:
+    told = (reason.splitlines() or ["damaged"])[0][:200]
+    return UserError(f"{path} cannot be read as a checkpoint ({told}): delete it and repeat the command")

@@ -2,40 +2,16 @@
 
 import argparse
 import difflib
-import importlib
 import sys
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 
+from common import competition as competitions
 from common import config as configs
+from common import raw
 from common.config import Config, Parser
 from common.errors import UserError
 from common.kaggle import commands
 from common.kaggle.kernel import command as kernels
-
-COMPETITIONS = Path(__file__).parents[1] / "competitions"
-
-
-def competitions() -> list[str]:
-    return sorted(file.parent.name for file in COMPETITIONS.glob("*/task.py"))
-
-
-def known(name: str, verb: str) -> str:
-    """`name` if it is a competition; raises UserError listing them all, or naming the nearest."""
-    names = competitions()
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    what = f"COMP={name} is not a competition." if name else "COMP= is missing."
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(
-        f"{what}{hint} There are: {', '.join(names)}. Try: make {verb} COMP={near[0] if near else names[0]}"
-    )
-
-
-def task_module(competition: str) -> ModuleType:
-    """competitions/<competition>/task.py (common.task lists what it holds). Importing it costs no torch."""
-    return importlib.import_module(f"competitions.{competition}.task")
 
 
 def verb_parser(verb: str, competition: str, description: str) -> Parser:
@@ -45,14 +21,16 @@ def verb_parser(verb: str, competition: str, description: str) -> Parser:
     return parser
 
 
-def configured(parser: Parser, recipes: dict[str, Config], argv: list[str]) -> tuple[Config, argparse.Namespace]:
+def configured(
+    parser: Parser, recipes: dict[str, Config], argv: list[str], default: str = "default"
+) -> tuple[Config, argparse.Namespace]:
     """The recipe's config with the given flags, and all that was given; unknown flags and recipes name the nearest.
 
     Two passes: the recipe first, because its values are the defaults that --help shows.
     """
-    parser.add_argument("--recipe", default="default", help=f"one of {', '.join(recipes)} [default]")
+    parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} [{default}]")
     recipe = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    recipe.add_argument("--recipe", default="default")
+    recipe.add_argument("--recipe", default=default)
     name = recipe.parse_known_args(argv)[0].recipe
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)
@@ -63,64 +41,97 @@ def configured(parser: Parser, recipes: dict[str, Config], argv: list[str]) -> t
     return configs.with_flags(recipes[name], given), given
 
 
-def train(competition: str, argv: list[str]) -> None:
+def default_recipe(name: str, recipes: dict[str, Config], argv: list[str]) -> str:
+    """ "demo" where there are no data: demo data take seconds, whatever the default recipe is made for."""
+    data = Parser(add_help=False, allow_abbrev=False)
+    data.add_argument("--data")
+    given = data.parse_known_args(argv)[0].data
+    return "demo" if "demo" in recipes and raw.would_be_demo(name, given) else "default"
+
+
+def train(name: str, argv: list[str]) -> None:
     """train a recipe, or go on with the interrupted run of the same command, then write the submission"""
-    module = task_module(competition)
-    parser = verb_parser("train", competition, train.__doc__)
+    competition = competitions.load(name)
+    parser = verb_parser("train", name, train.__doc__)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
-    config, given = configured(parser, module.RECIPES, argv)
+    parser.add_argument("--resume", **commands.SWITCH, help="go on though code or data have changed")
+    recipes = competition.recipes
+    config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
     from common import train as training
 
-    training.train(competition, module, config, recipe=given.recipe, data=given.data, run_name=given.run)
+    insist = given.resume == "1"
+    training.train(competition, config, recipe=given.recipe, data=given.data, run_name=given.run, insist=insist)
 
 
-def predict(competition: str, argv: list[str]) -> None:
+def predict(name: str, argv: list[str]) -> None:
     """write the submission of a finished run again; several runs (a,b) are averaged"""
-    module = task_module(competition)
-    parser = verb_parser("predict", competition, predict.__doc__)
+    competition = competitions.load(name)
+    parser = verb_parser("predict", name, predict.__doc__)
     parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
-    configs.add_prediction_flags(parser, type(module.RECIPES["default"]))
+    configs.add_prediction_flags(parser, competition.config_class)
     given = parser.parse_args(argv)
     from common import predict as predicting
 
-    predicting.predict(competition, module, given)
+    predicting.predict(competition, given)
 
 
-def check(competition: str, argv: list[str]) -> None:
-    """read every image of the data and list those that cannot be decoded"""
-    module = task_module(competition)
-    given_config, given = configured(verb_parser("check", competition, check.__doc__), module.RECIPES, argv)
+def check(name: str, argv: list[str]) -> None:
+    """read every image of the data, and check everything that can be checked before the training"""
+    competition = competitions.load(name)
+    config, given = configured(verb_parser("check", name, check.__doc__), competition.recipes, argv)
     from common import train as training
 
-    training.check_images(competition, module, given_config, given.data)
+    training.check(competition, config, given.data)
 
 
-def data(competition: str, argv: list[str]) -> None:
+def data(name: str, argv: list[str]) -> None:
     """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
-    commands.data(competition, task_module(competition), verb_parser("data", competition, data.__doc__), argv)
+    commands.data(name, competitions.load(name), verb_parser("data", name, data.__doc__), argv)
 
 
-def submit(competition: str, argv: list[str]) -> None:
+def submit(name: str, argv: list[str]) -> None:
     """send the best run's checked submission to Kaggle, wait for the score, keep the ledger"""
-    commands.submit(competition, task_module(competition), verb_parser("submit", competition, submit.__doc__), argv)
+    commands.submit(name, competitions.load(name), verb_parser("submit", name, submit.__doc__), argv)
 
 
-def board(competition: str, argv: list[str]) -> None:
+def board(name: str, argv: list[str]) -> None:
     """validation against leaderboard for every submission of the ledger, as a table and a plot"""
-    commands.board(competition, task_module(competition), verb_parser("board", competition, board.__doc__), argv)
+    commands.board(name, competitions.load(name), verb_parser("board", name, board.__doc__), argv)
 
 
-def kernel(competition: str, argv: list[str]) -> None:
+def kernel(name: str, argv: list[str]) -> None:
     """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (flags: those of train too)"""
-    parser = verb_parser("kernel", competition, kernel.__doc__)
-    kernels.kernel(competition, task_module(competition), parser, argv, configured)
+    parser = verb_parser("kernel", name, kernel.__doc__)
+    kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-def name(competition: str, argv: list[str]) -> None:
-    """succeed when the competition exists, name the nearest when it does not (for the target that is given next)"""
+VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel, name)}
+def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
+    """The verb that `word` names, of the core or of the competition; raises UserError saying who has it."""
+    there = competitions.names()
+    own = {one: competitions.load(one).verbs for one in there}
+    found = VERBS | own.get(competition, {})
+    if word in found:
+        return found[word]
+    if having := [one for one in there if word in own[one]]:
+        raise UserError(
+            f"COMP={competition} has no {word}: only {', '.join(having)} has. Try: make {word} COMP={having[0]}"
+        )
+    near = difflib.get_close_matches(word, found, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"{word!r} is not a verb: expected one of {', '.join(found)}.{hint}")
+
+
+def _run(argv: list[str]) -> None:
+    for word in argv:
+        if not word.isascii() and word.encode(errors="surrogateescape") != word.encode(errors="replace"):
+            raise UserError(f"{word!r} is not UTF-8: give the file or the run a name that is")
+    verb, rest = argv[0], argv[2:]
+    given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
+    function = verb_of(verb, given)
+    function(competitions.known(given, verb), rest)
 
 
 def main(argv: list[str]) -> int:
@@ -129,17 +140,10 @@ def main(argv: list[str]) -> int:
         print("usage: python -m common VERB COMPETITION [--flags]   (VERB COMPETITION --help shows the flags)\n")
         for verb, function in VERBS.items():
             print(f"  {verb:8} {function.__doc__}")
-        print(f"\ncompetitions: {', '.join(competitions())}")
+        print(f"\ncompetitions: {', '.join(competitions.names())}")
         return 0
     try:
-        verb, rest = argv[0], argv[2:]
-        given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
-        verbs_of = VERBS | (getattr(task_module(given), "VERBS", {}) if given in competitions() else {})
-        if verb not in verbs_of:
-            near = difflib.get_close_matches(verb, verbs_of, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"{verb!r} is not a verb: expected one of {', '.join(verbs_of)}.{hint}")
-        verbs_of[verb](known(given, rest[0] if verb == "name" and rest else verb), rest)
+        _run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -45,7 +45,7 @@ class Config:
     folds: int = flag(5, "number of folds", rule=at_least(2))
     seed: int = flag(0, "seed of the folds, the order, the augmentation, the weights and the dropout")
     # The optimizer step.
-    epochs: int = flag(10, "passes over the training part", "epochs", at_least(1))
+    epochs: int = flag(10, "epochs of training", "epochs", at_least(1))
     batch_size: int = flag(
         64, "effective batch: samples of one optimizer step, over all processes", "samples", at_least(1)
     )
@@ -67,7 +67,7 @@ class Config:
     warmup: float = flag(
         0.05, "part of the run in which the learning rate rises", "fraction of the steps", between(0, 1)
     )
-    clip_norm: float = flag(0.0, "largest norm of the batch's gradient; 0 never clips", rule=at_least(0))
+    clip_norm: float = flag(0.0, "largest norm of the gradient of the batch; 0 never clips", rule=at_least(0))
     ema: float = flag(
         0.0, "decay of the moving average of the weights, which is evaluated and kept; 0 is off", "per step", BELOW_1
     )
@@ -84,7 +84,7 @@ class Config:
     patience: int = flag(
         0, "stop after this many validations without a better score; 0 never stops", "validations", at_least(0)
     )
-    views: bool = flag(True, "average the test-time views of the competition")
+    tta: bool = flag(True, "average the test-time augmentations (TTA) of the competition")
     # The machine: these change speed and memory only (low precisions round).
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
@@ -104,7 +104,7 @@ class Config:
 MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory"})
 # What `make predict` may set, and what a competition marks with flag(..., predicts=True); the rest shaped the weights.
 PREDICTION_FIELDS = frozenset(
-    {"batch_size", "views", "device", "precision", "workers", "threads", "keep_memory", "channels_last"}
+    {"batch_size", "tta", "device", "precision", "workers", "threads", "keep_memory", "channels_last"}
 )
 
 

@@ -1,8 +1,12 @@
-"""Where and how exactly a run computes: the device and the precision."""
+"""Where and how exactly a run computes: the device, the precision, the threads, and the memory it took."""
+
+import resource
+import sys
 
 import torch
 
 from common.config import Config
+from common.engine import memory
 from common.errors import UserError
 
 
@@ -30,3 +34,18 @@ def precision_of(config: Config, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
+def use_threads(config: Config) -> None:
+    """Apply --threads and --keep-memory to this process."""
+    memory.keep_freed(config.keep_memory)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that torch has allocated on a card, or that this process has taken of the computer."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

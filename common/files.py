@@ -3,23 +3,29 @@
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from common.errors import UserError
+
+if TYPE_CHECKING:  # make's own checks run before anything is installed
+    import numpy as np
 
 # What the disk or its permissions can say to a write; any other OSError comes from whoever makes the content.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 NO_ROOM = 2**20  # bytes
-FORMULA = r"'*[=+\-@\t\r\n]"  # with quotes of its own in front, which must come back
+NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")  # what ndarray.tofile says to a full disk, without a number
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet would compute, quoted or not
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 csv.field_size_limit(2**31 - 1)  # the module's 131,072 characters are fewer than the run lengths of a ragged mask take
 
 
@@ -31,21 +37,40 @@ def not_written(path: Path, error: OSError) -> UserError:
     )
 
 
+def require_room(path: Path, size: float, what: str) -> None:
+    """Raises UserError when the disk of `path`, which need not exist yet, has no room for `size` bytes of `what`."""
+    place = path.absolute()
+    while not place.is_dir():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size + NO_ROOM > free:
+        raise UserError(
+            f"{what} will take {size / 1e9:.2f} GB of {place}, where {free / 1e9:.2f} GB are free: free some disk "
+            f"space and repeat the same command"
+        )
+
+
 @contextmanager
 def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """A file to write that takes the place of `path` once it is complete and on disk; on any error `path` stays.
 
-    Raises UserError when the disk is full or cannot be written.
+    Drafts of `path` that killed writers have left are deleted. Raises UserError when the disk is full or cannot be
+    written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, mode, **options) as stream:
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_dead_drafts(path)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(draft, path)
+            os.replace(draft, path)
     except OSError as error:
+        if NUMPY_CUT.search(str(error)):
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if error.errno not in WRITE_ERRORS:
             raise
         raise not_written(path, error) from error
@@ -54,23 +79,35 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
             draft.unlink(missing_ok=True)
 
 
-def is_visible(name: str) -> bool:
-    """Whether a relative name is that of data: neither hidden nor added by a Mac (`__MACOSX`, `._x`, `.DS_Store`)."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def _remove_dead_drafts(path: Path) -> None:
+    """A living writer, of this or another machine, holds a lock on its draft."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError), open(draft, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.unlink()
 
 
-def as_cell(text: str) -> str:
-    """`text` for a CSV that people open: a quote before whatever a spreadsheet would run as a formula."""
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """One process at a time is inside, for one `folder`; whether that is sure: some file systems know no locks.
+
+    The lock is the folder's own, so no file stays behind, and goes with its process, however that ends.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        float(text)
-        return text
-    except ValueError:
-        return f"'{text}" if re.match(FORMULA, text) else text
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        alone = True
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
-def from_cell(cell: str) -> str:
-    """What `as_cell` was given."""
-    return cell[1:] if cell.startswith("'") and re.match(FORMULA, cell) else cell
+def is_foreign(name: str) -> bool:
+    """Hidden, or what Macs put into archives and onto the disks of others: ._train.csv is no train.csv."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def sha256(file: Path | BinaryIO) -> str:
@@ -103,19 +140,42 @@ def remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Any:
-    """What `path` holds; raises UserError when it is damaged: the kit's own files are never half written."""
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, found a {type(found).__name__}")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): put a whole copy back, or delete {path.parent} and train again"
         ) from error
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path, "w", encoding="utf-8") as stream:
         stream.write(text)
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table for the eye: what a spreadsheet would take for a formula gets a ' in front. Not for submissions."""
+    with replacing(path, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([plain_cell(cell) for cell in row] for row in rows)
+
+
+def plain_cell(cell: Any) -> Any:
+    """`cell` as no spreadsheet computes it; numbers stay as they are, and `read_cell` gives the text back."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell) else cell
+
+
+def read_cell(text: str) -> str:
+    """What `plain_cell` was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
 
 
 def write_with(path: Path, writer: Callable[[IO], None]) -> None:
@@ -127,3 +187,10 @@ def write_with(path: Path, writer: Callable[[IO], None]) -> None:
             full = shutil.disk_usage(path.parent).free < NO_ROOM
             reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
             raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error
+
+
+def write_npy(path: Path, array: "np.ndarray") -> None:
+    """numpy.save, replaced as a whole; raises UserError on a full disk."""
+    import numpy as np
+
+    write_with(path, lambda stream: np.save(stream, array, allow_pickle=False))

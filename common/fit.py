@@ -1,12 +1,12 @@
 """The only training loop: batches in, a fold's best weights and its out-of-fold predictions out."""
 
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,36 @@ import torch
 from torch import nn
 
 from common import checkpoint
+from common.batch import Batch
 from common.config import Config
-from common.device import device_of, precision_of
+from common.device import device_of, peak_memory, precision_of
 from common.engine.average import Average, reestimate_batchnorm
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
 from common.engine.ranks import Ranks
 from common.engine.schedule import learning_rate_factor, set_learning_rate
-from common.engine.step import Engine
+from common.engine.step import Engine, StepReport
 from common.errors import UserError
-from common.evaluate import validate, write_out_of_fold, write_skipped
-from common.files import remove_drafts, write_text
+from common.files import read_json, remove_drafts, write_npy, write_text
+from common.inference import (
+    Predictor,
+    load_model,
+    tta_of,
+    validate,
+    write_oof,
+    write_skipped,
+)
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
-from common.predict import AS_IS, Predictor, load_model
+from common.predictions import read_predictions, write_predictions
 from common.progress import progress
 from common.run import Run
-from common.task import Task, View
+from common.task import AS_IS, TTA, Task
+
+FACTS = "fold.json"  # of a finished fold
+# Columns of metrics.csv that differ between two equal runs.
+MACHINE_COLUMNS = ("samples_per_second", "memory_gib")
 
 
 @dataclass
@@ -43,6 +55,7 @@ class State:
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps that are done
     loss_sum: float = 0.0  # of this epoch, times samples
+    norm_sum: float = 0.0  # of this epoch's gradient norms
     samples: int = 0  # of this epoch
     best: float | None = None
     stale: int = 0  # validations since the best one
@@ -50,222 +63,335 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.csv per epoch
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The tensors of a training, saved and restored together."""
+def rows_of_fold(task: Task, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers (training, validation) of a fold; raises UserError when one of them has none."""
+    folds = task.data.folds
+    train = np.flatnonzero(folds != fold) if fold is not None else np.arange(len(folds))
+    valid = np.flatnonzero(folds == fold) if fold is not None else np.empty(0, int)
+    if not len(train) or (fold is not None and not len(valid)):
+        raise UserError(
+            f"{fold_label(fold)} has {len(train)} rows to train on and {len(valid)} to validate: choose --fold and "
+            f"--folds so that both have some"
+        )
+    return train, valid
 
-    model: nn.Module
-    loss: nn.Module | None
-    optimizer: torch.optim.Optimizer
-    engine: Engine
-    average: Average | None
 
-    def _named(self) -> dict[str, Any]:
-        return {name: part for name, part in vars(self).items() if part is not None}
-
-    def save(self, path: Path, state: State) -> None:
-        tensors = {name: part.state_dict() for name, part in self._named().items()}
-        checkpoint.save(path, {"state": vars(state)} | tensors)
-
-    def restore(self, found: dict[str, Any]) -> State:
-        for name, part in self._named().items():
-            part.load_state_dict(found[name])
-        return State(**found["state"])
-
-    def averaged(self) -> AbstractContextManager:
-        """The model with its averaged weights, when there are any, inside the block."""
-        return self.average.swapped(self.model) if self.average and self.average.updates else nullcontext()
+def fold_label(fold: int | None) -> str:
+    return "all rows" if fold is None else f"fold {fold}"
 
 
 def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) -> Path:
-    """Train on every row outside `fold` (None: on all rows) and return the folder with model.pt and oof.npy.
+    """Train on every row outside `fold` (None: on all rows); returns the folder with its weights and predictions.
 
     A fold that is finished is left as it is; one that was interrupted goes on, to the same bits on a CPU.
     Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
     """
-    folder, called = run.fold_folder(fold), "all rows" if fold is None else f"fold {fold}"
+    folder = run.fold_folder(fold)
     if ranks.is_writer:
         remove_drafts(folder)
-    if ranks.broadcast((folder / "model.pt").is_file()):
+    if ranks.broadcast((folder / FACTS).is_file()):
         _remove_checkpoints(folder, ranks)
-        if ranks.is_writer and fold is not None and not (folder / "oof.npy").is_file():
-            _predict_held_out_again(task, config, folder, np.flatnonzero(task.folds == fold))
+        if ranks.is_writer and fold is not None and read_predictions(folder, "oof") is None:
+            _predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])
         ranks.barrier()
         return folder
-    train_rows = np.flatnonzero(task.folds != fold) if fold is not None else np.arange(len(task.ids))
-    held_rows = np.flatnonzero(task.folds == fold) if fold is not None else np.empty(0, int)
-    if not len(train_rows) or (fold is not None and not len(held_rows)):
-        raise UserError(
-            f"{called} has {len(train_rows)} rows to train on and {len(held_rows)} to validate: "
-            f"choose --fold and --folds so that both have some"
+    return Training(task, config, run, fold, ranks).run_all()
+
+
+class Training:
+    """One fold: `run_all` goes through its epochs and keeps what came out of them."""
+
+    def __init__(self, task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks):
+        self.task, self.config, self.run, self.fold, self.ranks = task, config, run, fold, ranks
+        self.folder = run.fold_folder(fold)
+        self.rows, self.valid_rows = rows_of_fold(task, fold)
+        self.device = device_of(config, ranks.local_rank, ranks.world)
+        found = checkpoint.load(self.last) if ranks.is_writer and self.last.is_file() else None
+        resumed = ranks.broadcast(found)
+        self._build(pretrained=not resumed)
+        order = task.data.order(self.rows) if task.data.order else orders.shuffled(self.rows)
+        self.loader = self._loader(order, config.batch_size, rank=ranks.rank, world=ranks.world)
+        self._order = order
+        self.total_steps = config.epochs * self.loader.batches_per_epoch
+        self.averaged_from = round((1 - config.swa) * self.total_steps) if config.swa else 0
+        self.state = self._restored(resumed) if resumed else State()
+        if resumed:
+            run.log(
+                f"{fold_label(fold)}: resumed at epoch {self.state.epoch + 1}, batch {self.state.batch} of "
+                f"{self.loader.batches_per_epoch}"
+            )
+        self.reports: list[tuple[StepReport, int]] = []  # of steps that nobody has looked at yet, and their samples
+        self.saved = self.counted = time.monotonic()
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    def _build(self, pretrained: bool) -> None:
+        """The model with its first weights, the loss, the optimizer, the engine and the average."""
+        task, config = self.task.network, self.config
+        torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if self.fold is None else self.fold))
+        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model = task.model().to(self.device, memory_format=memory_format)
+        if task.pretrain and pretrained:
+            task.pretrain(self.model)
+        prepare(self.model, config.checkpointing, config.compile, self.run.log)
+        is_module = isinstance(task.loss, nn.Module)
+        self.loss = deepcopy(task.loss).to(self.device) if is_module else task.loss  # folds share no weights
+        self.optimizer = build_optimizer(self.model, config, task.lr_scales)
+        if is_module and any(True for _ in self.loss.parameters()):
+            self.optimizer.add_param_group({"params": list(self.loss.parameters()), "weight_decay": 0.0})
+        allocate_state(self.optimizer)
+        self.engine = Engine(
+            self.model,
+            self.loss,
+            self.optimizer,
+            micro_batch=config.micro_batch,
+            precision=precision_of(config, self.device),
+            clip_norm=config.clip_norm,
+            seed=config.seed,
+            ranks=self.ranks,
+            log=self.run.log,
+        )
+        self.average = Average(self.model, config.ema or None) if config.ema or config.swa else None
+
+    def _loader(self, order: orders.Order, batch_size: int, **shard: int) -> Loader:
+        config = self.config
+        return Loader(
+            self.task.data.train,
+            order,
+            batch_size,
+            seed=config.seed,
+            workers=config.workers,
+            device=self.device,
+            bad_images=config.bad_images,
+            mix=self.task.data.mix,
+            **shard,
         )
 
-    device = device_of(config, ranks.local_rank, ranks.world)
-    torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if fold is None else fold))
-    model = task.model().to(
-        device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
-    )
-    last = folder / "last.pt"
-    resumed = ranks.broadcast(checkpoint.load(last) if ranks.is_writer and last.is_file() else None)
-    if task.pretrain and not resumed:
-        task.pretrain(model)
-    prepare(model, config.checkpointing, config.compile, run.log)
-    loss = deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss  # folds share no weights
-    optimizer = build_optimizer(model, config, task.lr_scales)
-    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
-        optimizer.add_param_group({"params": list(loss.parameters()), "weight_decay": 0.0})
-    allocate_state(optimizer)
-    engine = Engine(
-        model,
-        loss,
-        optimizer,
-        micro_batch=config.micro_batch,
-        precision=precision_of(config, device),
-        clip_norm=config.clip_norm,
-        seed=config.seed,
-        ranks=ranks,
-        log=run.log,
-    )
-    average = Average(model, config.ema or None) if config.ema or config.swa else None
-    order = task.order(train_rows) if task.order else orders.shuffled(train_rows)
-    training_loader = partial(
-        Loader,
-        task.labelled,
-        order,
-        seed=config.seed,
-        workers=config.workers,
-        device=device,
-        bad_images=config.bad_images,
-        mix=task.mix,
-    )
-    loader = training_loader(config.batch_size, rank=ranks.rank, world=ranks.world)
-    total_steps = config.epochs * loader.batches_per_epoch
-    averaged_from = round((1 - config.swa) * total_steps) if config.swa else 0
-    rate = partial(  # of a step, relative to --lr
-        learning_rate_factor, total_steps=total_steps, schedule=config.schedule, warmup_fraction=config.warmup
-    )
-    parts = Parts(model, loss if isinstance(loss, nn.Module) else None, optimizer, engine, average)
-    state = parts.restore(resumed) if resumed else State()
-    if resumed:
-        run.log(f"{called}: resumed at epoch {state.epoch + 1}, batch {state.batch} of {loader.batches_per_epoch}")
-    saved = time.monotonic()
+    def run_all(self) -> Path:
+        """Every epoch that is left, then the weights and the out-of-fold predictions; returns the fold's folder."""
+        config, state = self.config, self.state
+        while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
+            self._epoch()
+        self.loader.close()
+        with self._averaged():
+            self._keep()
+        self.ranks.barrier()  # nobody goes on before fold.json, which marks the fold as finished, is there
+        _remove_checkpoints(self.folder, self.ranks)
+        return self.folder
 
-    def evaluator(views: Sequence[View] = AS_IS) -> Predictor:
-        batch_size = min(config.batch_size, engine.micro_batch)
-        return Predictor([model.eval()], task, views, config, batch_size, device)
-
-    while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
-        model.train()
-        started = counted = time.monotonic()
-        label = f"{called} epoch {state.epoch + 1}/{config.epochs}"
-        batches = progress(
-            loader.epoch(state.epoch, start=state.batch),
-            label,
-            loader.batches_per_epoch - state.batch,
-            show=ranks.is_writer,
-        )
-        for batch in batches:
-            state.batch = batch.number + 1
-            if not ranks.any(len(batch) > 0):  # all its images are unreadable: no step, as in a single process
-                continue
-            set_learning_rate(optimizer, rate(state.step))
-            report = engine.step(batch, state.step)
-            if average and state.step >= averaged_from:
-                average.update(model)
-            state.step += 1
-            state.loss_sum += float(report.loss) * batch.total
-            state.samples += batch.total
-            if ranks.is_writer and time.monotonic() - saved > config.save_every:
-                state.seconds, counted = state.seconds + time.monotonic() - counted, time.monotonic()
-                parts.save(last, state)
-                saved = time.monotonic()
-        state.seconds, seconds = state.seconds + time.monotonic() - counted, time.monotonic() - started
-
+    def _epoch(self) -> None:
+        state = self.state
+        self.model.train()
+        started = self.counted = time.monotonic()
+        before = state.samples
+        for batch in self._shown(self.loader.epoch(state.epoch, start=state.batch)):
+            self._step(batch)
+            self._save_when_due()
+        self._collect()
+        seconds = time.monotonic() - started
+        state.seconds += time.monotonic() - self.counted
         if not state.samples:
             raise UserError(
-                f"{called}: not one of its {len(train_rows)} training images can be read: make check, with the same "
-                f"COMP= and DATA=, lists them"
+                f"{fold_label(self.fold)}: not one of its {len(self.rows)} training images can be read: make check, "
+                f"with the same COMP= and DATA=, lists them"
             )
-        row = {
-            "fold": fold,
+        row = self._row() | {"samples_per_second": round((state.samples - before) / max(seconds, 1e-9), 1)}
+        if len(self.valid_rows) and self._validates():
+            with self._averaged():
+                row |= validate(self._predictor(), self.valid_rows, self.ranks, self.loss)
+                self._remember_best(row[self.task.metrics[0].name])
+        self._close_epoch(row | {"memory_gib": peak_memory(self.device)}, seconds)
+
+    def _step(self, batch: Batch) -> None:
+        state = self.state
+        state.batch = batch.number + 1
+        if not self.ranks.any(len(batch) > 0):  # all its images are unreadable: no step, as in a single process
+            return
+        set_learning_rate(self.optimizer, self._rate(state.step))
+        self.reports.append((self.engine.step(batch, state.step), batch.total))
+        if self.average and state.step >= self.averaged_from:
+            self.average.update(self.model)
+        state.step += 1
+        if self.device.type == "cpu":
+            self._collect()
+
+    def _collect(self) -> None:
+        """Add up what the steps reported; on a card this waits for them, so it is done when somebody wants to know."""
+        for report, samples in self.reports:
+            self.state.loss_sum += float(report.loss) * samples
+            norm = float(report.gradient_norm)
+            self.state.norm_sum += norm if math.isfinite(norm) else 0.0  # a step that fp16 left out
+            self.state.samples += samples
+        self.reports.clear()
+
+    def _rate(self, step: int) -> float:
+        """Of a step, relative to --lr."""
+        return learning_rate_factor(
+            step, total_steps=self.total_steps, schedule=self.config.schedule, warmup_fraction=self.config.warmup
+        )
+
+    def _row(self) -> dict[str, Any]:
+        """The epoch's row of metrics.csv, as far as the training goes."""
+        state = self.state
+        steps = state.step - (state.history[-1]["step"] if state.history else 0)
+        return {
+            "fold": self.fold,
             "epoch": state.epoch + 1,
             "step": state.step,
-            "lr": config.lr * rate(state.step - 1),
+            "lr": self.config.lr * self._rate(state.step - 1),
             "loss": state.loss_sum / state.samples,
+            "gradient_norm": state.norm_sum / steps,
         }
-        if len(held_rows) and ((state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs):
-            with parts.averaged():
-                row |= validate(evaluator(), held_rows, ranks)
-                _remember_best(state, row[task.metrics[0].name], task, config, model, folder, ranks)
-        state.history.append(row)
-        state.epoch, state.batch, state.loss_sum, state.samples = state.epoch + 1, 0, 0.0, 0
-        skipped = ranks.union(dict(loader.skipped))
-        if ranks.is_writer:  # before the checkpoint: an epoch that is saved as done is never written again
-            write_metrics(folder, state.history)
-            write_skipped(run, folder, task, skipped)
-        if ranks.is_writer and time.monotonic() - saved > config.save_every:
-            parts.save(last, state)
-            saved = time.monotonic()
-        facts = [f"{name} {value:.5g}" for name, value in row.items() if name not in ("fold", "epoch", "step")]
-        run.log(f"{label}: {', '.join(facts)}, {seconds:.1f} s")
-    loader.close()
 
-    with parts.averaged():
-        if (folder / "best.pt").is_file():
-            model.load_state_dict(checkpoint.load(folder / "best.pt")["model"])
-        if config.swa and ranks.is_writer:
-            eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-            with eager, training_loader(config.batch_size) as again:  # else compiled anew for every batch's momentum
-                cut = (inputs for batch in again.epoch(config.epochs) for inputs, *_ in engine.parts(batch))
-                reestimate_batchnorm(model, cut)
-        if len(held_rows) and ranks.is_writer:
-            predictor = evaluator(task.views if config.views else AS_IS)
-            write_out_of_fold(folder, predictor, held_rows)
-            write_skipped(run, folder, task, predictor.skipped)
-        if ranks.is_writer:
-            checkpoint.save(
-                folder / "model.pt",
-                {
-                    "model": model.state_dict(),
-                    "seconds": state.seconds,
-                    "best": state.best,
-                    "micro_batch": engine.micro_batch,
-                    "steps": state.step,
-                },
+    def _validates(self) -> bool:
+        epoch = self.state.epoch + 1
+        return epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
+
+    def _predictor(self, tta: tuple[TTA, ...] = AS_IS) -> Predictor:
+        batch_size = min(self.config.batch_size, self.engine.micro_batch)
+        return Predictor([self.model.eval()], self.task, tta, self.config, batch_size, self.device)
+
+    def _remember_best(self, value: float) -> None:
+        """Count validations since the best one and keep the weights of the best (--keep last keeps none)."""
+        state, sign = self.state, 1 if self.task.metrics[0].higher_is_better else -1
+        better = not math.isnan(value) and (state.best is None or sign * value > sign * state.best)
+        state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
+        if better and self.config.keep == "best" and self.ranks.is_writer:
+            checkpoint.save(self.folder / "best.pt", {"model": self.model.state_dict()})
+
+    def _close_epoch(self, row: dict[str, Any], seconds: float) -> None:
+        """Write the epoch down, then go on to the next one."""
+        state = self.state
+        label = f"{fold_label(self.fold)} epoch {state.epoch + 1}/{self.config.epochs}"
+        state.history.append(row)
+        state.epoch, state.batch, state.samples, state.loss_sum, state.norm_sum = state.epoch + 1, 0, 0, 0.0, 0.0
+        skipped = self.ranks.union(dict(self.loader.skipped))
+        if self.ranks.is_writer:  # before the checkpoint: an epoch that is saved as done is never written again
+            write_metrics(self.folder, state.history)
+            write_skipped(self.run, self.folder, self.task, skipped)
+        self.counted = time.monotonic()
+        self._save_when_due()
+        shown = {name: value for name, value in row.items() if name not in ("fold", "epoch", "step")}
+        self.run.log(f"{label}: {', '.join(f'{name} {value:.5g}' for name, value in shown.items())}, {seconds:.1f} s")
+
+    def _shown(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches of an epoch under a progress line: the loss, samples a second and what is left of the run."""
+        state = self.state
+        label = f"{fold_label(self.fold)} epoch {state.epoch + 1}/{self.config.epochs}"
+        begun, step, samples = time.monotonic(), state.step, state.samples
+
+        def facts() -> str:
+            self._collect()
+            seconds = time.monotonic() - begun
+            left = seconds / max(state.step - step, 1) * (self.total_steps - state.step)
+            return (
+                f"loss {state.loss_sum / max(state.samples, 1):.4g}, {(state.samples - samples) / seconds:.0f} "
+                f"samples/s, {left / 60:.0f} min of training left"
             )
-    ranks.barrier()  # nobody goes on before model.pt, which marks the fold as finished, is there
-    _remove_checkpoints(folder, ranks)
+
+        count = self.loader.batches_per_epoch - state.batch
+        return progress(batches, label, count, show=self.ranks.is_writer, facts=facts)
+
+    def _named(self) -> dict[str, Any]:
+        """The parts whose tensors are saved and restored together."""
+        parts = {
+            "model": self.model,
+            "loss": self.loss if isinstance(self.loss, nn.Module) else None,
+            "optimizer": self.optimizer,
+            "engine": self.engine,
+            "average": self.average,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _save_when_due(self) -> None:
+        now = time.monotonic()
+        if self.ranks.is_writer and now - self.saved > self.config.save_every:
+            self._collect()
+            self.state.seconds, self.counted = self.state.seconds + now - self.counted, now
+            tensors = {name: part.state_dict() for name, part in self._named().items()}
+            checkpoint.save(self.last, {"state": vars(self.state)} | tensors)
+            self.saved = time.monotonic()
+
+    def _restored(self, found: dict[str, Any]) -> State:
+        with checkpoint.restoring(self.last):
+            for name, part in self._named().items():
+                part.load_state_dict(found[name])
+            return State(**found["state"])
+
+    def _averaged(self) -> AbstractContextManager:
+        """The model with its averaged weights, when there are any, inside the block."""
+        return self.average.swapped(self.model) if self.average and self.average.updates else nullcontext()
+
+    def _keep(self) -> None:
+        """Write the fold's weights and its out-of-fold predictions; fold.json comes last, it marks the fold as done."""
+        if (self.folder / "best.pt").is_file():
+            best = checkpoint.load(self.folder / "best.pt", "model")
+            with checkpoint.restoring(self.folder / "best.pt"):
+                self.model.load_state_dict(best["model"])
+        if not self.ranks.is_writer:
+            return
+        if self.config.swa:
+            self._reestimate_batchnorm()
+        if len(self.valid_rows):
+            predictor = self._predictor(tta_of(self.task, self.config))
+            write_oof(self.folder, predictor, self.valid_rows)
+            write_skipped(self.run, self.folder, self.task, predictor.skipped)
+        checkpoint.save(self.folder / "model.pt", {"model": self.model.state_dict()})
+        facts = {"best": self.state.best, "micro_batch": self.engine.micro_batch, "steps": self.state.step}
+        write_facts(self.folder, self.fold, self.state.seconds, facts | {"memory_gib": peak_memory(self.device)})
+
+    def _reestimate_batchnorm(self) -> None:
+        """BatchNorm's statistics of the averaged weights, from the training rows."""
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager, self._loader(self._order, self.config.batch_size) as again:  # else compiled anew for every batch
+            parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
+            reestimate_batchnorm(self.model, parts)
+
+
+def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
+    """The fold was part of a run whose predictions are joined already, and another fold of it is trained again."""
+    device = device_of(config)
+    batch_size = min(config.batch_size, read_json(folder / FACTS)["micro_batch"])
+    model = load_model(folder / "model.pt", task, config, device)
+    write_oof(folder, Predictor([model], task, tta_of(task, config), config, batch_size, device), rows)
+
+
+def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
+    """`fit` for a task without a network: its own function fits the fold and predicts the rows it has not seen."""
+    folder = run.fold_folder(fold)
+    if (folder / FACTS).is_file():
+        return folder
+    remove_drafts(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_rows, valid_rows = rows_of_fold(task, fold)
+    started = time.monotonic()
+    oof, test = task.fit_predict(train_rows, valid_rows, fold, folder)
+    for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
+        if count:
+            write_predictions(folder, name, predictions, count, task.postprocess.kept)
+    write_npy(folder / "oof_rows.npy", valid_rows)
+    seconds = time.monotonic() - started
+    write_facts(folder, fold, seconds, {})
+    run.log(f"{fold_label(fold)}: fitted on {len(train_rows)} rows, {seconds:.1f} s")
     return folder
 
 
-def _predict_held_out_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
-    """The fold was part of a run whose predictions are joined already, and another fold of it is trained again."""
-    found, device = checkpoint.load(folder / "model.pt"), device_of(config)
-    model, views = load_model(found, task, config, device), task.views if config.views else AS_IS
-    batch_size = min(config.batch_size, found["micro_batch"])
-    write_out_of_fold(folder, Predictor([model], task, views, config, batch_size, device), rows)
+def write_facts(folder: Path, fold: int | None, seconds: float, facts: dict[str, Any]) -> None:
+    """fold.json: the fold is finished, and what it took."""
+    write_text(folder / FACTS, json.dumps({"fold": fold, "seconds": round(seconds, 1)} | facts, indent=2) + "\n")
 
 
 def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:
-    """The fold is finished: model.pt is all that is left to need."""
+    """The fold is finished: its weights and predictions are all that is left to need."""
     if ranks.is_writer:
         for name in ("last.pt", "best.pt"):
             (folder / name).unlink(missing_ok=True)
 
 
-def _remember_best(
-    state: State, value: float, task: Task, config: Config, model: nn.Module, folder: Path, ranks: Ranks
-) -> None:
-    """Count validations since the best one and keep the weights of the best in best.pt (--keep last keeps none)."""
-    sign = 1 if task.metrics[0].higher_is_better else -1
-    better = not math.isnan(value) and (state.best is None or sign * value > sign * state.best)
-    state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
-    if better and config.keep == "best" and ranks.is_writer:
-        checkpoint.save(folder / "best.pt", {"model": model.state_dict()})
-
-
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    """metrics.csv of the fold: a line per epoch, nothing in it that differs between two equal runs."""
+    """metrics.csv of the fold: a line per epoch; only MACHINE_COLUMNS differ between two equal runs."""
     columns = list(dict.fromkeys(name for row in history for name in row))
     lines = [",".join(str(row.get(name, "")) for name in columns) for row in history]
     write_text(folder / "metrics.csv", "\n".join([",".join(columns), *lines]) + "\n")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 HEARTBEAT_SECONDS = 20.0
@@ -21,39 +21,46 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=self.label, total=self.total or None, unit=self.unit, leave=False)
+            self.bar = tqdm(desc=self.label, total=self.total or None, unit=f" {self.unit}", leave=False)
         return self
 
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, done: int, note: str = "", total: int = 0) -> None:
-        """`done` units of the total (0: unknown; a later `total` replaces it), with a note on the state of things."""
-        self.total = total or self.total
+    def update(self, done: int, note: str | Callable[[], str] = "", total: int = 0) -> None:
+        """`done` units of the total (0: unknown; a later one replaces it), with a note, asked for when it is due."""
+        self.total, now = total or self.total, time.monotonic()
         if self.bar is not None:
             self.bar.total = self.total or None
-            if note:
-                self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.bar.n)
+        if now - self.last <= (1 if self.bar is not None else HEARTBEAT_SECONDS) or 0 < self.total <= done:
             return
-        now = time.monotonic()
-        if now - self.last > HEARTBEAT_SECONDS and (done < self.total or not self.total):
-            self.last = now
-            of = f"/{self.total:,}" if self.total else ""
-            left = f", {(now - self.start) / done * (self.total - done):,.0f} s to go" if self.total and done else ""
-            print(f"{self.label}: {done:,}{of} {self.unit}{left}{note and ', ' + note}", flush=True)
+        self.last, told = now, note() if callable(note) else note
+        if self.bar is not None:
+            self.bar.set_postfix_str(told)
+            return
+        of = f"/{self.total}" if self.total else ""
+        left = f", {(now - self.start) / done * (self.total - done):.0f} s to go" if self.total and done else ""
+        print(f"{self.label}: {done}{of} {self.unit}{left}{told and ', '}{told}", flush=True)
 
 
-def progress(items: Iterable[Item], label: str, total: int, unit: str = "batches", show: bool = True) -> Iterator[Item]:
-    """Pass the items on and show how many were taken."""
+def progress(
+    items: Iterable[Item],
+    label: str,
+    total: int,
+    unit: str = "batches",
+    show: bool = True,
+    facts: Callable[[], str] = str,
+) -> Iterator[Item]:
+    """Pass the items on and show how many were taken, with `facts()`, which is asked for when a line is due."""
     if not show:
         yield from items
         return
     with Progress(label, total, unit) as shown:
         for done, item in enumerate(items, start=1):
             yield item
-            shown.update(done)
+            shown.update(done, facts)
 
 
 def say(message: str) -> None:

@@ -1,21 +1,26 @@
 """The raw data of a competition: a folder or the archive as it was downloaded, or demo data."""
 
+import copy
 import csv
 import hashlib
+import io
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from common.archive import DAMAGED, Damaged, refuse_bomb, unpack
 from common.errors import UserError
-from common.files import is_visible, not_written, sha256
+from common.files import alone_in, is_foreign, not_written, sha256
 
 DATA = Path("data")
+CACHE = "cache"  # the folder beside the data that is the kit's own
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class RawData:
     path: Path
     competition: str
     is_demo: bool = False
+    # What a task read: name -> sha256, "" until it is asked for, or an image's path.
+    _opened: dict[str, str | Path] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile | None:
@@ -34,59 +41,120 @@ class RawData:
             return zipfile.ZipFile(self.path)
         except PermissionError as error:
             raise _forbidden(self.path, error) from error
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(
-                f"{self.path} is not a whole zip archive ({error}): download it again with "
-                f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
+                f"{self.path} is not a whole zip archive ({error}): {self._again}, or pass DATA=/path/to/folder-or-zip"
             ) from error
 
+    @cached_property
+    def _members(self) -> dict[str, str]:
+        """Names in the archive, as other systems write them, and what the archive calls them."""
+        names = {own.replace("\\", "/"): own for own in self._archive.namelist()}
+        files = {name: own for name, own in names.items() if not name.endswith("/")}
+        return {name: own for name, own in files.items() if not any(map(is_foreign, name.split("/")))}
+
+    @property
+    def _again(self) -> str:
+        return f"download it again with make data COMP={self.competition}"
+
+    def uncounted(self) -> "RawData":
+        """The same files, without a part in `opened_fingerprint`.
+
+        For what trains nothing (the sample submission, the test images): a run goes on when such a file is mended.
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "_opened", {})
+        return other
+
     def names(self) -> list[str]:
-        """Names of all files, relative to the data, sorted; neither hidden ones nor what a Mac adds, nor the cache."""
-        if self._archive is not None:
-            return sorted(name for name in self._archive.namelist() if not name.endswith("/") and is_visible(name))
-        found = []
-        for folder, folders, files in os.walk(self.path, followlinks=True):
-            here = Path(folder)
-            folders[:] = [name for name in folders if is_visible(name) and not _leads_back(here / name)]
-            if here == self.path and "cache" in folders:
-                folders.remove("cache")
-            found += [here / name for name in files if is_visible(name) and (here / name).is_file()]
-        return sorted(str(file.relative_to(self.path)) for file in found)
+        """Names of all files, relative to the data, sorted, through linked folders.
+
+        Neither hidden files, nor what Macs add, nor the cache. Raises UserError for a name that is not UTF-8.
+        """
+        return sorted(self._members if self._archive is not None else _files(self.path, self.path / CACHE))
+
+    def matching(self, pattern: str) -> list[str]:
+        """Names of the files whose last part fits `pattern`, in whatever case: sample_submission*.csv."""
+        return [name for name in self.names() if fnmatchcase(PurePosixPath(name).name.lower(), pattern.lower())]
+
+    def images(self, folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS) -> dict[str, Path]:
+        """The image files of a folder of the data by their ids, sorted; an id is the name without its ending.
+
+        Those of subfolders have it in their ids: "a/x". Raises UserError when there is no such folder, or when two
+        files have one id (x.png beside x.jpg). By their names and sizes they have a part in `opened_fingerprint`.
+        """
+        root, found = self.folder() / folder, {}
+        if not root.is_dir():
+            raise UserError(
+                f"{root} is missing: get the files with make data COMP={self.competition}, or pass DATA=/path/to/folder"
+            )
+        for name in sorted(_files(root, self.path / CACHE)):
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in endings:
+                if stem in found:
+                    other = found[stem].relative_to(root)
+                    raise UserError(f"{root} holds {other} and {name}, two images of one id: remove one of them")
+                found[stem] = root / name
+                self._opened[str(PurePosixPath(folder, name))] = root / name
+        return found
 
     def exists(self, name: str) -> bool:
-        return name in self._archive.namelist() if self._archive is not None else (self.path / name).is_file()
+        return self._own_name(name) is not None
+
+    def _own_name(self, name: str) -> str | None:
+        """What the data call the file: `name`, or the one that differs from it in case alone."""
+        if self._archive is not None:
+            if name in self._members:
+                return name
+            alike = [own for own in self._members if own.lower() == name.lower()]
+        else:
+            if (self.path / name).is_file():
+                return name
+            folder = (self.path / name).parent
+            there = [folder / own for own in os.listdir(folder)] if folder.is_dir() else []
+            alike = [own for own in there if own.name.lower() == Path(name).name.lower() and own.is_file()]
+            alike = [str(own.relative_to(self.path)) for own in alike]
+        if len(alike) > 1:
+            raise UserError(f"{self.path} has no {name}, but {' and '.join(sorted(alike))}: remove or rename one")
+        return alike[0] if alike else None
 
     def open(self, name: str) -> BinaryIO:
         """The file as a binary stream; raises UserError when it is missing or its archive is damaged."""
-        if not self.exists(name):
-            found = ", ".join(self.names()[:8]) or "nothing"
-            raise UserError(
-                f"{self.path} has no {name} (found: {found}): get the files with "
-                f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
-            )
+        stream = self._open(name)
+        self._opened.setdefault(name, "")
+        return stream
+
+    def _open(self, name: str) -> BinaryIO:
         try:
+            own = self._own_name(name)
+            if own is None:
+                found = ", ".join(self.names()[:8]) or "nothing"
+                raise UserError(
+                    f"{self.path} has no {name} (found: {found}): get the files with "
+                    f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
+                )
             if self._archive is None:
-                return open(self.path / name, "rb")
-            member = self._archive.getinfo(name)
+                return open(self.path / own, "rb")
+            member = self._archive.getinfo(self._members[own])
             refuse_bomb(name, member.file_size, member.compress_size, str(self.path))  # it may be read into memory
-            return self._archive.open(name)
+            return self._archive.open(member)
         except PermissionError as error:
             raise _forbidden(self.path / name, error) from error
         except (*DAMAGED, OSError) as error:
-            raise UserError(
-                f"{self.path}: {name} cannot be read ({error}): download it again with "
-                f"make data COMP={self.competition}"
-            ) from error
+            raise UserError(f"{self.path}: {name} cannot be read ({error}): {self._again}") from error
 
     def read(self, name: str) -> bytes:
         """The whole file; raises UserError when the archive is truncated or its checksum is wrong."""
         try:
-            with self.open(name) as stream:
-                return stream.read()
+            with self._open(name) as stream:
+                contents = stream.read()
         except (*DAMAGED, OSError) as error:
-            raise UserError(
-                f"{self.path}: {name} is damaged ({error}): download it again with make data COMP={self.competition}"
-            ) from error
+            raise self._damaged(name, error) from error
+        self._opened[name] = hashlib.sha256(contents).hexdigest()
+        return contents
+
+    def _damaged(self, name: str, error: Exception) -> UserError:
+        return UserError(f"{self.path}: {name} is damaged ({error}): {self._again}")
 
     def text(self, name: str) -> str:
         """The whole file as text in UTF-8, without a byte order mark; raises UserError naming the first bad byte."""
@@ -102,7 +170,7 @@ class RawData:
 
     def rows(self, name: str) -> Iterator[tuple[int, list[str]]]:
         """The rows of a CSV and the lines they end in; blank lines are left out."""
-        reader = csv.reader(self.text(name).splitlines())
+        reader = csv.reader(io.StringIO(self.text(name), newline=""))  # a quoted cell may hold the end of a line
         return ((reader.line_num, row) for row in reader if row)
 
     def folder(self) -> Path:
@@ -111,18 +179,22 @@ class RawData:
             return self.path
         target = self.cache / f"unpacked-{self.stamp()[:16]}"
         if not target.is_dir():
-            try:
-                unpack(self.path, target)
-            except Damaged as error:
-                raise UserError(
-                    f"{self.path}: {error}: download it again with make data COMP={self.competition}, or pass "
-                    "DATA=/path/to/folder-or-zip"
-                ) from error
+            with alone_in(self.cache) as alone:
+                for left in self.cache.glob(".unpacked-*.part") if alone else ():  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                try:
+                    if not target.is_dir():
+                        unpack(self.path, target)
+                except Damaged as error:
+                    raise UserError(
+                        f"{self.path}: {error}: {self._again}, or pass DATA=/path/to/folder-or-zip"
+                    ) from error
         return target
 
     def stamp(self, *names: str) -> str:
         """Cheap key of the files as they are on disk (path, size, time): what a cache beside the data is keyed by."""
-        files = [self.path] if self._archive is not None else [self.path / name for name in names]
+        own = [self._own_name(name) or name for name in names] if self._archive is None else [""]
+        files = [self.path / name for name in own]
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr((facts, names)).encode()).hexdigest()
 
@@ -131,26 +203,49 @@ class RawData:
         digest = hashlib.sha256()
         for name in names:
             digest.update(name.encode() + b"\0")
-            with self.open(name) as stream:
-                digest.update(bytes.fromhex(sha256(stream)))
+            digest.update(bytes.fromhex(self._digest(name)))
         return digest.hexdigest()
+
+    def opened_fingerprint(self) -> str:
+        """sha256 over what was opened so far, in whatever order: tables by content, images by name and size.
+
+        The same data gives the same value on any machine, from a folder and from an archive.
+        """
+        facts = []
+        for name, found in sorted(self._opened.items()):
+            if found == "":
+                found = self._opened[name] = self._digest(name)
+            facts.append(f"{name}\0{found.stat().st_size if isinstance(found, Path) else found}\n")
+        return hashlib.sha256("".join(facts).encode()).hexdigest()
+
+    def _digest(self, name: str) -> str:
+        try:
+            with self._open(name) as stream:
+                return sha256(stream)
+        except (*DAMAGED, OSError) as error:
+            raise self._damaged(name, error) from error
 
     @cached_property
     def cache(self) -> Path:
         """Folder for derived files: `cache/` beside the data, or under data/cache where that cannot be written."""
-        beside = (self.path if self.path.is_dir() else self.path.parent) / "cache"
-        for folder in (beside, DATA / "cache" / self.competition):
+        beside = (self.path if self.path.is_dir() else self.path.parent) / CACHE
+        for folder in (beside, DATA / CACHE / self.competition):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):
                     return folder
             except OSError:
                 continue
-        raise UserError(f"neither {beside} nor {DATA / 'cache'} can be written: free space or change their owner")
+        raise UserError(f"neither {beside} nor {DATA / CACHE} can be written: free space or change their owner")
 
 
 def find(competition: str, given: str | None, write_demo: Callable[[Path], None], announce=print) -> RawData:
-    """The data to use: `given` (DATA=), else data/<competition>, else demo data; announces the last."""
+    """The data to use: `given` (DATA=), else data/<competition>, else demo data; announces the last.
+
+    Raises UserError for a path that is missing, may not be read, or is not UTF-8: no run could note where its data are.
+    """
+    for name in (Path(given or DATA).expanduser().absolute(), Path(given or DATA).expanduser().resolve()):
+        _refuse_bytes(str(name))
     if given:
         path = Path(given).expanduser()
         try:
@@ -172,6 +267,14 @@ def find(competition: str, given: str | None, write_demo: Callable[[Path], None]
     return RawData(_demo(competition, write_demo), competition, is_demo=True)
 
 
+def would_be_demo(competition: str, given: str | None) -> bool:
+    """Whether `find` would take demo data."""
+    if given:
+        return Path(given).expanduser().resolve().is_relative_to((DATA / "demo").resolve())
+    home = DATA / competition
+    return not (home.is_dir() and visible(home))
+
+
 def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[Path], None]) -> RawData:
     """The data for predicting with a run: `given` (DATA=), else those it was trained on, demo data included."""
     competition = provenance["competition"]
@@ -184,39 +287,82 @@ def _forbidden(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read ({error.strerror}): make it readable for you, or pass another DATA=")
 
 
+def _refuse_bytes(path: str) -> None:
+    """Raises UserError for a name that is not UTF-8, as unzip leaves them of archives from other systems."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{os.fsencode(path).decode('utf-8', 'backslashreplace')} has a name that is not UTF-8, which tables, logs "
+            f"and reports are written in: rename it, or unpack its archive again with unzip -O"
+        ) from error
+
+
 def _only_archive(path: Path) -> Path:
     """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
     if path.is_dir():
         files = visible(path)
-        if len(files) == 1 and files[0].suffix == ".zip":
+        if len(files) == 1 and files[0].suffix.lower() == ".zip":
             return files[0]
     return path
 
 
-def _leads_back(folder: Path) -> bool:
-    """Whether a link points to a folder that it lies in."""
-    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.parents}
-
-
 def visible(folder: Path) -> list[Path]:
-    """What somebody put there: neither hidden, nor added by a Mac, nor the cache."""
-    return [file for file in folder.iterdir() if file.name != "cache" and is_visible(file.name)]
+    """What somebody put there: neither hidden, nor of a Mac, nor the cache."""
+    return [file for file in folder.iterdir() if file.name != CACHE and not is_foreign(file.name)]
+
+
+def _files(root: Path, cache: Path) -> Iterator[str]:
+    """Relative names of all files under `root`, through linked folders too; a link to a folder above itself ends there.
+
+    pathlib's rglob follows no links before Python 3.13, and without a word.
+    """
+    waiting: list[tuple[Path, str, frozenset]] = [(root, "", frozenset())]
+    while waiting:
+        folder, place, above = waiting.pop()
+        try:
+            found = folder.stat()
+            if (found.st_dev, found.st_ino) in above:
+                continue
+            above |= {(found.st_dev, found.st_ino)}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_foreign(entry.name) or folder / entry.name == cache:
+                        continue
+                    _refuse_bytes(entry.path)
+                    if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                        waiting.append((folder / entry.name, f"{place}{entry.name}/", above))
+                    elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                        yield place + entry.name
+        except PermissionError as error:
+            raise _forbidden(folder, error) from error
 
 
 def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
-    """The demo data's folder, generated once; written beside and renamed, so that half of it is never read."""
+    """The demo data's folder, generated once; written beside and renamed, so that half of it is never read.
+
+    Raises UserError when the disk is full or when `write_demo` writes nothing; whatever it raises, nothing stays.
+    """
     folder = DATA / "demo" / competition
-    if not folder.is_dir():
-        draft = folder.with_name(f"{competition}.{os.getpid()}.part")
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            draft.mkdir(parents=True)
+    if folder.is_dir() and visible(folder):
+        return folder
+    draft = folder.with_name(f"{competition}.{os.getpid()}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder.parent) as alone:
+            for left in folder.parent.glob(f"{competition}.*.part") if alone else ():  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if folder.is_dir() and visible(folder):  # another process was faster
+                return folder
+            draft.mkdir()
             write_demo(draft)
-        except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise not_written(folder, error) from error
-        try:
+            if not visible(draft):
+                raise UserError(f"competitions/{competition}: write_demo has written no file, expected the demo data")
+            shutil.rmtree(folder, ignore_errors=True)  # an empty one
             draft.rename(folder)
-        except OSError:  # another process was faster: its files are the same
-            shutil.rmtree(draft)
+    except OSError as error:
+        if not (folder.is_dir() and visible(folder)):  # without locks another process may have been faster
+            raise not_written(folder, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return folder

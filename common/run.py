@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from common.files import locked, not_written, read_json, write_text
 from common.progress import say
 
 RUNS = Path("runs")
-LONGEST_NAME = 100  # characters of a run's name: every file system takes it, with what is added to it
+LONGEST_NAME = 100  # bytes of a run's name: every file system takes it, with what is added to it
+FORMAT = 2  # of a run's files; other versions of the kit wrote others
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Run:
         return self.path.name
 
     @property
+    def is_readable(self) -> bool:
+        return self.provenance.get("format") == FORMAT
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do: trained, reported and predicted."""
         return self.result is not None and not self._unfinished.exists()
@@ -43,9 +49,14 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the finished run found (score, metrics, learnt), or None while it is not finished."""
+        """What the finished run found (score, metrics, tuned), or None while it is not finished."""
         file = self.path / "result.json"
-        return read_json(file) if file.is_file() else None
+        return read_json(file, "score") if file.is_file() else None
+
+    @property
+    def report(self) -> Path:
+        """The page of the run, once it is there."""
+        return self.path / "report.html"
 
     def fold_folder(self, fold: int | None) -> Path:
         """Where the training that holds out `fold` (None: nothing) keeps its files."""
@@ -54,6 +65,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
+            message = message.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes of any kind
             say(message)
             try:
                 with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
@@ -81,10 +93,10 @@ class Run:
 
     def check_outputs(self, outputs: str) -> None:
         """Raises UserError when this run's models were trained for others: outputs have no names, only places."""
-        learnt = self.provenance.get("outputs", outputs)  # runs of earlier versions did not note it
-        if learnt != outputs:
+        trained = self.provenance["outputs"]
+        if trained != outputs:
             raise UserError(
-                f"run {self.name} was trained to predict {learnt}, and the data have {outputs}: give it the data of "
+                f"run {self.name} was trained to predict {trained}, and the data have {outputs}: give it the data of "
                 f"its training, DATA={self.provenance['data']}, or train another run on these"
             )
 
@@ -103,57 +115,83 @@ def load(competition: str, name: str) -> Run:
             f"RUN={name}: there is no such run of {competition} (runs: {names}). "
             f"Train one: make train COMP={competition}"
         )
-    return Run(path, read_json(path / "run.json"))
+    run = _read(path)
+    if not run.is_readable:
+        raise UserError(
+            f"{path} was made by another version of the kit (format {run.provenance.get('format', 1)}, this one reads "
+            f"{FORMAT}): use that version, or train it again under another RUN="
+        )
+    return run
 
 
 def all_runs(competition: str) -> list[Run]:
-    """Every run of a competition, oldest first."""
-    files = sorted((RUNS / competition).glob("*/run.json"), key=lambda file: (file.stat().st_mtime_ns, file))
-    return [Run(file.parent, read_json(file)) for file in files]
+    """Every run of a competition that this version can read, oldest first by the time in run.json: files get copied."""
+    found = [_read(file.parent) for file in (RUNS / competition).glob("*/run.json")]
+    return sorted((run for run in found if run.is_readable), key=lambda run: (run.provenance["created"], run.name))
+
+
+def _read(path: Path) -> Run:
+    return Run(path, read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint", "created"))
 
 
 def _valid(name: str) -> str:
-    if set(name) & set("/,") or name in ("", ".", "..") or len(name) > LONGEST_NAME:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = LONGEST_NAME + 1
+    if set(name) & set("/,") or name in ("", ".", "..") or size > LONGEST_NAME or not name.isprintable():
         raise UserError(
-            f"RUN={name[:LONGEST_NAME]}: expected a name of at most {LONGEST_NAME} characters without / and , (a comma "
-            f"separates the runs that predict averages)"
+            f"RUN={name[:LONGEST_NAME]!r}: expected a name in UTF-8 of at most {LONGEST_NAME} bytes without / and , (a "
+            f"comma separates the runs that predict averages)"
         )
     return name
 
 
-def open_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any]) -> Run:
-    """The run to train: `name` if it is given, else an unfinished run of the same config and data, else a new one.
+def open_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any], insist=False) -> Run:
+    """The run to train: `name` if it is given, else an unfinished run of the same command, else a new one.
 
-    Raises UserError when the named run was started with another config or other data, listing what differs.
+    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ. Raises
+    UserError when the named run was started differently, listing what differs.
     """
     if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
         return _new_run(competition, name, config, provenance)
-    if name is None:
-        unfinished = [run for run in reversed(all_runs(competition)) if not run.is_finished]
-        for run in unfinished:
-            if not _obstacles(run, config, provenance):
-                return _resumed(run)
-        return _new_run(competition, None, config, provenance)
-    run = load(competition, name)
-    if obstacles := _obstacles(run, config, provenance):
-        raise UserError(
-            f"RUN={name} was started differently ({'; '.join(obstacles)}): repeat its own command to resume "
-            f"it, name another RUN=, or delete {run.path}"
-        )
-    return _resumed(run)
+    if name is not None:
+        run = load(competition, name)
+        settings, changes = _obstacles(run, config, provenance)
+        if settings or (changes and not insist):
+            remedy = "repeat its own command to resume it" if settings else "RESUME=1 goes on all the same"
+            raise UserError(
+                f"RUN={name} was started differently ({'; '.join(settings + changes)}): {remedy}, or name another "
+                f"RUN=, or delete {run.path}"
+            )
+        return _resumed(run)
+    for run in reversed(all_runs(competition)):
+        if run.is_finished:
+            continue
+        settings, changes = _obstacles(run, config, provenance)
+        if not settings and (insist or not changes):
+            return _resumed(run)
+        if not settings:
+            print(
+                f"{run.path} does not go on ({'; '.join(changes)}): this is a new run; RESUME=1 goes on with that one"
+            )
+    return _new_run(competition, None, config, provenance)
 
 
-def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> list[str]:
-    """Why this command cannot go on with that run."""
+def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What keeps this command from going on with that run: settings and folds; and code and data that changed."""
     try:
-        found = configs.differences(run.config(type(config)), config)
+        settings = configs.differences(run.config(type(config)), config)
     except UserError as error:
-        return [str(error)]
-    if run.provenance["data_fingerprint"] != provenance["data_fingerprint"]:
-        found.append(f"data: {run.provenance['data']} -> {provenance['data']}, other contents")
-    elif run.provenance.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
-        found.append("folds: other rows in them than when the run began")
-    return found
+        return [str(error)], []
+    before, changes = run.provenance, []
+    if before["data_fingerprint"] != provenance["data_fingerprint"]:
+        changes.append(f"data: {before['data']} -> {provenance['data']}, other contents")
+    elif before.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
+        settings.append("folds: other rows in them than when the run began")
+    code = provenance.get("code", {})
+    changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
+    return settings, changes if run.result is None else []  # what is trained already is only predicted
 
 
 def _resumed(run: Run) -> Run:
@@ -172,7 +210,8 @@ def _new_run(competition: str, name: str | None, config: Config, provenance: dic
         raise not_written(home, error) from error
     number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
     while True:
-        path = home / (name or f"{number:03d}-{provenance['recipe']}{'-demo' if provenance['demo'] else ''}")
+        demo = "-demo" * (provenance["demo"] and provenance["recipe"] != "demo")
+        path = home / (name or f"{number:03d}-{provenance['recipe']}{demo}")
         try:
             path.mkdir(exist_ok=name is not None)
             break
@@ -180,7 +219,7 @@ def _new_run(competition: str, name: str | None, config: Config, provenance: dic
             number += 1
         except OSError as error:
             raise not_written(path, error) from error
-    run = Run(path, {"run": path.name, **provenance, "created": now()})
+    run = Run(path, {"format": FORMAT, "run": path.name, **provenance, "created": now()})
     run.lock()
     write_text(path / "config.json", configs.to_json(config) + "\n")
     run.write_json("run.json", run.provenance)  # last: a folder with run.json is a whole run
@@ -189,7 +228,7 @@ def _new_run(competition: str, name: str | None, config: Config, provenance: dic
 
 
 def now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
 
 
 def commit() -> str:
@@ -200,6 +239,18 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def code_fingerprint(competition: str) -> dict[str, str]:
+    """sha256 of the Python files that a run is computed with: those of common/ and those of its competition."""
+    root = Path(__file__).parents[1]
+
+    def digest(folder: Path) -> str:
+        files = sorted(folder.rglob("*.py"))
+        return sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
+
+    parts = ("common", f"competitions/{competition}")
+    return {part: digest(root / part) for part in parts}
 
 
 def machine() -> str:

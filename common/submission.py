@@ -4,46 +4,100 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import replacing, sha256
+from common.files import NUMBER, replacing, sha256
+from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
 OFFENDERS = 5  # so many faults are named before the check gives up
+AGAIN = "mend the file, or get it again with make data"
 Validator = Callable[[Sequence[str]], str | None]
 
 
-def faults(rows: Iterable[Sequence[str]], sample: Iterable[Sequence[str]], valid: Validator | None) -> Iterable[str]:
-    """What is wrong with a submission, line by line: header, number of rows, ids, their order, duplicates, values."""
-    rows, sample = iter(rows), (row for row in sample if row)  # a sample file may end with blank lines
-    header, expected_header = next(rows, []), next(sample, [])
-    if list(header) != list(expected_header):
-        yield f"line 1: the header is {','.join(header)!r}, expected {','.join(expected_header)!r}"
-        return
-    seen: set[str] = set()
-    for line, (row, expected) in enumerate(zip_longest(rows, sample), start=2):
-        if row is None:
-            yield f"line {line}: id {expected[0]} is missing"
-            continue
-        if not row or len(row) != len(expected_header):
-            yield f"line {line}: {len(row)} values, expected {len(expected_header)}"
-            continue
-        if row[0] in seen:
-            yield f"line {line}: id {row[0]} is there twice"
-        elif expected is None:
-            yield f"line {line}: id {row[0]} is not in the sample submission"
-        elif row[0] != expected[0]:
-            yield f"line {line}: id {row[0]}, expected {expected[0]} (same ids in the same order as the sample)"
-        seen.add(row[0])
-        values = list(row[1:])
-        if not all(map(_is_finite, values)):
-            yield f"line {line}: id {row[0]} has the value {','.join(values)}"
-        elif valid is not None and (problem := valid(values)):
-            yield f"line {line}: id {row[0]}: {problem}"
+@dataclass(frozen=True)
+class Sample:
+    """What the sample submission asks for: its columns, its ids in their order, and which of its cells are numbers."""
+
+    where: str  # the file, for messages
+    columns: tuple[str, ...]  # the id first
+    ids: tuple[str, ...]
+    numeric: frozenset[str]  # columns that hold nothing but finite numbers
+    blank: frozenset[str]  # columns with empty cells
+
+    @staticmethod
+    def read(raw: RawData, name: str = "sample_submission.csv", text: Collection[str] = ()) -> "Sample":
+        """The competition's sample file; it has no part in the data's fingerprint, as it trains nothing."""
+        return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text)
+
+    @staticmethod
+    def of_lines(lines: Iterable[str], where: str) -> "Sample":
+        """From the file's own lines."""
+        reader = csv.reader(lines)
+        return Sample.of(((reader.line_num, row) for row in reader if row), where)
+
+    @staticmethod
+    def of(rows: Iterable[tuple[int, Sequence[str]]], where: str, text: Collection[str] = ()) -> "Sample":
+        """From (line, cells), the header first. `text` names columns whose numbers in the sample only hold a place.
+
+        Raises UserError naming the line that no submission could follow.
+        """
+        rows = iter(rows)
+        line, header = next(rows, (1, []))
+        if len(header) < 2 or not all(header) or len(set(header)) < len(header):
+            raise UserError(
+                f"{where} line {line}: the header is {','.join(header)!r}, expected the column of the ids and at least "
+                f"one other, each with a name of its own: {AGAIN}"
+            )
+        ids: dict[str, int] = {}
+        numeric, filled, blank = set(header[1:]) - set(text), set(), set()
+        for line, row in rows:
+            if len(row) != len(header):
+                raise UserError(f"{where} line {line}: {len(row)} values, expected {len(header)}: {AGAIN}")
+            if not row[0] or row[0] in ids:
+                problem = f"id {row[0]} is there twice, first in line {ids[row[0]]}" if row[0] else "the id is empty"
+                raise UserError(f"{where} line {line}: {problem}: {AGAIN}")
+            ids[row[0]] = line
+            for column, cell in zip(header[1:], row[1:], strict=True):
+                (filled if cell else blank).add(column)
+                if cell and not is_number(cell):
+                    numeric.discard(column)
+        if not ids:
+            raise UserError(f"{where} has a header and no rows, expected one for every id: {AGAIN}")
+        return Sample(where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank))
+
+    def check_ids(self, ids: Iterable[Any]) -> None:
+        """Raises UserError when the ids to predict are not the sample's in its order: before the training, if asked."""
+        found, seen = [], set()
+        for number, (name, expected) in enumerate(zip_longest(map(str, ids), self.ids)):
+            if problem := _misplaced(name, expected, seen):
+                found.append(f"row {number}: {problem}")
+            if len(found) == OFFENDERS:
+                break
+        if found:
+            raise UserError(
+                f"the rows to predict are not those of {self.where}: {'; '.join(found)}. Files of one download belong "
+                f"together: {AGAIN}"
+            )
+
+    def fault(self, values: Sequence[str]) -> str | None:
+        """What is wrong with the values of a row, its id left out: where the sample has numbers, finite ones belong."""
+        for column, value in zip(self.columns[1:], values, strict=True):
+            if column in self.numeric and not (is_number(value) or (not value and column in self.blank)):
+                return f"has the value {','.join(values)}, expected a finite number in {column} as in the sample"
+            if not _is_finite(value):
+                return f"has the value {','.join(values)}, which is not finite in {column}"
+        return None
+
+
+def is_number(cell: str) -> bool:
+    """Whether any reader takes the cell for a finite number; 1_000 is one in Python alone."""
+    return NUMBER.fullmatch(cell.strip(" ")) is not None and math.isfinite(float(cell))
 
 
 def _is_finite(value: str) -> bool:
@@ -53,8 +107,42 @@ def _is_finite(value: str) -> bool:
         return True  # no number: whether it may stand there is for the competition's own check
 
 
-def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = None) -> int:
-    """Compare the CSV at `path` with the sample's lines; returns its rows, raises UserError naming the first offenders.
+def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | None:
+    """What is wrong with an id in the place of `expected`, None after the last of either; `seen` are those before."""
+    if name is None:
+        return f"id {expected} is missing"
+    twice = name in seen
+    seen.add(name)
+    if twice:
+        return f"id {name} is there twice"
+    if expected is None:
+        return f"id {name} is not in the sample submission"
+    return None if name == expected else f"id {name}, expected {expected} (same ids in the same order as the sample)"
+
+
+def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | None) -> Iterable[str]:
+    """What is wrong with a submission, line by line: header, number of rows, ids, their order, duplicates, values."""
+    rows, seen = iter(rows), set()
+    header = next(rows, [])
+    if tuple(header) != sample.columns:
+        yield f"line 1: the header is {','.join(header)!r}, expected {','.join(sample.columns)!r}"
+        return
+    for line, (row, expected) in enumerate(zip_longest(rows, sample.ids), start=2):
+        if row is not None and len(row) != len(sample.columns):
+            yield f"line {line}: {len(row)} values, expected {len(sample.columns)}"
+            continue
+        if problem := _misplaced(row and row[0], expected, seen):
+            yield f"line {line}: {problem}"
+        if row is None:
+            continue
+        if problem := sample.fault(row[1:]):
+            yield f"line {line}: id {row[0]} {problem}"
+        elif valid is not None and (problem := valid(list(row[1:]))):
+            yield f"line {line}: id {row[0]}: {problem}"
+
+
+def check(path: Path, sample: Sample, valid: Validator | None = None) -> int:
+    """Compare the CSV at `path` with the sample; returns its rows, raises UserError naming the first offenders.
 
     `valid(values)` says what is wrong with the values of one row (without its id), or None.
     """
@@ -69,7 +157,7 @@ def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = Non
 
     try:
         with open(path, newline="", encoding="utf-8") as stream:
-            for fault in faults(counted(csv.reader(stream)), csv.reader(sample_lines), valid):
+            for fault in faults(counted(csv.reader(stream)), sample, valid):
                 found.append(fault)
                 if len(found) == OFFENDERS:
                     break
@@ -83,9 +171,8 @@ def check(path: Path, sample_lines: Iterable[str], valid: Validator | None = Non
 
 def write(
     path: Path,
-    header: Sequence[str],
+    sample: Sample,
     rows: Iterable[Sequence[Any]],
-    sample_lines: Iterable[str],
     valid: Validator | None,
     provenance: dict[str, Any],
 ) -> Path:
@@ -97,10 +184,10 @@ def write(
     try:
         with replacing(draft, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(header)
+            writer.writerow(sample.columns)
             writer.writerows(rows)
         try:
-            check(draft, sample_lines, valid)
+            check(draft, sample, valid)
         except UserError as error:
             told = str(error).replace(draft.name, path.name, 1)
             raise UserError(f"{told}, then train or predict again: this file was not kept") from error

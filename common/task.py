@@ -1,25 +1,29 @@
-"""The Task: everything the core needs to know of a competition, as one frozen bundle of values and functions.
+"""The Task: what a competition hands over to the core, in four values.
 
-The way of a batch through its slots:
+    Data         what is trained on, validated on and predicted
+    Network      the model, its loss and its test-time augmentation  (or one function, `fit_predict`, for the rest)
+    Postprocess  outputs -> predictions -> decisions, with what is tuned on out-of-fold predictions
+    Submission   decisions -> rows of the CSV
 
-    inputs -> model -> outputs -> loss                                  while training
-    inputs -> model -> outputs -> predict -> predictions                averaged over views, folds and runs
-    predictions -> decide(learnt) -> decisions -> metrics, rows         scored, or written to the submission
-    out-of-fold predictions -> learn -> learnt                          thresholds and the like, kept in the run
+The way of a batch:
 
-competitions/<name>/task.py gives the core five names; it imports nothing heavy, so that --help stays instant:
+    inputs -> model -> outputs -> loss                                while training
+    inputs -> model -> outputs -> predict -> predictions              averaged over TTA, folds and runs
+    predictions -> apply(tuned) -> decisions -> metrics, rows         scored, or written to the submission
+    out-of-fold predictions -> tune -> tuned                          thresholds and the like, kept in the run
 
-    Config                      its settings, one level below common.config.Config
-    RECIPES: dict[str, Config]  named settings; "default" needs no RECIPE=, "smoke" takes seconds on the demo data
-    SOURCE                      where the data comes from (common.kaggle.source)
-    write_demo(folder)        generates a small data set in the real file formats
-    build(config, raw) -> Task  reads the data (common.raw.RawData) and fills in the slots below
-    VERBS                       optional: further verbs, or its own way of a verb: {"backtest": backtest}, where
-                                backtest(competition, argv) parses its flags with common.cli and has a line of help
+Predictions are one tensor [B, ...] or a flat dict of tensors. competitions/<name>/ has
+
+    config.py   Config class (one level below common.config.Config), RECIPES {name: config}, SOURCE; imports nothing
+                heavy, so that --help is instant. "default" needs no RECIPE=, "smoke" takes seconds on the demo data,
+                "demo" at most 90 s: what `make train` takes on demo data. VERBS: optional, verbs of its own
+    task.py     build(config, raw, log) -> Task: reads the data (common.raw.RawData); `log` prints once, in one process
+    demo.py     write_demo(folder): a small generated data set in the real file formats
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,74 +31,128 @@ import numpy as np
 from torch import Tensor, nn
 
 from common.batch import Tree
+from common.errors import UserError
+from common.metrics import Metric
+from common.predictions import Predictions
+from common.raw import RawData
+from common.submission import Sample
+from common.vision.check import image_paths
+from common.vision.find import fingerprint
 
 # Plain types only: it is written to the run as JSON. "score", when it is there, is the first metric as measured on rows
-# that the learning did not see; the run reports it instead of the score on the rows that were learnt from.
-Learnt = dict[str, Any]
+# that the tuning did not see; the run reports it instead of the score on the rows that were tuned on.
+Tuned = dict[str, Any]
 
 
 def _same(tree: Tree) -> Tree:
     return tree
 
 
-def _nothing(predictions: np.ndarray, rows: np.ndarray) -> Learnt:
-    return {}
-
-
 @dataclass(frozen=True)
-class View:
-    """A test-time view: `apply` changes the inputs, `undo` maps the predictions back (a flip is its own inverse)."""
+class TTA:
+    """One test-time augmentation: `apply` changes the inputs, `undo` maps the predictions back."""
 
     name: str
     apply: Callable[[Tree], Tree] = _same
-    undo: Callable[[Tensor], Tensor] = _same
+    undo: Callable[[Predictions], Predictions] = _same
+
+
+AS_IS = (TTA("as is"),)
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A score over a whole set, from sums over its samples: one code for validation, out-of-fold and local scoring.
+class Data:
+    """The rows. Datasets follow `common.loading.loader`; those of images have `paths`, the files in row order."""
 
-    `stats(decisions, targets) -> [B, ...]` are each sample's additive statistics, `value(sums, count)` is the score,
-    where sums (float64) has the shape of `stats` without B and count is the number of samples.
-    """
+    train: Any  # dataset of n rows, with the training augmentation
+    ids: Sequence[str]  # n ids, the rows of `train`
+    folds: np.ndarray  # [n] fold of every row; -1 trains always
+    test: Any = None  # dataset of the rows to predict; its targets are ignored
+    valid: Any = None  # the same n rows without augmentation; None: `train` has no augmentation
+    test_ids: Sequence[str] | None = None  # ids of the rows of `test`; None: the sample submission's, in its order
+    order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
+    mix: Any = None  # MixUp or CutMix of common.loading.mixing
 
-    name: str
-    stats: Callable[[Tree, Tree], Tensor]
-    value: Callable[[Tensor, float], float] = lambda sums, count: float(sums) / count
-    higher_is_better: bool = True
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained."""
+
+    model: Callable[[], nn.Module]  # a fresh model; its weights are seeded by the caller
+    loss: Any  # see common.losses.protocol
+    tta: tuple[TTA, ...] = AS_IS
+    lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
+    pretrain: Callable[[nn.Module], None] | None = None  # gives a fresh model its weights, for training only
+    outputs: str = ""  # what the outputs stand for, in their order, where the data say so; models fit no other
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """From a network's outputs to decisions."""
+
+    predict: Callable[[Tree], Predictions] = _same  # outputs -> predictions, in the space where averaging is right
+    apply: Callable[[Predictions, Tuned], Tree] = lambda predictions, tuned: predictions  # -> decisions
+    tune: Callable[[Predictions, np.ndarray], Tuned] = lambda predictions, rows: {}  # OOF as arrays, row numbers [m]
+    kept: str | dict[str, str] = "float32"  # how predictions are kept on disk; uint8 has 255 steps of a probability
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The CSV. What is not given comes from the sample submission."""
+
+    rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]] | None = None  # ids, decisions; None: a row each
+    valid: Callable[[Sequence[str]], str | None] | None = None  # a row without its id -> what is wrong with it
+    sample: str = "sample_submission.csv"  # name of the sample submission in the data
+    text: tuple[str, ...] = ()  # columns that hold words, though the sample has nothing but numbers in them
+    facts: dict[str, Any] = field(default_factory=dict)  # what else stands in the file beside the CSV
+
+
+# training rows, validation rows, fold (None: all rows train), folder of the fold, to keep models and what a stopped run
+# goes on with -> predictions of the validation rows and of the test rows
+FitPredict = Callable[[np.ndarray, np.ndarray, int | None, Path], tuple[Predictions, Predictions]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A competition, ready to be trained. Nothing to subclass: `build(config, raw)` of its folder fills in the slots.
+    """A competition, ready to be trained. Nothing to subclass: `build` of its folder fills it in."""
 
-    Datasets follow `common.loading.loader`; `labelled` is augmented, `plain` holds the same rows as they are.
-    """
-
-    labelled: Any  # dataset of n rows, with the training augmentation
-    plain: Any  # the same n rows without augmentation, for validation
-    test: Any  # dataset of the rows to predict; its targets are ignored
-    ids: Sequence[str]  # n ids, the rows of `labelled`
-    test_ids: Sequence[str]  # ids of the rows of `test`, in the order of the sample submission
-    folds: np.ndarray  # [n] fold of every labelled row; -1 trains always
-    model: Callable[[], nn.Module]  # a fresh model; weights are seeded by the caller
-    loss: Any  # see common.losses.protocol
+    data: Data
     metrics: tuple[Metric, ...]  # the first one chooses the best epoch and is the run's score
-    predict: Callable[[Tree], Tensor]  # outputs -> predictions [B, ...], in the space where averaging is right
-    decide: Callable[[Tensor, Learnt], Tree]  # predictions -> decisions
-    columns: tuple[str, ...]  # header of the submission, the id first
-    rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]]  # ids, decisions -> rows of the CSV
-    sample_submission: Callable[[], Iterable[str]]  # opens the competition's sample file: its lines
-    valid: Callable[[Sequence[str]], str | None]  # a CSV row without its id -> what is wrong with it, or None
-    learn: Callable[[np.ndarray, np.ndarray], Learnt] = _nothing  # out-of-fold [m, ...], row numbers [m] -> learnt
-    preflight: Callable[[], None] | None = None  # raises UserError for what would fail only after the training
-    pretrain: Callable[[nn.Module], None] | None = None  # fetches a fresh model's weights, for training only
-    views: tuple[View, ...] = (View("as is"),)
-    order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
-    mix: Any = None  # MixUp or CutMix of common.loading.mixing
-    lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
+    network: Network | None = None
+    fit_predict: FitPredict | None = None  # instead of a network: fits on rows and predicts others, with any library
+    postprocess: Postprocess = field(default_factory=Postprocess)
+    submission: Submission = field(default_factory=Submission)
+    check: Callable[[], None] | None = None  # raises UserError for what would fail only after the training
+    report: Callable[[Any], None] | None = None  # draws the plots of the run, once it is finished
+    sample: Sample | None = None  # None: of the file that `submission` names
+    # Filled in by `completed`.
     fingerprint: str = ""  # sha256 of the data that was read
-    outputs: str = ""  # what the outputs stand for, in their order, where the data say so; models fit no other
-    paths: Sequence[Path] = ()  # every image file, for `make check`
-    prediction_type: str = "float32"  # of the kept out-of-fold predictions; uint8 for probabilities in 255 steps
-    report: Callable[[Any], None] | None = None  # draws the run's plots once it is finished
+
+
+def completed(task: Task, raw: RawData) -> Task:
+    """`task` with its defaults filled in from the data; raises UserError for what does not fit together."""
+    if (task.network is None) == (task.fit_predict is None):
+        raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
+    sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text)
+    data = task.data
+    if data.test_ids is None:
+        data = replace(data, test_ids=sample.ids)
+    if data.valid is None:
+        data = replace(data, valid=data.train)
+    for name, count in (("ids", len(data.ids)), ("folds", len(data.folds)), ("valid", len(data.valid))):
+        if count != len(data.train):
+            raise UserError(f"the data's {name} have {count} rows and train has {len(data.train)}: expected as many")
+    if len(data.test) != len(data.test_ids):
+        raise UserError(
+            f"{len(data.test)} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "
+            f"are not given): expected one for each"
+        )
+    submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
+    digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
+    return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
+
+
+def _a_row_each(ids: Sequence[str], decisions: Tensor | np.ndarray) -> Iterable[Sequence[Any]]:
+    """id and decision [B], or id and the decisions [B, columns], as rows of the CSV."""
+    for name, values in zip(ids, decisions.tolist(), strict=True):
+        yield (name, *values) if isinstance(values, list) else (name, values)

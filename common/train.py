@@ -1,169 +1,244 @@
-"""A whole run: the folds, their out-of-fold predictions, what is learnt from them, the score and the submission."""
+"""A whole run: the folds, their out-of-fold predictions, what is tuned on them, the score and the submission."""
 
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
-import torch
 
-from common import checkpoint, raw
+from common import metrics, raw
 from common import run as runs
+from common.batch import Tree
+from common.competition import Competition
 from common.config import Config, folds_to_train
-from common.device import device_of
-from common.engine import memory
+from common.device import device_of, use_threads
 from common.engine.ranks import Ranks
-from common.evaluate import write_npy_header
-from common.files import write_text, write_with
-from common.fit import fit
+from common.errors import UserError
+from common.files import read_json, write_text
+from common.fit import FACTS, fit, fit_predict
+from common.inference import decided
 from common.loading import folds, orders
 from common.loading.loader import Loader
-from common.predict import score, unpack, write_submission
+from common.predict import Member, write_submission
+from common.predictions import (
+    Predictions,
+    PredictionWriter,
+    leaves,
+    mean_of,
+    read_predictions,
+    rebuilt,
+    remove_predictions,
+    unpack,
+    write_predictions,
+)
+from common.preflight import check_before
+from common.raw import RawData
 from common.run import Run
-from common.task import Task
+from common.task import Task, completed
+
+ROWS_AT_ONCE = 64  # of predictions that are copied or scored
 
 
 def train(
-    competition: str, module: ModuleType, config: Config, recipe: str, data: str | None, run_name: str | None
+    competition: Competition,
+    config: Config,
+    recipe: str,
+    data: str | None = None,
+    run_name: str | None = None,
+    insist: bool = False,
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
-    memory.keep_freed(config.keep_memory)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     with Ranks.from_environment() as ranks:
+        say = print if ranks.is_writer else _silent
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
-        found = raw.find(competition, data, module.write_demo, announce=print if ranks.is_writer else _silent)
-        task = module.build(config, found)
-        if task.preflight:
-            task.preflight()
-        provenance = {
-            "competition": competition,
-            "recipe": recipe,
-            "demo": found.is_demo,
-            "data": str(found.path.resolve()),
-            "data_fingerprint": task.fingerprint,
-            "folds_fingerprint": folds.fingerprint(task.folds, task.ids),
-            "outputs": task.outputs,
-            "command": shlex.join([os.path.relpath(sys.executable), "-m", "common", *sys.argv[1:]]),
-            "commit": runs.commit(),
-            "machine": runs.machine(),
-        }
-        run = open_together(competition, run_name, config, provenance, ranks)
-        shares = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
-        if idle := sum(start == stop for start, stop in shares):
+        found = raw.find(competition.name, data, competition.write_demo, announce=say)
+        task = completed(competition.build(config, found, say), found)
+        provenance = provenance_of(competition, task, recipe, found)
+        opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist)
+        run = _open_together(competition, task, config, provenance, opening, ranks)
+        shards = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
+        if idle := sum(start == stop for start, stop in shards):
             run.log(f"--batch-size {config.batch_size} leaves {idle} of {ranks.world} processes without work: raise it")
         result = ranks.broadcast(run.result)  # the others may have no such file, on disks of their own
         if result is None:
-            if ranks.is_writer:
-                folds.write_csv(run.path / "folds.csv", task.folds, task.ids)
-            folders = [fit(task, config, run, fold, ranks) for fold in folds_to_train(config)]
-            if ranks.is_writer:
-                finish(run, task, config, folders)
+            _train_folds(task, config, run, ranks)
         else:
             run.log(f"{run.path} is finished ({result['monitor']} {result['score']}): only predicting")
-        writer = ranks.is_writer
-    if writer:
-        if task.report and not run.is_finished:
-            task.report(run)
-        path = write_submission(competition, [(run, task, config)], found.is_demo)
-        run.finish()
-        print(f"submission: {path}")
+    if ranks.is_writer:
+        _write_what_follows(competition.name, Member(run, task, config), found.is_demo)
 
 
 def _silent(message: str) -> None:
     """Only the first process speaks."""
 
 
-def open_together(competition: str, name: str | None, config: Config, provenance: dict, ranks: Ranks) -> Run:
-    """The first process opens or makes the run; the others get the same one."""
+def _open_together(
+    competition: Competition,
+    task: Task,
+    config: Config,
+    provenance: dict[str, Any],
+    opening: Callable[[], Run],
+    ranks: Ranks,
+) -> Run:
+    """The first process checks the task and opens or makes the run; the others get the same one."""
+    if not ranks.is_writer:
+        shared = ranks.broadcast(None)
+        if shared is None:
+            sys.exit(1)
+        return Run(runs.RUNS / competition.name / shared, provenance, is_writer=False)
+    try:
+        check_before(task, config, competition)
+        run = opening()
+    except BaseException:
+        ranks.broadcast(None)  # the others must not wait for a run that will not come
+        raise
+    ranks.broadcast(run.name)
+    return run
+
+
+def provenance_of(competition: Competition, task: Task, recipe: str, found: RawData) -> dict[str, Any]:
+    """Where a run comes from: everything of run.json but its name and the time."""
+    return {
+        "competition": competition.name,
+        "recipe": recipe,
+        "demo": found.is_demo,
+        "data": str(found.path.resolve()),
+        "data_fingerprint": task.fingerprint,
+        "folds_fingerprint": folds.fingerprint(task.data.folds, task.data.ids),
+        "outputs": task.network.outputs if task.network else "",
+        "code": runs.code_fingerprint(competition.name),
+        "command": shlex.join([os.path.relpath(sys.executable), "-m", "common", *sys.argv[1:]]),
+        "commit": runs.commit(),
+        "machine": runs.machine(),
+    }
+
+
+def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks) -> None:
+    """Every fold that --fold names, then their score."""
+    if task.fit_predict and ranks.world > 1:
+        raise UserError(f"NPROC={ranks.world}: this competition has no network to train together, leave out NPROC")
     if ranks.is_writer:
+        folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
+    wanted = folds_to_train(config)
+    if task.fit_predict:
+        folders = [fit_predict(task, config, run, fold) for fold in wanted]
+    else:
+        folders = [fit(task, config, run, fold, ranks) for fold in wanted]
+    if ranks.is_writer:
+        finish(run, task, config, folders)
+
+
+def _write_what_follows(competition: str, member: Member, is_demo: bool) -> None:
+    """The run's page and its submission. No page is worth a submission, so one that fails is only told."""
+    run, task, _ = member
+    if not run.is_finished and task.report:
         try:
-            run = runs.open_run(competition, name, config, provenance)
-        except BaseException:
-            ranks.broadcast(None)  # the others must not wait for a run that will not come
-            raise
-        ranks.broadcast(run.name)
-        return run
-    shared = ranks.broadcast(None)
-    if shared is None:
-        sys.exit(1)
-    return Run(runs.RUNS / competition / shared, provenance, is_writer=False)
+            task.report(run)
+        except Exception as error:  # whatever a plot stumbles over
+            run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
+    path = write_submission(competition, [member], is_demo)
+    run.finish()
+    if run.report.is_file():
+        print(f"report: {run.report}")
+    print(f"submission: {path}")
 
 
 def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
-    """Join the folds' predictions, learn from them, score them with the views, and mark the run as trained."""
-    models = [checkpoint.load(folder / "model.pt") for folder in folders]
+    """Join the folds' predictions, tune on them, score them, and mark the run as trained."""
+    facts = [read_json(folder / FACTS) for folder in folders]
     result = {
         "monitor": task.metrics[0].name,
         "score": None,
         "metrics": {},
-        "learnt": {},
+        "tuned": {},
         "rows": 0,
-        "training_seconds": round(sum(model["seconds"] for model in models), 1),
-        "micro_batch": min(model["micro_batch"] for model in models),
+        "training_seconds": round(sum(fold["seconds"] for fold in facts), 1),
+        "micro_batch": min((fold["micro_batch"] for fold in facts if "micro_batch" in fold), default=None),
+        "folds": facts,
     }
-    write_text(run.path / "metrics.csv", joined_metrics(folders))
-    if (folders[0] / "oof.npy").is_file():
-        rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
-        parts = [np.load(folder / "oof.npy", mmap_mode="r") for folder in folders]
-        write_with(run.path / "oof.npy", lambda stream: join(parts, stream))
-        predictions = np.load(run.path / "oof.npy", mmap_mode="r")
-        write_text(run.path / "oof_ids.txt", "".join(f"{task.ids[row]}\n" for row in rows))
-        result |= {"learnt": task.learn(predictions, rows), "rows": len(rows)}
-        result["metrics"] = score_kept(task, config, predictions, rows, result["learnt"])
-        result["score"] = result["learnt"].get("score", result["metrics"][result["monitor"]])
+    if (tables := [folder / "metrics.csv" for folder in folders])[0].is_file():
+        write_text(run.path / "metrics.csv", joined_metrics(tables))
+    if read_predictions(folders[0], "oof") is not None:
+        result |= _score(run, task, config, folders)
+    if task.fit_predict:
+        parts = [unpack(read_predictions(folder, "test")) for folder in folders]
+        write_predictions(run.path, "test", mean_of(parts), len(task.data.test), task.postprocess.kept)
+        write_text(run.path / "test_ids.txt", "".join(f"{name}\n" for name in task.data.test_ids))
     run.write_result(result)
-    for folder in folders:
-        (folder / "oof.npy").unlink(missing_ok=True)
+    for folder in folders if task.network else ():
+        remove_predictions(folder, "oof")  # the network makes them again if a fold is to be trained again
     if result["metrics"]:
-        facts = ", ".join(f"{name} {value:.5f}" for name, value in result["metrics"].items())
+        told = ", ".join(f"{name} {value:.5f}" for name, value in result["metrics"].items())
         run.log(
-            f"held-out score of {run.path}: {result['score']:.5f} ({facts} on {result['rows']} rows), "
+            f"CV score of {run.path}: {result['monitor']} {result['score']:.5f} ({told} on {result['rows']} rows), "
             f"trained {result['training_seconds']} s"
         )
     else:
         run.log(f"no score of {run.path}: --fold none holds no rows out, trained {result['training_seconds']} s")
 
 
-def join(parts: list[np.ndarray], stream) -> None:
-    """Write several arrays as one .npy without holding them in memory together."""
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    write_npy_header(stream, parts[0].dtype, shape)
-    for part in parts:
-        for start in range(0, len(part), 64):
-            stream.write(np.ascontiguousarray(part[start : start + 64]).tobytes())
+def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[str, Any]:
+    """oof.npy and oof_ids.txt of the run from those of its folds, what is tuned on them, and what they score."""
+    rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
+    join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
+    predictions = read_predictions(run.path, "oof")
+    write_text(run.path / "oof_ids.txt", "".join(f"{task.data.ids[row]}\n" for row in rows))
+    tuned = task.postprocess.tune(predictions, rows)
+    found = score_kept(task, config, predictions, rows, tuned)
+    return {
+        "tuned": tuned,
+        "rows": len(rows),
+        "metrics": found,
+        "score": tuned.get("score", found[task.metrics[0].name]),
+    }
 
 
-def score_kept(task: Task, config: Config, predictions: np.ndarray, rows: np.ndarray, learnt: dict) -> dict[str, float]:
-    """The metrics of predictions [m, ...] that were kept for `rows` [m], with what was learnt from them."""
-    loader = Loader(task.plain, orders.sequential(rows), config.batch_size, seed=config.seed)
+def join(parts: list[Predictions], folder: Path, rows: int) -> None:
+    """Write the predictions of several folds as one, without holding them in memory together."""
+    kept = {leaf: values.dtype.name for leaf, values in leaves(parts[0]).items()}
+    with PredictionWriter(folder, "oof", rows, kept) as writer:
+        for part in parts:
+            for start in range(0, len(next(iter(leaves(part).values()))), ROWS_AT_ONCE):
+                writer.add_packed({leaf: values[start : start + ROWS_AT_ONCE] for leaf, values in leaves(part).items()})
 
-    def batches():
+
+def score_kept(
+    task: Task, config: Config, predictions: Predictions, rows: np.ndarray, tuned: dict[str, Any]
+) -> dict[str, float]:
+    """The metrics of predictions [m, ...] that were kept for `rows` [m], with what was tuned on them."""
+    loader = Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed)
+
+    def scored() -> Iterator[tuple[Tree, Tree]]:
         position = 0
         for batch in loader.epoch(0):
-            yield unpack(predictions[position : position + len(batch)]), batch.targets
+            part = slice(position, position + len(batch))
+            kept = rebuilt({leaf: values[part] for leaf, values in leaves(predictions).items()})
+            yield decided(task, unpack(kept), batch.targets, tuned)
             position += len(batch)
 
     with loader:
-        return score(task, batches(), learnt)
+        return metrics.evaluate(task.metrics, scored())
 
 
-def joined_metrics(folders: list[Path]) -> str:
+def joined_metrics(files: list[Path]) -> str:
     """The folds' metrics.csv as one table."""
-    tables = [(folder / "metrics.csv").read_text().splitlines() for folder in folders]
+    tables = [file.read_text().splitlines() for file in files]
     return "\n".join([tables[0][0], *(line for table in tables for line in table[1:])]) + "\n"
 
 
-def check_images(competition: str, module: ModuleType, config: Config, data: str | None) -> None:
-    """`make check`: read every image once and list those that cannot be decoded."""
-    from common.loading.images import check_folder
+def check(competition: Competition, config: Config, data: str | None) -> None:
+    """`make check`: read every image once, list those that cannot be decoded, and check the task as `train` does."""
+    from common.vision.check import check_folder, image_paths
 
-    found = raw.find(competition, data, module.write_demo)
-    task = module.build(config, found)
-    if not task.paths:
-        print(f"{competition} has no image files: {found.path} was read and is in order")
-        return
-    check_folder(task.paths)
-    print(f"{len(task.paths)} images of {found.path} can be read")
+    found = raw.find(competition.name, data, competition.write_demo)
+    task = completed(competition.build(config, found, print), found)
+    paths = [*image_paths(task.data.train), *image_paths(task.data.test)]
+    check_folder(paths)
+    check_before(task, config, competition)
+    images = f"{len(paths)} images" if paths else "no image files, the tables"
+    print(f"{competition.name} is in order: {images} of {found.path} can be read")

@@ -32,10 +32,9 @@ class Ranks:
     @staticmethod
     def from_environment(patience_minutes: float = PATIENCE_MINUTES) -> "Ranks":
         """Meet the other processes that torchrun started; without torchrun there are none. Close it at the end."""
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world == 1:
+        if not _is_launched():
             return SINGLE
-        ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"]))
+        ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         cards = torch.cuda.device_count()
         if ranks.local_rank < cards:
             torch.cuda.set_device(ranks.local_rank)
@@ -176,6 +175,25 @@ class Ranks:
                 f"process {self.rank} of {self.world} lost the others ({reason}): one of them was killed or stopped, "
                 "its own message says why. Repeat the same command to go on from the last checkpoint"
             ) from error
+
+
+def _is_launched() -> bool:
+    """Whether torchrun started this process among others.
+
+    Clusters and notebooks set some of its variables too. Those are ignored, with a line, and removed, so that nothing
+    else in this process takes them for a launch.
+    """
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    given = {name: os.environ.get(name, "") for name in (*numbers, "MASTER_ADDR", "MASTER_PORT")}
+    if given["WORLD_SIZE"] == "1":
+        return False
+    if all(given.values()) and all(given[name].isdecimal() for name in numbers):
+        return True
+    found = " ".join(f"{name}={given[name]}" for name in numbers if os.environ.pop(name, ""))
+    if found:
+        absent = ", ".join(name for name, value in given.items() if not value) or "numbers in all of them"
+        print(f"{found} ignored: no launch by torchrun, which sets {absent} too. Several processes: make train NPROC=2")
+    return False
 
 
 def _bytes(tensor: Tensor) -> Tensor:

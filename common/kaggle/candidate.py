@@ -6,13 +6,12 @@ read the sidecar SUBMISSION.json, and run.json and result.json of the runs that 
 
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from common import raw, submission
 from common import run as runs
+from common.competition import Competition
 from common.errors import UserError
 from common.files import read_json, sha256
 from common.kaggle.source import Source
@@ -106,7 +105,7 @@ def _with_sidecar(path: Path, written: list[Candidate]) -> Candidate:
     return Candidate(path, same[0] if same else {})
 
 
-def check(candidate: Candidate, competition: str, module: ModuleType, data: str | None) -> int:
+def check(candidate: Candidate, competition: str, module: Competition, data: str | None) -> int:
     """The rows of the file; raises UserError for one from demo data, a changed or stale one, or one that no sample
     submission allows."""
     again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
@@ -126,11 +125,11 @@ def check(candidate: Candidate, competition: str, module: ModuleType, data: str 
             )
     found = _data(candidate, competition, data)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
-    valid = None if candidate.provenance else module.build(module.RECIPES["default"], found).valid
-    pattern, failure = module.SOURCE.sample_submission, None
-    for name in [name for name in found.names() if fnmatchcase(name, pattern)] or [pattern]:
+    valid = None if candidate.provenance else module.build(module.recipes["default"], found, print).submission.valid
+    pattern, failure = module.source.sample_submission, None
+    for name in found.matching(pattern) or [pattern]:
         try:
-            return submission.check(candidate.path, found.text(name).splitlines(), valid)
+            return submission.check(candidate.path, submission.Sample.read(found, name), valid)
         except UserError as error:
             failure = failure or error
     raise failure

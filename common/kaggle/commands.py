@@ -3,8 +3,7 @@
 Each takes the competition's name and task module, a parser that has --data already, and the command line's words.
 """
 
-from types import ModuleType
-
+from common.competition import Competition
 from common.config import Parser
 from common.errors import UserError
 from common.kaggle.source import Source
@@ -12,8 +11,8 @@ from common.kaggle.source import Source
 SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make hands FORCE=1 on with its value
 
 
-def data(competition: str, module: ModuleType, parser: Parser, argv: list[str]) -> None:
-    source: Source = module.SOURCE
+def data(competition: str, module: Competition, parser: Parser, argv: list[str]) -> None:
+    source: Source = module.source
     parser.add_argument("--force", **SWITCH, help="fetch again, and keep an archive that Kaggle's list denies")
     if source.labels:
         parser.add_argument("--labels-only", action="store_true", help=f"fetch only {', '.join(source.labels)}")
@@ -38,7 +37,7 @@ def data(competition: str, module: ModuleType, parser: Parser, argv: list[str]) 
     fetch(competition, source, **given | {"force": given["force"] == "1"})
 
 
-def submit(competition: str, module: ModuleType, parser: Parser, argv: list[str]) -> None:
+def submit(competition: str, module: Competition, parser: Parser, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="run whose newest submission is sent [the best one]")
     parser.add_argument("--file", metavar="CSV", help="file to send [chosen by the run]")
     parser.add_argument("--msg", metavar="TEXT", dest="message", help="message [run, recipe, score and commit]")
@@ -50,11 +49,11 @@ def submit(competition: str, module: ModuleType, parser: Parser, argv: list[str]
     submits.submit(competition, module, **given | {"force": given["force"] == "1"})
 
 
-def board(competition: str, module: ModuleType, parser: Parser, argv: list[str]) -> None:
+def board(competition: str, module: Competition, parser: Parser, argv: list[str]) -> None:
     parser.parse_args(argv)
     from common.kaggle import board as boards
 
-    boards.board(competition, module.SOURCE)
+    boards.board(competition, module.source)
 
 
 def count(text: str) -> int:

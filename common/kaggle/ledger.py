@@ -1,17 +1,16 @@
 """submissions/<competition>/ledger.csv: a line for everything that was ever sent, with what became of it."""
 
 import csv
-import io
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import as_cell, from_cell, locked, write_text
+from common.files import locked, read_cell, write_csv
 from common.kaggle.status import Submission
 from common.submission import SUBMISSIONS
 
@@ -79,7 +78,7 @@ def read(competition: str) -> list[Row]:
             table = csv.DictReader(stream)
             if absent := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
                 raise ValueError(f"no column {', '.join(absent)}")
-            rows = [Row(**{name: from_cell(row.get(name) or "") for name in COLUMNS}) for row in table]
+            rows = [Row(**{name: read_cell(row.get(name) or "") for name in COLUMNS}) for row in table]
         for row in rows:
             if row.time or not row.ref:
                 datetime.fromisoformat(row.time)
@@ -105,11 +104,7 @@ def changing(competition: str) -> Iterator[list[Row]]:
         rows = read(competition)
         yield rows
         if rows or path.is_file():
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: as_cell(value) for name, value in asdict(row).items()} for row in rows)
-            write_text(path, text.getvalue())
+            write_csv(path, COLUMNS, map(astuple, rows))
 
 
 def claim(competition: str, row: Row, column: str = "") -> Row | None:

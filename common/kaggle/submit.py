@@ -3,8 +3,8 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
+from common.competition import Competition
 from common.errors import UserError
 from common.kaggle import candidate as candidates
 from common.kaggle import ledger, status
@@ -22,7 +22,7 @@ LISTED_TRIES = 5  # how often the list is read until a submission that was sent 
 
 def submit(
     competition: str,
-    module: ModuleType,
+    module: Competition,
     *,
     run: str | None = None,
     file: str | None = None,
@@ -36,7 +36,7 @@ def submit(
 
     `wait` and `poll` are seconds: how long the score is waited for, and the first pause between two looks.
     """
-    source: Source = module.SOURCE
+    source: Source = module.source
     refuse_nowhere(competition, source)
     if source.notebook_only:
         raise UserError(

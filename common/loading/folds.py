@@ -3,16 +3,17 @@
 Rows are first put into the order of a hash of (seed, id): the same ids get the same folds however the file is sorted.
 """
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common import files
 from common.errors import UserError
-from common.files import replacing
 from common.loading.keys import keyed_seed
+
+EXCHANGES, NEAR = 3, 100  # how often every group is asked, and how many groups of like size on either side
 
 
 def kfold(ids: Sequence, folds: int, seed: int) -> np.ndarray:
@@ -55,28 +56,41 @@ def grouped(groups: Sequence, folds: int, seed: int) -> np.ndarray:
     return of_group[number]
 
 
-def time_splits(times: Sequence, splits: int, length, gap) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training rows, validation rows) of `splits` consecutive periods of `length` at the end of the data.
+def stratified_grouped(labels: Sequence, groups: Sequence, folds: int, seed: int) -> np.ndarray:
+    """Folds of about equal size and about equal number of every class that never share a group.
 
-    A validation period holds start < time <= start + length; its training rows are all with time <= start - gap, so a
-    feature that reaches `gap` back sees none of them. `times` [n], `length` and `gap` are numbers, or datetime64 and
-    timedelta64; rows come in the order of time. Raises UserError when a split has nothing to train on.
+    `labels` are classes [n], or 0 and 1 [n, L]; `groups` [n] names the group of every row. Groups are dealt, the large
+    ones first, to the fold that has least of what is in them. Then groups of like size change places wherever that
+    makes the sum of squares over folds and classes smaller: it is least where all folds are equal.
     """
-    times = np.asarray(times)
-    order = np.argsort(times, kind="stable")
-    ordered = times[order]
-    result = []
-    for split in range(splits):
-        start = ordered[-1] - (splits - split) * length
-        train = order[: np.searchsorted(ordered, start - gap, side="right")]
-        first, stop = np.searchsorted(ordered, [start, start + length], side="right")
-        if not len(train) or first == stop:
-            raise UserError(
-                f"{splits} periods of {length} with a gap of {gap} do not fit between {ordered[0]} and "
-                f"{ordered[-1]}: use fewer or shorter ones"
-            )
-        result.append((train, order[first:stop]))
-    return result
+    labels = np.asarray(labels)
+    if labels.ndim == 1:
+        classes, labels = np.unique(labels, return_inverse=True)
+        labels = labels[:, None] == np.arange(len(classes))
+    names, number = np.unique(np.asarray(groups), return_inverse=True)
+    columns = np.column_stack([np.ones(len(labels)), labels])
+    content = np.zeros((len(names), columns.shape[1]))  # part of all rows, and of every class, that a group has
+    np.add.at(content, number, columns)
+    content /= np.maximum(content.sum(0), 1)
+    order = _shuffled(names.tolist(), folds, seed, "groups")
+    order = order[np.argsort(-np.floor(np.log2(np.square(content[order]).sum(1)) / 2), kind="stable")]
+    content = content[order]
+    of_group, held = np.empty(len(names), np.int64), np.zeros((folds, columns.shape[1]))
+    for group, own in enumerate(content):
+        of_group[group] = (held @ own).argmin()
+        held[of_group[group]] += own
+    for group in [*range(len(names))] * EXCHANGES:
+        first, fold = max(group - NEAR, 0), of_group[group]
+        others = of_group[first : group + NEAR]
+        gained = content[first : group + NEAR] - content[group]  # by the fold of `group`, and lost by the other
+        change = np.where(others == fold, 0, ((held[fold] - held[others] + gained) * gained).sum(1))
+        if change[best := change.argmin()] < -1e-12:
+            held[fold] += gained[best]
+            held[others[best]] -= gained[best]
+            of_group[group], of_group[first + best] = others[best], fold
+    result = np.empty(len(names), np.int64)
+    result[order] = of_group
+    return result[number]
 
 
 def fingerprint(folds: np.ndarray, ids: Sequence) -> str:
@@ -87,22 +101,7 @@ def fingerprint(folds: np.ndarray, ids: Sequence) -> str:
 
 def write_csv(path: Path, folds: np.ndarray, ids: Sequence) -> None:
     """Save the folds as `id,fold`, to share them among models."""
-    with replacing(path, "w", encoding="utf-8", newline="") as stream:
-        rows = zip(ids, np.asarray(folds).tolist(), strict=True)
-        csv.writer(stream, lineterminator="\n").writerows([("id", "fold"), *rows])
-
-
-def read_csv(path: Path, ids: Sequence) -> np.ndarray:
-    """The folds of `ids` that `write_csv` saved; raises UserError when an id has none."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        saved = {row["id"]: int(row["fold"]) for row in csv.DictReader(stream)}
-    missing = [name for name in map(str, ids) if name not in saved]
-    if missing:
-        raise UserError(
-            f"{path} has no fold for {len(missing)} of {len(ids)} ids, first {missing[0]}: it belongs to "
-            "other data, delete it to make new folds"
-        )
-    return np.array([saved[str(name)] for name in ids])
+    files.write_csv(path, ("id", "fold"), zip(ids, np.asarray(folds).tolist(), strict=True))
 
 
 def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.ndarray:

@@ -11,9 +11,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import default_collate
 
 from common.batch import Batch, Tree
-from common.errors import UserError
+from common.errors import BadImage, UserError
 from common.loading.binding import Binding, kept_global_state
-from common.loading.images import BadImage
 
 PIPE_BYTES = 2**16
 CHECKED_SAMPLES = 8  # of the first batch; a flip in half of the loads escapes them once in 256

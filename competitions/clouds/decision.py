@@ -1,8 +1,8 @@
 """From probabilities to masks: is the class there at all, which regions count, and how far do they reach.
 
-Predictions are float [B, 4, 2 + 350 * 525]: how present the class is, in the word of the class head and in that of the
-pixels, then the probability of every pixel. A network says all of them, and the mean over networks and views is taken
-of each: the presence of averaged pixels would be less than that of each network's, for which the gate is tuned.
+Predictions are {"presence": [B, 4, 2], "pixels": [B, 4, 350, 525]}: how likely the class is there at all, by the class
+head and by the pixels, and the probability of every pixel. The mean over networks and TTA is taken of each: the
+presence of averaged pixels would be less than that of each network's, for which the gate is tuned.
 All comparisons happen in 255 steps, the resolution in which out-of-fold predictions are kept, so that a rule which
 was tuned on kept predictions decides the same on fresh ones.
 """
@@ -19,8 +19,7 @@ from torch.nn.functional import interpolate
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE
 
 STEPS = 255
-SOURCES = ("head", "pixels")  # of the presence, in the order of the predictions' first columns
-FIRST_PIXEL = len(SOURCES)
+SOURCES = ("head", "pixels")  # of the presence, in their order in the predictions
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Rule:
     hull: bool = False  # fill each region to its convex hull
 
 
-def predict(outputs: dict[str, Tensor]) -> Tensor:
-    """Logits {"pixels" [B, 4, H, W], "classes" [B, 4]} -> predictions [B, 4, 2 + 350 * 525].
+def predict(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits {"pixels" [B, 4, H, W], "classes" [B, 4]} -> predictions.
 
     The presence by the pixels is the fourth root of their mean fourth power: large for few certain pixels as for many
     likely ones.
@@ -43,23 +42,15 @@ def predict(outputs: dict[str, Tensor]) -> Tensor:
     pixels = outputs["pixels"].sigmoid()
     shrinks = pixels.shape[-2] > SUBMISSION_SIZE[0]
     pixels = interpolate(pixels, SUBMISSION_SIZE, mode="bilinear", align_corners=False, antialias=shrinks)
-    pixels = pixels.flatten(2)
-    presence = torch.stack((outputs["classes"].sigmoid(), pixels.pow(4).mean(2).pow(0.25)), dim=2)
-    return torch.cat((presence, pixels), dim=2)
+    by_pixels = pixels.flatten(2).pow(4).mean(2).pow(0.25)
+    return {"presence": torch.stack((outputs["classes"].sigmoid(), by_pixels), dim=2), "pixels": pixels}
 
 
-def flip_predictions(predictions: Tensor, dimension: int) -> Tensor:
-    """Predictions of images that were flipped along `dimension` (-2 or -1), the right way round again."""
-    pixels = predictions[:, :, FIRST_PIXEL:].unflatten(2, SUBMISSION_SIZE).flip(dimension)
-    return torch.cat((predictions[:, :, :FIRST_PIXEL], pixels.flatten(2)), dim=2)
-
-
-def in_steps(predictions: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions, float or kept uint8 -> presence uint8 [B, 4, 2] and pixels uint8 [B, 4, 350, 525] of 0 to 255."""
-    if isinstance(predictions, Tensor):
-        predictions = (predictions * STEPS).round().to(torch.uint8).cpu().numpy()
-    presence, pixels = predictions[:, :, :FIRST_PIXEL], predictions[:, :, FIRST_PIXEL:]
-    return presence, pixels.reshape(*predictions.shape[:2], *SUBMISSION_SIZE)
+def in_steps(values: Tensor | np.ndarray) -> np.ndarray:
+    """Probabilities, or what was kept of them -> uint8 of 0 to 255, of the same shape."""
+    if isinstance(values, Tensor):
+        return (values * STEPS).round().to(torch.uint8).cpu().numpy()
+    return values
 
 
 def force_best(presence: np.ndarray) -> np.ndarray:
@@ -95,21 +86,21 @@ def convex_hulls(mask: np.ndarray) -> np.ndarray:
     return filled.view(bool)
 
 
-def decide(predictions: Tensor, learnt: dict[str, Any]) -> Tensor:
-    """Predictions [B, 4, 2 + 350 * 525] and what the run learnt ({} before it did) -> masks uint8 [B, 4, 350, 525]."""
-    presence, pixels = in_steps(predictions)
-    presence = presence[:, :, SOURCES.index(learnt.get("presence", "head"))]
-    if learnt.get("force_best", False):
+def apply(predictions: dict[str, Tensor], tuned: dict[str, Any]) -> Tensor:
+    """Predictions and what was tuned ({} before that) -> masks uint8 [B, 4, 350, 525]."""
+    presence, pixels = in_steps(predictions["presence"]), in_steps(predictions["pixels"])
+    presence = presence[:, :, SOURCES.index(tuned.get("presence", "head"))]
+    if tuned.get("force_best", False):
         presence = force_best(presence)
     masks = np.zeros(pixels.shape, np.uint8)
     for label, name in enumerate(CLASSES):
-        rule = Rule(**learnt["rules"][name]) if learnt else Rule()
+        rule = Rule(**tuned["rules"][name]) if tuned else Rule()
         for row in np.flatnonzero(presence[:, label] >= round(rule.gate * STEPS)):
             masks[row, label] = region_mask(pixels[row, label], rule)
-    return torch.from_numpy(masks).to(predictions.device)
+    return torch.from_numpy(masks).to(predictions["pixels"].device)
 
 
-def to_learnt(rules: list[Rule], force: bool, presence: str = "head") -> dict[str, Any]:
+def to_tuned(rules: list[Rule], force: bool, presence: str = "head") -> dict[str, Any]:
     """Rules in plain types, as the run keeps them."""
     rules_of = {name: asdict(rule) for name, rule in zip(CLASSES, rules, strict=True)}
     return {"rules": rules_of, "presence": presence, "force_best": force}

@@ -15,7 +15,7 @@ SEA = np.array((38, 58, 92), np.float32)  # RGB
 QUALITY = 85  # of the JPEGs, about 400 kB each
 
 
-def write(folder: Path) -> None:
+def write_demo(folder: Path) -> None:
     """train.csv, sample_submission.csv and the JPEGs under `folder`; the same bytes every time."""
     rng = np.random.default_rng(SEED)
     rows = ["Image_Label,EncodedPixels"]

@@ -11,7 +11,7 @@ from common.losses.protocol import columns_of, mass_of
 from competitions.clouds.reader import CLASSES
 
 if TYPE_CHECKING:
-    from competitions.clouds.task import CloudConfig
+    from competitions.clouds.config import CloudConfig
 
 
 def pack(masks: np.ndarray) -> np.ndarray:
@@ -27,6 +27,8 @@ def unpack(packed: Tensor) -> Tensor:
 
 class OfPackedMasks(nn.Module):
     """A loss of {"pixels": masks [B, 4, H, W], "classes": presence [B, 4]}, given packed masks [B, H, W].
+
+    (Or a dict with them as "packed": validation rows have the truth at the size that is scored besides.)
 
     They are unpacked when a micro-batch is on the device, and a class is present where a pixel of it is left by then,
     whatever a crop, a blackout or a pasted box has taken away.
@@ -49,8 +51,8 @@ class OfPackedMasks(nn.Module):
         return self.loss.value(sums, count)
 
 
-def _targets(packed: Tensor) -> dict[str, Tensor]:
-    masks = unpack(packed)
+def _targets(packed: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    masks = unpack(packed["packed"] if isinstance(packed, dict) else packed)
     return {"pixels": masks, "classes": masks.amax((2, 3))}
 
 

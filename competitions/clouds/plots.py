@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.predict import unpack
+from common.predictions import read_predictions, unpack
 from common.report import Report
 from common.run import Run
+from common.vision.datasets import ImageDataset
 from competitions.clouds import decision, tuning
-from competitions.clouds.dataset import CloudImages
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE, CloudFiles
 
 COLOURS = {"Fish": (230, 60, 60), "Flower": (60, 200, 80), "Gravel": (70, 130, 255), "Sugar": (250, 210, 40)}
@@ -21,7 +21,7 @@ OVERLAYS = 8  # images on the page: from the best to the worst
 CURVE_IMAGES = 150  # that the threshold curves are drawn from
 
 
-def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
+def report(run: Run, files: CloudFiles, images: ImageDataset) -> None:
     """Write report.html and its PNG files into the run's folder."""
     result = run.result or {}
     page = Report(run.path, f"Clouds: {run.name}")
@@ -31,49 +31,51 @@ def report(run: Run, files: CloudFiles, images: CloudImages) -> None:
         f"{known.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
     )
     page.figure(training_curves(run.path / "metrics.csv"), "training", "Loss and validation score of every epoch")
-    if (run.path / "oof.npy").is_file():
+    if (run.path / "oof_ids.txt").is_file():
         _out_of_fold(page, run, result, files, images)
     page.write()
 
 
-def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: CloudImages) -> None:
-    predictions = np.load(run.path / "oof.npy", mmap_mode="r")
+def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: ImageDataset) -> None:
+    predictions = read_predictions(run.path, "oof")
     row_of = {name: row for row, name in enumerate(files.images)}
     rows = [row_of[name] for name in (run.path / "oof_ids.txt").read_text().splitlines()]
-    learnt = result["learnt"]
+    tuned = result["tuned"]
     truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
-    scores = np.array([score(decided(predictions[at], learnt), truth[at]()) for at in range(len(rows))])
+    scores = np.array([score(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
 
     page.text(
         f"{len(rows)} images that the network was not trained on. The rules were chosen on these images; 'held out' "
         f"chooses them on four fifths and scores the fifth, part by part."
     )
-    page.table(["rules", "held out"], learnt["held_out"].items())
-    stages = ", ".join(f"{stage} {value:.4f}" for stage, value in learnt["held_out"].items())
+    page.table(["rules", "held out"], tuned["held_out"].items())
+    stages = ", ".join(f"{stage} {value:.4f}" for stage, value in tuned["held_out"].items())
     run.log(f"rules chosen on one part of the images and scored on the rest: {stages}")
     present = files.runs.present()[rows].mean(0)
     facts = [
-        (name, float(scores[:, label].mean()), float(present[label]), *learnt["rules"][name].values())
+        (name, float(scores[:, label].mean()), float(present[label]), *tuned["rules"][name].values())
         for label, name in enumerate(CLASSES)
     ]
-    page.table(["class", "Dice", "in part of the images", *learnt["rules"][CLASSES[0]]], facts)
+    page.table(["class", "Dice", "in part of the images", *tuned["rules"][CLASSES[0]]], facts)
     page.figure(class_scores(scores, present), "dice", "Dice of each class, and the score of leaving every mask empty")
     some = np.linspace(0, len(rows) - 1, min(CURVE_IMAGES, len(rows))).astype(int)
-    tables = tuning.tables(predictions[some], lambda at: truth[some[at]](), learnt["presence"])
-    page.figure(threshold_curves(tables, learnt), "thresholds", f"Dice of {len(some)} images along each threshold")
+    those = {name: values[some] for name, values in predictions.items()}
+    tables = tuning.tables(those, lambda at: truth[some[at]](), tuned["presence"])
+    page.figure(threshold_curves(tables, tuned), "thresholds", f"Dice of {len(some)} images along each threshold")
 
     order = np.argsort(-scores.mean(1), kind="stable")
     for place, at in enumerate(order[np.linspace(0, len(order) - 1, min(OVERLAYS, len(order))).astype(int)]):
         row = rows[at]
         image = images[row][0].permute(1, 2, 0).numpy()
-        figure = overlay(image, truth[at](), decided(predictions[at], learnt))
+        figure = overlay(image, truth[at](), decided(predictions, at, tuned))
         words = ", ".join(f"{name} {value:.2f}" for name, value in zip(CLASSES, scores[at], strict=True))
         page.figure(figure, f"overlay-{place + 1}", f"{files.images[row]}: Dice {scores[at].mean():.3f} ({words})")
 
 
-def decided(kept: np.ndarray, learnt: dict[str, Any]) -> np.ndarray:
-    """Masks bool [4, 350, 525] of one image's kept predictions."""
-    return decision.decide(unpack(kept[None]), learnt)[0].numpy().astype(bool)
+def decided(kept: dict[str, np.ndarray], at: int, tuned: dict[str, Any]) -> np.ndarray:
+    """Masks bool [4, 350, 525] of the kept predictions of one image."""
+    one = {name: values[at : at + 1] for name, values in kept.items()}
+    return decision.apply(unpack(one), tuned)[0].numpy().astype(bool)
 
 
 def score(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -138,14 +140,14 @@ def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:
     return figure
 
 
-def threshold_curves(tables: list[tuning.Table], learnt: dict[str, Any]) -> Figure:
-    """Mean Dice when one threshold of the learnt rules moves and the others stay."""
+def threshold_curves(tables: list[tuning.Table], tuned: dict[str, Any]) -> Figure:
+    """Mean Dice when one threshold of the tuned rules moves and the others stay."""
     grids = {"gate": tuning.GATES, "top": tuning.LEVELS, "size": tuning.SIZES}
     figure = Figure(figsize=(13, 3.6))
     for place, (part, grid) in enumerate(grids.items()):
         axes = figure.add_subplot(1, len(grids), place + 1)
         for name, table in zip(CLASSES, tables, strict=True):
-            kept = learnt["rules"][name] | {"hull": False}
+            kept = tuned["rules"][name] | {"hull": False}
             means = []
             for value in grid:
                 rule = decision.Rule(**kept | {part: value})

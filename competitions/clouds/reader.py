@@ -1,20 +1,24 @@
 """The competition's files in Kaggle's layout: which images there are, their masks, and the rows to submit."""
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.raw import RawData, visible
+from common import tables
+from common.errors import BadImage, UserError
+from common.raw import RawData
+from common.vision.decode import decode
+from common.vision.find import find_images, images_of, some
 from competitions.clouds import rle
 
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, whatever the size of the images
 SUBMISSION_SIZE = (350, 525)  # height and width that the runs of a submission refer to
-ENDINGS = (".jpg", ".jpeg", ".png")
+CERTAIN = 50  # columns apart by the same number that show the height of the masks
 COLUMNS = ("Image_Label", "EncodedPixels")
 AGAIN = "mend the file, or get it again with make data COMP=clouds"
 
@@ -23,11 +27,12 @@ AGAIN = "mend the file, or get it again with make data COMP=clouds"
 class Runs:
     """The masks of n images: one flat array instead of 4n small ones, which worker processes copy at once.
 
-    `runs` int32 [all runs, 2] of (first pixel from 0, length) at MASK_SIZE; `starts` int64 [4n + 1], each mask's first.
+    `runs` int32 [all runs, 2] of (first pixel from 0, length) at `size`; `starts` int64 [4n + 1], each mask's first.
     """
 
     runs: np.ndarray
     starts: np.ndarray
+    size: tuple[int, int] = MASK_SIZE
 
     def of(self, image: int, label: int) -> np.ndarray:
         cell = image * len(CLASSES) + label
@@ -35,7 +40,7 @@ class Runs:
 
     def masks(self, image: int, size: tuple[int, int]) -> np.ndarray:
         """bool [4, height, width] at any size."""
-        return np.stack([rle.decode_to_size(self.of(image, label), *MASK_SIZE, *size) for label in range(len(CLASSES))])
+        return np.stack([rle.decode_to_size(self.of(image, label), *self.size, *size) for label in range(len(CLASSES))])
 
     def present(self) -> np.ndarray:
         """Which classes each image has, bool [n, 4]."""
@@ -54,12 +59,19 @@ class CloudFiles:
     test_classes: dict[str, list[int]]  # test image -> its classes in the order of the sample's rows
 
 
-def read(raw: RawData) -> CloudFiles:
+def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     """Read and check all files but the pixels; raises UserError naming the file and the row of the first fault."""
     folder = raw.folder()
     images, runs = _train(raw)
     test_classes = _test(raw)
     train_paths = _paths(folder / "train_images", images, "train.csv")
+    size = _size_of(runs, train_paths, f"{raw.path}/train.csv")
+    if size != MASK_SIZE:
+        runs = replace(runs, size=size)
+        announce(
+            f"{raw.path}/train.csv: the runs are those of {size[0]}x{size[1]} masks, not of the competition's "
+            f"{MASK_SIZE[0]}x{MASK_SIZE[1]} (none goes beyond, and columns are {size[0]} apart), and are read so"
+        )
     test_paths = _paths(folder / "test_images", list(test_classes), "sample_submission.csv")
     for image, labels in test_classes.items():
         missing = [name for label, name in enumerate(CLASSES) if label not in labels]
@@ -70,16 +82,10 @@ def read(raw: RawData) -> CloudFiles:
 
 def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
     """Rows of a CSV as (line, image, class, cell); raises UserError for other columns and unknown classes."""
-    rows = raw.rows(name)
-    _, header = next(rows, (1, []))
-    if tuple(header) != COLUMNS:
-        found, expected = ", ".join(header)[:200] or "none", ", ".join(COLUMNS)
-        raise UserError(f"{raw.path}/{name} has the columns {found}; expected {expected}: {AGAIN}")
+    columns = {COLUMNS[0]: str, COLUMNS[1]: tables.text(blank=True)}
+    table = tables.read(raw, name, columns, others="refuse", lines=True)
     known = {label: number for number, label in enumerate(CLASSES)}
-    for line, row in rows:
-        if len(row) != len(COLUMNS):
-            raise UserError(f"{raw.path}/{name} line {line} has {len(row)} cells, expected {len(COLUMNS)}: {AGAIN}")
-        key, cell = row
+    for line, key, cell in table.itertuples():
         image, _, label = key.rpartition("_")
         if label not in known or not image:
             near = difflib.get_close_matches(label, CLASSES, n=1)
@@ -105,8 +111,6 @@ def _train(raw: RawData) -> tuple[list[str], Runs]:
         if fault := rle.problem(runs, MASK_SIZE[0] * MASK_SIZE[1]):
             raise UserError(f"{where}: {fault}: {AGAIN}")
         masks[label] = runs
-    if not cells:
-        raise UserError(f"{raw.path}/train.csv has no rows: {AGAIN}")
     for image, masks in cells.items():
         missing = [CLASSES[label] for label, runs in enumerate(masks) if runs is None]
         if missing:
@@ -115,6 +119,41 @@ def _train(raw: RawData) -> tuple[list[str], Runs]:
     flat = [runs for image in images for runs in cells[image]]
     starts = np.cumsum([0, *map(len, flat)])
     return images, Runs(np.concatenate(flat).astype(np.int32), starts)
+
+
+def _size_of(runs: Runs, paths: list[Path], name: str) -> tuple[int, int]:
+    """The size that runs refer to: MASK_SIZE, unless masks were encoded again when somebody resized the images.
+
+    Runs of neighbouring columns mostly start as many pixels apart as the mask is high. Where that is not 1400, and no
+    run ends beyond a mask of that height, they are of another size: that of the images, or of a submission. Raises
+    UserError when it is neither. Too few runs say nothing, and are taken for what the competition's are.
+    """
+    starts, ends = runs.runs[:, 0], runs.runs.sum(1)
+    apart = np.diff(starts)
+    apart = apart[(apart > 0) & (apart <= MASK_SIZE[0])]
+    heights = np.bincount(apart, minlength=MASK_SIZE[0] + 1)
+    height = int(heights.argmax())
+    if heights[height] < max(CERTAIN, len(apart) / 2) or height == MASK_SIZE[0]:
+        return MASK_SIZE
+    stored = _stored_size(paths)
+    for size in (stored, SUBMISSION_SIZE):
+        if size[0] == height and ends.max() <= size[0] * size[1]:
+            return size
+    if ends.max() > height * 2 * MASK_SIZE[1]:
+        return MASK_SIZE
+    raise UserError(
+        f"{name}: the runs are those of masks {height} pixels high, as neighbouring columns are so far apart, and the "
+        f"images are {stored[0]}x{stored[1]}: expected runs for {MASK_SIZE[0]}x{MASK_SIZE[1]}, or for the size of "
+        f"the images: {AGAIN}"
+    )
+
+
+def _stored_size(paths: list[Path]) -> tuple[int, int]:
+    """Height and width of the first image that can be read."""
+    for path in paths:
+        with suppress(BadImage):
+            return decode(path, upright=False).shape[:2]
+    return MASK_SIZE
 
 
 def _test(raw: RawData) -> dict[str, list[int]]:
@@ -137,19 +176,8 @@ def _test(raw: RawData) -> dict[str, list[int]]:
 
 def _paths(folder: Path, images: list[str], table: str) -> list[Path]:
     """Paths of the images; raises UserError for a row without an image, and for an image without a row."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing: get the files with make data COMP=clouds, or pass DATA=/path/to/folder")
-    there = {file.name for file in visible(folder) if file.suffix.lower() in ENDINGS}
-    without_image, without_row = sorted(set(images) - there), sorted(there - set(images))
-    if without_image:
-        raise UserError(
-            f"{table} names {_some(without_image)}, not in {folder}: unpack the images again, or remove the rows"
-        )
-    if without_row:
-        raise UserError(f"{folder} holds {_some(without_row)}, not in {table}: remove the images, or add their rows")
-    return [folder / image for image in images]
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{rest}"
+    again = "get the files with make data COMP=clouds, or pass DATA=/path/to/folder"
+    paths = images_of(folder, images, table, again)
+    if without_row := sorted({file.name for file in find_images(folder)} - {path.name for path in paths}):
+        raise UserError(f"{folder} holds {some(without_row)}, not in {table}: remove the images, or add their rows")
+    return paths

@@ -8,9 +8,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from competitions.clouds.decision import SOURCES, STEPS, Rule, force_best, in_steps, region_mask, to_learnt
+from competitions.clouds.decision import SOURCES, STEPS, Rule, force_best, region_mask, to_tuned
 from competitions.clouds.reader import CLASSES
 
+Kept = dict[str, np.ndarray]  # predictions as they are kept: uint8 presence [m, 4, 2] and pixels [m, 4, 350, 525]
 LEVELS = tuple(round(0.2 + 0.05 * step, 2) for step in range(14))  # pixel probabilities 0.20 to 0.85
 SIZES = (1, 500, 1000, 2500, 5000, 7500, 10000, 15000, 20000)  # pixels of 183,750
 GATES = tuple(round(0.05 * step, 2) for step in range(20))
@@ -77,21 +78,17 @@ def image_dice(pixels: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return result
 
 
-def tables(predictions: np.ndarray, truth: Callable[[int], np.ndarray], source: str = "head") -> list[Table]:
-    """One table per class from kept predictions uint8 [m, 4, 2 + pixels]; `truth(i)`: bool [4, H, W] of the i-th.
-
-    `source` is whose word the presence is, the head's or the pixels'.
-    """
-    count = len(predictions)
+def tables(predictions: Kept, truth: Callable[[int], np.ndarray], source: str = "head") -> list[Table]:
+    """One table per class; `truth(i)`: bool [4, H, W] of the i-th image. `source` of the presence: head or pixels."""
+    count = len(predictions["pixels"])
     dice = np.zeros((len(CLASSES), count, len(PAIRS), len(SIZES)), np.float32)
     empty = np.zeros((len(CLASSES), count), np.float32)
     presence = np.zeros((len(CLASSES), count), np.uint8)
     for image in range(count):
-        words, pixels = in_steps(predictions[image : image + 1])
-        masks = truth(image)
-        presence[:, image] = words[0, :, SOURCES.index(source)]
+        pixels, masks = predictions["pixels"][image], truth(image)
+        presence[:, image] = predictions["presence"][image][:, SOURCES.index(source)]
         for label in range(len(CLASSES)):
-            dice[label, image] = image_dice(pixels[0, label], masks[label])
+            dice[label, image] = image_dice(pixels[label], masks[label])
             empty[label, image] = not masks[label].any()
     gain = dice.reshape(*empty.shape, -1) - empty[:, :, None]
     return [Table(*arrays) for arrays in zip(gain, empty, presence, strict=True)]
@@ -137,20 +134,19 @@ def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
 class Hulls:
     """Dice [m] of one class under a rule that fills convex hulls: too rarely asked for to have a table of its own."""
 
-    def __init__(self, predictions: np.ndarray, truth: Callable[[int], np.ndarray], label: int):
-        self.predictions, self.truth, self.label = predictions, truth, label
+    def __init__(self, pixels: np.ndarray, truth: Callable[[int], np.ndarray], label: int):
+        self.pixels, self.truth, self.label = pixels, truth, label
         self.known: dict[Rule, np.ndarray] = {}
 
     def dice(self, rule: Rule) -> np.ndarray:
         """float32 [m], the gate left aside."""
         rule = replace(rule, gate=0.0, hull=True)
         if rule not in self.known:
-            self.known[rule] = np.array([self._image(row, rule) for row in range(len(self.predictions))], np.float32)
+            self.known[rule] = np.array([self._image(row, rule) for row in range(len(self.pixels))], np.float32)
         return self.known[rule]
 
     def _image(self, row: int, rule: Rule) -> float:
-        pixels = in_steps(self.predictions[row : row + 1])[1][0, self.label]
-        mask, truth = region_mask(pixels, rule), self.truth(row)[self.label]
+        mask, truth = region_mask(self.pixels[row, self.label], rule), self.truth(row)[self.label]
         total = int(mask.sum()) + int(truth.sum())
         return 2 * int((mask & truth).sum()) / total if total else 1.0
 
@@ -167,7 +163,7 @@ def dice_of(table: Table, rule: Rule, hulls: Hulls | None = None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make the rules: which parts are free, whose word the presence is, and what is done besides."""
+    """A way to make the rules: which parts are free, where the presence comes from, and what is done besides."""
 
     stage: str
     source: str = "head"
@@ -188,15 +184,15 @@ WAYS = (Way("plain"), *(Way(stage, source) for stage in STAGES[1:] for source in
 class Tuner:
     """Makes rules in any Way from some of the images and says what they are worth on others."""
 
-    def __init__(self, predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0):
-        self.seed, self.count = seed, len(predictions)
+    def __init__(self, predictions: Kept, truth: Callable[[int], np.ndarray], seed: int = 0):
+        self.seed, self.count = seed, len(predictions["pixels"])
         self.tables = {}  # (source, force) -> one table per class
         found = tables(predictions, truth)
         for number, source in enumerate(SOURCES):
-            presence = np.asarray(predictions[:, :, number])
+            presence = np.asarray(predictions["presence"][:, :, number])
             self.tables[source, False] = with_presence(found, presence)
             self.tables[source, True] = with_presence(found, force_best(presence))
-        self.hulls = [Hulls(predictions, truth, label) for label in range(len(CLASSES))]
+        self.hulls = [Hulls(predictions["pixels"], truth, label) for label in range(len(CLASSES))]
 
     def rule(self, way: Way, label: int, rows: np.ndarray) -> Rule:
         """The best rule of one class on `rows`."""
@@ -258,17 +254,17 @@ def _better(new: np.ndarray, old: np.ndarray) -> bool:
     return bool(difference.mean() > difference.std() / np.sqrt(len(difference)))
 
 
-def learn(predictions: np.ndarray, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
+def tune(predictions: Kept, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
     """Tune the rules of every class on kept predictions, in the way that is best on images it was not tuned on.
 
     The result, in plain types: "rules", "presence", "force_best"; "held_out", what every way is worth on images that
     its rules were not chosen on; and "score", where the way was not chosen on them either.
     """
     tuner = Tuner(predictions, truth, seed)
-    rows = np.arange(len(predictions))
+    rows = np.arange(tuner.count)
     way, dice = tuner.choose(rows)
     rules = [tuner.rule(way, label, rows) for label in range(len(CLASSES))]
-    return to_learnt(rules, way.force, way.source) | {
+    return to_tuned(rules, way.force, way.source) | {
         "held_out": {name: float(of.mean()) for name, of in dice.items()},
         "stage": way.stage,
         "score": tuner.score(),

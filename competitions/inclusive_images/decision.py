@@ -51,12 +51,12 @@ def against_negatives(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits - rest)
 
 
-def decide(scores: Tensor, learnt: dict[str, Any], default: Rule, prior: np.ndarray, clusters: np.ndarray) -> dict:
+def apply(scores: Tensor, tuned: dict[str, Any], default: Rule, prior: np.ndarray, clusters: np.ndarray) -> dict:
     """Scores [B, m] -> {"labels": uint8 [B, m] with at least one label a row, "best": int64 [B, 5]}.
 
     `prior` are the columns that a row gets when the rule keeps none; `clusters` [m] is the cluster of every label.
     """
-    rule = Rule(**learnt["rule"]) if "rule" in learnt else default
+    rule = Rule(**tuned["rule"]) if "rule" in tuned else default
     ranked = Ranked.of(scores.detach().cpu().numpy())
     kept = ranked.trimmed(clusters, rule.trim)
     lengths = lengths_of(kept, rule)
@@ -118,7 +118,7 @@ def prefix_f2(ranked: Ranked, truth: csr_matrix, prior: np.ndarray) -> np.ndarra
     return np.hstack([of_prior, scores])
 
 
-def learn(
+def tune(
     scores: np.ndarray, truth: csr_matrix, prior: np.ndarray, clusters: np.ndarray, trims: tuple[int, ...], seed: int
 ) -> dict[str, Any]:
     """The rule with the best mean F2 on held-out scores [n, m], and an honest estimate of what it is worth.

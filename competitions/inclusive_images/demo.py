@@ -37,7 +37,7 @@ NEVER = "rainbow"  # trainable, but no image has it
 UNTRAINABLE = "outdoors"  # given to images, but not trainable
 
 
-def write(folder: Path, seed: int = 0) -> None:
+def write_demo(folder: Path, seed: int = 0) -> None:
     """Draw the images and write every file of the competition; the same seed gives the same files."""
     rng = np.random.default_rng(seed)
     names = [*LABELS, NEVER, UNTRAINABLE]

@@ -12,7 +12,6 @@ the logarithm of that over chance, and factor the symmetric matrix. Three choice
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,16 +19,15 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from common import checkpoint
 from common.errors import UserError
 from competitions.inclusive_images.spectrum import leading_eigenpairs
 
 
 @dataclass(frozen=True)
 class LabelEmbedding:
-    """`vectors` float32 [m, dim]; rows of labels that were never seen, or say nothing, are zero and never decoded.
+    """`vectors` float32 [m, dim]; rows of labels that were never seen, or say nothing, are zero and never found.
 
-    `eigenvalues` [dim] in falling order; when dim exceeds the number of usable ones (`rank`), the last columns are 0.
+    `eigenvalues` [dim] in falling order; when dim exceeds the number of usable ones, the last columns are 0.
     `lengths` [m] are those that the vectors would have if no eigenvalue were cut off.
     """
 
@@ -95,17 +93,8 @@ class LabelEmbedding:
         return cls(vectors, eigenvalues, lengths, counts, kind)
 
     @property
-    def dim(self) -> int:
-        return self.vectors.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Columns that are not zero."""
-        return int(np.count_nonzero(self.eigenvalues))
-
-    @property
     def known(self) -> np.ndarray:
-        """Columns of the labels that have a vector; everything decoded is one of them."""
+        """Columns of the labels that have a vector."""
         return np.flatnonzero(np.square(self.vectors).sum(1) > 1e-12)
 
     @property
@@ -113,10 +102,6 @@ class LabelEmbedding:
         """float32 [known, dim], of length 1: the rows of `known`."""
         vectors = self.vectors[self.known]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    def encode(self, labels: csr_matrix) -> np.ndarray:
-        """The sum of each image's label vectors, float32 [n, dim]; an image without known labels is a zero row."""
-        return np.asarray(labels.astype(np.float32) @ self.vectors, dtype=np.float32)
 
     @property
     def projections(self) -> np.ndarray:
@@ -128,31 +113,6 @@ class LabelEmbedding:
         known = self.known
         own = np.linalg.norm(self.vectors[known], axis=1)
         return self.vectors[known] / np.maximum(own, self.lengths[known])[:, None]
-
-    def decode(
-        self, outputs: np.ndarray | Tensor, top_k: int, by: Literal["cosine", "projection"] = "cosine"
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The `top_k` labels of highest cosine (or projection): columns int64 [n, top_k] and scores [n, top_k]."""
-        from competitions.inclusive_images.decode import nearest
-
-        return nearest(self, outputs, top_k, by)
-
-    def save(self, path: Path) -> None:
-        arrays = {
-            "vectors": self.vectors,
-            "eigenvalues": self.eigenvalues,
-            "lengths": self.lengths,
-            "counts": self.counts,
-        }
-        checkpoint.save(path, {name: torch.from_numpy(array) for name, array in arrays.items()} | {"kind": self.kind})
-
-    @classmethod
-    def load(cls, path: Path) -> "LabelEmbedding":
-        """What `save` wrote; raises UserError when the file is damaged or something else."""
-        found = checkpoint.load(path)
-        if set(found) != {"vectors", "eigenvalues", "lengths", "counts", "kind"}:
-            raise UserError(f"{path} holds {', '.join(sorted(found))}, no label embedding: delete it and train again")
-        return cls(*(found[name].numpy() for name in ("vectors", "eigenvalues", "lengths", "counts")), found["kind"])
 
 
 def co_occurrence(labels: csr_matrix) -> csr_matrix:

@@ -2,20 +2,20 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 from scipy.sparse import csr_matrix
 
+from common import tables
 from common.errors import UserError
 from common.raw import RawData
+from common.tables import number, text
 
 CLASSES, DESCRIPTIONS = "classes-trainable.csv", "class-descriptions.csv"
 TRAIN, TUNING = "train_human_labels.csv", "tuning_labels.csv"
 AGAIN = "mend the file, or get it again with make data COMP=inclusive_images"
-ROWS_AT_ONCE = 200_000  # a chunk's ids fit the processor's cache: faster than the whole file, and a third of the memory
 
 
 class LabelIndex:
@@ -85,47 +85,37 @@ class LabelTable:
 
 def read_index(raw: RawData) -> LabelIndex:
     """classes-trainable.csv, with the names of class-descriptions.csv where they are given."""
-    codes = [row[0] for _, row in _rows(raw, CLASSES, ("label_code",))]
-    if not codes:
-        raise UserError(f"{raw.path}/{CLASSES} lists no code: {AGAIN}")
+    codes = tables.read(raw, CLASSES, {"label_code": str}, id="label_code")["label_code"]
     names = {}
     if raw.exists(DESCRIPTIONS):
-        names = {row[0]: row[1] for _, row in _rows(raw, DESCRIPTIONS, ("label_code", "description")) if len(row) > 1}
-    return LabelIndex(codes, names)
+        columns = {"label_code": str, "description": text(blank=True)}
+        names = tables.read(raw, DESCRIPTIONS, columns).set_index("label_code")["description"].to_dict()
+    return LabelIndex(codes.tolist(), names)
 
 
 def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
     """train_human_labels.csv: 8 million rows in seconds; raises UserError for other columns or confidences."""
     counts, numbers = Counts(), {}  # image id -> number by first appearance, sorted at the end
     images, labels = [], []
-    columns = {"ImageID": "category", "LabelName": "category", "Confidence": "float32"}
-    try:
-        with raw.open(TRAIN) as stream:
-            for chunk in pd.read_csv(
-                stream, usecols=list(columns), dtype=columns, chunksize=ROWS_AT_ONCE, keep_default_na=False
-            ):
-                image, label = chunk["ImageID"].cat, chunk["LabelName"].cat
-                positive = chunk["Confidence"].to_numpy() > 0
-                column_of = np.array([index.column.get(code, -1) for code in label.categories.tolist()], np.int32)
-                label_codes = label.codes.to_numpy()
-                column = column_of[label_codes]
-                counts.rows += len(chunk)
-                counts.zero_confidence += int((~positive).sum())
-                unknown = np.bincount(label_codes[positive & (column < 0)], minlength=len(column_of))
-                counts.untrainable.update(
-                    {label.categories[code]: int(unknown[code]) for code in np.flatnonzero(unknown)}
-                )
-                number_of = np.array(
-                    [numbers.setdefault(name, len(numbers)) for name in image.categories.tolist()], np.int32
-                )
-                kept = positive & (column >= 0)
-                images.append(number_of[image.codes.to_numpy()[kept]])
-                labels.append(column[kept])
-    except (ValueError, pd.errors.ParserError) as error:
-        raise UserError(
-            f"{raw.path}/{TRAIN} cannot be read ({error}): expected the columns ImageID,Source,LabelName,Confidence; "
-            f"{AGAIN}"
-        ) from error
+    columns = {
+        "ImageID": text(category=True),
+        "LabelName": text(category=True),
+        "Confidence": number(0, 1, dtype="float32"),
+    }
+    for part in tables.parts(raw, TRAIN, columns, others="drop"):
+        image, label = part["ImageID"].cat, part["LabelName"].cat
+        positive = part["Confidence"].to_numpy() > 0
+        column_of = np.array([index.column.get(code, -1) for code in label.categories.tolist()], np.int32)
+        label_codes = label.codes.to_numpy()
+        column = column_of[label_codes]
+        counts.rows += len(part)
+        counts.zero_confidence += int((~positive).sum())
+        unknown = np.bincount(label_codes[positive & (column < 0)], minlength=len(column_of))
+        counts.untrainable.update({label.categories[code]: int(unknown[code]) for code in np.flatnonzero(unknown)})
+        number_of = np.array([numbers.setdefault(name, len(numbers)) for name in image.categories.tolist()], np.int32)
+        kept = positive & (column >= 0)
+        images.append(number_of[image.codes.to_numpy()[kept]])
+        labels.append(column[kept])
     if not numbers:
         raise UserError(f"{raw.path}/{TRAIN} has no rows: {AGAIN}")
     table = _table(np.array(list(numbers)), np.concatenate(images), np.concatenate(labels), len(index), counts)
@@ -140,32 +130,21 @@ def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
 
 def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
     """tuning_labels.csv, which has no header: `ImageID,code code ...`; raises UserError for an image there twice."""
-    counts = Counts()
-    numbers, images, labels = {}, [], []
-    for line, row in _rows(raw, TUNING, None):
-        if len(row) != 2 or not row[0]:
-            raise UserError(
-                f"{raw.path}/{TUNING} line {line} is {','.join(row)!r}: expected ImageID,code code ...: {AGAIN}"
-            )
-        if row[0] in numbers:
-            raise UserError(f"{raw.path}/{TUNING} line {line}: the image {row[0]} is there twice: {AGAIN}")
-        numbers[row[0]] = len(numbers)
-        codes = row[1].split()
-        counts.rows += len(codes)
-        counts.untrainable.update(code for code in codes if code not in index.column)
-        columns = index.columns(row[1])
-        images += [numbers[row[0]]] * len(columns)
-        labels += columns
-    return _table(np.array(list(numbers), str), np.array(images, int), np.array(labels, int), len(index), counts)
+    columns = {"ImageID": str, "codes": text(blank=True)}
+    table = tables.read(raw, TUNING, columns, id="ImageID", header=False)
+    codes = [cell.split() for cell in table["codes"]]
+    found = [index.columns(cell) for cell in table["codes"]]
+    counts = Counts(rows=sum(map(len, codes)))
+    counts.untrainable.update(code for cell in codes for code in cell if code not in index.column)
+    images = np.repeat(np.arange(len(found)), [len(columns) for columns in found])
+    labels = np.array([column for columns in found for column in columns], int)
+    return _table(table["ImageID"].to_numpy(str), images, labels, len(index), counts)
 
 
 def read_submission_ids(raw: RawData, name: str) -> list[str]:
     """Image ids of a sample submission in its order; raises UserError for another header or a repeated id."""
-    ids = [row[0] for _, row in _rows(raw, name, ("image_id", "labels"))]
-    if len(set(ids)) != len(ids):
-        twice = next(image for image, count in Counter(ids).items() if count > 1)
-        raise UserError(f"{raw.path}/{name}: the image {twice} is there twice: {AGAIN}")
-    return ids
+    columns = {"image_id": str, "labels": text(blank=True)}
+    return tables.read(raw, name, columns, id="image_id", others="refuse")["image_id"].tolist()
 
 
 def _table(names: np.ndarray, images: np.ndarray, labels: np.ndarray, m: int, counts: Counts) -> LabelTable:
@@ -182,15 +161,3 @@ def _table(names: np.ndarray, images: np.ndarray, labels: np.ndarray, m: int, co
     counts.without_labels = len(names) - len(labelled)
     counts.unseen = int(m - len(np.unique(labels)))
     return LabelTable(names[order][labelled], matrix[labelled], counts)
-
-
-def _rows(raw: RawData, name: str, header: tuple[str, ...] | None) -> Iterator[tuple[int, list[str]]]:
-    """Lines of a small CSV with their numbers; raises UserError when it does not begin with `header`."""
-    rows = raw.rows(name)
-    if header is not None:
-        _, found = next(rows, (1, []))
-        if tuple(found[: len(header)]) != header:
-            raise UserError(
-                f"{raw.path}/{name} begins with {','.join(found)!r}, expected {','.join(header)!r}: {AGAIN}"
-            )
-    yield from rows

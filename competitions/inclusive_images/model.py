@@ -1,19 +1,16 @@
 """The network: any backbone of timm, and up to three heads on its pooled features."""
 
-import difflib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import checkpoint
 from common.errors import UserError
+from common.vision.backbones import Normalize, timm_backbone
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEADS = ("labels", "embedding", "count")
 
 
@@ -37,14 +34,13 @@ class TagNet(nn.Module):
         frozen: bool = False,
     ):
         super().__init__()
-        self.backbone, width = _backbone(backbone, size)
+        self.normalize = Normalize(backbone)
+        self.backbone, width = timm_backbone(backbone, size)
         self.frozen = frozen
         self.dropout = nn.Dropout(dropout)
         sizes = {"labels": labels, "embedding": projections.shape[1], "count": 1}
         self.heads = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in heads})
         self.register_buffer("projections", torch.from_numpy(projections))
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
         if "labels" in heads:
             # Start from how often every label occurs: thousands of rare labels need not be unlearnt first.
             with torch.no_grad():
@@ -60,40 +56,12 @@ class TagNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
-        features = self.dropout(features)
+        features = self.dropout(self.backbone(self.normalize(images)))
         outputs = {name: head(features) for name, head in self.heads.items()}
         if "labels" not in outputs and not self.training:
             directions = F.normalize(outputs["embedding"].float(), dim=1)
             outputs["labels"] = 8 * directions @ self.projections.T
         return outputs
-
-
-def _backbone(name: str, size: tuple[int, int]) -> tuple[nn.Module, int]:
-    """A model of timm for images of `size` and the features that it hands to a head.
-
-    `num_features` is another number where a hidden layer follows, so an image is passed through. Raises UserError when
-    there is no such model, or when it does not take images of this size.
-    """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"--backbone {name}: expected a model of timm, such as {', '.join(near) or 'resnet18'}")
-    create = partial(timm.create_model, name, pretrained=False, num_classes=0)
-    try:
-        try:
-            backbone = create(img_size=size)  # transformers have to know it
-        except TypeError:  # convolutions take any, and no such argument
-            backbone = create()
-        with torch.no_grad():
-            width = backbone.eval()(torch.zeros(1, 3, *size)).shape[1]
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        usual = ",".join(map(str, timm.get_pretrained_cfg(name).input_size[1:]))
-        raise UserError(
-            f"--backbone {name} does not take images of --size {size[0]},{size[1]} ({reason}): it was made for --size "
-            f"{usual}; give that, or another --backbone"
-        ) from error
-    return backbone.train(), width
 
 
 def start_from(model: TagNet, file: Path) -> None:

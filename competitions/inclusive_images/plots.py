@@ -52,7 +52,7 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
     rows = np.array([row_of[image] for image in (run.path / "oof_ids.txt").read_text().splitlines()])
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SHOWN_ROWS)).astype(int))
     scores, truth = scores[shown], files.labels[rows[shown]]
-    page.table(["rule", "value"], result["learnt"]["rule"].items())
+    page.table(["rule", "value"], result["tuned"]["rule"].items())
     page.text(
         f"Mean F2 on {len(rows)} images that the network was not trained on: {result['metrics']['f2']:.4f} with the "
         f"rule that is best for these images; {result['score']:.4f} with rules chosen on four fifths of them and "
@@ -63,7 +63,7 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
     facts = []
     found = np.concatenate(
         [
-            decide(torch.from_numpy(scores[start : start + CHUNK].astype(np.float32)), result["learnt"])[
+            decide(torch.from_numpy(scores[start : start + CHUNK].astype(np.float32)), result["tuned"])[
                 "labels"
             ].numpy()
             for start in range(0, len(scores), CHUNK)

@@ -13,15 +13,14 @@ from torch import nn
 from common import run as runs
 from common.errors import UserError
 from common.loading import folds as folding
-from common.raw import RawData, visible
+from common.raw import RawData
+from common.vision.find import fingerprint, images_of, match_images
 from competitions.inclusive_images import labels as reader
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.labels import LabelIndex, LabelTable
 
 if TYPE_CHECKING:
-    from competitions.inclusive_images.task import TagConfig
-
-ENDINGS = (".jpg", ".jpeg", ".png")
+    from competitions.inclusive_images.config import TagConfig
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,10 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
     test_ids = reader.read_submission_ids(raw, sample_name)
-    test_paths, missing = _find(test_folder, test_ids)
-    if missing:
-        raise UserError(
-            f"{test_folder} has no image for {len(missing)} of the {len(test_ids)} ids of {sample_name} (first "
-            f"{missing[0]}): unpack the test images there, or get them with make data COMP=inclusive_images"
-        )
+    test_paths = images_of(test_folder, test_ids, sample_name, "get them with make data COMP=inclusive_images")
     names = [reader.TRAIN, reader.CLASSES, reader.TUNING, sample_name]
-    digest = hashlib.sha256(raw.fingerprint(*[name for name in names if raw.exists(name)]).encode())
-    for path in paths:  # not the test images: a run in which one of them was mended since is still the same training
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+    # Not of the test images: a run in which one of them was mended since is still the same training.
+    contents = f"{raw.fingerprint(*[name for name in names if raw.exists(name)])} {fingerprint(paths)}"
     return Rows(
         index,
         ids,
@@ -95,9 +88,9 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
         folds,
         fitted,
         test_ids,
-        [path for path in test_paths if path is not None],
+        test_paths,
         sample_name,
-        digest.hexdigest(),
+        hashlib.sha256(contents.encode()).hexdigest(),
     )
 
 
@@ -141,33 +134,15 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
     take_over(model, files[0])
 
 
-def cache_key(paths: list[Path]) -> str:
-    """Key of image files as they are on disk (path, size, time): what their cache is keyed by."""
-    digest = hashlib.sha256()
-    for path in paths:
-        found = path.stat()
-        digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
 def _with_files(table: LabelTable, folder: Path, announce: Callable[[str], None]) -> tuple[LabelTable, list[Path]]:
     """The rows of `table` whose image is there, and its path; raises UserError when there is none at all."""
-    paths, missing = _find(folder, [str(image) for image in table.ids])
-    if len(missing) == len(table):
+    paths = match_images(folder, table.ids)
+    kept = np.array([row for row, path in enumerate(paths) if path is not None])
+    if not len(kept):
         raise UserError(
             f"{folder} holds no image of the {len(table):,} that have labels: put them there as IMAGEID.jpg, with "
             f"make data COMP=inclusive_images or from Open Images"
         )
-    if missing:
-        announce(f"{folder}: {len(missing):,} of {len(table):,} labelled images have no file and are left out")
-    kept = np.array([row for row, path in enumerate(paths) if path is not None])
+    if missing := len(table) - len(kept):
+        announce(f"{folder}: {missing:,} of {len(table):,} labelled images have no file and are left out")
     return table.take(kept), [paths[row] for row in kept]
-
-
-def _find(folder: Path, ids: list[str]) -> tuple[list[Path | None], list[str]]:
-    """The path of every id, None where there is no file, and the ids without one."""
-    there = {}
-    if folder.is_dir():
-        there = {file.stem: file for file in visible(folder) if file.suffix.lower() in ENDINGS}
-    paths = [there.get(image) for image in ids]
-    return paths, [image for image, path in zip(ids, paths, strict=True) if path is None]

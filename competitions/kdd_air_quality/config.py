@@ -5,11 +5,36 @@ from typing import Literal
 
 from common import config as common
 from common.config import at_least, between, flag
+from common.errors import UserError
+from common.kaggle.source import Source
 
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
 FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
+# Flags of the core that change nothing here, and why.
+UNUSED = {
+    "fold": "the last days are held out, by time: choose --last-day and --backtest-days",
+    "folds": "the last days are held out, by time: choose --last-day and --backtest-days",
+    "batch_size": "a batch of the network is a whole day of all series",
+    "keep": "the network keeps its last weights: the best on the held-out days would know their truth",
+    "patience": "the network is trained to its last epoch: stopping on the held-out days would know their truth",
+    "evaluate_every": "the held-out days are scored once, after the last epoch",
+    "tta": "forecasts have no test-time augmentation",
+    "channels_last": "there are no images",
+    "bad_images": "there are no images",
+}
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
+
+SOURCE = Source(
+    slug="",
+    expected=("*.tsf",),
+    higher_is_better=False,
+    url="https://zenodo.org/records/4656719/files/kdd_cup_2018_dataset_with_missing_values.zip",
+    checksum_url="https://zenodo.org/api/records/4656719",
+    nowhere_to_submit=NOWHERE_TO_SUBMIT,
+    notes="270 hourly series of 59 stations, 2017-01-01 to 2018-03-31, CC BY 4.0 (Monash archive, Zenodo 4656719). "
+    "The organisers' own files can be put beside it: every layout is read, in any mix.",
+)
 
 
 @dataclass(frozen=True)
@@ -17,11 +42,12 @@ class Config(common.Config):
     """Settings of the forecasters and of the rolling backtest that the blend is fitted on."""
 
     fold: str = flag("0", "not used here: the last days are held out by time")
-    epochs: int = flag(10, "passes over the training days of the network", "epochs")
-    batch_size: int = flag(131, "not used here: the network's windows are whole days")
+    epochs: int = flag(10, "epochs of the network over its training days", "epochs")
+    batch_size: int = flag(131, "not used here: a batch of the network is a whole day")
+    keep: Literal["best", "last"] = flag("last", "not used here: the network keeps its last weights")
     weight_decay: float = flag(0.05, "decoupled weight decay of the network; none on biases and normalisation")
     lr: float = flag(1.5e-3, "peak learning rate of the network", "per optimizer step")
-    clip_norm: float = flag(1.0, "largest norm of the window's gradient; 0 never clips")
+    clip_norm: float = flag(1.0, "largest norm of the batch's gradient; 0 never clips")
     ema: float = flag(0.995, "decay of the moving average of the network's weights; 0 is off", "per step")
     # The network is small: bfloat16 saves seconds at most, and a score should not depend on the processor's features.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("fp32", "precision of the network")
@@ -73,6 +99,37 @@ RECIPES = {
 }
 
 
-def checked(config: Config) -> Config:
-    """--model medians becomes --models medians: a run's config names its models once."""
-    return replace(config, models=config.model, model="") if config.model else config
+def refuse_unused(config: Config) -> None:
+    """Raise UserError on flags of the core that have nothing to say here."""
+    for name, why in UNUSED.items():
+        if getattr(config, name) != getattr(DEFAULT, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {why}. Leave this flag out")
+
+
+def predict(competition: str, argv: list[str]) -> None:
+    """forecast any submit days with a fitted run, from what was known before each of them"""
+    from common.cli import verb_parser
+
+    parser = verb_parser("predict", competition, predict.__doc__)
+    parser.add_argument("--run", metavar="NAME", help="finished run [the newest]")
+    parser.add_argument("--first-day", metavar="DATE", default="", help="first submit day [the last of the data]")
+    parser.add_argument("--last-day", metavar="DATE", default="", help="last submit day [the first]")
+    given = parser.parse_args(argv)
+    from competitions.kdd_air_quality import pipeline
+
+    pipeline.predict(competition, given)
+
+
+def backtest(competition: str, argv: list[str]) -> None:
+    """score every model and the blend over a range of submit days; with --run, the models of a fitted run"""
+    from common.cli import configured, verb_parser
+
+    parser = verb_parser("backtest", competition, backtest.__doc__)
+    parser.add_argument("--run", metavar="NAME", help="finished run whose models are used as they are [fit as needed]")
+    config, given = configured(parser, RECIPES, argv)
+    from competitions.kdd_air_quality import pipeline
+
+    pipeline.backtest(competition, config, given)
+
+
+VERBS = {"predict": predict, "backtest": backtest}

@@ -17,7 +17,7 @@ LEVELS = {"PM2.5": (50, 1.5), "PM10": (80, 1.6), "NO2": (45, 2.0), "CO": (0.9, 1
 PEAK_HOUR = {"Beijing": {"O3": 8}, "London": {}}  # UTC; everything else peaks in the evening
 
 
-def write(folder: Path, seed: int = 7, days: int = DAYS) -> None:
+def write_demo(folder: Path, seed: int = 7, days: int = DAYS) -> None:
     """Write the history, the API files and the sample submission."""
     random = np.random.default_rng(seed)
     hours = pd.date_range(FIRST_DAY, periods=days * 24, freq="h")

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import task as core
 from common.loading import orders
 from common.losses import LogSMAPE
-from common.task import Metric, Task
+from common.metrics import Metric
 from competitions.kdd_air_quality import features, medians
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.reader import Observations
@@ -125,7 +126,7 @@ class Split:
     held: np.ndarray
 
 
-def task(rows: Rows, split: Split, fold: int, units: int, dropout: float) -> Task:
+def task(rows: Rows, split: Split, fold: int, units: int, dropout: float) -> core.Task:
     """The Task of the core's `fit`: rows of the training origins always train, those of the held ones are `fold`."""
     positions = {end: place for place, end in enumerate(rows.ends.tolist())}
     chosen = np.concatenate([split.train, split.held])
@@ -135,23 +136,16 @@ def task(rows: Rows, split: Split, fold: int, units: int, dropout: float) -> Tas
     dataset = _Chosen(rows, index)
     width = dataset.batch(np.zeros(1, np.int64))[0].shape[1]
     of_day = np.repeat(chosen, count)
-    return Task(
-        labelled=dataset,
-        plain=dataset,
-        test=dataset,
-        ids=[f"{end}/{name}" for end in chosen for name in rows.network.names],
-        test_ids=(),
-        folds=np.repeat(np.where(np.isin(chosen, split.held), fold, -1), count),
-        model=lambda: ShortcutMLP(width, units, dropout),
-        loss=LogSMAPE(),
+    return core.Task(
+        data=core.Data(
+            train=dataset,
+            valid=dataset,
+            ids=[f"{end}/{name}" for end in chosen for name in rows.network.names],
+            folds=np.repeat(np.where(np.isin(chosen, split.held), fold, -1), count),
+            order=lambda train: orders.grouped(of_day[train], train),  # a batch is a day: series share its weather
+        ),
+        network=core.Network(model=lambda: ShortcutMLP(width, units, dropout), loss=LogSMAPE()),
         metrics=(Metric("smape", _smape_stats, _smape_value, higher_is_better=False),),
-        predict=lambda outputs: outputs,
-        decide=lambda predictions, learnt: predictions,
-        columns=(),
-        rows=lambda ids, decisions: (),
-        sample_submission=lambda: (),
-        valid=lambda values: None,
-        order=lambda train: orders.grouped(of_day[train], train),  # a window is one day: all series share its weather
     )
 
 

@@ -14,19 +14,21 @@ from common import checkpoint
 from common.errors import UserError
 from common.files import write_text, write_with
 from common.run import Run
-from common.task import Task
 from competitions.kdd_air_quality import boosting, features, impute, linear, medians, prophet_model
 from competitions.kdd_air_quality.config import MODELS, Config
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
 
+# The precision that forecasts come in, and are kept with: the blend's bits depend on it.
+KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp": "float32", "prophet": "float64"}
+
 
 def names_of(config: Config) -> list[str]:
     """The models of --models in their fixed order; raises UserError on an unknown one."""
-    given = [name.strip() for name in config.models.split(",") if name.strip()]
+    given = [name.strip() for name in (config.model or config.models).split(",") if name.strip()]
     unknown = [name for name in given if name not in MODELS]
     if unknown or not given:
-        raise UserError(f"--models {config.models}: expected one or more of {','.join(MODELS)}")
+        raise UserError(f"--models {config.model or config.models}: expected one or more of {','.join(MODELS)}")
     return [name for name in MODELS if name in given]
 
 
@@ -108,18 +110,8 @@ def _fit_network(
     rows = mlp.Rows(seen, completed, np.union1d(train, held), config.history_days, medians.windows_of(config.windows))
     task = mlp.task(rows, mlp.Split(train, held), -1 if fold is None else fold, config.units, config.dropout)
     # The held days only show a score: weights chosen on them would be chosen on what is scored.
-    settings = replace(config, keep="last", patience=0, evaluate_every=config.epochs)
+    settings = replace(config, evaluate_every=config.epochs)
     train_network(task, settings, run, fold, SINGLE)
-
-
-def whole_task(config: Config, observations: Observations) -> Task:
-    """The network's Task on every origin of the data, without regressors for the gaps."""
-    from competitions.kdd_air_quality import mlp
-
-    ends = features.training_ends(observations)[-config.train_days :]
-    completed = impute.complete(observations.series(), observations.network)
-    rows = mlp.Rows(observations, completed, ends, config.history_days, medians.windows_of(config.windows))
-    return mlp.task(rows, mlp.Split(ends, np.array([], int)), 0, config.units, config.dropout)
 
 
 def _ends(observations: Observations, days: np.ndarray) -> np.ndarray:

@@ -3,12 +3,13 @@
 Whatever the mix of files, the result is one grid, hour x station x pollutant, in UTC, with NaN where nothing is known.
 """
 
-import io
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
+from common import tables
 from common.errors import UserError
 from common.raw import RawData
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, HOUR, first_hour, last_scored_day
@@ -30,6 +31,8 @@ TIME_COLUMNS = ("utc_time", "time", "measurementdategmt")
 OTHER_FILES = {"api_data", "test_id", "stationname", "temperature", "humidity"}
 DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
 LONGEST_GAP_DAYS = 90  # a season without any file is a mistyped date, or history that says nothing of the last days
+MEASURABLE = (-50, 5000)  # ug/m3: beyond, a value such as -999 or 9999 says that there is none (real: -12 to 3,280)
+DRIFT = 0.01  # instruments drift below 0, to ever other values: one that is more of a column says that there is none
 O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 16:00 local, 08:00 UTC; local time would show 16
 
 
@@ -83,7 +86,7 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
     Of several values for the same hour the last in the order of the file names counts. Negative values stay: the score
     needs them. Raises UserError when no file can be read or a whole city is missing; what is odd is in `warnings`.
     """
-    tables, warnings, others = [], [], []
+    found, warnings, others = [], [], []
     for name in raw.names():
         file = name.rsplit("/", 1)[-1].lower()
         if name.startswith("cache/") or file.startswith(".") or "sample_submission" in file:
@@ -91,31 +94,31 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
         if not file.endswith((".csv", ".tsf")):
             others.append(name)
             continue
-        content = raw.read(name)
         try:
-            table = _csv_table(name, content, warnings) if file.endswith(".csv") else _tsf_table(content)
-        except ValueError as error:  # empty, ragged, or not text: pandas and the decoder raise its subclasses
+            table = _csv_table(raw, name, warnings) if file.endswith(".csv") else _tsf_table(raw.read(name))
+        except (ValueError, UserError) as error:  # one file of several: what is left may do
             warnings.append(f"{name} was not read: {error}".strip())
             continue
         if table is not None and len(table):
+            table = _without_sentinels(name, table, warnings)
             _warn_of_local_time(name, table, warnings)
-            tables.append(table)
+            found.append(table)
     if others:
         warnings.append(
             f"neither .csv nor .tsf, so not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
         )
-    if not tables:
+    if not found:
         raise UserError(
             f"{raw.path} has no file of air quality (found: {', '.join(raw.names()[:8]) or 'nothing'}"
             + (f"; {'; '.join(warnings)}" if warnings else "")
             + f"): get the public copy with make data COMP={raw.competition}, or pass DATA=/path/to/folder"
         )
-    return _grid(pd.concat(tables, ignore_index=True), Network(tuple(stations)), warnings, raw)
+    return _grid(pd.concat(found, ignore_index=True), Network(tuple(stations)), warnings, raw)
 
 
-def _csv_table(name: str, content: bytes, warnings: list[str]) -> pd.DataFrame | None:
+def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | None:
     """station, hour and the pollutants of one CSV; None for a file of something else. Accepts every known layout."""
-    frame = pd.read_csv(io.BytesIO(content), low_memory=False)
+    frame = tables.read(raw, name)
     columns = {_plain(column): column for column in frame.columns}
     station = next((columns[name] for name in STATION_COLUMNS if name in columns), None)
     time = next((columns[name] for name in TIME_COLUMNS if name in columns), None)
@@ -137,15 +140,18 @@ def _csv_table(name: str, content: bytes, warnings: list[str]) -> pd.DataFrame |
         )
         return None
     values = {pollutant: _numbers(name, frame[column], warnings) for pollutant, column in found.items()}
-    table = pd.DataFrame({"station": frame[station], "hour": _hours(frame[time]), **values})
-    unreadable = table["hour"].isna() & table["station"].notna()
-    if unreadable.any():
-        example = frame[time][unreadable].iloc[0]
-        warnings.append(
-            f"{name}: {int(unreadable.sum())} rows are left out, their time cannot be read, such as {str(example)!r}: "
-            f"expected year, month, day and hour as in 2018-01-31 05:00"
-        )
-    return table[table["station"].notna() & table["hour"].notna()]
+    hours, has_hour = _hours(frame[time])
+    table = pd.DataFrame({"station": frame[station], "hour": hours, **values})
+    there = table["station"].notna()
+    unreadable = there & table["hour"].isna()
+    for left_out, why in ((unreadable, "cannot be read"), (there & _hourless(table, has_hour), "has no hour")):
+        if left_out.any():
+            warnings.append(
+                f"{name}: {int(left_out.sum())} rows are left out, their time {why}, such as "
+                f"{str(frame[time][left_out].iloc[0])!r}: expected year, month, day and hour as in 2018-01-31 05:00"
+            )
+            there &= ~left_out
+    return table[there & table["hour"].notna()]
 
 
 def _plain(column: str) -> str:
@@ -159,8 +165,9 @@ def _pollutant(column: str) -> str | None:
 
 
 def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
-    """The column as numbers; what is none, such as a decimal comma, is missing, and warned of."""
+    """The column as numbers; what is none, such as a decimal comma or inf, is missing, and warned of."""
     numbers = pd.to_numeric(column, errors="coerce")
+    numbers = numbers.where(np.isfinite(numbers))
     lost = column[numbers.isna() & column.notna()].astype(str)
     lost = lost[lost.str.strip() != ""]
     if len(lost):
@@ -171,11 +178,32 @@ def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
     return numbers
 
 
-def _hours(texts: pd.Series) -> np.ndarray:
-    """Times as full hours in UTC, NaT where blank or unreadable; each distinct text is parsed once, 13 times faster.
+def _without_sentinels(name: str, table: pd.DataFrame, warnings: list[str]) -> pd.DataFrame:
+    """The table without what stands for a missing value: what no instrument measures, and drift that stands still."""
+    counts: Counter = Counter()
+    for pollutant in table.columns.intersection(ALL_POLLUTANTS):
+        values = table[pollutant]
+        found, times = np.unique(values[values.notna()], return_counts=True)
+        still = (found < 0) & (times > max(DRIFT * times.sum(), 100))
+        wrong = still | (found < MEASURABLE[0]) | (found > MEASURABLE[1])
+        if wrong.any():
+            counts.update(dict(zip(found[wrong].tolist(), times[wrong].tolist(), strict=True)))
+            table = table.assign(**{pollutant: values.where(~values.isin(found[wrong]))})
+    if counts:
+        told = ", ".join(f"{value:g} ({count} times)" for value, count in counts.most_common(3))
+        warnings.append(
+            f"{name}: {counts.total()} values count as missing, as no instrument measures them: {told}"
+            f"{' ...' if len(counts) > 3 else ''}: leave the cells of missing values blank"
+        )
+    return table
 
-    Numbers count as unreadable (seconds, a spreadsheet's days: nobody knows since when), and so does what has no year
-    of four digits. Raises ValueError where days and months cannot be told apart.
+
+def _hours(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Times as full hours in UTC, NaT where blank or unreadable, and which of them are more than a date.
+
+    Each distinct text is parsed once, 13 times faster. Numbers count as unreadable (seconds, a spreadsheet's days:
+    nobody knows since when), and so does what has no year of four digits. Raises ValueError where days and months
+    cannot be told apart.
     """
     codes, distinct = pd.factorize(texts)
     distinct = pd.Series(distinct, dtype=object)
@@ -183,7 +211,21 @@ def _hours(texts: pd.Series) -> np.ndarray:
     dated = given.str.contains(r"\d{4}") & pd.to_numeric(distinct, errors="coerce").isna()
     times = pd.to_datetime(given.where(dated), errors="coerce", format="mixed", utc=True).dt.floor("h")
     hours = times.dt.tz_localize(None).to_numpy("datetime64[ns]")
-    return np.append(hours, np.datetime64("NaT", "ns"))[codes]  # a blank has the code -1
+    has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # a month may be a word
+    return np.append(hours, np.datetime64("NaT", "ns"))[codes], np.append(has_hour, True)[codes]  # a blank's code is -1
+
+
+def _hourless(table: pd.DataFrame, has_hour: np.ndarray) -> np.ndarray:
+    """Rows whose time is a date alone, which some programs write for midnight, and cannot be midnight.
+
+    It is when a station has one such row for a day (repeated or not), and the day's other hours beside it.
+    """
+    if has_hour.all():
+        return ~has_hour
+    day = table.groupby(["station", table["hour"].dt.floor("D")]).ngroup()
+    dates = pd.Series(~has_hour & ~table.duplicated(), table.index).groupby(day).transform("sum")
+    hours = pd.Series(has_hour, table.index).groupby(day).transform("any")
+    return ~has_hour & ~((dates == 1) & hours) & table["hour"].notna()
 
 
 def _year_first(texts: pd.Series) -> pd.Series:

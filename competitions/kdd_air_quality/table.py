@@ -2,30 +2,59 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from common import submission
 from common.errors import UserError
 from common.raw import RawData
+from common.submission import Sample
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.stations import FULL_NAME, POLLUTANTS, STATIONS, Network, city_of
 
 COLUMNS = ("test_id", *POLLUTANTS)
 
 
-def sample_lines(raw: RawData) -> list[str]:
-    """The lines of the sample submission; without one, the official 2,304 ids with full station names."""
-    names = [name for name in raw.names() if "sample_submission" in name.rsplit("/", 1)[-1] and name.endswith(".csv")]
-    if names:
-        chosen = "sample_submission.csv" if "sample_submission.csv" in names else names[0]
-        return raw.text(chosen).splitlines()
-    rows = [
+@dataclass(frozen=True)
+class Asked:
+    """What the sample submission asks for: its `rows` without the header, and the network of its stations."""
+
+    rows: list[list[str]]
+    sample: Sample
+    network: Network  # in the organisers' order whatever the sample's is
+
+
+def asked(raw: RawData) -> Asked:
+    """The sample submission; without one, the official 2,304 ids with full station names."""
+    if found := raw.matching("*sample_submission*.csv"):
+        exact = "sample_submission.csv"
+        name = min(found, key=lambda name: (name != exact, name.lower() != exact, name))
+        return asked_by(raw.text(name).splitlines(), f"{raw.path}/{name}")
+    official = [
         f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
         for station in STATIONS
         for hour in range(HORIZON_HOURS)
     ]
-    return [",".join(COLUMNS), *rows]
+    return asked_by([",".join(COLUMNS), *official], "the official ids")
+
+
+def asked_by(lines: Sequence[str], where: str) -> Asked:
+    """The same from lines; raises UserError on anything that no checked CSV could follow: before the training."""
+    reader = csv.reader(lines)
+    rows = [(reader.line_num, row) for row in reader if row]
+    sample = Sample.of(rows, where)
+    if sample.columns != COLUMNS:
+        raise UserError(f"{where} starts with {','.join(sample.columns)!r}: expected {','.join(COLUMNS)}")
+    stations = {parse_id(name)[0] for name in sample.ids}
+    result = Asked([row for _, row in rows[1:]], sample, Network(tuple(name for name in STATIONS if name in stations)))
+    draft = csv_rows(result, np.zeros((HORIZON_HOURS, len(result.network.series))), result.network)
+    if fault := next(iter(submission.faults([COLUMNS, *draft], sample, valid)), None):
+        raise UserError(
+            f"{where} cannot be followed, {fault}: expected London's O3 blank or a number from 0 up. Mend it, or "
+            f"remove it for the official ids"
+        )
+    return result
 
 
 def parse_id(text: str) -> tuple[str, int]:
@@ -39,38 +68,6 @@ def parse_id(text: str) -> tuple[str, int]:
     return FULL_NAME[station], int(hour)
 
 
-def stations_of(lines: Sequence[str]) -> tuple[str, ...]:
-    """The stations that the sample asks for, in the organisers' order whatever its own is.
-
-    Raises UserError on anything in it that no checked CSV could follow: before the training, not after it.
-    """
-    header, *asked = _rows_of(lines) or [[]]
-    if tuple(header) != COLUMNS:
-        raise UserError(
-            f"the sample submission starts with {','.join(header) or 'nothing'!r}: expected {','.join(COLUMNS)}"
-        )
-    if not asked:
-        raise UserError("the sample submission has a header and no ids: mend it, or remove it for the official ids")
-    for row in asked:
-        if len(row) != len(COLUMNS):
-            raise UserError(f"the sample submission has the row {','.join(row)!r}: expected {len(COLUMNS)} values")
-    stations = {parse_id(row[0])[0] for row in asked}
-    network = Network(tuple(station for station in STATIONS if station in stations))
-    draft = rows(lines, np.zeros((HORIZON_HOURS, len(network.series))), network)
-    fault = next(iter(submission.faults([COLUMNS, *draft], _rows_of(lines), valid)), None)
-    if fault:
-        raise UserError(
-            f"the sample submission cannot be followed, {fault}: expected each id once, and London's O3 blank or a "
-            f"number from 0 up. Mend it, or remove it for the official ids"
-        )
-    return network.stations
-
-
-def _rows_of(lines: Sequence[str]) -> list[list[str]]:
-    """The rows of the sample as the check of a submission reads them."""
-    return [row for row in csv.reader(lines) if row]
-
-
 def grid(forecast: np.ndarray, network: Network) -> np.ndarray:
     """[days, 48, S] -> [days, 48, stations, 3] as the score wants it; NaN for London's O3."""
     result = np.full((*forecast.shape[:2], len(network.stations), len(POLLUTANTS)), np.nan)
@@ -79,10 +76,10 @@ def grid(forecast: np.ndarray, network: Network) -> np.ndarray:
     return result
 
 
-def rows(lines: Sequence[str], forecast: np.ndarray, network: Network) -> Iterator[list[str]]:
-    """CSV rows for one day's forecast [48, S]; London's O3 is what the sample has there."""
+def csv_rows(asked: Asked, forecast: np.ndarray, network: Network) -> Iterator[list[str]]:
+    """CSV rows for one day's forecast [48, S] of `network`; London's O3 is what the sample has there."""
     values = grid(forecast[None], network)[0]
-    for identity, *given in _rows_of(lines)[1:]:
+    for identity, *given in asked.rows:
         station, hour = parse_id(identity)
         own = values[hour, network.stations.index(station)]
         yield [identity, *(f"{v:.4f}" if np.isfinite(v) else default for v, default in zip(own, given, strict=True))]
@@ -93,10 +90,8 @@ def valid(values: Sequence[str]) -> str | None:
     for name, value in zip(POLLUTANTS, values, strict=True):
         if not value and name == "O3":
             continue
-        try:
-            number = float(value)
-        except ValueError:
+        if not submission.is_number(value):
             return f"{name} is {value!r}, expected a number"
-        if number < 0:
+        if float(value) < 0:
             return f"{name} is {value}, expected 0 or more"
     return None

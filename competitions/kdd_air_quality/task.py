@@ -1,85 +1,186 @@
 """KDD Cup 2018, fresh air: PM2.5, PM10 and O3 at 48 stations of Beijing and London for the next 48 hours.
 
-    make train COMP=kdd_air_quality DATA=/path/to/files     every model, the blend, and the next two days' forecast
-    make train COMP=kdd_air_quality ARGS="--model medians"  one model alone
-    make predict COMP=kdd_air_quality ARGS="--first-day 2018-05-01 --last-day 2018-05-29"
-    make backtest COMP=kdd_air_quality ARGS="--first-day 2018-03-01 --last-day 2018-04-28"
-
-Five kinds of models and a blend are not one network, so the competition brings its own train, predict and backtest;
-files, runs, the training loop of the network and the submission are the core's.
+Five kinds of models and a blend are not one network: the Task has a `fit_predict`, and its rows are submit days. The
+last of them whose truth is known are held out, the blend is tuned on their forecasts, and the test row is the day after
+which nothing is known. The networks among the models are trained by the core's `fit`, as Tasks of their own (mlp.py).
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.kaggle.source import Source
-from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, RECIPES, Config, checked
+import numpy as np
+import torch
+from torch import Tensor
 
-SOURCE = Source(
-    slug="",
-    expected=("*.tsf",),
-    higher_is_better=False,
-    url="https://zenodo.org/records/4656719/files/kdd_cup_2018_dataset_with_missing_values.zip",
-    checksum_url="https://zenodo.org/api/records/4656719",
-    nowhere_to_submit=NOWHERE_TO_SUBMIT,
-    notes="270 hourly series of 59 stations, 2017-01-01 to 2018-03-31, CC BY 4.0 (Monash archive, Zenodo 4656719). "
-    "The organisers' own files can be put beside it: every layout is read, in any mix.",
+from common.errors import UserError
+from common.loading.keys import Keys
+from common.metrics import Metric
+from common.predictions import Predictions
+from common.raw import RawData
+from common.run import Run
+from common.task import Data, Postprocess, Submission, Task, Tuned
+from competitions.kdd_air_quality import backtest, blend, metric, models, table
+from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, Config, refuse_unused
+from competitions.kdd_air_quality.origins import (
+    DAY,
+    HORIZON_HOURS,
+    days_between,
+    first_hour,
+    last_day,
+    last_scored_day,
+    parse_day,
 )
+from competitions.kdd_air_quality.reader import Observations, known_before, read
+from competitions.kdd_air_quality.stations import POLLUTANTS
+
+TRUTH_DAYS = 2  # a submit day is scored on the two days after it
 
 
-def write_demo(folder: Path) -> None:
-    """A seeded two-city data set in the organisers' file formats."""
-    from competitions.kdd_air_quality import demo
+class Days:
+    """Dataset of submit days: inputs are their numbers [B], targets the truth [B, 48, stations, 3]."""
 
-    demo.write(folder)
+    def __init__(self, observations: Observations, days: np.ndarray):
+        self.observations, self.days = observations, days
 
+    def __len__(self) -> int:
+        return len(self.days)
 
-def build(config: Config, raw):
-    """The Task of the network on all data, gaps filled in time only: for `make check` and a look at the shapes."""
-    from competitions.kdd_air_quality import models, reader, table
-
-    return models.whole_task(config, reader.read(raw, table.stations_of(table.sample_lines(raw))))
-
-
-def train(competition: str, argv: list[str]) -> None:
-    """fit every model and the blend, or go on with the interrupted run, and write the forecast of the next two days"""
-    from common.cli import configured, verb_parser
-
-    parser = verb_parser("train", competition, train.__doc__)
-    parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
-    config, given = configured(parser, RECIPES, argv)
-    from competitions.kdd_air_quality import pipeline
-
-    pipeline.train(competition, checked(config), given)
+    def batch(self, indices: np.ndarray, keys: Keys | None = None) -> tuple[Tensor, Tensor]:
+        return torch.as_tensor(indices), torch.from_numpy(self.observations.truth(self.days[indices]))
 
 
-def predict(competition: str, argv: list[str]) -> None:
-    """forecast any submit days with a fitted run, from what was known before each of them"""
-    from common.cli import verb_parser
+@dataclass(frozen=True)
+class Forecasters:
+    """The settings and data of all models: the functions of the Task."""
 
-    parser = verb_parser("predict", competition, predict.__doc__)
-    parser.add_argument("--run", metavar="NAME", help="finished run [the newest]")
-    _day_flags(parser)
-    given = parser.parse_args(argv)
-    from competitions.kdd_air_quality import pipeline
+    config: Config
+    observations: Observations
+    known: Observations  # before the origin of `day`
+    held: np.ndarray  # submit days whose forecasts the blend is tuned on
+    day: np.datetime64
 
-    pipeline.predict(competition, given)
+    def fit_predict(
+        self, train: np.ndarray, valid: np.ndarray, fold: int | None, folder: Path
+    ) -> tuple[Predictions, Predictions]:
+        """{model: forecasts [days, 48, S]} of the held-out days, and of the last one by models that know everything."""
+        home, days = Run(folder, {}), np.array([self.day])
+        held = backtest.forecasts_of(home, self.known, self.config, backtest.Period(0, self.held))
+        for name in held:
+            models.fit(name, self.known, self.config, home, None)
+        return held, {name: models.forecast(name, self.observations, days, self.config, home, None) for name in held}
+
+    def tune(self, predictions: Predictions, rows: np.ndarray) -> Tuned:
+        names = models.names_of(self.config)
+        forecasts = {name: np.asarray(predictions[name]) for name in names}
+        return {
+            "blend": blend.tuned(forecasts, self.known.truth(self.held), self.known.network),
+            "models": names,
+            "stations": self.known.network.stations,
+            "last_day": str(self.day),
+        }
+
+    def apply(self, predictions: Predictions, tuned: Tuned) -> Tensor:
+        forecasts = {name: np.asarray(predictions[name]) for name in tuned["models"]}
+        return torch.from_numpy(blend.apply(tuned["blend"], forecasts, self.known.network.groups))
+
+    def stats(self, decisions: Tensor, truth: Tensor) -> Tensor:
+        """Score of every day, and whether it has one [B, 2]: the mean is over the days that do."""
+        network = self.known.network
+        truth = truth.numpy().reshape(-1, HORIZON_HOURS, len(network.stations), len(POLLUTANTS))
+        forecasts = decisions.numpy().reshape(-1, HORIZON_HOURS, len(network.series))
+        scores = metric.daily(truth, table.grid(forecasts, network), network.stations)
+        return torch.from_numpy(np.stack([np.nan_to_num(scores), np.isfinite(scores)], axis=1))
+
+    def report(self, run: Run) -> None:
+        """Tables and plots of the held-out days, and the score of the last one where its truth is known."""
+        from competitions.kdd_air_quality import plots
+
+        kept = {name: np.load(run.path / f"oof.{name}.npy") for name in models.names_of(self.config)}
+        tuned = run.result["tuned"]
+        forecasts = kept | {"blend": blend.apply(tuned["blend"], kept, self.known.network.groups)}
+        backtest.summarise(run, [(backtest.Period(0, self.held), forecasts)], self.known)
+        plots.draw(run, self.known, self.held, forecasts)
 
 
-def backtest(competition: str, argv: list[str]) -> None:
-    """score every model and the blend over a range of submit days; with --run, the models of a fitted run"""
-    from common.cli import configured, verb_parser
+def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
+    """The Task of the submit day --last-day, by default the last of the data. Raises UserError on too few of them."""
+    refuse_unused(config)
+    if config.first_day:
+        raise UserError(
+            f"--first-day {config.first_day}: train fits on everything up to --last-day and forecasts that day. For "
+            f"other days: make predict, or make backtest COMP={raw.competition}"
+        )
+    models.names_of(config)
+    asked = table.asked(raw)
+    observations = read(raw, asked.network.stations)
+    day = parse_day(config.last_day) if config.last_day else last_day(observations.end)
+    known = known_before(observations, day)
+    stop = min(day - TRUTH_DAYS * DAY, last_scored_day(observations.end))
+    held = days_between(stop - (config.backtest_days - 1) * DAY, stop)
+    if first_hour(held[0]) <= known.start:
+        raise UserError(
+            f"{len(known.values) // 24} days of history are too few to hold out {config.backtest_days} and learn from "
+            f"the rest: add earlier files, or use fewer --backtest-days"
+        )
+    models.refuse_short_history(known_before(observations, held[0]), config)
+    refuse_unscored(known, held)
+    warnings = [*observations.warnings, *short_history(known, config)]
+    for warning in warnings:
+        log(f"warning: {warning}")
+    forecasters = Forecasters(config, observations, known, held, day)
+    days = np.concatenate([days_between(known.start.astype("datetime64[D]"), held[0] - DAY), held])
+    return Task(
+        data=Data(
+            train=Days(known, days),
+            ids=[str(day) for day in days],
+            folds=np.where(np.isin(days, held), 0, -1),
+            test=Days(observations, np.array([day])),
+            test_ids=[str(day)],
+        ),
+        fit_predict=forecasters.fit_predict,
+        postprocess=Postprocess(apply=forecasters.apply, tune=forecasters.tune, kept=models.KEPT),
+        submission=Submission(
+            rows=lambda ids, decisions: _rows(asked, decisions, known),
+            valid=table.valid,
+            facts=facts_of(observations, day, warnings),
+        ),
+        metrics=(Metric("smape", forecasters.stats, higher_is_better=False),),
+        report=forecasters.report,
+        sample=asked.sample,
+    )
 
-    parser = verb_parser("backtest", competition, backtest.__doc__)
-    parser.add_argument("--run", metavar="NAME", help="finished run whose models are used as they are [fit as needed]")
-    config, given = configured(parser, RECIPES, argv)
-    from competitions.kdd_air_quality import pipeline
 
-    pipeline.backtest(competition, checked(config), given)
+def _rows(asked: table.Asked, decisions: Tensor, known: Observations) -> Iterator[Sequence[str]]:
+    for forecast in decisions.numpy():  # of the only test row
+        yield from table.csv_rows(asked, forecast, known.network)
 
 
-def _day_flags(parser) -> None:
-    parser.add_argument("--first-day", metavar="DATE", default="", help="first submit day [the last of the data]")
-    parser.add_argument("--last-day", metavar="DATE", default="", help="last submit day [the first]")
+def facts_of(observations: Observations, day: np.datetime64, warnings: Sequence[str]) -> dict[str, Any]:
+    """What stands beside the CSV of a submit day besides where it comes from."""
+    recent = np.isfinite(observations.before(first_hour(day)).series()[-24:]).any(0)
+    silent = [name for name, there in zip(observations.network.names, recent, strict=True) if not there]
+    return {
+        "day": str(day),
+        "first_hour": str(first_hour(day)),
+        "series_without_recent_values": silent,
+        "warnings": list(warnings),
+        "submit": NOWHERE_TO_SUBMIT,
+    }
 
 
-VERBS = {"train": train, "predict": predict, "backtest": backtest}
+def short_history(observations: Observations, config: Config) -> list[str]:
+    """What to tell about a history that is shorter than the longest window; raises UserError on a wrong window."""
+    days, longest = len(observations.values) // 24, models.longest_window(config)
+    told = f"{days} days of history, the longest window has {longest}: windows end where the data begin"
+    return [told] if days < longest else []
+
+
+def refuse_unscored(observations: Observations, days: np.ndarray) -> None:
+    """Raise UserError, before anything is fitted, when the score of these days would be the mean of nothing."""
+    if not metric.valid_points(observations.truth(days), observations.network.stations).any():
+        raise UserError(
+            f"nothing can be scored of the forecasts of {days[0]} to {days[-1]}: no hour after them has a value of "
+            f"every pollutant of a station. Expected earlier days (--last-day), or the files of the days after them"
+        )

@@ -42,7 +42,34 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         checkpoint.load(path)
 
 
-def test_objects_that_could_run_code_are_refused(tmp_path):
+def test_objects_that_could_run_code_are_refused_without_the_advice_to_run_it(tmp_path):
     torch.save({"path": Path("x")}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read .*more than plain types and tensors") as caught:
         checkpoint.load(tmp_path / "a.pt")
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [({"step": 1}, "it has no model, seconds"), ([1, 2], "it holds a list"), (torch.ones(2), "Tensor")],
+)
+def test_a_checkpoint_of_something_else_is_named(tmp_path, state, told):
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt cannot be read as a checkpoint .*{told}"):
+        checkpoint.load(tmp_path / "a.pt", "model", "step", "seconds")
+
+
+def test_weights_of_another_network_are_one_line(tmp_path):
+    model, optimizer = torch.nn.Linear(3, 2), torch.optim.Adam(torch.nn.Linear(3, 2).parameters())
+    for use in (
+        lambda: model.load_state_dict(torch.nn.Linear(4, 2).state_dict()),
+        lambda: model.load_state_dict({"other": torch.ones(1)}),
+        lambda: optimizer.load_state_dict({"state": {}, "param_groups": []}),
+        lambda: {}["engine"],
+    ):
+        fault = pytest.raises(UserError, match=r"a.pt does not fit this network .*repeat the command")
+        with fault as caught, checkpoint.restoring(tmp_path / "a.pt"):
+            use()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(torch.OutOfMemoryError), checkpoint.restoring(tmp_path / "a.pt"):
+        raise torch.OutOfMemoryError("the caller's business")

@@ -17,10 +17,12 @@ def _here(tmp_path, monkeypatch):
     [
         (["trian", "clouds"], ["'trian' is not a verb", "Did you mean train?"]),
         (["trian"], ["'trian' is not a verb", "predict", "submit"]),
-        (["backtest", "clouds"], ["'backtest' is not a verb"]),
+        (
+            ["backtest", "clouds"],
+            ["COMP=clouds has no backtest: only kdd_air_quality has", "make backtest COMP=kdd_air_quality"],
+        ),
         (["predict"], ["COMP= is missing", "make predict COMP=clouds"]),
-        (["name", "", "predict"], ["COMP= is missing", "make predict COMP=clouds"]),
-        (["name", "digits", "submit"], ["COMP=digits is not", "Did you mean digit_recognizer?", "make submit COMP="]),
+        (["submit", "digits"], ["COMP=digits is not", "Did you mean digit_recognizer?", "make submit COMP="]),
         (["train", "clouds", "--recipe", "smal"], ["RECIPE=smal", "small", "Did you mean small?"]),
         (["train", "clouds", "--recipe"], ["python -m common train clouds --help"]),
         (["train", "digit_recognizer", "--epoch", "1"], ["unknown flag --epoch", "Did you mean --epochs?"]),
@@ -35,8 +37,8 @@ def _here(tmp_path, monkeypatch):
         (["train", "digit_recognizer", "--patience", "2"], ["--patience 2", "--keep best"]),
         (["train", "digit_recognizer", "--optimizer", "adamm"], ["adamm", "adamw", "did you mean adam?"]),
         (["train", "digit_recognizer", "--device", "gpu"], ["--device gpu", "auto"]),
-        (["train", "digit_recognizer", "--run", "x" * 300], ["RUN=xxx", "at most 100"]),
-        (["predict", "digit_recognizer", "--run", "x" * 300], ["RUN=xxx", "at most 100"]),
+        (["train", "digit_recognizer", "--run", "x" * 300], ["RUN='xxx", "at most 100"]),
+        (["predict", "digit_recognizer", "--run", "x" * 300], ["RUN='xxx", "at most 100"]),
         (["train", "clouds", "--encoder-lr", "-1"], ["--encoder-lr -1", "at least 0"]),
         (["train", "clouds", "--size", "32,64"], ["--size 32,64", "at least 64"]),
         (["train", "clouds", "--bce", "nan"], ["--bce nan"]),
@@ -69,7 +71,7 @@ def test_predict_shows_only_what_a_prediction_can_change(capsys):
     with pytest.raises(SystemExit):
         cli.main(["predict", "digit_recognizer", "--help"])
     shown = capsys.readouterr().out
-    assert "--views" in shown and "as the run was trained" in shown and "--lr" not in shown and "--width" not in shown
+    assert "--tta" in shown and "as the run was trained" in shown and "--lr" not in shown and "--width" not in shown
 
 
 def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):

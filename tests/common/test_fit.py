@@ -1,6 +1,7 @@
 """The training loop against the same training written out by hand: every setting of the config reaches the weights."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -9,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint, raw
+from common import checkpoint
 from common.engine.ranks import SINGLE
 from common.fit import fit
 from common.loading import orders
 from common.loading.keys import MIX_STREAM, Keys, keyed_seed
 from common.loading.mixing import MixUp
+from common.metrics import Metric
 from common.run import Run
-from common.task import Metric
 from tests.common import toy
 
 CONFIG = replace(
@@ -37,14 +38,14 @@ class Net(nn.Module):
 
 
 def task_of(config, **changes):
-    return replace(toy.build(config, raw.find("toy", None, toy.write_demo, str)), model=Net, **changes)
+    return toy.made(config, model=Net, **changes)
 
 
 def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
     """Averaged weights, mean loss of every epoch and learning rate at its end: one graph a batch."""
-    rows = np.flatnonzero(task.folds != fold)
+    rows = np.flatnonzero(task.data.folds != fold)
     torch.manual_seed(keyed_seed(config.seed, fold))
-    model = task.model()
+    model = task.network.model()
     parts = [
         (model.encoder.weight, 0.5, 0.1), (model.encoder.bias, 0.5, 0.0),
         (model.head.weight, 1.0, 0.1), (model.head.bias, 1.0, 0.0),
@@ -52,7 +53,7 @@ def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
     optimizer = torch.optim.AdamW(
         [{"params": [p], "lr": config.lr * s, "weight_decay": d} for p, s, d in parts], betas=(config.momentum, 0.999)
     )
-    order = task.order(rows) if task.order else orders.shuffled(rows)
+    order = task.data.order(rows) if task.data.order else orders.shuffled(rows)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     warm = round(config.warmup * steps)
     average, decayed, step, losses, rates = None, 0.0, 0, [], []
@@ -61,14 +62,14 @@ def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
         index = plan.index
         for number, start in enumerate(range(0, len(index), config.batch_size)):
             part = index[start : start + config.batch_size]
-            inputs, targets = task.labelled.batch(
+            inputs, targets = task.data.train.batch(
                 part, Keys(config.seed, epoch, part, plan.draw[start : start + len(part)])
             )
-            if task.mix:
+            if task.data.mix:
                 place = np.arange(len(part))
                 partner = torch.from_numpy(np.where((place ^ 1) < len(part), place ^ 1, place))
                 keys = Keys(config.seed, epoch, place // 2, number)
-                inputs, targets = task.mix(inputs, targets, partner, keys, MIX_STREAM)
+                inputs, targets = task.data.mix(inputs, targets, partner, keys, MIX_STREAM)
             factor = (
                 (step + 1) / (warm + 1) if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
             )
@@ -102,7 +103,7 @@ def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
     def weights(seed: int, name: str) -> torch.Tensor:
         config = replace(CONFIG, seed=seed)
         plain = task_of(config)
-        task = replace(plain, labelled=plain.plain, model=first, order=orders.sequential)
+        task = toy.changed(plain, train=plain.data.valid, model=first, order=orders.sequential)
         (tmp_path / name).mkdir()
         folder = fit(task, config, Run(tmp_path / name, {}), 1, SINGLE)
         return torch.load(folder / "model.pt", weights_only=True)["model"]["1.weight"]
@@ -127,7 +128,7 @@ def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch, h
     config = replace(CONFIG, epochs=5, evaluate_every=1, keep="best", save_every=1e9)
     metric = Metric("score", lambda decisions, targets: decisions.double(), lambda *_: next(scores), higher)
     folder = fit(task_of(config, metrics=(metric,)), config, Run(tmp_path, {}), 1, SINGLE)
-    assert torch.load(folder / "model.pt", weights_only=True)["best"] == (0.8 if higher else 0.6)
+    assert json.loads((folder / "fold.json").read_text())["best"] == (0.8 if higher else 0.6)
     assert kept == ["best.pt", "best.pt", "model.pt"], "of the second epoch, then of the fourth or of the fifth"
 
 

@@ -1,6 +1,5 @@
 """Predictions: means over models and views, batches that do not fit, and which run decides what."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from common import predict
+from common import inference, predict
 from common.config import Config
 from common.errors import UserError
-from common.predict import AS_IS, Predictor
-from common.task import View
+from common.inference import Predictor
+from common.predict import Member
+from common.task import AS_IS, TTA
+from common.train import train
 from tests.common import toy
 from tests.common.toy_runs import predict_again, toy_train
 
@@ -36,26 +37,26 @@ class Small(nn.Module):
         return inputs
 
 
-def predictor(models, views=AS_IS):
-    task = SimpleNamespace(predict=lambda outputs: outputs)
-    return Predictor(models, task, views, Config(precision="fp32"), 8, torch.device("cpu"))
+def predictor(models, tta=AS_IS):
+    task = SimpleNamespace(postprocess=SimpleNamespace(predict=lambda outputs: outputs))
+    return Predictor(models, task, tta, Config(precision="fp32"), 8, torch.device("cpu"))
 
 
 def test_a_batch_that_does_not_fit_is_predicted_in_parts(monkeypatch):
-    monkeypatch.setattr(predict.memory, "release", lambda: None)  # collecting garbage takes seconds
+    monkeypatch.setattr(inference.memory, "release", lambda: None)  # collecting garbage takes seconds
     model, rows = Small(3), torch.arange(14.0).reshape(7, 2)
     tried = predictor([model])
-    assert torch.equal(tried._average(rows), rows) and model.sizes == [2, 2, 2, 1]
+    assert torch.equal(tried._average(rows)[0], rows) and model.sizes == [2, 2, 2, 1]
     model.sizes.clear()
-    assert torch.equal(tried._average(rows[:4]), rows[:4]) and model.sizes == [2, 2], "what fits is known by now"
+    assert torch.equal(tried._average(rows[:4])[0], rows[:4]) and model.sizes == [2, 2], "what fits is known by now"
     with pytest.raises(UserError, match="out of memory while a single sample is predicted"):
-        predictor([Small(0)])._average(rows)
+        predictor([Small(0)])._average(rows)[0]
 
 
-def test_predictions_are_means_over_models_and_views():
-    views = (View("as is"), View("tripled", lambda x: 3 * x))
+def test_predictions_are_means_over_models_and_tta():
+    tta = (TTA("as is"), TTA("tripled", lambda x: 3 * x))
     rows = torch.ones(4, 2)
-    assert torch.equal(predictor([nn.Identity(), nn.Identity()], views)._average(rows), 2 * rows)
+    assert torch.equal(predictor([nn.Identity(), nn.Identity()], tta)._average(rows)[0], 2 * rows)
 
 
 def test_what_the_sample_taught_is_a_sample_whatever_it_predicts():
@@ -77,25 +78,22 @@ def test_without_a_name_the_newest_finished_run_predicts(capsys):
     assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/two-demo.csv"
 
 
-def test_runs_of_other_test_rows_are_not_averaged(monkeypatch):
+def test_runs_of_other_test_rows_are_not_averaged():
     toy_train("one")
-    toy_train("two")
-    whole = toy.build
-    calls = []
-
-    def build(config, data):
-        calls.append(1)
-        task = whole(config, data)
-        return replace(task, test_ids=[f"x{name}" for name in task.test_ids]) if len(calls) == 2 else task
-
-    monkeypatch.setattr(toy, "build", build)
+    Path("other").mkdir()
+    toy.write_demo(Path("other"))
+    sample = Path("other/sample_submission.csv")
+    sample.write_text(sample.read_text().replace("t", "x"))
+    train(toy.TOY, toy.RECIPES["default"], "default", "other", "two")
     with pytest.raises(UserError, match="one and two predict different test rows"):
         predict_again("--run", "one,two")
 
 
 def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
     whole, meaning = toy.build, {0: "a, b, c", 1: "b, a, c"}
-    monkeypatch.setattr(toy, "build", lambda config, data: replace(whole(config, data), outputs=meaning[config.seed]))
+    monkeypatch.setattr(
+        toy, "build", lambda config, *data: toy.changed(whole(config, *data), outputs=meaning[config.seed])
+    )
     toy_train("one")
     toy_train("two", seed=1)
     written = sorted(Path("submissions/toy").iterdir())
@@ -111,8 +109,8 @@ def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
 def test_the_run_with_the_best_score_decides(higher, decider, capsys):
     task = SimpleNamespace(metrics=[SimpleNamespace(higher_is_better=higher)])
     members = [
-        (SimpleNamespace(name=name, result={"score": score, "learnt": {"of": name}}), task, None)
+        Member(SimpleNamespace(name=name, result={"score": score, "tuned": {"of": name}}), task, None)
         for name, score in (("one", 0.1), ("two", 0.7), ("three", 0.4))
     ]
     assert predict._rules_of(members)[1] == {"of": decider}
-    assert f"decided by the rules of {decider}" in capsys.readouterr().out
+    assert f"decided by what {decider} tuned" in capsys.readouterr().out

@@ -96,6 +96,149 @@ def test_processes_that_unpack_at_once_agree(tmp_path, monkeypatch):
     assert (target / "train.csv").read_text() == "a,b"
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("stopped"), KeyboardInterrupt(), None])
+def test_a_demo_that_writes_nothing_hides_no_later_mend(tmp_path, fault):
+    def broken(folder):
+        (folder / "cache").mkdir()
+        if fault:
+            raise fault
+
+    with pytest.raises(type(fault) if fault else UserError, match=None if fault else "write_demo has written no file"):
+        raw.find("toy", None, broken, str)
+    assert list((tmp_path / "data" / "demo").iterdir()) == []
+    (tmp_path / "data" / "demo" / "toy").mkdir()  # as earlier versions left it
+    assert raw.find("toy", None, sample, str).read("train.csv") == b"sample"
+
+
+def test_what_a_kill_leaves_behind_is_swept_by_the_next_run(tmp_path):
+    for left in ("data/demo/toy.4711.part", "cache/.unpacked-0123.4711.part"):
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "half").touch()
+    (tmp_path / "data" / "demo" / "toys.4711.part").mkdir()  # of another competition
+    raw.find("toy", None, sample, str)
+    assert sorted(path.name for path in (tmp_path / "data" / "demo").iterdir()) == ["toy", "toys.4711.part"]
+    folder = raw.RawData(archive(tmp_path / "toy.zip", train="a,b"), "toy").folder()
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
+def test_linked_folders_are_read_and_loops_end(tmp_path):
+    data, elsewhere = tmp_path / "files", tmp_path / "elsewhere"
+    (data / "a").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    for file in (data / "a" / "1.csv", elsewhere / "2.csv", elsewhere / "deep" / "3.csv"):
+        file.write_text("x")
+    (data / "april").symlink_to(elsewhere)
+    (data / "one.csv").symlink_to(elsewhere / "2.csv")
+    (data / "a" / "up").symlink_to(data)
+    (elsewhere / "round").symlink_to(elsewhere / "deep")
+    (elsewhere / "deep" / "back").symlink_to(data)
+    (data / "itself").symlink_to(data / "itself")
+    (data / "nowhere").symlink_to(tmp_path / "nothing")
+    found = raw.RawData(data, "toy")
+    assert found.names() == ["a/1.csv", "april/2.csv", "april/deep/3.csv", "april/round/3.csv", "one.csv"]
+    assert all(found.read(name) == b"x" for name in found.names())
+
+
+def test_files_of_macs_and_hidden_ones_are_no_data(tmp_path):
+    folder = tmp_path / "files"
+    for name in ("kdd/a.csv", "kdd/._a.csv", "__MACOSX/kdd/._a.csv", ".DS_Store", ".git/b.csv", "cache/c.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as stream:
+        for file in sorted(folder.rglob("*.csv")):
+            if "cache" not in file.parts:
+                stream.write(file, file.relative_to(folder))
+    for data in (raw.RawData(folder, "toy"), raw.RawData(tmp_path / "mac.zip", "toy")):
+        assert data.names() == ["kdd/a.csv"] == data.matching("*.CSV")
+
+
+def test_a_name_in_other_case_is_found_and_two_are_refused(tmp_path):
+    path = archive(tmp_path / "toy.zip", Sample_Submission="a", other="b")
+    folder = tmp_path / "files"
+    zipfile.ZipFile(path).extractall(folder)
+    for data in (raw.RawData(path, "toy"), raw.RawData(folder, "toy")):
+        assert data.exists("sample_submission.csv") and data.read("sample_submission.csv") == b"a"
+        assert data.matching("*sample_submission*.csv") == ["Sample_Submission.csv"]
+        assert data.stamp("sample_submission.csv") and not data.exists("train.csv") and not data.exists("no/a.csv")
+    (folder / "SAMPLE_submission.csv").write_text("c")
+    with pytest.raises(UserError, match="has no sample_submission.csv, but SAMPLE_submission.csv and Sample_Sub"):
+        data.read("sample_submission.csv")
+    assert data.read("SAMPLE_submission.csv") == b"c"
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_opened(tmp_path):
+    odd = os.fsdecode(b"donn\xe9es")
+    (tmp_path / odd).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / odd)
+    for given in (odd, "link"):
+        with pytest.raises(UserError, match=r"donn.xe9es has a name that is not UTF-8.*rename it") as caught:
+            raw.find("toy", given, sample, pytest.fail)
+        str(caught.value).encode()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / os.fsdecode(b"\xb1\xb1.csv")).touch()
+    with pytest.raises(UserError, match=r"xb1.xb1.csv has a name that is not UTF-8"):
+        raw.RawData(tmp_path / "files", "toy").names()
+
+
+def test_images_by_their_ids_and_two_of_one_id_are_refused(tmp_path):
+    folder = tmp_path / "files"
+    for name in ("train/b.JPG", "train/a.png", "train/x/a.jpeg", "train/._a.jpg", "train/a.txt", "test/a.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"123")
+    data = raw.RawData(folder, "toy")
+    assert data.images("train") == {"a": folder / "train/a.png", "b": folder / "train/b.JPG",
+                                    "x/a": folder / "train/x/a.jpeg"}  # fmt: skip
+    (folder / "train" / "a.jpg").touch()
+    with pytest.raises(UserError, match="train holds a.jpg and a.png, two images of one id|a.png and a.jpg"):
+        data.images("train")
+    assert list(data.images("train", endings=(".png",))) == ["a"]
+    with pytest.raises(UserError, match="files/valid is missing: .*make data COMP=toy"):
+        data.images("valid")
+
+
+def test_the_fingerprint_is_of_what_was_opened_in_any_order_and_place(tmp_path):
+    path = tmp_path / "toy.zip"
+    with zipfile.ZipFile(path, "w") as stream:
+        for name, text in (
+            ("a.csv", "1"),
+            ("b.csv", "2"),
+            ("sample.csv", "3"),
+            ("train/x.jpg", "4"),
+            ("test/x.jpg", "5"),
+        ):
+            stream.writestr(name, text)
+    folder = tmp_path / "files"
+    zipfile.ZipFile(path).extractall(folder)
+
+    def opened(where, *names):
+        data = raw.RawData(where, "toy")
+        for name in names:
+            data.images(name) if "." not in name else data.read(name)
+        data.uncounted().read("sample.csv")
+        data.uncounted().images("test")
+        return data.opened_fingerprint()
+
+    whole = opened(folder, "a.csv", "b.csv", "train")
+    assert whole == opened(folder, "train", "b.csv", "a.csv", "a.csv") == opened(path, "b.csv", "train", "a.csv")
+    streamed = raw.RawData(path, "toy")
+    for name in ("a.csv", "b.csv"):
+        streamed.open(name).close()
+    streamed.images("train")
+    assert streamed.opened_fingerprint() == whole
+    assert len({whole, opened(folder, "a.csv", "train"), opened(folder, "a.csv", "b.csv"), opened(folder)}) == 4
+    for name, contents, same in (("sample.csv", "9", True), ("test/x.jpg", "99", True), ("train/x.jpg", "9", True),
+                                 ("train/x.jpg", "99", False), ("a.csv", "9", False)):  # fmt: skip
+        before = opened(folder, "a.csv", "b.csv", "train")
+        (folder / name).write_text(contents)
+        assert (opened(folder, "a.csv", "b.csv", "train") == before) is same, name
+
+
+def test_a_quoted_cell_may_hold_the_end_of_a_line(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text\r\n1,"two\nlines\u2028"\r\n\r\n2,b\r\n', encoding="utf-8", newline="")
+    assert list(raw.RawData(tmp_path, "toy").rows("a.csv")) == [
+        (1, ["id", "text"]), (3, ["1", "two\nlines\u2028"]), (5, ["2", "b"])]  # fmt: skip
+
+
 def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
     provenance = {"competition": "toy", "demo": True, "data": str(raw.find("toy", None, sample, str).path)}
     home = tmp_path / "data" / "toy"

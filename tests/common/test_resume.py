@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,17 @@ def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
     assert code == 0 and len(places) > 20
     shutil.rmtree("runs/toy/broken")
     names = {place.name for place in places}
-    assert {"run.json", "last.pt", "best.pt", "model.pt", "oof.npy", "result.json", "broken-demo.csv.part"} <= names
+    assert {
+        "run.json",
+        "last.pt",
+        "best.pt",
+        "model.pt",
+        "fold.json",
+        "oof.npy",
+        "test.npy",
+        "result.json",
+        "broken-demo.csv.part",
+    } <= names
     for number, place in enumerate(places):
         code, _ = in_a_child(killed_at=place, before=number % 2 == 0, **changes)
         assert code in (0, -signal.SIGKILL), place  # 0: the file was whole already
@@ -100,41 +109,41 @@ def test_stopped_after_the_training_the_same_command_only_predicts(monkeypatch):
     reported = []
     whole = toy.build
     monkeypatch.setattr(
-        toy, "build", lambda *given: replace(whole(*given), report=lambda run: reported.append(run.name))
+        toy, "build", lambda *given: toy.changed(whole(*given), report=lambda run: reported.append(run.name))
     )
 
     with monkeypatch.context() as patch:
         patch.setattr("common.train.write_submission", lambda *given: os._exit(9))
-        command = ("toy", toy, config, "smoke", None, None)
+        command = (toy.TOY, config, "smoke")
         child = multiprocessing.get_context("fork").Process(target=train, args=command)
         child.start()
         child.join()
     assert child.exitcode == 9
     result = Path("runs/toy/001-smoke-demo/result.json").read_bytes()
-    train("toy", toy, config, "smoke", None, None)
+    train(toy.TOY, config, "smoke")
     assert Path("submissions/toy/001-smoke-demo.csv").is_file() and not Path("runs/toy/002-smoke-demo").exists()
     assert Path("runs/toy/001-smoke-demo/result.json").read_bytes() == result
     assert len(reported) == 1, "a report that may be half a report is made again"
-    train("toy", toy, config, "smoke", None, "001-smoke-demo")
+    train(toy.TOY, config, "smoke", None, "001-smoke-demo")
     assert len(reported) == 1
-    train("toy", toy, config, "smoke", None, None)
+    train(toy.TOY, config, "smoke")
     assert Path("submissions/toy/002-smoke-demo.csv").is_file()
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_stopped_after_the_last_checkpoint_the_metrics_are_whole(epochs, monkeypatch):
     straight = toy_train("straight", epochs=epochs, save_every=0)
-    from common.fit import Parts
+    from common.fit import Training
 
-    original = Parts.save
+    original = Training._save_when_due
 
-    def stopping(self, path, state):
-        original(self, path, state)
-        if state.epoch == epochs:
+    def stopping(self):
+        original(self)
+        if self.state.epoch == epochs:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "save", stopping)
+        patch.setattr(Training, "_save_when_due", stopping)
         with pytest.raises(Killed):
             toy_train("broken", epochs=epochs, save_every=0)
     assert same(straight, toy_train("broken", epochs=epochs, save_every=0))
@@ -146,7 +155,7 @@ def test_what_killed_writers_left_is_removed():
     (folder / ".last.pt.123.part").write_bytes(b"half")
     toy_train()
     assert not list(folder.glob(".*.part"))
-    (folder / "last.pt").write_bytes(b"old")  # killed between model.pt and its removal
+    (folder / "last.pt").write_bytes(b"old")  # killed between fold.json and its removal
     Path("runs/toy/one/result.json").unlink()
     toy_train()
     assert not (folder / "last.pt").exists()

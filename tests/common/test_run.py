@@ -1,6 +1,8 @@
 """Runs: numbered, resumed by the same command, refused by another one, never trained twice at once."""
 
 import errno
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,15 +45,61 @@ def test_a_named_run_resumes_with_its_own_config_only():
     assert open_run("mine").name == "mine" == open_run("mine").name
     with pytest.raises(UserError, match="lr: 0.001 -> 0.1; seed: 0 -> 3|seed: 0 -> 3; lr: 0.001 -> 0.1"):
         open_run("mine", replace(Config(), lr=0.1, seed=3))
-    with pytest.raises(UserError, match="data: /data -> /data, other contents"):
+    with pytest.raises(UserError, match="data: /data -> /data, other contents.*RESUME=1"):
         open_run("mine", data_fingerprint="g")
     with pytest.raises(UserError, match="folds: other rows in them than when the run began"):
         open_run("mine", folds_fingerprint="h")
 
 
-@pytest.mark.parametrize("name", ["a/b", "a,b", "", "..", "x" * 101])
+def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
+    first = open_run(code={"common": "1", "competitions/toy": "1"})
+    capsys.readouterr()
+    second = open_run(code={"common": "1", "competitions/toy": "2"})
+    assert second.name == "002-fast-demo"
+    assert f"{first.path} does not go on (code of competitions/toy/ changed since)" in capsys.readouterr().out
+    changed = {"code": {"common": "3", "competitions/toy": "3"}, "data_fingerprint": "g"}
+    insisting = runs.open_run("toy", None, Config(), PROVENANCE | changed, insist=True)
+    insisting._lock[0].close()
+    assert insisting.name == second.name
+    with pytest.raises(UserError, match="code of common/ changed since.*RESUME=1"):
+        open_run(first.name, **changed)
+    first.write_result({"score": 1.0})
+    assert open_run(first.name, **changed).name == first.name, "what is trained is only predicted"
+
+
+def test_the_code_of_a_run_is_that_of_the_core_and_of_its_competition(tmp_path, monkeypatch):
+    for place in ("common/a.py", "competitions/toy/b.py", "competitions/other/c.py"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("1")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "common" / "run.py"))
+    before = runs.code_fingerprint("toy")
+    (tmp_path / "competitions/other/c.py").write_text("2")
+    assert runs.code_fingerprint("toy") == before
+    (tmp_path / "competitions/toy/b.py").write_text("2")
+    assert runs.code_fingerprint("toy") == before | {
+        "competitions/toy": runs.code_fingerprint("toy")["competitions/toy"]
+    }
+    assert runs.code_fingerprint("toy") != before
+
+
+def test_the_newest_run_is_the_one_made_last_whatever_became_of_its_files():
+    old, new = open_run("b"), open_run("a")
+    os.utime(old.path / "run.json")
+    assert [run.name for run in runs.all_runs("toy")] == ["b", "a"] and new.name == "a"
+
+
+def test_runs_of_other_versions_are_left_alone():
+    run = open_run("mine")
+    facts = {name: value for name, value in run.provenance.items() if name != "format"}
+    (run.path / "run.json").write_text(json.dumps(facts))
+    assert runs.all_runs("toy") == []
+    with pytest.raises(UserError, match="another version of the kit .format 1, this one reads 2."):
+        runs.load("toy", "mine")
+
+
+@pytest.mark.parametrize("name", ["a/b", "a,b", "", "..", "x" * 101, "\N{CLOUD}" * 34, "a\nb", "caf\udce9"])
 def test_names_that_no_other_command_could_use(name):
-    with pytest.raises(UserError, match="characters without"):
+    with pytest.raises(UserError, match="bytes without"):
         open_run(name)
     assert not Path("runs").exists()
 

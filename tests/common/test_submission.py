@@ -5,22 +5,32 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common import files, submission
 from common.errors import UserError
+from common.raw import RawData
 
-SAMPLE = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
+LINES = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
+
+
+def sample_of(*lines: str) -> submission.Sample:
+    return submission.Sample.of_lines(lines, "the sample")
+
+
+SAMPLE = sample_of(*LINES)
 
 
 def digit(values):
     return None if values[0] in set("0123456789") else f"label {values[0]!r} is not 0 to 9"
 
 
-def write(path, rows, columns=("ImageId", "Label")):
-    return submission.write(path, columns, rows, SAMPLE, digit, {"competition": "toy", "demo": False})
+def write(path, rows, sample=SAMPLE):
+    return submission.write(path, sample, rows, digit, {"competition": "toy", "demo": False})
 
 
 def test_a_good_submission_is_written_with_its_origin(tmp_path):
@@ -56,15 +66,15 @@ def test_a_bad_submission_is_refused_and_the_old_one_stays(tmp_path, rows, messa
 
 
 def test_the_header_must_be_the_samples(tmp_path):
-    with pytest.raises(UserError, match="header is 'id,Label', expected 'ImageId,Label'"):
-        write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)], columns=("id", "Label"))
-    assert list(tmp_path.iterdir()) == []
+    path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
+    with pytest.raises(UserError, match="header is 'ImageId,Label', expected 'id,Label'"):
+        submission.check(path, sample_of("id,Label", *LINES[1:]))
 
 
 def test_five_offenders_are_named_and_no_more(tmp_path):
-    sample = ["id,y\n", *(f"{i},0\n" for i in range(20))]
+    sample = sample_of("id,y\n", *(f"{i},0\n" for i in range(20)))
     with pytest.raises(UserError) as raised:
-        submission.write(tmp_path / "x.csv", ("id", "y"), [(i + 100, 0) for i in range(20)], sample, None, {})
+        submission.write(tmp_path / "x.csv", sample, [(i + 100, 0) for i in range(20)], None, {})
     assert str(raised.value).count("line ") == 5
 
 
@@ -123,12 +133,75 @@ def test_a_disk_that_is_full_when_the_sidecar_reaches_it_keeps_both_old_files(tm
 
 
 def test_a_long_value_is_no_fault_and_another_encoding_is(tmp_path):
-    sample = ["id,runs\n", "a,\n"]
-    path = submission.write(tmp_path / "run.csv", ("id", "runs"), [("a", "1 2 " * 100_000)], sample, None, {})
+    sample = sample_of("id,runs\n", "a,\n")
+    path = submission.write(tmp_path / "run.csv", sample, [("a", "1 2 " * 100_000)], None, {})
     assert submission.check(path, sample) == 1
     path.write_bytes("id,runs\na,é\n".encode("latin-1"))
     with pytest.raises(UserError, match="not readable as a CSV in UTF-8"):
         submission.check(path, sample)
+
+
+def test_a_sample_says_its_columns_ids_and_which_cells_are_numbers(tmp_path):
+    text = '\ufeffid,runs,score,o3,label\nb,"1 1",0.5,0,7\n\na,"2\n3",1e-3,,8\n'
+    (tmp_path / "Sample_Submission.csv").write_text(text, encoding="utf-8")
+    sample = submission.Sample.read(RawData(tmp_path, "toy"), text=("label",))
+    assert sample.columns == ("id", "runs", "score", "o3", "label") and sample.ids == ("b", "a")
+    assert sample.numeric == {"score", "o3"} and sample.blank == {"o3"}
+    assert sample.fault(["", "0.25", "", "any"]) is None, "a blank is refused where the sample has none"
+    for row in (["", "", "0", "x"], ["", "0.5", "x", "x"], ["nan", "0.5", "0", "x"]):
+        assert "has the value " + ",".join(row) in sample.fault(row)
+
+
+@pytest.mark.parametrize(
+    "cell", ["tensor(0.0037)", "", "nan", "inf", "-Infinity", "1e999", "0x1", "1_000", "٣", "True", "[1]", "1,5", "5%"]
+)
+def test_where_the_sample_has_numbers_a_cell_is_one(tmp_path, cell):
+    with pytest.raises(UserError, match="line 3: id b has the value .*, expected a finite number in y"):
+        submission.write(tmp_path / "x.csv", sample_of("id,y", "a,0.5", "b,1"), [("a", 1), ("b", cell)], None, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_every_library_are_written(tmp_path):
+    values = [1, -2.5, 1e-300, np.float32(0.1), np.int64(3), np.float64(1e20), "+.5", "1.", "1E5"]
+    ids = [f"r{place}" for place in range(len(values))]
+    sample = sample_of("id,y", *(f"{name},0" for name in ids))
+    assert submission.check(
+        submission.write(tmp_path / "x.csv", sample, list(zip(ids, values, strict=True)), None, {}), sample
+    ) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([], "line 1: the header is ''"),
+        (["id"], "line 1: the header is 'id', expected the column of the ids and at least one other"),
+        (["id,y,", "a,1,"], "line 1: the header is 'id,y,'"),
+        (["id,y,y", "a,1,1"], "each with a name of its own"),
+        (["id,y"], "has a header and no rows"),
+        (["id,y", "a,1", "", "b,1,2"], "line 4: 3 values, expected 2"),
+        (["id,y", "a,1", "a,2"], "line 3: id a is there twice, first in line 2"),
+        (["id,y", ",1"], "line 2: the id is empty"),
+    ],
+)
+def test_a_sample_that_no_submission_could_follow_is_named(tmp_path, lines, told):
+    (tmp_path / "sample_submission.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/sample_submission.csv") + ".*" + re.escape(told)):
+        submission.Sample.read(RawData(tmp_path, "toy"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (["1", "2"], "row 2: id 3 is missing"),
+        (["1", "3", "2"], "row 1: id 3, expected 2 .same ids in the same order"),
+        (["1", "1", "3"], "row 1: id 1 is there twice"),
+        (["1", "2", "3", "4"], "row 3: id 4 is not in the sample submission"),
+    ],
+)
+def test_ids_are_compared_before_there_is_anything_to_submit(ids, told):
+    SAMPLE.check_ids([1, 2, 3])
+    with pytest.raises(UserError, match="the rows to predict are not those of the sample: .*" + told):
+        SAMPLE.check_ids(ids)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +223,9 @@ def test_an_error_of_the_rows_is_not_taken_for_the_disks(tmp_path):
 
 def test_blank_lines_of_the_sample_do_not_count(tmp_path):
     rows = [(1, 7), (2, 0), (3, 9)]
-    submission.write(tmp_path / "a.csv", ("ImageId", "Label"), rows, [*SAMPLE, "\n"], digit, {})
+    write(tmp_path / "a.csv", rows, sample_of(*LINES, "\n"))
     with pytest.raises(UserError, match="line 5: id 4 is not in the sample"):
-        submission.write(tmp_path / "b.csv", ("ImageId", "Label"), [*rows, (4, 1)], [*SAMPLE, "\n"], digit, {})
+        write(tmp_path / "b.csv", [*rows, (4, 1)], sample_of(*LINES, "\n"))
 
 
 def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from common import fit as fitting
-from common import predict, raw
+from common import predict
 from common import run as runs
 from common.engine.ranks import Ranks
-from common.errors import UserError
-from common.loading.images import BadImage
+from common.errors import BadImage, UserError
 from common.train import train
 from tests.common import toy
 from tests.common.toy_runs import predict_again, same, toy_train, weights
@@ -34,7 +33,7 @@ def test_a_run_learns_and_leaves_everything_behind(capsys):
     kept = np.load(folder / "oof.npy")
     ids = (folder / "oof_ids.txt").read_text().split()
     assert kept.shape == (120, 3) and sorted(ids) == sorted(f"r{row}" for row in range(120))
-    truth = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_demo, str)).plain.targets
+    truth = toy.made().data.valid.targets
     accuracy = float((torch.from_numpy(kept).argmax(1) == truth[[int(name[1:]) for name in ids]]).double().mean())
     assert result["score"] == pytest.approx(accuracy, abs=1e-12), "the score is that of the kept predictions"
     metrics = list(csv.DictReader(open(folder / "metrics.csv")))
@@ -54,7 +53,7 @@ def test_equal_commands_give_equal_bits_and_another_seed_does_not():
 
 
 def test_early_stop_restores_the_best_weights():
-    folder = toy_train(epochs=60, patience=3, lr=0.05, ema=0.0, views=False)
+    folder = toy_train(epochs=60, patience=3, lr=0.05, ema=0.0, tta=False)
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     scores = [float(row["accuracy"]) for row in rows]
     assert len(rows) < 60 and scores.index(max(scores)) == len(rows) - 4, "three validations without a better one"
@@ -83,12 +82,12 @@ def test_two_runs_are_averaged_in_probability_space():
     folders = [toy_train("one"), toy_train("two", seed=1)]
     predict_again("--run", "one,two")
     config = toy.RECIPES["default"]
-    task = toy.build(config, raw.find("toy", None, toy.write_demo, str))
+    task = toy.made(config)
     mean = torch.zeros(30, 3)
     for folder in folders:
         (model,) = predict.load_models(runs.load("toy", folder.name), task, config, torch.device("cpu"))
         for scale in (1.0, 1.01):
-            mean += model(scale * task.test.inputs).softmax(1).detach() / 4
+            mean += model(scale * task.data.test.inputs).softmax(1).detach() / 4
     found = [int(label) for _, label in list(csv.reader(open("submissions/toy/one+two-demo.csv")))[1:]]
     assert found == mean.argmax(1).tolist()
 
@@ -96,7 +95,7 @@ def test_two_runs_are_averaged_in_probability_space():
 def test_a_second_train_command_makes_a_second_run(capsys):
     config = toy.RECIPES["smoke"]
     for expected in ("001-smoke-demo", "002-smoke-demo"):
-        train("toy", toy, config, "smoke", None, None)
+        train(toy.TOY, config, "smoke")
         assert capsys.readouterr().out.strip().splitlines()[-1] == f"submission: submissions/toy/{expected}.csv"
 
 
@@ -104,10 +103,10 @@ def test_what_would_fail_after_the_training_fails_before_it(monkeypatch):
     whole = toy.build
     toy_train("one")
 
-    def preflight() -> None:
+    def check() -> None:
         raise UserError("a test image is missing")
 
-    monkeypatch.setattr(toy, "build", lambda config, data: replace(whole(config, data), preflight=preflight))
+    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), check=check))
     for attempt in (lambda: toy_train("two"), lambda: predict_again("--run", "one")):
         with pytest.raises(UserError, match="a test image is missing"):
             attempt()
@@ -117,8 +116,9 @@ def test_what_would_fail_after_the_training_fails_before_it(monkeypatch):
 def test_unreadable_images_are_listed_in_the_run_and_left_out(monkeypatch):
     whole = toy.build
 
-    def build(config, data):
-        return replace(whole(config, data), labelled=Broken(), plain=Broken(), ids=list("abcdefghijkl"), folds=FOLDS)
+    def build(*given):
+        own = {"train": Broken(), "valid": Broken(), "ids": list("abcdefghijkl"), "folds": FOLDS}
+        return toy.changed(whole(*given), **own)
 
     monkeypatch.setattr(toy, "build", build)
     with pytest.raises(UserError, match="c.jpg.*row 2"):
@@ -139,9 +139,9 @@ def test_unreadable_images_are_listed_in_the_run_and_left_out(monkeypatch):
 def test_not_one_image_of_a_part_can_be_read(monkeypatch, fold_is, words):
     whole = toy.build
 
-    def build(config, data):
+    def build(*given):
         files = Broken(np.flatnonzero((FOLDS > 0) == (fold_is > 0)))
-        return replace(whole(config, data), labelled=files, plain=files, ids=list("abcdefghijkl"), folds=FOLDS)
+        return toy.changed(whole(*given), train=files, valid=files, ids=list("abcdefghijkl"), folds=FOLDS)
 
     monkeypatch.setattr(toy, "build", build)
     with pytest.raises(UserError, match=f"{words}.* make check"):
@@ -180,7 +180,7 @@ class Temperature(torch.nn.Module):
 def test_folds_share_no_weights_of_the_loss(monkeypatch):
     """Fold 1 begins from the loss as it was built, whether fold 0 was trained just before it or in another process."""
     whole = toy.build
-    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), loss=Temperature()))
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), loss=Temperature()))
     together = weights(toy_train("all", fold="all", lr=0.05))
     alone = weights(toy_train("one", fold="1", lr=0.05))
     assert all(torch.equal(together[name], alone[name]) for name in alone)
@@ -206,7 +206,7 @@ def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
     trained = json.loads(sidecar.read_text())["score"]
     predict_again("--run", "one", "--workers", "1")
     assert json.loads(sidecar.read_text())["score"] == trained is not None
-    predict_again("--run", "one", "--views", "false")
+    predict_again("--run", "one", "--tta", "false")
     assert json.loads(sidecar.read_text())["score"] is None
 
 
@@ -227,9 +227,9 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
     kept = torch.load(folder / "fold-0" / "model.pt", weights_only=True)["model"]
     for name in ("0.weight", "1.weight", "4.bias"):
         torch.testing.assert_close(kept[name], torch.stack([step[name] for step in taken]).mean(0))
-    task = toy.build(toy.RECIPES["default"], raw.find("toy", None, toy.write_demo, str))
+    task = toy.made()
     hidden = torch.nn.functional.linear(
-        task.plain.inputs[torch.from_numpy(task.folds != 0)], kept["0.weight"], kept["0.bias"]
+        task.data.valid.inputs[torch.from_numpy(task.data.folds != 0)], kept["0.weight"], kept["0.bias"]
     )
     assert float((kept["1.running_mean"] - hidden.mean(0)).abs().max()) < 0.1, "augmented a little"
     former = torch.stack([step["1.running_mean"] for step in taken]).mean(0)
@@ -273,7 +273,7 @@ def test_processes_without_work_are_told(monkeypatch, capsys):
 
 def test_the_weights_of_a_loss_are_trained(monkeypatch):
     whole, made = toy.build, []
-    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), loss=Temperature()))
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), loss=Temperature()))
     monkeypatch.setattr(fitting, "deepcopy", lambda loss: made.append(Temperature()) or made[-1])
     toy_train("one", lr=0.05)
     assert made[0].scale.item() != 1

@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from common import raw
 from common.config import Config, flag
+from common.kaggle.source import Source
 from common.losses import CrossEntropy
+from common.metrics import accuracy
 from common.raw import RawData
-from common.task import Metric, Task, View
+from common.task import TTA, Data, Network, Postprocess, Submission, Task, completed
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class ToyConfig(Config):
 
 
 RECIPES = {"default": ToyConfig(epochs=3, batch_size=16, ema=0.9, workers=0, folds=3, precision="fp32")}
+TEST_ROWS = 30
 RECIPES["smoke"] = replace(RECIPES["default"], epochs=2)
 
 
@@ -42,33 +46,72 @@ class ToyRows:
 
 def write_demo(folder: Path) -> None:
     (folder / "seed.txt").write_text("1")
+    (folder / "sample_submission.csv").write_text("id,label\n" + "".join(f"t{row},0\n" for row in range(TEST_ROWS)))
 
 
-def build(config: ToyConfig, raw: RawData) -> Task:
+def build(config: ToyConfig, raw: RawData, log=print) -> Task:
     generator = torch.Generator().manual_seed(int(raw.read("seed.txt")))
-    inputs = torch.randn(config.rows + 30, 16, generator=generator)
+    inputs = torch.randn(config.rows + TEST_ROWS, 16, generator=generator)
     targets = (inputs @ torch.randn(16, 3, generator=generator)).argmax(1)
     train, test = slice(0, config.rows), slice(config.rows, None)
-    ids = [f"t{row}" for row in range(30)]
     return Task(
-        labelled=ToyRows(inputs[train], targets[train], augment=True),
-        plain=ToyRows(inputs[train], targets[train]),
-        test=ToyRows(inputs[test], targets[test], nan=config.nan_at_test),
-        ids=[f"r{row}" for row in range(config.rows)],
-        test_ids=ids,
-        folds=np.arange(config.rows) % config.folds,
-        model=lambda: nn.Sequential(
-            nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 3)
+        data=Data(
+            train=ToyRows(inputs[train], targets[train], augment=True),
+            valid=ToyRows(inputs[train], targets[train]),
+            ids=[f"r{row}" for row in range(config.rows)],
+            folds=np.arange(config.rows) % config.folds,
+            test=ToyRows(inputs[test], targets[test], nan=config.nan_at_test),
         ),
-        loss=CrossEntropy(),
-        metrics=(Metric("accuracy", lambda decisions, targets: (decisions == targets).float()),),
-        predict=lambda outputs: outputs.softmax(1),
-        decide=lambda predictions, learnt: predictions.argmax(1),
-        columns=("id", "label"),
-        rows=lambda ids, decisions: zip(ids, decisions.tolist(), strict=True),
-        sample_submission=lambda: ["id,label\n", *(f"{name},0\n" for name in ids)],
-        valid=lambda values: None if values[0] in ("0", "1", "2") else f"label {values[0]} is not 0 to 2",
-        learn=lambda predictions, rows: {"rows": len(rows), "mean": float(predictions.mean())},
-        views=(View("as is"), View("scaled", lambda x: 1.01 * x)),
-        fingerprint=raw.fingerprint("seed.txt"),
+        network=Network(
+            model=lambda: nn.Sequential(
+                nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 3)
+            ),
+            loss=CrossEntropy(),
+            tta=(TTA("as is"), TTA("scaled", lambda x: 1.01 * x)),
+        ),
+        postprocess=Postprocess(
+            predict=lambda outputs: outputs.softmax(1),
+            apply=lambda predictions, tuned: predictions.argmax(1),
+            tune=lambda predictions, rows: {"rows": len(rows), "mean": float(predictions.mean())},
+        ),
+        submission=Submission(
+            valid=lambda values: None if values[0] in ("0", "1", "2") else f"label {values[0]} is not 0 to 2"
+        ),
+        metrics=(accuracy(),),
     )
+
+
+class Toy:
+    """The toy in the place of a common.competition.Competition; what a test puts into this module is what it does."""
+
+    name = "toy"
+    source = Source(slug="toy", expected=("seed.txt",), higher_is_better=True)
+    config_class = ToyConfig
+
+    @property
+    def recipes(self):
+        return RECIPES
+
+    def build(self, config, raw, log):
+        return build(config, raw, log)
+
+    def write_demo(self, folder):
+        write_demo(folder)
+
+
+TOY = Toy()
+
+
+def made(config: ToyConfig | None = None, **changes) -> Task:
+    """The toy's task on its demo data, with its defaults filled in."""
+    found = raw.find("toy", None, write_demo, str)
+    return completed(changed(build(config or RECIPES["default"], found), **changes), found)
+
+
+def changed(task: Task, **changes) -> Task:
+    """The task with other values of Data, Network, Postprocess, Submission or its own, whichever has the name."""
+    for part in ("data", "network", "postprocess", "submission"):
+        value = getattr(task, part)
+        own = {name: changes.pop(name) for name in list(changes) if hasattr(value, name)}
+        task = replace(task, **{part: replace(value, **own)}) if own else task
+    return replace(task, **changes)

@@ -1,4 +1,4 @@
-"""Slots of the competitions that only a whole task shows: views, learning on the right rows, folds and precision."""
+"""Slots of the competitions that only a whole task shows: TTA, tuning on the right rows, folds and precision."""
 
 from dataclasses import replace
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from common import competition
 from common.batch import Batch
-from common.cli import task_module
 from common.loading import orders
 from common.loading.loader import Loader
 from common.raw import RawData
-from common.task import Task
+from common.task import Task, completed
 
 NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")  # those that fill in a Task
 
@@ -24,14 +24,15 @@ def samples(tmp_path_factory):
         patch.setattr("competitions.clouds.demo.TEST_IMAGES", 1)
         for name in NETWORKS:
             folder = tmp_path_factory.mktemp(name)
-            task_module(name).write_demo(folder)
+            competition.load(name).write_demo(folder)
             found[name] = RawData(folder, name, is_demo=True)
     return found
 
 
 def built(samples: dict[str, RawData], name: str, **changes) -> Task:
-    module = task_module(name)
-    return module.build(replace(module.RECIPES["smoke"], **changes), samples[name])
+    loaded = competition.load(name)
+    task = loaded.build(replace(loaded.recipes["smoke"], **changes), samples[name], print)
+    return completed(task, samples[name])
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +41,21 @@ def tasks(samples):
 
 
 def first_images(task: Task, count: int = 4) -> Batch:
-    with Loader(task.plain, orders.sequential(np.arange(count)), count, seed=0) as loader:
+    with Loader(task.data.valid, orders.sequential(np.arange(count)), count, seed=0) as loader:
         return next(loader.epoch(0))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_view_changes_every_image_by_itself(tasks, name):
+def test_tta_changes_every_image_by_itself(tasks, name):
     images = first_images(tasks[name]).inputs
     seen = []
-    for view in tasks[name].views:
-        whole = view.apply(images)
-        alone = torch.cat([view.apply(images[row : row + 1]) for row in range(4)])
+    for one in tasks[name].network.tta:
+        whole = one.apply(images)
+        alone = torch.cat([one.apply(images[row : row + 1]) for row in range(4)])
         torch.testing.assert_close(whole, alone)
         seen.append(whole.float())
     assert torch.equal(seen[0], images.float())
-    assert all(not torch.equal(one, other) for n, one in enumerate(seen) for other in seen[:n]), "two views are one"
+    assert all(not torch.equal(one, other) for n, one in enumerate(seen) for other in seen[:n]), "two are one"
 
 
 def test_flips_of_clouds_are_undone(tasks):
@@ -63,36 +64,38 @@ def test_flips_of_clouds_are_undone(tasks):
         return {"pixels": values, "classes": values.mean((2, 3))}
 
     task, images = tasks["clouds"], first_images(tasks["clouds"], 2).inputs
-    expected = task.predict(network(images))
-    for view in task.views:
-        torch.testing.assert_close(view.undo(task.predict(network(view.apply(images)))), expected, rtol=0, atol=1e-4)
+    expected = task.postprocess.predict(network(images))
+    for one in task.network.tta:
+        torch.testing.assert_close(
+            one.undo(task.postprocess.predict(network(one.apply(images)))), expected, rtol=0, atol=1e-4
+        )
 
 
 def test_the_mirror_of_inclusive_images_swaps_left_and_right(tasks):
     images = first_images(tasks["inclusive_images"]).inputs
-    assert torch.equal(tasks["inclusive_images"].views[1].apply(images), images.flip(-1))
+    assert torch.equal(tasks["inclusive_images"].network.tta[1].apply(images), images.flip(-1))
 
 
 @pytest.mark.parametrize("name", ["clouds", "inclusive_images"])
-def test_learning_compares_a_prediction_with_its_own_row(tasks, name):
+def test_tuning_compares_a_prediction_with_its_own_row(tasks, name):
     """Predictions that are the truth, for rows in any order, are worth 1."""
     task = tasks[name]
-    rows = np.random.default_rng(0).permutation(len(task.ids))[:12]
-    truth = [task.plain[int(row)][1] for row in rows]
+    rows = np.random.default_rng(0).permutation(len(task.data.ids))[:12]
+    truth = [task.data.valid[int(row)][1] for row in rows]
     if name == "clouds":
         masks = torch.stack([target["masks"] for target in truth])
-        there = masks.flatten(2).any(2)[:, :, None].to(torch.uint8)
-        kept = (255 * torch.cat([there, there, masks.flatten(2)], 2)).numpy()
+        there = masks.flatten(2).any(2)[:, :, None].to(torch.uint8).expand(-1, -1, 2)
+        kept = {"presence": (255 * there).numpy(), "pixels": (255 * masks).numpy()}
     else:
         kept = torch.stack([target["labels"] for target in truth]).float().numpy()
-    assert task.learn(kept, rows)["score"] > 0.97
+    assert task.postprocess.tune(kept, rows)["score"] > 0.97
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folds_depend_on_the_seed_alone(samples, tasks, name):
-    assert np.array_equal(built(samples, name).folds, tasks[name].folds)
-    others = [built(samples, name, seed=seed).folds for seed in (1, 2)]
-    assert any(not np.array_equal(folds, tasks[name].folds) for folds in others)
+    assert np.array_equal(built(samples, name).data.folds, tasks[name].data.folds)
+    others = [built(samples, name, seed=seed).data.folds for seed in (1, 2)]
+    assert any(not np.array_equal(folds, tasks[name].data.folds) for folds in others)
 
 
 def test_precision_at_five_by_hand(tasks):
@@ -101,4 +104,4 @@ def test_precision_at_five_by_hand(tasks):
     labels = torch.zeros(2, 23)
     labels[0, [0, 2, 4, 9]] = 1
     (precision,) = (metric for metric in task.metrics if metric.name == "precision_at_5")
-    assert precision.stats(task.decide(scores, {}), {"labels": labels}).tolist() == [0.6, 0.0]
+    assert precision.stats(task.postprocess.apply(scores, {}), {"labels": labels}).tolist() == [0.6, 0.0]

@@ -2,8 +2,8 @@
 
 import argparse
 from collections.abc import Callable
-from types import ModuleType
 
+from common.competition import Competition
 from common.config import Parser
 from common.errors import UserError
 from common.kaggle.commands import seconds
@@ -13,7 +13,7 @@ NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # cards where half precision is 
 Configured = Callable[[Parser, dict, list[str]], tuple[object, argparse.Namespace]]
 
 
-def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str], configured: Configured) -> None:
+def kernel(competition: str, module: Competition, parser: Parser, argv: list[str], configured: Configured) -> None:
     """Flags of the training are checked here by `configured`, as those of `train`, and handed on as they are."""
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
@@ -24,16 +24,16 @@ def kernel(competition: str, module: ModuleType, parser: Parser, argv: list[str]
         one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
-    config, checked = configured(parser, module.RECIPES, training)
+    config, checked = configured(parser, module.recipes, training)
     if checked.data:
-        raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.SOURCE.slug or competition} are at hand")
+        raise UserError(f"DATA={checked.data}: on Kaggle the files of {module.source.slug or competition} are at hand")
     if getattr(config, "precision", "") == "auto" and given.accelerator.startswith(NO_BF16):
         training = [*training, "--precision", "fp16"]
     from common.kaggle.kernel import push
 
     push.kernel(
         competition,
-        module.SOURCE,
+        module.source,
         training,
         accelerator=given.accelerator,
         internet=None if given.internet is None else given.internet == "on",

@@ -33,10 +33,13 @@ HOME = Path("submissions/toy")
 
 @pytest.fixture
 def module(source):
-    def build(config, raw):
-        return SimpleNamespace(valid=lambda values: None if values[0] in "01" else f"label {values[0]} is not 0 or 1")
+    def build(config, raw, log):
+        return SimpleNamespace(submission=SimpleNamespace(valid=valid))
 
-    return SimpleNamespace(SOURCE=source, RECIPES={"default": None}, build=build)
+    def valid(values):
+        return None if values[0] in "01" else f"label {values[0]} is not 0 or 1"
+
+    return SimpleNamespace(source=source, recipes={"default": None}, build=build)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,7 @@ def sent(kaggle) -> list[str]:
 
 
 def choice(module, **options):
-    return candidates.choose("toy", module.SOURCE, options.get("run"), options.get("file")).path.stem
+    return candidates.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
 
 
 def test_the_newest_file_of_the_best_run_is_chosen(module):
@@ -91,7 +94,7 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     written("005-everything", None, created="2026-01-05T00:00:00Z")
     written("006-demo", 0.99, demo=True)
     assert choice(module) == "003-c"
-    module.SOURCE = replace(module.SOURCE, higher_is_better=False)
+    module.source = replace(module.source, higher_is_better=False)
     assert choice(module) == "001-a"
     assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
     assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
@@ -128,15 +131,15 @@ def test_what_is_not_sent(kaggle, module, prepare, options, message):
 
 
 def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, module):
-    module.SOURCE = replace(module.SOURCE, sample_submission="stage_*.csv")
+    module.source = replace(module.source, sample_submission="stage_*.csv")
     Path("data/toy/stage_1.csv").write_text("id,label\n1,0\n2,0\n")
     Path("data/toy/stage_2.csv").write_text("id,label\n8,0\n")
     for run, text, rows in (("one", GOOD, 2), ("two", "id,label\n8,1\n", 1)):
         written(run, text=text)
-        assert candidates.check(candidates.choose("toy", module.SOURCE, run, None), "toy", module, None) == rows
+        assert candidates.check(candidates.choose("toy", module.source, run, None), "toy", module, None) == rows
     written("three", text="id,label\n9,1\n")
     with pytest.raises(UserError, match="id 9, expected 1"):
-        candidates.check(candidates.choose("toy", module.SOURCE, "three", None), "toy", module, None)
+        candidates.check(candidates.choose("toy", module.source, "three", None), "toy", module, None)
 
 
 def test_a_copy_of_a_demo_file_is_still_one(kaggle, module):
@@ -154,11 +157,11 @@ def test_without_data_it_says_how_to_get_them(kaggle, module):
 
 
 def test_nowhere_to_submit(kaggle, module):
-    module.SOURCE = Source("", ("*.tsf",), False, nowhere_to_submit="the contest ended in 2018: score it with backtest")
+    module.source = Source("", ("*.tsf",), False, nowhere_to_submit="the contest ended in 2018: score it with backtest")
     with pytest.raises(UserError, match="there is nowhere to submit .the contest ended in 2018"):
         submit(module)
     with pytest.raises(UserError, match="there is nowhere to submit"):
-        boards.board("toy", module.SOURCE)
+        boards.board("toy", module.source)
 
 
 # What is sent and what comes back.
@@ -204,7 +207,7 @@ def test_scoring_that_takes_too_long_is_left_to_the_board(kaggle, module, capfd)
     assert "sent but not scored after 0 s: make board COMP=toy" in capfd.readouterr().out
     assert ledger()[0]["status"] == "PENDING"
     kaggle.polls_until_score = 1
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert (ledger()[0]["status"], ledger()[0]["public"]) == ("COMPLETE", "0.9")
 
 
@@ -335,7 +338,7 @@ def test_a_ledger_that_a_spreadsheet_has_changed_is_not_emptied(kaggle, module, 
     path = HOME / "ledger.csv"
     spoilt = spoil(path.read_text())
     path.write_bytes(spoilt)
-    for command in (lambda: submit(module), lambda: boards.board("toy", module.SOURCE)):
+    for command in (lambda: submit(module), lambda: boards.board("toy", module.source)):
         with pytest.raises(UserError, match=f"ledger.csv cannot be read .*{message}.*mend it, or move it away"):
             command()
     assert path.read_bytes() == spoilt and len(kaggle.uploads) == 1
@@ -346,7 +349,7 @@ def test_a_ledger_with_a_byte_order_mark_is_read(kaggle, module):
     submit(module)
     before, path = ledger(), HOME / "ledger.csv"
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert ledger() == before
 
 
@@ -390,7 +393,7 @@ def test_a_longer_failure_after_sending_leaves_it_to_the_board(kaggle, module, a
         submit(module)
     assert len(kaggle.submissions) == 1
     kaggle.on = {}
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     (row,) = ledger()
     assert (row["status"], row["ref"], row["run"], row["validation"]) == ("COMPLETE", "1000", "001-best", "0.9")
 
@@ -417,7 +420,7 @@ def test_the_list_is_not_readable_when_it_alone_can_tell(kaggle, module, after_s
     kaggle.on = {}
     with pytest.raises(UserError, match="was sent before .*PENDING"):
         submit(module)
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     (row,) = ledger()
     assert row["run"] == "001-best" and row["status"] == "COMPLETE" and len(kaggle.submissions) == 1
 
@@ -428,7 +431,7 @@ from types import SimpleNamespace
 from common.errors import UserError
 from common.kaggle.submit import submit
 from tests.common.kaggle.conftest import SOURCE
-try: submit("toy", SimpleNamespace(SOURCE=SOURCE), poll=0.05, wait=30)
+try: submit("toy", SimpleNamespace(source=SOURCE), poll=0.05, wait=30)
 except UserError as error: sys.exit(str(error))
 """
 
@@ -481,7 +484,7 @@ def test_a_submission_is_not_lost_while_the_board_is_refreshed(kaggle, module):
     written()
     submit(module)
     kaggle.on = {"ListSubmissions": meanwhile}
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert {row["file"] for row in ledger()} == {"submissions/toy/001-best.csv", "other.csv"}
 
 
@@ -571,7 +574,7 @@ def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, capfd):
     kaggle.submitted("by hand, in a browser", "byhand.csv")
     submit(module)
     kaggle.public = "0.95"
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     out = capfd.readouterr().out
     table = [line.split() for line in out[out.index("time ") :].splitlines()]
     assert table[0] == ["time", "run", "validation", "public", "private", "rank", "status"]
@@ -590,7 +593,7 @@ def test_submissions_on_later_pages_of_kaggles_list_are_joined_too(kaggle, modul
     for number in range(PAGE):
         kaggle.submitted("by hand", f"{number}.csv")
     kaggle.public = "0.95"
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert {(row["run"], row["public"]) for row in ledger()} == {("001-best", "0.95"), ("", "0.95")}
     assert len(ledger()) == 1 + PAGE
 
@@ -607,7 +610,7 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
     written()
     submit(module)
     kaggle.on = {"DownloadLeaderboard": Reply(403, "Permission denied")}
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     out = capfd.readouterr().out
     assert "no ranks: reading the leaderboard of toy-competition: Kaggle refuses it" in out
     assert (HOME / "board.png").is_file()
@@ -617,7 +620,7 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
 def test_a_runs_name_is_text_and_no_formula(kaggle, module, run):
     written(run)
     submit(module)
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert (HOME / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -626,10 +629,10 @@ def test_the_board_without_network_shows_the_ledger_and_says_so(kaggle, module, 
     submit(module)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="not refreshed: .*cannot be reached"):
-        boards.board("toy", module.SOURCE)
+        boards.board("toy", module.source)
     assert "001-best" in capfd.readouterr().out and ledger()[0]["public"] == "0.9"
 
 
 def test_an_empty_board(kaggle, module, capfd):
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert "nothing was submitted to https://www.kaggle.com/c/toy-competition yet" in capfd.readouterr().out

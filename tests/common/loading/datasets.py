@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common.batch import Batch, tensors_of
-from common.loading.images import BadImage
+from common.errors import BadImage
 from tests.common.loading import noises
 
 ROWS = 23

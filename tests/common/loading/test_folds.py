@@ -1,8 +1,10 @@
+import csv
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.model_selection import TimeSeriesSplit
+from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError
 from common.loading import folds
@@ -17,6 +19,8 @@ MAKERS = {
     "stratified": lambda rows, seed: folds.stratified([IDS[row] for row in rows], CLASSES[rows], 5, seed),
     "multilabel": lambda rows, seed: folds.multilabel_stratified([IDS[row] for row in rows], LABELS[rows], 5, seed),
     "grouped": lambda rows, seed: folds.grouped(GROUPS[rows], 5, seed),
+    "stratified grouped": lambda rows, seed: folds.stratified_grouped(CLASSES[rows], GROUPS[rows], 5, seed),
+    "stratified grouped labels": lambda rows, seed: folds.stratified_grouped(LABELS[rows], GROUPS[rows], 5, seed),
 }
 ALL = np.arange(len(IDS))
 
@@ -59,40 +63,51 @@ def test_groups_stay_together_and_folds_are_about_equal():
     assert sizes.max() - sizes.min() <= np.bincount(GROUPS).max()
 
 
-@pytest.mark.parametrize("splits, length, gap", [(2, 10, 0), (3, 10, 4), (5, 7, 12)])
-def test_time_splits_are_those_of_scikit_learn_on_regular_times(splits, length, gap):
-    times = np.random.default_rng(0).permutation(100)
-    rows_by_time = np.argsort(times)
-    reference = TimeSeriesSplit(splits, test_size=length, gap=gap).split(np.arange(100))
-    for (train, held), (train_times, held_times) in zip(
-        folds.time_splits(times, splits, length, gap), reference, strict=True
-    ):
-        np.testing.assert_array_equal(train, rows_by_time[train_times])
-        np.testing.assert_array_equal(held, rows_by_time[held_times])
+@pytest.mark.parametrize("sizes", ["equal", "few and skewed"])
+def test_stratified_groups_are_better_balanced_than_those_of_scikit_learn(sizes):
+    """Sum over folds, classes and all rows of the squared distance from an equal part, over twenty data sets."""
+    found = {"own": [], "scikit-learn": []}
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        count = 300 if sizes == "equal" else 40
+        sizes_of = np.ones(count) if sizes == "equal" else random.pareto(3, count) + 0.1
+        groups = random.choice(count, 2000, p=sizes_of / sizes_of.sum())
+        rates = random.dirichlet((2, 0.8, 0.3), count)[groups]
+        labels = np.array(["a", "b", "c"])[(rates.cumsum(1) > random.random((2000, 1))).argmax(1)]
+        other = np.empty(2000, int)
+        for fold, (_, held) in enumerate(
+            StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(groups, labels, groups)
+        ):
+            other[held] = fold
+        made = folds.stratified_grouped(labels, groups, 5, seed)
+        assert all(len(set(made[groups == group])) == 1 for group in set(groups))
+        for name, of in (("own", made), ("scikit-learn", other)):
+            kinds = [labels == label for label in "abc"] + [labels != ""]
+            parts = np.array([[(of[kind] == fold).mean() for kind in kinds] for fold in range(5)])
+            found[name].append(float(np.square(parts - 0.2).sum()))
+    ratio = np.divide(found["own"], found["scikit-learn"])
+    assert np.mean(ratio) < (0.4 if sizes == "equal" else 0.9) and np.median(ratio) < 0.9
 
 
-def test_time_splits_keep_their_distance_on_irregular_dates():
-    hours = np.sort(np.random.default_rng(0).integers(0, 2000, 300))
-    times = np.datetime64("2018-03-01T00") + hours.astype("timedelta64[h]")
-    for train, held in folds.time_splits(times, 3, np.timedelta64(48, "h"), np.timedelta64(24, "h")):
-        assert times[held].min() - times[train].max() > np.timedelta64(24, "h")
-        assert times[held].max() - times[held].min() < np.timedelta64(48, "h")
-    with pytest.raises(UserError, match="do not fit"):
-        folds.time_splits(times, 50, np.timedelta64(48, "h"), np.timedelta64(24, "h"))
+def test_stratified_groups_of_many_labels():
+    made = MAKERS["stratified grouped labels"](ALL, 0)
+    assert max(abs(LABELS[made == fold].mean(0) - LABELS.mean(0)).max() for fold in range(5)) < 0.02
+    assert all(len(set(made[group == GROUPS])) == 1 for group in set(GROUPS))
 
 
 def test_fingerprint_and_saved_folds(tmp_path):
     made = MAKERS["kfold"](ALL, 0)
     backwards = ALL[::-1]
     folds.write_csv(tmp_path / "folds.csv", made, IDS)
-    read = folds.read_csv(tmp_path / "folds.csv", [IDS[row] for row in backwards])
-    np.testing.assert_array_equal(read, made[backwards])
+    with open(tmp_path / "folds.csv", newline="") as stream:
+        read = list(csv.reader(stream))
+    assert read == [["id", "fold"], *([name, str(fold)] for name, fold in zip(IDS, made, strict=True))]
+    folds.write_csv(tmp_path / "folds.csv", [0, 1], ["=cmd|' /C calc'!A0", "a=1"])
+    assert (tmp_path / "folds.csv").read_text() == "id,fold\n'=cmd|' /C calc'!A0,0\na=1,1\n"
     mark = folds.fingerprint(made, IDS)
-    assert folds.fingerprint(read, [IDS[row] for row in backwards]) == mark
+    assert folds.fingerprint(made[backwards], [IDS[row] for row in backwards]) == mark
     made[7] = (made[7] + 1) % 5
     assert folds.fingerprint(made, IDS) != mark
-    with pytest.raises(UserError, match="no fold for 1 of 2 ids, first new"):
-        folds.read_csv(tmp_path / "folds.csv", [IDS[0], "new"])
 
 
 def test_what_cannot_be_split_is_refused():

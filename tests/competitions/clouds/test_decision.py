@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.vision.tta import FLIPS
 from competitions.clouds import decision, tuning
 from competitions.clouds.decision import Rule
 from competitions.clouds.reader import CLASSES
+from competitions.clouds.task import _undo
 
 HEIGHT, WIDTH = 350, 525
 
@@ -20,8 +22,17 @@ def packed(pixels: np.ndarray, presence: np.ndarray) -> torch.Tensor:
     return torch.cat((presence[:, :, None], presence[:, :, None], pixels.flatten(2)), 2)
 
 
-def learnt(rule: Rule, force: bool = False, presence: str = "head") -> dict:
-    return decision.to_learnt([rule] * 4, force, presence)
+def split(values):
+    """Predictions [B, 4, 2 + n], which are easier to make and to compare, as the competition has them."""
+    return {"presence": values[:, :, :2], "pixels": values[:, :, 2:].reshape(*values.shape[:2], HEIGHT, WIDTH)}
+
+
+def flat(predictions: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat((predictions["presence"], predictions["pixels"].flatten(2)), 2)
+
+
+def tuned(rule: Rule, force: bool = False, presence: str = "head") -> dict:
+    return decision.to_tuned([rule] * 4, force, presence)
 
 
 def smooth(rng: np.random.Generator, spots: float) -> np.ndarray:
@@ -50,8 +61,8 @@ def test_minimum_size_removes_one_pixel_less_and_keeps_it_itself():
     pixels = np.zeros((1, 4, HEIGHT, WIDTH))
     pixels[0, :, 10:20, 10:20] = 0.9  # 100 pixels
     predictions = packed(pixels, np.ones((1, 4)))
-    assert decision.decide(predictions, learnt(Rule(size=100))).sum() == 400
-    assert decision.decide(predictions, learnt(Rule(size=101))).sum() == 0
+    assert decision.apply(split(predictions), tuned(Rule(size=100))).sum() == 400
+    assert decision.apply(split(predictions), tuned(Rule(size=101))).sum() == 0
 
 
 def test_the_lower_threshold_reaches_out_of_surviving_regions_only():
@@ -62,17 +73,17 @@ def test_the_lower_threshold_reaches_out_of_surviving_regions_only():
     pixels[0, :, 200:250, 200:250] = 0.4
     pixels[0, :, 200:205, 200:205] = 0.8  # a core that is too small
     predictions = packed(pixels, np.ones((1, 4)))
-    bottom = decision.decide(predictions, learnt(Rule(top=0.7, size=100, bottom=0.3)))[0, 0].bool()
-    top = decision.decide(predictions, learnt(Rule(top=0.7, size=100, bottom=0.7)))[0, 0].bool()
+    bottom = decision.apply(split(predictions), tuned(Rule(top=0.7, size=100, bottom=0.3)))[0, 0].bool()
+    top = decision.apply(split(predictions), tuned(Rule(top=0.7, size=100, bottom=0.7)))[0, 0].bool()
     assert top.sum() == 400 and bottom.sum() == 2500 and bottom[top].all() and bottom[10:60, 10:60].all()
 
 
 def test_the_gate_empties_the_class_and_the_best_class_can_be_forced():
     pixels = np.full((2, 4, HEIGHT, WIDTH), 0.9)
     presence = np.array([[0.1, 0.4, 0.3, 0.2], [0.6, 0.1, 0.7, 0.1]])
-    found = decision.decide(packed(pixels, presence), learnt(Rule(gate=0.5))).flatten(2).any(2)
+    found = decision.apply(split(packed(pixels, presence)), tuned(Rule(gate=0.5))).flatten(2).any(2)
     assert found.tolist() == [[False] * 4, [True, False, True, False]]
-    found = decision.decide(packed(pixels, presence), learnt(Rule(gate=0.5), force=True)).flatten(2).any(2)
+    found = decision.apply(split(packed(pixels, presence)), tuned(Rule(gate=0.5), force=True)).flatten(2).any(2)
     assert found.tolist() == [[False, True, False, False], [True, False, True, False]]
 
 
@@ -80,7 +91,7 @@ def test_convex_hull_fills_each_region_by_itself():
     pixels = np.zeros((1, 4, HEIGHT, WIDTH))
     pixels[0, :, 10:50, 10:15] = pixels[0, :, 45:50, 10:50] = 0.9  # an L
     pixels[0, :, 200:210, 300:310] = 0.9
-    mask = decision.decide(packed(pixels, np.ones((1, 4))), learnt(Rule(hull=True)))[0, 0].bool()
+    mask = decision.apply(split(packed(pixels, np.ones((1, 4)))), tuned(Rule(hull=True)))[0, 0].bool()
     assert mask[40, 20] and not mask[12, 45] and not mask[120, 150]
     assert mask[200:210, 300:310].all() and mask[200:, 200:].sum() == 100
     assert mask.sum() > (pixels[0, 0] > 0).sum() + 500
@@ -89,39 +100,41 @@ def test_convex_hull_fills_each_region_by_itself():
 def test_rules_that_nothing_was_learnt_for():
     pixels = np.full((1, 4, HEIGHT, WIDTH), 0.45)
     pixels[0, :, :, :100] = 0.55
-    found = decision.decide(packed(pixels, np.array([[0.4, 0.6, 0.4, 0.6]])), {})
+    found = decision.apply(split(packed(pixels, np.array([[0.4, 0.6, 0.4, 0.6]]))), {})
     assert found.flatten(2).sum(2).tolist() == [[0, 35000, 0, 35000]]
 
 
 def test_kept_predictions_decide_like_fresh_ones(toy):
-    from common.predict import pack, unpack
+    from common.predictions import pack, unpack
 
     rng = np.random.default_rng(1)
     fresh = packed(rng.random((2, 4, HEIGHT, WIDTH)), rng.random((2, 4)))
-    rule = learnt(Rule(gate=0.3, top=0.6, size=3, bottom=0.45))
-    assert torch.equal(decision.decide(fresh, rule), decision.decide(unpack(pack(fresh, "uint8")), rule))
+    rule = tuned(Rule(gate=0.3, top=0.6, size=3, bottom=0.45))
+    assert torch.equal(decision.apply(split(fresh), rule), decision.apply(split(unpack(pack(fresh, "uint8"))), rule))
 
 
 def test_predict_is_probabilities_at_the_scored_size():
     logits = {"pixels": torch.randn(2, 4, 64, 96), "classes": torch.randn(2, 4)}
-    predictions = decision.predict(logits)
+    predictions = flat(decision.predict(logits))
     assert predictions.shape == (2, 4, 2 + HEIGHT * WIDTH)
     assert torch.equal(predictions[:, :, 0], logits["classes"].sigmoid())
-    flat = {"pixels": torch.full((1, 4, 700, 1050), 2.0), "classes": torch.zeros(1, 4)}
-    assert torch.allclose(decision.predict(flat)[:, :, 2:], torch.tensor(2.0).sigmoid())
+    even = {"pixels": torch.full((1, 4, 700, 1050), 2.0), "classes": torch.zeros(1, 4)}
+    assert torch.allclose(flat(decision.predict(even))[:, :, 2:], torch.tensor(2.0).sigmoid())
 
 
 def test_every_pixel_of_a_larger_network_counts():
     """Stripes that a fourth of the columns make: bilinear values without a filter would be those between two zeros."""
     logits = torch.full((1, 4, 4 * HEIGHT, 4 * WIDTH), -50.0)
     logits[..., ::4] = 50.0
-    pixels = decision.predict({"pixels": logits, "classes": torch.zeros(1, 4)})[:, :, 2:].unflatten(2, (HEIGHT, WIDTH))
+    pixels = flat(decision.predict({"pixels": logits, "classes": torch.zeros(1, 4)}))[:, :, 2:].unflatten(
+        2, (HEIGHT, WIDTH)
+    )
     assert torch.allclose(pixels[..., 2:-2], torch.tensor(0.25), atol=0.07)
     assert float(pixels.mean()) == pytest.approx(0.25, abs=0.002)
 
 
-@pytest.mark.parametrize("sides", [(-1,), (-2,), (-1, -2)])
-def test_views_undo_what_they_did(sides):
+@pytest.mark.parametrize("way", list(FLIPS.values())[1:])
+def test_tta_undoes_what_it_did(way):
     """A network that knows no place: its predictions of the flipped image, flipped back, are the same."""
 
     def network(images):
@@ -129,10 +142,10 @@ def test_views_undo_what_they_did(sides):
         return {"pixels": values, "classes": values.mean((2, 3))}
 
     images = torch.randint(0, 255, (2, 3, HEIGHT, WIDTH), dtype=torch.uint8)
-    direct = decision.predict(network(images))
-    turned = decision.flip_predictions(decision.predict(network(images.flip(sides))), sides)
+    direct = flat(decision.predict(network(images)))
+    turned = flat(_undo(way, decision.predict(network(way.apply(images)))))
     assert torch.allclose(direct, turned, atol=1e-6)
-    assert not torch.allclose(direct, decision.predict(network(images.flip(sides))), atol=1e-3)
+    assert not torch.allclose(direct, flat(decision.predict(network(way.apply(images)))), atol=1e-3)
 
 
 def test_dice_hand_cases():
@@ -146,22 +159,22 @@ def test_dice_hand_cases():
 @pytest.mark.parametrize("source", ["head", "pixels"])
 def test_tables_hold_the_dice_of_the_decisions_themselves(toy, source):
     kept, truth = toy
-    found = tuning.tables(kept[:6], lambda row: truth[row], source)
+    found = tuning.tables(split(kept[:6]), lambda row: truth[row], source)
     rng = np.random.default_rng(2)
     for _ in range(150):
         top = rng.integers(len(tuning.LEVELS))
         bottom, size, gate = rng.integers(top + 1), rng.integers(len(tuning.SIZES)), rng.integers(len(tuning.GATES))
         rule = Rule(tuning.GATES[gate], tuning.LEVELS[top], tuning.SIZES[size], tuning.LEVELS[bottom])
         row, label = rng.integers(6), rng.integers(4)
-        rules = learnt(rule, presence=source)
-        masks = decision.decide(torch.from_numpy(kept[row : row + 1] / np.float32(255)), rules)
+        rules = tuned(rule, presence=source)
+        masks = decision.apply(split(torch.from_numpy(kept[row : row + 1] / np.float32(255))), rules)
         expected = decision.dice(masks, torch.from_numpy(truth[row : row + 1].view(np.uint8)))[0, label]
         assert tuning.dice_of(found[label], rule)[row] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_search_finds_the_best_of_a_slow_loop(toy):
     kept, truth = toy
-    table = tuning.tables(kept[:8], lambda row: truth[row])[1]
+    table = tuning.tables(split(kept[:8]), lambda row: truth[row])[1]
     rows = np.array([0, 2, 3, 5, 7])
     best = max(
         tuning.dice_of(table, Rule(gate, tuning.LEVELS[top], size, tuning.LEVELS[bottom]))[rows].mean()
@@ -180,10 +193,10 @@ def test_search_finds_the_best_of_a_slow_loop(toy):
 
 def test_learning_reports_what_holds_on_images_it_was_not_tuned_on(toy):
     kept, truth = toy
-    found = tuning.learn(kept, lambda row: truth[row])
+    found = tuning.tune(split(kept), lambda row: truth[row])
     assert set(found["rules"]) == set(CLASSES) and set(tuning.STAGES) < set(found["held_out"])
     assert found["held_out"]["gate"] > found["held_out"]["plain"] + 0.1
-    masks = decision.decide(torch.from_numpy(kept / np.float32(255)), found)
+    masks = decision.apply(split(torch.from_numpy(kept / np.float32(255))), found)
     tuned_on = decision.dice(masks, torch.from_numpy(truth.view(np.uint8))).mean()
     assert float(tuned_on) > max(found["held_out"].values())  # the optimism that the nested check takes away
     import json
@@ -193,10 +206,10 @@ def test_learning_reports_what_holds_on_images_it_was_not_tuned_on(toy):
 
 def test_presence_by_pixels_is_the_fourth_root_of_their_mean_fourth_power():
     logits = {"pixels": torch.randn(2, 4, HEIGHT, WIDTH), "classes": torch.randn(2, 4)}
-    predictions = decision.predict(logits).double()
+    predictions = flat(decision.predict(logits)).double()
     slow = (predictions[:, :, 2:] ** 4).sum(2) / (HEIGHT * WIDTH)
     torch.testing.assert_close(predictions[:, :, 1], slow**0.25, rtol=1e-5, atol=0)
-    certain = decision.predict({"pixels": torch.full((1, 4, 64, 96), 50.0), "classes": torch.zeros(1, 4)})
+    certain = flat(decision.predict({"pixels": torch.full((1, 4, 64, 96), 50.0), "classes": torch.zeros(1, 4)}))
     assert torch.allclose(certain[:, :, 1], torch.tensor(1.0))
 
 
@@ -207,19 +220,19 @@ def test_the_gate_of_several_networks_is_that_of_one():
     """
     logits = torch.full((2, 4, HEIGHT, WIDTH), -8.0)
     logits[0, :, :100], logits[1, :, 200:300] = 3.0, 3.0
-    single = decision.predict({"pixels": logits, "classes": torch.zeros(2, 4)})
+    single = flat(decision.predict({"pixels": logits, "classes": torch.zeros(2, 4)}))
     mean = single.mean(0, keepdim=True)
     of_the_mean = float((mean[:, :, 2:] ** 4).mean(2).pow(0.25)[0, 0])
     assert of_the_mean < 0.7 * float(mean[0, 0, 1]) == pytest.approx(0.7 * float(single[0, 0, 1]), rel=1e-5)
     gate = (of_the_mean + float(mean[0, 0, 1])) / 2
-    rule = learnt(Rule(gate=gate, top=0.4, bottom=0.4), presence="pixels")
-    assert decision.decide(mean, rule)[0].flatten(1).sum(1).tolist() == [200 * WIDTH] * 4
+    rule = tuned(Rule(gate=gate, top=0.4, bottom=0.4), presence="pixels")
+    assert decision.apply(split(mean), rule)[0].flatten(1).sum(1).tolist() == [200 * WIDTH] * 4
 
 
 def test_a_class_head_that_knows_nothing_is_left_aside(toy):
     kept, truth = toy[0].copy(), toy[1]
     kept[:, :, 0] = np.random.default_rng(5).integers(0, 256, (len(kept), 4))
-    found = tuning.learn(kept, lambda row: truth[row])
+    found = tuning.tune(split(kept), lambda row: truth[row])
     assert found["presence"] == "pixels" and found["score"] > found["held_out"]["gate"]
 
 
@@ -275,7 +288,7 @@ def test_one_and_two_images_can_be_learnt_from(toy):
     kept, truth = toy
     for count in (1, 2):
         with np.errstate(all="raise"):
-            assert tuning.learn(kept[:count], lambda row: truth[row])["rules"]
+            assert tuning.tune(split(kept[:count]), lambda row: truth[row])["rules"]
 
 
 def test_a_class_that_no_held_out_image_has_is_gated_away(toy):
@@ -283,15 +296,15 @@ def test_a_class_that_no_held_out_image_has_is_gated_away(toy):
     label, without = CLASSES.index("Sugar"), truth.copy()
     without[:, label] = False
     with np.errstate(all="raise"):
-        found = tuning.learn(kept, lambda row: without[row])
-    masks = decision.decide(torch.from_numpy(kept / np.float32(255)), found)
+        found = tuning.tune(split(kept), lambda row: without[row])
+    masks = decision.apply(split(torch.from_numpy(kept / np.float32(255))), found)
     dice = decision.dice(masks, torch.from_numpy(without.view(np.uint8)))
     assert not masks[:, label].any() and dice[:, label].mean() == 1
     assert all(np.isfinite(score) for score in found["held_out"].values())
 
 
 def test_of_ways_that_differ_by_chance_the_simplest_is_taken(toy, monkeypatch):
-    made = tuning.Tuner(toy[0][:2], lambda row: toy[1][row])
+    made = tuning.Tuner(split(toy[0][:2]), lambda row: toy[1][row])
     noise = np.random.default_rng(0).normal(0.6, 0.1, 400)
 
     def worth(better: dict[tuning.Way, np.ndarray]):
@@ -336,7 +349,7 @@ def rings() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_hulls_are_filled_for_the_classes_where_that_is_better(rings):
-    made = tuning.Tuner(rings[0], lambda row: rings[1][row])
+    made = tuning.Tuner(split(rings[0]), lambda row: rings[1][row])
     rows = np.arange(3)
     for stage in ("plain", "bottom"):
         filled = [made.rule(tuning.Way(stage, hull=True), label, rows).hull for label in range(4)]
@@ -348,16 +361,16 @@ def test_hulls_are_filled_for_the_classes_where_that_is_better(rings):
 def test_the_way_that_was_chosen_is_what_the_run_decides_by(rings, monkeypatch, force):
     way = tuning.Way("gate", "head", force=force, hull=True)
     monkeypatch.setattr(tuning.Tuner, "choose", lambda made, rows: (way, {}))
-    found = tuning.learn(rings[0], lambda row: rings[1][row])
+    found = tuning.tune(split(rings[0]), lambda row: rings[1][row])
     assert (found["force_best"], found["presence"], found["stage"]) == (force, "head", "gate")
     assert [found["rules"][name]["hull"] for name in CLASSES] == [True, True, False, False]
     gated = {name: rule | {"gate": 0.5} for name, rule in found["rules"].items()}
-    masks = decision.decide(torch.from_numpy(rings[0] / np.float32(255)), found | {"rules": gated})
+    masks = decision.apply(split(torch.from_numpy(rings[0] / np.float32(255))), found | {"rules": gated})
     assert masks.flatten(2).any(2).tolist() == [[force, False, False, False]] * 3
 
 
 def test_a_forced_class_is_tuned_as_it_is_decided(rings):
-    made = tuning.Tuner(rings[0], lambda row: rings[1][row])
+    made = tuning.Tuner(split(rings[0]), lambda row: rings[1][row])
     for label, presence in enumerate([255, 51, 25, 51]):
         assert (made.tables["head", True][label].presence == presence).all(), label
     assert (made.tables["head", False][0].presence == 76).all()

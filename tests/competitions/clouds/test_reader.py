@@ -11,7 +11,7 @@ from common.raw import RawData
 from competitions.clouds import reader, rle
 from competitions.clouds.reader import CLASSES
 
-from .conftest import NAMES, TEST_NAMES, rows_of, truth_of, write_image, write_rows
+from .conftest import NAMES, TEST_NAMES, rows_of, train_rows, truth_of, write_image, write_rows
 
 
 def read(folder):
@@ -159,6 +159,55 @@ def test_faults_are_named_with_file_and_row(folder, fault, words):
         read(folder)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+def written_again(folder, size):
+    """The run lengths of train.csv as those of masks of another size, as whoever resizes a data set leaves them."""
+    rows = []
+    for row in rows_of(folder, "train.csv"):
+        key, cell = row.split(",")
+        rows.append(f"{key},{rle.encode(rle.decode_to_size(rle.parse(cell), 1400, 2100, *size))}")
+    write_rows(folder, "train.csv", rows)
+
+
+@pytest.mark.parametrize("size", [(140, 210), (350, 525)])
+def test_masks_of_resized_images_are_read_at_their_size(folder, size):
+    """Read at 1400x2100 every one of them would lie at the left edge."""
+    before, said = read(folder), []
+    written_again(folder, size)
+    (folder / "train_images" / sorted(NAMES)[0]).write_bytes(b"damaged: the next one shows the size")
+    after = reader.read(RawData(folder, "clouds"), said.append)
+    assert after.runs.size == size and before.runs.size == (1400, 2100)
+    for row in range(len(NAMES)):
+        assert (after.runs.masks(row, (70, 105)) == before.runs.masks(row, (70, 105))).all()
+    assert len(said) == 1 and f"the runs are those of {size[0]}x{size[1]} masks" in said[0]
+
+
+def test_masks_of_a_size_that_nothing_else_has_are_refused(folder):
+    written_again(folder, (280, 420))
+    with pytest.raises(UserError, match="train.csv: .* 280 pixels high.*images are 140x210: expected"):
+        read(folder)
+
+
+def test_the_competitions_own_masks_are_never_taken_for_others(folder):
+    """Not even small ones at the left edge, or a handful of odd ones, of which nothing follows."""
+    column = " ".join(f"{1 + 1400 * x} 100" for x in range(80))
+    cells = {"a": column, "b": "1 10 141 10 281 10", "c": "1 1"}
+    for cell in cells.values():
+        write_rows(folder, "train.csv", [row.split(",")[0] + f",{cell}" for row in train_rows()])
+        files = reader.read(RawData(folder, "clouds"), lambda message: pytest.fail(message))
+        assert files.runs.size == (1400, 2100)
+
+
+def test_images_of_subfolders_and_copies_of_a_mac_are_told_apart(folder):
+    train = folder / "train_images"
+    (folder / "elsewhere").mkdir()
+    (train / NAMES[0]).rename(folder / "elsewhere" / NAMES[0])
+    (train / "more").symlink_to(folder / "elsewhere")
+    (train / f"._{NAMES[1]}").write_bytes(b"apple")
+    assert read(folder).train_paths[sorted(NAMES).index(NAMES[0])] == train / "more" / NAMES[0]
+    write_image(train / "more" / NAMES[1], 140, 210, 0)  # the same name twice: the id is the first one's whole path
+    assert read(folder).train_paths[sorted(NAMES).index(NAMES[1])] == train / NAMES[1]
 
 
 def test_real_files(real_data):

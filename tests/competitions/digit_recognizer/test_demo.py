@@ -15,7 +15,7 @@ def test_files_are_those_of_the_competition(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == set(FILES)
     for name, columns in FILES.items():
         rows = list(csv.reader((tmp_path / name).open()))
-        assert rows[0] == columns and {len(row) for row in rows} == {len(columns)}
+        assert rows[0] == list(columns) and {len(row) for row in rows} == {len(columns)}
     assert rows[1] == ["1", "0"] and rows[-1] == ["300", "0"]
     again = tmp_path / "again"
     again.mkdir()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from competitions.digit_recognizer.config import RECIPES
 from competitions.digit_recognizer.model import DigitNet
-from competitions.digit_recognizer.task import RECIPES
 
 
 def test_uint8_and_float_pixels_give_the_same_logits():

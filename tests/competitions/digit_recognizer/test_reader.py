@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import tables
 from common.errors import UserError
 from common.raw import RawData
 from competitions.digit_recognizer import reader
@@ -133,12 +134,22 @@ def test_csv_is_parsed_once_for_the_same_contents(folder, monkeypatch):
     raw = write(folder)
     first = read(raw)
     parsed = []
-    parse = reader.parse
-    monkeypatch.setattr(reader, "parse", lambda *given: parsed.append(given[0]) or parse(*given))
+    parse = tables.read
+    monkeypatch.setattr(
+        reader.tables, "read", lambda raw, name, *given, **rest: parsed.append(name) or parse(raw, name, *given, **rest)
+    )
     again = read(raw)
-    assert not parsed and np.array_equal(again.images, first.images) and again.fingerprint == first.fingerprint
+    assert (
+        parsed == ["sample_submission.csv"]
+        and np.array_equal(again.images, first.images)
+        and again.fingerprint == first.fingerprint
+    )
     changed = read(write(folder, train=cell(2, 1, 77)))
-    assert len(parsed) == 1 and changed.images[0, 0, 0, 0] == 77 and changed.fingerprint != first.fingerprint
+    assert (
+        parsed[1:] == ["train.csv", "sample_submission.csv"]
+        and changed.images[0, 0, 0, 0] == 77
+        and changed.fingerprint != first.fingerprint
+    )
 
 
 def test_folder_that_cannot_be_written_is_told_and_cached_elsewhere(folder, tmp_path, capsys, monkeypatch):
@@ -148,7 +159,8 @@ def test_folder_that_cannot_be_written_is_told_and_cached_elsewhere(folder, tmp_
     told = capsys.readouterr().out
     assert told.count("cannot be written") == 1 and "data/cache/digit_recognizer" in told
     assert len(list((tmp_path / "data/cache/digit_recognizer").glob("*.npy"))) == 2
-    monkeypatch.setattr(reader, "parse", None)  # so that the second reading must come from the cache
+    for name in ("train.csv", "test.csv"):
+        monkeypatch.setitem(reader.FILES, name, None)  # so that the second reading must come from the cache
     assert np.array_equal(read(raw).images, files.images) and not capsys.readouterr().out
 
 
@@ -158,11 +170,11 @@ def without(column: int):
 
 FAULTS = {
     "missing label": ({"train": without(0)}, ["train.csv", "missing: label"]),
-    "missing pixel": ({"train": without(5)}, ["train.csv", "783 pixel columns, expected 784", "missing: pixel4"]),
+    "missing pixel": ({"train": without(5)}, ["train.csv", "784 columns, expected 785", "missing: pixel4"]),
     "extra column": ({"test": lambda lines: [[*row, "1"] for row in lines]}, ["test.csv", "not expected: 1"]),
     "extra pixel": (
         {"test": lambda lines: [[*lines[0], "pixel784"], *([*row, 0] for row in lines[1:])]},
-        ["test.csv", "785 pixel columns, expected 784", "not expected: pixel784"],
+        ["test.csv", "785 columns, expected 784", "not expected: pixel784"],
     ),
     "labelled test": (
         {"test": lambda lines: [["label", *lines[0]], *([1, *row] for row in lines[1:])]},
@@ -176,7 +188,7 @@ FAULTS = {
     "short row": ({"train": lambda lines: [*lines[:3], lines[3][:-1], *lines[4:]]}, ["line 4 has 784 cells"]),
     "long row": ({"train": lambda lines: [*lines[:3], [*lines[3], 0], *lines[4:]]}, ["line 4 has 786 cells"]),
     "long rows": ({"test": lambda lines: [lines[0], *([*row, 0] for row in lines[1:])]}, ["line 2", "785 cells"]),
-    "blank line": ({"train": lambda lines: [*lines[:3], [], *lines[3:]]}, ["line 4", "1 cells"]),
+    "blank line": ({"train": lambda lines: [*lines[:3], [], *lines[3:]]}, ["line 4 is blank"]),
     "text": ({"train": cell(5, 13, "abc")}, ["train.csv line 5", "column pixel12", "'abc'", "0 to 255"]),
     "empty cell": ({"train": cell(5, 13, "")}, ["train.csv line 5", "column pixel12", "''"]),
     "NaN": ({"test": cell(3, 0, "nan")}, ["test.csv line 3", "column pixel0", "'nan'"]),
@@ -195,7 +207,7 @@ FAULTS = {
     "no rows": ({"train": lambda lines: lines[:1]}, ["train.csv", "no rows"]),
     "sample header": ({"sample": cell(1, 1, "Digit")}, ["missing: Label", "not expected: Digit"]),
     "sample empty": ({"sample": lambda lines: []}, ["sample_submission.csv is empty"]),
-    "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv", "there twice: 2", "missing: 3"]),
+    "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv", "line 4: ImageId '2' is there twice"]),
     "id missing": ({"sample": lambda lines: lines[:-1]}, ["sample_submission.csv", "ids 1 to 4", "missing: 4"]),
     "id unknown": ({"sample": cell(5, 0, "x4")}, ["without a row in test.csv: x4", "missing: 4"]),
     "test row missing": ({"test": lambda lines: lines[:-1]}, ["ids 1 to 3", "without a row in test.csv: 4"]),

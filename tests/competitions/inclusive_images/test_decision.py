@@ -76,7 +76,7 @@ def test_cluster_trim_equals_the_slow_loop(trim):
                 wanted.append(column)
         found = [c for c, score in zip(kept.columns[row], kept.scores[row], strict=True) if score >= 0]
         assert found == wanted
-    decided = decision.decide(
+    decided = decision.apply(
         torch.from_numpy(scores), {"rule": vars(Rule("threshold", 0.0, 0, 30, trim))}, Rule(), PRIOR, clusters
     )["labels"].numpy()
     assert max(np.bincount(clusters[row > 0]).max() for row in decided) == trim
@@ -85,24 +85,24 @@ def test_cluster_trim_equals_the_slow_loop(trim):
 def test_no_row_is_ever_empty():
     scores = torch.zeros(3, 30)
     scores[1, 7] = 0.9
-    found = decision.decide(scores, {"rule": vars(Rule("threshold", 0.5, 0, 5))}, Rule(), PRIOR, ALONE)
+    found = decision.apply(scores, {"rule": vars(Rule("threshold", 0.5, 0, 5))}, Rule(), PRIOR, ALONE)
     assert [np.flatnonzero(row).tolist() for row in found["labels"].numpy()] == [[2, 4], [7], [2, 4]]
     assert found["best"][1, 0] == 7 and found["best"].shape == (3, 5)
 
 
-def test_what_is_learnt_beats_the_default_and_says_what_it_is_worth():
+def test_what_is_tuned_beats_the_default_and_says_what_it_is_worth():
     scores, truth = scores_and_truth(800)
     skewed = scores**3  # over-cautious scores, as after a focal loss
-    found = decision.learn(skewed, truth, PRIOR, ALONE, (0,), seed=0)
+    found = decision.tune(skewed, truth, PRIOR, ALONE, (0,), seed=0)
     dense = torch.from_numpy(truth.toarray())
 
-    def mean(learnt: dict) -> float:
-        labels = decision.decide(torch.from_numpy(skewed), learnt, Rule("threshold", 0.5), PRIOR, ALONE)["labels"]
+    def mean(tuned: dict) -> float:
+        labels = decision.apply(torch.from_numpy(skewed), tuned, Rule("threshold", 0.5), PRIOR, ALONE)["labels"]
         return float(decision.f2(labels, dense).mean())
 
     assert mean(found) > mean({}) + 0.1
     assert mean(found) - 0.05 < found["score"] <= mean(found) + 1e-9
-    assert found == decision.learn(skewed, truth, PRIOR, ALONE, (0,), seed=0)
+    assert found == decision.tune(skewed, truth, PRIOR, ALONE, (0,), seed=0)
 
 
 def test_against_negatives_equals_the_loop():
@@ -132,7 +132,7 @@ def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
     for seed in range(8):
         rng = np.random.default_rng(seed)
         scores, truth = rng.random((25, 30), np.float32), csr_matrix((rng.random((25, 30)) < 0.1).astype(np.uint8))
-        found = decision.learn(scores, truth, PRIOR, ALONE, (0,), seed=0)
-        labels = decision.decide(torch.from_numpy(scores), found, Rule(), PRIOR, ALONE)["labels"]
+        found = decision.tune(scores, truth, PRIOR, ALONE, (0,), seed=0)
+        labels = decision.apply(torch.from_numpy(scores), found, Rule(), PRIOR, ALONE)["labels"]
         optimism.append(float(decision.f2(labels, torch.from_numpy(truth.toarray())).mean()) - found["score"])
     assert np.mean(optimism) > 0.01, optimism

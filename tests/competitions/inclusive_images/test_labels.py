@@ -5,6 +5,7 @@ import pytest
 
 from common.errors import UserError
 from common.raw import RawData
+from common.tables import reading
 from competitions.inclusive_images import labels
 
 CODES = "label_code\n/m/b\n/m/a\n/m/c\n/m/never\n"
@@ -60,7 +61,7 @@ def test_chunks_do_not_show(tmp_path, monkeypatch):
     raw = folder(tmp_path, train_human_labels__csv="ImageID,Source,LabelName,Confidence\n" + "\n".join(rows) + "\n")
     index = labels.read_index(raw)
     whole = labels.read_train(raw, index)
-    monkeypatch.setattr(labels, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(reading, "BYTES_AT_ONCE", 150)
     parts = labels.read_train(raw, index)
     expected = {(row.split(",")[0], row.split(",")[2]) for row in rows if row.endswith(",1")}
     place = parts.matrix.nonzero()
@@ -90,10 +91,14 @@ def test_tuning_labels_without_header(tmp_path):
         ("train_human_labels.csv", "ImageID,LabelName\na,b\n", "Confidence"),
         ("train_human_labels.csv", "ImageID,Source,LabelName,Confidence\n", "no rows"),
         ("train_human_labels.csv", "ImageID,Source,LabelName,Confidence\na,v,/m/zzz,1\n", "no row has a trainable"),
-        ("train_human_labels.csv", "ImageID,Source,LabelName,Confidence\na,v,/m/a,high\n", "cannot be read"),
-        ("classes-trainable.csv", "code\n/m/a\n", "expected 'label_code'"),
-        ("classes-trainable.csv", "label_code\n", "lists no code"),
-        ("tuning_labels.csv", "t1,/m/a\nt1,/m/b\n", "t1 is there twice"),
+        (
+            "train_human_labels.csv",
+            "ImageID,Source,LabelName,Confidence\na,v,/m/a,high\n",
+            "line 2, column Confidence: 'high'",
+        ),
+        ("classes-trainable.csv", "code\n/m/a\n", "expected label_code"),
+        ("classes-trainable.csv", "label_code\n", "has no rows"),
+        ("tuning_labels.csv", "t1,/m/a\nt1,/m/b\n", "'t1' is there twice"),
         ("tuning_labels.csv", "t1\n", "line 1"),
     ],
 )

@@ -1,10 +1,7 @@
 """The whole competition on its demo data: rows, samples, network, losses, submission, and what is refused."""
 
 import dataclasses
-import errno
-import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -19,6 +16,7 @@ from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import batch_value, kind
 from common.raw import RawData
+from common.vision import store
 from competitions.inclusive_images import dataset, decision, demo, model, plots, rows, task
 
 SMOKE = dataclasses.replace(task.RECIPES["smoke"], clusters=0)
@@ -70,7 +68,7 @@ def test_samples_and_their_targets(raw):
     files = rows.read(SMOKE, raw, lambda message: None)
     embedding = rows.embed(SMOKE, files)
     assert targets["labels"].tolist() == files.labels[3].toarray()[0].tolist()
-    assert torch.allclose(targets["embedding"], torch.from_numpy(embedding.encode(files.labels[3])[0]))
+    assert torch.allclose(targets["embedding"], torch.from_numpy(embedding.vectors[files.labels[3].indices].sum(0)))
     assert float(targets["count"]) == files.labels[3].nnz
     assert built_task.test[0][1].numel() == 0
 
@@ -111,54 +109,16 @@ def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
 
 
 def test_images_are_resized_once_up_to_a_limit(raw, monkeypatch, capsys):
-    before = built(raw)
-    expected = before.plain[0][0]
-    monkeypatch.setattr(dataset.images, "decode", lambda *_: pytest.fail("decoded again"))
+    expected = built(raw).plain[0][0]
+    monkeypatch.setattr(store, "decode", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(built(raw).plain[0][0], expected)
     monkeypatch.undo()
     capsys.readouterr()
     assert torch.equal(built(raw, cache_gb=0.0).plain[0][0], expected)
     said = capsys.readouterr().out
-    assert "the 240 labelled images are decoded at every use" in said and "the 40 test images" in said
+    assert "240 images are decoded at every use" in said and "40 images are decoded at every use" in said
     built(raw)
     assert "decoded at every use" not in capsys.readouterr().out
-
-
-def test_a_disk_too_small_for_the_resized_images_is_named_before_they_are_written(raw, tmp_path, monkeypatch):
-    """Pages of a mapped file for which there is no room kill the process, so the room is taken first."""
-    paths = sorted((raw.path / "train_images").iterdir())[:4]
-    (tmp_path / "images-old-64x64.part").write_bytes(b"left by a killed process")
-
-    def no_room(descriptor: int, offset: int, length: int) -> None:
-        assert offset == 0 and length == os.fstat(descriptor).st_size > 4 * 32 * 32 * 3
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "posix_fallocate", no_room, raising=False)
-        full.setattr(dataset.images, "decode", lambda *_: pytest.fail("decoded without room"))
-        with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
-            dataset.ImageStore(paths, (32, 32), tmp_path, "key", 1.0)
-    assert [file.name for file in tmp_path.iterdir()] == ["images.lock"]
-    dataset.ImageStore(paths, (32, 32), tmp_path, "key", 1.0)
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_several_processes_resize_once(raw, tmp_path, monkeypatch):
-    paths, decoded, decode = sorted((raw.path / "train_images").iterdir())[:4], [], dataset.images.decode
-    monkeypatch.setattr(dataset.images, "decode", lambda *what: decoded.append(what) or decode(*what))
-    with ThreadPoolExecutor() as pool:  # every opening of the lock's file is a holder of its own, as in a process
-        list(pool.map(lambda _: dataset.ImageStore(paths, (32, 32), tmp_path, "key", 1.0), range(4)))
-    assert len(decoded) == 4
-
-
-def test_an_unreadable_image_is_named(raw, tmp_path):
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"\xff\xd8no image")
-    good = next((raw.path / "train_images").iterdir())
-    found = dataset.ImageStore([good, broken], (32, 32), tmp_path, "key", 1.0)
-    assert found[0].any()
-    with pytest.raises(UserError, match="broken.jpg"):
-        found[1]
 
 
 def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replaced(raw, tmp_path):
@@ -263,6 +223,24 @@ def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_p
         model.start_from(both, tmp_path / "alone.pt")
 
 
+def test_a_last_batch_of_one_image_trains_whatever_the_backbone_normalises(raw):
+    for changes in ({"backbone": "resnest14d"}, {"backbone": "skresnet18"}, {"size": (32, 32)}):
+        network = built(raw, **changes).model().train()
+        size = changes.get("size", (64, 64))
+        network(torch.zeros(1, 3, *size, dtype=torch.uint8))["labels"].sum().backward()
+
+
+def test_the_backbone_may_start_from_a_file(raw, tmp_path):
+    first = built(raw).model()
+    checkpoint.save(tmp_path / "model.pt", {"model": first.state_dict()})
+    task_from_file = built(raw, encoder_weights=str(tmp_path / "model.pt"), seed=1)
+    network = task_from_file.model()
+    assert not torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
+    task_from_file.pretrain(network)
+    assert torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
+    assert built(raw).pretrain is None, "the competition forbade published weights"
+
+
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "ghostnet_050", "resnet18"])
 def test_heads_fit_what_the_backbone_hands_over(raw, backbone):
     """MobileNets and others have a hidden layer between `num_features` and the heads."""
@@ -304,9 +282,12 @@ def test_embedding_alone_scores_the_labels(raw):
     assert predictions.shape == (2, 23) and "labels" not in network.train()(
         torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     )
-    direction = torch.nn.functional.normalize(outputs["embedding"], dim=1)
-    wanted = (8 * direction @ network.projections.T).sigmoid()
-    assert torch.allclose(predictions, wanted)
+    embedding = rows.embed(SMOKE, rows.read(SMOKE, raw, lambda message: None))
+    for output, found in zip(outputs["embedding"].detach().double(), predictions.detach(), strict=True):
+        for label, (vector, length) in enumerate(zip(embedding.vectors, embedding.lengths, strict=True)):
+            length = max(np.linalg.norm(vector), length)  # of a label without a vector it is 0
+            near = float(output @ torch.from_numpy(vector).double()) / float(output.norm()) / length if length else 0.0
+            assert float(found[label]) == pytest.approx(1 / (1 + np.exp(-8 * near)), abs=1e-5)
     assert int(built_task.decide(predictions, {})["labels"].sum()) == 10
 
 
@@ -394,9 +375,8 @@ def test_submission_is_checked(raw, tmp_path):
     built_task = built(raw)
     scores = torch.rand(40, 23, generator=torch.Generator().manual_seed(0))
     lines = list(built_task.rows(built_task.test_ids, built_task.decide(scores, {})))
-    path = submission.write(
-        tmp_path / "a.csv", built_task.columns, lines, built_task.sample_submission(), built_task.valid, {}
-    )
+    sample = submission.Sample.of_lines(built_task.sample_submission(), "the sample")
+    path = submission.write(tmp_path / "a.csv", built_task.columns, lines, sample, built_task.valid, {})
     first = path.read_text().splitlines()
     assert first[0] == "image_id,labels" and len(first) == 41
     assert built_task.valid([""]) == "no label, which scores 0"
@@ -404,9 +384,7 @@ def test_submission_is_checked(raw, tmp_path):
     assert "twice" in built_task.valid(["/m/0s000 /m/0s000"])
     bad = [(image, "/m/odd") for image, _ in lines]
     with pytest.raises(UserError, match="/m/odd"):
-        submission.write(
-            tmp_path / "b.csv", built_task.columns, bad, built_task.sample_submission(), built_task.valid, {}
-        )
+        submission.write(tmp_path / "b.csv", built_task.columns, bad, sample, built_task.valid, {})
     assert not (tmp_path / "b.csv").exists()
 
 
@@ -449,7 +427,7 @@ def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
             next((other.path / "stage_1_test_images").iterdir()).unlink()
         except UserError as error:
             removed, words = 1, str(error)
-    assert "has no image for 1 of the 40 ids of stage_1_sample_submission.csv" in words
+    assert "stage_1_sample_submission.csv names" in words and "stage_1_test_images (1 of 40 images)" in words
     shutil.rmtree(other.path / "train_images")
     with pytest.raises(UserError, match="holds no image of the 240"):
         rows.read(SMOKE, other, said.append)

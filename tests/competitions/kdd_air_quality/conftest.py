@@ -12,7 +12,7 @@ STATIONS = (*demo.BEIJING, *demo.LONDON)
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    demo.write(folder)
+    demo.write_demo(folder)
     return folder
 
 

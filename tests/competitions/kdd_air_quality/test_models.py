@@ -13,7 +13,7 @@ from common.fit import fit
 from common.run import Run
 from competitions.kdd_air_quality import blend, boosting, features, impute, linear, metric, mlp, models
 from competitions.kdd_air_quality.backtest import periods_of
-from competitions.kdd_air_quality.config import RECIPES, checked
+from competitions.kdd_air_quality.config import RECIPES
 from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
 from competitions.kdd_air_quality.stations import Network
 
@@ -195,15 +195,12 @@ def test_each_city_has_the_windows_of_its_own_flag(observations, fitted):
     assert (golden != fibonacci).any((0, 1)).all(), "the windows show in every series"
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_network_is_trained_on_the_last_days(observations, tmp_path, monkeypatch, whole):
+def test_the_network_is_trained_on_the_last_days(observations, tmp_path, monkeypatch):
     known, tasks = observations.before(first_hour(DAYS[0])), []
-    if whole:
-        tasks.append(models.whole_task(CONFIG, known))
-    else:
-        monkeypatch.setattr("common.fit.fit", lambda task, *rest: tasks.append(task))
-        models.fit("mlp", known, CONFIG, Run(tmp_path, {}), None)
-    days = {int(name.split("/")[0]) for name, fold in zip(tasks[0].ids, tasks[0].folds, strict=True) if fold == -1}
+    monkeypatch.setattr("common.fit.fit", lambda task, *rest: tasks.append(task))
+    models.fit("mlp", known, CONFIG, Run(tmp_path, {}), None)
+    data = tasks[0].data
+    days = {int(name.split("/")[0]) for name, fold in zip(data.ids, data.folds, strict=True) if fold == -1}
     assert sorted(days) == features.training_ends(known)[-10:].tolist()
 
 
@@ -319,16 +316,16 @@ def test_the_raw_inputs_join_again_after_the_first_layer():
     assert changed.abs().sum() > 0, "the inputs get through although the first layer is dead"
 
 
-def test_windows_of_the_training_are_days_and_its_fold_is_the_held_days(observations, tmp_path):
+def test_batches_of_the_training_are_days_and_its_fold_is_the_held_days(observations, tmp_path):
     rows = network_rows(observations, [30, 31, 32, 50])
     task = mlp.task(rows, mlp.Split(np.array([30, 31, 32]), np.array([50])), 0, 8, 0.1)
     count = rows.series_count
-    plan = task.order(np.flatnonzero(task.folds != 0))(0, 0)
+    plan = task.data.order(np.flatnonzero(task.data.folds != 0))(0, 0)
     assert plan.sizes.tolist() == [count] * 3
-    for window in range(3):
-        part = plan.index[window * count : (window + 1) * count]
-        assert len({task.ids[row].split("/")[0] for row in part}) == 1
-    assert (np.flatnonzero(task.folds == 0) == np.arange(3 * count, 4 * count)).all()
+    for batch in range(3):
+        part = plan.index[batch * count : (batch + 1) * count]
+        assert len({task.data.ids[row].split("/")[0] for row in part}) == 1
+    assert (np.flatnonzero(task.data.folds == 0) == np.arange(3 * count, 4 * count)).all()
     run = Run(tmp_path, {})
     folder = fit(task, replace(CONFIG, keep="last"), run, 0, SINGLE)
     assert np.isfinite(np.load(folder / "oof.npy")).all()
@@ -433,7 +430,7 @@ def test_periods_are_refitted_and_the_first_blend_comes_from_before():
 
 def test_models_are_chosen_by_name():
     assert models.names_of(replace(CONFIG, models="boosting,medians")) == ["medians", "boosting"]
-    assert models.names_of(checked(replace(CONFIG, model="mlp"))) == ["mlp"]
+    assert models.names_of(replace(CONFIG, model="mlp")) == ["mlp"]
     for wrong in ("", "medians,forest"):
         with pytest.raises(UserError, match="medians,linear,boosting,mlp,prophet"):
             models.names_of(replace(CONFIG, models=wrong))

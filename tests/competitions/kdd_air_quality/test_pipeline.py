@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from common.cli import main
-from competitions.kdd_air_quality import demo, metric, pipeline, table
+from competitions.kdd_air_quality import blend, demo, metric, models, table
 from competitions.kdd_air_quality.origins import days_between
 from competitions.kdd_air_quality.stations import Network
 
@@ -42,7 +42,7 @@ def rows_of(path) -> list[list[str]]:
 
 
 def test_train_writes_the_day_after_the_data_end(here):
-    (path,) = (here / "submissions" / "kdd_air_quality").glob("a-2018-03-31.csv")
+    (path,) = (here / "submissions" / "kdd_air_quality").glob("a.csv")
     rows = rows_of(path)
     expected = rows_of(here / "files" / "sample_submission.csv")
     assert rows[0] == expected[0] and [row[0] for row in rows] == [row[0] for row in expected]
@@ -51,14 +51,15 @@ def test_train_writes_the_day_after_the_data_end(here):
         assert all(float(text) >= 0 for text in numbers)
     assert rows[-1][3] == ""
     origin = json.loads(path.with_suffix(".json").read_text())
-    assert origin["first_hour"] == "2018-04-01T00" and origin["official_score"] is None and "closed" in origin["submit"]
+    assert origin["first_hour"] == "2018-04-01T00" and origin["day"] == "2018-03-31" and "closed" in origin["submit"]
 
 
 def test_the_run_holds_its_scores_and_its_page(here):
     home = here / "runs" / "kdd_air_quality" / "a"
     result = json.loads((home / "result.json").read_text())
-    assert set(result["metrics"]) == {"medians", "boosting", "blend"}
-    assert result["score"] == result["metrics"]["blend"]["mean"]
+    metrics = pd.read_csv(home / "metrics.csv").set_index("model")
+    assert set(metrics.index) == {"medians", "boosting", "blend"}
+    assert result["score"] == result["metrics"]["smape"] == pytest.approx(metrics["mean"]["blend"], abs=1e-6)
     scores = pd.read_csv(home / "scores.csv")
     assert list(scores["day"]) == ["2018-03-26", "2018-03-27", "2018-03-28", "2018-03-29"]
     assert scores["blend"].mean() == pytest.approx(result["score"], abs=1e-5)
@@ -148,7 +149,7 @@ def test_one_city_alone(here, tmp_path, city, other):
     (tmp_path / "files" / "sample_submission.csv").write_text("\n".join([header, *kept]) + "\n")
     words = ["--recipe", "smoke", "--epochs", "1", "--boosting-rounds", "3", "--backtest-days", "4"]
     assert main(["train", "kdd_air_quality", *words, "--data", str(tmp_path / "files"), "--run", city]) == 0
-    rows = rows_of(here / "submissions" / "kdd_air_quality" / f"{city}-2018-03-31.csv")
+    rows = rows_of(here / "submissions" / "kdd_air_quality" / f"{city}.csv")
     assert [row[0] for row in rows[1:]] == [line.split(",")[0] for line in kept]
 
 
@@ -167,8 +168,8 @@ def test_what_is_missing_stands_beside_the_file(here, capsys):
 
 
 def test_backtest_refits_and_its_blend_is_of_the_period_before(here, observations, capsys, monkeypatch):
-    seen, blend_of = [], pipeline.fitted_blend
-    monkeypatch.setattr(pipeline, "fitted_blend", lambda *given: seen.append(given[1]) or blend_of(*given))
+    seen, blend_of = [], blend.tuned
+    monkeypatch.setattr(blend, "tuned", lambda *given: seen.append(given[1]) or blend_of(*given))
     words = ["backtest", "kdd_air_quality", *SMALL, "--data", "files", "--run", "b", "--refit-days", "3"]
     assert main([*words, "--first-day", "2018-03-20", "--last-day", "2018-03-24"]) == 0
     shown = capsys.readouterr().out
@@ -228,7 +229,7 @@ def test_held_out_days_are_over_when_the_data_end_at_noon(here):
         frame = pd.read_csv(file)
         frame[frame["time"] < "2018-03-31 12"].to_csv(file, index=False)
     assert main(["train", "kdd_air_quality", *SMALL, "--models", "medians", "--data", "files", "--run", "noon"]) == 0
-    assert (here / "submissions" / "kdd_air_quality" / "noon-2018-03-31.csv").is_file()
+    assert (here / "submissions" / "kdd_air_quality" / "noon.csv").is_file()
     scores = pd.read_csv(here / "runs" / "kdd_air_quality" / "noon" / "scores.csv")
     assert list(scores["day"]) == ["2018-03-25", "2018-03-26", "2018-03-27", "2018-03-28"]
 
@@ -236,7 +237,7 @@ def test_held_out_days_are_over_when_the_data_end_at_noon(here):
 def test_backtest_of_a_fitted_run_refuses_settings_of_another(here, capsys):
     words = ["backtest", "kdd_air_quality", "--data", "files", "--run", "a", "--first-day", "2018-03-28"]
     assert main([*words, "--model", "linear", "--refit-days", "3"]) == 1
-    assert "--models linear, --refit-days 3: runs/kdd_air_quality/a is fitted otherwise" in capsys.readouterr().err
+    assert "--model linear, --refit-days 3: runs/kdd_air_quality/a is fitted otherwise" in capsys.readouterr().err
     assert main([*words, *SMALL, "--jobs", "2"]) == 0, "its own settings and the machine's are no others"
 
 
@@ -255,16 +256,50 @@ def test_too_short_a_history_is_refused_before_anything_is_fitted(here, capsys, 
     assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
 
 
-def test_several_processes_are_refused(here, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "kdd_air_quality", *SMALL, "--data", "files"]) == 1
-    assert "NPROC=2" in (error := capsys.readouterr().err) and "--jobs 2" in error
+@pytest.mark.parametrize("verb", ["train", "backtest"])
+@pytest.mark.parametrize(
+    "words",
+    ["--fold 1", "--folds 3", "--batch-size 64", "--keep best", "--patience 2 --keep best", "--evaluate-every 2"]
+    + ["--tta 0", "--channels-last", "--bad-images skip"],
+)
+def test_flags_that_would_do_nothing_are_refused(here, capsys, verb, words):
+    assert main([verb, "kdd_air_quality", *SMALL, "--data", "files", *words.split()]) == 1
+    error = capsys.readouterr().err
+    assert any(word in error for word in words.split() if word.startswith("--")) and "Leave this flag out" in error
     assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_is_fitted(here, monkeypatch, capsys):
+    fit, fitted = models.fit, []
+
+    def stopped(name, *given):
+        if name == "boosting":
+            raise KeyboardInterrupt
+        fit(name, *given)
+
+    words = ["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "again"]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "fit", stopped)
+        assert main(words) == 130
+    monkeypatch.setattr(models, "fit", lambda name, *given: fitted.append((name, given[3])) or fit(name, *given))
+    assert main(words) == 0
+    assert fitted == [("boosting", 0), ("medians", None), ("boosting", None)]
+    assert "resuming" in capsys.readouterr().out
+    folder = here / "submissions" / "kdd_air_quality"
+    assert (folder / "again.csv").read_bytes() == (folder / "a.csv").read_bytes()
+
+
+def test_what_train_and_predict_write_is_the_same(here, capsys):
+    assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "files"]) == 0
+    shown = capsys.readouterr().out
+    assert "no submission" not in shown and shown.count("submission: ") == 1
+    folder = here / "submissions" / "kdd_air_quality"
+    assert (folder / "a-2018-03-31.csv").read_bytes() == (folder / "a.csv").read_bytes()
 
 
 def test_a_finished_run_is_not_trained_again(here, capsys):
     assert main(["train", "kdd_air_quality", *SMALL, "--data", "files", "--run", "a"]) == 0
-    assert "nothing to train" in capsys.readouterr().out
+    assert "only predicting" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -300,9 +335,9 @@ def test_bad_input_is_one_line_and_no_csv(here, capsys, words, message):
 
 def test_check_reads_the_files(here, capsys):
     assert main(["check", "kdd_air_quality", "--recipe", "smoke", "--data", "files"]) == 0
-    assert "was read and is in order" in capsys.readouterr().out
+    assert "is in order" in capsys.readouterr().out
 
 
 def test_131_series_make_2304_rows():
     lines = ["test_id,PM2.5,PM10,O3", *(f"{name}#{hour},0,0,0" for name in Network().stations for hour in range(48))]
-    assert len(list(table.rows(lines, np.ones((48, 131)), Network()))) == 2304
+    assert len(list(table.csv_rows(table.asked_by(lines, "all"), np.ones((48, 131)), Network()))) == 2304

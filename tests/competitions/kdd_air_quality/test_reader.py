@@ -1,5 +1,6 @@
 """The reader: every layout, both spellings, duplicates, negative values, and what it says about odd files."""
 
+import csv
 import shutil
 
 import numpy as np
@@ -132,6 +133,104 @@ def test_values_that_are_no_numbers_are_named(files):
     (warning,) = load(files).warnings
     count, example = frame["PM10"].notna().sum(), texts[frame["PM10"].notna()].iloc[0].replace(".", ",")
     assert f"{HISTORY}: {count} values of PM10 are no numbers" in warning and repr(example) in warning
+
+
+@pytest.mark.parametrize("sentinel", [-999, -200, 9999, -1])
+@pytest.mark.parametrize("name", [HISTORY, LONDON])
+def test_numbers_for_missing_values_are_missing(files, name, sentinel):
+    expected = load(files)
+    frame = pd.read_csv(files / name)
+    columns = [column for column in frame if "PM" in column or column in ("O3", "CO", "NO2", "SO2")]
+    count = int(frame[columns].isna().sum().sum())
+    frame.fillna(dict.fromkeys(columns, sentinel)).to_csv(files / name, index=False)
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected.values)
+    (warning,) = observations.warnings
+    assert f"{name}: {count} values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+
+
+def test_numbers_for_missing_values_in_the_archive_of_series(tmp_path):
+    head = ["@attribute station string", "@attribute air_quality_measurement string", "@attribute start_timestamp date"]
+    lines = [f"{station}:PM2.5:2018-01-01 00-00-00:5,-999,-0.4,9999,?,7" for station in ("dongsi_aq", "CD1")]
+    (tmp_path / "kdd.tsf").write_text("\n".join([*head, "@data", *lines]))
+    observations = load(tmp_path, ("dongsi_aq", "CD1"))
+    expected = np.float32([5, np.nan, -0.4, np.nan, np.nan, 7])
+    np.testing.assert_array_equal(observations.values[:, 1, 0], expected)
+    assert any(
+        "kdd.tsf: 4 values count as missing" in text and "-999 (2 times)" in text for text in observations.warnings
+    )
+
+
+@pytest.mark.parametrize("text", ["inf", "-Infinity", "1e999"])
+def test_what_is_not_finite_is_missing_and_named(files, text):
+    frame = pd.read_csv(files / HISTORY, dtype=str)
+    row = frame[~frame.duplicated(["stationId", "utc_time"], keep=False)].dropna().index[7]
+    frame.loc[row, "O3"] = text
+    frame.to_csv(files / HISTORY, index=False)
+    observations = load(files)
+    (warning,) = observations.warnings
+    assert f"{HISTORY}: 1 values of O3 are no numbers and count as missing" in warning
+    assert np.isnan(value(observations, frame["stationId"][row], frame["utc_time"][row], 2))
+
+
+@pytest.mark.parametrize("name", [HISTORY, LONDON, "bj_aq_2018.csv"])
+def test_a_comma_at_the_end_of_every_row_shifts_nothing(files, name):
+    expected = load(files)
+    header, *rows = (files / name).read_text().splitlines()
+    (files / name).write_text("\n".join([header, *(f"{row}," for row in rows)]) + "\n")
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected.values)
+    assert not observations.warnings
+    (files / name).write_text("\n".join([header, *(f"{row},1" for row in rows)]) + "\n")
+    cells = len(header.split(","))
+    (warning,) = load(files).warnings
+    assert f"{name} was not read" in warning and f"line 2 has {cells + 1} cells, expected {cells}" in warning
+
+
+def test_quotes_around_everything(files):
+    expected = load(files)
+    for name in (HISTORY, LONDON):
+        pd.read_csv(files / name, dtype=str).to_csv(files / name, index=False, quoting=csv.QUOTE_ALL)
+    np.testing.assert_array_equal(load(files).values, expected.values)
+
+
+def test_a_day_without_hours_does_not_become_its_midnight(files):
+    expected = load(files)
+    frame = pd.read_csv(files / LONDON)
+    hours = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed")
+    rows = hours[hours.dt.floor("D") == "2018-01-20"].index
+    frame.loc[rows, "MeasurementDateGMT"] = "2018/1/20"
+    frame.to_csv(files / LONDON, index=False)
+    observations = load(files)
+    (warning,) = observations.warnings
+    assert f"{LONDON}: {len(rows)} rows are left out, their time has no hour, such as '2018/1/20'" in warning
+    day = int((np.datetime64("2018-01-20T00") - observations.start) / HOUR)
+    london = [observations.network.stations.index(name) for name in demo.LONDON]
+    assert np.isnan(observations.values[day : day + 24, london]).all()
+    changed = observations.values != expected.values
+    assert not (changed & ~np.isnan(expected.values) & ~np.isnan(observations.values)).any()
+
+
+def test_a_table_of_days_is_left_out(files):
+    expected = load(files)
+    (files / "zz_days.csv").write_text("stationId,utc_time,PM2.5\ndongsi_aq,2018-02-01,77\ndongsi_aq,2018-02-02,77\n")
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected.values)
+    assert "zz_days.csv: 2 rows are left out, their time has no hour" in observations.warnings[0]
+
+
+@pytest.mark.parametrize("layout", ["%Y-%m-%d", "%d %B %Y", "%d/%m/%Y"])
+def test_midnight_written_as_a_date_alone_is_midnight(files, layout):
+    """As R writes it, beside the other hours of the day; the same row twice is still one."""
+    expected = load(files)
+    frame = pd.read_csv(files / LONDON)
+    hours = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed")
+    texts = hours.dt.strftime(f"{layout} %H:%M").where(hours.dt.hour != 0, hours.dt.strftime(layout))
+    frame = frame.drop(columns=frame.columns[0]).assign(MeasurementDateGMT=texts)
+    pd.concat([frame, frame[hours.dt.hour == 0].iloc[:9]]).to_csv(files / LONDON, index=False)
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected.values)
+    assert not observations.warnings
 
 
 def test_series_of_something_else_are_named(files):
@@ -314,24 +413,36 @@ class TestTable:
     def test_both_spellings_keep_their_ids_and_order(self, real_data):
         for name in ("sample_submission.csv", "sample_submission_short_ids.csv"):
             lines = (real_data / "kdd_cup_2018" / name).read_text().splitlines()
-            assert table.stations_of(lines) == Network().stations
+            asked = table.asked_by(lines, name)
+            assert asked.network == Network()
             forecast = np.arange(48 * 131, dtype=float).reshape(48, 131)
-            rows = list(table.rows(lines, forecast, Network()))
+            rows = list(table.csv_rows(asked, forecast, Network()))
             assert [row[0] for row in rows] == [line.split(",")[0] for line in lines[1:]] and len(rows) == 2304
             assert rows[0][1:] == ["0.0000", "1.0000", "2.0000"]
             assert rows[-1][1:3] == [f"{48 * 131 - 2}.0000", f"{48 * 131 - 1}.0000"]
             assert rows[-1][3] == lines[-1].split(",")[3]
 
     def test_the_standard_sample_without_a_file(self, tmp_path):
-        lines = table.sample_lines(RawData(tmp_path, "kdd_air_quality"))
-        assert len(lines) == 2305 and lines[1] == "dongsi_aq#0,0,0,0" and lines[-1] == "TH4#47,0,0,"
+        rows = table.asked(RawData(tmp_path, "kdd_air_quality")).rows
+        assert len(rows) == 2304 and rows[0] == ["dongsi_aq#0", "0", "0", "0"] and rows[-1] == ["TH4#47", "0", "0", ""]
+
+    @pytest.mark.parametrize(
+        "name", ["Sample_Submission.csv", "SAMPLE_SUBMISSION.CSV", "2018/sample_submission_v2.csv"]
+    )
+    def test_the_sample_in_another_case_is_the_sample(self, tmp_path, name):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("test_id,PM2.5,PM10,O3\nCD1#0,0,0,\n")
+        assert table.asked(RawData(tmp_path, "kdd_air_quality")).sample.ids == ("CD1#0",)
+        (tmp_path / "sample_submission.csv").write_text("test_id,PM2.5,PM10,O3\nBL0#0,0,0,\n")
+        if name != "Sample_Submission.csv":
+            assert table.asked(RawData(tmp_path, "kdd_air_quality")).sample.ids == ("BL0#0",)
 
     def test_ids_are_joined_by_name_not_by_place(self):
         lines = ["test_id,PM2.5,PM10,O3", "CD1#1,0,0,", "dongsi_aq#0,0,0,0"]
-        network = Network(table.stations_of(lines))
-        assert network.stations == ("dongsi_aq", "CD1"), "the order of the series is not the sample's"
+        asked = table.asked_by(lines, "sample.csv")
+        assert asked.network.stations == ("dongsi_aq", "CD1"), "the order of the series is not the sample's"
         forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # dongsi PM2.5, PM10, O3, CD1 PM2.5, PM10
-        assert list(table.rows(lines, forecast, network)) == [
+        assert list(table.csv_rows(asked, forecast, asked.network)) == [
             ["CD1#1", "8.0000", "9.0000", ""],
             ["dongsi_aq#0", "0.0000", "1.0000", "2.0000"],
         ]
@@ -339,16 +450,16 @@ class TestTable:
     @pytest.mark.parametrize("line", ["nowhere_aq#1,0,0,0", "CD1#48,0,0,0", "CD1,0,0,0"])
     def test_other_ids_are_refused(self, line):
         with pytest.raises(UserError, match="expected a station"):
-            table.stations_of(["test_id,PM2.5,PM10,O3", line])
+            table.asked_by(["test_id,PM2.5,PM10,O3", line], "sample.csv")
 
     @pytest.mark.parametrize(
         "lines, fault",
         [
-            ([], "a header and no ids"),
-            (["CD1#0"], "the row 'CD1#0': expected 4 values"),
-            (["CD1#0,0,0"], "expected 4 values"),
-            (["   "], "expected 4 values"),
-            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is there twice"),
+            ([], "a header and no rows"),
+            (["CD1#0"], "line 2: 1 values, expected 4"),
+            (["CD1#0,0,0"], "line 2: 3 values, expected 4"),
+            (["   "], "line 2: 1 values, expected 4"),
+            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is there twice, first in line 2"),
             (["CD1#0,0,0,nan"], "id CD1#0 has the value 0.0000,0.0000,nan"),
             (["CD1#0,0,0,-1"], "O3 is -1, expected 0 or more"),
             (["CD1#0,0,0,none"], "O3 is 'none', expected a number"),
@@ -356,18 +467,18 @@ class TestTable:
     )
     def test_what_no_submission_could_follow_is_refused(self, lines, fault):
         with pytest.raises(UserError) as caught:
-            table.stations_of(["test_id,PM2.5,PM10,O3", *lines])
+            table.asked_by(["test_id,PM2.5,PM10,O3", *lines], "sample.csv")
         assert fault in str(caught.value)
 
     @pytest.mark.parametrize("header", ["", "id,PM2.5,PM10,O3", "test_id,PM2.5,PM10,O3 "])
     def test_other_headers_are_refused(self, header):
-        with pytest.raises(UserError, match="expected test_id,PM2.5,PM10,O3"):
-            table.stations_of([header, "CD1#0,0,0,"])
+        with pytest.raises(UserError, match="expected test_id,PM2.5,PM10,O3|line 2: the header is 'CD1#0,0,0,'"):
+            table.asked_by([header, "CD1#0,0,0,"], "sample.csv")
 
     def test_quotes_and_blank_lines_are_those_of_any_csv(self):
         lines = ['"test_id","PM2.5","PM10","O3"', "", '"CD1#7","0","0",""', ""]
-        network = Network(table.stations_of(lines))
-        assert list(table.rows(lines, np.ones((48, 2)), network)) == [["CD1#7", "1.0000", "1.0000", ""]]
+        asked = table.asked_by(lines, "sample.csv")
+        assert list(table.csv_rows(asked, np.ones((48, 2)), asked.network)) == [["CD1#7", "1.0000", "1.0000", ""]]
 
     @pytest.mark.parametrize(
         "values, fault",

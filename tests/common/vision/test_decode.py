@@ -1,11 +1,13 @@
 import pickle
+import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 
-from common.errors import UserError
-from common.loading.images import BadImage, check_folder, decode, find_bad
+from common.errors import BadImage
+from common.vision.decode import decode
 
 HEIGHT, WIDTH = 140, 210
 
@@ -56,7 +58,7 @@ def test_colours_and_sizes(tmp_path, picture, jpeg, png):
     (tmp_path / "a.jpg").write_bytes(jpeg)
     np.testing.assert_array_equal(decode(tmp_path / "a.png"), picture)
     assert np.abs(decode(tmp_path / "a.jpg").astype(int) - picture).mean() < 6
-    assert decode(tmp_path / "a.jpg", gray=True).shape == (HEIGHT, WIDTH)
+    assert decode((tmp_path / "a.jpg",)).shape == (HEIGHT, WIDTH, 1)
     assert decode(tmp_path / "a.png", size=(300, 400)).shape == (300, 400, 3)
 
 
@@ -64,10 +66,11 @@ def test_colours_and_sizes(tmp_path, picture, jpeg, png):
 @pytest.mark.parametrize("gray", [False, True])
 def test_reduced_decoding_is_the_full_one_resized(tmp_path, jpeg, size, gray):
     (tmp_path / "a.jpg").write_bytes(jpeg)
-    full = decode(tmp_path / "a.jpg", gray=gray)
-    expected = cv2.resize(full, size[::-1], interpolation=cv2.INTER_AREA).astype(int)
-    found = decode(tmp_path / "a.jpg", size, gray)
-    assert found.shape[:2] == size and found.dtype == np.uint8
+    image = (tmp_path / "a.jpg",) if gray else tmp_path / "a.jpg"
+    full = decode(image)
+    expected = cv2.resize(full, size[::-1], interpolation=cv2.INTER_AREA).reshape(*size, -1).astype(int)
+    found = decode(image, size)
+    assert found.shape == (*size, 1 if gray else 3) and found.dtype == np.uint8
     assert np.abs(found - expected).mean() < 4
 
 
@@ -114,23 +117,83 @@ def test_the_error_crosses_processes_whole():
     assert str(error).startswith("image a.jpg (row 7) is empty")
 
 
-def test_the_folder_check_finds_every_bad_file(tmp_path, jpeg, png, capsys):
-    paths = [tmp_path / f"{row}.jpg" for row in range(30)]
-    for path in paths:
-        path.write_bytes(jpeg)
-    paths[3].write_bytes(jpeg[:-500])
-    paths[11].write_bytes(jpeg[: len(jpeg) // 2] + b"\xff\xd9")  # ends as it should, and half of it is grey
-    paths[20].unlink()
-    assert [error.row for error in find_bad(paths, show=False)] == [3, 11, 20]
-    with pytest.raises(UserError, match=r"3 of 30 images cannot be read: .*3.jpg \(row 3\) is truncated.*"):
-        check_folder(paths)
-    assert "30/30" in capsys.readouterr().err
-    check_folder(paths[4:11], show=False)
-
-
 def test_an_image_is_never_decoded_smaller_than_asked(tmp_path, monkeypatch):
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((160, 800, 3), np.uint8))
     seen, resize = [], cv2.resize
     monkeypatch.setattr(cv2, "resize", lambda image, *a, **k: seen.append(image.shape[:2]) or resize(image, *a, **k))
     decode(tmp_path / "a.jpg", (150, 100))
     assert seen == [(160, 800)]
+
+
+def png_of(width: int, height: int, bits: int, color: int, body: bytes) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [None, (20, 30)])
+def test_a_header_of_more_pixels_than_a_decoder_takes_is_a_bad_image(tmp_path, jpeg, size):
+    (tmp_path / "a.png").write_bytes(png_of(40000, 40000, 1, 0, b"\0" * 5001))
+    place = jpeg.find(b"\xff\xc0") + 5
+    (tmp_path / "a.jpg").write_bytes(jpeg[:place] + struct.pack(">HH", 65000, 65000) + jpeg[place + 4 :])
+    for name in ("a.png", "a.jpg"):
+        with pytest.raises(BadImage, match=f"{name} (cannot be decoded|is truncated)") as caught:
+            decode(tmp_path / name, size)
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path, jpeg, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    for error in (ValueError("odd\nbytes"), MemoryError(), RuntimeError(), cv2.error("no codec")):
+
+        def fails(data, flags, error=error):
+            raise error
+
+        monkeypatch.setattr(cv2, "imdecode", fails)
+        with pytest.raises(BadImage, match="a.jpg cannot be decoded"):
+            decode(tmp_path / "a.jpg")
+
+
+def test_names_that_lead_nowhere_are_named(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "b.jpg")
+    for name in ("a.jpg", "b.jpg", "zero\0byte.jpg"):
+        with pytest.raises(BadImage, match="cannot be opened"):
+            decode(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_sixteen_bits_become_eight(tmp_path, ending):
+    deep = np.random.default_rng(0).integers(0, 2**16, (12, 17, 3), np.uint16)
+    cv2.imwrite(str(tmp_path / f"a{ending}"), deep[..., ::-1])
+    cv2.imwrite(str(tmp_path / f"grey{ending}"), deep[..., 0])
+    for name, wanted in (("a", deep), ("grey", np.repeat(deep[..., :1], 3, axis=2))):
+        assert np.abs(decode(tmp_path / f"{name}{ending}") - wanted / 257).max() <= 1  # cut or rounded, by the format
+    cv2.imwrite(str(tmp_path / "float.tif"), np.zeros((8, 8), np.float32))
+    with pytest.raises(BadImage, match="not an image of 8 or 16 bits"):
+        decode(tmp_path / "float.tif")
+
+
+def test_transparency_is_dropped(tmp_path, picture):
+    alpha = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 1), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), np.concatenate((picture[..., ::-1], alpha), 2))
+    assert np.array_equal(decode(tmp_path / "a.png"), picture)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_files_of_one_channel_each_are_stacked(tmp_path, depth):
+    planes = np.random.default_rng(0).integers(0, 2**depth, (4, 20, 30), np.uint8 if depth == 8 else np.uint16)
+    paths = tuple(tmp_path / f"x_{colour}.png" for colour in ("red", "green", "blue", "yellow"))
+    for path, plane in zip(paths, planes, strict=True):
+        cv2.imwrite(str(path), plane)
+    found = decode(paths)
+    assert found.dtype == np.uint8 and np.array_equal(found, (planes >> (depth - 8)).transpose(1, 2, 0))
+    assert decode(paths, (10, 10)).shape == (10, 10, 4)
+    cv2.imwrite(str(paths[2]), planes[2, :10])
+    with pytest.raises(BadImage, match="x_blue.png has 10x30 pixels, and x_red.png of the same image 20x30"):
+        decode(paths)
+    paths[3].unlink()
+    with pytest.raises(BadImage, match="x_yellow.png cannot be opened"):
+        decode(paths)

@@ -1,0 +1,71 @@
+"""A competition's folder: its light config.py at once, its task.py and demo.py when they are needed."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from common.config import Config
+from common.errors import UserError
+from common.kaggle.source import Source
+
+if TYPE_CHECKING:  # needs torch, and --help does not
+    from common.raw import RawData
+    from common.task import Task
+
+COMPETITIONS = Path(__file__).parents[1] / "competitions"
+
+
+@dataclass(frozen=True)
+class Competition:
+    """What common.task says a folder has. `config` is the folder's config module; the others are imported on use."""
+
+    name: str
+    config: ModuleType
+
+    @property
+    def recipes(self) -> dict[str, Config]:
+        return self.config.RECIPES
+
+    @property
+    def source(self) -> Source:
+        return self.config.SOURCE
+
+    @property
+    def config_class(self) -> type[Config]:
+        return type(self.recipes["default"])
+
+    @property
+    def verbs(self) -> dict[str, Callable[[str, list[str]], None]]:
+        return getattr(self.config, "VERBS", {})
+
+    def build(self, config: Config, raw: "RawData", log: Callable[[str], Any]) -> "Task":
+        return importlib.import_module(f"competitions.{self.name}.task").build(config, raw, log)
+
+    def write_demo(self, folder: Path) -> None:
+        importlib.import_module(f"competitions.{self.name}.demo").write_demo(folder)
+
+
+def names() -> list[str]:
+    return sorted(file.parent.name for file in COMPETITIONS.glob("*/config.py"))
+
+
+def load(name: str) -> Competition:
+    """The competition of that name; importing it costs no torch."""
+    return Competition(name, importlib.import_module(f"competitions.{name}.config"))
+
+
+def known(name: str, verb: str) -> str:
+    """`name` if it is a competition; raises UserError listing them all, or naming the nearest."""
+    there = names()
+    if name in there:
+        return name
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.4)
+    what = f"COMP={name} is not a competition." if name else "COMP= is missing."
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(
+        f"{what}{hint} There are: {', '.join(there)}. Try: make {verb} COMP={near[0] if near else there[0]}"
+    )

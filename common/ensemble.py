@@ -1,0 +1,301 @@
+"""Blends of runs: how they are combined is chosen on out-of-fold predictions, and what that gains is told honestly.
+
+    members  [runs, m, ...]   out-of-fold predictions of every run for the same m rows, averaged as they are kept
+    parts    [m]              the fold of every row: what is chosen without a part's rows is scored on them
+    objective(predictions [n, ...], rows [n]) -> float, larger is better: `maximise` makes one of a metric
+    choose(members [runs, n, ...], rows [n]) -> fitted, and fitted(members [runs, k, ...]) -> predictions [k, ...]
+
+    blend = nested(members, parts, hill_climbing(objective), objective)
+    test = blend.fitted(test_members)
+
+The ways to choose: `equal`, `hill_climbing`, `optimum`, `least_squares`, `per_class` of one of these, and `stacked`.
+Means are taken in a space: PLAIN, RANKS, or power(p), whose p=0 is the geometric mean.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from common.batch import Tree, map_tree
+from common.errors import UserError
+from common.metrics import Metric
+
+Objective = Callable[[np.ndarray, np.ndarray], float]
+Fitted = Callable[[np.ndarray], np.ndarray]
+Choose = Callable[[np.ndarray, np.ndarray], Fitted]
+SMALLEST = 1e-15  # of what logarithms and negative powers are taken
+CORRELATED = 1_000_000  # numbers of each run that correlations are taken of
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where means are taken: `there` maps the members [runs, n, ...], `back` a mean [n, ...] of them."""
+
+    there: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def _ranks(members: np.ndarray) -> np.ndarray:
+    """Average ranks from 0 to 1 among the rows, every run and column on its own."""
+    from scipy.stats import rankdata
+
+    return (rankdata(members, axis=1) / members.shape[1]).astype(np.float32)
+
+
+PLAIN = Space(_same, _same)
+RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are those among the rows predicted together
+
+
+def power(exponent: float) -> Space:
+    """The mean of powers of predictions that are not negative: 1 is the plain mean, 0 geometric, -1 harmonic."""
+    if exponent == 0:
+        return Space(lambda x: np.log(np.maximum(x, SMALLEST)), np.exp)
+    least = SMALLEST if exponent < 0 else 0.0
+    return Space(lambda x: np.maximum(x, least) ** exponent, lambda x: x ** (1 / exponent))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The mean with `weights` [runs], of sum 1, in a space."""
+
+    weights: np.ndarray
+    space: Space = PLAIN
+
+    def __call__(self, members: np.ndarray) -> np.ndarray:
+        return self.space.back(_mean(self.space.there(members), self.weights))
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """Each class, the axis after the rows, by a way of its own."""
+
+    fitted: tuple[Weighted, ...]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[runs, C]"""
+        return np.stack([one.weights for one in self.fitted], axis=1)
+
+    def __call__(self, members: np.ndarray) -> np.ndarray:
+        return np.stack([one(members[:, :, label]) for label, one in enumerate(self.fitted)], axis=1)
+
+
+def _mean(members: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    total = np.zeros(members.shape[1:], members.dtype)
+    for member, weight in zip(members, weights.tolist(), strict=True):
+        if weight:
+            total += weight * member
+    return total
+
+
+def maximise(metric: Metric, targets: Tree, decide: Callable[[np.ndarray], Any] = _same) -> Objective:
+    """The metric as what grows: of decide(predictions), against `targets`, a tree of arrays or tensors [m, ...].
+
+    What has no score counts as the worst.
+    """
+
+    def objective(predictions: np.ndarray, rows: np.ndarray) -> float:
+        score = metric.sign * metric.score(decide(predictions), _rows_of(targets, rows))
+        return -math.inf if math.isnan(score) else score
+
+    return objective
+
+
+def _rows_of(tree: Any, rows: np.ndarray) -> Any:
+    if isinstance(tree, np.ndarray):
+        return tree[rows]
+    if isinstance(tree, dict):
+        return {key: _rows_of(value, rows) for key, value in tree.items()}
+    return (
+        tuple(_rows_of(value, rows) for value in tree) if isinstance(tree, tuple) else map_tree(lambda x: x[rows], tree)
+    )
+
+
+def equal(space: Space = PLAIN) -> Choose:
+    """The plain mean in a space: nothing is chosen."""
+    return lambda members, rows: Weighted(np.full(len(members), 1 / len(members)), space)
+
+
+def hill_climbing(objective: Objective, space: Space = PLAIN, rounds: int = 50, patience: int = 5) -> Choose:
+    """Ensemble selection with replacement (Caruana and others, ICML 2004).
+
+    From nothing, the run whose addition to the mean scores best is added again and again; the best of these means is
+    kept. It ends after `rounds`, or when none of `patience` rounds was better.
+    """
+
+    def choose(members: np.ndarray, rows: np.ndarray) -> Weighted:
+        members = space.there(members)
+        total, counts = np.zeros_like(members[0]), np.zeros(len(members))
+        best, kept, since = -math.inf, None, 0
+        for size in range(1, rounds + 1):
+            scores = [objective(space.back((total + member) / size), rows) for member in members]
+            chosen = int(np.argmax(scores))
+            total += members[chosen]
+            counts[chosen] += 1
+            since += 1
+            if kept is None or scores[chosen] > best:
+                best, kept, since = scores[chosen], counts.copy(), 0
+            if since == patience:
+                break
+        return Weighted(kept / kept.sum(), space)
+
+    return choose
+
+
+def optimum(objective: Objective, space: Space = PLAIN, calls: int = 30) -> Choose:
+    """The weights with the best objective, by Nelder and Mead's search from equal ones; `calls` for every run.
+
+    It needs an objective without steps; of accuracy it finds less than hill climbing does.
+    """
+
+    def choose(members: np.ndarray, rows: np.ndarray) -> Weighted:
+        from scipy.optimize import minimize
+
+        members = space.there(members)
+
+        def weights_of(free: np.ndarray) -> np.ndarray:
+            weights = np.exp(np.append(free, 0.0) - max(free.max(initial=0.0), 0.0))
+            return weights / weights.sum()
+
+        start = np.zeros(len(members) - 1)
+        if not len(start):
+            return Weighted(np.ones(1), space)
+        found = minimize(
+            lambda free: -objective(space.back(_mean(members, weights_of(free))), rows),
+            start,
+            method="Nelder-Mead",
+            options={
+                "initial_simplex": np.vstack([start, np.eye(len(start))]),
+                "maxfev": calls * len(members),
+                "xatol": 0.01,
+                "fatol": math.inf,
+            },
+        )
+        return Weighted(weights_of(found.x), space)
+
+    return choose
+
+
+def least_squares(targets: np.ndarray) -> Choose:
+    """Non-negative weights of least squared error, scaled to sum 1.
+
+    `targets` [m, ...] have the shape of one run's predictions, or are class numbers [m] of predictions [m, C].
+    """
+
+    def choose(members: np.ndarray, rows: np.ndarray) -> Weighted:
+        from scipy.optimize import nnls
+
+        truth = np.asarray(targets)[rows]
+        if members.ndim == truth.ndim + 2:
+            truth = truth[:, None] == np.arange(members.shape[2])
+        if members.shape[1:] != truth.shape:
+            raise UserError(f"least squares: predictions {members.shape[1:]} do not fit targets {truth.shape}")
+        flat, wanted = members.reshape(len(members), -1).astype(np.float64), truth.reshape(-1).astype(np.float64)
+        known = ~np.isnan(wanted)
+        orthogonal, triangle = np.linalg.qr(flat[:, known].T)
+        weights, _ = nnls(triangle, orthogonal.T @ wanted[known])
+        if not weights.any():
+            raise UserError("least squares: no run has a positive weight, they predict the opposite: leave them out")
+        return Weighted(weights / weights.sum())
+
+    return choose
+
+
+def per_class(choose_of: Callable[[int], Choose]) -> Choose:
+    """Every class, the axis after the rows, on its own: choose_of(c) gets members [runs, n, ...] of class c."""
+
+    def choose(members: np.ndarray, rows: np.ndarray) -> ByClass:
+        return ByClass(tuple(choose_of(c)(members[:, :, c], rows) for c in range(members.shape[2])))
+
+    return choose
+
+
+def stacked(model: Any, targets: np.ndarray) -> Choose:
+    """A scikit-learn model on the predictions of all runs side by side: Ridge(), or LogisticRegression() for classes.
+
+    `targets` [m] or [m, T] are what it is fitted to; class numbers must occur in every part.
+    """
+
+    def features(members: np.ndarray) -> np.ndarray:
+        return np.moveaxis(members, 0, 1).reshape(members.shape[1], -1)
+
+    def choose(members: np.ndarray, rows: np.ndarray) -> Fitted:
+        from sklearn.base import clone
+
+        fitted = clone(model).fit(features(members), np.asarray(targets)[rows])
+        predict = getattr(fitted, "predict_proba", fitted.predict)
+        return lambda others: predict(features(others)).reshape(others.shape[1:])
+
+    return choose
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A way to combine runs, and what it is worth; scores are those of the objective."""
+
+    fitted: Fitted  # chosen on all rows: for the test rows
+    predictions: np.ndarray  # [m, ...] of rows that had no part in choosing: tune and score these
+    score: float  # of `predictions`
+    mean: float  # of the plain mean of the runs
+    members: np.ndarray  # [runs], of each alone
+    without: np.ndarray | None  # [runs] `score` of the blend that never had the run: what leaving it out costs
+    correlation: np.ndarray  # [runs, runs] of the runs' predictions
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """[runs], or [runs, C] of each class; None of a stack."""
+        return getattr(self.fitted, "weights", None)
+
+
+def nested(
+    members: np.ndarray, parts: np.ndarray, choose: Choose, objective: Objective, leave_out: bool = True
+) -> Blend:
+    """Choose how to combine `members` [runs, m, ...], and score that by parts that had no part in choosing.
+
+    Raises UserError for fewer than two runs or parts, or predictions that are not finite.
+    """
+    parts, rows = np.asarray(parts), np.arange(members.shape[1])
+    if len(members) < 2:
+        raise UserError("a blend needs two runs or more: name them with RUN=one,two")
+    if len(np.unique(parts)) < 2:
+        raise UserError(
+            "a blend is scored on folds that had no part in choosing its weights, and these runs hold out a single "
+            "one: train them with --fold all"
+        )
+    if parts.shape != rows.shape or not np.isfinite(members).all():
+        raise UserError(
+            f"a blend of {members.shape} with folds of {parts.shape} rows: expected finite [runs, rows, ...]"
+        )
+    predictions = _by_parts(members, parts, choose)
+    score = partial(objective, rows=rows)
+    without = None
+    if leave_out:
+        rest = (np.delete(members, run, axis=0) for run in range(len(members)))
+        without = np.array([score(_by_parts(others, parts, choose)) for others in rest])
+    flat = members.reshape(len(members), -1)
+    return Blend(
+        choose(members, rows),
+        predictions,
+        score(predictions),
+        score(equal()(members, rows)(members)),
+        np.array([score(member) for member in members]),
+        without,
+        np.corrcoef(flat[:, :: max(1, flat.shape[1] // CORRELATED)]),
+    )
+
+
+def _by_parts(members: np.ndarray, parts: np.ndarray, choose: Choose) -> np.ndarray:
+    """Predictions [m, ...] of every part by what was chosen on the others."""
+    result = np.empty(members.shape[1:], np.result_type(members, np.float32))
+    for part in np.unique(parts):
+        held = parts == part
+        result[held] = choose(members[:, ~held], np.flatnonzero(~held))(members[:, held])
+    return result

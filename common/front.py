@@ -1,0 +1,101 @@
+"""The door from make: its variables come by the environment, where neither make nor a shell reads them again.
+
+python -m common.front --check TARGET ...    before anything is installed: the targets, their variables, COMP
+python -m common.front TARGET                becomes the target's command, under torchrun with NPROC or NNODES
+python -m common.front --recipes             every competition's recipes, for make help
+"""
+
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from common import cli
+from common import competition as competitions
+from common.errors import UserError
+
+FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME")  # DATA=x is --data x
+PROCESSES = ("NPROC", "NNODES", "MASTER")
+ALWAYS = ("ARGS", "PYTHON")
+TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition
+BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("[!_]*.py"))
+
+
+def check(target: str, given: Mapping[str, str]) -> None:
+    """Raises UserError for a variable that the target does not take, or a COMP that is none or has no such target."""
+    comp, names = given.get("COMP", ""), given.get("GIVEN", "").split()
+    known = ("COMP", *FLAGS, *PROCESSES, "BENCH", *ALWAYS)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            flag = f"--{name.lower().replace('_', '-')} {shlex.quote(given.get(name, ''))}"
+            line = f"make {target}{f' COMP={comp}' if comp else ''} ARGS={_quoted(flag)}"
+            hint = f"Did you mean {near[0]}?" if near else f"A setting of the competition goes into ARGS: {line}"
+            raise UserError(f"{name}={given.get(name, '')}: make has no such variable, only {' '.join(known)}. {hint}")
+    takes = (*ALWAYS, "BENCH") if target in TOOLS else ("COMP", *FLAGS, *ALWAYS)
+    takes += PROCESSES if target == "train" else ()
+    if useless := [name for name in names if name not in takes and given.get(name)]:
+        raise UserError(f"{useless[0]}={given[useless[0]]}: make {target} takes only {' '.join(takes)}: leave it out")
+    if target not in TOOLS:
+        cli.verb_of(target, competitions.known(comp, target))
+    command(target, given)
+
+
+def command(target: str, given: Mapping[str, str]) -> list[str]:
+    """What follows `python` for a target; raises UserError for values that no command could be made of."""
+    try:
+        args = shlex.split(given.get("ARGS", ""))
+    except ValueError as error:
+        raise UserError(f'ARGS={given["ARGS"]}: {error}. Expected flags as in ARGS="--epochs 3"') from error
+    if target == "bench" and given.get("BENCH") not in BENCHMARKS:
+        raise UserError(f"BENCH={given.get('BENCH', '')}: expected one of {', '.join(BENCHMARKS)}")
+    if target in TOOLS:
+        return [*(TOOLS[target] or ["-m", f"benchmarks.{given['BENCH']}"]), *args]
+    flags = [f"--{name.lower()}={given[name]}" for name in FLAGS if given.get(name)]
+    program = ["common", target, given["COMP"], *flags, *args]
+    nproc, nodes, master = (given.get(name, "") for name in PROCESSES)
+    if not nproc and not nodes:
+        return ["-m", *program]
+    if not (nproc or "1").isdecimal() and nproc not in ("auto", "gpu", "cpu"):
+        raise UserError(f"NPROC={nproc}: expected a number of processes, or auto, gpu or cpu for one on each of them")
+    if nodes and not (nodes.isdecimal() and master):
+        raise UserError(
+            f"NNODES={nodes} MASTER={master}: expected the number of machines, and the name and a free port of the "
+            f"first, the same on all: NNODES=2 MASTER=host:29500"
+        )
+    meeting = ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", master] if nodes else ["--standalone"]
+    return ["-m", "torch.distributed.run", *meeting, "--nproc-per-node", nproc or "1", "-m", "--", *program]
+
+
+def recipes() -> str:
+    """Every competition with the names of its recipes."""
+    names = competitions.names()
+    width = max(map(len, names), default=0)
+    return "\n".join(f"  {name:{width}} {' '.join(competitions.load(name).recipes)}" for name in names)
+
+
+def _quoted(text: str) -> str:
+    """In double quotes, as the README writes ARGS, where no shell would read anything else into it."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def main(argv: list[str], given: Mapping[str, str]) -> int:
+    try:
+        if argv[0] == "--check":
+            for target in argv[1:]:
+                check(target, given)
+        elif argv[0] == "--recipes":
+            print(f"competitions and their recipes (RECIPE=):\n{recipes()}")
+        else:
+            os.execv(sys.executable, [sys.executable, *command(argv[0], given)])
+    except UserError as error:
+        told = str(error).replace("\n", "\\n")  # one line, whatever a value holds
+        print(f"error: {told}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,0 +1,192 @@
+"""Models to predictions: averaged over models and TTA, scored on validation rows, kept as out-of-fold predictions."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint, metrics
+from common.batch import Tree, map_tree, tensors_of
+from common.config import Config, folds_to_train
+from common.device import precision_of
+from common.engine import memory
+from common.engine.ranks import SINGLE, Ranks
+from common.errors import UserError
+from common.files import read_cell, write_csv, write_npy
+from common.loading import orders
+from common.loading.loader import Loader
+from common.losses.protocol import batch_value
+from common.predictions import Predictions, PredictionWriter, joined, mean_of
+from common.progress import progress
+from common.run import Run
+from common.task import AS_IS, TTA, Task, Tuned
+
+
+class Predictor:
+    """Averages models and TTA over the batches of a dataset; shrinks a batch that the memory does not hold."""
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        task: Task,
+        tta: Sequence[TTA],
+        config: Config,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self.models, self.task, self.tta, self.config = models, task, tta, config
+        self.device, self.batch_size = device, max(1, batch_size)
+        self.fitting = self.batch_size  # samples at once that the memory is known or hoped to hold
+        self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
+        precision = precision_of(config, device)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+    def batches(
+        self, dataset: Any, rows: np.ndarray, label: str | None = None, loss: Any = None
+    ) -> Iterator[tuple[np.ndarray, Predictions, Tree, Tensor | None]]:
+        """Yields (rows [B], predictions [B, ...], targets [B, ...], value of `loss`) over `rows`, in their order."""
+        loader = Loader(
+            dataset,
+            orders.sequential(rows),
+            self.batch_size,
+            seed=self.config.seed,
+            workers=min(self.config.workers, len(rows) // self.batch_size),  # a small set is read before workers start
+            device=self.device,
+            bad_images=self.config.bad_images,
+        )
+        try:
+            shown = progress(loader.epoch(0), label or "", loader.batches_per_epoch, show=label is not None)
+            for batch in shown:
+                predictions, value = self._average(batch.inputs, batch.targets if loss is not None else None, loss)
+                yield batch.index.cpu().numpy(), predictions, batch.targets, value
+        finally:
+            self.skipped |= dict(loader.skipped)
+            loader.close()
+
+    @torch.inference_mode()
+    def _average(self, inputs: Tree, targets: Tree = None, loss: Any = None) -> tuple[Predictions, Tensor | None]:
+        size = len(tensors_of(inputs)[0])
+        parts, values, start = [], [], 0
+        while start < size:
+            part, failed, step = None, False, min(self.fitting, size - start)
+            try:
+                cut = [None if tree is None else self._cut(tree, start, step) for tree in (inputs, targets)]
+                part = self._forward(*cut, loss)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                if step == 1:
+                    raise UserError(
+                        "out of memory while a single sample is predicted: try --precision bf16 on a card that has "
+                        "it, --device cpu, or a smaller input size"
+                    ) from error
+                failed = True
+            if failed:  # outside `except`: the traceback keeps every activation alive
+                memory.release()
+                self.fitting = (step + 1) // 2
+                continue
+            parts.append(part[0])
+            values.append(part[1])
+            start += step
+        value = None if loss is None else sum(values) / size
+        return (parts[0] if len(parts) == 1 else joined(parts)), value
+
+    def _cut(self, tree: Tree, start: int, step: int) -> Tree:
+        return map_tree(lambda x: x[start : start + step].to(self.device), tree)
+
+    def _forward(self, inputs: Tree, targets: Tree, loss: Any) -> tuple[Predictions, Tensor | None]:
+        """Mean over models and TTA of one batch's predictions, and its loss times its samples.
+
+        Raises UserError on a prediction that is not finite.
+        """
+        found, value = [], None
+        for model in self.models:
+            for one in self.tta:
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                    outputs = model(one.apply(inputs))
+                outputs = map_tree(lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, outputs)
+                if loss is not None:
+                    value = batch_value(loss, outputs, targets) * len(tensors_of(outputs)[0])
+                found.append(one.undo(self.task.postprocess.predict(outputs)))
+        mean = mean_of(found)
+        if not all(bool(torch.isfinite(x).all()) for x in tensors_of(mean) if x.is_floating_point()):
+            raise UserError(
+                "a prediction is NaN or infinite, so no submission is written: train with a lower --lr, "
+                "with --clip-norm 1, or with --precision fp32"
+            )
+        return mean, value
+
+
+def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
+    return task.network.tta if config.tta else AS_IS
+
+
+def validate(predictor: Predictor, rows: np.ndarray, ranks: Ranks, loss: Any) -> dict[str, float]:
+    """The loss and the metrics on `rows`, before anything is tuned: every rank scores its part of them."""
+    if len(rows) < ranks.world:  # too few to divide: everybody scores all of them
+        ranks = SINGLE
+    own = np.array_split(rows, ranks.world)[ranks.rank]
+    task, total = predictor.task, torch.zeros(2, dtype=torch.float64)
+
+    def scored() -> Iterator[tuple[Tree, Tree]]:
+        for index, predictions, targets, value in predictor.batches(task.data.valid, own, loss=loss):
+            total.add_(torch.tensor([float(value) * len(index), len(index)]))
+            yield decided(task, predictions, targets, {})
+
+    found = metrics.evaluate(task.metrics, scored(), ranks)
+    ranks.sum_(total)
+    return {"valid_loss": float(total[0] / total[1])} | found
+
+
+def decided(task: Task, predictions: Predictions, targets: Tree, tuned: Tuned) -> tuple[Tree, Tree]:
+    """(decisions, targets) on one device."""
+    device = tensors_of(predictions)[0].device
+    return task.postprocess.apply(predictions, tuned), map_tree(lambda x: x.to(device), targets)
+
+
+def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:
+    """oof.npy [m, ...], the predictions of the validation rows; oof_rows.npy [m], the numbers of those rows."""
+    task, found = predictor.task, []
+    with PredictionWriter(folder, "oof", len(rows), task.postprocess.kept) as writer:
+        for index, predictions, *_ in predictor.batches(task.data.valid, rows, f"predicting {folder.name}"):
+            writer.add(predictions)
+            found.extend(index.tolist())
+    write_npy(folder / "oof_rows.npy", np.array(found))
+
+
+def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -> None:
+    """Add the rows that were left out as unreadable to the fold's skipped.csv, and say so once for each."""
+    file, ids = folder / "skipped.csv", task.data.ids
+    known = {}
+    if file.is_file():
+        with open(file, newline="", encoding="utf-8") as stream:
+            known = {read_cell(row["id"]): row["reason"] for row in csv.DictReader(stream)}
+    new = {str(ids[row]): reason for row, reason in skipped.items() if str(ids[row]) not in known}
+    if new:
+        write_csv(file, ("id", "reason"), sorted((known | new).items()))
+        run.log(f"left out {len(new)} unreadable images, listed in {file}")
+
+
+def load_models(run: Run, task: Task, config: Config, device: torch.device) -> list[nn.Module]:
+    """The fold models of a run, in evaluation mode on `device`; raises UserError when one of them is missing."""
+    files = [run.fold_folder(fold) / "model.pt" for fold in folds_to_train(config)]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} of {len(files)} models of the run {'is' if len(missing) == 1 else 'are'} missing: "
+            f"delete {run.path / 'result.json'} and train what is missing with the run's command and RUN={run.name}"
+        )
+    return [load_model(file, task, config, device) for file in files]
+
+
+def load_model(file: Path, task: Task, config: Config, device: torch.device) -> nn.Module:
+    """The network of a model.pt, in evaluation mode on `device`."""
+    model = task.network.model()
+    with checkpoint.restoring(file):
+        model.load_state_dict(checkpoint.load(file, "model")["model"])
+    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+    return model.to(device, memory_format=memory_format).eval()

@@ -1,0 +1,130 @@
+"""Predictions as values: one tensor or a flat dict of tensors, averaged, joined, and kept on disk."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import replacing
+
+Predictions = Any  # a tensor or array [n, ...], or a flat dict of them
+
+
+def leaves(predictions: Predictions) -> dict[str, Any]:
+    """The tensors or arrays of predictions by name; a single one has the name ''."""
+    return predictions if isinstance(predictions, dict) else {"": predictions}
+
+
+def rebuilt(parts: dict[str, Any]) -> Predictions:
+    """The predictions that `leaves` took apart."""
+    return parts.get("", parts)
+
+
+def mean_of(predictions: Sequence[Predictions]) -> Predictions:
+    """The mean over several predictions of the same samples; the first where there is one, or where it is no float."""
+    first = leaves(predictions[0])
+    several = len(predictions) > 1
+
+    def mean(name: str, one: Tensor) -> Tensor:
+        if not several or not one.is_floating_point():
+            return one
+        total = one
+        for other in predictions[1:]:
+            total = total + leaves(other)[name]
+        return total / len(predictions)
+
+    return rebuilt({name: mean(name, one) for name, one in first.items()})
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of several batches, one after the other."""
+    return rebuilt({name: torch.cat([leaves(part)[name] for part in parts]) for name in leaves(parts[0])})
+
+
+def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
+    """Predictions [B, ...] as they are kept on disk; uint8 holds probabilities in 255 steps."""
+    array = predictions.detach().cpu().numpy() if isinstance(predictions, Tensor) else np.asarray(predictions)
+    return np.rint(array * 255).astype(np.uint8) if kind == "uint8" else array.astype(kind)
+
+
+def unpack(kept: Predictions) -> Predictions:
+    """What `pack` kept, as float32 tensors [B, ...] (float64 where it was kept so); a tree of it likewise."""
+    if isinstance(kept, dict):
+        return {name: unpack(part) for name, part in kept.items()}
+    exact = kept.astype(np.float64 if kept.dtype == np.float64 else np.float32)
+    return torch.from_numpy(exact / (255 if kept.dtype == np.uint8 else 1))
+
+
+class PredictionWriter:
+    """Writes predictions batch by batch into <folder>/<name>.npy, or one <name>.<leaf>.npy for every leaf.
+
+    Those of a segmentation do not fit into the memory. The files take their places together, when the block ends.
+    """
+
+    def __init__(self, folder: Path, name: str, rows: int, kept: str | dict[str, str]):
+        self.folder, self.name, self.rows, self.kept = folder, name, rows, kept
+        self.done, self._stack = 0, ExitStack()
+        self._streams: dict[str, tuple[IO, np.dtype, tuple]] = {}
+
+    def add(self, predictions: Predictions) -> None:
+        self.add_packed({leaf: pack(values, self._kind(leaf)) for leaf, values in leaves(predictions).items()})
+
+    def _kind(self, leaf: str) -> str:
+        return self.kept if isinstance(self.kept, str) else self.kept[leaf]
+
+    def add_packed(self, parts: dict[str, np.ndarray]) -> None:
+        """Add arrays that are of the kept type already, by the names that `leaves` gives."""
+        for leaf, packed in parts.items():
+            if leaf not in self._streams:
+                stream = self._stack.enter_context(replacing(file_of(self.folder, self.name, leaf)))
+                self._streams[leaf] = stream, packed.dtype, packed.shape[1:]
+                write_npy_header(stream, packed.dtype, (self.rows, *packed.shape[1:]))
+            self._streams[leaf][0].write(np.ascontiguousarray(packed).data)
+        self.done += len(packed)
+
+    def __enter__(self) -> "PredictionWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self.done < self.rows:  # unreadable images were left out
+            for stream, dtype, shape in self._streams.values():
+                stream.seek(0)
+                write_npy_header(stream, dtype, (self.done, *shape))  # of the same length, numpy pads it
+        self._stack.__exit__(*error)
+
+
+def file_of(folder: Path, name: str, leaf: str = "") -> Path:
+    return folder / (f"{name}.{leaf}.npy" if leaf else f"{name}.npy")
+
+
+def write_predictions(folder: Path, name: str, predictions: Predictions, count: int, kept: str | dict) -> None:
+    """Keep predictions [count, ...] that are there as a whole; raises UserError when they are not as many."""
+    for leaf, values in leaves(predictions).items():
+        if len(values) != count:
+            raise UserError(f"{name} predictions{' ' * bool(leaf)}{leaf}: {len(values)} rows, expected {count}")
+        if not np.isfinite(np.asarray(values, np.float64)).all():
+            raise UserError(f"{name} predictions{' ' * bool(leaf)}{leaf} have values that are NaN or infinite")
+    with PredictionWriter(folder, name, count, kept) as writer:
+        writer.add(predictions)
+
+
+def read_predictions(folder: Path, name: str) -> Predictions | None:
+    """What was kept under `name`, as memory-mapped arrays [n, ...]; None where nothing was."""
+    files = {file.name[len(name) + 1 : -4].rstrip("."): file for file in folder.glob(f"{name}.*npy")}
+    return rebuilt({leaf: np.load(file, mmap_mode="r") for leaf, file in sorted(files.items())}) if files else None
+
+
+def remove_predictions(folder: Path, name: str) -> None:
+    for file in folder.glob(f"{name}.*npy"):
+        file.unlink()
+
+
+def write_npy_header(stream: IO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The head of a .npy file; the numbers of the array follow it."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)

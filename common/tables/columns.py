@@ -1,0 +1,83 @@
+"""What the cells of a column hold, and which of them hold something else."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+# How programs write that a number is missing.
+NO_NUMBER = ("", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None")
+TEXTS = ("str", "category")
+
+
+@dataclass(frozen=True)
+class Column:
+    """The cells of a column: their `dtype` as pandas names it, the range of numbers, and whether they may be blank."""
+
+    dtype: str
+    low: float = -math.inf
+    high: float = math.inf
+    blank: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        return self.dtype in TEXTS
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.is_text and np.dtype(self.dtype).kind in "iu"
+
+    def __str__(self) -> str:
+        """What is expected of a cell, in words."""
+        if self.is_text:
+            return "a text"
+        low, high = (f"{limit:g}" if abs(limit) < 1e15 else "" for limit in (self.low, self.high))
+        between = f" from {low}" * bool(low) + f" to {high}" * bool(high)
+        return f"a{' whole' if self.is_whole else ''} number{between}{', or nothing' if self.blank else ''}"
+
+    def wrong(self, cells: pd.Series) -> np.ndarray:
+        """Which cells, of this column's dtype, may not stand there: bool [n]."""
+        if self.is_text:
+            if self.blank:
+                return np.zeros(len(cells), bool)
+            if self.dtype == "category":
+                return (cells.cat.categories == "")[cells.cat.codes]
+            return (cells == "").to_numpy(bool)
+        numbers = cells.to_numpy()
+        if self.is_whole:
+            return (numbers < self.low) | (numbers > self.high)
+        missing = np.isnan(numbers)
+        inside = np.isfinite(numbers) & (numbers >= self.low) & (numbers <= self.high)
+        return ~inside & ~missing if self.blank else ~inside
+
+    def wrong_texts(self, texts: pd.Series) -> np.ndarray:
+        """The same of cells as they are written: what is no number at all included."""
+        if self.is_text:
+            return self.wrong(texts.astype(self.dtype))
+        numbers = pd.to_numeric(texts.where(~texts.isin(NO_NUMBER)), errors="coerce").astype(float)
+        wrong = Column("float64", self.low, self.high, self.blank).wrong(numbers)
+        if self.is_whole:
+            return wrong | ~texts.str.fullmatch(r"-?[0-9]+").to_numpy(bool)
+        return wrong | (numbers.isna() & ~texts.isin(NO_NUMBER)).to_numpy(bool)
+
+
+def text(blank: bool = False, category: bool = False) -> Column:
+    """Texts as they are written, "NA" included; a `category` keeps each distinct one once."""
+    return Column("category" if category else "str", blank=blank)
+
+
+def number(low: float = -math.inf, high: float = math.inf, blank: bool = False, dtype: str = "float64") -> Column:
+    """Finite numbers from `low` to `high`; NaN for a cell that is blank, where it may be."""
+    return Column(dtype, low, high, blank)
+
+
+def whole(low: float = -math.inf, high: float = math.inf, dtype: str = "int64") -> Column:
+    """Whole numbers, written in digits: neither 7.0 nor 1e2. The range is at most that of the dtype."""
+    limits = np.iinfo(dtype)
+    return Column(dtype, max(low, limits.min), min(high, limits.max))
+
+
+def as_column(given: Column | type) -> Column:
+    """`str`, `float` and `int` stand for text(), number() and whole()."""
+    return given if isinstance(given, Column) else {str: text(), float: number(), int: whole()}[given]

@@ -1,0 +1,61 @@
+"""Samples of images: uint8 [C, H, W] and a target, augmented by albumentations under the loader's keys."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import BadImage
+from common.vision.store import ImageStore
+
+
+class Rows(Protocol):
+    """Whatever gives something for a row: an array, a list, or an object that makes it when it is asked."""
+
+    def __getitem__(self, row: int) -> Any: ...
+
+
+def channels_first(array: np.ndarray) -> Tensor:
+    """uint8 [H, W, C] -> a tensor [C, H, W] with memory of its own: rows of an image store are read-only."""
+    return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))
+
+
+class ImageDataset:
+    """Samples (uint8 [C, H, W], target) of the images of a store.
+
+    The target is `targets[row]`, or without any (test images) an empty tensor. With `masks`, whose row is an array
+    [H, W, K] at the images' size, `transform` changes image and mask alike, and the target is `of_mask(mask)`.
+    `transform` is a pipeline of albumentations or a function like one: the loader keys the generators that it holds.
+    """
+
+    def __init__(
+        self,
+        images: ImageStore,
+        targets: Rows | None = None,
+        masks: Rows | None = None,
+        transform: Callable[..., dict[str, Any]] | None = None,
+        of_mask: Callable[[np.ndarray], Any] = channels_first,
+    ):
+        self.images, self.targets, self.masks = images, targets, masks
+        self.transform, self.of_mask = transform, of_mask
+
+    @property
+    def paths(self) -> list[Path]:
+        return self.images.paths
+
+    def unreadable(self) -> list[BadImage]:
+        return self.images.unreadable()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Any]:
+        sample = {"image": self.images[row]} | ({} if self.masks is None else {"mask": self.masks[row]})
+        if self.transform is not None:
+            sample = self.transform(**sample | {"image": np.ascontiguousarray(sample["image"])})
+        if self.masks is not None:
+            return channels_first(sample["image"]), self.of_mask(sample["mask"])
+        return channels_first(sample["image"]), torch.empty(0) if self.targets is None else self.targets[row]

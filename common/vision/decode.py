@@ -1,0 +1,81 @@
+"""Image files to arrays: decoded fast, at a reduced size where that is enough, refused by name when they are broken."""
+
+from os import PathLike
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common.errors import BadImage
+
+REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
+PIXELS = 2**30  # OpenCV decodes no larger images
+
+Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one grey file for each channel
+
+
+def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = True) -> np.ndarray:
+    """The image as uint8 [H, W, C], resized to `size` (height, width) where given.
+
+    One file is RGB, also where it holds grey; a tuple of files is stacked, each of them one channel in grey. 16 bits
+    become eight (65535 is 255), and transparency is dropped. `upright` turns the image as its EXIF orientation says;
+    where masks belong to the pixels as they are stored it must not. A JPEG at least twice as large as `size` is decoded at
+    1/2, 1/4 or 1/8: that skips most of its inverse transform. Raises BadImage whatever is wrong with a file.
+    """
+    if not isinstance(image, tuple):
+        return _decode(image, size, upright, gray=False)
+    planes = [_decode(path, size, upright, gray=True) for path in image]
+    for path, plane in zip(image, planes, strict=True):
+        if plane.shape != planes[0].shape:
+            sizes = [f"{height}x{width}" for height, width in (plane.shape, planes[0].shape)]
+            raise BadImage(path, f"has {sizes[0]} pixels, and {Path(image[0]).name} of the same image {sizes[1]}")
+    return np.stack(planes, axis=-1)
+
+
+def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, gray: bool) -> np.ndarray:
+    """uint8 [H, W, 3], or [H, W] for `gray`."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read()
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise BadImage(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    if not data:
+        raise BadImage(path, "is empty")
+    flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
+    flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
+    if size is not None and data[:2] == b"\xff\xd8":
+        height, width = jpeg_size(data)
+        if height * width >= PIXELS:  # at 1/8 it would be decoded, and be grey: two bytes of it were damaged
+            raise BadImage(path, f"cannot be decoded (its header says {height}x{width} pixels)")
+        factor = min(height // size[0], width // size[1])
+        if factor >= 2:
+            flags |= REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except Exception as error:  # a decoder that gives up, over a size of more than 2^30 pixels for example
+        reason = getattr(error, "err", None) or str(error) or type(error).__name__
+        raise BadImage(path, f"cannot be decoded ({' '.join(reason.split())[:120]})") from error
+    if pixels is None:
+        raise BadImage(path, "is truncated or not an image of 8 or 16 bits")
+    if size is not None and pixels.shape[:2] != size:
+        smaller = pixels.shape[0] > size[0] or pixels.shape[1] > size[1]
+        pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+    return pixels
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG, (0, 0) when the file ends before they come.
+
+    Walks from marker to marker: a thumbnail inside the header has markers of its own, which must not count.
+    """
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # padding
+            place += 1
+            continue
+        if marker in FRAME_HEADERS:
+            return int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return 0, 0

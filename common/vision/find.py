@@ -1,0 +1,97 @@
+"""Image files by their ids: which are there, which are missing, and whether they are still the same."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.vision.decode import Image
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every image file under `folder`, sorted: linked subfolders too; hidden files (`._` of a Mac's archive) are not.
+
+    A link that leads nowhere is there: whoever decodes it is told so.
+    """
+    found, seen = [], set()
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above would never end
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if name[0] != "." and name != "__MACOSX"]
+        found += [Path(parent, name) for name in files if name[0] != "." and name.lower().endswith(ENDINGS)]
+    return sorted(found)
+
+
+def match_images(folder: Path, ids: Iterable[Any]) -> list[Path | None]:
+    """The file under `folder` of every id, None where there is none.
+
+    An id is a name with or without its ending, alone or with subfolders in front ("cats/001"). Raises UserError when
+    two files have the name, such as x.png beside x.jpg.
+    """
+    by_stem = defaultdict(list)
+    for path in find_images(folder):
+        by_stem[path.stem].append(path)
+    return [_match(folder, str(name), by_stem) for name in ids]
+
+
+def _match(folder: Path, name: str, by_stem: dict[str, list[Path]]) -> Path | None:
+    last = name.rpartition("/")[2]
+    with_ending = last.lower().endswith(ENDINGS)
+    candidates = by_stem.get(Path(last).stem if with_ending else last, [])
+    candidates = [p for p in candidates if f"/{p if with_ending else p.with_suffix('')}".endswith(f"/{name}")]
+    if len(candidates) > 1:
+        exact = [path for path in candidates if folder / name in (path, path.with_suffix(""))]
+        candidates = exact or candidates
+    if len(candidates) > 1:
+        two = " and ".join(str(path.relative_to(folder)) for path in candidates[:2])
+        raise UserError(f"{folder} has {two} for the id {name}: remove one of them, or give the ids their endings")
+    return candidates[0] if candidates else None
+
+
+def images_of(folder: Path, ids: Sequence[Any], table: str, again: str) -> list[Path]:
+    """`match_images` where every id needs its file; raises UserError naming what is missing, `table` and `again`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: {again}")
+    paths = match_images(folder, ids)
+    if missing := [str(name) for name, path in zip(ids, paths, strict=True) if path is None]:
+        raise UserError(
+            f"{table} names {some(missing)}, not in {folder} ({len(missing):,} of {len(paths):,} images): unpack the "
+            f"images again, or {again}"
+        )
+    return paths
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def files_of(images: Iterable[Image]) -> Iterator[Path]:
+    """Every file of the images, in their order."""
+    for image in images:
+        yield from map(Path, image if isinstance(image, tuple) else (image,))
+
+
+def fingerprint(images: Iterable[Image], *, of_place: bool = False) -> str:
+    """sha256 over folders, names and sizes of the files: reading gigabytes would take minutes.
+
+    `of_place` takes the whole path and the time of the last change instead: the key of a cache on this machine.
+    """
+    digest = hashlib.sha256()
+    for path in files_of(images):
+        try:
+            found = path.stat()
+            size, time = found.st_size, found.st_mtime_ns
+        except OSError:  # a link that leads nowhere
+            size, time = -1, 0
+        line = f"{os.path.realpath(path)} {size} {time}" if of_place else f"{path.parent.name}/{path.name} {size}"
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()

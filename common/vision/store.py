@@ -1,0 +1,139 @@
+"""Images at one size: decoded and resized once into a memory-mapped file where there is room, else at every use."""
+
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import BadImage, UserError
+from common.progress import progress
+from common.vision.check import unreadable
+from common.vision.decode import Image, decode
+from common.vision.find import files_of, fingerprint
+
+GIGABYTE = 1 << 30
+
+
+class ImageStore:
+    """n images, `store[row]` uint8 [H, W, C]: rows of a file in `cache` that is made once, else decoded at every use.
+
+    The file is made when `size` (height, width) is given and all images take at most `limit_gb` at that size; otherwise
+    `announce` is told so. It is found again by the files' names, sizes and times. Worker processes get its name only.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Image],
+        size: tuple[int, int] | None = None,
+        cache: Path | None = None,
+        limit_gb: float = 20.0,
+        upright: bool = True,
+        announce: Callable[[str], None] = print,
+    ):
+        self.images, self.size, self.upright = list(images), size, upright
+        self._file: Path | None = None
+        self._rows: np.ndarray | None = None
+        if size is None or cache is None or not self.images:
+            return
+        channels = len(self.images[0]) if isinstance(self.images[0], tuple) else 3
+        self._shape = (*size, channels)
+        gigabytes = len(self.images) * int(np.prod(self._shape)) / GIGABYTE
+        if gigabytes > limit_gb:
+            announce(
+                f"{len(self.images):,} images are decoded at every use: resized they would take {gigabytes:.2g} GB, "
+                f"more than --cache-gb {limit_gb:g}"
+            )
+            return
+        key = fingerprint(self.images, of_place=True)[:16] + ("" if upright else "-as-stored")
+        self._file = cache / f"images-{key}-{size[0]}x{size[1]}x{channels}.npy"
+        self._make()
+        self._rows = np.load(self._file, mmap_mode="r")
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every file of the images."""
+        return list(files_of(self.images))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """uint8 [H, W, C], which may be read-only; raises BadImage when the file cannot be read."""
+        if self._rows is None or not self._rows[row, -1]:
+            return decode(self.images[row], self.size, self.upright)
+        return self._rows[row, :-1].reshape(self._shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self._file is not None:
+            self._rows = np.load(self._file, mmap_mode="r")
+
+    def unreadable(self) -> list[BadImage]:
+        """The images that cannot be read: as the file knows, or found out now (see check.unreadable)."""
+        bad = []
+        if self._rows is None:
+            row_of = [row for row, image in enumerate(self.images) for _ in files_of([image])]
+            for error in unreadable(self.paths):
+                error.row = row_of[error.row]
+                bad.append(error)
+            return bad
+        for row in np.flatnonzero(self._rows[:, -1] == 0).tolist():
+            try:
+                decode(self.images[row], self.size, self.upright)
+            except BadImage as error:
+                error.row = row
+                bad.append(error)
+        return bad
+
+    def _make(self) -> None:
+        """Write the file, unless it is there: one process resizes, and the others find what it made."""
+        if self._file.is_file():
+            return
+        try:
+            with open(self._file.with_name("images.lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self._file.is_file():
+                    self._resize()
+        except OSError as error:
+            raise UserError(
+                f"{self._file} cannot be written ({error.strerror or error}): free disk space, or train with "
+                f"--cache-gb 0"
+            ) from error
+
+    def _resize(self) -> None:
+        """uint8 [n, H * W * C + 1]: pixels, and 1 where the image could be read.
+
+        The lock is held, so any draft that is there was left by a killed process.
+        """
+        for left in self._file.parent.glob("images-*.part"):
+            left.unlink()
+        draft = self._file.with_suffix(".part")
+        try:
+            shape = (len(self.images), int(np.prod(self._shape)) + 1)
+            rows = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                with open(draft, "r+b") as stream:  # a disk that fills up under a mapped file kills by SIGBUS
+                    os.posix_fallocate(stream.fileno(), 0, draft.stat().st_size)
+
+            def put(row: int) -> None:
+                try:
+                    pixels = decode(self.images[row], self.size, self.upright)
+                except BadImage:
+                    return
+                rows[row, :-1], rows[row, -1] = pixels.reshape(-1), 1
+
+            with ThreadPoolExecutor() as pool:
+                done = pool.map(put, range(len(self.images)))
+                for _ in progress(done, f"resizing into {self._file}", len(self.images), "images"):
+                    pass
+            rows.flush()
+            os.replace(draft, self._file)
+        finally:
+            draft.unlink(missing_ok=True)

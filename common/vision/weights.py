@@ -1,0 +1,255 @@
+"""Weights that a backbone starts from: published ones from the hub, a file of whichever library, or none.
+
+`--encoder-weights imagenet|none|PATH`, where PATH is a .safetensors, .pth or .bin file, a run's model.pt, or a folder
+with one of them, such as a snapshot of the Hugging Face hub.
+"""
+
+import argparse
+import logging
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.vision.backbones import Extra
+from common.vision.find import some
+
+REACHABLE_SECONDS = 15.0  # to answer once; a download that then stalls is tried again after as many seconds
+FILES = (".safetensors", ".pth", ".pt", ".bin")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")  # what trainers keep weights under
+# Layers of EfficientNet and its relatives in the order of the computation, by timm's and efficientnet_pytorch's names.
+LAYERS = (
+    *("conv_stem", "_conv_stem", "features", "conv_pw", "_expand_conv", "bn1", "_bn0", "conv_dw", "_depthwise_conv"),
+    *("blocks", "_blocks", "conv_head", "_conv_head", "bn2", "_bn1", "se", "_se_reduce", "conv_reduce", "fc1"),
+    *("_se_expand", "conv_expand", "fc2", "conv_pwl", "_project_conv", "bn3", "_bn2", "classifier", "_fc"),
+)
+SEPARABLE = ("conv", "conv_exp", "conv_dw", "bn1", "se", "conv_pw", "conv_pwl", "bn2")  # timm's blocks without bn3
+UNTRAINED = "num_batches_tracked"  # a counter that older files do not have
+
+
+def start_encoder(encoder: nn.Module, name: str, weights: str, **settings) -> None:
+    """`start_from` for an encoder of segmentation-models-pytorch, built from `name`."""
+    published = True if name.startswith("tu-") else "imagenet"
+    fetch = lambda: smp.encoders.get_encoder(name, depth=encoder._depth, weights=published)  # noqa: E731
+    start_from(encoder, name, weights, fetch, **settings)
+
+
+def start_backbone(backbone: nn.Module, name: str, weights: str, **settings) -> None:
+    """`start_from` for a model of timm without its classifier."""
+    fetch = lambda: timm.create_model(name, pretrained=True, num_classes=0)  # noqa: E731
+    start_from(backbone, name, weights, fetch, **settings)
+
+
+def start_from(
+    network: nn.Module,
+    name: str,
+    weights: str,
+    fetch: Callable[[], nn.Module],
+    *,
+    flag: str = "--encoder-weights",
+    scratch: str = "--encoder-weights none",
+    extra: Extra = "mean",
+    log: Callable[[str], None] = print,
+) -> None:
+    """Put `weights` ("imagenet", "none" or a path) into a fresh network; `fetch` makes one with the published weights.
+
+    Weights of three channels fit any number: a further channel starts as the mean of the three or a copy of one
+    (`extra`). What the file holds besides is logged in one line. Raises UserError when the network would not be filled
+    wholly, when the file cannot be read, and when published weights are neither in the cache nor can be fetched.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        found = _published(fetch, f"{flag} imagenet", name, flag, scratch).state_dict()
+    else:
+        found = read(Path(weights).expanduser(), flag)
+    own = network.state_dict()
+    places = match(own, found, extra)
+    missing = [key for key in own if key not in places and not key.endswith(UNTRAINED)]
+    if not places:
+        raise UserError(
+            f"{flag} {weights}: nothing in it is of {name} (it has {some(list(found))}; expected {some(list(own))}): "
+            f"give weights of that network, or {scratch}"
+        )
+    if missing:
+        raise UserError(
+            f"{flag} {weights} fills {len(places)} of the {len(own)} tensors of {name}, and {some(missing)} would stay "
+            f"random: give weights of that very network (and size, for a transformer), or {scratch}"
+        )
+    network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
+    unused = [key for key in found if key not in set(places.values()) and not key.endswith(UNTRAINED)]
+    log(f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else ""))
+
+
+def read(path: Path, flag: str = "--encoder-weights") -> dict[str, Tensor]:
+    """The tensors of a file, or of the only such file in a folder, by their names; raises UserError without any."""
+    if path.is_dir():
+        files = [file for ending in FILES for file in sorted(path.rglob(f"*{ending}"))]
+        files = [file for file in files if file.suffix == files[0].suffix]  # the first kind: safetensors before others
+        if not files or len(files) > 1 and not all("-of-" in file.name for file in files):  # one, or parts of one
+            found = some([str(file.relative_to(path)) for file in files]) or "none"
+            raise UserError(f"{flag} {path}: expected one file of {', '.join(FILES)} in this folder, found {found}")
+        return {key: tensor for file in files for key, tensor in read(file, flag).items()}
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer keeps its flags so
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path} cannot be read ({error.strerror or error}): expected imagenet, none, or a file of weights"
+        ) from error
+    except Exception as error:  # what unpickling raises depends on the damage; torch advises to run the file's code
+        raise UserError(
+            f"{flag} {path} holds no weights that can be read without running code ({type(error).__name__}): expected "
+            f"a whole {' or '.join(FILES)} file of tensors"
+        ) from error
+    while isinstance(found, dict) and not any(isinstance(value, Tensor) for value in found.values()):
+        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
+        found = (inner or [value for value in found.values() if isinstance(value, dict)] or [None])[0]
+    if not isinstance(found, dict):
+        raise UserError(f"{flag} {path} holds no tensors with names: expected a state_dict")
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def match(own: dict[str, Tensor], found: dict[str, Tensor], extra: Extra = "mean") -> dict[str, str]:
+    """For every name of `own` the name in `found` of the tensor that belongs there, whichever library named them.
+
+    Wrappers' prefixes (module., model., net.encoder.) do not count. Names are compared as they are, or, for
+    EfficientNet and the MobileNets of timm, torchvision and efficientnet_pytorch, by the numbers of their layers.
+    """
+    best: dict[str, str] = {}
+    for naming in (_plain, _numbered):
+        for ours, theirs in product(_named(own, naming, 0.9), _named(found, naming, 0.1)):
+            source = {key: name for name, key in theirs.items()}
+            pairs = {name: source[key] for name, key in ours.items() if key in source}
+            fits = {a: b for a, b in pairs.items() if fitted(found[b], own[a], extra) is not None}
+            best = max(best, fits, key=len)
+    return best
+
+
+def _named(names: Iterable[str], naming: Callable[[list[str], int], dict[str, str]], part: float) -> list[dict]:
+    """The names in the words of `naming`, without each of their prefixes in turn."""
+    return [naming([name for name in names if name.startswith(cut)], len(cut)) for cut in _prefixes(names, part)]
+
+
+def _prefixes(names: Iterable[str], part: float) -> list[str]:
+    """Nothing, and every prefix of up to three words that at least a `part` of the names have, the shortest first."""
+    words = [name.split(".") for name in names]
+    count = Counter(".".join([*of[:n], ""]) for of in words for n in range(1, min(4, len(of))))
+    return ["", *sorted((prefix for prefix, n in count.items() if n >= part * len(words)), key=len)]
+
+
+def _plain(names: list[str], cut: int) -> dict[str, str]:
+    """Names without their prefix; timm's feature extractors write stages_0 for stages.0."""
+    return {name: name[cut:].replace(".", "_") for name in names}
+
+
+def _numbered(names: list[str], cut: int) -> dict[str, str]:
+    """The layer of every name, counted along the computation, and the last word; nothing for other families."""
+    short = {name: name[cut:].split(".") for name in names}
+    stems = {"conv_stem.weight", "_conv_stem.weight", "features.0.0.weight"}
+    if stems.isdisjoint(name[cut:] for name in names):
+        return {}
+    layers = {tuple(words[:-1]) for words in short.values()}
+    full = {layer[:-1] for layer in layers if layer[-1] == "bn3"}
+
+    def place(layer: tuple[str, ...]) -> list[tuple[int, str]]:
+        order = []
+        for depth, word in enumerate(layer):
+            inside = layer[:depth]
+            known = SEPARABLE if inside[:1] == ("blocks",) and len(inside) == 3 and inside not in full else LAYERS
+            order.append((int(word) if word.isdecimal() else known.index(word) if word in known else 99, word))
+        return order
+
+    number = {layer: position for position, layer in enumerate(sorted(layers, key=place))}
+    return {name: f"{number[tuple(words[:-1])]} {words[-1]}" for name, words in short.items()}
+
+
+def fitted(source: Tensor, own: Tensor, extra: Extra = "mean") -> Tensor | None:
+    """`source` in the shape of `own`, or None: further axes of length 1, or another number of input channels.
+
+    Three input channels become more by their mean or a copy; they become fewer by their sum in equal parts, so that
+    a grey image in every channel gives what it gave as RGB.
+    """
+    if source.shape == own.shape:
+        return source
+    if [n for n in source.shape if n > 1] == [n for n in own.shape if n > 1]:
+        return source.reshape(own.shape)
+    if source.ndim != 4 or own.ndim != 4 or source.shape[1] != 3 or source[:, 0].shape != own[:, 0].shape:
+        return None
+    channels = own.shape[1]
+    if channels < 3:
+        return (source.sum(1, keepdim=True) / channels).expand_as(own)
+    more = source.mean(1) if extra == "mean" else source[:, ("red", "green", "blue").index(extra)]
+    return torch.cat((source, more[:, None].expand(-1, channels - 3, -1, -1)), dim=1)
+
+
+def _published(fetch: Callable[[], nn.Module], what: str, name: str, flag: str, scratch: str) -> nn.Module:
+    try:
+        with _quiet(), _cache_only_unless_reachable():
+            return fetch()
+    except MemoryError:
+        raise
+    except Exception as error:  # each generation of the hub's library fails with errors of another network library
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{what}: those of {name} are not in the cache and cannot be fetched ({reason[0][:120]}): connect to the "
+            f"network, or set HF_HOME to a folder that holds them, or give a file that does, {flag} PATH, or train "
+            f"from scratch with {scratch}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without timm's words about the classifier's weights, which nobody asked for."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _cache_only_unless_reachable() -> Iterator[None]:
+    """Let the hub's library look into its cache only when the hub does not answer, instead of retrying for minutes."""
+    from huggingface_hub import constants
+
+    names = ("HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")  # read from these, once imported
+    before = {name: getattr(constants, name) for name in names}
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = REACHABLE_SECONDS
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(constants, name, value)
+
+
+def _answers(url: str) -> bool:
+    """Whether a server replies with anything; asked in a thread, because looking up a name knows no timeout."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(OSError):
+            with suppress(urllib.error.HTTPError):  # any answer will do
+                urllib.request.urlopen(url, timeout=REACHABLE_SECONDS).close()
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACHABLE_SECONDS)
+    return answered.is_set()

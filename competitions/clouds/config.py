@@ -1,0 +1,104 @@
+"""Settings of clouds: what the flags are made of, the recipes, where the data come from."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from common.config import Config, at_least, between, flag
+from common.kaggle.source import Source
+
+SOURCE = Source(
+    slug="understanding_cloud_organization",
+    expected=("train.csv", "sample_submission.csv", "train_images/*.jpg", "test_images/*.jpg"),
+    higher_is_better=True,
+    labels=("train.csv", "sample_submission.csv"),
+    notes="6 GB: 5,546 training and 3,698 test images of 1400x2100",
+)
+Architecture = Literal[
+    "unet", "unetplusplus", "fpn", "linknet", "manet", "pan", "pspnet", "deeplabv3plus", "upernet", "segformer"
+]
+
+
+@dataclass(frozen=True)
+class CloudConfig(Config):
+    """The settings of clouds: the network, the size it works at, the augmentation and the parts of the loss."""
+
+    size: tuple[int, int] = flag(
+        (384, 576), "height and width the network works at, up to 1400,2100", "pixels", at_least(64)
+    )
+    architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
+    encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
+    encoder_weights: str = flag("imagenet", "where the encoder starts: imagenet, none, or a file or folder of weights")
+    encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr", at_least(0))
+    class_head: Literal["pooled", "topk"] = flag(
+        "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"
+    )
+    dropout: float = flag(
+        0.2, "part of the deepest features that the class head does without in training", rule=between(0, 1)
+    )
+    augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
+    blackout: float = flag(0.1, "part of the training images that lose a class", "fraction", between(0, 1))
+    cutmix: float = flag(
+        0.0, "part of the pairs of training images in which a box of the other is pasted", "fraction", between(0, 1)
+    )
+    bce: float = flag(1.0, "weight of the pixels' cross-entropy", rule=at_least(0))
+    dice: float = flag(1.0, "weight of the Dice loss over the batch", rule=at_least(0))
+    lovasz: float = flag(0.0, "weight of the Lovasz hinge over the batch", rule=at_least(0))
+    present: float = flag(0.0, "weight of .75 BCE + .25 Dice per image, on the classes an image has", rule=at_least(0))
+    classes: float = flag(0.5, "weight of the class head's cross-entropy", rule=at_least(0))
+
+
+DEFAULT = CloudConfig(epochs=20, batch_size=8, lr=1e-3, weight_decay=1e-2, ema=0.99, keep="last")
+SMALL = replace(
+    DEFAULT,
+    fold="all",
+    folds=4,
+    epochs=52,
+    size=(160, 240),
+    architecture="fpn",
+    encoder="resnet18",
+    encoder_weights="none",
+    encoder_lr=1.0,
+    augment="strong",
+    cutmix=0.5,
+    ema=0.995,
+    channels_last=True,
+    evaluate_every=26,
+)
+FULL = replace(
+    DEFAULT,
+    epochs=15,
+    batch_size=16,
+    size=(1400, 2100),
+    encoder="efficientnet-b3",
+    micro_batch=1,  # "auto" starts with all sixteen: a CPU's memory is not refused, the process is killed
+    checkpointing=True,
+    keep_memory=False,
+    lr=5e-4,
+    clip_norm=1.0,
+)
+BEST = replace(
+    DEFAULT,
+    fold="all",
+    epochs=25,
+    size=(576, 864),
+    encoder="efficientnet-b5",
+    augment="strong",
+    lr=5e-4,
+    ema=0.998,
+    checkpointing=True,
+    clip_norm=1.0,
+)
+RECIPES: dict[str, CloudConfig] = {
+    # make train COMP=clouds: a card with 8 GB, some hours
+    "default": DEFAULT,
+    # make train COMP=clouds RECIPE=small: a laptop's CPU, 500 images
+    "small": SMALL,
+    # make train COMP=clouds RECIPE=full: every pixel, on a card with 11 GB
+    "full": FULL,
+    # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one card
+    "best": BEST,
+    # make train COMP=clouds RECIPE=smoke: seconds on the demo data, to see that everything works
+    "smoke": replace(
+        SMALL, fold="0", folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False
+    ),
+}

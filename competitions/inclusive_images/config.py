@@ -1,0 +1,153 @@
+"""Settings of inclusive_images: what the flags are made of, the recipes, where the data come from."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from common.config import Config, at_least, between, flag
+from common.kaggle.source import Images, Source
+
+SOURCE = Source(
+    slug="inclusive-images-challenge",
+    expected=(
+        "train_human_labels.csv",
+        "classes-trainable.csv",
+        "class-descriptions.csv",
+        "tuning_labels.csv",
+        "stage_1_sample_submission.csv",
+        "train_images/*.jpg",
+        "stage_1_test_images/*",
+    ),
+    higher_is_better=True,
+    sample_submission="stage_*_sample_submission.csv",
+    labels=("train_human_labels.csv", "classes-trainable.csv", "class-descriptions.csv", "tuning_labels.csv"),
+    images=Images(
+        url="https://open-images-dataset.s3.amazonaws.com/train/{id}.jpg",
+        ids_file="train_human_labels.csv",
+        ids_column="ImageID",
+        folder="train_images",
+        total="1,743,042 images, 525 GB",
+    ),
+    notes="the training images are not on Kaggle: they come from Open Images, and a part of them is enough to train on",
+)
+
+
+@dataclass(frozen=True)
+class TagConfig(Config):
+    """The settings of inclusive_images: the rows, the network and its heads, their losses, the label vectors."""
+
+    stage: Literal["1", "2"] = flag("1", "test images and sample submission of this stage", predicts=True)
+    labelled: Literal["train", "validated", "both", "tuning"] = flag(
+        "train",
+        "rows: the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "
+        "images in folds; or the tuning images alone, in folds",
+    )
+    start_from: str = flag("", "finished run whose weights to start from; heads that are absent here are dropped")
+    learns: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
+    size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels", at_least(32))
+    cache_gb: float = flag(
+        20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
+    )
+    backbone: str = flag("resnet50", "model of timm")
+    encoder_weights: str = flag(
+        "none", "where the backbone starts: none, as the competition forbade others, imagenet, or a file of weights"
+    )
+    dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
+    augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
+    mix: Literal["none", "mixup", "cutmix"] = flag("none", "blend pairs of training images and their labels")
+    sampling: Literal["shuffled", "weighted"] = flag("shuffled", "every image once an epoch, or rare labels more often")
+    classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out", rule=at_least(0))
+    loss: Literal["bce", "focal", "f2", "bce+f2", "pvn"] = flag(
+        "f2", "of the classifier; f2 is the soft F2 of each image, pvn a softmax of each positive against all negatives"
+    )
+    embedding: float = flag(0.0, "weight of the embedding head's loss; 0 leaves the head out", rule=at_least(0))
+    embedding_loss: Literal["cosine", "mse"] = flag("cosine", "distance to the sum of the label vectors")
+    embedding_dim: int = flag(512, "length of a label vector", rule=at_least(1))
+    embedding_kind: Literal["ppmi", "pmi"] = flag("ppmi", "what the label vectors factor; pmi is the blog's matrix")
+    smoothing: float = flag(3.0, "imagined images added to every pair of labels", "images", at_least(0))
+    count: float = flag(
+        0.0,
+        "weight of the loss of the number of labels, which only helps the training; 0 leaves the head out",
+        rule=at_least(0),
+    )
+    clusters: int = flag(
+        0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters", at_least(0)
+    )
+
+
+DEFAULT = TagConfig(
+    epochs=25, batch_size=128, optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, ema=0.999, embedding=0.1
+)
+SMALL = replace(
+    DEFAULT,
+    labelled="validated",
+    epochs=10,
+    batch_size=64,
+    optimizer="adamw",
+    lr=2e-3,
+    weight_decay=0.05,
+    ema=0.995,
+    keep="last",
+    size=(64, 96),
+    loss="bce",
+    backbone="resnet10t",
+    augment="light",
+    embedding_dim=128,
+    channels_last=True,
+    evaluate_every=4,
+)
+RECIPES: dict[str, TagConfig] = {
+    # make train COMP=inclusive_images: both heads of a ResNet-50 from scratch, days on one card for all images
+    "default": DEFAULT,
+    # ... RECIPE=classifier ARGS="--start-from RUN": then without the embedding head, a fifth of the passes
+    "classifier": replace(DEFAULT, embedding=0.0, epochs=5, lr=0.005),
+    # ... RECIPE=tuned ARGS="--start-from RUN": the heads on four fifths of the tuning images, scored on the rest
+    "tuned": replace(
+        DEFAULT,
+        labelled="tuning",
+        learns="heads",
+        embedding=0.0,
+        optimizer="adamw",
+        epochs=20,
+        lr=1e-4,
+        ema=0.0,
+        keep="last",
+        evaluate_every=5,
+    ),
+    # RECIPE=small: a few thousand small photographs on a CPU. Three networks, each of which leaves out a third of the
+    # tuning images, so that the rule is learnt on all of those by networks that have not seen them
+    "small": replace(SMALL, labelled="both", fold="all", folds=3, epochs=16, embedding=2.0, mix="mixup"),
+    # what it is made of, one network each, for comparison at equal budget
+    "small-both": replace(SMALL, embedding=2.0),
+    "small-bce": replace(SMALL, embedding=0.0),
+    "small-f2": replace(SMALL, embedding=0.0, loss="f2"),
+    "small-embedding": replace(SMALL, classifier=0.0, embedding=1.0),
+    "small-classifier": replace(SMALL, embedding=0.0, epochs=10, lr=5e-4),
+    "small-tuned": replace(
+        SMALL,
+        labelled="tuning",
+        learns="heads",
+        embedding=0.0,
+        epochs=20,
+        lr=1e-4,
+        ema=0.0,
+        evaluate_every=5,
+        augment="none",
+    ),
+    # RECIPE=smoke: seconds on the demo data, to see that everything works
+    "smoke": replace(
+        SMALL,
+        labelled="train",
+        epochs=2,
+        batch_size=32,
+        ema=0.9,
+        size=(64, 64),
+        backbone="resnet10t",
+        embedding=0.3,
+        embedding_dim=16,
+        count=0.01,
+        clusters=16,
+        mix="mixup",
+        evaluate_every=1,
+        channels_last=False,
+    ),
+}

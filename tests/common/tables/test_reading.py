@@ -1,0 +1,201 @@
+"""Tables against pandas where they are whole, and a message with file, line, column and value where they are not."""
+
+import io
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common import tables
+from common.errors import UserError
+from common.raw import RawData
+from common.tables import number, reading, text, whole
+
+COLUMNS = {"id": str, "count": whole(0, 9), "size": number(0, 100, blank=True), "name": text(blank=True)}
+CSV = 'id,count,size,name,more\na,1,2.5,"x, y",7\nb,2,,NA,8\nc,3,1e1,,9\n'
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a text or bytes as the table t.csv; what else is given goes to tables.read."""
+
+    def given(contents, columns=COLUMNS, **options) -> pd.DataFrame:
+        raw = contents.encode() if isinstance(contents, str) else contents
+        (tmp_path / "t.csv").write_bytes(raw)
+        return tables.read(RawData(tmp_path, "toy"), "t.csv", columns, **options)
+
+    return given
+
+
+def fault(read, contents, *given, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        read(contents, *given, **options)
+    message = str(caught.value)
+    assert "t.csv" in message and "make data COMP=toy" in message and message.isprintable() and len(message) < 600
+    return message
+
+
+def test_cells_have_the_types_of_their_columns(read):
+    table = read(CSV)
+    assert list(table) == ["id", "count", "size", "name", "more"] and list(table.index) == [0, 1, 2]
+    assert list(table["id"]) == ["a", "b", "c"] and list(table["name"]) == ["x, y", "NA", ""]
+    assert table["count"].dtype == np.int64 and list(table["count"]) == [1, 2, 3]
+    np.testing.assert_array_equal(table["size"], [2.5, np.nan, 10])
+    assert list(table["more"]) == [7, 8, 9]
+
+
+def test_columns_come_in_the_order_that_was_asked_for(read):
+    assert list(read("b,a\n1,2\n", {"a": int, "b": int}).iloc[0]) == [2, 1]
+    assert list(read(CSV, {"size": number(blank=True), "id": str}, others="drop")) == ["size", "id"]
+
+
+def test_numbers_are_those_of_pandas(read):
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": random.normal(size=500), "b": random.integers(-9, 9, 500), "c": random.random(500)})
+    found = read(frame.to_csv(index=False), {"a": float, "b": int})
+    expected = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
+    pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(read(frame.to_csv(index=False), None), expected)
+
+
+MARKED = {
+    "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "Windows": lambda data: data.replace(b"\n", b"\r\n"),
+    "old Mac": lambda data: data.replace(b"\n", b"\r"),
+    "no last line end": lambda data: data.removesuffix(b"\n"),
+    "blank lines": lambda data: data.replace(b"\n", b"\n\n  \n"),
+    "UTF-16": lambda data: data.decode().encode("utf-16"),
+    "UTF-16, other order": lambda data: b"\xfe\xff" + data.decode().encode("utf-16-be"),
+    "quoted header": lambda data: data.replace(b"id,count,size", b'"id","count","size"'),
+    "comma at every end": lambda data: b"\n".join(
+        line + b"," * (number > 0) for number, line in enumerate(data.splitlines())
+    ),
+    "comma at every end and in the header": lambda data: data.replace(b"\n", b",\n"),
+}
+
+
+@pytest.mark.parametrize("quotes", [True, False])
+@pytest.mark.parametrize("name", MARKED)
+def test_ways_to_write_the_same_table(read, name, quotes):
+    contents = CSV.encode() if quotes else CSV.replace('"x, y"', "x").encode()
+    found = read(MARKED[name](contents)).filter(list(read(contents)))
+    pd.testing.assert_frame_equal(found, read(contents))
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 40, 200])
+@pytest.mark.parametrize("quote_from", [None, 0, 150])
+def test_blocks_do_not_show(tmp_path, monkeypatch, at_once, quote_from):
+    rows = [f"{n},{n % 7},{'“é”' * (n % 3)}" for n in range(200)]
+    if quote_from is not None:
+        rows[quote_from] = f'{quote_from},"1","two\nlines, ""quoted"""'
+    (tmp_path / "t.csv").write_text("\r\n".join(["id,count,name", *rows, "", ""]), newline="")
+    columns = {"id": str, "count": whole(0, 9, "uint8"), "name": text(blank=True, category=True)}
+
+    def table() -> pd.DataFrame:
+        return tables.read(RawData(tmp_path, "toy"), "t.csv", columns, others="drop", lines=True)
+
+    expected = table()
+    monkeypatch.setattr(reading, "BYTES_AT_ONCE", at_once)
+    found = table()
+    assert found["name"].tolist() == expected["name"].tolist() and found["count"].dtype == np.uint8
+    assert found[["id", "count"]].equals(expected[["id", "count"]]) and len(found) == 200
+    after = 1 if quote_from is not None else 0
+    assert list(found.index[[0, 199]]) == [2, 201 + after], "as an editor counts"
+
+
+def test_archives_and_their_damage(tmp_path):
+    path = tmp_path / "files.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("t.csv", "id\n" + "".join(f"{n}\n" for n in range(50_000)))
+    assert len(tables.read(RawData(path, "toy"), "t.csv", {"id": int}, others="drop")) == 50_000
+    data = bytearray(path.read_bytes())
+    data[100_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="t.csv is damaged .*make data COMP=toy"):
+        tables.read(RawData(path, "toy"), "t.csv", {"id": int}, others="drop")
+
+
+def changed(line: int, old: str, new: str) -> str:
+    lines = CSV.splitlines()
+    assert old in lines[line - 1]
+    lines[line - 1] = lines[line - 1].replace(old, new)
+    return "\n".join(lines) + "\n"
+
+
+FAULTS = {
+    "missing": (changed(1, "count", "number"), ["missing: count"]),
+    "other case": (changed(1, "count", "Count"), ["missing: count", "spelt otherwise: 'Count' for count"]),
+    "spaces": (changed(1, "count", " count "), ["missing: count", "' count ' for count"]),
+    "quoted twice": (changed(1, "count", "'count'"), ["missing: count", "\"'count'\" for count"]),
+    "there twice": (changed(1, "more", "count"), ["there twice: count"]),
+    "semicolons": (CSV.replace('"x, y"', "x").replace(",", ";"), ["separated by ';'", "missing: id"]),
+    "empty": ("", ["is empty", "expected id, count, size and 1 more"]),
+    "blank first": ("\n" + CSV, ["begins with a blank line"]),
+    "no rows": ("id,count,size,name\n", ["has no rows"]),
+    "short row": (changed(3, ",8", ""), ["line 3 has 4 cells, expected 5"]),
+    "long row": (changed(3, ",8", ",8,9"), ["line 3 has 6 cells, expected 5"]),
+    "a comma at one end": (changed(3, ",8", ",8,"), ["line 3 has 6 cells, expected 5"]),
+    "longer rows": (CSV.replace(",more", ""), ["line 2 has 5 cells, expected 4"]),
+    "text": (changed(3, "2", "two"), ["line 3, column count: 'two', expected a whole number from 0 to 9"]),
+    "fraction": (changed(3, "2", "2.0"), ["line 3, column count: '2.0', expected a whole"]),
+    "exponent": (changed(3, "2", "1e0"), ["line 3, column count: '1e0'"]),
+    "too large": (changed(4, "3", "10"), ["line 4, column count: '10', expected a whole number from 0 to 9"]),
+    "negative": (changed(4, "3", "-3"), ["line 4, column count: '-3'"]),
+    "blank": (changed(4, "3", ""), ["line 4, column count: ''"]),
+    "beyond any integer": (changed(4, "3", "9" * 40), ["line 4, column count: '999"]),
+    "no number": (
+        changed(2, "2.5", "2;5"),
+        ["line 2, column size: '2;5', expected a number from 0 to 100, or nothing"],
+    ),
+    "infinite": (changed(2, "2.5", "inf"), ["line 2, column size: 'inf'"]),
+    "overflow": (changed(2, "2.5", "1e999"), ["line 2, column size: '1e999'"]),
+    "out of range": (changed(2, "2.5", "-0.1"), ["line 2, column size: '-0.1'"]),
+    "no id": (changed(2, "a,", ","), ["line 2, column id: ''"]),
+    "first of two": (changed(3, "2", "x").replace("a,1", "a,y"), ["line 2, column count: 'y'"]),
+    "open quote": (changed(3, "NA", '"NA'), ["line 3 has 4 cells, expected 5"]),
+    "no text": (CSV.encode().replace(b"NA", b"\xe9"), ["line 3: byte 0xe9 is no UTF-8 text"]),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_name_line_column_and_value(read, name):
+    contents, words = FAULTS[name]
+    for message in (fault(read, contents, id="id"), fault(read, contents, others="drop")):
+        assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["NaN", "", "NA", "null"])
+def test_a_number_that_must_be_there(read, name):
+    assert f"line 3, column size: {name!r}" in fault(read, f"size\n1\n{name or ' '}\n3\n".replace(" \n", '""\n'),
+                                                     {"size": float})  # fmt: skip
+    table = read(f"a,size\n1,1\n2,{name}\n", {"size": number(blank=True)})
+    assert np.isnan(table["size"][1])
+
+
+def test_ids_that_are_there_twice(read):
+    message = fault(read, "id\nx\n\ny\nx\n", {"id": str}, id="id")
+    assert "line 5: id 'x' is there twice, first in line 2" in message
+    assert len(read("id\n1\n01\n", {"id": str}, id="id")) == 2, "texts, as they are written"
+
+
+def test_refusing_others_refuses_another_order(read):
+    assert "not expected: c" in fault(read, "a,b,c\n1,2,3\n", {"a": int, "b": int}, others="refuse")
+    assert "another order" in fault(read, "b,a\n1,2\n", {"a": int, "b": int}, others="refuse")
+    assert "3 columns, expected 2" in fault(read, "a,b,c\n1,2,3\n", {"a": int, "b": int}, others="refuse")
+
+
+def test_blank_lines_that_may_not_be(read):
+    assert "line 3 is blank" in fault(read, "a,b\n1,2\n\n3,4\n", {"a": int}, blank_lines=False)
+    assert len(read("a,b\n1,2\n3,4\n\n\n", {"a": int}, blank_lines=False)) == 2, "the end of the file is no line"
+
+
+def test_tables_without_a_header(read):
+    table = read('t1,/m/a /m/b\nt2,"/m/c, d"\n', {"image": str, "codes": str}, header=False, lines=True)
+    assert table.loc[2].tolist() == ["t2", "/m/c, d"]
+    assert "line 2 has 1 cells" in fault(read, "t1,a\nt2\n", {"image": str, "codes": str}, header=False)
+
+
+def test_messages_stay_short_whatever_the_file_holds(read):
+    for contents in ("id,count,size,name\n" + "7" * 5000 + ",x,1,\n", "\x00\x01" * 4000, ",".join("x" * 900) + "\n1\n"):
+        fault(read, contents)

@@ -1,0 +1,128 @@
+"""Files are replaced as a whole; what a killed writer left goes; tables hold no formulas."""
+
+import csv
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common import files
+from common.errors import UserError
+
+ROOT = Path(files.__file__).parents[1]
+
+
+def limited(size: int):
+    """The operating system itself refuses to write more bytes into a file than these."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("writer", [files.write_npy, lambda path, array: files.write_with(path, array.tofile)])
+def test_a_disk_that_is_full_for_numpy_keeps_the_old_array(tmp_path, writer):
+    files.write_npy(tmp_path / "a.npy", np.arange(3))
+    before, free = (tmp_path / "a.npy").read_bytes(), limited(5000)
+    try:
+        with pytest.raises(UserError, match="a.npy could not be written .No space left on device.*repeat the same"):
+            writer(tmp_path / "a.npy", np.zeros(100_000))
+    finally:
+        free()
+    assert (tmp_path / "a.npy").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_arrays_are_read_back(tmp_path):
+    for array in (np.arange(6).reshape(2, 3), np.zeros(0, np.float32), np.asfortranarray(np.ones((3, 2)))):
+        files.write_npy(tmp_path / "a.npy", array)
+        assert np.array_equal(np.load(tmp_path / "a.npy"), array)
+
+
+def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from common.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as stream: print('open', flush=True); sys.stdin.read()"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "a[1].json")]
+    child = subprocess.Popen(
+        line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": str(ROOT), "PATH": ""}
+    )
+    assert child.stdout.readline() == b"open\n"
+    draft = tmp_path / f".a[1].json.{child.pid}.part"
+    files.write_text(tmp_path / "a[1].json", "{}")
+    assert draft.exists()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert draft.exists()
+    files.write_text(tmp_path / "a[1].json", "{}")
+    assert [file.name for file in tmp_path.iterdir()] == ["a[1].json"]
+
+
+def test_room_is_checked_before_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000_000))
+    files.require_room(tmp_path / "not" / "there" / "yet.npy", 1_500_000_000, "predictions")
+    with pytest.raises(UserError, match=f"predictions will take 3.00 GB of {tmp_path}, where 2.00 GB are free"):
+        files.require_room(tmp_path / "oof.npy", 3e9, "predictions")
+
+
+CELLS = [
+    "=1+1",
+    "+a",
+    "-b",
+    "@sum",
+    "\t=1",
+    "'=1",
+    "''=1",
+    "'a",
+    "-1",
+    "+2.5e-3",
+    "-1.5.2",
+    "a=b",
+    "",
+    "größe",
+    "--best",
+]
+
+
+def test_no_cell_is_a_formula_and_all_are_read_back(tmp_path):
+    files.write_csv(tmp_path / "a.csv", ("id", "fold"), [(cell, -1) for cell in CELLS])
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.reader(stream))[1:]
+    assert [files.read_cell(cell) for cell, _ in rows] == CELLS and {fold for _, fold in rows} == {"-1"}
+    for cell, _ in rows:
+        assert not cell.startswith(("=", "@", "\t", "\r")) and (cell[:1] not in "+-" or not cell or float(cell))
+
+
+@pytest.mark.parametrize("text", ['{"half', "[1]", "null", '{"a": 1}', "[" * 100_000, "\xff"])
+def test_damaged_json_is_one_line(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="run.json cannot be read .*put a whole copy back"):
+        files.read_json(tmp_path / "run.json", "data")
+    (tmp_path / "run.json").write_text('{"data": 1}')
+    assert files.read_json(tmp_path / "run.json", "data") == {"data": 1}
+
+
+def test_one_process_at_a_time_is_in_a_folder(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from common.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1])) as alone: print(alone, flush=True); sys.stdin.read()"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    one, other = (
+        subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    )
+    if one.stdout not in select.select([one.stdout, other.stdout], [], [], 60)[0]:
+        one, other = other, one
+    assert one.stdout.readline() == b"True\n" and select.select([other.stdout], [], [], 0.5)[0] == []
+    one.kill()
+    assert other.stdout.readline() == b"True\n" and list(tmp_path.iterdir()) == []
+    other.kill()
+    assert {one.wait(), other.wait()} == {-signal.SIGKILL}

@@ -1,0 +1,73 @@
+"""Which files cannot be read: all of them when there are few, by their beginnings and ends when there are many."""
+
+import struct
+
+import cv2
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.vision.check import check_folder, find_bad, image_paths, unreadable
+
+
+def encoded(ending: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (140, 210, 3), np.uint8)
+    return cv2.imencode(ending, pixels, [cv2.IMWRITE_JPEG_QUALITY, 95] if ending == ".jpg" else [])[1].tobytes()
+
+
+@pytest.fixture
+def paths(tmp_path):
+    found = [tmp_path / f"{row}{'.png' if row % 3 == 0 else '.jpg'}" for row in range(30)]
+    for path in found:
+        path.write_bytes(encoded(path.suffix))
+    return found
+
+
+def test_the_folder_check_finds_every_bad_file(paths, capsys):
+    jpeg = encoded(".jpg")
+    paths[4].write_bytes(jpeg[:-500])
+    paths[11].write_bytes(jpeg[: len(jpeg) // 2] + b"\xff\xd9")  # ends as it should, and half of it is grey
+    paths[20].unlink()
+    assert [error.row for error in find_bad(paths, show=False)] == [4, 11, 20]
+    with pytest.raises(UserError, match=r"3 of 30 images cannot be read: .*4.jpg \(row 4\) is truncated.*"):
+        check_folder(paths)
+    assert "30/30" in capsys.readouterr().err
+    check_folder(paths[5:11], show=False)
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_what_cannot_be_read_is_found_by_both_ways(paths, few):
+    whole = paths[0].read_bytes(), paths[1].read_bytes()
+    paths[0].write_bytes(whole[0][:-300])
+    paths[1].write_bytes(whole[1][: len(whole[1]) // 2])
+    paths[2].write_bytes(b"")
+    paths[4].write_bytes(b"<html>not found</html>")
+    paths[5].unlink()
+    paths[7].unlink()
+    paths[7].symlink_to("gone.jpg")
+    place = whole[1].find(b"\xff\xc0") + 5
+    paths[8].write_bytes(whole[1][:place] + struct.pack(">HH", 65000, 65000) + whole[1][place + 4 :])
+    paths[10].write_bytes(whole[1] + bytes(1000))  # whole, with something behind
+    paths[13].write_bytes(encoded(".bmp"))  # of another kind, and whole
+    found = unreadable(paths, few)
+    assert [error.row for error in found] == [0, 1, 2, 4, 5, 7, 8]
+    assert [error.path for error in found] == [str(paths[error.row]) for error in found]
+
+
+def test_of_many_images_only_odd_ones_are_decoded(paths, monkeypatch):
+    from common.vision import check
+
+    monkeypatch.setattr(check, "find_bad", lambda paths, show: pytest.fail(f"{paths} decoded") if paths else [])
+    assert unreadable(paths, few=0) == []
+
+
+class Held:
+    def __init__(self, **held):
+        self.__dict__ |= held
+
+
+def test_the_images_of_any_dataset(tmp_path):
+    files = [tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    assert image_paths(Held(paths=files)) == files
+    assert image_paths(Held(names=["x", "y"], sizes=[1, 2], files=[str(file) for file in files])) == files
+    assert image_paths(Held(names=["x.jpg", "notes.txt"], paths=[])) == [] == image_paths([1, 2])

@@ -1,0 +1,68 @@
+"""Image files by their ids: subfolders, links, hidden files, two files of one name."""
+
+import pytest
+
+from common.errors import UserError
+from common.vision.find import find_images, fingerprint, images_of, match_images
+
+
+def touched(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return folder
+
+
+def relative(folder, paths):
+    return [None if path is None else str(path.relative_to(folder)) for path in paths]
+
+
+def test_linked_subfolders_are_read_and_hidden_files_are_not(tmp_path):
+    elsewhere = touched(tmp_path / "elsewhere", "b.png", "deep/c.TIF")
+    folder = touched(tmp_path / "images", "a.jpg", "._a.jpg", "notes.txt", "__MACOSX/a.jpg", ".cache/d.jpg")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked.jpg").symlink_to(elsewhere / "b.png")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (elsewhere / "back").symlink_to(folder)  # a circle
+    found = relative(folder, find_images(folder))
+    assert found == ["a.jpg", "gone.jpg", "linked/b.png", "linked/deep/c.TIF", "linked.jpg"]
+    assert find_images(tmp_path / "none") == []
+
+
+def test_ids_with_and_without_endings_and_folders(tmp_path):
+    folder = touched(tmp_path, "a.jpg", "cats/001.png", "dogs/001.png", "v1.2.jpeg", "cats/deep/x.jpg")
+    ids = ["a", "a.jpg", "cats/001", "dogs/001.png", "v1.2", "v1.2.jpeg", "x", "deep/x.jpg", "b", "a.png", "1", 17]
+    wanted = ["a.jpg", "a.jpg", "cats/001.png", "dogs/001.png", "v1.2.jpeg", "v1.2.jpeg"]
+    wanted += ["cats/deep/x.jpg", "cats/deep/x.jpg", None, None, None, None]
+    assert relative(folder, match_images(folder, ids)) == wanted
+    with pytest.raises(UserError, match="cats/001.png and dogs/001.png for the id 001"):
+        match_images(folder, ["001"])
+    touched(folder, "001.png")  # the nearest one is meant
+    assert relative(folder, match_images(folder, ["001"])) == ["001.png"]
+
+
+def test_two_files_of_one_name_are_an_error_unless_the_id_says_which(tmp_path):
+    folder = touched(tmp_path, "x.jpg", "x.png")
+    with pytest.raises(UserError, match="x.jpg and x.png for the id x: remove one of them"):
+        match_images(folder, ["x"])
+    assert relative(folder, match_images(folder, ["x.png", "x.jpg"])) == ["x.png", "x.jpg"]
+
+
+def test_missing_images_are_named(tmp_path):
+    folder = touched(tmp_path / "train", "a.jpg")
+    with pytest.raises(UserError, match="train.csv names b, c, d and 2 more, not in .*train .5 of 6 images.*or get it"):
+        images_of(folder, [*"abcdef"], "train.csv", "get it")
+    with pytest.raises(UserError, match="other is missing: get it"):
+        images_of(tmp_path / "other", ["a"], "train.csv", "get it")
+
+
+def test_the_fingerprint_is_of_names_and_sizes_and_the_cache_key_of_the_place_too(tmp_path):
+    first, second = touched(tmp_path / "1/images", "a.jpg", "b.jpg"), touched(tmp_path / "2/images", "a.jpg", "b.jpg")
+    (first / "gone.jpg").symlink_to(first / "nothing")
+    (second / "gone.jpg").symlink_to(second / "nothing")
+    here, there = find_images(first), find_images(second)
+    assert fingerprint(here) == fingerprint(there) == fingerprint([tuple(there)])
+    assert fingerprint(here, of_place=True) != fingerprint(there, of_place=True)
+    (second / "a.jpg").write_bytes(b"another size")
+    assert fingerprint(here) != fingerprint(there)

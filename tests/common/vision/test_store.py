@@ -1,0 +1,127 @@
+"""Resized images: made once, in room that is there, sent to workers by name, and bad files known."""
+
+import errno
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common.errors import BadImage, UserError
+from common.loading import orders
+from common.loading.loader import Loader
+from common.vision import store as stores
+from common.vision.datasets import ImageDataset
+from common.vision.decode import decode
+from common.vision.store import ImageStore
+
+
+@pytest.fixture
+def paths(tmp_path):
+    (tmp_path / "images").mkdir()
+    found = [tmp_path / "images" / f"{row}.png" for row in range(6)]
+    for row, path in enumerate(found):
+        cv2.imwrite(str(path), np.random.default_rng(row).integers(0, 256, (60, 80, 3), np.uint8))
+    cv2.imwrite(str(found[3]), np.zeros((60, 80, 3), np.uint8))  # black is an image too
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path):
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+def counted(monkeypatch) -> list:
+    decoded = []
+    monkeypatch.setattr(stores, "decode", lambda *what: decoded.append(what) or decode(*what))
+    return decoded
+
+
+@pytest.mark.parametrize("channels", [3, 1, 4])
+def test_images_are_resized_once_up_to_a_limit(paths, cache, monkeypatch, channels):
+    images = paths if channels == 3 else [(path,) * channels for path in paths]
+    said, decoded = [], counted(monkeypatch)
+    first = ImageStore(images, (30, 40), cache, announce=said.append)
+    for row, image in enumerate(images):
+        assert np.array_equal(first[row], decode(image, (30, 40))) and first[row].shape == (30, 40, channels)
+    assert len(decoded) == 6
+    again = ImageStore(images, (30, 40), cache, announce=said.append)
+    assert np.array_equal(again[2], first[2]) and len(decoded) == 6 and not said
+    direct = ImageStore(images, (30, 40), cache, limit_gb=0.0, announce=said.append)
+    assert np.array_equal(direct[2], first[2]) and len(decoded) == 7
+    assert said == [f"6 images are decoded at every use: resized they would take {said[0].split()[-6]} GB, more than "
+                    "--cache-gb 0"]  # fmt: skip
+    assert len(direct.paths) == 6 * (1 if channels == 3 else channels)
+
+
+def test_another_size_another_turn_and_changed_files_are_other_stores(paths, cache, monkeypatch):
+    decoded = counted(monkeypatch)
+    ImageStore(paths, (30, 40), cache)
+    ImageStore(paths, (40, 30), cache)
+    ImageStore(paths, (30, 40), cache, upright=False)
+    assert len(decoded) == 18
+    os.utime(paths[0], (1, 1))
+    ImageStore(paths, (30, 40), cache)
+    assert len(decoded) == 24
+
+
+def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monkeypatch):
+    """Pages of a mapped file for which there is no room kill the process, so the room is taken first."""
+    (cache / "images-old-64x64x3.part").write_bytes(b"left by a killed process")
+
+    def no_room(descriptor: int, offset: int, length: int) -> None:
+        assert offset == 0 and length == os.fstat(descriptor).st_size > 6 * 32 * 32 * 3
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", no_room, raising=False)
+        full.setattr(stores, "decode", lambda *_: pytest.fail("decoded without room"))
+        with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
+            ImageStore(paths, (32, 32), cache)
+    assert [file.name for file in cache.iterdir()] == ["images.lock"]
+    ImageStore(paths, (32, 32), cache)
+    assert not list(cache.glob("*.part"))
+
+
+def test_several_processes_resize_once(paths, cache, monkeypatch):
+    decoded = counted(monkeypatch)
+    with ThreadPoolExecutor() as pool:  # every opening of the lock's file is a holder of its own, as in a process
+        list(pool.map(lambda _: ImageStore(paths, (32, 32), cache), range(4)))
+    assert len(decoded) == 6
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_unreadable_images_are_known_by_their_rows(paths, cache, kept):
+    paths[1].write_bytes(b"\xff\xd8no image")
+    paths[4].unlink()
+    for images, rows in ((paths, [1, 4]), ([(a, b) for a, b in zip(paths[::2], paths[1::2], strict=True)], [0, 2])):
+        found = ImageStore(images, (32, 32), cache if kept else None)
+        assert [error.row for error in found.unreadable()] == rows
+        with pytest.raises(BadImage, match=r"(1|4)\.png"):
+            found[rows[0]]
+    assert ImageStore(paths, (32, 32), cache)[0].any() and not ImageStore(paths, (32, 32), cache)[3].any()
+
+
+def test_workers_get_the_name_of_the_file_and_not_its_bytes(paths, cache):
+    kept = ImageStore(paths, (256, 256), cache)
+    sent = pickle.dumps(ImageDataset(kept))
+    assert len(sent) < 4000
+    dataset = pickle.loads(sent)
+    assert torch.equal(dataset[2][0], ImageDataset(kept)[2][0])
+    assert isinstance(dataset.images._rows, np.memmap)
+    direct = ImageStore(paths, (256, 256))
+    assert np.array_equal(pickle.loads(pickle.dumps(direct))[2], direct[2])
+
+
+def test_spawned_workers_read_the_same(paths, cache):
+    dataset = ImageDataset(ImageStore(paths, (32, 32), cache))
+    found = []
+    for workers, method in ((0, None), (1, "spawn")):
+        order = orders.sequential(np.arange(6))
+        with Loader(dataset, order, 3, seed=0, workers=workers, start_method=method) as loader:
+            found.append(torch.cat([batch.inputs for batch in loader.epoch(0)]))
+    assert torch.equal(*found)
