@@ -110,9 +110,12 @@ def push(
     folder: Path,
     poll: float,
 ) -> dict:
-    """Push code and notebook; `before` is what an earlier push returned whose run is not finished, or empty."""
+    """Push code and notebook; `before` is what an earlier push returned whose run is not finished, or empty.
+
+    Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
+    """
     owner, name = username(account, source), f"kit-{competition}".replace("_", "-").lower()[:40]
-    version = push_code(account, source, owner, name, folder, poll)
+    version = before["code"] if before else push_code(account, source, owner, name, folder, poll)
     metadata = {
         "machine_shape": accelerator,
         "enable_gpu": "true",

@@ -287,6 +287,7 @@ def test_a_run_goes_on_in_further_notebooks_until_it_is_finished(kaggle, source,
     pushes = kaggle.calls("SaveKernel")
     assert [push.get("kernelDataSources", []) for push in pushes] == [[], *[["someone/kit-toy"]] * 2]
     assert {push["sessionTimeoutSeconds"] for push in pushes} == {7200}
+    assert len(kaggle.calls("CreateDataset")) == 1 and not kaggle.calls("CreateDatasetVersion"), "the same code"
     assert Path("submissions/toy/001-best.csv").read_text() == GOOD
     assert "the run goes on in another one" in capfd.readouterr().out
     sessions("")
