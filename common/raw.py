@@ -20,7 +20,6 @@ from common.files import alone_in, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the folder beside the data that is the kit's own
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class RawData:
     path: Path
     competition: str
     is_demo: bool = False
-    # What a task read: name -> sha256, "" until it is asked for, or an image's path.
-    _opened: dict[str, str | Path] = field(default_factory=dict, compare=False, repr=False)
+    # What a task read: name -> sha256, "" until it is asked for.
+    _opened: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile | None:
@@ -60,7 +59,7 @@ class RawData:
     def uncounted(self) -> "RawData":
         """The same files, without a part in `opened_fingerprint`.
 
-        For what trains nothing (the sample submission, the test images): a run goes on when such a file is mended.
+        For what trains nothing, such as the sample submission: a run goes on when such a file is mended.
         """
         other = copy.copy(self)
         object.__setattr__(other, "_opened", {})
@@ -71,32 +70,11 @@ class RawData:
 
         Neither hidden files, nor what Macs add, nor the cache. Raises UserError for a name that is not UTF-8.
         """
-        return sorted(self._members if self._archive is not None else _files(self.path, self.path / CACHE))
+        return sorted(self._members if self._archive is not None else files_under(self.path, but=self.path / CACHE))
 
     def matching(self, pattern: str) -> list[str]:
         """Names of the files whose last part fits `pattern`, in whatever case: sample_submission*.csv."""
         return [name for name in self.names() if fnmatchcase(PurePosixPath(name).name.lower(), pattern.lower())]
-
-    def images(self, folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS) -> dict[str, Path]:
-        """The image files of a folder of the data by their ids, sorted; an id is the name without its ending.
-
-        Those of subfolders have it in their ids: "a/x". Raises UserError when there is no such folder, or when two
-        files have one id (x.png beside x.jpg). By their names and sizes they have a part in `opened_fingerprint`.
-        """
-        root, found = self.folder() / folder, {}
-        if not root.is_dir():
-            raise UserError(
-                f"{root} is missing: get the files with make data COMP={self.competition}, or pass DATA=/path/to/folder"
-            )
-        for name in sorted(_files(root, self.path / CACHE)):
-            stem, ending = os.path.splitext(name)
-            if ending.lower() in endings:
-                if stem in found:
-                    other = found[stem].relative_to(root)
-                    raise UserError(f"{root} holds {other} and {name}, two images of one id: remove one of them")
-                found[stem] = root / name
-                self._opened[str(PurePosixPath(folder, name))] = root / name
-        return found
 
     def exists(self, name: str) -> bool:
         return self._own_name(name) is not None
@@ -207,7 +185,7 @@ class RawData:
         return digest.hexdigest()
 
     def opened_fingerprint(self) -> str:
-        """sha256 over what was opened so far, in whatever order: tables by content, images by name and size.
+        """sha256 over names and contents of what was opened so far, in whatever order.
 
         The same data gives the same value on any machine, from a folder and from an archive.
         """
@@ -215,7 +193,7 @@ class RawData:
         for name, found in sorted(self._opened.items()):
             if found == "":
                 found = self._opened[name] = self._digest(name)
-            facts.append(f"{name}\0{found.stat().st_size if isinstance(found, Path) else found}\n")
+            facts.append(f"{name}\0{found}\n")
         return hashlib.sha256("".join(facts).encode()).hexdigest()
 
     def _digest(self, name: str) -> str:
@@ -312,9 +290,11 @@ def visible(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.name != CACHE and not is_foreign(file.name)]
 
 
-def _files(root: Path, cache: Path) -> Iterator[str]:
+def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> Iterator[str]:
     """Relative names of all files under `root`, through linked folders too; a link to a folder above itself ends there.
 
+    Neither hidden files, nor what Macs add, nor the folder `but`; links that lead nowhere only where asked for. Raises
+    UserError for names that are not UTF-8 and folders that may not be read.
     pathlib's rglob follows no links before Python 3.13, and without a word.
     """
     waiting: list[tuple[Path, str, frozenset]] = [(root, "", frozenset())]
@@ -327,12 +307,12 @@ def _files(root: Path, cache: Path) -> Iterator[str]:
             above |= {(found.st_dev, found.st_ino)}
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if is_foreign(entry.name) or folder / entry.name == cache:
+                    if is_foreign(entry.name) or folder / entry.name == but:
                         continue
                     _refuse_bytes(entry.path)
                     if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                         waiting.append((folder / entry.name, f"{place}{entry.name}/", above))
-                    elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                    elif (dangling or os.path.isfile(entry.path)) if entry.is_symlink() else entry.is_file():
                         yield place + entry.name
         except PermissionError as error:
             raise _forbidden(folder, error) from error

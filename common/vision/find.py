@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.raw import files_under
 from common.vision.decode import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -18,16 +19,8 @@ def find_images(folder: Path) -> list[Path]:
 
     A link that leads nowhere is there: whoever decodes it is told so.
     """
-    found, seen = [], set()
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above would never end
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if name[0] != "." and name != "__MACOSX"]
-        found += [Path(parent, name) for name in files if name[0] != "." and name.lower().endswith(ENDINGS)]
-    return sorted(found)
+    names = files_under(folder, dangling=True) if folder.is_dir() else ()
+    return sorted(folder / name for name in names if name.lower().endswith(ENDINGS))
 
 
 def match_images(folder: Path, ids: Iterable[Any]) -> list[Path | None]:

@@ -180,57 +180,29 @@ def test_names_that_are_not_utf8_are_refused_before_anything_is_opened(tmp_path)
         raw.RawData(tmp_path / "files", "toy").names()
 
 
-def test_images_by_their_ids_and_two_of_one_id_are_refused(tmp_path):
-    folder = tmp_path / "files"
-    for name in ("train/b.JPG", "train/a.png", "train/x/a.jpeg", "train/._a.jpg", "train/a.txt", "test/a.jpg"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"123")
-    data = raw.RawData(folder, "toy")
-    assert data.images("train") == {"a": folder / "train/a.png", "b": folder / "train/b.JPG",
-                                    "x/a": folder / "train/x/a.jpeg"}  # fmt: skip
-    (folder / "train" / "a.jpg").touch()
-    with pytest.raises(UserError, match="train holds a.jpg and a.png, two images of one id|a.png and a.jpg"):
-        data.images("train")
-    assert list(data.images("train", endings=(".png",))) == ["a"]
-    with pytest.raises(UserError, match="files/valid is missing: .*make data COMP=toy"):
-        data.images("valid")
-
-
 def test_the_fingerprint_is_of_what_was_opened_in_any_order_and_place(tmp_path):
-    path = tmp_path / "toy.zip"
-    with zipfile.ZipFile(path, "w") as stream:
-        for name, text in (
-            ("a.csv", "1"),
-            ("b.csv", "2"),
-            ("sample.csv", "3"),
-            ("train/x.jpg", "4"),
-            ("test/x.jpg", "5"),
-        ):
-            stream.writestr(name, text)
+    path = archive(tmp_path / "toy.zip", a="1", b="2", sample="3")
     folder = tmp_path / "files"
     zipfile.ZipFile(path).extractall(folder)
 
     def opened(where, *names):
         data = raw.RawData(where, "toy")
         for name in names:
-            data.images(name) if "." not in name else data.read(name)
+            data.read(name)
         data.uncounted().read("sample.csv")
-        data.uncounted().images("test")
         return data.opened_fingerprint()
 
-    whole = opened(folder, "a.csv", "b.csv", "train")
-    assert whole == opened(folder, "train", "b.csv", "a.csv", "a.csv") == opened(path, "b.csv", "train", "a.csv")
+    whole = opened(folder, "a.csv", "b.csv")
+    assert whole == opened(folder, "b.csv", "a.csv", "a.csv") == opened(path, "b.csv", "a.csv")
     streamed = raw.RawData(path, "toy")
-    for name in ("a.csv", "b.csv"):
+    for name in ("b.csv", "a.csv"):
         streamed.open(name).close()
-    streamed.images("train")
     assert streamed.opened_fingerprint() == whole
-    assert len({whole, opened(folder, "a.csv", "train"), opened(folder, "a.csv", "b.csv"), opened(folder)}) == 4
-    for name, contents, same in (("sample.csv", "9", True), ("test/x.jpg", "99", True), ("train/x.jpg", "9", True),
-                                 ("train/x.jpg", "99", False), ("a.csv", "9", False)):  # fmt: skip
-        before = opened(folder, "a.csv", "b.csv", "train")
-        (folder / name).write_text(contents)
-        assert (opened(folder, "a.csv", "b.csv", "train") == before) is same, name
+    assert len({whole, opened(folder, "a.csv"), opened(folder, "b.csv"), opened(folder)}) == 4
+    (folder / "sample.csv").write_text("9")
+    assert opened(folder, "a.csv", "b.csv") == whole, "a mended sample trains nothing again"
+    (folder / "a.csv").write_text("9")
+    assert opened(folder, "a.csv", "b.csv") != whole
 
 
 def test_a_quoted_cell_may_hold_the_end_of_a_line(tmp_path):
