@@ -110,27 +110,46 @@ def check_direction(metric: Metric, higher_is_better: bool) -> None:
         )
 
 
-def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[float, float]]:
-    tallies = [(_Rows if metric.stats is None else _Sums)(metric, with_errors) for metric in metrics]
-    count, random = torch.zeros((), dtype=torch.float64), np.random.default_rng(seed)
-    for decisions, targets in batches:
+class Scores:
+    """Every metric of what is added, batch by batch; `evaluate` and `evaluate_with_errors` in pieces."""
+
+    def __init__(self, metrics: Sequence[Metric], with_errors: bool = False, seed: int = 0):
+        self.with_errors, self.random = with_errors, np.random.default_rng(seed)
+        self.tallies = [(_Rows if metric.stats is None else _Sums)(metric, with_errors) for metric in metrics]
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    def add(self, decisions: Any, targets: Any) -> None:
         decisions = _tensors(decisions)
         first = tensors_of(decisions)[0]
-        targets = map_tree(lambda x: x.to(first.device), _tensors(targets))  # noqa: B023
-        groups = torch.from_numpy((random.random(len(first)) * GROUPS).astype(np.int64)) if with_errors else None
-        for tally in tallies:
+        if not len(first):  # all images of the batch are unreadable
+            return
+        targets = map_tree(lambda x: x.to(first.device), _tensors(targets))
+        random = self.random.random(len(first)) if self.with_errors else None
+        groups = torch.from_numpy((random * GROUPS).astype(np.int64)) if self.with_errors else None
+        for tally in self.tallies:
             tally.add(_picked(tally.metric, decisions, targets), groups)
-        count += len(first)
-    if not float(ranks.sum_(count)):
-        raise UserError(
-            "not one of the held-out images can be read: make check, with the same COMP= and DATA=, lists them"
-        )
-    for tally in tallies:
-        tally.join(ranks)
-    return {
-        tally.metric.name: (tally.score(float(count)), tally.error(float(count)) if with_errors else math.nan)
-        for tally in tallies
-    }
+        self.count += len(first)
+
+    def found(self, ranks: Ranks = SINGLE) -> dict[str, tuple[float, float]]:
+        """{name: (score, standard error)} over all ranks; raises UserError when no rank has a row."""
+        count = float(ranks.sum_(self.count))
+        if not count:
+            raise UserError(
+                "not one of the held-out images can be read: make check, with the same COMP= and DATA=, lists them"
+            )
+        for tally in self.tallies:
+            tally.join(ranks)
+        return {
+            tally.metric.name: (tally.score(count), tally.error(count) if self.with_errors else math.nan)
+            for tally in self.tallies
+        }
+
+
+def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[float, float]]:
+    scores = Scores(metrics, with_errors, seed)
+    for decisions, targets in batches:
+        scores.add(decisions, targets)
+    return scores.found(ranks)
 
 
 def _tensors(tree: Any) -> Tree:
@@ -159,9 +178,7 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _has_nan(tensor: Tensor) -> Tensor:
-    return (
-        tensor.amin().isnan() if tensor.numel() else torch.zeros((), dtype=torch.bool)
-    )  # far faster than isnan().any()
+    return tensor.amin().isnan()  # far faster than isnan().any()
 
 
 class _Sums:
@@ -283,13 +300,9 @@ def f_beta(
     With `classes` decisions and targets are class numbers [B] (or scores [B, C]). `empty` is the F of a label or sample
     that neither has nor gets anything.
     """
-    name, square = f"f{beta:g}_{average}", beta * beta
+    name = f"f{beta:g}_{average}"
 
-    def of(hits: Tensor, found: Tensor, true: Tensor) -> Tensor:
-        total = square * true + found
-        return torch.where(total > 0, (1 + square) * hits / total.clamp(min=1e-300), empty)
-
-    def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    def counts(decisions: Tensor, targets: Tensor) -> Tensor:
         if classes is not None:
             decisions = decisions.argmax(1) if _of_classes(decisions, targets) else decisions
             _same_shape(name, decisions, targets)
@@ -297,18 +310,10 @@ def f_beta(
                 x.long()[:, None] == torch.arange(classes, device=x.device) for x in (decisions, targets)
             )
         found, true = _binary(name, decisions, targets, threshold)
-        found, true = (x if x.ndim > 1 else x[:, None] for x in (found, true))
-        counts = torch.stack([found & true, found, true], 1).flatten(2)  # [B, 3, L]
-        if average != "macro":
-            counts = counts.sum(2)
-        if average == "samples":
-            return _weighted(of(*counts.double().unbind(1)), None, weights)
-        return counts if weights is None else counts * _column(weights.double(), counts)
+        every = torch.stack([found & true, found, true], -1).reshape(len(found), -1, 3).mT  # [B, 3, L]
+        return every if average == "macro" else every.sum(2)
 
-    def value(sums: Tensor, count: float) -> float:
-        return float(of(*sums).mean())
-
-    return Metric(name, stats, mean if average == "samples" else value)
+    return _f_of(name, counts, beta * beta, average == "samples", empty)
 
 
 def dice(
@@ -319,22 +324,27 @@ def dice(
     The last `dims` axes are the mask. `empty` is the Dice of two empty masks. Pooled, it is the mean over classes.
     """
 
-    def of(both: Tensor, total: Tensor) -> Tensor:
-        return torch.where(total > 0, 2 * both / total.clamp(min=1e-300), empty)
+    def counts(decisions: Tensor, targets: Tensor) -> Tensor:
+        found, true = (x.flatten(-dims) for x in _binary("dice", decisions, targets, threshold))
+        return torch.stack([(found & true).sum(-1), found.sum(-1), true.sum(-1)], 1)  # [B, 3, ...]
+
+    return _f_of("dice", counts, 1.0, average == "images", empty)
+
+
+def _f_of(name: str, counts: Callable[..., Tensor], square: float, of_samples: bool, empty: float) -> Metric:
+    """F of `counts` [B, 3, ...] (hits, found, true): of every sample, or of the sums; then the mean of what is left."""
+
+    def of(hits: Tensor, found: Tensor, true: Tensor) -> Tensor:
+        total = square * true + found
+        return torch.where(total > 0, (1 + square) * hits / total.clamp(min=1e-300), empty)
 
     def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        found, true = (x.flatten(-dims) for x in _binary("dice", decisions, targets, threshold))
-        both = (found & true).sum(-1).double()
-        total = found.sum(-1).double() + true.sum(-1).double()
-        if average == "images":
-            return _weighted(of(both, total), None, weights)
-        counts = torch.stack([both, total], 1)
-        return counts if weights is None else counts * _column(weights.double(), counts)
+        found = counts(decisions, targets)
+        if of_samples:
+            return _weighted(of(*found.double().unbind(1)), None, weights)
+        return found if weights is None else found * _column(weights.double(), found)
 
-    def value(sums: Tensor, count: float) -> float:
-        return float(of(*sums).mean())
-
-    return Metric("dice", stats, mean if average == "images" else value)
+    return Metric(name, stats, mean if of_samples else lambda sums, count: float(of(*sums).mean()))
 
 
 def log_loss(eps: float = 1e-15) -> Metric:
