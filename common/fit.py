@@ -38,7 +38,8 @@ from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
 from common.predictions import read_predictions, write_predictions
-from common.run import Run, progress
+from common.progress import progress
+from common.run import Run
 from common.task import AS_IS, TTA, Task
 
 FACTS = "fold.json"  # of a finished fold

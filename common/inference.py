@@ -22,7 +22,8 @@ from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
 from common.predictions import Predictions, PredictionWriter, joined, mean_of
-from common.run import Run, progress
+from common.progress import progress
+from common.run import Run
 from common.task import AS_IS, TTA, Task, Tuned
 
 
@@ -50,12 +51,13 @@ class Predictor:
         self, dataset: Any, rows: np.ndarray, label: str | None = None, loss: Any = None
     ) -> Iterator[tuple[np.ndarray, Predictions, Tree, Tensor | None]]:
         """Yields (rows [B], predictions [B, ...], targets [B, ...], value of `loss`) over `rows`, in their order."""
+        workers = min(workers_of(self.config, self.device), len(rows) // self.batch_size)  # few are read sooner without
         loader = Loader(
             dataset,
             orders.sequential(rows),
             self.batch_size,
             seed=self.config.seed,
-            workers=min(workers_of(self.config, self.device), len(rows) // self.batch_size),  # a small set is read before workers start
+            workers=workers,
             epochs=1,
             device=self.device,
             bad_images=self.config.bad_images,

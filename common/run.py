@@ -1,30 +1,26 @@
 """A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
 
-import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import not_written, read_json, write_text
+from common.files import locked, not_written, read_json, write_text
+from common.progress import say
 
 RUNS = Path("runs")
-HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
 LONGEST_NAME = 100  # bytes of a run's name: every file system takes it, with what is added to it
 FORMAT = 2  # of a run's files; other versions of the kit wrote others
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Run:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
             message = message.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes of any kind
-            _print(message)
+            say(message)
             try:
                 with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
                     stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
@@ -108,16 +104,8 @@ class Run:
 
     def lock(self) -> None:
         """Keep a second process out of this run; the lock goes with the process, however it ends."""
-        try:
-            stream = open(self.path / "lock", "w")
-        except OSError as error:
-            raise not_written(self.path / "lock", error) from error
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} is being trained by another process: wait for it, or name another RUN="
-            ) from error
+        busy = f"{self.path} is being trained by another process: wait for it, or name another RUN="
+        stream = locked(self.path / "lock", busy)
         self._lock.append(stream)
         held = weakref.ref(stream)
         # A forked worker that outlived its trainer would hold the lock with its copy of the descriptor.
@@ -277,50 +265,3 @@ def machine() -> str:
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return f"{card}, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def _print(message: str) -> None:
-    """A line above the progress bar, where there is one."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        tqdm.write(message)
-    else:
-        print(message, flush=True)
-
-
-def progress(
-    items: Iterable[Item],
-    label: str,
-    total: int,
-    unit: str = "batches",
-    show: bool = True,
-    facts: Callable[[], str] = str,
-) -> Iterator[Item]:
-    """Pass the items on with a bar on a terminal, or with a plain line every 20 seconds anywhere else.
-
-    `facts()` is what else to show, asked for when the line is due.
-    """
-    if not show:
-        yield from items
-        return
-    bar = None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar = tqdm(desc=label, total=total, unit=f" {unit}", leave=False)
-    start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if bar is not None:
-            bar.update()
-        if now - last > (1 if bar is not None else HEARTBEAT_SECONDS) and done < total:
-            last, told = now, facts()
-            if bar is not None:
-                bar.set_postfix_str(told)
-            else:
-                left = (now - start) / done * (total - done)
-                print(f"{label}: {done}/{total} {unit}, {left:.0f} s to go{told and ', '}{told}", flush=True)
-    if bar is not None:
-        bar.close()

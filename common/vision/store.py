@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import BadImage, UserError
-from common.run import progress
+from common.progress import progress
 from common.vision.check import unreadable
 from common.vision.decode import Image, decode
 from common.vision.find import files_of, fingerprint
