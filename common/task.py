@@ -107,7 +107,7 @@ class Submission:
     facts: dict[str, Any] = field(default_factory=dict)  # what else stands in the file beside the CSV
 
 
-# training rows, validation rows, fold (None: all rows train), the fold's part of the run (`path` to keep models in, `log`)
+# training rows, validation rows, fold (None: all rows train), the part of the run that is its own (`path`, `log`)
 # -> predictions of the validation rows and of the test rows
 FitPredict = Callable[[np.ndarray, np.ndarray, int | None, Run], tuple[Predictions, Predictions]]
 
