@@ -365,11 +365,11 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     folder = run.fold_folder(fold)
     if (folder / FACTS).is_file():
         return folder
-    remove_drafts(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
     train_rows, valid_rows = rows_of_fold(task, fold)
     started = time.monotonic()
-    oof, test = task.fit_predict(train_rows, valid_rows, fold, folder)
+    oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
     for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
         if count:
             write_predictions(folder, name, predictions, count, task.postprocess.kept)

@@ -30,6 +30,7 @@ class Run:
     path: Path
     provenance: dict[str, Any]
     is_writer: bool = True  # the first of several processes; the others neither print nor write
+    log_file: Path | None = None  # None: log.txt in the folder
     _lock: list = field(default_factory=list, repr=False)  # holds the open lock file while this process lives
 
     @property
@@ -64,16 +65,21 @@ class Run:
         """Where the training that holds out `fold` (None: nothing) keeps its files."""
         return self.path / ("fold-none" if fold is None else f"fold-{fold}")
 
+    def inside(self, folder: Path) -> "Run":
+        """A training that is a part of this one: its files go to `folder`, its lines to the same log."""
+        return Run(folder, self.provenance, self.is_writer, self.log_file or self.path / "log.txt")
+
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
             message = message.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes of any kind
             say(message)
+            file = self.log_file or self.path / "log.txt"
             try:
-                with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
+                with open(file, "a", encoding="utf-8") as stream:
                     stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
             except OSError as error:
-                raise not_written(self.path / "log.txt", error) from error
+                raise not_written(file, error) from error
 
     def write_json(self, name: str, value: Any) -> None:
         if self.is_writer:
