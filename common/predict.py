@@ -204,7 +204,7 @@ def predict(competition: Competition, given: argparse.Namespace) -> None:
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
         use_threads(config, with_workers=needs_workers(task))
-        check_before(task, config, competition, predicting=True)
+        check_before(task, competition)
         members.append(Member(run, task, config))
     path = write_submission(name, members, is_demo=any(demos))
     if len(members) == 1 and not given.data:

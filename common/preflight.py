@@ -23,11 +23,8 @@ LARGE = 2_000_000  # numbers of a sample, of which one is tried out instead of t
 WEIGHTS_OF_A_TRAINING = 5  # in best.pt and last.pt: twice the model, two moments, the average
 
 
-def check_before(task: Task, config: Config, competition: Competition, predicting: bool = False) -> None:
-    """Raise UserError for what would fail only after hours: metric, ids, test images, shapes, a row of the CSV.
-
-    `predicting`: only what `make predict` needs.
-    """
+def check_before(task: Task, competition: Competition) -> None:
+    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images."""
     check_direction(task.metrics[0], competition.source.higher_is_better)
     if len(task.data.test_ids) == len(task.sample.ids):  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
@@ -35,7 +32,11 @@ def check_before(task: Task, config: Config, competition: Competition, predictin
     refuse_unreadable(unreadable(paths), len(paths), "test images")
     if task.check:
         task.check()
-    if task.network and not predicting:
+
+
+def try_out(task: Task, config: Config) -> None:
+    """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
+    if task.network:
         with torch.random.fork_rng(devices=[]):
             _try_out(task, config)
 
@@ -47,7 +48,10 @@ def _try_out(task: Task, config: Config) -> None:
     if not len(batch):
         return  # unreadable images: the training says which
     batch = batch.to(device)
-    model = network.model().eval().to(device)
+    model = network.model().to(device)
+    if network.pretrain:
+        network.pretrain(model)
+    model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
         batch_value(network.loss, outputs, batch.targets)

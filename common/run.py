@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -159,13 +160,22 @@ def _valid(name: str) -> str:
     return name
 
 
-def open_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any], insist=False) -> Run:
+def open_run(
+    competition: str,
+    name: str | None,
+    config: Config,
+    provenance: dict[str, Any],
+    insist: bool = False,
+    before_new: Callable[[], Any] = lambda: None,
+) -> Run:
     """The run to train: `name` if it is given, else an unfinished run of the same command, else a new one.
 
-    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ. Raises
-    UserError when the named run was started differently, listing what differs.
+    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ. `before_new`
+    is called before a new run is made, and may refuse it. Raises UserError when the named run was started differently,
+    listing what differs.
     """
     if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
+        before_new()
         return _new_run(competition, name, config, provenance)
     if name is not None:
         run = load(competition, name)
@@ -187,6 +197,7 @@ def open_run(competition: str, name: str | None, config: Config, provenance: dic
             print(
                 f"{run.path} does not go on ({'; '.join(changes)}): this is a new run; RESUME=1 goes on with that one"
             )
+    before_new()
     return _new_run(competition, None, config, provenance)
 
 
