@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -36,6 +37,9 @@ from common.losses.protocol import (
 )
 
 Result = TypeVar("Result")
+
+NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
+WATCH_EVERY = 32  # steps, and the first of every epoch: whether the model draws from Python's generators by now
 
 
 class StepReport(NamedTuple):
@@ -101,10 +105,10 @@ class Engine:
         self._first_seed = keyed_seed(seed, ranks.rank)
         self._log = log if ranks.is_writer else lambda message: None
         self._told = False
-        # Until the first batch has shown it: whether what a pass is given is written to, and whether Python's
-        # generators are drawn from.
-        self._writes: bool | None = None
-        self._draws: bool | None = None
+        self._writes: bool | None = None  # whether model or loss write to what they are given; None: not yet known
+        self._draws = False  # whether they have drawn from Python's generators
+        self._watching, self._epoch = True, -1
+        self._sent = NOTHING_SENT  # by the last per-sample pass: often the next one sends the same
         self._new_batch(0)
 
     def run_ahead(self) -> None:
@@ -147,7 +151,8 @@ class Engine:
         self._new_batch((self._first_seed + step_number) % 2**32)  # all that torch's CPU generator takes
         if not self.limited:
             self.micro_batch = max(self.micro_batch, len(batch))
-        versions = self._versions(batch)
+        self._watching = self._draws or batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
+        self._epoch, versions = batch.epoch, versions_of(batch)
         try:
             while True:
                 self._drop_gradients()
@@ -206,7 +211,7 @@ class Engine:
             raise DoesNotFit
         return result
 
-    def begin_pass(self, one_of_two: bool = False) -> None:
+    def begin_pass(self) -> None:
         """Every pass over a batch sees the same dropout and the same buffers."""
         self._passes += 1
         torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
@@ -214,7 +219,7 @@ class Engine:
             torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
         elif self.device.type == "mps":
             torch.mps.manual_seed(self._seed)
-        if one_of_two or self._draws is not False:
+        if self._watching:
             self._python_state = self._python_state or (random.getstate(), np.random.get_state())
             self._seed_python()
         self.buffers.begin_pass()
@@ -240,7 +245,7 @@ class Engine:
 
     def _cut(self, tree: Tree, sizes: list[int]) -> Iterable[Tree]:
         if isinstance(tree, Tensor):
-            views = tree.split_with_sizes(sizes)
+            views = tree.split_with_sizes(sizes) if len(sizes) != 1 else (tree,)
             if tree.device != self.device:
                 return map(self.to_device, views)
             return views if self._writes is False else map(Tensor.clone, views)
@@ -270,15 +275,18 @@ class Engine:
 
         def backward() -> Tensor:
             slope = self.scale.factor / (total if isinstance(total, float) else divisor(total))
-            kept, sent = [], None
+            kept, (known, sent) = [], self._sent
+            if known != slope or not isinstance(slope, float):
+                sent = None
             self.begin_pass()
             for inputs, targets, weights, size in self.parts(batch):
                 losses = loss(self.forward(inputs), targets)
-                if sent is None or weights is not None or sent.shape != losses.shape:  # else the last one serves again
+                if weights is not None or sent is None or sent.shape != losses.shape or sent.dtype != losses.dtype:
                     sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
                 if losses.requires_grad:
-                    losses.backward(sent)
+                    send(losses, sent)
                 kept.append(losses.detach())
+            self._sent = (slope, sent) if isinstance(slope, float) else NOTHING_SENT
             if not kept:  # a rank without samples
                 return torch.zeros_like(total)
             weights = None if batch.weights is None else self.to_device(batch.weights)
@@ -322,12 +330,12 @@ class Engine:
     def _add_up(self, batch: Batch, sent: Tensor | None, keep_sums: bool) -> Tensor | None:
         """A pass that sends `sent` back into the statistics (None: nothing) and returns their sums on this rank."""
         total = None
-        self.begin_pass(one_of_two=not (keep_sums and sent is not None))
+        self.begin_pass()
         with torch.set_grad_enabled(sent is not None):
             for inputs, targets, weights, _ in self.parts(batch):
                 stats = self.loss.stats(self.forward(inputs), targets)
                 if sent is not None and stats.requires_grad:
-                    stats.backward(sent_back(stats, sent, weights))
+                    send(stats, sent_back(stats, sent, weights))
                 if keep_sums:
                     part = weighted_sums(stats.detach(), weights)
                     total = part if total is None else total + part
@@ -359,7 +367,7 @@ class Engine:
         rows: list[bool] = []  # which of the outputs have a row for every sample
 
         def forward() -> dict[str, Tree] | None:
-            self.begin_pass(one_of_two=True)
+            self.begin_pass()
             with torch.no_grad():
                 found = [(self.forward(inputs), *rest) for inputs, *rest in self.parts(batch)]
             if not found:
@@ -379,7 +387,7 @@ class Engine:
         def backward() -> None:
             start = first
             with self.loss_buffers.left_as_they_are():
-                self.begin_pass(one_of_two=True)
+                self.begin_pass()
                 for inputs, _, _, size in self.parts(batch):
                     pairs = []
                     for leaf, slope, by_row in zip(tensors_of(self.forward(inputs)), slopes, rows, strict=True):
@@ -476,22 +484,18 @@ class Engine:
         self.single_sum = state["single_sum"]
         self.scale.load_state_dict(state)
 
-    def _versions(self, batch: Batch) -> list[int]:
-        """How often the tensors of a batch have been written to."""
-        return [tensor._version for tensor in tensors_of((batch.inputs, batch.targets, batch.weights))]
-
     def _learn(self, batch: Batch, versions: list[int], step_number: int) -> None:
         """What the batch has shown of the model and the loss; raises UserError where that came too late."""
         if self._writes is None:
             self._writes = False
-        elif self._versions(batch) != versions:
+        elif versions_of(batch) != versions:
             self._writes = True  # from now on they get copies
             if self._passes > 1:
                 raise UserError(
                     f"the model or the loss changed its input in place in step {step_number + 1}, and had not in the "
                     "first one: the second pass over the batch saw other numbers. Let it work on a copy, x.clone()"
                 )
-        if self._draws is None:
+        if self._watching and not self._draws:
             drawn = self._drawn()
             self._seed_python()
             self._draws = drawn != self._drawn()
@@ -556,8 +560,18 @@ class Engine:
 WAYS = {"per_sample": Engine._per_sample, "sums": Engine._sums, "whole_batch": Engine._whole_batch}
 
 
+def versions_of(batch: Batch) -> list[int]:
+    """How often each tensor of a batch has been written to."""
+    return [tensor._version for tensor in (*tensors_of(batch.inputs), *tensors_of(batch.targets))]
+
+
 def has_slope(output: Tensor) -> bool:
     return output.is_floating_point() or output.is_complex()
+
+
+def send(values: Tensor, gradient: Tensor) -> None:
+    """values.backward(gradient) without its checks of shapes: a tenth of the step of a tiny network."""
+    _engine_run_backward((values,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def sent_back(values: Tensor, slope: Tensor | float, weights: Tensor | None) -> Tensor:

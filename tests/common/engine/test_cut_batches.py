@@ -187,16 +187,18 @@ def test_layers_dropped_by_pythons_generators_are_the_same_in_both_passes(draw, 
     assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1]), "a function of seed and step"
 
 
-def test_drawing_from_pythons_generators_is_noticed_in_a_single_pass():
-    model = Dropped(random.random)
-    engine = make_engine(model, cross_entropy)
+def test_drawing_from_pythons_generators_is_noticed_from_the_epoch_on_in_which_it_begins():
+    model = Dropped(lambda: 0.1)
+    engine, batch = make_engine(model, LOSSES["sums"](), micro_batch=4), make_batch(12)
+    state = random.getstate()
     for step in range(2):
-        random.seed(step)
-        engine.gradients(make_batch(12), 0)
-    assert engine._draws and model.kept[0] == model.kept[1]
-    engine = make_engine(make_model(), cross_entropy)
-    engine.gradients(make_batch(12), 0)
-    assert engine._draws is False
+        engine.gradients(batch, step)
+    model.draw = random.random
+    for step in range(2, 5):
+        model.kept.clear()
+        engine.gradients(replace(batch, epoch=1), step)
+        assert model.kept[: len(model.kept) // 2] == model.kept[len(model.kept) // 2 :]
+    assert random.getstate() == state
 
 
 class Remembers(nn.Module):
