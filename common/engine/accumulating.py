@@ -78,7 +78,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the wrapped optimizer and the sums: torch's own keep three attributes of a subclass."""
+        """Copies and pickles hold the wrapped optimizer and the sums: torch's own know nothing of a subclass."""
         mine = ("optimizer", "accum_iters", "updates", "_sums", "_count", "_weight")
         return super().__getstate__() | {name: self.__dict__[name] for name in mine}
 

@@ -6,6 +6,7 @@ The batch value is one of three kinds (common.losses.protocol), and so are the w
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from common.engine.finite import Outcomes, Place, judge, total_norm
 from common.engine.optimizers import allocate_state, laid_out_like
 from common.engine.precision import LossScale, Precision, forward_in
 from common.engine.ranks import SINGLE, Ranks
+from common.engine.replay import Replay
 from common.errors import UserError
 from common.loading.keys import keyed_seed
 from common.losses.protocol import (
@@ -83,6 +85,7 @@ class Engine:
         seed: int = 0,
         ranks: Ranks = SINGLE,
         log: Callable[[str], Any] = print,
+        graph: bool = False,
     ):
         refuse_collectives(model)
         self.model, self.loss, self.optimizer, self.ranks = model, loss, optimizer, ranks
@@ -103,11 +106,12 @@ class Engine:
         if self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
             self.run_ahead()
         self._first_seed = keyed_seed(seed, ranks.rank)
-        self._log = log if ranks.is_writer else lambda message: None
+        self.log = log if ranks.is_writer else lambda message: None
+        self.replay = Replay(self) if graph and self.outcomes and ranks.world == 1 else None
         self._told = False
         self._writes: bool | None = None  # whether model or loss write to what they are given; None: not yet known
         self._draws = False  # whether they have drawn from Python's generators
-        self._watching, self._epoch = True, -1
+        self._watching, self._epoch, self._capturing = True, -1, False
         self._sent = NOTHING_SENT  # by the last per-sample pass: often the next one sends the same
         self._new_batch(0)
 
@@ -119,18 +123,29 @@ class Engine:
 
     def step(self, batch: Batch, step_number: int) -> StepReport:
         """One optimizer step over the batch. Raises UserError when it is not a finite one, and leaves the weights."""
-        place = Place(step_number, batch.epoch, batch.number)
-        value, norm, outcome = self._until_it_fits(batch, step_number, self._prepared)
+        return (self.replay.step if self.replay else self.eager_step)(batch, step_number)
+
+    def eager_step(self, batch: Batch, step_number: int, watch: AbstractContextManager | None = None) -> StepReport:
+        def watched(batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
+            with watch:
+                return self.prepared(batch)
+
+        work = self.prepared if watch is None else watched
+        value, norm, outcome = self._until_it_fits(batch, step_number, work)
         if self.outcomes:
-            self._update_weights(step_number, self.outcomes.overflow)
-            self.scale.update(self.outcomes.overflow)
-            self.outcomes.note(place, outcome)
+            self.update_ahead(step_number)
         else:
-            finite = judge(place, *outcome)
+            finite = judge(Place(step_number, batch.epoch, batch.number), *outcome)
             if finite:
                 self._update_weights(step_number)
             self.scale.update(not finite)
         self._drop_gradients()
+        return self.noted(batch, step_number, value, norm, outcome)
+
+    def noted(self, batch: Batch, step_number: int, value: Tensor, norm: float | Tensor, outcome: Any) -> StepReport:
+        """The report of a step that is done, or on its way."""
+        if self.outcomes:
+            self.outcomes.note(Place(step_number, batch.epoch, batch.number), outcome)
         return StepReport(value, norm, self.micro_batch)
 
     def settle(self) -> None:
@@ -147,8 +162,28 @@ class Engine:
 
     # From the first operation of a batch to the last before the update: what starts again when the memory is full.
 
+    def update_ahead(self, step_number: int = 0) -> None:
+        """The update, which the device itself leaves out when the step is not a finite one."""
+        self._update_weights(step_number, self.outcomes.overflow)
+        self.scale.update(self.outcomes.overflow)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Around a step that is captured: nothing is seeded or put back in there, for no replay can fail."""
+        self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+
+    def forget_gradients(self) -> tuple:
+        """Drop what a capture has left in .grad and elsewhere; returns what the graph needs to be kept."""
+        self._drop_gradients()
+        held, self._sent = self._sent, NOTHING_SENT
+        return held
+
     def _until_it_fits(self, batch: Batch, step_number: int, work: Callable[[Batch], Result]) -> Result:
-        self._new_batch((self._first_seed + step_number) % 2**32)  # all that torch's CPU generator takes
+        self._new_batch(self._seed_of(step_number))
         if not self.limited:
             self.micro_batch = max(self.micro_batch, len(batch))
         self._watching = self._draws or batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
@@ -161,7 +196,8 @@ class Engine:
                     break
                 self._drop_gradients()
                 self._failed = True
-                self._halve(len(batch))
+                if not (self.replay and self.replay.make_room()):
+                    self._halve(len(batch))
             self._learn(batch, versions, step_number)
         finally:
             if self._python_state is not None:
@@ -176,7 +212,7 @@ class Engine:
         self.buffers.new_batch()
         self.loss_buffers.new_batch()
 
-    def _prepared(self, batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
+    def prepared(self, batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
         """Fill .grad with what the optimizer is to see. Returns value, norm, and what tells if they are finite."""
         value = self._summed_gradients(batch)
         return self.together(partial(self._clipped, value))
@@ -213,17 +249,30 @@ class Engine:
 
     def begin_pass(self) -> None:
         """Every pass over a batch sees the same dropout and the same buffers."""
+        if self._capturing:
+            return
         self._passes += 1
-        torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(self._seed)
+        self._seed_torch()
         if self._watching:
             self._python_state = self._python_state or (random.getstate(), np.random.get_state())
             self._seed_python()
         self.buffers.begin_pass()
         self.loss_buffers.begin_pass()
+
+    def seed_torch(self, step_number: int) -> None:
+        """Start torch's generators at the step's key, as every pass does."""
+        self._seed = self._seed_of(step_number)
+        self._seed_torch()
+
+    def _seed_of(self, step_number: int) -> int:
+        return (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
+
+    def _seed_torch(self) -> None:
+        torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(self._seed)
 
     def _seed_python(self) -> None:
         random.seed(self._seed)
@@ -276,7 +325,7 @@ class Engine:
         def backward() -> Tensor:
             slope = self.scale.factor / (total if isinstance(total, float) else divisor(total))
             kept, (known, sent) = [], self._sent
-            if known != slope or not isinstance(slope, float):
+            if isinstance(slope, Tensor) or known != slope:
                 sent = None
             self.begin_pass()
             for inputs, targets, weights, size in self.parts(batch):
@@ -286,7 +335,7 @@ class Engine:
                 if losses.requires_grad:
                     send(losses, sent)
                 kept.append(losses.detach())
-            self._sent = (slope, sent) if isinstance(slope, float) else NOTHING_SENT
+            self._sent = NOTHING_SENT if isinstance(slope, Tensor) or batch.weights is not None else (slope, sent)
             if not kept:  # a rank without samples
                 return torch.zeros_like(total)
             weights = None if batch.weights is None else self.to_device(batch.weights)
@@ -540,21 +589,21 @@ class Engine:
                 * (self.kind == "whole_batch")
             )
         self.micro_batch, self.limited, self._told = (largest + 1) // 2, True, False
-        self._log(f"out of memory at {largest} samples: the same batch again in micro-batches of {self.micro_batch}")
+        self.log(f"out of memory at {largest} samples: the same batch again in micro-batches of {self.micro_batch}")
 
     def _tell_once(self, count: int) -> None:
         if self._told:
             return
         self._told = True
         whole = count <= self.micro_batch
-        self._log(f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch of {count}"))
+        self.log(f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch of {count}"))
         if not whole and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
-            self._log(
+            self.log(
                 f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the batch "
                 f"of {count}: another --micro-batch is another function for it"
             )
         if not whole and any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.model.modules()):
-            self._log("dropout draws a mask for every micro-batch: another --micro-batch draws others")
+            self.log("dropout draws a mask for every micro-batch: another --micro-batch draws others")
 
 
 WAYS = {"per_sample": Engine._per_sample, "sums": Engine._sums, "whole_batch": Engine._whole_batch}

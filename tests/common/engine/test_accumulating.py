@@ -180,7 +180,9 @@ def test_weights_of_an_open_batch_are_kept():
     assert model.weight.tolist() == [[0.25, 0.25]]  # 1 - (3 * 1 + 1 * 0) / 4
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
 @pytest.mark.parametrize("seen", [0, 3, 5])
 def test_a_copy_goes_on_where_the_optimizer_stood(copied, seen):
     """Two small batches into an update, for instance: its sums, moments and counts are in the copy, and apart."""
