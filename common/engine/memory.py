@@ -92,13 +92,16 @@ class Buffers:
 
     def __init__(self, module: object, apart_from: "Buffers | None" = None):
         modules = list(module.modules()) if isinstance(module, nn.Module) else []
-        known = {id(owner) for owner, _ in apart_from._owners} if apart_from else set()
+        known = {id(owner) for owner, _ in apart_from._owners} if apart_from is not None else set()
         owners = [(part._buffers, name) for part in modules for name in part._buffers if id(part._buffers) not in known]
         # By owner and name: a module may assign a new tensor to its buffer.
         self._owners = [(owner, name) for owner, name in owners if owner[name] is not None]
         self._copies = self._clones()
         self._normalising = {id(part._buffers) for part in modules if isinstance(part, _NormBase)}
         self._kept = False
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
 
     def new_batch(self) -> None:
         """The next pass is the first over another batch."""

@@ -5,7 +5,7 @@ The batch value is one of three kinds (common.losses.protocol), and so are the w
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import repeat
@@ -41,6 +41,7 @@ from common.losses.protocol import (
 Result = TypeVar("Result")
 
 NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
+SMALL_BYTES = 1 << 18  # of outputs that are kept between the passes of a loss over sums
 WATCH_EVERY = 32  # steps, and the first of every epoch: whether the model draws from Python's generators by now
 
 
@@ -50,6 +51,14 @@ class StepReport(NamedTuple):
     loss: Tensor
     gradient_norm: float | Tensor  # 0-d on a card
     micro_batch: int
+
+
+class Kept(NamedTuple):
+    """Outputs of a micro-batch, their statistics [B, ...] with the graph between, and the samples' weights."""
+
+    outputs: list[Tensor]
+    stats: Tensor
+    weights: Tensor | None
 
 
 class DoesNotFit(MemoryError):
@@ -333,7 +342,7 @@ class Engine:
                 if weights is not None or sent is None or sent.shape != losses.shape or sent.dtype != losses.dtype:
                     sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
                 if losses.requires_grad:
-                    send(losses, sent)
+                    send([losses], [sent])
                 kept.append(losses.detach())
             self._sent = NOTHING_SENT if isinstance(slope, Tensor) or batch.weights is not None else (slope, sent)
             if not kept:  # a rank without samples
@@ -351,7 +360,7 @@ class Engine:
         """value = g(S), S = sum_i w_i s_i. The gradient is <g'(S), sum_i w_i grad s_i>, and g'(S) needs all samples.
 
         With a single sum g'(S) is one factor on the whole gradient and comes last; else a first pass finds S.
-        Only S is kept between the passes, not the outputs.
+        Only S is kept between the passes, and outputs of no more than SMALL_BYTES.
         """
         if self.fits_whole(batch):
             return self._whole(batch)
@@ -363,18 +372,53 @@ class Engine:
             self._add(direct)
             self.ranks.sum_gradients(self.parameters, self.together)
             return value
-        total = self.together(lambda: self._add_up(batch, None, True))
+        total, kept = self.together(partial(self._found_sums, batch))
         value, slope, direct = self._value_and_slope(total, count)
         self.single_sum = slope.numel() == 1  # known from now on; the first batch may take two passes all the same
 
         def backward() -> None:
             with self.loss_buffers.left_as_they_are():
-                self._add_up(batch, self.scale.factor * slope, False)
+                if kept:
+                    self._send_through(batch, kept, self.scale.factor * slope)
+                else:
+                    self._add_up(batch, self.scale.factor * slope, False)
 
         self.together(backward)
         self._add(direct)
         self.ranks.sum_gradients(self.parameters, self.together)
         return value
+
+    def _found_sums(self, batch: Batch) -> tuple[Tensor | None, list[Kept]]:
+        """The sums of this rank's samples, and the graphs of the statistics of every micro-batch if outputs are small.
+
+        The second pass then needs no loss, which costs a small network as much as its layers.
+        """
+        kept, total = [], None
+        self.begin_pass()
+        for inputs, targets, weights, size in self.parts(batch):
+            with torch.no_grad():
+                outputs = self.forward(inputs)
+            small = bool(kept) or (total is None and is_small(outputs, len(batch) / size))
+            with torch.set_grad_enabled(small):
+                leaves = map_tree(lambda x: x.detach().requires_grad_() if has_slope(x) else x, outputs)
+                stats = self.loss.stats(leaves if small else outputs, targets)
+            if small:
+                kept.append(Kept(tensors_of(leaves), stats, weights))
+            part = weighted_sums(stats.detach(), weights)
+            total = part if total is None else total + part
+        return total, kept
+
+    def _send_through(self, batch: Batch, kept: list[Kept], slope: Tensor) -> None:
+        """A second pass that sends the slope of the kept statistics through the outputs of the first."""
+        stats = [part for part in kept if part.stats.requires_grad]
+        if stats:
+            send([part.stats for part in stats], [sent_back(part.stats, slope, part.weights) for part in stats])
+        self.begin_pass()
+        for (inputs, *_), part in zip(self.parts(batch), kept, strict=True):
+            pairs = zip(tensors_of(self.forward(inputs)), part.outputs, strict=True)
+            found = [(leaf, of.grad) for leaf, of in pairs if leaf.requires_grad and of.grad is not None]
+            if found:
+                send(*zip(*found, strict=True))
 
     def _add_up(self, batch: Batch, sent: Tensor | None, keep_sums: bool) -> Tensor | None:
         """A pass that sends `sent` back into the statistics (None: nothing) and returns their sums on this rank."""
@@ -384,7 +428,7 @@ class Engine:
             for inputs, targets, weights, _ in self.parts(batch):
                 stats = self.loss.stats(self.forward(inputs), targets)
                 if sent is not None and stats.requires_grad:
-                    send(stats, sent_back(stats, sent, weights))
+                    send([stats], [sent_back(stats, sent, weights)])
                 if keep_sums:
                     part = weighted_sums(stats.detach(), weights)
                     total = part if total is None else total + part
@@ -434,22 +478,27 @@ class Engine:
         rows = rows or [True] * len(slopes)
 
         def backward() -> None:
-            start = first
             with self.loss_buffers.left_as_they_are():
-                self.begin_pass()
-                for inputs, _, _, size in self.parts(batch):
-                    pairs = []
-                    for leaf, slope, by_row in zip(tensors_of(self.forward(inputs)), slopes, rows, strict=True):
-                        # What is the same in every micro-batch depends on the weights alone: its slope is sent once.
-                        if slope is not None and leaf.requires_grad and (by_row or start == first):
-                            pairs.append((leaf, slope[start : start + size] if by_row else slope))
-                    if pairs:
-                        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-                    start += size
+                self._send_slopes(batch, slopes, rows, first)
 
         self.together(backward)
         self.ranks.sum_gradients(self.parameters, self.together)
         return value
+
+    def _send_slopes(self, batch: Batch, slopes: list[Tensor | None], rows: list[bool], first: int) -> None:
+        """The second pass: dL/dz of every output, from row `first` on, into the graph of every micro-batch."""
+        start = first
+        self.begin_pass()
+        for inputs, _, _, size in self.parts(batch):
+            leaves, sent = [], []
+            for leaf, slope, by_row in zip(tensors_of(self.forward(inputs)), slopes, rows, strict=True):
+                # What is the same in every micro-batch depends on the weights alone: its slope is sent once.
+                if slope is not None and leaf.requires_grad and (by_row or start == first):
+                    leaves.append(leaf)
+                    sent.append(slope[start : start + size] if by_row else slope)
+            if leaves:
+                send(leaves, sent)
+            start += size
 
     def _loss_of_outputs(self, kept: dict[str, Tree]) -> tuple[Tensor, list[Tensor | None]]:
         """The loss of the outputs of all ranks and its slope along every tensor of them."""
@@ -618,9 +667,16 @@ def has_slope(output: Tensor) -> bool:
     return output.is_floating_point() or output.is_complex()
 
 
-def send(values: Tensor, gradient: Tensor) -> None:
-    """values.backward(gradient) without its checks of shapes: a tenth of the step of a tiny network."""
-    _engine_run_backward((values,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+def send(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """torch.autograd.backward(values, gradients) without its checks of shapes: a tenth of the step of a tiny network."""
+    _engine_run_backward(
+        tuple(values), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def is_small(outputs: Tree, micro_batches: float) -> bool:
+    """Whether the outputs of a whole batch are a few numbers, given those of a micro-batch."""
+    return sum(tensor.nbytes for tensor in tensors_of(outputs)) * micro_batches <= SMALL_BYTES
 
 
 def sent_back(values: Tensor, slope: Tensor | float, weights: Tensor | None) -> Tensor:
