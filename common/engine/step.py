@@ -393,12 +393,14 @@ class Engine:
 
         The second pass then needs no loss, which costs a small network as much as its layers.
         """
-        kept, total = [], None
+        kept, total, small = [], None, False
         self.begin_pass()
         for inputs, targets, weights, size in self.parts(batch):
             with torch.no_grad():
                 outputs = self.forward(inputs)
-            small = bool(kept) or (total is None and is_small(outputs, len(batch) / size))
+            # A loss with buffers may have written to what the kept graphs need by the time that they are used.
+            if total is None:
+                small = not self.loss_buffers and is_small(outputs, len(batch) / size)
             with torch.set_grad_enabled(small):
                 leaves = map_tree(lambda x: x.detach().requires_grad_() if has_slope(x) else x, outputs)
                 stats = self.loss.stats(leaves if small else outputs, targets)
@@ -668,7 +670,7 @@ def has_slope(output: Tensor) -> bool:
 
 
 def send(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """torch.autograd.backward(values, gradients) without its checks of shapes: a tenth of the step of a tiny network."""
+    """torch.autograd.backward(values, gradients) without its checks: a tenth of the step of a tiny network."""
     _engine_run_backward(
         tuple(values), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
