@@ -242,7 +242,7 @@ class Assigning(nn.Module):
 
 
 def by_value(outputs, targets):
-    return outputs.square().mean(1) * (2.0 if float(outputs.sum()) > 0 else 1.0)
+    return outputs.square().mean(1) * (2.0 if float(outputs.detach().sum()) > 0 else 1.0)
 
 
 def by_rows(outputs, targets):
