@@ -220,6 +220,7 @@ class Training:
 
     def _collect(self) -> None:
         """Add up what the steps reported; on a card this waits for them, so it is done when somebody wants to know."""
+        self.engine.settle()
         for report, samples in self.reports:
             self.state.loss_sum += float(report.loss) * samples
             norm = float(report.gradient_norm)

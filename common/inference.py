@@ -15,6 +15,7 @@ from common.batch import Tree, map_tree, tensors_of
 from common.config import Config, folds_to_train
 from common.device import precision_of, workers_of
 from common.engine import memory
+from common.engine.precision import autocast, to_float32
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.files import read_cell, write_csv, write_npy
@@ -44,8 +45,7 @@ class Predictor:
         self.fitting = self.batch_size  # samples at once that the memory is known or hoped to hold
         self.heads: dict[int, list[nn.Module]] = {}  # of every model, by its id
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
-        precision = precision_of(config, device)
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+        self.precision = precision_of(config, device)
 
     def batches(
         self, dataset: Any, rows: np.ndarray, label: str | None = None, loss: Any = None
@@ -76,21 +76,14 @@ class Predictor:
         size = len(tensors_of(inputs)[0])
         parts, values, start = [], [], 0
         while start < size:
-            part, failed, step = None, False, min(self.fitting, size - start)
-            try:
-                cut = [None if tree is None else self._cut(tree, start, step) for tree in (inputs, targets)]
-                part = self._forward(*cut, loss)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
+            step = min(self.fitting, size - start)
+            part, fits = memory.attempt(lambda: self._forward(*self._cut((inputs, targets), start, step), loss))  # noqa: B023
+            if not fits:
                 if step == 1:
                     raise UserError(
                         "out of memory while a single sample is predicted: try --precision bf16 on a card that has "
                         "it, --device cpu, or a smaller input size"
-                    ) from error
-                failed = True
-            if failed:  # outside `except`: the traceback keeps every activation alive
-                memory.release()
+                    )
                 self.fitting = (step + 1) // 2
                 continue
             parts.append(part[0])
@@ -101,9 +94,9 @@ class Predictor:
 
     def _outputs(self, model: nn.Module, inputs: Tree) -> Tree:
         """In --precision, but for the last layers: bfloat16 has 256 steps from 0.5 to 1, and predictions would tie."""
-        if self.dtype is None:
+        if self.precision == "fp32":
             return model(inputs)
-        with torch.autocast(self.device.type, dtype=self.dtype):
+        with autocast(self.precision, self.device.type):
             if self.config.compile:  # a layer that changes would be compiled again
                 return model(inputs)
             if id(model) not in self.heads:
@@ -122,8 +115,7 @@ class Predictor:
         found, value = [], None
         for model in self.models:
             for one in self.tta:
-                outputs = self._outputs(model, one.apply(inputs))
-                outputs = map_tree(lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, outputs)
+                outputs = to_float32(self._outputs(model, one.apply(inputs)))
                 if loss is not None:
                     value = batch_value(loss, outputs, targets) * len(tensors_of(outputs)[0])
                 found.append(one.undo(self.task.postprocess.predict(outputs)))
