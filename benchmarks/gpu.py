@@ -384,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         print("gpu: skipped, there is no CUDA card that torch sees")
         return
-    prepare_device(CARD)
+    prepare_device(CARD, False)
     clock = Clock(time.monotonic() + given.seconds)
     found: dict[str, Any] = {
         "card": torch.cuda.get_device_name(CARD),

@@ -34,14 +34,15 @@ def precision_of(config: Config, device: torch.device) -> Precision:
     return best_precision(device) if config.precision == "auto" else config.precision
 
 
-def prepare_device(device: torch.device) -> torch.memory_format:
+def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_format:
     """Settings of a process that trains or predicts on `device`; returns the memory format for its models.
 
     On a CUDA card: TF32 for what is left in float32, the quickest of cuDNN's convolutions for every shape, and
-    channels_last, in which tensor cores want their images. A CPU keeps torch's defaults, and its bits.
+    channels_last (whatever the argument says), in which tensor cores want their images. A CPU keeps torch's defaults,
+    and its bits.
     """
     if device.type != "cuda":
-        return torch.preserve_format
+        return torch.channels_last if channels_last else torch.preserve_format
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     return torch.channels_last

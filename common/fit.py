@@ -17,7 +17,7 @@ from torch import nn
 from common import checkpoint
 from common.batch import Batch
 from common.config import Config
-from common.device import device_of, peak_memory, precision_of, workers_of
+from common.device import device_of, peak_memory, precision_of, prepare_device, workers_of
 from common.engine.average import Average, reestimate_batchnorm
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
@@ -131,7 +131,7 @@ class Training:
         """The model with its first weights, the loss, the optimizer, the engine and the average."""
         task, config = self.task.network, self.config
         torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if self.fold is None else self.fold))
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        memory_format = prepare_device(self.device, config.channels_last)
         self.model = task.model().to(self.device, memory_format=memory_format)
         if task.pretrain and pretrained:
             task.pretrain(self.model)
@@ -152,6 +152,7 @@ class Training:
             seed=config.seed,
             ranks=self.ranks,
             log=self.run.log,
+            graph=config.graph,
         )
         self.average = Average(self.model, config.ema or None) if config.ema or config.swa else None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import checkpoint, metrics
 from common.batch import Tree, map_tree, tensors_of
 from common.config import Config, folds_to_train
-from common.device import precision_of, workers_of
+from common.device import precision_of, prepare_device, workers_of
 from common.engine import memory
 from common.engine.precision import autocast, to_float32
 from common.engine.ranks import SINGLE, Ranks
@@ -231,5 +231,4 @@ def load_model(file: Path, task: Task, config: Config, device: torch.device) -> 
     model = task.network.model()
     with checkpoint.restoring(file):
         model.load_state_dict(checkpoint.load(file, "model")["model"])
-    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    return model.to(device, memory_format=memory_format).eval()
+    return model.to(device, memory_format=prepare_device(device, config.channels_last)).eval()

@@ -8,6 +8,7 @@ from common.batch import Batch, map_tree, tensors_of
 from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of
+from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
 from common.loading import orders
@@ -36,6 +37,8 @@ def check_before(task: Task, competition: Competition) -> None:
 
 def try_out(task: Task, config: Config) -> None:
     """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
+    if config.compile:
+        check_compile(device_of(config).type)
     if task.network:
         with torch.random.fork_rng(devices=[]):
             _try_out(task, config)

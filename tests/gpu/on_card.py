@@ -181,4 +181,4 @@ def test_a_loss_that_reads_the_card_is_found_out():
 
 
 def test_settings_of_a_card():
-    assert prepare_device(CARD) is torch.channels_last and torch.backends.cudnn.benchmark
+    assert prepare_device(CARD, False) is torch.channels_last and torch.backends.cudnn.benchmark
