@@ -67,25 +67,14 @@ def boosting(
     valid: np.ndarray,
     fold: int | None,
     folder: Path,
-) -> tuple[np.ndarray, np.ndarray]:
-    """LightGBM instead: fits the rows `train` of a fold, predicts its rows `valid` and the test rows."""
+) -> list[np.ndarray]:
+    """LightGBM fits the rows `train` of a fold and predicts its rows `valid` and the test rows."""
     from lightgbm import LGBMRegressor
 
-    both = pd.concat([table, test[table.columns]])
-    texts = both.select_dtypes(exclude="number").columns
-    both = both.astype(dict.fromkeys(texts, "category"))  # blanks stay blank: trees know what to do with them
-    model = LGBMRegressor(
-        n_estimators=config.trees,
-        num_leaves=config.leaves,
-        learning_rate=config.tree_lr,
-        random_state=config.seed,
-        n_jobs=config.threads or None,
-        deterministic=True,
-        force_row_wise=True,
-        verbose=-1,
-    )
-    model.fit(both.iloc[train], targets[train, 0])
-    return tuple(
-        model.predict(both.iloc[part]) if len(part) else np.empty(0)
-        for part in (valid, np.arange(len(table), len(both)))
-    )
+    texts = table.select_dtypes(exclude="number").columns
+    both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take blanks
+    size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr}
+    same = {"random_state": config.seed, "n_jobs": config.threads or 1, "deterministic": True, "force_row_wise": True}
+    model = LGBMRegressor(**size, **same, verbose=-1).fit(both.iloc[train], targets[train, 0])
+    parts = valid, np.arange(len(table), len(both))
+    return [model.predict(both.iloc[part]) if len(part) else np.empty(0) for part in parts]
