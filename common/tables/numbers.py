@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from common.batch import Tree, map_tree, tensors_of
 from common.errors import UserError
+from common.loading.collate import as_tensors
 from common.loading.keys import Keys
-from common.loading.worker import as_tensors
 
 MANY = 1000  # different texts: rather an id or a sentence than a category
 
@@ -62,7 +62,7 @@ def _of_numbers(columns: list[pd.Series]) -> list[np.ndarray]:
 
 def _of_texts(columns: list[pd.Series]) -> list[np.ndarray]:
     texts = sorted(columns[0].dropna().unique())
-    codes = [pd.Categorical(column, categories=texts).codes for column in columns]
+    codes = [pd.Index(texts, dtype=object).get_indexer(column.astype(object)) for column in columns]
     return [code[:, None] == np.arange(len(texts)) for code in codes]
 
 

@@ -40,7 +40,9 @@ def test_a_blank_is_0_and_a_column_says_so():
     train = pd.DataFrame({"n": [1.0, np.nan, 3.0], "t": ["x", None, "y"]})
     test = pd.DataFrame({"n": [np.nan], "t": [None]})
     numbers = [[-1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [1, 0, 0, 1, 0]]
-    assert standardised(train, test)[0].tolist() == numbers and standardised(train, test)[1].tolist() == [[0, 1, 0, 0, 1]]
+    assert standardised(train, test)[0].tolist() == numbers and standardised(train, test)[1].tolist() == [
+        [0, 1, 0, 0, 1]
+    ]
     whole = standardised(train.astype({"n": "Int64"}), test.astype({"n": "Int64"}))
     assert whole[0].tolist() == numbers, "whole numbers with blanks"
     assert standardised(train[:1], test)[1].tolist() == [[0, 0]], "no column where the first table has no blanks"
