@@ -32,13 +32,14 @@ def new(name: str, kind: str) -> None:
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)
         raise UserError(f"{target} cannot be written ({error.strerror or error}): free space, or own it") from error
-    print(
-        f"competitions/{name} has {', '.join(texts)}, from templates/{kind}. Next:\n"
-        f"  make train COMP={name}                    on its demo data: a minute or two\n"
-        f"  make test ARGS=\"-k '{name}'\"            the same killed, resumed, and predicted again\n"
-        f"  grep -n CHANGE competitions/{name}/*.py   what to make your own, config.py first\n"
-        f"  make data COMP={name}                     your files; then the first command again"
-    )
+    print(f"competitions/{name} has {', '.join(texts)}, from templates/{kind}. Next:")
+    for command, what in (
+        (f"make train COMP={name}", "on its demo data: a minute or two"),
+        (f'make test ARGS="-k {name}"', "the same killed, resumed and predicted again"),
+        (f"grep -n CHANGE competitions/{name}/*.py", "what to make your own, config.py first"),
+        (f"make data COMP={name}", "your files; then the first command again"),
+    ):
+        print(f"  {command:{len(name) + 34}}  {what}")
 
 
 def _check_name(name: str, kind: str) -> None:

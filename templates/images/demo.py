@@ -23,7 +23,7 @@ def write_demo(folder: Path) -> None:
 
 def draw(rng: np.random.Generator, ring: int) -> np.ndarray:
     """uint8 [96, 96, 3]: a disc, or a ring, on ground of another colour, under noise."""
-    ground, colour = rng.integers(20, 140, 3), rng.integers(110, 230, 3).tolist()
+    ground, colour = rng.integers(40, 150, 3), rng.integers(100, 210, 3).tolist()
     image = np.full((SIDE, SIDE, 3), ground, np.uint8)
     x, y, radius = (int(rng.integers(low, high)) for low, high in ((30, 66), (30, 66), (16, 28)))
     cv2.circle(image, (x, y), radius, colour, radius // 3 if ring else -1)
