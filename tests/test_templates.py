@@ -222,3 +222,39 @@ def test_no_word_of_the_template_is_left(here, kind):
         assert not any(word in text for word in (new.NAME, new.SLUG, new.CLASS)), name
     loaded = competition.load("big_cats")
     assert loaded.source.slug == "big-cats" and loaded.config_class.__name__ == "BigCatsConfig"
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "other", "words"),
+    [
+        ("table", '("price",)', '("cost",)', ["missing: cost", "train.csv", "make data COMP=lynx"]),
+        ("table", "(network, config, rows, targets)", "(network, config, rows, np.c_[targets, targets])",
+         ["the loss does not take the outputs float32 [2, 2]", "targets float32 [2, 1]", "build()"]),
+        ("table", "    return Task(data, score, network", "    Task(data, score, network",
+         ["build() of", "return Task(...)"]),
+        ("table", "score = (rmse(),)", "score = (roc_auc(),)", ["SOURCE.higher_is_better is False", "roc_auc is True"]),
+        ("table", "test.pop(ID).tolist()", "test.pop(ID).tolist()[::-1]",
+         ["sample_submission.csv", "row 0: id flat_1799"]),
+        ("images", "loss=BCE()", "loss=CrossEntropy()", ["CrossEntropy of a single class", "use BCE"]),
+        ("images", "outputs.sigmoid()", "outputs.sigmoid()[:, 0].expand(9, 2)",
+         ["predictions of 2 samples", "expected [B, ...]"]),
+        ("images", 'raw, "test",', 'raw, "tests",', ["tests is missing", "make data COMP=lynx"]),
+        ("masks", "FULL = (96, 128)", "FULL = (48, 64)", ["the mask of image_001", "out of range", "48x64"]),
+        ("masks", "yield name, rle.encode", "yield rle.encode", ["a row of the submission would be", "id,rle"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_page_is_one_line_before_the_training(here, capsys, kind, old, other, words):
+    new.new("lynx", kind)
+    task = here / "competitions" / "lynx" / "task.py"
+    text = (
+        task.read_text()
+        .replace("import BCE\n", "import BCE, CrossEntropy\n")
+        .replace("import rmse\n", "import rmse, roc_auc\n")
+    )
+    assert text.count(old) == 1
+    task.write_text(text.replace(old, other))
+    capsys.readouterr()
+    assert cli.main(["train", "lynx", "--recipe", "smoke", "--workers", "0"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ") and all(word in told for word in words), told
+    assert not (here / "runs").exists()

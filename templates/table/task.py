@@ -42,9 +42,7 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         # CHANGE: common.loading.folds.grouped where rows belong together (of one customer, of one day)
         folds=kfold(table[ID].tolist(), config.folds, config.seed),
     )
-    score = (
-        rmse(),
-    )  # CHANGE: common.metrics has Kaggle's; the first one is the score. rmsle: train on log1p of targets
+    score = (rmse(),)  # CHANGE: common.metrics has Kaggle's; the first one is the score
     if config.model == "boosting":
         return Task(data, score, fit_predict=partial(boosting, config, train, targets, test))
     return Task(data, score, network=Network(partial(network, config, rows, targets), loss=MSE()))
