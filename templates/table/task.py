@@ -6,7 +6,6 @@ says what else a Task can have.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from common.loading.folds import kfold
 from common.losses import MSE
 from common.metrics import rmse
 from common.raw import RawData
+from common.run import Run
 from common.tables.numbers import TableDataset, ToUnits, standardised
 from common.task import Data, Network, Task
 from competitions.my_competition.config import MyConfig
@@ -64,9 +64,9 @@ def boosting(
     train: np.ndarray,
     valid: np.ndarray,
     fold: int | None,
-    folder: Path,
+    part: Run,
 ) -> list[np.ndarray]:
-    """LightGBM fits the rows `train` of a fold and predicts its rows `valid` and the test rows."""
+    """LightGBM fits the rows `train`, predicts the rows `valid` and the test rows; `part` is the fold's of the run."""
     from lightgbm import LGBMRegressor
 
     texts = table.select_dtypes(exclude="number").columns

@@ -14,7 +14,7 @@ def build(config, raw, log):
     ids, targets = table.pop("id").tolist(), table.pop("y").to_numpy(np.float32)
     table = table.astype({"kind": test["kind"].dtype})
 
-    def fit_predict(train, valid, fold, folder):
+    def fit_predict(train, valid, fold, run):
         model = LGBMRegressor(n_estimators=config.trees, n_jobs=1, verbose=-1, deterministic=True, random_state=0)
         model.fit(table.iloc[train], targets[train])
         return model.predict(table.iloc[valid]), model.predict(test[table.columns])
