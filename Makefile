@@ -15,6 +15,7 @@ override TARGETS := $(shell sed -n 's/^\([a-z]*\): \#\# .*/\1/p' Makefile)
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the checks come before the installation, under make -j too
 
+new: ## start competition COMP from a template: KIND=images, masks or table
 train: ## train COMP, on demo data when there is no data, and write its submission (NPROC=2: two processes)
 predict: ## write the submission of a finished RUN again (RUN=a,b averages runs)
 backtest: ## forecast past days with models that know nothing of them, where COMP has that
@@ -27,8 +28,11 @@ test: ## the whole test suite
 bench: ## side-by-side measurements: BENCH=engine, loaders ...
 lint: ## style of the code
 
-$(TARGETS): .venv/.installed
+$(filter-out new,$(TARGETS)): .venv/.installed
 	@.venv/bin/python -m common.front $@
+
+new: checked
+	@"$$PYTHON" -m common.front $@
 
 help: listed python ## this list
 	@"$$PYTHON" -m common.front --recipes

@@ -105,7 +105,16 @@ def kernel(name: str, argv: list[str]) -> None:
     kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}
+def new(name: str, argv: list[str]) -> None:
+    """start a competition: a copy of a template that trains on its demo data at once"""
+    parser = Parser(prog="python -m common new NAME", description=new.__doc__, allow_abbrev=False)
+    parser.add_argument("--kind", default="", help="images, masks or table")
+    from common import new as templates
+
+    templates.new(name, parser.parse_args(argv).kind)
+
+
+VERBS = {verb.__name__: verb for verb in (new, train, predict, check, data, submit, board, kernel)}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
@@ -128,10 +137,10 @@ def _run(argv: list[str]) -> None:
     for word in argv:
         if not word.isascii() and word.encode(errors="surrogateescape") != word.encode(errors="replace"):
             raise UserError(f"{word!r} is not UTF-8: give the file or the run a name that is")
-    verb, rest = argv[0], argv[2:]
+    verb = argv[0]
     given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
     function = verb_of(verb, given)
-    function(competitions.known(given, verb), rest)
+    function(given if function is new else competitions.known(given, verb), argv[1 + bool(given) :])
 
 
 def main(argv: list[str]) -> int:

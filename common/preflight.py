@@ -1,10 +1,12 @@
 """What can be checked before the training is checked before the training, for every competition."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.batch import Batch, map_tree, tensors_of
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of
@@ -57,7 +59,7 @@ def _try_out(task: Task, config: Config) -> None:
     model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
-        batch_value(network.loss, outputs, batch.targets)
+        _check_loss(network.loss, outputs, batch.targets)
         predictions = post.predict(outputs)
         shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
         if any(shape[:1] != [len(batch)] for shape in shapes.values()):
@@ -93,6 +95,17 @@ def _require_room(task: Task, config: Config, model: nn.Module, predictions: dic
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     size = row * (2 * held + len(task.data.test_ids)) + weights * (len(folds) + WEIGHTS_OF_A_TRAINING)
     require_room(RUNS, size, "what this run keeps (out-of-fold and test predictions, weights)")
+
+
+def _check_loss(loss: Any, outputs: Tree, targets: Tree) -> None:
+    try:
+        batch_value(loss, outputs, targets)
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        told = [map_tree(lambda x: f"{x.dtype} {list(x.shape)}".removeprefix("torch."), x) for x in (outputs, targets)]
+        raise UserError(
+            f"the loss does not take the outputs {told[0]} of the model with the targets {told[1]} of the dataset "
+            f"({' '.join(str(error).split())[:200]}): make them fit each other in build()"
+        ) from error
 
 
 def _check_rows(task: Task, decisions: object) -> None:

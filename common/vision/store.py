@@ -11,8 +11,9 @@ import numpy as np
 
 from common.errors import BadImage, UserError
 from common.progress import progress
+from common.raw import RawData
 from common.vision.decode import Image, decode
-from common.vision.find import files_of, fingerprint
+from common.vision.find import files_of, fingerprint, images_of
 
 GIGABYTE = 1 << 30
 
@@ -51,6 +52,18 @@ class ImageStore:
         self._file = cache / f"images-{key}-{size[0]}x{size[1]}x{channels}.npy"
         self._make()
         self._rows = np.load(self._file, mmap_mode="r")
+
+    @classmethod
+    def of(
+        cls, raw: RawData, folder: str, ids: Sequence[Any], table: str, gray: bool = False, **settings: Any
+    ) -> "ImageStore":
+        """The images of the ids in a folder of the data, for messages also of the `table` that the ids stand in.
+
+        RGB, or one channel for `gray`. Raises UserError naming the ids that have no file, or two.
+        """
+        again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
+        paths = images_of(raw.folder() / folder, ids, table, again)
+        return cls([(path,) for path in paths] if gray else paths, cache=raw.cache, **settings)
 
     @property
     def paths(self) -> list[Path]:

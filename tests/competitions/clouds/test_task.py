@@ -23,7 +23,8 @@ from common.losses import BCE, BCEDice, Dice, LovaszHinge, batch_value, kind
 from common.predictions import read_predictions
 from common.raw import RawData
 from common.task import completed
-from competitions.clouds import demo, reader, rle, task
+from common.vision import rle
+from competitions.clouds import demo, reader, task
 from competitions.clouds.config import RECIPES
 from competitions.clouds.loss import pack
 from competitions.clouds.reader import CLASSES
