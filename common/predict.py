@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +165,11 @@ def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
 
 
 def _name_of(members: Sequence[Member], is_demo: bool) -> str:
-    name = "+".join(member.run.name for member in members)
+    """The runs' names; of several that no file system would take together, the first and how many there are."""
+    names = [member.run.name for member in members]
+    name, digest = "+".join(names), sha256("+".join(names).encode()).hexdigest()[:12]
+    if len(name.encode()) > 2 * runs.LONGEST_NAME:
+        name = f"{names[0]}+{len(names) - 1}-more-{digest}"
     return name + "-demo" * (is_demo and "demo" not in members[0].run.name)
 
 
@@ -181,6 +186,7 @@ def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> d
         "commit": runs.commit(),
         "data_fingerprint": task.fingerprint,
         "demo": is_demo,
+        "text_columns": list(task.submission.text),
         "created": runs.now(),
         **task.submission.facts,
     }

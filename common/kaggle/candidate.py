@@ -125,11 +125,14 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
             )
     found = _data(candidate, competition, data)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
-    valid = None if candidate.provenance else module.build(module.recipes["default"], found, print).submission.valid
+    valid, text = None, candidate.provenance.get("text_columns", ())
+    if not candidate.provenance:
+        asked = module.build(module.recipes["default"], found, print).submission
+        valid, text = asked.valid, asked.text
     pattern, failure = module.source.sample_submission, None
     for name in found.matching(pattern) or [pattern]:
         try:
-            return submission.check(candidate.path, submission.Sample.read(found, name), valid)
+            return submission.check(candidate.path, submission.Sample.read(found, name, text), valid)
         except UserError as error:
             failure = failure or error
     raise failure

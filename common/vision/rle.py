@@ -86,11 +86,11 @@ def decode_to_size(runs: np.ndarray, height: int, width: int, target_height: int
         column = columns * target_width // width + step
         left = np.maximum(columns * target_width, column * width)
         right = np.minimum((columns + 1) * target_width, (column + 1) * width)
-        share = np.maximum(right - left, 0)
-        share = np.concatenate((share, -share))
+        overlap = np.maximum(right - left, 0)
+        overlap = np.concatenate((overlap, -overlap))
         place = np.tile(np.minimum(column, target_width - 1), 2) * stride + row
-        np.add.at(change, place, share * (height - beyond))
-        np.add.at(change, place + 1, share * beyond)
+        np.add.at(change, place, overlap * (height - beyond))
+        np.add.at(change, place + 1, overlap * beyond)
     places = np.flatnonzero(change != 0)
     covered = 2 * np.cumsum(change[places]) >= height * width
     edges = places[np.diff(covered, prepend=False)]

@@ -1,6 +1,5 @@
 """Images at one size: decoded and resized once into a memory-mapped file where there is room, else at every use."""
 
-import fcntl
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import BadImage, UserError
+from common.files import alone_in
 from common.progress import progress
 from common.raw import RawData
 from common.vision.decode import Image, decode
@@ -92,24 +92,23 @@ class ImageStore:
         if self._file.is_file():
             return
         try:
-            with open(self._file.with_name("images.lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with alone_in(self._file.parent) as alone:
                 if not self._file.is_file():
-                    self._resize()
+                    self._resize(alone)
         except OSError as error:
             raise UserError(
                 f"{self._file} cannot be written ({error.strerror or error}): free disk space, or train with "
                 f"--cache-gb 0"
             ) from error
 
-    def _resize(self) -> None:
+    def _resize(self, alone: bool) -> None:
         """uint8 [n, H * W * C + 1]: pixels, and 1 where the image could be read.
 
-        The lock is held, so any draft that is there was left by a killed process.
+        Where this process is alone, any draft that is there was left by a killed one.
         """
-        for left in self._file.parent.glob("images-*.part"):
+        for left in self._file.parent.glob("images-*.part") if alone else ():
             left.unlink()
-        draft = self._file.with_suffix(".part")
+        draft = self._file.with_suffix(f".{os.getpid()}.part")
         try:
             shape = (len(self.images), int(np.prod(self._shape)) + 1)
             rows = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)

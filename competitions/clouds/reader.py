@@ -63,7 +63,7 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     """Read and check all files but the pixels; raises UserError naming the file and the row of the first fault."""
     folder = raw.folder()
     images, runs = _train(raw)
-    test_classes = _test(raw)
+    test_classes = _test(raw.uncounted())
     train_paths = _paths(folder / "train_images", images, "train.csv")
     size = _size_of(runs, train_paths, f"{raw.path}/train.csv")
     if size != MASK_SIZE:

@@ -10,6 +10,7 @@ from torch import nn
 from common import inference, predict
 from common.config import Config
 from common.errors import UserError
+from common.files import replacing
 from common.inference import Predictor
 from common.predict import Member
 from common.task import AS_IS, TTA
@@ -103,6 +104,20 @@ def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
     with pytest.raises(UserError, match="run one was trained to predict a, b, c, and the data have c, b, a.* DATA="):
         predict_again("--run", "one")
     assert sorted(Path("submissions/toy").iterdir()) == written
+
+
+def test_the_runs_of_an_average_name_its_file_as_long_as_a_file_system_takes_it(tmp_path):
+    def name(*names):
+        return predict._name_of([Member(SimpleNamespace(name=one), None, None) for one in names], is_demo=True)
+
+    assert name("001-best", "002-best") == "001-best+002-best-demo"
+    long = ["€" * 32 + str(number) for number in range(5)]  # 97 bytes each
+    assert name(*long[:2]) == "+".join(long[:2]) + "-demo"
+    told = name(*long)
+    assert told.startswith(f"{long[0]}+4-more-") and told != name(*long[:4], long[0]) and told == name(*long)
+    for path in (tmp_path / f"{told}.csv", tmp_path / f"{name(*long[:2])}.csv"):
+        with replacing(path.with_suffix(".csv.part"), "w") as stream:  # the longest name on the way there
+            stream.write("")
 
 
 @pytest.mark.parametrize(("higher", "decider"), [(True, "two"), (False, "one")])

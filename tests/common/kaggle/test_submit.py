@@ -23,7 +23,9 @@ from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
-from common.kaggle.status import SCORED, Submission
+from common.kaggle.status import SCORED
+from common.kaggle.status import Submission as Listed
+from common.task import Submission
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -34,7 +36,7 @@ HOME = Path("submissions/toy")
 @pytest.fixture
 def module(source):
     def build(config, raw, log):
-        return SimpleNamespace(submission=SimpleNamespace(valid=valid))
+        return SimpleNamespace(submission=Submission(valid=valid))
 
     def valid(values):
         return None if values[0] in "01" else f"label {values[0]} is not 0 or 1"
@@ -504,7 +506,7 @@ def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, cap
 
 def test_rows_without_a_number_get_theirs_by_their_tag():
     def listed(ref, message):
-        return Submission(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
+        return Listed(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
 
     first, second = ledgers.tagged("equal"), ledgers.tagged("equal")
     rows = [
@@ -564,6 +566,20 @@ def test_a_file_of_the_users_own_is_sent_without_a_score(kaggle, module, neighbo
         Path("mine.json").write_text(neighbour)
     submit(module, file="mine.csv")
     assert (ledger()[0]["file"], ledger()[0]["run"], ledger()[0]["validation"]) == ("mine.csv", "", "")
+
+
+def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, module):
+    """Numbers in the sample of such a column only hold a place: the sidecar, or else the Task, says so."""
+    words = "id,label\n1,cat\n2,dog\n"
+    written(text=words)
+    with pytest.raises(UserError, match="expected a finite number in label"):
+        submit(module)
+    written("002-best", text=words, text_columns=["label"])
+    Path("mine.csv").write_text(words.replace("dog", "cow"))
+    module.build = lambda *_: SimpleNamespace(submission=Submission(text=("label",)))
+    submit(module)
+    submit(module, file="mine.csv")
+    assert len(kaggle.submissions) == 2
 
 
 # The board.
