@@ -69,6 +69,12 @@ def predict(name: str, argv: list[str]) -> None:
     parser = verb_parser("predict", name, predict.__doc__)
     parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
     configs.add_prediction_flags(parser, competition.config_class)
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="give rows of unreadable images the sample submission's own values, and name them",
+    )
+    parser.add_argument("--budget", type=commands.seconds, metavar="SECONDS", help="then --fallback for what is left")
     given = parser.parse_args(argv)
     from common import predict as predicting
 
