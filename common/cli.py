@@ -111,7 +111,12 @@ def kernel(name: str, argv: list[str]) -> None:
     kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}
+def notebook(name: str, argv: list[str]) -> None:
+    """push runs with a notebook that predicts offline on Kaggle, and submit it: for code competitions"""
+    kernels.notebook(competitions.load(name), verb_parser("notebook", name, notebook.__doc__), argv)
+
+
+VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel, notebook)}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:

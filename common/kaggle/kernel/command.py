@@ -1,10 +1,10 @@
-"""The flags of `make kernel`."""
+"""The flags of `make kernel` and `make notebook`."""
 
 import argparse
 from collections.abc import Callable
 
 from common.competition import Competition
-from common.config import Parser
+from common.config import Parser, add_prediction_flags
 from common.errors import UserError
 from common.kaggle.commands import seconds
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS
@@ -41,3 +41,29 @@ def kernel(competition: str, module: Competition, parser: Parser, argv: list[str
         hours=given.hours,
         wait=given.wait,
     )
+
+
+def notebook(competition: Competition, parser: Parser, argv: list[str]) -> None:
+    """Flags of the prediction are checked here as those of `predict`, and handed on as they are."""
+    own = Parser(add_help=False, allow_abbrev=False)
+    for one in (own, parser):
+        one.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
+        one.add_argument("--limit", type=duration, default=duration("9h"), help="of the notebook: 9h, 30m [9h]")
+        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
+        one.add_argument("--fetch", action="store_true", help="push nothing: follow the notebook pushed last")
+        one.add_argument("--submit", action="store_true", help="submit this version of the notebook")
+    own.add_argument("--data")
+    add_prediction_flags(parser, competition.config_class)
+    words = own.parse_known_args(argv)[1]
+    given = parser.parse_args(argv)
+    given.fallback, given.budget = False, None  # here every row must be predicted
+    from common.kaggle.kernel import inference
+
+    inference.publish(competition, given, words)
+
+
+def duration(text: str) -> float:
+    """9h, 30m or 45s in seconds."""
+    if text[-1:] not in ("h", "m", "s") or not (value := float(text[:-1])) > 0:
+        raise ValueError
+    return value * {"h": 3600, "m": 60, "s": 1}[text[-1]]

@@ -4,6 +4,7 @@ import _thread
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,7 @@ import pytest
 from common.errors import UserError
 from common.kaggle.credentials import find
 from common.kaggle.kernel import push as kernels
-from common.kaggle.kernel.notebook import MARGIN_SECONDS, OUTPUT, STATE, VERSION, notebook, pack
+from common.kaggle.kernel.notebook import MARGIN_SECONDS, OUTPUT, STATE, VERSION, code, notebook, pack
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -344,9 +345,10 @@ def test_data_from_elsewhere_has_no_notebook(kaggle, source):
 
 
 def test_the_code_is_packed_to_the_same_bytes(tmp_path):
-    (content, version), again = pack(), pack()
-    assert (content, version) == again and len(version) == 12
-    with zipfile.ZipFile(io.BytesIO(content)) as packed:
+    one, other = tmp_path / "one.zip", tmp_path / "other.zip"
+    version = pack(code(), one)
+    assert pack(code(), other) == version and len(version) == 12 and one.read_bytes() == other.read_bytes()
+    with zipfile.ZipFile(one) as packed:
         assert packed.read(VERSION).decode() == version
         assert not [name for name in packed.namelist() if "__pycache__" in name or "/." in name]
 
@@ -378,20 +380,18 @@ def machine(tmp_path):
     (kit / "common").mkdir(parents=True)
     (kit / "common" / "__main__.py").write_text(STUB)
     (kit / "requirements.txt").write_text("timm==1\n")
-    content, version = pack(kit)
-    inputs, working = tmp_path / "input", tmp_path / "working"
+    inputs, working = tmp_path / "kaggle/input", tmp_path / "kaggle/working"
     (inputs / "competitions" / SLUG).mkdir(parents=True)
     (inputs / "competitions" / SLUG / "train.csv").touch()
     (inputs / "kit-toy-code").mkdir()
-    (inputs / "kit-toy-code/kit.zip").write_bytes(content)
+    version = pack(code(kit), inputs / "kit-toy-code/kit.zip")
     working.mkdir()
 
     def run(expected: str = version, words=("--epochs", "3"), seconds: float = 3600.0) -> subprocess.CompletedProcess:
         document = json.loads(notebook("kit-toy", SLUG, "toy", words, "kit.zip", expected, False, seconds))
         script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
-        for place, moved in {"/kaggle/input": inputs, "/kaggle/working": working, "/tmp/kit": tmp_path / "kit"}.items():
-            script = script.replace(f'"{place}"', repr(str(moved)))
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+        moved = os.environ | {"KIT_KAGGLE": str(tmp_path / "kaggle")}
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=moved)
 
     return run, inputs, working
 
