@@ -20,7 +20,7 @@ def kernel(competition: str, module: Competition, parser: Parser, argv: list[str
         one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
         one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
         one.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
-        one.add_argument("--internet", choices=("on", "off"), help="in the notebook [off where notebooks are scored]")
+        one.add_argument("--internet", choices=("on", "off"), default="on", help="in the notebook [on]")
         one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
@@ -36,7 +36,7 @@ def kernel(competition: str, module: Competition, parser: Parser, argv: list[str
         module.source,
         training,
         accelerator=given.accelerator,
-        internet=None if given.internet is None else given.internet == "on",
+        internet=given.internet == "on",
         fetch=given.fetch,
         hours=given.hours,
         wait=given.wait,

@@ -33,7 +33,7 @@ def kernel(
     arguments: Sequence[str] = (),
     *,
     accelerator: str = ACCELERATOR,
-    internet: bool | None = None,
+    internet: bool = True,
     fetch: bool = False,
     hours: float = SESSION_HOURS,
     wait: float = WAIT_SECONDS,
@@ -42,8 +42,8 @@ def kernel(
     """Push a notebook that runs `train COMPETITION ARGUMENTS`, follow it, fetch its run; `fetch` pushes nothing.
 
     A run that a session of so many `hours` does not finish goes on in another notebook, until it is finished.
-    `accelerator` is one of Kaggle's names, `internet` None is on except where notebooks are scored; `wait` and `poll`
-    are seconds. Raises UserError when Kaggle refuses the notebook, or when it failed there.
+    `accelerator` is one of Kaggle's names, `wait` and `poll` are seconds.
+    Raises UserError when Kaggle refuses the notebook, or when it failed there.
     """
     if not source.slug:
         raise UserError(
@@ -55,7 +55,6 @@ def kernel(
     facts = read_json(record) if record.is_file() else {}
     if fetch and not facts:
         raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
-    internet = not source.notebook_only if internet is None else internet
     is_done = False
     while not is_done:
         if not fetch:
@@ -68,13 +67,13 @@ def kernel(
         with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
             outage = 0.0 if fetch else OUTAGE_SECONDS
             follow_notebook(account, source, competition, facts["kernel"], wait, poll, outage)
-            is_done = _fetch(account, source, competition, facts, record, min(poll, 4.0))
+            is_done = _fetch(account, source, competition, facts, record)
         if not is_done and fetch:
             print(f"the run is not finished: make kernel COMP={competition} with the same flags goes on with it")
             return
 
 
-def _fetch(account: Account, source: Source, competition: str, facts: dict, record: Path, poll: float) -> bool:
+def _fetch(account: Account, source: Source, competition: str, facts: dict, record: Path) -> bool:
     """Take over what the notebook has made; whether its run is finished."""
     facts["checkpoint"] = unfinished(account, source, facts["kernel"])
     write_json(record, facts)
@@ -93,8 +92,6 @@ def _fetch(account: Account, source: Source, competition: str, facts: dict, reco
         table = fetch_output(account, source, competition, facts["kernel"])
         facts["fetched"] = str(table)
         write_json(record, facts)
-    if source.notebook_only:
-        submit_version(account, source, competition, facts, table, poll)
     return True
 
 
@@ -308,7 +305,7 @@ def follow_notebook(
 
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
-    """For competitions that score notebooks: submit this version of it, unless it was before, and follow the score."""
+    """Submit this version of the notebook, unless it was before, and follow the score."""
     sidecar = table.with_suffix(".json")
     provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     row = ledger.Row(

@@ -127,6 +127,9 @@ def test_the_pushed_notebook_predicts_as_home_does_and_is_submitted(kaggle, mach
     (submitted,) = kaggle.calls("CreateCodeSubmission")
     assert (submitted["kernelSlug"], submitted["kernelVersion"]) == ("kit-digit-recognizer-predict", 3)
     assert "one,two" in Path(f"submissions/{COMP}/ledger.csv").read_text()
+    kaggle.allowed_now = 0
+    assert cli.main(["notebook", COMP, "--fetch", "--submit"]) == 0 and len(kaggle.calls("CreateCodeSubmission")) == 1
+    assert "kit-digit-recognizer-predict/3 was submitted before" in capfd.readouterr().out
     assert list(machine.python.parents[1].glob(f"lib/python*/site-packages/{HIDDEN}/__init__.py")), "not installed"
     with zipfile.ZipFile(machine.code / "kit.zip") as packed:
         names = packed.namelist()
@@ -200,5 +203,6 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, capfd
     facts.write_text(json.dumps(json.loads(before) | {"demo": True}))
     assert cli.main(["notebook", COMP, "--run", "two"]) == 1 and "means nothing on Kaggle" in capfd.readouterr().err
     facts.write_text(before)
+    Path(f"runs/{COMP}/notebook.json").unlink(missing_ok=True)  # of another test
     assert cli.main(["notebook", COMP, "--fetch"]) == 1 and "no such notebook" in capfd.readouterr().err
     assert kaggle.asked == []
