@@ -24,6 +24,7 @@ data: ## download COMP's files into data/COMP
 submit: ## send COMP's best checked submission to Kaggle and wait for the score
 board: ## validation against leaderboard for every submission of COMP
 kernel: ## train COMP on Kaggle's GPUs and fetch the run
+notebook: ## push RUN=a,b with a notebook that predicts offline on Kaggle (ARGS=--submit submits it)
 test: ## the whole test suite
 bench: ## side-by-side measurements: BENCH=engine, loaders ...
 lint: ## style of the code

@@ -69,6 +69,12 @@ def predict(name: str, argv: list[str]) -> None:
     parser = verb_parser("predict", name, predict.__doc__)
     parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
     configs.add_prediction_flags(parser, competition.config_class)
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="give rows of unreadable images the sample submission's own values, and name them",
+    )
+    parser.add_argument("--budget", type=commands.seconds, metavar="SECONDS", help="then --fallback for what is left")
     given = parser.parse_args(argv)
     from common import predict as predicting
 
@@ -114,7 +120,12 @@ def new(name: str, argv: list[str]) -> None:
     templates.new(name, parser.parse_args(argv).kind)
 
 
-VERBS = {verb.__name__: verb for verb in (new, train, predict, check, data, submit, board, kernel)}
+def notebook(name: str, argv: list[str]) -> None:
+    """push runs with a notebook that predicts offline on Kaggle, and submit it: for code competitions"""
+    kernels.notebook(competitions.load(name), verb_parser("notebook", name, notebook.__doc__), argv)
+
+
+VERBS = {verb.__name__: verb for verb in (new, train, predict, check, data, submit, board, kernel, notebook)}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:

@@ -26,12 +26,15 @@ LARGE = 2_000_000  # numbers of a sample, of which one is tried out instead of t
 WEIGHTS_OF_A_TRAINING = 5  # in best.pt and last.pt: twice the model, two moments, the average
 
 
-def check_before(task: Task, competition: Competition) -> None:
-    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images."""
+def check_before(task: Task, competition: Competition, every_image: bool = True) -> None:
+    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images.
+
+    Without `every_image`, images that cannot be read are for the prediction to leave out.
+    """
     check_direction(task.metrics[0], competition.source.higher_is_better)
     if len(task.data.test_ids) == len(task.sample.ids):  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
-    paths = image_paths(task.data.test)
+    paths = image_paths(task.data.test) if every_image else []
     refuse_unreadable(unreadable(paths), len(paths), "test images")
     if task.check:
         task.check()

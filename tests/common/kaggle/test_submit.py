@@ -232,6 +232,10 @@ def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module)
             f"Open https://www.kaggle.com/c/{SLUG}/rules in a browser, accept the rules",
         ),
         ({"StartSubmissionUpload": Reply(403)}, "rules are not accepted"),
+        (
+            {"CreateSubmission": Reply(400, "This competition only accepts Submissions from Notebooks")},
+            "from notebooks alone: make notebook.*ARGS=--submit",
+        ),
         ({"CreateSubmission": Reply(500)}, "Kaggle itself fails"),
         ({"CreateSubmission": {"message": "We will think about it"}}, "the upload failed .*We will think about it"),
     ],
