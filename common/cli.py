@@ -75,6 +75,14 @@ def predict(name: str, argv: list[str]) -> None:
     predicting.predict(competition, given)
 
 
+def runs(name: str, argv: list[str]) -> None:
+    """all runs side by side, the best first: a table, runs/COMPETITION/runs.csv and the page runs.html"""
+    verb_parser("runs", name, runs.__doc__).parse_args(argv)
+    from common import runs_table
+
+    runs_table.show(competitions.load(name))
+
+
 def check(name: str, argv: list[str]) -> None:
     """read every image of the data, and check everything that can be checked before the training"""
     competition = competitions.load(name)
@@ -105,7 +113,7 @@ def kernel(name: str, argv: list[str]) -> None:
     kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}
+VERBS = {verb.__name__: verb for verb in (train, predict, runs, check, data, submit, board, kernel)}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:

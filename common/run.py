@@ -43,6 +43,11 @@ class Run:
         return self.provenance.get("format") == FORMAT
 
     @property
+    def is_blend(self) -> bool:
+        """Whether it is made of other runs: it has kept predictions and no models."""
+        return (self.path / "blend.json").is_file()
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do: trained, reported and predicted."""
         return self.result is not None and not self._unfinished.exists()
