@@ -83,6 +83,24 @@ def runs(name: str, argv: list[str]) -> None:
     runs_table.show(competitions.load(name))
 
 
+def blend(name: str, argv: list[str]) -> None:
+    """combine runs by weights chosen on their out-of-fold predictions, nested over folds: a run of its own"""
+    parser = verb_parser("blend", name, blend.__doc__)
+    parser.add_argument("--run", metavar="NAME,NAME", help="runs to blend [all that are comparable with the best]")
+    parser.add_argument("--by", default="hill", choices=("hill", "nnls", "optimum", "mean", "stack"),
+        help="hill climbing, non-negative least squares, the metric's own optimum, equal weights, or a linear model "
+        "[hill]")  # fmt: skip
+    parser.add_argument("--space", default="plain", help="mean of plain predictions, of rank, or of power:P [plain]")
+    parser.add_argument("--per-class", action="store_true", help="weights of their own for every class")
+    parser.add_argument("--oof", metavar="FILE[,FILE]", help="CSV of an id and out-of-fold predictions made elsewhere")
+    parser.add_argument("--test", metavar="FILE[,FILE]", help="the predictions of test rows that belong to --oof")
+    parser.add_argument("--name", metavar="NAME", help="name of the new run [next number and blend]")
+    given = parser.parse_args(argv)
+    from common import blend as blending
+
+    blending.blend(competitions.load(name), given)
+
+
 def check(name: str, argv: list[str]) -> None:
     """read every image of the data, and check everything that can be checked before the training"""
     competition = competitions.load(name)
@@ -113,7 +131,7 @@ def kernel(name: str, argv: list[str]) -> None:
     kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, runs, check, data, submit, board, kernel)}
+VERBS = {verb.__name__: verb for verb in (train, predict, runs, blend, check, data, submit, board, kernel)}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:

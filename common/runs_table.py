@@ -69,7 +69,7 @@ def _line(run: Run, recipes: Mapping[str, Config], board: dict[str, float | None
         mean=result.get("mean"),
         std=result.get("std"),
         rows=result.get("rows") or None,
-        folds="all" if _is_complete(run, result) else str(len(scores)),
+        folds="all" if is_complete(run, result) else str(len(scores)),
         seconds=result.get("training_seconds"),
         per_second=_samples_per_second(run.path / "metrics.csv"),
         memory_gib=max((fold["memory_gib"] for fold in result.get("folds", ()) if "memory_gib" in fold), default=None),
@@ -136,12 +136,10 @@ def _boards(competition: str) -> dict[str, dict[str, float | None]]:
 BOARDS = ("public", "private")
 
 
-def _is_complete(run: Run, result: dict[str, Any]) -> bool:
+def is_complete(run: Run, result: dict[str, Any]) -> bool:
     """Whether every fold was held out once."""
     held = set(result.get("fold_scores") or ())
-    if not held or run.is_blend:
-        return bool(held)
-    return read_json(run.path / "config.json").get("fold") == "all" or held >= _folds_of(run)
+    return bool(held) and (read_json(run.path / "config.json").get("fold") == "all" or held >= _folds_of(run))
 
 
 _known_folds: dict[str, set[str]] = {}  # by fingerprint: many runs have the same, and the file may be long
@@ -175,7 +173,7 @@ def _scored(run: Run) -> _Scored | None:
     error, by_fold = result.get("errors", {}).get(result["monitor"]), result.get("fold_scores") or {}
     by_fold = {fold: value for fold, value in by_fold.items() if math.isfinite(value)}
     folds = run.provenance.get("folds_fingerprint", "")
-    return _Scored(run.name, score, error, result.get("rows") or 0, _is_complete(run, result), folds, by_fold)
+    return _Scored(run.name, score, error, result.get("rows") or 0, is_complete(run, result), folds, by_fold)
 
 
 def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> tuple[str, str] | None:

@@ -42,7 +42,7 @@ from common.predictions import (
 )
 from common.preflight import check_before, try_out
 from common.raw import RawData
-from common.report import default_report, score_line
+from common.report import Report, default_report, score_line
 from common.run import Run
 from common.task import Task, completed, needs_workers
 
@@ -156,8 +156,12 @@ def _write_what_follows(competition: str, member: Member, recipe: Config, is_dem
 
 def write_report(member: Member, recipe: Config) -> None:
     """report.html: curves, folds, settings, mistakes, and what the competition adds."""
+    finish_page(default_report(member.run, vars(member.config), member.task.metrics, vars(recipe)), member)
+
+
+def finish_page(page: Report, member: Member) -> None:
+    """Add the mistakes of the out-of-fold predictions and the competition's own plots, and write the page."""
     run, task, config = member
-    page = default_report(run, vars(config), task.metrics, vars(recipe))
     kept = read_predictions(run.path, "oof")
     if isinstance(kept, np.ndarray):
         row_of = {str(name): row for row, name in enumerate(task.data.ids)}
@@ -210,9 +214,14 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
 
 
 def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[str, Any]:
-    """oof.npy and oof_ids.txt of the run from those of its folds, what is tuned on them, and what they score."""
+    """oof.npy of the run from those of its folds, what is tuned on them, and what they score."""
     rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
     join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
+    return score_oof(run, task, config, rows)
+
+
+def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[str, Any]:
+    """Write the ids of the run's out-of-fold predictions, tune on them, and score them: the heart of result.json."""
     predictions = read_predictions(run.path, "oof")
     write_text(run.path / "oof_ids.txt", "".join(f"{task.data.ids[row]}\n" for row in rows))
     tuned = task.postprocess.tune(predictions, rows)
