@@ -56,11 +56,12 @@ def train(name: str, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     parser.add_argument("--resume", **commands.SWITCH, help="go on though code or data have changed")
     recipes = competition.recipes
+    parser.add_argument("--no-submission", action="store_true", help="leave the test rows for make predict")
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
     from common import train as training
 
-    insist = given.resume == "1"
-    training.train(competition, config, recipe=given.recipe, data=given.data, run_name=given.run, insist=insist)
+    insist, submits = given.resume == "1", not given.no_submission
+    training.train(competition, config, given.recipe, given.data, given.run, insist, submits)
 
 
 def predict(name: str, argv: list[str]) -> None:
@@ -73,6 +74,25 @@ def predict(name: str, argv: list[str]) -> None:
     from common import predict as predicting
 
     predicting.predict(competition, given)
+
+
+def tune(name: str, argv: list[str]) -> None:
+    """search for settings with Optuna: every trial is a run; the same command goes on (flags: those of train too)"""
+    competition = competitions.load(name)
+    own = verb_parser("tune", name, tune.__doc__)
+    own.add_argument("--search", metavar="SPACE", help="lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
+    own.add_argument("--trials", type=int, default=30, help="trials that the search has in the end [30]")
+    mine = Parser(add_help=False, allow_abbrev=False)
+    mine.add_argument("--search")
+    mine.add_argument("--trials")
+    mine.add_argument("--recipe")
+    rest = mine.parse_known_args(argv)[1]  # goes to every trial
+    config, given = configured(own, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
+    if not given.search:
+        raise UserError(f'--search is missing: make tune COMP={name} ARGS="--search lr=1e-4:1e-2:log"')
+    from common import tune as tuning
+
+    tuning.tune(competition, config, given.recipe, given.search, given.trials, rest)
 
 
 def runs(name: str, argv: list[str]) -> None:
@@ -131,7 +151,7 @@ def kernel(name: str, argv: list[str]) -> None:
     kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, runs, blend, check, data, submit, board, kernel)}
+VERBS = {verb.__name__: verb for verb in (train, predict, tune, runs, blend, check, data, submit, board, kernel)}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:

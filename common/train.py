@@ -56,6 +56,7 @@ def train(
     data: str | None = None,
     run_name: str | None = None,
     insist: bool = False,
+    submits: bool = True,
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
     with Ranks.from_environment() as ranks:
@@ -77,7 +78,8 @@ def train(
         else:
             run.log(f"{run.path} is finished ({result['monitor']} {result['score']}): only predicting")
     if ranks.is_writer:
-        _write_what_follows(competition.name, Member(run, task, config), competition.recipes[recipe], found.is_demo)
+        member = Member(run, task, config)
+        _write_what_follows(competition.name, member, competition.recipes[recipe], found.is_demo, submits)
 
 
 def _silent(message: str) -> None:
@@ -139,7 +141,7 @@ def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks) -> None:
         finish(run, task, config, folders)
 
 
-def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool) -> None:
+def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
     """The run's page and its submission. No page is worth a submission, so one that fails is only told."""
     run = member.run
     if not run.is_finished:
@@ -147,11 +149,12 @@ def _write_what_follows(competition: str, member: Member, recipe: Config, is_dem
             write_report(member, recipe)
         except Exception as error:  # whatever a plot stumbles over
             run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
-    path = write_submission(competition, [member], is_demo)
+    path = write_submission(competition, [member], is_demo) if submits else None
     run.finish()
     if run.report.is_file():
         print(f"report: {run.report}")
-    print(f"submission: {path}")
+    if path:
+        print(f"submission: {path}")
 
 
 def write_report(member: Member, recipe: Config) -> None:
