@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import raw
+from common import raw, track
 from common import run as runs
 from common.batch import map_tree
 from common.competition import Competition
@@ -62,6 +62,7 @@ def train(
     with Ranks.from_environment() as ranks:
         say = print if ranks.is_writer else _silent
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
+        track.check(config)
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
         use_threads(config, with_workers=needs_workers(task))
