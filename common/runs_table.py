@@ -183,8 +183,8 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     better by CLEARLY on the folds that both have held out: of one split, otherwise there is nothing to compare.
     """
     sign = 1 if higher_is_better else -1
-    there = [name for name in dict.fromkeys(names) if (runs.RUNS / competition / name / "result.json").is_file()]
-    found = [one for one in (_scored(runs.load(competition, name)) for name in there) if one]
+    there = {run.name: run for run in runs.all_runs(competition)}
+    found = [one for name in dict.fromkeys(names) if name in there and (one := _scored(there[name]))]
     if not found:
         return None
     found.sort(key=lambda one: (one.complete, one.rows if not one.complete else 0, sign * one.score), reverse=True)
