@@ -56,11 +56,12 @@ def train(name: str, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     parser.add_argument("--resume", **commands.SWITCH, help="go on though code or data have changed")
     recipes = competition.recipes
+    parser.add_argument("--no-submission", action="store_true", help="leave the test rows for make predict")
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
     from common import train as training
 
-    insist = given.resume == "1"
-    training.train(competition, config, recipe=given.recipe, data=given.data, run_name=given.run, insist=insist)
+    insist, submits = given.resume == "1", not given.no_submission
+    training.train(competition, config, given.recipe, given.data, given.run, insist, submits)
 
 
 def predict(name: str, argv: list[str]) -> None:
@@ -79,6 +80,51 @@ def predict(name: str, argv: list[str]) -> None:
     from common import predict as predicting
 
     predicting.predict(competition, given)
+
+
+def tune(name: str, argv: list[str]) -> None:
+    """search for settings with Optuna: every trial is a run; the same command goes on (flags: those of train too)"""
+    competition = competitions.load(name)
+    own = verb_parser("tune", name, tune.__doc__)
+    own.add_argument("--search", metavar="SPACE", help="lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
+    own.add_argument("--trials", type=int, default=30, help="trials that the search has in the end [30]")
+    mine = Parser(add_help=False, allow_abbrev=False)
+    mine.add_argument("--search")
+    mine.add_argument("--trials")
+    mine.add_argument("--recipe")
+    rest = mine.parse_known_args(argv)[1]  # goes to every trial
+    config, given = configured(own, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
+    if not given.search:
+        raise UserError(f'--search is missing: make tune COMP={name} ARGS="--search lr=1e-4:1e-2:log"')
+    from common import tune as tuning
+
+    tuning.tune(competition, config, given.recipe, given.search, given.trials, rest)
+
+
+def runs(name: str, argv: list[str]) -> None:
+    """all runs side by side, the best first: a table, runs/COMPETITION/runs.csv and the page runs.html"""
+    verb_parser("runs", name, runs.__doc__).parse_args(argv)
+    from common import runs_table
+
+    runs_table.show(competitions.load(name))
+
+
+def blend(name: str, argv: list[str]) -> None:
+    """combine runs by weights chosen on their out-of-fold predictions, nested over folds: a run of its own"""
+    parser = verb_parser("blend", name, blend.__doc__)
+    parser.add_argument("--run", metavar="NAME,NAME", help="runs to blend [all that are comparable with the best]")
+    parser.add_argument("--by", default="hill", choices=("hill", "nnls", "optimum", "mean", "stack"),
+        help="hill climbing, non-negative least squares, the metric's own optimum, equal weights, or a linear model "
+        "[hill]")  # fmt: skip
+    parser.add_argument("--space", default="plain", help="mean of plain predictions, of rank, or of power:P [plain]")
+    parser.add_argument("--per-class", action="store_true", help="weights of their own for every class")
+    parser.add_argument("--oof", metavar="FILE[,FILE]", help="CSV of an id and out-of-fold predictions made elsewhere")
+    parser.add_argument("--test", metavar="FILE[,FILE]", help="the predictions of test rows that belong to --oof")
+    parser.add_argument("--name", metavar="NAME", help="name of the new run [next number and blend]")
+    given = parser.parse_args(argv)
+    from common import blend as blending
+
+    blending.blend(competitions.load(name), given)
 
 
 def check(name: str, argv: list[str]) -> None:
@@ -125,7 +171,10 @@ def notebook(name: str, argv: list[str]) -> None:
     kernels.notebook(competitions.load(name), verb_parser("notebook", name, notebook.__doc__), argv)
 
 
-VERBS = {verb.__name__: verb for verb in (new, train, predict, check, data, submit, board, kernel, notebook)}
+VERBS = {
+    verb.__name__: verb
+    for verb in (new, train, predict, tune, runs, blend, check, data, submit, board, kernel, notebook)
+}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:

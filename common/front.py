@@ -16,7 +16,7 @@ from common import cli
 from common import competition as competitions
 from common.errors import UserError
 
-FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME")  # DATA=x is --data x
+FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME", "TRIALS")  # DATA=x is --data x
 PROCESSES = ("NPROC", "NNODES", "MASTER")
 ALWAYS = ("ARGS", "PYTHON")
 TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition

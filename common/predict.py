@@ -112,7 +112,7 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
 def _test_predictor(member: Member) -> Predictor | None:
     """Who predicts the test rows anew; None for a run that has kept predictions and no network."""
     run, task, config = member
-    if task.network is None:
+    if task.network is None or run.is_blend:
         return None
     device = device_of(config)
     models = load_models(run, task, config, device)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from common import run as runs
 from common.errors import UserError
 from common.kaggle import board as boards
 from common.kaggle import candidate as candidates
@@ -50,7 +51,7 @@ def _data(kaggle):
     Path("data/toy/sample_submission.csv").write_text("id,label\n1,0\n2,0\n")
 
 
-def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", **provenance) -> Path:
+def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", fold=None, **provenance) -> Path:
     """A submission with its sidecar and its finished run, as make train leaves them."""
     path = HOME / f"{run}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +64,14 @@ def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z
     path.with_suffix(".json").write_text(json.dumps(facts | provenance))
     folder = Path("runs/toy") / run
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"data": str(Path("data/toy").resolve())}))
-    (folder / "result.json").write_text(json.dumps({"finished": finished}))
+    of_run = {name: facts[name] for name in ("competition", "recipe", "demo", "data_fingerprint", "created")}
+    of_run |= {"format": runs.FORMAT, "data": str(Path("data/toy").resolve()), "folds_fingerprint": "f"}
+    (folder / "run.json").write_text(json.dumps(of_run))
+    (folder / "config.json").write_text(json.dumps({"fold": "all" if score is None or fold is None else fold}))
+    of_folds = {} if score is None else {"0": score, "1": score} if fold is None else {fold: score}
+    result = {"score": score, "monitor": "accuracy", "rows": 100 * len(of_folds), "fold_scores": of_folds}
+    (folder / "result.json").write_text(json.dumps(result | {"errors": {"accuracy": 0.02}, "finished": finished}))
+    (folder / "folds.csv").write_text("id,fold\n1,0\n2,1\n")
     return path
 
 
@@ -100,6 +107,15 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     assert choice(module) == "001-a"
     assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
     assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
+
+
+def test_a_lucky_fold_is_not_sent_and_the_choice_is_explained(module, capfd):
+    written("001-all", 0.9)
+    written("002-lucky", 0.91, fold="1", created="2026-01-03T00:00:00Z")
+    assert choice(module) == "001-all"
+    told = capfd.readouterr().out
+    assert "001-all: CV 0.90000 ± 0.02000 on 200 rows" in told and "002-lucky has 0.91000" in told
+    assert "on common rows (fold 1) it has 0.91000 and 001-all 0.90000, not better by 2 standard errors" in told
 
 
 @pytest.mark.parametrize(
