@@ -46,7 +46,9 @@ def _try_out(task: Task, config: Config) -> None:
     model = network.model().eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
-        batch_value(network.loss, outputs, batch.targets)
+        of_epochs = map(network.loss_of, range(config.epochs)) if network.loss_of else (network.loss,)
+        for loss in {id(loss): loss for loss in of_epochs}.values():
+            batch_value(loss, outputs, batch.targets)
         predictions = post.predict(outputs)
         kept = leaves(predictions)
         if any(len(values) != len(batch) for values in kept.values()):

@@ -76,6 +76,15 @@ class Engine:
         self._log = log if ranks.is_writer else lambda message: None
         self._told = False
 
+    def use(self, loss: Any) -> None:
+        """Go on with another loss; raises UserError for one with parameters, which the optimizer would not know."""
+        if isinstance(loss, nn.Module):
+            if any(True for _ in loss.parameters()):
+                raise UserError(f"{loss} has parameters: a loss that takes the place of another must have none")
+            loss.to(self.device)
+        self.loss, self.kind, self.single_sum = loss, kind(loss), None
+        self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
+
     def step(self, batch: Batch, step_number: int) -> StepReport:
         """One optimizer step over the batch. Raises UserError, before the update, when it is not a finite one."""
         value = self.gradients(batch, step_number)
