@@ -9,7 +9,8 @@
     test = blend.fitted(test_members)
 
 The ways to choose: `equal`, `hill_climbing`, `optimum`, `least_squares`, `per_class` of one of these, and `stacked`.
-Means are taken in a space: PLAIN, RANKS, or power(p), whose p=0 is the geometric mean.
+Where predictions are a tree, or too large to hold several of, choose on the leaf or the rows that decide, and let
+`fitted` combine the rest block by block. Means are taken in a space: PLAIN, RANKS, or power(p); p=0 is geometric.
 """
 
 import math

@@ -116,6 +116,8 @@ def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[f
     for decisions, targets in batches:
         decisions = _tensors(decisions)
         first = tensors_of(decisions)[0]
+        if not len(first):  # all images of the batch are unreadable
+            continue
         targets = map_tree(lambda x: x.to(first.device), _tensors(targets))  # noqa: B023
         groups = torch.from_numpy((random.random(len(first)) * GROUPS).astype(np.int64)) if with_errors else None
         for tally in tallies:
@@ -159,9 +161,7 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _has_nan(tensor: Tensor) -> Tensor:
-    return (
-        tensor.amin().isnan() if tensor.numel() else torch.zeros((), dtype=torch.bool)
-    )  # far faster than isnan().any()
+    return tensor.amin().isnan()  # far faster than isnan().any()
 
 
 class _Sums:
@@ -283,13 +283,9 @@ def f_beta(
     With `classes` decisions and targets are class numbers [B] (or scores [B, C]). `empty` is the F of a label or sample
     that neither has nor gets anything.
     """
-    name, square = f"f{beta:g}_{average}", beta * beta
+    name = f"f{beta:g}_{average}"
 
-    def of(hits: Tensor, found: Tensor, true: Tensor) -> Tensor:
-        total = square * true + found
-        return torch.where(total > 0, (1 + square) * hits / total.clamp(min=1e-300), empty)
-
-    def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    def counts(decisions: Tensor, targets: Tensor) -> Tensor:
         if classes is not None:
             decisions = decisions.argmax(1) if _of_classes(decisions, targets) else decisions
             _same_shape(name, decisions, targets)
@@ -297,18 +293,10 @@ def f_beta(
                 x.long()[:, None] == torch.arange(classes, device=x.device) for x in (decisions, targets)
             )
         found, true = _binary(name, decisions, targets, threshold)
-        found, true = (x if x.ndim > 1 else x[:, None] for x in (found, true))
-        counts = torch.stack([found & true, found, true], 1).flatten(2)  # [B, 3, L]
-        if average != "macro":
-            counts = counts.sum(2)
-        if average == "samples":
-            return _weighted(of(*counts.double().unbind(1)), None, weights)
-        return counts if weights is None else counts * _column(weights.double(), counts)
+        every = torch.stack([found & true, found, true], -1).reshape(len(found), -1, 3).mT  # [B, 3, L]
+        return every if average == "macro" else every.sum(2)
 
-    def value(sums: Tensor, count: float) -> float:
-        return float(of(*sums).mean())
-
-    return Metric(name, stats, mean if average == "samples" else value)
+    return _f_of(name, counts, beta * beta, average == "samples", empty)
 
 
 def dice(
@@ -319,22 +307,27 @@ def dice(
     The last `dims` axes are the mask. `empty` is the Dice of two empty masks. Pooled, it is the mean over classes.
     """
 
-    def of(both: Tensor, total: Tensor) -> Tensor:
-        return torch.where(total > 0, 2 * both / total.clamp(min=1e-300), empty)
+    def counts(decisions: Tensor, targets: Tensor) -> Tensor:
+        found, true = (x.flatten(-dims) for x in _binary("dice", decisions, targets, threshold))
+        return torch.stack([(found & true).sum(-1), found.sum(-1), true.sum(-1)], 1)  # [B, 3, ...]
+
+    return _f_of("dice", counts, 1.0, average == "images", empty)
+
+
+def _f_of(name: str, counts: Callable[..., Tensor], square: float, of_samples: bool, empty: float) -> Metric:
+    """F of `counts` [B, 3, ...] (hits, found, true): of every sample, or of the sums; then the mean of what is left."""
+
+    def of(hits: Tensor, found: Tensor, true: Tensor) -> Tensor:
+        total = square * true + found
+        return torch.where(total > 0, (1 + square) * hits / total.clamp(min=1e-300), empty)
 
     def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        found, true = (x.flatten(-dims) for x in _binary("dice", decisions, targets, threshold))
-        both = (found & true).sum(-1).double()
-        total = found.sum(-1).double() + true.sum(-1).double()
-        if average == "images":
-            return _weighted(of(both, total), None, weights)
-        counts = torch.stack([both, total], 1)
-        return counts if weights is None else counts * _column(weights.double(), counts)
+        found = counts(decisions, targets)
+        if of_samples:
+            return _weighted(of(*found.double().unbind(1)), None, weights)
+        return found if weights is None else found * _column(weights.double(), found)
 
-    def value(sums: Tensor, count: float) -> float:
-        return float(of(*sums).mean())
-
-    return Metric("dice", stats, mean if average == "images" else value)
+    return Metric(name, stats, mean if of_samples else lambda sums, count: float(of(*sums).mean()))
 
 
 def log_loss(eps: float = 1e-15) -> Metric:

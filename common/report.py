@@ -1,13 +1,23 @@
-"""A run's plots: PNG files, and one HTML page that holds them all and can be sent to anybody."""
+"""A run's page: one HTML file with its tables and plots that can be sent to anybody, and the plots as PNG files.
+
+Names (of classes, rows, runs) are shown as they are, in HTML and in plots: `Report.figure` takes every text of a figure
+for plain text, and `without_markup` does so for a figure that is saved otherwise.
+"""
 
 import base64
+import csv
 import html
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.files import write_text, write_with
+from common.metrics import Metric
+from common.run import Run
 
 DOTS_PER_INCH = 80  # a page of ten plots stays below 5 MB
 STYLE = """
@@ -25,17 +35,21 @@ class Report:
         self.folder, self.title = folder, title
         self.parts: list[str] = []
 
+    def heading(self, words: str) -> None:
+        self.parts.append(f"<h2>{html.escape(words)}</h2>")
+
     def text(self, words: str) -> None:
         self.parts.append(f"<p>{html.escape(words)}</p>")
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Numbers are shown with four digits behind the point."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-        lines = ("".join(f"<td>{html.escape(_shown(value))}</td>" for value in row) for row in rows)
+        lines = ("".join(f"<td>{html.escape(shown(value))}</td>" for value in row) for row in rows)
         self.parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>")
 
     def figure(self, figure: Any, name: str, caption: str) -> Path:
         """Save a matplotlib figure as `name`.png, put it on the page and free it; returns its path."""
+        without_markup(figure)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
         figure.clear()
@@ -59,5 +73,141 @@ class Report:
         return path
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def shown(value: Any) -> str:
+    """A cell of a table: numbers with four digits behind the point, where that says enough."""
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.6g}"
+    return str(value)
+
+
+def without_markup(figure: Any) -> None:
+    """Take every text of a matplotlib figure for plain text: a class called "$5 $\\frac" is no formula.
+
+    The labels that an axis makes of its numbers stay as matplotlib writes them.
+    """
+    from matplotlib.category import StrCategoryFormatter
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+    numbers = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = axis.get_ticklabels(which="both")  # makes those that drawing would make
+            if not isinstance(axis.get_major_formatter(), (StrCategoryFormatter, FixedFormatter, FuncFormatter)):
+                numbers |= set(labels)
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
+
+
+def default_report(
+    run: Run,
+    settings: dict[str, Any],
+    metrics: Sequence[Metric],
+    recipe: dict[str, Any] | None = None,
+) -> Report:
+    """The page of any finished run, not yet written: `common.mistakes` and the competition's own plots go behind it.
+
+    `settings` are the config's values, `recipe` those of its recipe; of `metrics` the first chose the best epoch.
+    """
+    page, result = Report(run.path, f"{run.provenance.get('competition', 'run')}: {run.name}"), run.result or {}
+    page.text(score_line(result))
+    if (run.path / "metrics.csv").is_file():
+        with open(run.path / "metrics.csv", newline="", encoding="utf-8") as stream:
+            _training(page, list(csv.DictReader(stream)), metrics)
+    if folds := result.get("folds"):
+        columns = list(dict.fromkeys(name for facts in folds for name in facts))
+        page.heading("Folds")
+        page.table(columns, [[facts.get(name, "") for name in columns] for facts in folds])
+    page.heading("Settings")
+    changed = {name for name, value in settings.items() if recipe is not None and recipe.get(name) != value}
+    rows = [
+        (name, str(value), *((str(recipe.get(name)),) if recipe is not None else ()))
+        for name, value in sorted(settings.items(), key=lambda item: item[0] not in changed)
+    ]
+    if recipe is not None:
+        page.text(f"Other than in the recipe: {', '.join(sorted(changed)) or 'nothing'}.")
+    page.table(["setting", "value", *(["recipe"] if recipe is not None else [])], rows)
+    page.heading("Provenance")
+    page.table(["fact", "value"], run.provenance.items())
+    return page
+
+
+def score_line(result: dict[str, Any]) -> str:
+    """The score of result.json in one line, with its standard error ("errors", by metric): for the log and the page."""
+    if result.get("score") is None:
+        return "No CV score: no rows were held out."
+    name, values, errors = result["monitor"], result["metrics"], result.get("errors", {})
+
+    def told(metric: str, value: float) -> str:
+        return f"{metric} {value:.5f}" + (f" ± {errors[metric]:.5f}" if metric in errors else "")
+
+    words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
+    if result["score"] != values[name]:
+        words += f", by rules that were tuned without them ({values[name]:.5f} by rules that were tuned on them)"
+    others = ", ".join(told(metric, value) for metric, value in values.items() if metric != name)
+    return words + (f"; {others}" if others else "") + "."
+
+
+def _training(page: Report, history: list[dict[str, str]], metrics: Sequence[Metric]) -> None:
+    """Curves of metrics.csv, and the best epoch of every fold."""
+    page.heading("Training")
+    curves = training_curves(history, [metric.name for metric in metrics])
+    page.figure(curves, "training", "Every epoch of every fold, before tta and tuning")
+    metric = metrics[0]
+    rows, best = [], []
+    for fold in dict.fromkeys(line["fold"] for line in history):
+        lines = [line for line in history if line["fold"] == fold]
+        scored = [line for line in lines if math.isfinite(_number(line.get(metric.name)))]
+        if scored:
+            top = max(scored, key=lambda line: metric.sign * _number(line[metric.name]))
+            best.append(_number(top[metric.name]))
+            rows.append((_called(fold), len(lines), top["epoch"], _number(top["loss"]), best[-1]))
+    if rows:
+        spread = (float(np.std(best, ddof=1)),) if len(best) > 1 else ("",)
+        rows += [("mean", "", "", "", float(np.mean(best))), ("standard deviation", "", "", "", *spread)]
+        called = f"{metric.name} then, before tta and tuning"
+        page.table(["", "epochs", "best epoch", "training loss then", called], rows)
+
+
+def _called(fold: str) -> str:
+    return f"fold {fold}" if fold.isdigit() else "all rows"
+
+
+def _number(cell: str | None) -> float:
+    try:
+        return float(cell or "nan")
+    except ValueError:
+        return math.nan
+
+
+def training_curves(history: list[dict[str, str]], first: Sequence[str] = ()) -> Any:
+    """A figure of every number in the rows of metrics.csv against the epoch, a colour for each fold.
+
+    "loss" and "valid_loss" (dashed) share the first plot, the columns `first` follow; what never changes is left out.
+    """
+    from matplotlib.figure import Figure
+
+    columns = dict.fromkeys(["loss", *first, *history[0]])
+    columns = [name for name in columns if name not in ("fold", "epoch", "step", "valid_loss")]
+    columns = [name for name in columns if len({line.get(name) for line in history} - {"", None}) > 1 or name == "loss"]
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
+    for axes, column in zip(figure.subplots(down, across, squeeze=False).flat, columns, strict=False):
+        for number, fold in enumerate(dict.fromkeys(line["fold"] for line in history)):
+            for name, style in ((column, "-"), ("valid_loss", "--")) if column == "loss" else ((column, "-"),):
+                points = [(int(line["epoch"]), _number(line.get(name))) for line in history if line["fold"] == fold]
+                points = [point for point in points if math.isfinite(point[1])]
+                if points:
+                    label = _called(fold) if name == column else None
+                    mark = "." if len(points) < 30 else ""
+                    axes.plot(*zip(*points, strict=True), style, marker=mark, color=f"C{number % 10}", label=label)
+        axes.set(xlabel="epoch", title="loss (dashed: validation)" if column == "loss" else column)
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+    for unused in figure.axes[len(columns) :]:
+        unused.set_axis_off()
+    if figure.axes[0].lines:
+        figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure

@@ -105,6 +105,8 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from common.report import without_markup
+
     figure = Figure(figsize=(7, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -123,6 +125,7 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
     else:
         axes.text(0.5, 0.5, "no submission has both scores yet", ha="center", transform=axes.transAxes)
     axes.set(xlabel="validation", ylabel="leaderboard", title=source.slug)
+    without_markup(figure)
     write_with(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
 
 

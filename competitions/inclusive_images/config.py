@@ -133,6 +133,8 @@ RECIPES: dict[str, TagConfig] = {
         evaluate_every=5,
         augment="none",
     ),
+    # make train COMP=inclusive_images, when there are no data: a laptop's CPU, generated scenes
+    "demo": replace(SMALL, labelled="train", epochs=12, batch_size=32, size=(64, 64), embedding=0.3, embedding_dim=16),
     # RECIPE=smoke: seconds on the demo data, to see that everything works
     "smoke": replace(
         SMALL,

@@ -117,6 +117,8 @@ def test_scores_are_those_of_the_references(case):
     plain = expected(None) if callable(expected) else expected
     assert metric.score(decisions, targets) == pytest.approx(plain, rel=1e-12)
     assert evaluate((metric,), batches(decisions, targets))[metric.name] == pytest.approx(plain, rel=1e-12)
+    gaps = [(decisions[:0], targets[:0]), (decisions, targets), (decisions[:0], targets[:0])]
+    assert evaluate((metric,), gaps)[metric.name] == metric.score(decisions, targets)
     if callable(expected):
         found = weighted(metric).score(decisions, {"y": targets, "w": W})
         assert found == pytest.approx(expected(W), rel=1e-11)
