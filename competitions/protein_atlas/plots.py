@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.metrics import f_beta
+from common.mistakes import mistakes
 from common.predictions import read_predictions, unpack
 from common.report import Report
 from common.run import Run
@@ -22,34 +23,41 @@ NAMES = (
 EACH = 2  # images of a class that were missed, and as many that were wrongly found
 
 
-def report(run: Run, images: ImageStore, ids: list[str], labels: np.ndarray, apply: Callable[..., Tensor]) -> None:
-    """Write report.html and its PNG files into the run's folder; `labels` [n, 28] are those of the images."""
-    page = Report(run.path, f"Human Protein Atlas: {run.name}")
+def report(
+    page: Report, run: Run, images: ImageStore, ids: list[str], labels: np.ndarray, apply: Callable[..., Tensor]
+) -> None:
+    """Put the plots of a run behind its default page, and write it; `labels` [n, 28] are those of the images."""
+    page.heading("Labels that come together")
     page.figure(
         together(labels), "together", "Part of the images with the label of the row that have that of the column"
     )
     if (run.path / "oof_ids.txt").is_file():
         row_of = {name: row for row, name in enumerate(ids)}
         rows = np.array([row_of[name] for name in (run.path / "oof_ids.txt").read_text().split()])
-        _out_of_fold(page, run.result, images, rows, labels, unpack(read_predictions(run.path, "oof")), apply)
+        scores, truth = unpack(read_predictions(run.path, "oof")), labels[rows]
+        _labels(page, scores, truth, labels.mean(0), run.result["tuned"], apply)
+        there = np.flatnonzero(truth.any(0))
+        words = (
+            "Images that have the label and the lowest scores, then those without it and the highest: protein green, "
+            "microtubules red, nucleus blue, endoplasmic reticulum yellow"
+        )
+        page.figure(worst(images, rows, scores.numpy(), truth > 0, there), "worst_of_labels", words)
+        names = [ids[row] for row in rows]
+        shown = lambda places: [composed(images[row]) for row in rows[places]]  # noqa: E731
+        mistakes(page, scores.numpy()[:, there], truth[:, there], names, [NAMES[label] for label in there], shown)
     page.write()
 
 
-def _out_of_fold(page, result, images, rows, labels, scores, apply) -> None:
-    found, truth = apply(scores, result["tuned"]).numpy(), labels[rows] > 0
-    there = np.flatnonzero(truth.any(0))
+def _labels(page: Report, scores: Tensor, truth: np.ndarray, rates: np.ndarray, tuned: dict, apply: Callable) -> None:
+    found, there = apply(scores, tuned).numpy(), np.flatnonzero(truth.any(0))
     f1 = {label: f_beta(1, "micro").score(found[:, label], truth[:, label]) for label in there}
-    page.text(f"Macro F1 {result['score']:.4f} on {len(rows)} rows, by thresholds that were tuned without them.")
-    page.figure(against_frequency(f1, labels.mean(0)), "frequency", "F1 of every label against how often it is there")
+    page.heading("F1 of the labels")
+    always = (2 * truth.sum(0) / (truth.sum(0) + len(truth)))[there].mean()
+    page.text(f"Without looking at an image, by giving every label to each, the macro F1 is {always:.4f}.")
+    page.figure(against_frequency(f1, rates), "frequency", "F1 of every label against how often it is there")
     cells = zip(there, truth.sum(0)[there], found.sum(0)[there], f1.values(), strict=True)
-    lines = [(NAMES[label], *rest, result["tuned"]["thresholds"][label]) for label, *rest in cells]
+    lines = [(NAMES[label], *rest, tuned["thresholds"][label]) for label, *rest in cells]
     page.table(["label", "images", "found", "F1", "threshold"], sorted(lines, key=lambda line: line[3]))
-    page.figure(
-        worst(images, rows, scores.numpy(), truth, there),
-        "worst",
-        "Images that have the label and the lowest scores, then those without it and the highest: protein green, "
-        "microtubules red, nucleus blue, endoplasmic reticulum yellow",
-    )
 
 
 def together(labels: np.ndarray) -> Figure:
