@@ -110,29 +110,46 @@ def check_direction(metric: Metric, higher_is_better: bool) -> None:
         )
 
 
-def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[float, float]]:
-    tallies = [(_Rows if metric.stats is None else _Sums)(metric, with_errors) for metric in metrics]
-    count, random = torch.zeros((), dtype=torch.float64), np.random.default_rng(seed)
-    for decisions, targets in batches:
+class Scores:
+    """Every metric of what is added, batch by batch; `evaluate` and `evaluate_with_errors` in pieces."""
+
+    def __init__(self, metrics: Sequence[Metric], with_errors: bool = False, seed: int = 0):
+        self.with_errors, self.random = with_errors, np.random.default_rng(seed)
+        self.tallies = [(_Rows if metric.stats is None else _Sums)(metric, with_errors) for metric in metrics]
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    def add(self, decisions: Any, targets: Any) -> None:
         decisions = _tensors(decisions)
         first = tensors_of(decisions)[0]
         if not len(first):  # all images of the batch are unreadable
-            continue
-        targets = map_tree(lambda x: x.to(first.device), _tensors(targets))  # noqa: B023
-        groups = torch.from_numpy((random.random(len(first)) * GROUPS).astype(np.int64)) if with_errors else None
-        for tally in tallies:
+            return
+        targets = map_tree(lambda x: x.to(first.device), _tensors(targets))
+        random = self.random.random(len(first)) if self.with_errors else None
+        groups = torch.from_numpy((random * GROUPS).astype(np.int64)) if self.with_errors else None
+        for tally in self.tallies:
             tally.add(_picked(tally.metric, decisions, targets), groups)
-        count += len(first)
-    if not float(ranks.sum_(count)):
-        raise UserError(
-            "not one of the held-out images can be read: make check, with the same COMP= and DATA=, lists them"
-        )
-    for tally in tallies:
-        tally.join(ranks)
-    return {
-        tally.metric.name: (tally.score(float(count)), tally.error(float(count)) if with_errors else math.nan)
-        for tally in tallies
-    }
+        self.count += len(first)
+
+    def found(self, ranks: Ranks = SINGLE) -> dict[str, tuple[float, float]]:
+        """{name: (score, standard error)} over all ranks; raises UserError when no rank has a row."""
+        count = float(ranks.sum_(self.count))
+        if not count:
+            raise UserError(
+                "not one of the held-out images can be read: make check, with the same COMP= and DATA=, lists them"
+            )
+        for tally in self.tallies:
+            tally.join(ranks)
+        return {
+            tally.metric.name: (tally.score(count), tally.error(count) if self.with_errors else math.nan)
+            for tally in self.tallies
+        }
+
+
+def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[float, float]]:
+    scores = Scores(metrics, with_errors, seed)
+    for decisions, targets in batches:
+        scores.add(decisions, targets)
+    return scores.found(ranks)
 
 
 def _tensors(tree: Any) -> Tree:

@@ -114,7 +114,9 @@ def default_report(
     page.text(score_line(result))
     if (run.path / "metrics.csv").is_file():
         with open(run.path / "metrics.csv", newline="", encoding="utf-8") as stream:
-            _training(page, list(csv.DictReader(stream)), metrics)
+            history = list(csv.DictReader(stream))
+        if history and "epoch" in history[0]:  # a competition's own tables have other columns
+            _training(page, history, metrics)
     if folds := result.get("folds"):
         columns = list(dict.fromkeys(name for facts in folds for name in facts))
         page.heading("Folds")

@@ -124,7 +124,8 @@ class Task:
     postprocess: Postprocess = field(default_factory=Postprocess)
     submission: Submission = field(default_factory=Submission)
     check: Callable[[], None] | None = None  # raises UserError for what would fail only after the training
-    report: Callable[[Any], None] | None = None  # draws the plots of the run, once it is finished
+    report: Callable[[Any, Any], None] | None = None  # (run, page): adds the competition's own plots to the run's page
+    names: tuple[str, ...] = ()  # of the classes, labels or columns of the predictions, for the page
     sample: Sample | None = None  # None: of the file that `submission` names
     # Filled in by `completed`.
     fingerprint: str = ""  # sha256 of the data that was read

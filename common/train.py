@@ -1,18 +1,21 @@
 """A whole run: the folds, their out-of-fold predictions, what is tuned on them, the score and the submission."""
 
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from common import metrics, raw
+from common import raw
 from common import run as runs
-from common.batch import Tree
+from common.batch import map_tree
 from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of, use_threads
@@ -23,6 +26,8 @@ from common.fit import FACTS, fit, fit_predict
 from common.inference import decided
 from common.loading import folds, orders
 from common.loading.loader import Loader
+from common.metrics import Scores
+from common.mistakes import mistakes, samples
 from common.predict import Member, write_submission
 from common.predictions import (
     Predictions,
@@ -37,6 +42,7 @@ from common.predictions import (
 )
 from common.preflight import check_before
 from common.raw import RawData
+from common.report import default_report, score_line
 from common.run import Run
 from common.task import Task, completed
 
@@ -70,7 +76,7 @@ def train(
         else:
             run.log(f"{run.path} is finished ({result['monitor']} {result['score']}): only predicting")
     if ranks.is_writer:
-        _write_what_follows(competition.name, Member(run, task, config), found.is_demo)
+        _write_what_follows(competition.name, Member(run, task, config), competition.recipes[recipe], found.is_demo)
 
 
 def _silent(message: str) -> None:
@@ -133,12 +139,12 @@ def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks) -> None:
         finish(run, task, config, folders)
 
 
-def _write_what_follows(competition: str, member: Member, is_demo: bool) -> None:
+def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool) -> None:
     """The run's page and its submission. No page is worth a submission, so one that fails is only told."""
-    run, task, _ = member
-    if not run.is_finished and task.report:
+    run = member.run
+    if not run.is_finished:
         try:
-            task.report(run)
+            write_report(member, recipe)
         except Exception as error:  # whatever a plot stumbles over
             run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
     path = write_submission(competition, [member], is_demo)
@@ -146,6 +152,34 @@ def _write_what_follows(competition: str, member: Member, is_demo: bool) -> None
     if run.report.is_file():
         print(f"report: {run.report}")
     print(f"submission: {path}")
+
+
+def write_report(member: Member, recipe: Config) -> None:
+    """report.html: curves, folds, settings, mistakes, and what the competition adds."""
+    run, task, config = member
+    page = default_report(run, vars(config), task.metrics, vars(recipe))
+    kept = read_predictions(run.path, "oof")
+    if isinstance(kept, np.ndarray):
+        row_of = {str(name): row for row, name in enumerate(task.data.ids)}
+        rows = np.array([row_of[name] for name in (run.path / "oof_ids.txt").read_text().splitlines()])
+        if (targets := _targets(task, config, rows)) is not None:
+            ids = [task.data.ids[row] for row in rows]
+            images = lambda places: samples(task.data.valid, rows[places])  # noqa: E731
+            mistakes(page, np.asarray(unpack(kept)), targets, ids, task.names, images)
+    if task.report:
+        task.report(run, page)
+    page.write()
+
+
+def _targets(task: Task, config: Config, rows: np.ndarray) -> np.ndarray | None:
+    """The targets of `rows` [m] or [m, columns]; None where they are trees, or maps of pixels."""
+    with Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed) as loader:
+        found = []
+        for batch in loader.epoch(0):
+            if not isinstance(batch.targets, Tensor) or batch.targets.ndim > 2:
+                return None
+            found.append(batch.targets.cpu().numpy())
+    return np.concatenate(found)
 
 
 def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
@@ -172,14 +206,7 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     run.write_result(result)
     for folder in folders if task.network else ():
         remove_predictions(folder, "oof")  # the network makes them again if a fold is to be trained again
-    if result["metrics"]:
-        told = ", ".join(f"{name} {value:.5f}" for name, value in result["metrics"].items())
-        run.log(
-            f"CV score of {run.path}: {result['monitor']} {result['score']:.5f} ({told} on {result['rows']} rows), "
-            f"trained {result['training_seconds']} s"
-        )
-    else:
-        run.log(f"no score of {run.path}: --fold none holds no rows out, trained {result['training_seconds']} s")
+    run.log(f"{run.path}: {score_line(result)} Trained {result['training_seconds']} s")
 
 
 def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[str, Any]:
@@ -189,12 +216,18 @@ def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[st
     predictions = read_predictions(run.path, "oof")
     write_text(run.path / "oof_ids.txt", "".join(f"{task.data.ids[row]}\n" for row in rows))
     tuned = task.postprocess.tune(predictions, rows)
-    found = score_kept(task, config, predictions, rows, tuned)
+    whole, by_fold = score_kept(task, config, predictions, rows, tuned)
+    found, monitor = whole.found(), task.metrics[0].name
+    scores = {fold: of_fold.found()[monitor][0] for fold, of_fold in sorted(by_fold.items())}
     return {
         "tuned": tuned,
         "rows": len(rows),
-        "metrics": found,
-        "score": tuned.get("score", found[task.metrics[0].name]),
+        "metrics": {name: score for name, (score, _) in found.items()},
+        "errors": {name: error for name, (_, error) in found.items() if math.isfinite(error)},
+        "score": tuned.get("score", found[monitor][0]),
+        "fold_scores": {str(fold): score for fold, score in scores.items()},
+        "mean": float(np.mean(list(scores.values()))),
+        "std": float(np.std(list(scores.values()), ddof=1)) if len(scores) > 1 else None,
     }
 
 
@@ -209,20 +242,22 @@ def join(parts: list[Predictions], folder: Path, rows: int) -> None:
 
 def score_kept(
     task: Task, config: Config, predictions: Predictions, rows: np.ndarray, tuned: dict[str, Any]
-) -> dict[str, float]:
-    """The metrics of predictions [m, ...] that were kept for `rows` [m], with what was tuned on them."""
-    loader = Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed)
-
-    def scored() -> Iterator[tuple[Tree, Tree]]:
-        position = 0
+) -> tuple[Scores, dict[int, Scores]]:
+    """The metrics of predictions [m, ...] that were kept for `rows` [m], with what was tuned on them: all, by fold."""
+    whole, by_fold, position = Scores(task.metrics, with_errors=True), {}, 0
+    with Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed) as loader:
         for batch in loader.epoch(0):
             part = slice(position, position + len(batch))
             kept = rebuilt({leaf: values[part] for leaf, values in leaves(predictions).items()})
-            yield decided(task, unpack(kept), batch.targets, tuned)
+            decisions, targets = decided(task, unpack(kept), batch.targets, tuned)
+            whole.add(decisions, targets)
+            of_fold = task.data.folds[rows[part]]
+            for fold in np.unique(of_fold).tolist():
+                own = torch.from_numpy(np.flatnonzero(of_fold == fold))
+                scores = by_fold.setdefault(fold, Scores(task.metrics))
+                scores.add(*(map_tree(lambda x: x[own.to(x.device)], tree) for tree in (decisions, targets)))  # noqa: B023
             position += len(batch)
-
-    with loader:
-        return metrics.evaluate(task.metrics, scored())
+    return whole, by_fold
 
 
 def joined_metrics(files: list[Path]) -> str:

@@ -20,8 +20,8 @@ def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = Tr
 
     One file is RGB, also where it holds grey; a tuple of files is stacked, each of them one channel in grey. 16 bits
     become eight (65535 is 255), and transparency is dropped. `upright` turns the image as its EXIF orientation says;
-    where masks belong to the pixels as they are stored it must not. A JPEG at least twice as large as `size` is decoded at
-    1/2, 1/4 or 1/8: that skips most of its inverse transform. Raises BadImage whatever is wrong with a file.
+    where masks belong to the pixels as they are stored it must not. A JPEG at least twice as large as `size` is
+    decoded at 1/2, 1/4 or 1/8: that skips most of its inverse transform. Raises BadImage whatever is wrong with a file.
     """
     if not isinstance(image, tuple):
         return _decode(image, size, upright, gray=False)

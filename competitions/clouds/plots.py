@@ -1,8 +1,6 @@
-"""The plots of a finished run: what it found beside the truth, the scores, and how the thresholds move them."""
+"""What clouds adds to the page of a run: what was found beside the truth, and how the thresholds move the score."""
 
-import csv
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,19 +19,10 @@ OVERLAYS = 8  # images on the page: from the best to the worst
 CURVE_IMAGES = 150  # that the threshold curves are drawn from
 
 
-def report(run: Run, files: CloudFiles, images: ImageDataset) -> None:
-    """Write report.html and its PNG files into the run's folder."""
-    result = run.result or {}
-    page = Report(run.path, f"Clouds: {run.name}")
-    known = run.provenance
-    page.text(
-        f"{known.get('command', '')} on {known.get('data', '')}, commit {known.get('commit', '')}, "
-        f"{known.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
-    )
-    page.figure(training_curves(run.path / "metrics.csv"), "training", "Loss and validation score of every epoch")
+def report(files: CloudFiles, images: ImageDataset, run: Run, page: Report) -> None:
+    """Add to the run's page what it found beside the truth, and how the thresholds move the score."""
     if (run.path / "oof_ids.txt").is_file():
-        _out_of_fold(page, run, result, files, images)
-    page.write()
+        _out_of_fold(page, run, run.result, files, images)
 
 
 def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: ImageDataset) -> None:
@@ -107,24 +96,6 @@ def painted(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
         result[mask] = 0.72 * result[mask] + 0.28 * colour
         result[mask & ~inner] = colour
     return result.astype(np.uint8)
-
-
-def training_curves(path: Path) -> Figure:
-    """Loss and Dice against the epoch, one line per fold."""
-    with open(path, newline="", encoding="utf-8") as stream:
-        lines = list(csv.DictReader(stream))
-    figure = Figure(figsize=(11, 3.6))
-    for place, column in enumerate(("loss", "dice")):
-        axes = figure.add_subplot(1, 2, place + 1)
-        for fold in dict.fromkeys(line["fold"] for line in lines):
-            known = [line for line in lines if line["fold"] == fold and line.get(column)]
-            epochs, values = [int(line["epoch"]) for line in known], [float(line[column]) for line in known]
-            axes.plot(epochs, values, marker="." if len(known) < 30 else "", label=f"fold {fold}")
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(column)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    return figure
 
 
 def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:

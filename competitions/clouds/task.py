@@ -68,7 +68,7 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         submission=Submission(rows=rows, valid=lambda values: rle.problem_of_text(values[0], pixels)),
         metrics=_metrics(reader.CLASSES),
         check=partial(probe, network, config.size, 3, flags),
-        report=lambda run: plots.report(run, files, valid),
+        report=partial(plots.report, files, valid),
     )
 
 

@@ -1,4 +1,4 @@
-"""The plots of a finished run: the label vectors as heat map and map, precision and recall by label frequency."""
+"""What inclusive_images adds to the page of a run: the label vectors, precision and recall by label frequency."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,9 @@ CHUNK = 256  # images decided at a time
 
 
 def report(
-    run: Run, files: "Rows", embedding: "LabelEmbedding | None", decide: Callable[[torch.Tensor, dict[str, Any]], Any]
+    run: Run, page: Report, files: "Rows", embedding: "LabelEmbedding | None", decide: Callable[..., Any]
 ) -> None:
-    """Write report.html and its PNG files into the run's folder."""
-    result = run.result or {}
-    page = Report(run.path, f"Inclusive Images: {run.name}")
-    known = run.provenance
-    page.text(
-        f"{known.get('command', '')} on {known.get('data', '')}, commit {known.get('commit', '')}, "
-        f"{known.get('machine', '')}, {result.get('training_seconds', 0)} s of training."
-    )
+    """Add the label vectors and the scores by label frequency to the run's page."""
     if embedding is not None:
         names = files.index.names
         known = set(embedding.known.tolist())
@@ -42,8 +35,7 @@ def report(
         )
         page.figure(vector_map(embedding, common[:MAP_LABELS], names), "map", "The label vectors in two dimensions")
     if (run.path / "oof.npy").is_file():
-        _held_out(page, run, result, files, decide)
-    page.write()
+        _held_out(page, run, run.result, files, decide)
 
 
 def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", decide: Callable[..., Any]) -> None:

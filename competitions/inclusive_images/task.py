@@ -16,6 +16,7 @@ from common.loading.mixing import CutMix, MixUp
 from common.losses import BCE, MSE, CosineProximity, Focal, Heads, PositivesVersusNegatives, SoftFBeta, Weighted
 from common.metrics import Metric
 from common.raw import RawData
+from common.report import Report
 from common.run import Run
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision.datasets import ImageDataset
@@ -164,11 +165,13 @@ def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
     return "a label is there twice" if len(set(codes)) < len(codes) else None
 
 
-def _report(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, decide: Any, run: Run) -> None:
+def _report(
+    config: TagConfig, files: Rows, embedding: LabelEmbedding | None, decide: Any, run: Run, page: Report
+) -> None:
     """The page of a run. What trained without label vectors gets some for its plots, where the labels have any."""
     if embedding is None:
         try:
             embedding = rows.embed(config, files)
         except UserError as error:
             run.log(f"no plots of the label vectors: {error}")
-    plots.report(run, files, embedding, decide)
+    plots.report(run, page, files, embedding, decide)

@@ -14,6 +14,7 @@ from common.config import MACHINE_FIELDS
 from common.device import use_threads
 from common.errors import UserError
 from common.raw import RawData
+from common.report import Report
 from common.run import Run
 from common.task import Data, Task
 from common.train import provenance_of
@@ -229,8 +230,9 @@ def _backtest_anew(
         past = {name: np.concatenate([past[name], new[name]]) for name in past}
     rows = summarise(run, parts, observations)
     together = {name: np.concatenate([forecasts[name] for _, forecasts in parts]) for name in parts[0][1]}
-    page = plots.draw(run, observations, days, together)
+    page = Report(run.path, f"KDD air quality: {run.name}")
+    plots.draw(run, page, observations, days, together)
     score = rows["blend"]["mean"]
     run.write_result({"monitor": "smape", "score": score, "metrics": rows, "tuned": {}, "rows": len(days)})
     run.finish()
-    print(f"report: {page}")
+    print(f"report: {page.write()}")

@@ -1,7 +1,6 @@
 """Plots of a run: forecasts against the truth, error by hour ahead, station x day, and what is missing."""
 
 import csv
-from pathlib import Path
 
 import numpy as np
 
@@ -16,14 +15,15 @@ SHOWN_STATIONS = ("dongsi_aq", "dingling_aq", "MY7")
 SHOWN_DAYS = 4  # last days with a truth in the plot of forecasts
 
 
-def draw(run: Run, observations: Observations, days: np.ndarray, forecasts: dict[str, np.ndarray]) -> Path:
-    """Write the PNG files and report.html of forecasts {model: [days, 48, S]}; returns the page's path."""
+def draw(
+    run: Run, page: Report, observations: Observations, days: np.ndarray, forecasts: dict[str, np.ndarray]
+) -> None:
+    """Add tables and plots of forecasts {model: [days, 48, S]} to the run's page."""
     from matplotlib.figure import Figure  # without pyplot there is no display to look for
 
     network = observations.network
     truth = observations.truth(days)
     grids = {name: table.grid(values, network) for name, values in forecasts.items()}
-    page = Report(run.path, f"KDD air quality: {run.name}")
     page.text(
         f"Submit days {days[0]} to {days[-1]}; a submit day forecasts the two days after it. Scores are the "
         f"official SMAPE, from 0 to 2, lower is better."
@@ -59,7 +59,6 @@ def draw(run: Run, observations: Observations, days: np.ndarray, forecasts: dict
     figure = Figure(figsize=(12, 10))
     _heat(figure, missing, network.stations, months, "part missing", 1.0)
     page.figure(figure, "missing", "Share of missing values of the scored pollutants by station and month")
-    return page.write()
 
 
 def _number(cell: str) -> float | str:

@@ -19,6 +19,7 @@ from common.loading.keys import Keys
 from common.metrics import Metric
 from common.predictions import Predictions
 from common.raw import RawData
+from common.report import Report
 from common.run import Run
 from common.task import Data, Postprocess, Submission, Task, Tuned
 from competitions.kdd_air_quality import backtest, blend, metric, models, table
@@ -93,7 +94,7 @@ class Forecasters:
         scores = metric.daily(truth, table.grid(forecasts, network), network.stations)
         return torch.from_numpy(np.stack([np.nan_to_num(scores), np.isfinite(scores)], axis=1))
 
-    def report(self, run: Run) -> None:
+    def report(self, run: Run, page: Report) -> None:
         """Tables and plots of the held-out days, and the score of the last one where its truth is known."""
         from competitions.kdd_air_quality import plots
 
@@ -101,7 +102,7 @@ class Forecasters:
         tuned = run.result["tuned"]
         forecasts = kept | {"blend": blend.apply(tuned["blend"], kept, self.known.network.groups)}
         backtest.summarise(run, [(backtest.Period(0, self.held), forecasts)], self.known)
-        plots.draw(run, self.known, self.held, forecasts)
+        plots.draw(run, page, self.known, self.held, forecasts)
 
 
 def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:

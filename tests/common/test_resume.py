@@ -145,7 +145,7 @@ def test_stopped_after_the_training_the_same_command_only_predicts(monkeypatch):
     reported = []
     whole = toy.build
     monkeypatch.setattr(
-        toy, "build", lambda *given: toy.changed(whole(*given), report=lambda run: reported.append(run.name))
+        toy, "build", lambda *given: toy.changed(whole(*given), report=lambda run, page: reported.append(run.name))
     )
 
     with monkeypatch.context() as patch:

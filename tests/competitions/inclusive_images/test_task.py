@@ -16,6 +16,7 @@ from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import batch_value, kind
 from common.raw import RawData
+from common.report import Report
 from common.vision import store
 from competitions.inclusive_images import dataset, decision, demo, model, plots, rows, task
 
@@ -204,8 +205,8 @@ def test_the_classifier_starts_from_the_share_of_the_images_that_have_a_label(ra
 
 def test_an_image_without_a_likely_label_gets_the_most_frequent_ones(raw):
     counts = training_labels(raw).sum(0, dtype=int)
-    learnt = {"rule": vars(decision.Rule("threshold", 0.5, 0, 5))}
-    (found,) = built(raw).decide(torch.zeros(1, 23), learnt)["labels"].numpy()
+    tuned = {"rule": vars(decision.Rule("threshold", 0.5, 0, 5))}
+    (found,) = built(raw).postprocess.apply(torch.zeros(1, 23), tuned)["labels"].numpy()
     assert sorted(counts[found > 0]) == sorted(counts)[-3:]
 
 
@@ -462,11 +463,12 @@ def test_pictures(raw, tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "oof.npy", rng.random((len(held), 23)).astype(np.float16))
     (tmp_path / "oof_ids.txt").write_text("".join(f"{files.ids[row]}\n" for row in held))
-    learnt = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
-    result = {"score": 0.3, "metrics": {"f2": 0.31}, "learnt": learnt, "training_seconds": 1.0}
+    tuned = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
+    result = {"score": 0.3, "metrics": {"f2": 0.31}, "tuned": tuned, "training_seconds": 1.0}
     run.write_json("result.json", result)
-    plots.report(run, files, embedding, built(raw).decide)
-    page = (tmp_path / "report.html").read_text()
+    page = Report(tmp_path, "test")
+    plots.report(run, page, files, embedding, built(raw).postprocess.apply)
+    page = page.write().read_text()
     assert (
         page.count("<img") == 3
         and "0.3100 with the rule" in page
@@ -478,17 +480,21 @@ def test_pictures(raw, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+def page_of(task, folder) -> str:
+    page = Report(folder, "test")
+    task.report(runs.Run(folder, {}), page)
+    return page.write().read_text()
+
+
 def test_runs_without_label_vectors_have_their_pictures_too(raw, tmp_path, monkeypatch):
     built_task = built(raw, embedding=0.0)
-    built_task.report(runs.Run(tmp_path, {}))
-    assert (tmp_path / "report.html").read_text().count("<img") == 2
+    assert page_of(built_task, tmp_path).count("<img") == 2
 
     def alike(*_, **__) -> None:
         raise UserError("all images have the same labels")
 
     monkeypatch.setattr(rows.LabelEmbedding, "fit", alike)
-    built_task.report(runs.Run(tmp_path, {}))
-    assert "<img" not in (tmp_path / "report.html").read_text(), "a run is not lost for want of plots"
+    assert "<img" not in page_of(built_task, tmp_path), "a run is not lost for want of plots"
     assert "no plots of the label vectors: all images have" in (tmp_path / "log.txt").read_text()
 
 
