@@ -185,6 +185,8 @@ class Training:
 
     def _epoch(self) -> None:
         state = self.state
+        if not state.batch:
+            self._choose_loss(state.epoch)
         self.model.train()
         started = self.counted = time.monotonic()
         before = state.samples
@@ -205,6 +207,12 @@ class Training:
                 row |= validate(self._predictor(), self.valid_rows, self.ranks, self.loss)
                 self._remember_best(row[self.task.metrics[0].name])
         self._close_epoch(row | {"memory_gib": peak_memory(self.device)}, seconds)
+
+    def _choose_loss(self, epoch: int) -> None:
+        """The loss of an epoch is a function of its number alone, so that a run that goes on takes the same."""
+        if self.task.network.loss_of:
+            self.loss = self.task.network.loss_of(epoch)
+            self.engine.use(self.loss)
 
     def _step(self, batch: Batch) -> None:
         state = self.state
@@ -302,7 +310,7 @@ class Training:
         """The parts whose tensors are saved and restored together."""
         parts = {
             "model": self.model,
-            "loss": self.loss if isinstance(self.loss, nn.Module) else None,
+            "loss": self.loss if isinstance(self.loss, nn.Module) and not self.task.network.loss_of else None,
             "optimizer": self.optimizer,
             "engine": self.engine,
             "average": self.average,
@@ -320,9 +328,11 @@ class Training:
 
     def _restored(self, found: dict[str, Any]) -> State:
         with checkpoint.restoring(self.last):
+            state = State(**found["state"])
+            self._choose_loss(state.epoch)  # before the engine is told what it knew of this loss
             for name, part in self._named().items():
                 part.load_state_dict(found[name])
-            return State(**found["state"])
+            return state
 
     def _averaged(self) -> AbstractContextManager:
         """The model with its averaged weights, when there are any, inside the block."""

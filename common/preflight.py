@@ -62,7 +62,9 @@ def _try_out(task: Task, config: Config) -> None:
     model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
-        _check_loss(network.loss, outputs, batch.targets)
+        of_epochs = map(network.loss_of, range(config.epochs)) if network.loss_of else (network.loss,)
+        for loss in {id(loss): loss for loss in of_epochs}.values():
+            _check_loss(loss, outputs, batch.targets)
         predictions = post.predict(outputs)
         shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
         if any(shape[:1] != [len(batch)] for shape in shapes.values()):

@@ -80,6 +80,7 @@ class Network:
 
     model: Callable[[], nn.Module]  # a fresh model; its weights are seeded by the caller
     loss: Any  # see common.losses.protocol
+    loss_of: Callable[[int], Any] | None = None  # epoch from 0 -> its loss, where it is not `loss` in all of them
     tta: tuple[TTA, ...] = AS_IS
     lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
     pretrain: Callable[[nn.Module], None] | None = None  # gives a fresh model its weights, for training only

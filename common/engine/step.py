@@ -130,6 +130,15 @@ class Engine:
         if not self.optimizer.state:  # a momentum that is first made in a step which is left out would be never set
             allocate_state(self.optimizer)
 
+    def use(self, loss: Any) -> None:
+        """Go on with another loss; raises UserError for one with parameters, which the optimizer would not know."""
+        if isinstance(loss, nn.Module):
+            if any(True for _ in loss.parameters()):
+                raise UserError(f"{loss} has parameters: a loss that takes the place of another must have none")
+            loss.to(self.device)
+        self.loss, self.kind, self.single_sum = loss, kind(loss), None
+        self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
+
     def step(self, batch: Batch, step_number: int) -> StepReport:
         """One optimizer step over the batch. Raises UserError when it is not a finite one, and leaves the weights."""
         return (self.replay.step if self.replay else self.eager_step)(batch, step_number)

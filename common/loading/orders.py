@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from common.errors import UserError
 from common.loading.keys import ORDER_STREAM, KeyedGenerator
@@ -77,6 +79,18 @@ def weighted(weights: np.ndarray, samples_per_epoch: int | None = None, rows: np
         return Plan(index, _repeats(index))
 
     return order
+
+
+def by_rarity(labels: Any) -> np.ndarray:
+    """Weights [n] for `weighted`: that of the rarest label of a row, clip(ln(total / (2 count)), 1, 10).
+
+    Rare labels come more often, but never more than ten times so (Human Protein Atlas). `labels` [n, L] of 0 and 1, an
+    array or a sparse one in rows; every row needs a label.
+    """
+    labels = csr_matrix(labels)
+    counts = np.asarray(labels.sum(axis=0, dtype=np.int64)).ravel()
+    of_label = np.clip(np.log(0.5 * counts.sum() / np.maximum(counts, 1)), 1, 10)
+    return np.maximum.reduceat(of_label[labels.indices], labels.indptr[:-1])
 
 
 def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_batch: int = 1) -> Order:

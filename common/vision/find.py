@@ -49,17 +49,32 @@ def _match(folder: Path, name: str, by_stem: dict[str, list[Path]]) -> Path | No
     return candidates[0] if candidates else None
 
 
-def images_of(folder: Path, ids: Sequence[Any], table: str, again: str) -> list[Path]:
-    """`match_images` where every id needs its file; raises UserError naming what is missing, `table` and `again`."""
+def images_of(
+    folder: Path, ids: Sequence[Any], table: str, again: str, lines: Sequence[int] | None = None
+) -> list[Path]:
+    """`match_images` where every id needs its file; raises UserError naming what is missing, `table` and `again`.
+
+    `lines` are those of the ids in the table, to name the first of them too.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {again}")
     paths = match_images(folder, ids)
     if missing := [str(name) for name, path in zip(ids, paths, strict=True) if path is None]:
+        line = "" if lines is None else f" line {lines[paths.index(None)]}"
         raise UserError(
-            f"{table} names {some(missing)}, not in {folder} ({len(missing):,} of {len(paths):,} images): unpack the "
-            f"images again, or {again}"
+            f"{table}{line} names {some(missing)}, not in {folder} ({len(missing):,} of {len(paths):,} images): unpack "
+            f"the images again, or {again}"
         )
     return paths
+
+
+def channels_of(
+    folder: Path, ids: Sequence[Any], channels: Sequence[str], table: str, again: str, lines: Sequence[int]
+) -> list[tuple[Path, ...]]:
+    """The files <id>_<channel> of every id, in the order of `channels`; else as `images_of`."""
+    names = [f"{name}_{channel}" for name in ids for channel in channels]
+    paths = iter(images_of(folder, names, table, again, [line for line in lines for _ in channels]))
+    return list(zip(*[paths] * len(channels), strict=True))
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The targets of every head for an image, its augmentation, and how often it is drawn."""
+"""The targets of every head for an image, and its augmentation."""
 
 import albumentations as A
 import cv2
@@ -62,13 +62,3 @@ def augmentation(strength: str, size: tuple[int, int]) -> A.Compose | None:
             ),
         ]
     )
-
-
-def sampling_weights(labels: csr_matrix) -> np.ndarray:
-    """Weight of every image, float64 [n]: that of its rarest label, clip(ln(total / (2 count)), 1, 10).
-
-    Rare labels come more often, but never more than ten times so (Human Protein Atlas).
-    """
-    counts = np.asarray(labels.sum(axis=0, dtype=np.int64)).ravel()
-    of_label = np.clip(np.log(0.5 * counts.sum() / np.maximum(counts, 1)), 1, 10)
-    return np.maximum.reduceat(of_label[labels.indices], labels.indptr[:-1])

@@ -25,7 +25,7 @@ from common.vision.tta import MIRRORED
 from common.vision.weights import start_backbone
 from competitions.inclusive_images import decision, plots, rows
 from competitions.inclusive_images.config import TagConfig
-from competitions.inclusive_images.dataset import Targets, augmentation, sampling_weights
+from competitions.inclusive_images.dataset import Targets, augmentation
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.model import HEADS, TagNet
 from competitions.inclusive_images.rows import Rows
@@ -42,7 +42,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     store = partial(ImageStore, size=config.size, cache=raw.cache, limit_gb=config.cache_gb, announce=log)
     images, test = store(files.paths), store(files.test_paths)
     vectors = embedding.vectors if config.embedding else None
-    weights = sampling_weights(files.labels) if config.sampling == "weighted" else None
+    weights = orders.by_rarity(files.labels) if config.sampling == "weighted" else None
     started = config.start_from or config.encoder_weights != "none"
     targets = Targets(files.labels, vectors, config.count > 0)
 

@@ -9,7 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from common.engine.step import Engine
+from common.losses import CrossEntropy
 from common.train import train
 from tests.common import toy
 from tests.common.toy_runs import same, toy_train
@@ -29,8 +32,6 @@ class Killed(BaseException):
 def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch):
     """Five batches an epoch: inside an epoch, at its end, after a validation, in the last epoch."""
     straight = toy_train("straight", keep=keep, save_every=0)
-    from common.engine.step import Engine
-
     original = Engine.step
 
     def stopping(self, batch, step_number):
@@ -44,6 +45,41 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch)
             toy_train("broken", keep=keep, save_every=0)
     assert same(straight, toy_train("broken", keep=keep, save_every=0))
     assert "resumed" in Path("runs/toy/broken/log.txt").read_text()
+
+
+class RootOfMean:
+    """sqrt of the mean cross-entropy: one sum, so that the engine learns from the first batch to take one pass."""
+
+    def stats(self, outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def value(self, sums, count):
+        return (sums / count).sqrt()
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 10, 13])
+def test_losses_that_take_turns_go_on_with_the_same_bits(step, monkeypatch):
+    """Five batches an epoch, the loss changes with each: stopped inside an epoch and on its border."""
+    losses = (CrossEntropy(), RootOfMean())
+    build = toy.build
+    monkeypatch.setattr(toy, "build", lambda *of: toy.changed(build(*of), loss_of=lambda epoch: losses[epoch % 2]))
+    changes = {"micro_batch": 4, "save_every": 0}
+    straight = toy_train("straight", **changes)
+    used, original = [], Engine.step
+
+    def stopping(self, batch, step_number):
+        if step_number == step and len(used) <= step:
+            raise Killed
+        used.append((step_number, type(self.loss).__name__, self.kind))
+        return original(self, batch, step_number)
+
+    monkeypatch.setattr(Engine, "step", stopping)
+    with pytest.raises(Killed):
+        toy_train("broken", **changes)
+    used.append(None)
+    assert same(straight, toy_train("broken", **changes))
+    names = {0: ("CrossEntropy", "per_sample"), 1: ("RootOfMean", "sums")}
+    assert [one for one in used if one] == [(number, *names[number // 5 % 2]) for number in range(15)]
 
 
 def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) -> tuple[int | None, list[Path]]:

@@ -20,7 +20,7 @@ from common.raw import RawData
 from common.report import Report
 from common.task import completed
 from common.vision import store
-from competitions.inclusive_images import dataset, decision, demo, model, plots, rows, task
+from competitions.inclusive_images import decision, demo, model, plots, rows, task
 from competitions.inclusive_images.config import RECIPES, TagConfig
 
 SMOKE = dataclasses.replace(RECIPES["smoke"], clusters=0)
@@ -371,7 +371,7 @@ def test_weighted_sampling_equals_the_slow_loop(raw):
     counts = table.sum(0, dtype=int)
     of_label = [min(max(np.log(0.5 * counts.sum() / count), 1), 10) if count else 0 for count in counts]
     wanted = [max(of_label[label] for label in np.flatnonzero(row)) for row in table]
-    assert np.allclose(dataset.sampling_weights(files.labels), wanted)
+    assert np.allclose(orders.by_rarity(files.labels), wanted)
     train = np.flatnonzero(built_task.data.folds != 0)
     order = built_task.data.order(train)
     drawn = np.concatenate([order(0, epoch).index for epoch in range(600)])

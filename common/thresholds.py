@@ -1,0 +1,57 @@
+"""Thresholds for labels [n, L]: one per label, chosen on out-of-fold predictions, and what they are worth on others."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.loading.keys import keyed_seed
+from common.metrics import Metric
+
+Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores, truth [n, L] -> thresholds [L]
+PARTS = 5  # for the honest score: thresholds of four fifths of the rows are tried on the fifth
+UNKNOWN = 0.5  # where nothing is known of a label
+
+
+def best_f_beta(scores: np.ndarray, truth: np.ndarray, beta: float = 1.0) -> np.ndarray:
+    """The threshold [L] with the highest F of every label, so with the highest macro F: tries every one there is.
+
+    It lies halfway between two scores. A label without a true row, which has no best one, gets one half.
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    ranked, hits = (np.take_along_axis(values, order, 0) for values in (np.asarray(scores, np.float64), truth > 0))
+    found, true = np.arange(1, len(scores) + 1)[:, None], hits.sum(0)
+    f = (1 + beta**2) * hits.cumsum(0) / (beta**2 * true + found)  # of the k best rows, [n, L]
+    below = np.concatenate([ranked[1:], np.zeros_like(ranked[:1])])
+    f[ranked == below] = -1  # between equal scores there is no threshold
+    best = f.argmax(0)[None]
+    middle = (np.take_along_axis(ranked, best, 0) + np.take_along_axis(below, best, 0))[0] / 2
+    return np.where(true > 0, middle, UNKNOWN)
+
+
+def matching(scores: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """The threshold [L] above which a part `rates` [L] of the rows lies: labels come as often as they should."""
+    ranked = -np.sort(-np.asarray(scores, np.float64), axis=0)
+    count = np.clip(np.rint(rates * len(ranked)).astype(int), 0, len(ranked))
+    ends = np.concatenate([ranked[:1] + 2, ranked, ranked[-1:] - 2])  # above all of them, and below
+    columns = np.arange(ranked.shape[1])
+    return (ends[count, columns] + ends[count + 1, columns]) / 2
+
+
+def decide(scores: Tensor | np.ndarray, thresholds: Sequence[float]) -> Tensor:
+    """bool [n, L]: what lies above its threshold, and in every row at least the label that comes nearest."""
+    scores = torch.as_tensor(scores)
+    above = scores.double() - torch.as_tensor(thresholds, dtype=torch.float64, device=scores.device)
+    return (above > 0).scatter_(1, above.argmax(1, keepdim=True), True)
+
+
+def honest(scores: np.ndarray, truth: np.ndarray, choose: Choose, metric: Metric, seed: int) -> float:
+    """The metric of all rows, each decided by thresholds that `choose` made of the other parts of the rows."""
+    part = np.random.default_rng(keyed_seed(seed, PARTS)).permutation(len(scores)) % PARTS
+    found = np.zeros(scores.shape, bool)
+    for number in range(PARTS):
+        rest, own = part != number, part == number
+        if rest.any():
+            found[own] = decide(scores[own], choose(scores[rest], truth[rest])).numpy()
+    return metric.score(found, truth)

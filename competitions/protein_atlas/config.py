@@ -1,0 +1,62 @@
+"""Settings of protein_atlas: what the flags are made of, the recipes, where the data come from."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from common.config import Config, at_least, between, flag
+from common.kaggle.source import Source
+
+SOURCE = Source(
+    slug="human-protein-atlas-image-classification",
+    expected=("train.csv", "sample_submission.csv", "train/*", "test/*"),
+    higher_is_better=True,
+    labels=("train.csv", "sample_submission.csv"),
+    notes="18 GB: 31,072 training and 11,702 test images, four PNGs of 512x512 each",
+)
+Loss = Literal["bce", "focal", "soft_f1", "soft_f1_samples", "soft_f1_both", "focal+soft_f1", "lovasz"]
+
+
+@dataclass(frozen=True)
+class ProteinConfig(Config):
+    """The settings of protein_atlas: the network, the size it works at, its losses, and how labels are decided."""
+
+    size: tuple[int, int] = flag((256, 256), "height and width the network works at", "pixels", at_least(32))
+    cache_gb: float = flag(
+        20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
+    )
+    backbone: str = flag("resnet34", "model of timm")
+    encoder_weights: str = flag("imagenet", "where the backbone starts: imagenet, none, or a file of weights")
+    yellow: Literal["mean", "red", "green", "blue"] = flag(
+        "mean", "what the fourth channel's weights start as: the mean of the three, or a copy of one"
+    )
+    dropout: float = flag(
+        0.25, "part of the pooled features that the head does without in training", rule=between(0, 1)
+    )
+    augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
+    sampling: Literal["shuffled", "weighted"] = flag("weighted", "every image once an epoch, or rare labels more often")
+    loss: Loss = flag("bce", "soft_f1 is per class over the whole batch, soft_f1_samples per image, soft_f1_both both")
+    then: Literal["none", Loss] = flag("soft_f1", "the loss that follows")
+    then_from: float = flag(0.5, "part of the epochs after which --then follows", "fraction", between(0, 1))
+    alternate: bool = flag(False, "from there on --then and --loss take turns, epoch by epoch")
+    thresholds: Literal["best", "matching", "half"] = flag(
+        "best", "of each label: that of the best out-of-fold F1, as frequent as in train.csv, or one half"
+    )
+
+
+DEFAULT = ProteinConfig(
+    epochs=25, batch_size=64, lr=5e-4, weight_decay=1e-2, ema=0.998, keep="last", channels_last=True
+)
+SMALL = replace(DEFAULT, epochs=30, size=(128, 128), backbone="resnet18", encoder_weights="none", lr=2e-3, dropout=0.0)
+DEMO = replace(SMALL, epochs=24, size=(64, 64), backbone="resnet10t", batch_size=32, lr=3e-3, ema=0.99)
+RECIPES: dict[str, ProteinConfig] = {
+    # make train COMP=protein_atlas: a card with 16 GB
+    "default": DEFAULT,
+    # RECIPE=full: every pixel, on a card with 16 GB or more; the micro-batch is what fits, the step that of all 64
+    "full": replace(DEFAULT, size=(512, 512), backbone="nasnetalarge", epochs=20, lr=3e-4, clip_norm=1.0, dropout=0.5),
+    # RECIPE=small: a laptop's CPU, from scratch
+    "small": SMALL,
+    # what make train takes on demo data: at most 90 s on two cores
+    "demo": DEMO,
+    # RECIPE=smoke: seconds on the demo data, to see that everything works
+    "smoke": replace(DEMO, epochs=2, size=(32, 32), folds=3, alternate=True, precision="fp32", ema=0.9),
+}

@@ -1,0 +1,105 @@
+"""The plots of a finished run: labels that come together, F1 against frequency, the worst images in composed colour."""
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common.metrics import f_beta
+from common.mistakes import mistakes
+from common.predictions import read_predictions, unpack
+from common.report import Report
+from common.run import Run
+from common.vision.store import ImageStore
+
+NAMES = (
+    *("Nucleoplasm", "Nuclear membrane", "Nucleoli", "Nucleoli fibrillar center", "Nuclear speckles", "Nuclear bodies"),
+    *("Endoplasmic reticulum", "Golgi apparatus", "Peroxisomes", "Endosomes", "Lysosomes", "Intermediate filaments"),
+    *("Actin filaments", "Focal adhesion sites", "Microtubules", "Microtubule ends", "Cytokinetic bridge"),
+    *("Mitotic spindle", "Microtubule organizing center", "Centrosome", "Lipid droplets", "Plasma membrane"),
+    *("Cell junctions", "Mitochondria", "Aggresome", "Cytosol", "Cytoplasmic bodies", "Rods & rings"),
+)
+EACH = 2  # images of a class that were missed, and as many that were wrongly found
+
+
+def report(
+    page: Report, run: Run, images: ImageStore, ids: list[str], labels: np.ndarray, apply: Callable[..., Tensor]
+) -> None:
+    """Put the plots of a run behind its default page, and write it; `labels` [n, 28] are those of the images."""
+    page.heading("Labels that come together")
+    page.figure(
+        together(labels), "together", "Part of the images with the label of the row that have that of the column"
+    )
+    if (run.path / "oof_ids.txt").is_file():
+        row_of = {name: row for row, name in enumerate(ids)}
+        rows = np.array([row_of[name] for name in (run.path / "oof_ids.txt").read_text().split()])
+        scores, truth = unpack(read_predictions(run.path, "oof")), labels[rows]
+        _labels(page, scores, truth, labels.mean(0), run.result["tuned"], apply)
+        there = np.flatnonzero(truth.any(0))
+        words = (
+            "Images that have the label and the lowest scores, then those without it and the highest: protein green, "
+            "microtubules red, nucleus blue, endoplasmic reticulum yellow"
+        )
+        page.figure(worst(images, rows, scores.numpy(), truth > 0, there), "worst_of_labels", words)
+        names = [ids[row] for row in rows]
+        shown = lambda places: [composed(images[row]) for row in rows[places]]  # noqa: E731
+        mistakes(page, scores.numpy()[:, there], truth[:, there], names, [NAMES[label] for label in there], shown)
+    page.write()
+
+
+def _labels(page: Report, scores: Tensor, truth: np.ndarray, rates: np.ndarray, tuned: dict, apply: Callable) -> None:
+    found, there = apply(scores, tuned).numpy(), np.flatnonzero(truth.any(0))
+    f1 = {label: f_beta(1, "micro").score(found[:, label], truth[:, label]) for label in there}
+    page.heading("F1 of the labels")
+    always = (2 * truth.sum(0) / (truth.sum(0) + len(truth)))[there].mean()
+    page.text(f"Without looking at an image, by giving every label to each, the macro F1 is {always:.4f}.")
+    page.figure(against_frequency(f1, rates), "frequency", "F1 of every label against how often it is there")
+    cells = zip(there, truth.sum(0)[there], found.sum(0)[there], f1.values(), strict=True)
+    lines = [(NAMES[label], *rest, tuned["thresholds"][label]) for label, *rest in cells]
+    page.table(["label", "images", "found", "F1", "threshold"], sorted(lines, key=lambda line: line[3]))
+
+
+def together(labels: np.ndarray) -> Figure:
+    """Co-occurrence of the labels [n, 28] that are there."""
+    there = np.flatnonzero(labels.any(0))
+    own = labels[:, there].astype(np.int64)
+    parts = (own.T @ own) / own.sum(0)[:, None]
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(there)), there)
+    axes.set_yticks(
+        range(len(there)), [f"{label} {NAMES[label]} ({count})" for label, count in zip(there, own.sum(0), strict=True)]
+    )
+    return figure
+
+
+def against_frequency(f1: dict[int, float], rates: np.ndarray) -> Figure:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, score in f1.items():
+        axes.scatter(rates[label], score, color="C0")
+        axes.annotate(NAMES[label], (rates[label], score), fontsize=7)
+    axes.set(xscale="log", xlabel="part of the training images", ylabel="F1", ylim=(-0.02, 1.02))
+    return figure
+
+
+def worst(images: ImageStore, rows: np.ndarray, scores: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> Figure:
+    """A line for every label: EACH images that have it, and EACH that have not."""
+    figure = Figure(figsize=(4.4 * EACH, 2.2 * len(labels)), layout="constrained")
+    for line, label in zip(figure.subplots(len(labels), 2 * EACH, squeeze=False), labels, strict=True):
+        ranked = np.argsort(scores[:, label], kind="stable")
+        missed, wrong = ranked[truth[ranked, label]][:EACH], ranked[~truth[ranked, label]][::-1][:EACH]
+        for axes in line:
+            axes.set_axis_off()
+        for axes, row in [*zip(line, missed, strict=False), *zip(line[EACH:], wrong, strict=False)]:
+            axes.imshow(composed(images[rows[row]]))
+            axes.set_title(f"{NAMES[label][:18]} {scores[row, label]:.2f}", fontsize=7)
+    return figure
+
+
+def composed(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4] of red, green, blue, yellow -> [H, W, 3] for the eye; yellow at half its strength."""
+    yellow = image[:, :, 3] // 2
+    return np.stack([np.maximum(image[:, :, 0], yellow), np.maximum(image[:, :, 1], yellow), image[:, :, 2]], -1)
