@@ -131,7 +131,7 @@ def test_a_class_that_is_missing_from_folds_is_trained_and_scored_all_the_same(f
 def test_the_generated_sample_needs_no_network(here, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
     monkeypatch.setattr(demo, "TEST_IMAGES", 1)
-    code, output = run("train", "clouds", *SHORT)
+    code, output = run("train", "clouds", "--recipe", "default", *SHORT)
     assert code == 0, output
     assert "demo: the encoder starts from scratch (--encoder-weights none)" in output
     assert "-demo.csv" in output
@@ -272,6 +272,6 @@ def test_recipes_are_what_they_are_called():
     assert RECIPES["full"].size == (1400, 2100) and RECIPES["full"].checkpointing
     assert RECIPES["full"].batch_size == 16 and RECIPES["small"].encoder_weights == "none"
     assert RECIPES["best"].fold == "all" and RECIPES["best"].tta
-    assert {recipe.encoder_weights for name, recipe in RECIPES.items() if name not in ("small", "smoke")} == {
+    assert {recipe.encoder_weights for name, recipe in RECIPES.items() if name not in ("small", "demo", "smoke")} == {
         "imagenet"
     }
