@@ -176,14 +176,6 @@ class RawData:
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr((facts, names)).encode()).hexdigest()
 
-    def fingerprint(self, *names: str) -> str:
-        """sha256 over the names and contents of the files: the same data gives the same value on any machine."""
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(name.encode() + b"\0")
-            digest.update(bytes.fromhex(self._digest(name)))
-        return digest.hexdigest()
-
     def opened_fingerprint(self) -> str:
         """sha256 over names and contents of what was opened so far, in whatever order.
 

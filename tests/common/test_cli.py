@@ -5,6 +5,7 @@ import builtins
 import pytest
 
 from common import cli
+from common import competition as competitions
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,19 @@ def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
     monkeypatch.setitem(cli.VERBS, "train", stopped)
     assert cli.main(["train", "clouds"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_demo_data_take_the_recipe_that_is_made_for_them(tmp_path):
+    """What takes hours on real data is not what a new user's first command should do."""
+    for name in competitions.names():
+        recipes = competitions.load(name).recipes
+        expected = "demo" if "demo" in recipes else "default"
+        assert cli.default_recipe(name, recipes, ["--epochs", "1"]) == expected
+        assert cli.default_recipe(name, recipes, [f"--data=data/demo/{name}"]) == expected
+        assert cli.default_recipe(name, recipes, ["--data", "elsewhere"]) == "default"
+        (tmp_path / "data" / name).mkdir(parents=True)
+        assert cli.default_recipe(name, recipes, []) == expected, "an empty folder holds no data"
+        (tmp_path / "data" / name / "train.csv").write_text("")
+        assert cli.default_recipe(name, recipes, []) == "default"
+    with_demo = [name for name in competitions.names() if "demo" in competitions.load(name).recipes]
+    assert {"clouds", "inclusive_images", "kdd_air_quality"} <= set(with_demo)

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.inference import heads_of, in_float32
 from common.metrics import Metric
 from common.task import TTA
+from common.vision.weights import read
 from tests.common import toy
 from tests.common.toy_runs import toy_train
 
@@ -37,6 +38,7 @@ def _here(tmp_path, monkeypatch):
             {"model": lambda: nn.Linear(16, 3, bias=False), "predict": lambda o: o.sum(0)},
             "have the shapes .*expected .B",
         ),
+        ({"pretrain": lambda model: read(Path("gone.pth"))}, "--encoder-weights gone.pth cannot be read"),
         ({"tta": (TTA("as is"), TTA("halved", lambda x: x[:1]))}, "the TTA 'halved' gives predictions of"),
         ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy compares decisions, found scores"),
         ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),

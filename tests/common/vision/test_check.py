@@ -1,6 +1,9 @@
 """Which files cannot be read: all of them when there are few, by their beginnings and ends when there are many."""
 
+import os
 import struct
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from common import progress
 from common.errors import UserError
 from common.vision.check import check_folder, find_bad, image_paths, unreadable
+from tests.common.loading.test_workers import ROOT, descendants, is_alive, wait_until
 
 
 def encoded(ending: str) -> bytes:
@@ -36,6 +40,29 @@ def test_the_folder_check_finds_every_bad_file(paths, capsys, monkeypatch):
     assert "checking: 29/30 images" in capsys.readouterr().out
     check_folder(paths[5:11], show=False)
     assert capsys.readouterr().out == ""
+
+
+CHECKER = """
+import sys, time
+from common.vision import check
+
+check.decode = lambda *_, **__: print("ready", flush=True) or time.sleep(600)
+check.find_bad(sys.argv[1:], show=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_checks_ends_with_its_command(paths, tmp_path):
+    (tmp_path / "checker.py").write_text(CHECKER)
+    command = [sys.executable, tmp_path / "checker.py", *paths]
+    checker = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert checker.stdout.readline() == b"ready\n"
+    workers = descendants(checker.pid)
+    checker.kill()
+    checker.wait()
+    checker.stdout.close()
+    assert workers
+    wait_until(lambda: not any(map(is_alive, workers)))
 
 
 @pytest.mark.parametrize("few", [0, 100])
