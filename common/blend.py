@@ -26,12 +26,20 @@ from common.config import Config
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
-from common.files import write_text
 from common.loading import folds, orders
 from common.loading.loader import Loader
 from common.metrics import Metric
 from common.predict import Member, write_submission
-from common.predictions import Predictions, PredictionWriter, leaves, read_predictions, rebuilt, unpack
+from common.predictions import (
+    Predictions,
+    PredictionWriter,
+    leaves,
+    read_ids,
+    read_predictions,
+    rebuilt,
+    unpack,
+    write_ids,
+)
 from common.report import Report, score_line
 from common.run import Run
 from common.runs_table import best_run, is_complete
@@ -60,7 +68,7 @@ class Kept:
             remedy = f"make predict COMP={run.provenance['competition']} RUN={run.name}" if kind == "test" else ""
             what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
             raise UserError(f"{run.path} keeps no {what}: {remedy or 'leave it out, or train it with --fold all'}")
-        names = ids.read_text(encoding="utf-8").splitlines()
+        names = read_ids(run.path, kind)
         return Kept(run.name, str(run.path), values, names, np.arange(len(names)))
 
     @staticmethod
@@ -150,7 +158,7 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     parts = {int(fold): np.flatnonzero(task.data.folds[rows] == fold) for fold in np.unique(task.data.folds[rows])}
     write_combined(run.path, "oof", oof, [(parts[fold], chosen.by_part[fold]) for fold in parts], space, kept)
     write_combined(run.path, "test", test, [(np.arange(len(test[0].ids)), chosen.fitted)], space, kept)
-    write_text(run.path / "test_ids.txt", "".join(f"{one}\n" for one in test[0].ids))
+    write_ids(run.path, "test", test[0].ids)
     result = {"monitor": task.metrics[0].name, **score_oof(run, task, config, rows), "folds": [], "micro_batch": None}
     result |= {"blend": _facts(names, chosen, task.metrics[0], sampled)}
     run.write_result(result | {"training_seconds": round(time.monotonic() - started, 1)})

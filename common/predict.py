@@ -20,9 +20,18 @@ from common.competition import Competition
 from common.config import Config, differences, with_flags
 from common.device import device_of, use_threads
 from common.errors import UserError
-from common.files import write_text
 from common.inference import Predictor, load_models, tta_of
-from common.predictions import Predictions, PredictionWriter, leaves, mean_of, read_predictions, rebuilt, unpack
+from common.predictions import (
+    Predictions,
+    PredictionWriter,
+    leaves,
+    mean_of,
+    read_ids,
+    read_predictions,
+    rebuilt,
+    unpack,
+    write_ids,
+)
 from common.preflight import check_before
 from common.run import Run
 from common.task import Task, Tuned, completed, needs_workers
@@ -71,7 +80,7 @@ def write_submission(
         if predictors[0] is not None and len(members) == 1 and first.as_trained and not fallback:
             kept = first.task.postprocess.kept
             keep = stack.enter_context(PredictionWriter(first.run.path, "test", len(rows), kept)).add
-            write_text(first.run.path / "test_ids.txt", "".join(f"{name}\n" for name in first.task.data.test_ids))
+            write_ids(first.run.path, "test", first.task.data.test_ids)
         lost: list[str] = []
         rows_of_csv = _rows_of_csv(members, streams, predictors, keep, lost, fallback.until if fallback else None)
         provenance = _provenance(competition, members, is_demo)
@@ -127,8 +136,8 @@ def _test_batches(
         for index, predictions, *_ in predictor.batches(member.task.data.test, rows, label):
             yield index, predictions
         return
-    kept, ids = read_predictions(member.run.path, "test"), member.run.path / "test_ids.txt"
-    if kept is None or ids.read_text().splitlines() != [str(name) for name in member.task.data.test_ids]:
+    kept = read_predictions(member.run.path, "test")
+    if kept is None or read_ids(member.run.path, "test") != [str(name) for name in member.task.data.test_ids]:
         raise UserError(
             f"{member.run.path} keeps the predictions of other test rows, and has no network to predict these with: "
             f"train a run on these data"

@@ -1,6 +1,6 @@
 """Predictions as values: one tensor or a flat dict of tensors, averaged, joined, and kept on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import replacing, write_text
 
 Predictions = Any  # a tensor or array [n, ...], or a flat dict of them
 
@@ -111,6 +111,16 @@ def write_predictions(folder: Path, name: str, predictions: Predictions, count: 
             raise UserError(f"{name} predictions{' ' * bool(leaf)}{leaf} have values that are NaN or infinite")
     with PredictionWriter(folder, name, count, kept) as writer:
         writer.add(predictions)
+
+
+def write_ids(folder: Path, name: str, ids: Iterable[Any]) -> None:
+    """The ids of the rows of the predictions `name`, a line each."""
+    write_text(folder / f"{name}_ids.txt", "".join(f"{one}\n" for one in ids))
+
+
+def read_ids(folder: Path, name: str) -> list[str]:
+    """What `write_ids` was given: an id may hold what other programs take for the end of a line."""
+    return (folder / f"{name}_ids.txt").read_bytes().decode().split("\n")[:-1]
 
 
 def read_predictions(folder: Path, name: str) -> Predictions | None:

@@ -149,6 +149,8 @@ def completed(task: Task, raw: RawData) -> Task:
             f"{len(data.test)} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "
             f"are not given): expected one for each"
         )
+    if split := next((one for ids in (data.ids, data.test_ids) for one in ids if "\n" in str(one)), None):
+        raise UserError(f"the id {split!r} holds the end of a line, and a run keeps its ids a line each: mend the data")
     submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
     digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)

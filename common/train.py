@@ -34,10 +34,12 @@ from common.predictions import (
     PredictionWriter,
     leaves,
     mean_of,
+    read_ids,
     read_predictions,
     rebuilt,
     remove_predictions,
     unpack,
+    write_ids,
     write_predictions,
 )
 from common.preflight import check_before, try_out
@@ -169,7 +171,7 @@ def finish_page(page: Report, member: Member) -> None:
     kept = read_predictions(run.path, "oof")
     if isinstance(kept, np.ndarray):
         row_of = {str(name): row for row, name in enumerate(task.data.ids)}
-        rows = np.array([row_of[name] for name in (run.path / "oof_ids.txt").read_text().splitlines()])
+        rows = np.array([row_of[name] for name in read_ids(run.path, "oof")])
         if (targets := _targets(task, config, rows)) is not None:
             ids = [task.data.ids[row] for row in rows]
             images = lambda places: samples(task.data.valid, rows[places])  # noqa: E731
@@ -210,7 +212,7 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     if task.fit_predict:
         parts = [unpack(read_predictions(folder, "test")) for folder in folders]
         write_predictions(run.path, "test", mean_of(parts), len(task.data.test), task.postprocess.kept)
-        write_text(run.path / "test_ids.txt", "".join(f"{name}\n" for name in task.data.test_ids))
+        write_ids(run.path, "test", task.data.test_ids)
     run.write_result(result)
     for folder in folders if task.network else ():
         remove_predictions(folder, "oof")  # the network makes them again if a fold is to be trained again
@@ -227,7 +229,7 @@ def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[st
 def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[str, Any]:
     """Write the ids of the run's out-of-fold predictions, tune on them, and score them: the heart of result.json."""
     predictions = read_predictions(run.path, "oof")
-    write_text(run.path / "oof_ids.txt", "".join(f"{task.data.ids[row]}\n" for row in rows))
+    write_ids(run.path, "oof", (task.data.ids[row] for row in rows))
     tuned = task.postprocess.tune(predictions, rows)
     whole, by_fold = score_kept(task, config, predictions, rows, tuned)
     found, monitor = whole.found(), task.metrics[0].name

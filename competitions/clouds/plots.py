@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.predictions import read_predictions, unpack
+from common.predictions import read_ids, read_predictions, unpack
 from common.report import Report
 from common.run import Run
 from common.vision.datasets import ImageDataset
@@ -28,7 +28,7 @@ def report(files: CloudFiles, images: ImageDataset, run: Run, page: Report) -> N
 def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: ImageDataset) -> None:
     predictions = read_predictions(run.path, "oof")
     row_of = {name: row for row, name in enumerate(files.images)}
-    rows = [row_of[name] for name in (run.path / "oof_ids.txt").read_text().splitlines()]
+    rows = [row_of[name] for name in read_ids(run.path, "oof")]
     tuned = result["tuned"]
     truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
     scores = np.array([score(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])

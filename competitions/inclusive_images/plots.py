@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from common.predictions import read_ids
 from common.report import Report
 from common.run import Run
 
@@ -41,7 +42,7 @@ def report(
 def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", decide: Callable[..., Any]) -> None:
     scores = np.load(run.path / "oof.npy", mmap_mode="r")
     row_of = {image: row for row, image in enumerate(files.ids)}
-    rows = np.array([row_of[image] for image in (run.path / "oof_ids.txt").read_text().splitlines()])
+    rows = np.array([row_of[image] for image in read_ids(run.path, "oof")])
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SHOWN_ROWS)).astype(int))
     scores, truth = scores[shown], files.labels[rows[shown]]
     page.table(["rule", "value"], result["tuned"]["rule"].items())

@@ -1,7 +1,8 @@
 """The submission's table: the ids of the sample file in its order, and one row of forecasts for each."""
 
 import csv
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ def asked(raw: RawData) -> Asked:
     if found := raw.matching("*sample_submission*.csv"):
         exact = "sample_submission.csv"
         name = min(found, key=lambda name: (name != exact, name.lower() != exact, name))
-        return asked_by(raw.text(name).splitlines(), f"{raw.path}/{name}")
+        return asked_by(io.StringIO(raw.text(name), newline=""), f"{raw.path}/{name}")
     official = [
         f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
         for station in STATIONS
@@ -39,7 +40,7 @@ def asked(raw: RawData) -> Asked:
     return asked_by([",".join(COLUMNS), *official], "the official ids")
 
 
-def asked_by(lines: Sequence[str], where: str) -> Asked:
+def asked_by(lines: Iterable[str], where: str) -> Asked:
     """The same from lines; raises UserError on anything that no checked CSV could follow: before the training."""
     reader = csv.reader(lines)
     rows = [(reader.line_num, row) for row in reader if row]

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from common import predict
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
+from common.predictions import read_ids
 from common.train import train
 from tests.common import toy
 from tests.common.toy_runs import predict_again, same, toy_train, weights
@@ -277,3 +279,36 @@ def test_the_weights_of_a_loss_are_trained(monkeypatch):
     monkeypatch.setattr(fitting, "deepcopy", lambda loss: made.append(Temperature()) or made[-1])
     toy_train("one", lr=0.05)
     assert made[0].scale.item() != 1
+
+
+def test_a_page_that_fails_stands_in_nobodys_way(monkeypatch, capsys):
+    whole = toy.build
+
+    def fails(run, page):
+        raise ValueError("ParseSyntaxException: $\\frac{$")
+
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), report=fails))
+    folder = toy_train("one")
+    said = capsys.readouterr().out
+    assert (
+        "no report of runs/toy/one: ValueError: ParseSyntaxException" in said and not (folder / "report.html").exists()
+    )
+    assert said.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
+    assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
+
+
+def test_ids_are_kept_whatever_ends_a_line_elsewhere(monkeypatch):
+    whole = toy.build
+
+    def build(end, *given):
+        task = whole(*given)
+        return toy.changed(task, ids=[f"{name}{end}x" for name in task.data.ids])
+
+    monkeypatch.setattr(toy, "build", partial(build, "\u2028\x0b\x85\r"))
+    folder = toy_train("one")
+    assert set(read_ids(folder, "oof")) <= {f"r{row}\u2028\x0b\x85\rx" for row in range(120)}
+    assert "no report" not in (folder / "log.txt").read_text() and (folder / "report.html").is_file()
+    monkeypatch.setattr(toy, "build", partial(build, "\n"))
+    with pytest.raises(UserError, match=r"the id 'r0\\nx' holds the end of a line"):
+        toy_train("two")
+    assert not Path("runs/toy/two").exists()
