@@ -24,14 +24,17 @@ from pycocotools import mask as coco
 
 from benchmarks.tools.arguments import existing, height_and_width, positive
 from benchmarks.tools.turns import least_seconds
-from common import predict, submission
+from common import submission
 from common.batch import Batch
 from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
 from common.engine.step import Engine
+from common.inference import Predictor
 from common.raw import RawData
-from competitions.clouds import decision, loss, reader, rle, task
+from common.task import AS_IS, completed
+from competitions.clouds import decision, demo, loss, reader, rle, task
+from competitions.clouds.config import RECIPES
 from competitions.clouds.model import CloudNet
 from competitions.clouds.reader import MASK_SIZE, SUBMISSION_SIZE
 
@@ -106,22 +109,23 @@ def masks(data: RawData) -> None:
 def inference(data: RawData, encoder: str) -> None:
     """Test images to the checked CSV, beside the network alone on images that lie ready in memory."""
     config = replace(
-        task.RECIPES["full"],
+        RECIPES["full"],
         encoder=encoder,
         encoder_weights="none",
         encoder_lr=1.0,
-        views=False,
+        tta=False,
         device="cpu",
         workers=1,
     )
     config = replace(config, device="auto", micro_batch=1)
-    built = task.build(config, data)
-    network = built.model().eval()
+    built = completed(task.build(config, data, print), data)
+    test, ids, form = built.data.test, built.data.test_ids, built.submission
+    network = built.network.model().eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
-    count = min(len(built.test), 16)
-    ready = [built.test[row][0][None].to(device) for row in range(count)]
-    predictor = predict.Predictor([network], built, predict.AS_IS, config, 1, device)
+    count = min(len(test), 16)
+    ready = [test[row][0][None].to(device) for row in range(count)]
+    predictor = Predictor([network], built, AS_IS, config, 1, device)
 
     def alone() -> None:
         with torch.inference_mode(), torch.autocast(device.type, predictor.dtype, enabled=predictor.dtype is not None):
@@ -132,14 +136,14 @@ def inference(data: RawData, encoder: str) -> None:
 
     def to_csv() -> None:
         def rows():
-            for index, predictions, _ in predictor.batches(built.test, np.arange(count)):
-                yield from built.rows([built.test_ids[row] for row in index], decision.decide(predictions, {}))
+            for index, predictions, _, _ in predictor.batches(test, np.arange(count)):
+                yield from form.rows([ids[row] for row in index], decision.apply(predictions, {}))
 
         expected = ["Image_Label,EncodedPixels\n"]
-        expected += [f"{name}_{reader.CLASSES[c]},\n" for name in built.test_ids[:count] for c in (0, 1, 2, 3)]
+        expected += [f"{name}_{reader.CLASSES[c]},\n" for name in ids[:count] for c in (0, 1, 2, 3)]
         with tempfile.TemporaryDirectory() as folder:
             sample = submission.Sample.of_lines(expected, "the sample")
-            submission.write(Path(folder) / "bench.csv", built.columns, rows(), sample, built.valid, {})
+            submission.write(Path(folder) / "bench.csv", sample, rows(), form.valid, {})
 
     taken = least_seconds({"forward alone": alone, "images to CSV": to_csv}, rounds=3)
     print(f"\nfull resolution 1400x2100, {encoder} Unet, {count} images on {device}")
@@ -177,7 +181,7 @@ def peaks(size: tuple[int, int], encoder: str) -> None:
 
 
 def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> None:
-    config = replace(task.RECIPES["full"], encoder=encoder, encoder_weights="none", encoder_lr=1.0, size=size)
+    config = replace(RECIPES["full"], encoder=encoder, encoder_weights="none", encoder_lr=1.0, size=size)
     config = replace(config, batch_size=batch, checkpointing=checkpointing)
     memory.keep_freed(config.keep_memory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -189,9 +193,8 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     engine = Engine(network, loss.build(config), optimizer, micro_batch=micro, precision=precision)
     pixels = torch.zeros(batch, *size, dtype=torch.uint8)
     pixels[:, : size[0] // 2] = 0b1111
-    targets = {"pixels": pixels, "classes": torch.ones(batch, 4, dtype=torch.uint8)}
     inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
-    done = engine.step(Batch(inputs, targets, torch.arange(batch), total=batch), 0)
+    done = engine.step(Batch(inputs, pixels, torch.arange(batch), total=batch), 0)
     if done.micro_batch < micro:  # the engine survives what is asked about here
         raise MemoryError(f"micro-batches of {micro} did not fit, the engine went on with {done.micro_batch}")
     if device.type == "cuda":
@@ -218,7 +221,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if given.data is None:
-            task.write_demo(Path(folder))
+            demo.write_demo(Path(folder))
         data = RawData(given.data or Path(folder), "clouds", is_demo=given.data is None)
         if given.part in ("all", "masks"):
             masks(data)

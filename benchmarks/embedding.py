@@ -30,7 +30,7 @@ from benchmarks.tools.turns import in_turns
 from common import run as runs
 from common.raw import RawData
 from competitions.inclusive_images import labels as reader
-from competitions.inclusive_images import task
+from competitions.inclusive_images.config import RECIPES
 from competitions.inclusive_images.label_embedding import LabelEmbedding, co_occurrence, ppmi
 
 IMAGES, LABELS, GIVEN, DIM = 1_743_042, 7_178, 8_000_000, 512
@@ -240,9 +240,9 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def recipes(text: str) -> tuple[str, ...]:
-    unknown = [name for name in text.split(",") if name not in task.RECIPES]
+    unknown = [name for name in text.split(",") if name not in RECIPES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"there is no recipe {unknown[0]!r}, only {', '.join(task.RECIPES)}")
+        raise argparse.ArgumentTypeError(f"there is no recipe {unknown[0]!r}, only {', '.join(RECIPES)}")
     return tuple(text.split(","))
 
 

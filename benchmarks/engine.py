@@ -1,13 +1,13 @@
 """The engine beside a hand-written loop and beside its peers: time, exactness and memory of an optimizer step.
 
     make bench BENCH=engine                  everything that this machine can run (about four minutes on two cores)
-    make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory, cuda
+    make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory
 
 Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
 They take turns, and the quickest step of each counts: the one that nothing else disturbed. All train the same network
-on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of these batches;
-the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc happens to give
-pages back. requirements-peers.txt lists the peers.
+on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of these
+batches; the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc happens
+to give pages back. requirements-peers.txt lists the peers.
 """
 
 import argparse
@@ -28,12 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.engine_parts.cuda import cuda_part
 from benchmarks.engine_parts.peers import ACCUMULATE, PEERS, Work, installed
 from benchmarks.tools.turns import in_turns
+from common.batch import Batch
 from common.engine.step import Engine
 from common.losses import CrossEntropy, SoftFBeta, batch_value
-from common.batch import Batch
 
 PROCESSES = Path("/proc")  # Linux only
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "100000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
@@ -220,7 +219,7 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 def error_part() -> None:
-    """The update against SGD on the exact gradient of the batch; 37 samples, micro-batches of 8, 4 of them an update."""
+    """The update against SGD on the exact gradient of the batch; 37 samples, micro-batches of 8, an update every 4."""
     rows = []
     for name, contestant in CONTESTANTS.items():
         if not installed(name):
@@ -313,10 +312,9 @@ def machine() -> Iterator[str]:
     yield f"{cpu}, {os.cpu_count()} cores, 1 thread used, load {os.getloadavg()[0]:.1f}"
     yield f"Python {platform.python_version()}, torch {torch.__version__}"
     yield "peers: " + ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PEERS)
-    yield f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no card, its part is skipped'}"
 
 
-PARTS = {"time": time_part, "passes": passes_part, "error": error_part, "memory": memory_part, "cuda": cuda_part}
+PARTS = {"time": time_part, "passes": passes_part, "error": error_part, "memory": memory_part}
 
 
 def part(name: str) -> str:

@@ -1,7 +1,7 @@
 """Loaders beside their peers: what a key costs, how fast images come, and which guarantees hold.
 
-    make bench BENCH=loaders                                   all three parts
-    make bench BENCH=loaders ARGS="--part guarantees"          overhead, clouds or guarantees
+    make bench BENCH=loaders                                   all four parts
+    make bench BENCH=loaders ARGS="--part guarantees"          overhead, first, clouds or guarantees
     make bench BENCH=loaders ARGS="--data path/to/clouds"      real images instead of generated ones
 
 torchdata and Lightning come from requirements-peers.txt; without them their rows say so.
@@ -12,9 +12,9 @@ import importlib
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
-from io import StringIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def overhead() -> None:
                 shuffle=True,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                worker_init_fn=start_worker,
+                worker_init_fn=partial(start_worker, True),
             )
             with Loader(dataset, orders.shuffled(len(dataset)), size, seed=0, workers=workers) as loader:
                 epochs = iter(range(1000))
@@ -111,6 +111,37 @@ def overhead() -> None:
                 f"{us['keyed'] / us['plain']:.3f} |",
                 flush=True,
             )
+
+
+# How long a training waits for the first batch of an epoch.
+
+
+class Slow(Rows):
+    """A sample takes 20 ms, in which it does not need a core."""
+
+    seconds = 0.02
+
+    def __getitem__(self, index: int):
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+def first() -> None:
+    print("\n## The first batch of an epoch: batches of 16, two workers, 20 ms a sample; in samples' times\n")
+    print("| | first epoch, with the workers' start | next epoch | next, after 1 s of validation |\n|---|---|---|---|")
+    dataset = Slow(128)
+    plain = DataLoader(dataset, 16, shuffle=True, num_workers=2, persistent_workers=True)
+    with Loader(dataset, orders.shuffled(128), 16, seed=0, workers=2) as loader:
+        for name, epoch in (("torch DataLoader", lambda number: iter(plain)), ("this kit's Loader", loader.epoch)):
+            waits = []
+            for number, pause in enumerate((0.0, 0.0, 1.0)):
+                time.sleep(pause)
+                started = time.perf_counter()
+                batches = epoch(number)
+                next(batches)
+                waits.append((time.perf_counter() - started) / Slow.seconds)
+                drain(batches)
+            print(f"| {name} | {' | '.join(f'{wait:.1f}' for wait in waits)} |", flush=True)
 
 
 # How fast images come.
@@ -158,15 +189,16 @@ class BareLoops:
 
 
 def clouds(data: Path | None) -> None:
-    from common import raw
-    from competitions.clouds import task as competition
+    from common.raw import RawData
+    from competitions.clouds.config import RECIPES
+    from competitions.clouds.demo import write_demo
+    from competitions.clouds.task import build
 
     folder = tempfile.TemporaryDirectory()
     if data is None:
-        competition.write_demo(Path(folder.name))
-    with redirect_stdout(StringIO()):
-        found = raw.find("clouds", str(data or folder.name), competition.write_demo)
-        dataset = competition.build(competition.RECIPES["default"], found).labelled
+        write_demo(Path(folder.name))
+    found = RawData(data or Path(folder.name), "clouds", is_demo=data is None)
+    dataset = build(RECIPES["default"], found, lambda line: None).data.train
     rows = np.arange(len(dataset))[:256]
     if len(rows) < 128:
         rows = np.tile(rows, 128 // len(rows))
@@ -362,12 +394,14 @@ def guarantees() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["all", "overhead", "clouds", "guarantees"], default="all")
+    parser.add_argument("--part", choices=["all", "overhead", "first", "clouds", "guarantees"], default="all")
     parser.add_argument("--data", type=existing, help="folder with the competition's files in Kaggle's layout")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part in ("all", "overhead"):
         overhead()
+    if given.part in ("all", "first"):
+        first()
     if given.part in ("all", "clouds"):
         clouds(given.data)
     if given.part in ("all", "guarantees"):

@@ -1,8 +1,10 @@
 """Unpacking archives that strangers made: nothing leaves the folder, nothing fills the disk, nothing is half done."""
 
+import errno
 import hashlib
 import lzma
 import os
+import secrets
 import shutil
 import stat
 import zipfile
@@ -14,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError
+from common.files import is_foreign, sha256
 
 CHUNK_BYTES = 1 << 17  # larger ones leave the processor cache, and take half as long again
 # deflate cannot pack tighter than 1 to 1032; real competition files stay below 1 to 50
 LARGEST_RATIO = 200
 HARMLESS_BYTES = 64 << 20  # archives that unpack to less than this may have any ratio
 DEEPEST_NESTING = 4
+LONGEST_PART, LONGEST_NAME, DEEPEST_FOLDER = 255, 1024, 64  # bytes, bytes, folders: within what file systems take
 # Truncated, of a wrong checksum, encrypted (RuntimeError), or packed in a way that zipfile does not know.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
+SHOWN = 100  # characters of a name in an error
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
 THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all run outside Python's lock
 
@@ -76,7 +81,7 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
                              f"hand and pass DATA=/path/to/folder")  # fmt: skip
             for name in nested:
                 inner = folder / name
-                holder = inner.with_name(f"{inner.name}.part")  # its content may have the archive's own name
+                holder = folder / f".{secrets.token_hex(8)}"  # its content may have the archive's own name
                 inner.rename(holder)
                 place = _place(holder, PurePosixPath(name))
                 for inside, entry in _unpack_one(holder, folder, place, budget, shown=name).items():
@@ -87,9 +92,11 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
                     del entries[name]
                 holder.unlink()
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some disk space" if full else "make the folder one that takes these files"
         raise UserError(
-            f"{folder}: {archive.name} could not be unpacked ({error.strerror or error}): free some disk space, "
-            "then repeat the same command"
+            f"{folder}: {archive.name} could not be unpacked ({error.strerror or error}): {remedy}, then repeat the "
+            "same command"
         ) from error
     return entries
 
@@ -101,8 +108,7 @@ def copy_into(file: Path, folder: Path) -> dict[str, Entry]:
         target.hardlink_to(file)
     except OSError:  # file systems without links
         shutil.copyfile(file, target)
-    with open(target, "rb") as stream:
-        return {file.name: Entry(target.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())}
+    return {file.name: Entry(target.stat().st_size, sha256(target))}
 
 
 def _place(holder: Path, name: PurePosixPath) -> PurePosixPath:
@@ -118,6 +124,15 @@ def _place(holder: Path, name: PurePosixPath) -> PurePosixPath:
     return name.parent if tops == {stem} else name.parent / stem
 
 
+def refuse_bomb(name: str, size: int, packed: int, shown: str) -> None:
+    """Raises Unsafe when `packed` bytes that unpack to `size` would fill a disk, or the memory."""
+    if size > max(HARMLESS_BYTES, LARGEST_RATIO * packed):
+        raise Unsafe(
+            f"{shown}: {name} unpacks to more than {LARGEST_RATIO} times its size, as archives do that are made to "
+            "fill a disk. If it is meant to be so, unpack it by hand and pass DATA=/path/to/folder"
+        )
+
+
 class _Budget:
     """How much may still be unpacked: a ratio to the outermost archive, and the free space of the disk."""
 
@@ -127,13 +142,9 @@ class _Budget:
     def spend(self, members: Sequence[zipfile.ZipInfo], folder: Path) -> None:
         size = sum(member.file_size for member in members)
         self.unpacked += size
-        tight = [m for m in members if m.file_size > max(HARMLESS_BYTES, LARGEST_RATIO * m.compress_size)]
-        if tight or self.unpacked > max(HARMLESS_BYTES, LARGEST_RATIO * self.packed):
-            what = tight[0].filename if tight else "its content"
-            raise Unsafe(
-                f"{self.archive.name}: {what} unpacks to more than {LARGEST_RATIO} times its size, as archives do that "
-                "are made to fill a disk. If it is meant to be so, unpack it by hand and pass DATA=/path/to/folder"
-            )
+        for member in members:
+            refuse_bomb(member.filename, member.file_size, member.compress_size, self.archive.name)
+        refuse_bomb("its content", self.unpacked, self.packed, self.archive.name)
         free = shutil.disk_usage(folder).free
         if size + SPARE_BYTES > free:
             raise UserError(
@@ -183,7 +194,7 @@ def opened(archive: Path, shown: str) -> zipfile.ZipFile:
 
 
 def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInfo]:
-    """The files in the archive by their relative names, without what Macs add to every archive they make.
+    """The files in the archive by their relative names, without hidden ones and what Macs add to every archive.
 
     Raises Unsafe for what must not be unpacked.
     """
@@ -202,10 +213,18 @@ def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInf
             problem = "is encrypted"
         elif str(PurePosixPath(name)) in found and not is_folder:
             problem = "is there twice"
+        elif len(parts) > DEEPEST_FOLDER:
+            problem = f"lies in {len(parts) - 1:,} folders, at most {DEEPEST_FOLDER - 1} are taken"
+        elif (
+            max((len(os.fsencode(part)) for part in parts), default=0) > LONGEST_PART
+            or len(os.fsencode(name)) > LONGEST_NAME
+        ):
+            problem = f"has a name of {len(os.fsencode(name)):,} bytes, longer than a file's may be"
         if problem:
-            raise Unsafe(f"{shown}: the entry {member.filename!r} {problem}: nothing of it was kept. Get the files "
+            entry = name if len(name) < SHOWN else f"{name[:SHOWN]}..."
+            raise Unsafe(f"{shown}: the entry {entry!r} {problem}: nothing of it was kept. Get the files "
                          f"from the competition's page by hand and pass DATA=/path/to/folder")  # fmt: skip
-        if not is_folder and parts[0] != "__MACOSX" and parts[-1] != ".DS_Store":
+        if not is_folder and not any(map(is_foreign, parts)):
             found[str(PurePosixPath(name))] = member
     return found
 

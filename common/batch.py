@@ -1,31 +1,49 @@
 """The batch: the samples of one optimizer step, before anything is cut to fit the memory."""
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Tree = Any  # a tensor, or a tuple, list or dict of trees; every tensor has the batch's B rows
+Tree = Any  # a tensor, None, or a tuple, list, dict or dataclass of trees; every tensor has the batch's B rows
 
 
 def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    """Apply `function` to every tensor of a tree and keep the shape of the tree."""
+    """Apply `function` to every tensor of a tree and keep the tree: named tuples, dataclasses and kinds of dict too."""
     if isinstance(tree, Tensor):
         return function(tree)
+    if tree is None:
+        return None
     if isinstance(tree, dict):
-        return {key: map_tree(function, value) for key, value in tree.items()}
+        mapped = copy(tree)  # an OrderedDict, or the ModelOutput of transformers, stays one
+        for key, value in tree.items():
+            mapped[key] = map_tree(function, value)
+        return mapped
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tree(function, value) for value in tree)
-    raise TypeError(f"a batch holds tensors in tuples, lists and dicts, not {type(tree).__name__}")
+        values = [map_tree(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if is_dataclass(tree):
+        return replace(tree, **{name: map_tree(function, value) for name, value in _fields_of(tree).items()})
+    raise TypeError(f"a batch holds tensors in tuples, lists, dicts and dataclasses, not {type(tree).__name__}")
 
 
 def tensors_of(tree: Tree) -> list[Tensor]:
-    """All tensors of a tree, in a fixed order (dicts by insertion)."""
+    """All tensors of a tree, in the order of `map_tree` (dicts by insertion)."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
-    map_tree(found.append, tree)
+    map_tree(lambda tensor: found.append(tensor) or tensor, tree)
     return found
+
+
+def _fields_of(tree: Tree) -> dict[str, Tree]:
+    """The fields of a dataclass that are trees; its numbers and words stay as they are."""
+    fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
+    return {name: value for name, value in fields.items() if not isinstance(value, (bool, int, float, str))}
 
 
 @dataclass(frozen=True)
@@ -53,10 +71,6 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """Page-locked copies, so that the transfer to a CUDA card can overlap with its work."""
-        return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(

@@ -10,7 +10,8 @@ from common import config as configs
 from common import raw
 from common.config import Config, Parser
 from common.errors import UserError
-from common.kaggle import verbs
+from common.kaggle import commands
+from common.kaggle.kernel import command as kernels
 
 
 def verb_parser(verb: str, competition: str, description: str) -> Parser:
@@ -53,12 +54,12 @@ def train(name: str, argv: list[str]) -> None:
     competition = competitions.load(name)
     parser = verb_parser("train", name, train.__doc__)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
-    parser.add_argument("--resume", nargs="?", const="1", default="0", help="go on though code or data have changed")
+    parser.add_argument("--resume", **commands.SWITCH, help="go on though code or data have changed")
     recipes = competition.recipes
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
     from common import train as training
 
-    insist = verbs.is_yes("RESUME", given.resume)
+    insist = given.resume == "1"
     training.train(competition, config, recipe=given.recipe, data=given.data, run_name=given.run, insist=insist)
 
 
@@ -85,23 +86,23 @@ def check(name: str, argv: list[str]) -> None:
 
 def data(name: str, argv: list[str]) -> None:
     """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
-    verbs.data(name, competitions.load(name), verb_parser("data", name, data.__doc__), argv)
+    commands.data(name, competitions.load(name), verb_parser("data", name, data.__doc__), argv)
 
 
 def submit(name: str, argv: list[str]) -> None:
     """send the best run's checked submission to Kaggle, wait for the score, keep the ledger"""
-    verbs.submit(name, competitions.load(name), verb_parser("submit", name, submit.__doc__), argv)
+    commands.submit(name, competitions.load(name), verb_parser("submit", name, submit.__doc__), argv)
 
 
 def board(name: str, argv: list[str]) -> None:
     """validation against leaderboard for every submission of the ledger, as a table and a plot"""
-    verbs.board(name, competitions.load(name), verb_parser("board", name, board.__doc__), argv)
+    commands.board(name, competitions.load(name), verb_parser("board", name, board.__doc__), argv)
 
 
 def kernel(name: str, argv: list[str]) -> None:
     """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (flags: those of train too)"""
     parser = verb_parser("kernel", name, kernel.__doc__)
-    verbs.kernel(name, competitions.load(name), parser, argv, configured)
+    kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
 VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}

@@ -88,20 +88,29 @@ class Config:
     # The machine: these change speed and memory only (low precisions round).
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
-    workers: int = flag(
-        2, "processes that read and augment files; data held as tensors needs none", "processes", between(0, 1024)
+    workers: int | Literal["auto"] = flag(
+        "auto",
+        "processes that read and augment files; auto is the cores less one, on a CPU a fourth of them; data held as "
+        "tensors need none",
+        "processes",
+        (lambda value: value == "auto" or 0 <= value <= 1024, "auto or 0 to 1024"),
     )
-    threads: int = flag(0, "CPU threads of the training process; 0 lets torch decide", "threads", between(0, 1024))
+    threads: int = flag(
+        0, "CPU threads of the training process; 0 takes the cores without a worker", "threads", between(0, 1024)
+    )
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     keep_memory: bool = flag(True, "on a CPU, keep freed memory for the next step: faster, but a higher peak")
     compile: bool = flag(False, "torch.compile the model: a minute more at the start, faster steps")
-    channels_last: bool = flag(False, "keep image tensors in channels-last order")
+    graph: bool = flag(False, "on a CUDA card, replay steps of a fixed shape as a CUDA graph: no waiting for Python")
+    channels_last: bool = flag(False, "keep image tensors in channels-last order; always on a CUDA card")
     save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds", at_least(0))
     bad_images: Literal["raise", "skip"] = flag("raise", "stop at an unreadable image, or leave it out and list it")
 
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
-MACHINE_FIELDS = frozenset({"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory"})
+MACHINE_FIELDS = frozenset(
+    {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph"}
+)
 # What `make predict` may set, and what a competition marks with flag(..., predicts=True); the rest shaped the weights.
 PREDICTION_FIELDS = frozenset(
     {"batch_size", "tta", "device", "precision", "workers", "threads", "keep_memory", "channels_last"}

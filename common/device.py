@@ -7,7 +7,9 @@ import torch
 
 from common.config import Config
 from common.engine import memory
+from common.engine.precision import Precision, best_precision
 from common.errors import UserError
+from common.loading import cores
 
 
 def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -27,20 +29,35 @@ def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.devi
     return torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
 
 
-def precision_of(config: Config, device: torch.device) -> str:
-    """fp32, bf16 or fp16; `auto` is bf16 where the hardware multiplies it natively (CUDA cards, CPUs with AMX)."""
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+def precision_of(config: Config, device: torch.device) -> Precision:
+    """fp32, bf16 or fp16; `auto` is what the hardware multiplies quickest."""
+    return best_precision(device) if config.precision == "auto" else config.precision
 
 
-def use_threads(config: Config) -> None:
-    """Apply --threads and --keep-memory to this process."""
+def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_format:
+    """Settings of a process that trains or predicts on `device`; returns the memory format for its models.
+
+    On a CUDA card: TF32 for what is left in float32, the quickest of cuDNN's convolutions for every shape, and
+    channels_last (whatever the argument says), in which tensor cores want their images. A CPU keeps torch's defaults,
+    and its bits.
+    """
+    if device.type != "cuda":
+        return torch.channels_last if channels_last else torch.preserve_format
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return torch.channels_last
+
+
+def workers_of(config: Config, device: torch.device) -> int:
+    """Loading workers of this process: --workers, or its part of the cores."""
+    return cores.workers_of(config.workers, device.type != "cpu", cores.ranks_here())
+
+
+def use_threads(config: Config, with_workers: bool = False) -> None:
+    """Apply --threads and --keep-memory to this process, beside its loading workers when it has some."""
     memory.keep_freed(config.keep_memory)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    workers = workers_of(config, device_of(config)) if with_workers else 0
+    torch.set_num_threads(cores.threads_of(config.threads, workers, cores.ranks_here()))
 
 
 def peak_memory(device: torch.device) -> float:

@@ -4,14 +4,15 @@ import csv
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from common.errors import UserError
 
@@ -102,6 +103,35 @@ def alone_in(folder: Path) -> Iterator[bool]:
         yield alone
     finally:
         os.close(descriptor)
+
+
+def is_foreign(name: str) -> bool:
+    """Hidden, or what Macs put into archives and onto the disks of others: ._train.csv is no train.csv."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def sha256(file: Path | BinaryIO) -> str:
+    """sha256 of a file's content, or of the rest of a stream, in hexadecimal."""
+    with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def locked(path: Path, busy: str = "") -> IO[str]:
+    """`path`, opened and locked; the lock goes when it is closed, or with the process, however that ends.
+
+    Waits for another process that holds it, or raises UserError(busy) at once where that is given.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise not_written(path, error) from error
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError as error:
+        stream.close()
+        raise UserError(busy) from error
+    return stream
 
 
 def remove_drafts(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from common import checkpoint
 from common.batch import Batch
 from common.config import Config
-from common.device import device_of, peak_memory, precision_of
+from common.device import device_of, peak_memory, precision_of, prepare_device, workers_of
 from common.engine.average import Average, reestimate_batchnorm
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
@@ -38,7 +38,8 @@ from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
 from common.predictions import read_predictions, write_predictions
-from common.run import Run, progress
+from common.progress import progress
+from common.run import Run
 from common.task import AS_IS, TTA, Task
 
 FACTS = "fold.json"  # of a finished fold
@@ -109,7 +110,7 @@ class Training:
         resumed = ranks.broadcast(found)
         self._build(pretrained=not resumed)
         order = task.data.order(self.rows) if task.data.order else orders.shuffled(self.rows)
-        self.loader = self._loader(order, config.batch_size, rank=ranks.rank, world=ranks.world)
+        self.loader = self._loader(order, config.batch_size, rank=ranks.rank, world=ranks.world, epochs=config.epochs)
         self._order = order
         self.total_steps = config.epochs * self.loader.batches_per_epoch
         self.averaged_from = round((1 - config.swa) * self.total_steps) if config.swa else 0
@@ -130,7 +131,7 @@ class Training:
         """The model with its first weights, the loss, the optimizer, the engine and the average."""
         task, config = self.task.network, self.config
         torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if self.fold is None else self.fold))
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        memory_format = prepare_device(self.device, config.channels_last)
         self.model = task.model().to(self.device, memory_format=memory_format)
         if task.pretrain and pretrained:
             task.pretrain(self.model)
@@ -151,6 +152,7 @@ class Training:
             seed=config.seed,
             ranks=self.ranks,
             log=self.run.log,
+            graph=config.graph,
         )
         self.average = Average(self.model, config.ema or None) if config.ema or config.swa else None
 
@@ -161,10 +163,11 @@ class Training:
             order,
             batch_size,
             seed=config.seed,
-            workers=config.workers,
+            workers=workers_of(config, self.device),
             device=self.device,
             bad_images=config.bad_images,
             mix=self.task.data.mix,
+            log=self.run.log,
             **shard,
         )
 
@@ -226,6 +229,7 @@ class Training:
 
     def _collect(self) -> None:
         """Add up what the steps reported; on a card this waits for them, so it is done when somebody wants to know."""
+        self.engine.settle()
         for report, samples in self.reports:
             self.state.loss_sum += float(report.loss) * samples
             norm = float(report.gradient_norm)
@@ -354,7 +358,8 @@ class Training:
     def _reestimate_batchnorm(self) -> None:
         """BatchNorm's statistics of the averaged weights, from the training rows."""
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
-        with eager, self._loader(self._order, self.config.batch_size) as again:  # else compiled anew for every batch
+        # Eager, else compiled anew for every batch.
+        with eager, self._loader(self._order, self.config.batch_size, epochs=1) as again:
             parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
             reestimate_batchnorm(self.model, parts)
 
@@ -372,11 +377,11 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     folder = run.fold_folder(fold)
     if (folder / FACTS).is_file():
         return folder
-    remove_drafts(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
     train_rows, valid_rows = rows_of_fold(task, fold)
     started = time.monotonic()
-    oof, test = task.fit_predict(train_rows, valid_rows, fold, folder)
+    oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
     for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
         if count:
             write_predictions(folder, name, predictions, count, task.postprocess.kept)

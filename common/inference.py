@@ -1,7 +1,8 @@
 """Models to predictions: averaged over models and TTA, scored on validation rows, kept as out-of-fold predictions."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from common import checkpoint, metrics
 from common.batch import Tree, map_tree, tensors_of
 from common.config import Config, folds_to_train
-from common.device import precision_of
+from common.device import precision_of, prepare_device, workers_of
 from common.engine import memory
+from common.engine.precision import autocast, to_float32
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.files import read_cell, write_csv, write_npy
@@ -21,7 +23,8 @@ from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
 from common.predictions import Predictions, PredictionWriter, joined, mean_of
-from common.run import Run, progress
+from common.progress import progress
+from common.run import Run
 from common.task import AS_IS, TTA, Task, Tuned
 
 
@@ -40,20 +43,22 @@ class Predictor:
         self.models, self.task, self.tta, self.config = models, task, tta, config
         self.device, self.batch_size = device, max(1, batch_size)
         self.fitting = self.batch_size  # samples at once that the memory is known or hoped to hold
+        self.heads: dict[int, list[nn.Module]] = {}  # of every model, by its id
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
-        precision = precision_of(config, device)
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+        self.precision = precision_of(config, device)
 
     def batches(
         self, dataset: Any, rows: np.ndarray, label: str | None = None, loss: Any = None
     ) -> Iterator[tuple[np.ndarray, Predictions, Tree, Tensor | None]]:
         """Yields (rows [B], predictions [B, ...], targets [B, ...], value of `loss`) over `rows`, in their order."""
+        workers = min(workers_of(self.config, self.device), len(rows) // self.batch_size)  # few are read sooner without
         loader = Loader(
             dataset,
             orders.sequential(rows),
             self.batch_size,
             seed=self.config.seed,
-            workers=min(self.config.workers, len(rows) // self.batch_size),  # a small set is read before workers start
+            workers=workers,
+            epochs=1,
             device=self.device,
             bad_images=self.config.bad_images,
         )
@@ -71,21 +76,14 @@ class Predictor:
         size = len(tensors_of(inputs)[0])
         parts, values, start = [], [], 0
         while start < size:
-            part, failed, step = None, False, min(self.fitting, size - start)
-            try:
-                cut = [None if tree is None else self._cut(tree, start, step) for tree in (inputs, targets)]
-                part = self._forward(*cut, loss)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
+            step = min(self.fitting, size - start)
+            part, fits = memory.attempt(lambda: self._forward(*self._cut((inputs, targets), start, step), loss))  # noqa: B023
+            if not fits:
                 if step == 1:
                     raise UserError(
                         "out of memory while a single sample is predicted: try --precision bf16 on a card that has "
                         "it, --device cpu, or a smaller input size"
-                    ) from error
-                failed = True
-            if failed:  # outside `except`: the traceback keeps every activation alive
-                memory.release()
+                    )
                 self.fitting = (step + 1) // 2
                 continue
             parts.append(part[0])
@@ -93,6 +91,18 @@ class Predictor:
             start += step
         value = None if loss is None else sum(values) / size
         return (parts[0] if len(parts) == 1 else joined(parts)), value
+
+    def _outputs(self, model: nn.Module, inputs: Tree) -> Tree:
+        """In --precision, but for the last layers: bfloat16 has 256 steps from 0.5 to 1, and predictions would tie."""
+        if self.precision == "fp32":
+            return model(inputs)
+        with autocast(self.precision, self.device.type):
+            if self.config.compile:  # a layer that changes would be compiled again
+                return model(inputs)
+            if id(model) not in self.heads:
+                self.heads[id(model)] = heads_of(model, map_tree(lambda x: x[:1], inputs))
+            with in_float32(self.heads[id(model)], self.device.type):
+                return model(inputs)
 
     def _cut(self, tree: Tree, start: int, step: int) -> Tree:
         return map_tree(lambda x: x[start : start + step].to(self.device), tree)
@@ -105,9 +115,7 @@ class Predictor:
         found, value = [], None
         for model in self.models:
             for one in self.tta:
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                    outputs = model(one.apply(inputs))
-                outputs = map_tree(lambda x: x.float() if x.is_floating_point() and x.itemsize < 4 else x, outputs)
+                outputs = to_float32(self._outputs(model, one.apply(inputs)))
                 if loss is not None:
                     value = batch_value(loss, outputs, targets) * len(tensors_of(outputs)[0])
                 found.append(one.undo(self.task.postprocess.predict(outputs)))
@@ -118,6 +126,42 @@ class Predictor:
                 "with --clip-norm 1, or with --precision fp32"
             )
         return mean, value
+
+
+@contextmanager
+def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
+    """Inside the block these layers compute in float32, whatever precision is set around them."""
+
+    def exactly(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(inputs: Tensor) -> Tensor:
+            with torch.autocast(device, enabled=False):
+                return forward(inputs.float())
+
+        return run
+
+    for head in heads:
+        head.forward = exactly(head.forward)
+    try:
+        yield
+    finally:
+        for head in heads:
+            del head.forward  # the class has the original one
+
+
+def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
+    """The linear and convolutional layers whose results are outputs of the model: what predictions are ranked by."""
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that no other one gets their id
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, output: made.update({id(output): (layer, output)}))
+        for layer in layers
+    ]
+    try:
+        outputs = tensors_of(model(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(made[id(output)][0] for output in outputs if id(output) in made))
 
 
 def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
@@ -187,5 +231,4 @@ def load_model(file: Path, task: Task, config: Config, device: torch.device) -> 
     model = task.network.model()
     with checkpoint.restoring(file):
         model.load_state_dict(checkpoint.load(file, "model")["model"])
-    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    return model.to(device, memory_format=memory_format).eval()
+    return model.to(device, memory_format=prepare_device(device, config.channels_last)).eval()

@@ -21,7 +21,7 @@ from common.inference import Predictor, load_models, tta_of
 from common.predictions import Predictions, PredictionWriter, leaves, mean_of, read_predictions, rebuilt, unpack
 from common.preflight import check_before
 from common.run import Run
-from common.task import Task, Tuned, completed
+from common.task import Task, Tuned, completed, needs_workers
 
 
 class Member(NamedTuple):
@@ -200,11 +200,11 @@ def predict(competition: Competition, given: argparse.Namespace) -> None:
         if run.result is None:
             raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
         config = with_flags(run.config(competition.config_class), given)
-        use_threads(config)
         found = raw.of_run(run.provenance, given.data, competition.write_demo)
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
-        check_before(task, config, competition, predicting=True)
+        use_threads(config, with_workers=needs_workers(task))
+        check_before(task, competition)
         members.append(Member(run, task, config))
     path = write_submission(name, members, is_demo=any(demos))
     if len(members) == 1 and not given.data:

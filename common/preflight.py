@@ -2,25 +2,30 @@
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from common.batch import map_tree, tensors_of
+from common.batch import Batch, map_tree, tensors_of
 from common.competition import Competition
-from common.config import Config
+from common.config import Config, folds_to_train
+from common.device import device_of
+from common.engine.prepare import check_compile
 from common.errors import UserError
+from common.files import require_room
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
 from common.metrics import check_direction, evaluate
 from common.predictions import leaves
+from common.run import RUNS
 from common.task import Task
 from common.vision.check import image_paths, refuse_unreadable, unreadable
 
+LARGE = 2_000_000  # numbers of a sample, of which one is tried out instead of two
+WEIGHTS_OF_A_TRAINING = 5  # in best.pt and last.pt: twice the model, two moments, the average
 
-def check_before(task: Task, config: Config, competition: Competition, predicting: bool = False) -> None:
-    """Raise UserError for what would fail only after hours: metric, ids, test images, shapes, a row of the CSV.
 
-    `predicting`: only what `make predict` needs.
-    """
+def check_before(task: Task, competition: Competition) -> None:
+    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images."""
     check_direction(task.metrics[0], competition.source.higher_is_better)
     if len(task.data.test_ids) == len(task.sample.ids):  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
@@ -28,41 +33,68 @@ def check_before(task: Task, config: Config, competition: Competition, predictin
     refuse_unreadable(unreadable(paths), len(paths), "test images")
     if task.check:
         task.check()
-    if task.network and not predicting:
+
+
+def try_out(task: Task, config: Config) -> None:
+    """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
+    if config.compile:
+        check_compile(device_of(config).type)
+    if task.network:
         with torch.random.fork_rng(devices=[]):
             _try_out(task, config)
 
 
 def _try_out(task: Task, config: Config) -> None:
-    """A few validation rows through model, loss, predictions, decisions and rows of the CSV, on the CPU."""
-    network, post = task.network, task.postprocess
-    count = min(2, len(task.data.valid))
-    with Loader(
-        task.data.valid, orders.sequential(np.arange(count)), count, seed=config.seed, bad_images="skip"
-    ) as loader:
-        batch = next(iter(loader.epoch(0)), None)
-    if batch is None or not len(batch):
+    """A few validation rows through model, loss, predictions, decisions and rows of the CSV; and the disk's room."""
+    network, post, device = task.network, task.postprocess, device_of(config)
+    batch = _first_rows(task, config)
+    if not len(batch):
         return  # unreadable images: the training says which
-    model = network.model().eval()
+    batch = batch.to(device)
+    model = network.model().to(device)
+    if network.pretrain:
+        network.pretrain(model)
+    model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
         of_epochs = map(network.loss_of, range(config.epochs)) if network.loss_of else (network.loss,)
         for loss in {id(loss): loss for loss in of_epochs}.values():
             batch_value(loss, outputs, batch.targets)
         predictions = post.predict(outputs)
-        kept = leaves(predictions)
-        if any(len(values) != len(batch) for values in kept.values()):
-            shapes = {name: list(values.shape) for name, values in kept.items()}
+        shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
+        if any(shape[:1] != [len(batch)] for shape in shapes.values()):
             raise UserError(f"predictions of {len(batch)} samples have the shapes {shapes}: expected [B, ...]")
-        for one in network.tta:
-            shapes = [
-                values.shape for values in leaves(one.undo(post.predict(model(one.apply(batch.inputs))))).values()
-            ]
-            if shapes != [values.shape for values in kept.values()]:
-                raise UserError(f"the TTA {one.name} gives predictions of the shape {shapes[0]}: expected those as is")
+        for one in network.tta[1:]:
+            undone = leaves(one.undo(post.predict(model(one.apply(batch.inputs)))))
+            found = {name: list(values.shape) for name, values in undone.items()}
+            if found != shapes:
+                raise UserError(f"the TTA {one.name!r} gives predictions of {found}: expected {shapes}, as without it")
         decisions = post.apply(predictions, {})
         evaluate(task.metrics, [(decisions, batch.targets)])
-        _check_rows(task, decisions)
+        _check_rows(task, map_tree(Tensor.cpu, decisions))
+    _require_room(task, config, model, leaves(predictions))
+
+
+def _first_rows(task: Task, config: Config) -> Batch:
+    """Two validation rows, or one that is large."""
+    with Loader(task.data.valid, orders.sequential(1), 1, seed=config.seed, bad_images="skip") as loader:
+        batch = next(iter(loader.epoch(0)), None)
+    if batch is None or len(task.data.valid) == 1 or sum(x.numel() for x in tensors_of(batch.inputs)) > LARGE:
+        return batch or ()
+    with Loader(task.data.valid, orders.sequential(2), 2, seed=config.seed, bad_images="skip") as loader:
+        return next(iter(loader.epoch(0)))
+
+
+def _require_room(task: Task, config: Config, model: nn.Module, predictions: dict[str, Tensor]) -> None:
+    """Raise UserError when the disk has no room for the predictions and the weights that the run will keep."""
+    kept = task.postprocess.kept
+    kinds = {leaf: kept if isinstance(kept, str) else kept[leaf] for leaf in predictions}
+    row = sum(values[0].numel() * np.dtype(kinds[leaf]).itemsize for leaf, values in predictions.items())
+    folds = folds_to_train(config)
+    held = sum(int((task.data.folds == fold).sum()) for fold in folds if fold is not None)
+    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    size = row * (2 * held + len(task.data.test_ids)) + weights * (len(folds) + WEIGHTS_OF_A_TRAINING)
+    require_room(RUNS, size, "what this run keeps (out-of-fold and test predictions, weights)")
 
 
 def _check_rows(task: Task, decisions: object) -> None:

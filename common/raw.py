@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from common.archive import DAMAGED, Damaged, unpack
+from common.archive import DAMAGED, Damaged, refuse_bomb, unpack
 from common.errors import UserError
-from common.files import alone_in, not_written
+from common.files import alone_in, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the folder beside the data that is the kit's own
@@ -50,7 +50,7 @@ class RawData:
         """Names in the archive, as other systems write them, and what the archive calls them."""
         names = {own.replace("\\", "/"): own for own in self._archive.namelist()}
         files = {name: own for name, own in names.items() if not name.endswith("/")}
-        return {name: own for name, own in files.items() if not any(map(_is_foreign, name.split("/")))}
+        return {name: own for name, own in files.items() if not any(map(is_foreign, name.split("/")))}
 
     @property
     def _again(self) -> str:
@@ -111,7 +111,11 @@ class RawData:
                     f"{self.path} has no {name} (found: {found}): get the files with "
                     f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
                 )
-            return self._archive.open(self._members[own]) if self._archive is not None else open(self.path / own, "rb")
+            if self._archive is None:
+                return open(self.path / own, "rb")
+            member = self._archive.getinfo(self._members[own])
+            refuse_bomb(name, member.file_size, member.compress_size, str(self.path))  # it may be read into memory
+            return self._archive.open(member)
         except PermissionError as error:
             raise _forbidden(self.path / name, error) from error
         except (*DAMAGED, OSError) as error:
@@ -195,7 +199,7 @@ class RawData:
     def _digest(self, name: str) -> str:
         try:
             with self._open(name) as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+                return sha256(stream)
         except (*DAMAGED, OSError) as error:
             raise self._damaged(name, error) from error
 
@@ -281,14 +285,9 @@ def _only_archive(path: Path) -> Path:
     return path
 
 
-def _is_foreign(name: str) -> bool:
-    """Hidden, or what Macs put into archives and onto the disks of others: ._train.csv is no train.csv."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def visible(folder: Path) -> list[Path]:
     """What somebody put there: neither hidden, nor of a Mac, nor the cache."""
-    return [file for file in folder.iterdir() if file.name != CACHE and not _is_foreign(file.name)]
+    return [file for file in folder.iterdir() if file.name != CACHE and not is_foreign(file.name)]
 
 
 def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> Iterator[str]:
@@ -308,7 +307,7 @@ def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> 
             above |= {(found.st_dev, found.st_ino)}
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if _is_foreign(entry.name) or folder / entry.name == but:
+                    if is_foreign(entry.name) or folder / entry.name == but:
                         continue
                     _refuse_bytes(entry.path)
                     if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():

@@ -1,28 +1,27 @@
 """A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
 
-import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import not_written, read_json, write_text
+from common.files import locked, not_written, read_json, write_text
+from common.progress import say
 
 RUNS = Path("runs")
-HEARTBEAT_SECONDS = 20.0  # how often a long pass prints a plain line when the output is not a terminal
 LONGEST_NAME = 100  # bytes of a run's name: every file system takes it, with what is added to it
 FORMAT = 2  # of a run's files; other versions of the kit wrote others
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Run:
     path: Path
     provenance: dict[str, Any]
     is_writer: bool = True  # the first of several processes; the others neither print nor write
+    log_file: Path | None = None  # None: log.txt in the folder
     _lock: list = field(default_factory=list, repr=False)  # holds the open lock file while this process lives
 
     @property
@@ -66,16 +66,21 @@ class Run:
         """Where the training that holds out `fold` (None: nothing) keeps its files."""
         return self.path / ("fold-none" if fold is None else f"fold-{fold}")
 
+    def inside(self, folder: Path) -> "Run":
+        """A training that is a part of this one: its files go to `folder`, its lines to the same log."""
+        return Run(folder, self.provenance, self.is_writer, self.log_file or self.path / "log.txt")
+
     def log(self, message: str) -> None:
         """Print a line and append it to log.txt with the time."""
         if self.is_writer:
             message = message.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes of any kind
-            _print(message)
+            say(message)
+            file = self.log_file or self.path / "log.txt"
             try:
-                with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
+                with open(file, "a", encoding="utf-8") as stream:
                     stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
             except OSError as error:
-                raise not_written(self.path / "log.txt", error) from error
+                raise not_written(file, error) from error
 
     def write_json(self, name: str, value: Any) -> None:
         if self.is_writer:
@@ -106,17 +111,12 @@ class Run:
 
     def lock(self) -> None:
         """Keep a second process out of this run; the lock goes with the process, however it ends."""
-        try:
-            stream = open(self.path / "lock", "w")
-        except OSError as error:
-            raise not_written(self.path / "lock", error) from error
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} is being trained by another process: wait for it, or name another RUN="
-            ) from error
+        busy = f"{self.path} is being trained by another process: wait for it, or name another RUN="
+        stream = locked(self.path / "lock", busy)
         self._lock.append(stream)
+        held = weakref.ref(stream)
+        # A forked worker that outlived its trainer would hold the lock with its copy of the descriptor.
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
 
 
 def load(competition: str, name: str) -> Run:
@@ -160,13 +160,22 @@ def _valid(name: str) -> str:
     return name
 
 
-def open_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any], insist=False) -> Run:
+def open_run(
+    competition: str,
+    name: str | None,
+    config: Config,
+    provenance: dict[str, Any],
+    insist: bool = False,
+    before_new: Callable[[], Any] = lambda: None,
+) -> Run:
     """The run to train: `name` if it is given, else an unfinished run of the same command, else a new one.
 
-    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ. Raises
-    UserError when the named run was started differently, listing what differs.
+    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ. `before_new`
+    is called before a new run is made, and may refuse it. Raises UserError when the named run was started differently,
+    listing what differs.
     """
     if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
+        before_new()
         return _new_run(competition, name, config, provenance)
     if name is not None:
         run = load(competition, name)
@@ -188,6 +197,7 @@ def open_run(competition: str, name: str | None, config: Config, provenance: dic
             print(
                 f"{run.path} does not go on ({'; '.join(changes)}): this is a new run; RESUME=1 goes on with that one"
             )
+    before_new()
     return _new_run(competition, None, config, provenance)
 
 
@@ -268,56 +278,7 @@ def code_fingerprint(competition: str) -> dict[str, str]:
 
 def machine() -> str:
     """The hardware and versions that a figure was measured on, in one line."""
-    import os
-
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return f"{card}, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def _print(message: str) -> None:
-    """A line above the progress bar, where there is one."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        tqdm.write(message)
-    else:
-        print(message, flush=True)
-
-
-def progress(
-    items: Iterable[Item],
-    label: str,
-    total: int,
-    unit: str = "batches",
-    show: bool = True,
-    facts: Callable[[], str] = str,
-) -> Iterator[Item]:
-    """Pass the items on with a bar on a terminal, or with a plain line every 20 seconds anywhere else.
-
-    `facts()` is what else to show, asked for when the line is due.
-    """
-    if not show:
-        yield from items
-        return
-    bar = None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar = tqdm(desc=label, total=total, unit=f" {unit}", leave=False)
-    start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if bar is not None:
-            bar.update()
-        if now - last > (1 if bar is not None else HEARTBEAT_SECONDS) and done < total:
-            last, told = now, facts()
-            if bar is not None:
-                bar.set_postfix_str(told)
-            else:
-                left = (now - start) / done * (total - done)
-                print(f"{label}: {done}/{total} {unit}, {left:.0f} s to go{told and ', '}{told}", flush=True)
-    if bar is not None:
-        bar.close()

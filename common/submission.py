@@ -1,7 +1,6 @@
 """The submission: a CSV checked against the sample file before anybody sees it, and where it came from."""
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import NUMBER, replacing
+from common.files import NUMBER, replacing, sha256
 from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
@@ -192,8 +191,7 @@ def write(
         except UserError as error:
             told = str(error).replace(draft.name, path.name, 1)
             raise UserError(f"{told}, then train or predict again: this file was not kept") from error
-        with open(draft, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = sha256(draft)
         with replacing(path.with_suffix(".json"), "w", encoding="utf-8") as stream:
             stream.write(json.dumps({**provenance, "sha256": digest}, indent=2) + "\n")
             stream.flush()

@@ -24,7 +24,6 @@ Predictions are one tensor [B, ...] or a flat dict of tensors. competitions/<nam
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from common.errors import UserError
 from common.metrics import Metric
 from common.predictions import Predictions
 from common.raw import RawData
+from common.run import Run
 from common.submission import Sample
 from common.vision.check import image_paths
 from common.vision.find import fingerprint
@@ -108,9 +108,9 @@ class Submission:
     facts: dict[str, Any] = field(default_factory=dict)  # what else stands in the file beside the CSV
 
 
-# training rows, validation rows, fold (None: all rows train), folder of the fold, to keep models and what a stopped run
-# goes on with -> predictions of the validation rows and of the test rows
-FitPredict = Callable[[np.ndarray, np.ndarray, int | None, Path], tuple[Predictions, Predictions]]
+# training rows, validation rows, fold (None: all rows train), the part of the run that is its own (`path`, `log`)
+# -> predictions of the validation rows and of the test rows
+FitPredict = Callable[[np.ndarray, np.ndarray, int | None, Run], tuple[Predictions, Predictions]]
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,11 @@ def completed(task: Task, raw: RawData) -> Task:
     submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
     digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
+
+
+def needs_workers(task: Task) -> bool:
+    """Whether the training rows are read one by one, in processes of their own; whole batches need none."""
+    return task.network is not None and not hasattr(task.data.train, "batch")
 
 
 def _a_row_each(ids: Sequence[str], decisions: Tensor | np.ndarray) -> Iterable[Sequence[Any]]:

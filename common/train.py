@@ -40,11 +40,11 @@ from common.predictions import (
     unpack,
     write_predictions,
 )
-from common.preflight import check_before
+from common.preflight import check_before, try_out
 from common.raw import RawData
 from common.report import default_report, score_line
 from common.run import Run
-from common.task import Task, completed
+from common.task import Task, completed, needs_workers
 
 ROWS_AT_ONCE = 64  # of predictions that are copied or scored
 
@@ -58,15 +58,16 @@ def train(
     insist: bool = False,
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
-    use_threads(config)
     with Ranks.from_environment() as ranks:
         say = print if ranks.is_writer else _silent
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
+        use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
-        opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist)
-        run = _open_together(competition, task, config, provenance, opening, ranks)
+        first = partial(try_out, task, config)
+        opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist, first)
+        run = _open_together(competition, task, provenance, opening, ranks)
         shards = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
         if idle := sum(start == stop for start, stop in shards):
             run.log(f"--batch-size {config.batch_size} leaves {idle} of {ranks.world} processes without work: raise it")
@@ -86,7 +87,6 @@ def _silent(message: str) -> None:
 def _open_together(
     competition: Competition,
     task: Task,
-    config: Config,
     provenance: dict[str, Any],
     opening: Callable[[], Run],
     ranks: Ranks,
@@ -98,7 +98,7 @@ def _open_together(
             sys.exit(1)
         return Run(runs.RUNS / competition.name / shared, provenance, is_writer=False)
     try:
-        check_before(task, config, competition)
+        check_before(task, competition)
         run = opening()
     except BaseException:
         ranks.broadcast(None)  # the others must not wait for a run that will not come
@@ -274,6 +274,7 @@ def check(competition: Competition, config: Config, data: str | None) -> None:
     task = completed(competition.build(config, found, print), found)
     paths = [*image_paths(task.data.train), *image_paths(task.data.test)]
     check_folder(paths)
-    check_before(task, config, competition)
+    check_before(task, competition)
+    try_out(task, config)
     images = f"{len(paths)} images" if paths else "no image files, the tables"
     print(f"{competition.name} is in order: {images} of {found.path} can be read")

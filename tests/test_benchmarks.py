@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import clouds, embedding, engine, kdd, loaders
+from benchmarks import clouds, embedding, engine, gpu, kdd, loaders
 from benchmarks.engine_parts.peers import Work
 from benchmarks.tools import arguments, turns
 from common.losses import CrossEntropy, SoftFBeta, batch_value
@@ -72,6 +72,71 @@ def test_a_step_counts_by_the_least():
     assert engine.quickest([[3.0, 2.0], [5.0, 1.5]]) == 1.5
 
 
+# The card.
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """The benchmark of a card on the CPU, as far as it has anything to run there."""
+    monkeypatch.setattr(gpu, "CARD", torch.device("cpu"))
+    monkeypatch.setattr(gpu, "best_precision", lambda device: "fp32")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    small = gpu.Network(lambda: torch.nn.Linear(4, 10), (4,), 8, 2)
+    monkeypatch.setattr(gpu, "NETWORKS", {"small": small})
+    return small
+
+
+@pytest.mark.parametrize("make", [gpu.by_hand, gpu.kit, gpu.kit_with_graph])
+def test_every_contestant_of_the_card_makes_the_same_step(no_card, make):
+    weights = []
+    for contestant in (gpu.by_hand, make):
+        torch.manual_seed(0)
+        model = no_card.make()
+        step = contestant(no_card, model)
+        for _ in range(3):
+            step(*no_card.data())
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights)
+    assert not torch.equal(weights[0], no_card.make().weight)
+
+
+def test_the_figures_of_a_card_have_their_ratios_and_reasons(no_card, monkeypatch):
+    clock = gpu.Clock(float("inf"))
+    monkeypatch.setattr(gpu, "seconds_of", lambda step, inputs, targets: 2e-3 if step(inputs, targets) is None else 0)
+    monkeypatch.setattr(gpu, "CONTESTANTS", {"hand-written loop": gpu.by_hand, "this kit": gpu.kit, "none": missing})
+    rows = gpu.steps_part(clock)
+    assert len(rows) == 6 and [row.get("ratio") for row in rows] == [1.0, 1.0, None] * 2
+    assert rows[0]["images/s"] == 4000 and rows[2]["skipped"] == "no_such_package is not installed"
+    header, _, first, *_ = gpu.table(rows)
+    assert header.startswith("| network | data |") and first.startswith(
+        "| small | card | hand-written loop | 2 | 4e+03 |"
+    )
+
+
+def missing(network, model):
+    gpu.package("no_such_package")
+
+
+def test_nothing_takes_the_other_figures_of_a_card_with_it(no_card):
+    def raising(error):
+        raise error
+
+    found = [
+        gpu.tried(partial(raising, error), gpu.Clock(float("inf")), 1)["skipped"]
+        for error in (torch.OutOfMemoryError("CUDA out of memory"), subprocess.TimeoutExpired("x", 1), ValueError("3"))
+    ]
+    assert found == ["does not fit on this card", "took too long", "ValueError: 3"]
+    assert gpu.tried(dict, gpu.Clock(0.0), 1) == {"skipped": "no time left"}
+
+
+def test_without_a_card_one_line_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gpu.main([])
+    assert capsys.readouterr().out.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 # Taking turns.
 
 
@@ -104,7 +169,7 @@ def refusal(capsys, module, words: list[str], monkeypatch) -> str:
     """The last line that a benchmark prints when it refuses its arguments."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *words])
     with pytest.raises(SystemExit) as stopped:
-        module.main(words) if module is engine else module.main()
+        module.main(words) if module in (engine, gpu) else module.main()
     assert stopped.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -112,8 +177,9 @@ def refusal(capsys, module, words: list[str], monkeypatch) -> str:
 @pytest.mark.parametrize(
     "module, words, told",
     [
-        (engine, "typo", "there is no part typo, only time, passes, error, memory, cuda"),
+        (engine, "typo", "there is no part typo, only time, passes, error, memory"),
         (engine, "error typo", "there is no part typo"),
+        (gpu, "typo", "there is no part typo, only steps, memory, trainings"),
         (kdd, "--train", "--train needs --data"),
         (kdd, "--jobs 0", "0: expected a whole number of 1 or more"),
         (clouds, "--size 5", "5: expected height,width"),

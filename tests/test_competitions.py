@@ -67,8 +67,10 @@ def outputs(folder: Path, competition: str) -> tuple:
     """Everything that must not depend on an interruption: weights, metrics, tuned values and the CSV."""
     home = folder / "runs" / competition / "smoke"
     models = {
-        file.parent.name: torch.load(file, weights_only=True)["model"] for file in sorted(home.glob("fold-*/model.pt"))
+        str(file.relative_to(home)): torch.load(file, weights_only=True)["model"]
+        for file in sorted(home.rglob("model.pt"))
     }
+    assert models
     result = json.loads((home / "result.json").read_text())
     kept = {name: result[name] for name in ("score", "metrics", "tuned", "rows")}
     (table,) = (folder / "submissions" / competition).glob("*.csv")
@@ -93,9 +95,7 @@ def test_sample_to_submission_killed_and_resumed(competition, tmp_path):
     (broken / "data").mkdir()
     (broken / "data" / "demo").symlink_to(straight / "data" / "demo")
     checkpoint = broken / "runs" / competition / "smoke"
-    assert killed(broken, train(competition), lambda: any(checkpoint.glob("fold-*/last.pt"))), (
-        "ended before a checkpoint"
-    )
+    assert killed(broken, train(competition), lambda: any(checkpoint.rglob("last.pt"))), "ended before a checkpoint"
     log = checkpoint / "log.txt"
     killed(
         broken,

@@ -1,7 +1,7 @@
 """The same training as the peers' own documentation writes it; each is imported only when it runs.
 
-The micro-batches lie ready in a list. accelerate sees the end of the data only in a DataLoader, and Keras makes one of all
-that it gets, so for these two its cost counts.
+The micro-batches lie ready in a list. accelerate sees the end of the data only in a DataLoader, and Keras makes one of
+all that it gets, so for these two its cost counts.
 """
 
 import importlib.metadata

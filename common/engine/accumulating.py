@@ -77,6 +77,15 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the wrapped optimizer and the sums: torch's own know nothing of a subclass."""
+        mine = ("optimizer", "accum_iters", "updates", "_sums", "_count", "_weight")
+        return super().__getstate__() | {name: self.__dict__[name] for name in mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, in the middle of a batch too."""
         return {

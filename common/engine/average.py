@@ -36,10 +36,10 @@ class Average:
         self.updates += 1
         share = 1 / self.updates if self.decay is None else (1 - self.decay) / (1 - self.decay**self.updates)
         current = named_tensors(model)
-        floating = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        floating = [name for name, tensor in current.items() if tensor.is_floating_point() or tensor.is_complex()]
         torch._foreach_lerp_([self.tensors[name] for name in floating], [current[name] for name in floating], share)
-        for name in current.keys() - set(floating):
-            self.tensors[name].copy_(current[name])
+        if counts := list(current.keys() - set(floating)):
+            torch._foreach_copy_([self.tensors[name] for name in counts], [current[name] for name in counts])
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:

@@ -2,11 +2,15 @@
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+Result = TypeVar("Result")
 
 # What the allocators of CUDA, ROCm, MPS and the CPU say, and what cuDNN and cuBLAS say instead when it is their
 # workspace that did not fit. Not all of them raise torch.OutOfMemoryError.
@@ -55,6 +59,21 @@ def release() -> None:
         torch.mps.empty_cache()
 
 
+def attempt(work: Callable[[], Result]) -> tuple[Result | None, bool]:
+    """(what `work` returns, True), or (None, False) when it ran out of memory, which is free again by then.
+
+    The only place where an out-of-memory error is caught: a smaller attempt belongs behind it, not into an `except`,
+    where the traceback would keep the memory of the failed one.
+    """
+    try:
+        return work(), True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release()
+    return None, False
+
+
 def sizes(count: int, largest: int) -> list[int]:
     """Cut `count` samples into the fewest parts of at most `largest`, as equal as they can be.
 
@@ -65,36 +84,58 @@ def sizes(count: int, largest: int) -> list[int]:
 
 
 class Buffers:
-    """A model's buffers (BatchNorm's running statistics) as they were before the batch, for a pass that is repeated.
+    """The buffers of modules (BatchNorm's running statistics) as they were before the batch, for repeated passes.
 
     Copied without looking for changes: batch norm writes to its statistics behind the back of autograd's version
-    counters. Costs a second copy of the buffers, nothing for a model without any.
+    counters. Costs a second copy of the buffers, nothing for modules without any.
     """
 
-    def __init__(self, model: nn.Module):
-        owners = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+    def __init__(self, module: object, apart_from: "Buffers | None" = None):
+        modules = list(module.modules()) if isinstance(module, nn.Module) else []
+        known = {id(owner) for owner, _ in apart_from._owners} if apart_from is not None else set()
+        owners = [(part._buffers, name) for part in modules for name in part._buffers if id(part._buffers) not in known]
         # By owner and name: a module may assign a new tensor to its buffer.
         self._owners = [(owner, name) for owner, name in owners if owner[name] is not None]
-        self._copies = [owner[name].clone() for owner, name in self._owners]
-        self._normalising = {id(module._buffers) for module in model.modules() if isinstance(module, _NormBase)}
-        self._touched = False
+        self._copies = self._clones()
+        self._normalising = {id(part._buffers) for part in modules if isinstance(part, _NormBase)}
+        self._kept = False
 
-    def keep(self) -> None:
-        if self._owners:
-            self._copy(lambda buffer, copy: copy.copy_(buffer))
-        self._touched = False
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def new_batch(self) -> None:
+        """The next pass is the first over another batch."""
+        self._kept = False
 
     def begin_pass(self) -> None:
         """Every pass over a batch, repeated or not, starts from the same buffers."""
-        if self._touched and self._owners:
-            self._copy(lambda buffer, copy: buffer.copy_(copy))
-        self._touched = True
+        if self._owners:
+            present = self._present()
+            _copy(self._copies, present) if not self._kept else _copy(present, self._copies)
+        self._kept = True
+
+    @contextmanager
+    def left_as_they_are(self) -> Iterator[None]:
+        """A pass in the block starts from the buffers before the batch and leaves those of now."""
+        of_now = self._clones()
+        yield
+        if of_now:
+            _copy(self._present(), of_now)
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of normalisation: what differs between ranks, which see different samples."""
         return [owner[name] for owner, name in self._owners if id(owner) in self._normalising]
 
-    @torch.no_grad()
-    def _copy(self, copy: Callable[[Tensor, Tensor], Tensor]) -> None:
-        for (owner, name), kept in zip(self._owners, self._copies, strict=True):
-            copy(owner[name], kept)
+    def _present(self) -> list[Tensor]:
+        return [owner[name] for owner, name in self._owners]
+
+    def _clones(self) -> list[Tensor]:
+        return [buffer.clone() for buffer in self._present()]
+
+
+@torch.no_grad()
+def _copy(to: list[Tensor], values: list[Tensor]) -> None:
+    """One operation for all tensors of a type: they are many, and small."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in to):
+        alike = [pair for pair in zip(to, values, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_([tensor for tensor, _ in alike], [value for _, value in alike])

@@ -1,58 +1,89 @@
 """Low precision: autocast around the forward pass alone, float32 from the loss on, and the loss scale of fp16."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.batch import Tree, map_tree
+from common.losses.protocol import full_precision
 
+Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_FACTOR = 2.0**-14  # of the loss scale: gradients of a billion would overflow with it
 
 
-def forward_in(precision: str, model: nn.Module, device_type: str) -> Callable[[Tree], Tree]:
+def best_precision(device: torch.device) -> Precision:
+    """What the hardware multiplies quickest: bf16 where that is native, fp16 on Volta and Turing (T4), else fp32."""
+    if device.type == "cpu":
+        return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if torch.cuda.get_device_capability(device)[0] == 7 else "fp32"
+
+
+def autocast(precision: Precision, device_type: str) -> AbstractContextManager:
+    """A region in which the model computes in `precision`.
+
+    One for every forward pass: autocast keeps the weights that it has cast until the region ends, and those cast in a
+    pass without gradients would have none in the next.
+    """
+    return nullcontext() if precision == "fp32" else torch.autocast(device_type, dtype=DTYPES[precision])
+
+
+def to_float32(outputs: Tree) -> Tree:
+    """A tree of outputs with its half-precision tensors in float32; float64 stays."""
+    return map_tree(full_precision, outputs)
+
+
+def forward_in(precision: Precision, model: nn.Module, device_type: str) -> Callable[[Tree], Tree]:
     """The model's forward pass computed in `precision`, with outputs in float32 (float64 stays)."""
     if precision == "fp32":
         return model
 
     def forward(inputs: Tree) -> Tree:
-        # A region per call: autocast keeps the weights that it has cast until the region ends, and those cast in a
-        # pass without gradients would have none in the next.
-        with torch.autocast(device_type, dtype=DTYPES[precision]):
+        with autocast(precision, device_type):
             outputs = model(inputs)
-        return map_tree(full_precision, outputs)
+        return to_float32(outputs)
 
     return forward
 
 
-def full_precision(outputs: Tensor) -> Tensor:
-    return outputs.float() if outputs.is_floating_point() and outputs.itemsize < 4 else outputs
-
-
 class LossScale:
-    """The factor that keeps small fp16 gradients from vanishing: the rule of torch.amp.GradScaler, without its sync.
+    """The factor that keeps small fp16 gradients from vanishing: the rule of torch.amp.GradScaler, by its operation.
 
-    The engine looks at the norm of the gradient anyway; not finite means an overflow: this step is left out and the
-    factor halved. It doubles after 2000 steps without one. Always a power of two, so scaling rounds nothing.
+    A gradient that is not finite means an overflow: this step is left out and the factor halved. It doubles after
+    2000 steps without one. Always a power of two, so scaling rounds nothing. The factor lies on the device, where the
+    decision falls too, so that no step has to wait for it; without fp16 it is the number 1.
     """
 
-    def __init__(self, precision: str, growth_steps: int = 2000):
+    def __init__(self, precision: Precision, device: torch.device | str = "cpu", growth_steps: int = 2000):
         self.enabled, self.growth_steps = precision == "fp16", growth_steps
-        self.factor = 2.0**16 if self.enabled else 1.0
-        self.good_steps = 0
+        self.factor: Tensor | float = torch.tensor(2.0**16, device=device) if self.enabled else 1.0
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device) if self.enabled else 0
+        self._found = torch.zeros((), device=device) if self.enabled else None
 
-    @property
-    def can_shrink(self) -> bool:
-        """Whether an overflow may be the scale's fault. With a small factor it is the gradient's own: NaN for ever."""
-        return self.enabled and self.factor > SMALLEST_FACTOR
+    def scaled(self, value: Tensor) -> Tensor:
+        return value * self.factor if self.enabled else value
 
-    def update(self, overflow: bool) -> None:
-        """After every step of fp16 training."""
-        if not self.enabled:
-            return
-        self.good_steps = 0 if overflow else self.good_steps + 1
-        if overflow:
-            self.factor /= 2
-        elif self.good_steps == self.growth_steps:
-            self.factor, self.good_steps = self.factor * 2, 0
+    def unscale_(self, gradients: list[Tensor]) -> None:
+        if self.enabled:
+            torch._foreach_mul_(gradients, 1 / self.factor)
+
+    def update(self, overflow: Tensor | bool) -> None:
+        """After every step; a tensor is 1 or 0 in float32, on the device."""
+        if self.enabled:
+            found = overflow if isinstance(overflow, Tensor) else self._found.fill_(overflow)
+            torch._amp_update_scale_(self.factor, self.good_steps, found, 2.0, 0.5, self.growth_steps)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"loss_scale": float(self.factor), "good_steps": int(self.good_steps)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if self.enabled:
+            self.factor.fill_(state["loss_scale"])
+            self.good_steps.fill_(state["good_steps"])

@@ -1,8 +1,14 @@
 """What changes how a model is computed, but not what: activation checkpointing and torch.compile."""
 
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +29,20 @@ def prepare(
         log(f"checkpointing: {what}")
     if compiled:
         model.compile()
+
+
+def check_compile(device_type: str) -> None:
+    """Raise UserError when --compile lacks a compiler on this machine; to be asked before a run is opened."""
+    card = device_type == "cuda"  # Triton builds its launchers in C
+    named = os.environ.get("CC" if card else "CXX")
+    wanted = [named] if named else ["gcc", "clang", "cc"] if card else ["g++", "clang++", "c++"]
+    if card and not importlib.util.find_spec("triton"):
+        raise UserError("--compile needs the package triton on a card: pip install triton, or train without --compile")
+    if not any(shutil.which(name) for name in wanted):
+        raise UserError(
+            f"--compile needs a {'C' if card else 'C++'} compiler and finds none of {', '.join(wanted)}: install one, "
+            f"name it in {'CC' if card else 'CXX'}, or train without --compile"
+        )
 
 
 def enable_checkpointing(model: nn.Module) -> list[str]:
@@ -72,50 +92,72 @@ def _blocks(module: nn.Module, name: str, largest: int) -> Iterator[tuple[str, n
 
 
 def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
-    """Wrap up to `largest` single layers in a row at a time; larger members are blocks, or have them inside."""
-    names, steps, run = [], [], []
-    members = [*sequential.named_children(), ("", None)]
-    for place, (_, member) in enumerate(members):
-        if run and (member is None or _layers(member) > 1 or len(run) == largest):
-            step = run[0] if len(run) == 1 else nn.Sequential(*run)
-            if len(run) > 1:
-                if getattr(run[0], "inplace", False):
-                    run[0].inplace = False  # what it would overwrite is the input that is kept
-                names += _wrap(f"{name}[{place - len(run)}:{place}]", step)
-            steps.append(step)
-            run = []
-        if member is not None and _layers(member) > 1:
-            steps.append(member)
-        elif member is not None:
-            run.append(member)
-
-    def forward(outputs: Any) -> Any:
-        for step in steps:
-            outputs = step(outputs)
-        return outputs
-
+    """Recompute up to `largest` single layers in a row at a time; larger members are blocks, or have them inside."""
+    names, runs, members = [], [], list(sequential)
+    start = 0
+    while start < len(members):
+        stop = start + 1
+        if _layers(members[start]) == 1:
+            while stop < len(members) and stop - start < largest and _layers(members[stop]) == 1:
+                stop += 1
+        runs.append((start, stop))
+        if stop - start > 1:
+            if getattr(members[start], "inplace", False):
+                members[start].inplace = False  # what it would overwrite is the input that is kept
+            names.append(f"{name}[{start}:{stop}]")
+        start = stop
     if names:
-        sequential.forward = forward
+        sequential.forward = _InRuns(sequential, runs)
     return names
 
 
 def _wrap(name: str, module: nn.Module) -> list[str]:
-    original = module.forward
-
-    def forward(*inputs: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return original(*inputs, **named)
-        contexts = {"context_fn": lambda: (nullcontext(), _unchanged_buffers(module))}
-        return checkpoint(original, *inputs, use_reentrant=False, **contexts, **named)
-
-    module.forward = forward
+    module.forward = _Whole(module)
     return [name]
 
 
+# Objects, and no closures: a copy or a pickle of the model has them hold its own modules. torch's checkpoint_wrapper
+# would put a module of its own around each block: other names of parameters, other types for the code around them.
+
+
+@dataclass(eq=False)
+class _Whole:
+    module: nn.Module
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return _recomputed(MethodType(type(self.module).forward, self.module), [self.module], *inputs, **named)
+
+
+@dataclass(eq=False)
+class _InRuns:
+    sequential: nn.Sequential
+    runs: list[tuple[int, int]]
+
+    def __call__(self, outputs: Any) -> Any:
+        members = list(self.sequential)
+        for start, stop in self.runs:
+            run = members[start:stop]
+            outputs = run[0](outputs) if len(run) == 1 else _recomputed(partial(_in_a_row, run), run, outputs)
+        return outputs
+
+
+def _in_a_row(modules: list[nn.Module], outputs: Any) -> Any:
+    for module in modules:
+        outputs = module(outputs)
+    return outputs
+
+
+def _recomputed(forward: Callable, modules: list[nn.Module], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    contexts = {"context_fn": lambda: (nullcontext(), _unchanged_buffers(modules))}
+    return checkpoint(forward, *inputs, use_reentrant=False, **contexts, **named)
+
+
 @contextmanager
-def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+def _unchanged_buffers(modules: list[nn.Module]) -> Iterator[None]:
     """BatchNorm's statistics have moved in the first computation: the second leaves them as they were."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
         yield
     finally:

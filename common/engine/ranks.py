@@ -5,10 +5,11 @@ they work when a card is full and never wait for it; gradients on CUDA cards tra
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,17 @@ from common.errors import UserError
 PATIENCE_MINUTES = 60.0  # the others wait that long, for example while the first process predicts the held-out rows
 
 
+def alone(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` processes; alone, every call below returns at once."""
+    """This process among `world` processes; alone, every call below returns at once.
+
+    Calls that need memory take `together`, through which they run whatever may fail in one process only: all of them
+    learn of it before the next message.
+    """
 
     rank: int = 0
     world: int = 1
@@ -85,7 +94,7 @@ class Ranks:
             distributed.all_gather_object(found, entries)
         return {key: value for part in found for key, value in part.items()}
 
-    def gather(self, tree: Tree | None) -> tuple[Tree, int]:
+    def gather(self, tree: Tree | None, together: Callable = alone) -> tuple[Tree, int]:
         """The rows of all processes in the order of their ranks, and the number of this process's first row.
 
         The processes may have different numbers of rows; one that has none and does not know the tree passes None.
@@ -103,16 +112,19 @@ class Ranks:
 
         def joined(like: Tensor) -> Tensor:
             # Collectives want one size, so padded to the longest share; and as bytes, gloo knows no bool.
-            padded = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=device)
-            padded[: rows[self.rank]] = next(own, padded[:0])
-            received = [torch.empty_like(padded) for _ in rows]
+            def padded() -> tuple[Tensor, list[Tensor]]:
+                sent = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=device)
+                sent[: rows[self.rank]] = next(own, sent[:0])
+                return sent, [torch.empty_like(sent) for _ in rows]
+
+            sent, received = together(padded)
             with self._expecting_the_others():
-                distributed.all_gather([_bytes(part) for part in received], _bytes(padded))
-            return torch.cat([part[:count] for part, count in zip(received, rows, strict=True)])
+                distributed.all_gather([_bytes(part) for part in received], _bytes(sent))
+            return together(lambda: torch.cat([part[:n] for part, n in zip(received, rows, strict=True)]))
 
         return map_tree(joined, template), sum(rows[: self.rank])
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+    def sum_gradients(self, parameters: Sequence[Tensor], together: Callable = alone) -> None:
         """Sum every parameter's gradient over the processes: one message per type of number.
 
         A parameter without a gradient in any process keeps none, so that the optimizer leaves it alone as it would
@@ -122,17 +134,10 @@ class Ranks:
             return
         for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
             alike = [parameter for parameter in parameters if parameter.dtype == dtype]
-            present = torch.tensor([float(parameter.grad is not None) for parameter in alike])
-            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
-            flat = torch.cat([*(part.reshape(-1) for part in parts), present.to(parts[0])])
-            *sums, present = self.sum_(flat).split([*(part.numel() for part in parts), len(alike)])
-            for parameter, total, count in zip(alike, sums, present.tolist(), strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.copy_(total.view_as(parameter))
-                elif count:
-                    parameter.grad = laid_out_like(parameter, total.view_as(parameter))
+            flat = self.sum_(together(partial(_flat_gradients, alike)))
+            together(partial(_take_gradients, alike, flat))
 
-    def average_(self, tensors: Sequence[Tensor], weight: float) -> None:
+    def average_(self, tensors: Sequence[Tensor], weight: float, together: Callable = alone) -> None:
         """Replace every tensor by its mean over the processes, each of which counts `weight` times.
 
         Integers are counts and become the largest of any process. One message per type of number.
@@ -141,14 +146,10 @@ class Ranks:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             if dtype.is_floating_point:
-                sums = self.sum_(torch.cat((flat * weight, flat.new_tensor([weight]))))
-                flat = sums[:-1] / sums[-1]
+                together(partial(_spread, self.sum_(together(partial(_weighted, alike, weight))), alike))
             else:
-                flat = self.max_(flat)
-            for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
-                tensor.copy_(values.view_as(tensor))
+                together(partial(_spread, self.max_(together(partial(_weighted, alike, None))), alike))
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -197,7 +198,38 @@ def _is_launched() -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8)
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1).view(torch.uint8)
+
+
+def _flat_gradients(parameters: list[Tensor]) -> Tensor:
+    """All gradients of a type in a row, zeros where there is none, and at the end who has one."""
+    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([*(part.reshape(-1) for part in parts), present.to(parts[0])])
+
+
+def _take_gradients(parameters: list[Tensor], flat: Tensor) -> None:
+    *sums, present = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
+    for parameter, total, count in zip(parameters, sums, present.tolist(), strict=True):
+        if parameter.grad is not None:
+            parameter.grad.copy_(total.view_as(parameter))
+        elif count:
+            parameter.grad = laid_out_like(parameter, total.view_as(parameter))
+
+
+def _weighted(tensors: list[Tensor], weight: float | None) -> Tensor:
+    """The tensors in a row, times `weight`, and behind them the weight; as they are for None."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return flat if weight is None else torch.cat((flat * weight, flat.new_tensor([weight])))
+
+
+def _spread(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Put a row back into the tensors; sums with a weight behind them as their mean."""
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(flat) > sum(sizes):
+        flat = flat[:-1] / flat[-1]
+    for tensor, values in zip(tensors, flat.split(sizes), strict=True):
+        tensor.copy_(values.view_as(tensor))
 
 
 SINGLE = Ranks()

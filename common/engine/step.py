@@ -1,25 +1,48 @@
-"""The engine: exactly one optimizer step over one batch, whatever part of it fits into the memory at once."""
+"""The engine: exactly one optimizer step over one batch, whatever part of it fits into the memory at once.
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+The batch value is one of three kinds (common.losses.protocol), and so are the ways to its gradient: `_per_sample`,
+`_sums` and `_whole_batch`. In their formulas, i runs over the samples of the batch.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.batch import Batch, Tree, tensors_of
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.engine import memory
-from common.engine.passes import PASSES, rebuilt
-from common.engine.precision import LossScale, forward_in
+from common.engine.finite import Outcomes, Place, judge, total_norm
+from common.engine.optimizers import allocate_state, laid_out_like
+from common.engine.precision import LossScale, Precision, forward_in
 from common.engine.ranks import SINGLE, Ranks
+from common.engine.replay import Replay
 from common.errors import UserError
 from common.loading.keys import keyed_seed
-from common.losses.protocol import columns_of, has_mass, kind
+from common.losses.protocol import (
+    batch_value,
+    check_per_sample,
+    columns_of,
+    divisor,
+    has_mass,
+    kind,
+    normaliser,
+    weighted_sums,
+)
 
 Result = TypeVar("Result")
+
+NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
+SMALL_BYTES = 1 << 18  # of outputs that are kept between the passes of a loss over sums
+WATCH_EVERY = 32  # steps, and the first of every epoch: whether the model draws from Python's generators by now
 
 
 class StepReport(NamedTuple):
@@ -30,7 +53,15 @@ class StepReport(NamedTuple):
     micro_batch: int
 
 
-class DoesNotFit(Exception):
+class Kept(NamedTuple):
+    """Outputs of a micro-batch, their statistics [B, ...] with the graph between, and the samples' weights."""
+
+    outputs: list[Tensor]
+    stats: Tensor
+    weights: Tensor | None
+
+
+class DoesNotFit(MemoryError):
     """A pass ran out of memory on some rank; raised on every rank at the same place."""
 
 
@@ -39,8 +70,16 @@ class Engine:
 
     "auto" begins with the whole batch and halves when the memory does not hold it; so does a given size. A batch
     that failed starts again from its first sample, so nothing is lost or counted twice, and the smaller size is kept.
-    Dropout starts from a function of (seed, step, rank) in every pass. BatchNorm normalises over micro-batches, which
-    no accumulation can undo; its running statistics move once a micro-batch.
+    Whatever the model, the loss or the optimizer holds gets its gradient, wherever in the loss it is used.
+
+    Dropout, and what a model draws from `random` and `np.random`, starts from a function of (seed, step, rank) in
+    every pass. BatchNorm normalises over micro-batches, which no accumulation can undo; its running statistics move
+    once a micro-batch. So with several processes batches, orders and gradients equal those of one process for
+    networks without BatchNorm and dropout. With them each process normalises over its own samples (the running
+    statistics are averaged after every step) and draws its own masks: another function, as with another micro-batch.
+
+    On a CUDA card with a fused optimizer the host never waits for a step: one that is not finite leaves the weights
+    alone, and a later `step`, or `settle`, raises. `graph` has steps of one shape replayed (common.engine.replay).
     """
 
     def __init__(
@@ -50,31 +89,46 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         *,
         micro_batch: int | Literal["auto"] = "auto",
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: Precision = "fp32",
         clip_norm: float = 0.0,
         seed: int = 0,
         ranks: Ranks = SINGLE,
         log: Callable[[str], Any] = print,
+        graph: bool = False,
     ):
         refuse_collectives(model)
         self.model, self.loss, self.optimizer, self.ranks = model, loss, optimizer, ranks
         self.device = next(model.parameters()).device
-        self.loss_parameters: list[Tensor] = []
-        if isinstance(loss, nn.Module):
-            self.loss_parameters = [p for p in loss.to(self.device).parameters() if p.requires_grad]
+        of_loss = list(loss.to(self.device).parameters()) if isinstance(loss, nn.Module) else []
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *self.loss_parameters]))
+        self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *(p for p in of_loss if p.requires_grad)]))
         self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
         self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
         self.forward = forward_in(precision, model, self.device.type)
-        self.scale = LossScale(precision)
+        self.scale = LossScale(precision, self.device)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
         self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the batch
         self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
         self.buffers = memory.Buffers(model)
+        self.loss_buffers = memory.Buffers(loss, apart_from=self.buffers)
+        self.outcomes: Outcomes | None = None  # None: the host looks at every step before the update
+        if self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            self.run_ahead()
         self._first_seed = keyed_seed(seed, ranks.rank)
-        self._log = log if ranks.is_writer else lambda message: None
+        self.log = log if ranks.is_writer else lambda message: None
+        self.replay = Replay(self) if graph and self.outcomes and ranks.world == 1 else None
         self._told = False
+        self._writes: bool | None = None  # whether model or loss write to what they are given; None: not yet known
+        self._draws = False  # whether they have drawn from Python's generators
+        self._watching, self._epoch, self._capturing = True, -1, False
+        self._sent = NOTHING_SENT  # by the last per-sample pass: often the next one sends the same
+        self._new_batch(0)
+
+    def run_ahead(self) -> None:
+        """From now on the device itself leaves out an update that is not finite. The optimizer must be a fused one."""
+        self.outcomes = Outcomes(self.device, with_factor=self.scale.enabled)
+        if not self.optimizer.state:  # a momentum that is first made in a step which is left out would be never set
+            allocate_state(self.optimizer)
 
     def use(self, loss: Any) -> None:
         """Go on with another loss; raises UserError for one with parameters, which the optimizer would not know."""
@@ -86,74 +140,182 @@ class Engine:
         self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
 
     def step(self, batch: Batch, step_number: int) -> StepReport:
-        """One optimizer step over the batch. Raises UserError, before the update, when it is not a finite one."""
-        value = self.gradients(batch, step_number)
-        norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        known = math.isfinite(value)  # the one place where a step waits for a GPU
-        finite = known and math.isfinite(norm)
-        if not finite and not (known and self.scale.can_shrink):
-            what = "the gradient of the loss" if known else "the loss"
-            raise UserError(
-                f"{what} is not finite in step {step_number + 1} (epoch {batch.epoch + 1}, batch {batch.number + 1})"
-                ": train with a lower --lr, with --clip-norm 1, or with --precision fp32, and look at the data"
-            )
-        if finite:
-            if self.clip_norm:
-                as_tensor = self.parameters[0].new_tensor(norm) if isinstance(norm, float) else norm
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, as_tensor)
-            self._update_weights(step_number)
-        self.scale.update(overflow=not finite)
+        """One optimizer step over the batch. Raises UserError when it is not a finite one, and leaves the weights."""
+        return (self.replay.step if self.replay else self.eager_step)(batch, step_number)
+
+    def eager_step(self, batch: Batch, step_number: int, watch: AbstractContextManager | None = None) -> StepReport:
+        def watched(batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
+            with watch:
+                return self.prepared(batch)
+
+        work = self.prepared if watch is None else watched
+        value, norm, outcome = self._until_it_fits(batch, step_number, work)
+        if self.outcomes:
+            self.update_ahead(step_number)
+        else:
+            finite = judge(Place(step_number, batch.epoch, batch.number), *outcome)
+            if finite:
+                self._update_weights(step_number)
+            self.scale.update(not finite)
         self._drop_gradients()
+        return self.noted(batch, step_number, value, norm, outcome)
+
+    def noted(self, batch: Batch, step_number: int, value: Tensor, norm: float | Tensor, outcome: Any) -> StepReport:
+        """The report of a step that is done, or on its way."""
+        if self.outcomes:
+            self.outcomes.note(Place(step_number, batch.epoch, batch.number), outcome)
         return StepReport(value, norm, self.micro_batch)
+
+    def settle(self) -> None:
+        """Wait for all steps and raise UserError if one was not finite: before weights are saved, used or compared."""
+        if self.outcomes:
+            self.outcomes.settle()
 
     def gradients(self, batch: Batch, step_number: int) -> Tensor:
         """Fill .grad with the exact gradient of the batch, summed over all ranks, and return the batch's value.
 
         Raises UserError when not even one sample fits into the memory.
         """
-        self._seed = (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
-        self.buffers.keep()
+        return self._until_it_fits(batch, step_number, self._summed_gradients)
+
+    # From the first operation of a batch to the last before the update: what starts again when the memory is full.
+
+    def update_ahead(self, step_number: int = 0) -> None:
+        """The update, which the device itself leaves out when the step is not a finite one."""
+        self._update_weights(step_number, self.outcomes.overflow)
+        self.scale.update(self.outcomes.overflow)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Around a step that is captured: nothing is seeded or put back in there, for no replay can fail."""
+        self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+
+    def forget_gradients(self) -> tuple:
+        """Drop what a capture has left in .grad and elsewhere; returns what the graph needs to be kept."""
+        self._drop_gradients()
+        held, self._sent = self._sent, NOTHING_SENT
+        return held
+
+    def _until_it_fits(self, batch: Batch, step_number: int, work: Callable[[Batch], Result]) -> Result:
+        self._new_batch(self._seed_of(step_number))
         if not self.limited:
             self.micro_batch = max(self.micro_batch, len(batch))
-        fits = False
-        while not fits:
-            self._drop_gradients()
-            try:
-                value = PASSES[self.kind](self, batch)
-                fits = True
-            except DoesNotFit:
+        self._watching = self._draws or batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
+        self._epoch, versions = batch.epoch, versions_of(batch)
+        try:
+            while True:
                 self._drop_gradients()
-            if not fits:  # outside `except`, where the failed pass can be given back
-                self._halve(len(batch))
-        if self.scale.enabled:
-            self.multiply_gradients(1 / self.scale.factor)
-        # Every rank continues, and is restored, with the same statistics; one without samples has seen nothing new.
-        self.ranks.average_(self.buffers.statistics(), len(batch))
+                result, fits = memory.attempt(partial(work, batch))
+                if fits:
+                    break
+                self._drop_gradients()
+                self._failed = True
+                if not (self.replay and self.replay.make_room()):
+                    self._halve(len(batch))
+            self._learn(batch, versions, step_number)
+        finally:
+            if self._python_state is not None:
+                random.setstate(self._python_state[0])
+                np.random.set_state(self._python_state[1])
         self._tell_once(len(batch))
+        return result
+
+    def _new_batch(self, seed: int) -> None:
+        self._seed, self._passes, self._failed = seed, 0, False
+        self._python_state: tuple | None = None  # of Python's generators before they were seeded
+        self.buffers.new_batch()
+        self.loss_buffers.new_batch()
+
+    def prepared(self, batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
+        """Fill .grad with what the optimizer is to see. Returns value, norm, and what tells if they are finite."""
+        value = self._summed_gradients(batch)
+        return self.together(partial(self._clipped, value))
+
+    def _clipped(self, value: Tensor) -> tuple[Tensor, float | Tensor, Any]:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not gradients:
+            raise UserError("the loss gives no parameter a gradient: is every layer frozen, or the output detached?")
+        norm = total_norm(gradients, on_device=self.outcomes is not None or self.device.type != "cpu")
+        if self.clip_norm:
+            as_tensor = self.parameters[0].new_tensor(norm) if isinstance(norm, float) else norm
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, as_tensor)
+        numbers = [value, norm, self.scale.factor] if self.scale.enabled else [value, norm]
+        return value, norm, self.outcomes.measured(numbers) if self.outcomes else [float(number) for number in numbers]
+
+    def _summed_gradients(self, batch: Batch) -> Tensor:
+        value = WAYS[self.kind](self, batch)
+        if self.scale.enabled:
+            found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            self.together(partial(self.scale.unscale_, found))
+        # Every rank continues, and is restored, with the same statistics; one without samples has seen nothing new.
+        self.ranks.average_(self.buffers.statistics(), len(batch), self.together)
         return value
 
-    # What the passes of common.engine.passes use.
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Run `work`, then vote: DoesNotFit is raised on every rank if any ran out of memory. No collectives inside."""
+        if self.ranks.world == 1:
+            return work()
+        result, fits = memory.attempt(work)
+        if self.ranks.any(not fits):
+            del result
+            raise DoesNotFit
+        return result
 
     def begin_pass(self) -> None:
         """Every pass over a batch sees the same dropout and the same buffers."""
+        if self._capturing:
+            return
+        self._passes += 1
+        self._seed_torch()
+        if self._watching:
+            self._python_state = self._python_state or (random.getstate(), np.random.get_state())
+            self._seed_python()
+        self.buffers.begin_pass()
+        self.loss_buffers.begin_pass()
+
+    def seed_torch(self, step_number: int) -> None:
+        """Start torch's generators at the step's key, as every pass does."""
+        self._seed = self._seed_of(step_number)
+        self._seed_torch()
+
+    def _seed_of(self, step_number: int) -> int:
+        return (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
+
+    def _seed_torch(self) -> None:
         torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
         elif self.device.type == "mps":
             torch.mps.manual_seed(self._seed)
-        self.buffers.begin_pass()
+
+    def _seed_python(self) -> None:
+        random.seed(self._seed)
+        np.random.seed(self._seed)
 
     def parts(self, batch: Batch, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
-        """(inputs, targets, weights, size) of each micro-batch, on the device: views of the batch until they move."""
+        """(inputs, targets, weights, size) of each micro-batch, on the device.
+
+        Views of the batch, unless they have to move or model or loss write to what they are given.
+        """
         sizes = memory.sizes(len(batch), self.micro_batch)
         inputs = self._cut(batch.inputs, sizes) if with_inputs else repeat(None)
         weights = repeat(None) if batch.weights is None else self._cut(batch.weights, sizes)
-        return zip(inputs, self._cut(batch.targets, sizes), weights, sizes, strict=False)
+        watching = self._writes is None
+        for part in zip(inputs, self._cut(batch.targets, sizes), weights, sizes, strict=False):
+            yield part
+            if watching and any(tensor._version for tensor in tensors_of(part[:3])):
+                self._writes = True
 
     def _cut(self, tree: Tree, sizes: list[int]) -> Iterable[Tree]:
         if isinstance(tree, Tensor):
-            views = tree.split_with_sizes(sizes)
-            return views if tree.device == self.device else map(self.to_device, views)
+            views = tree.split_with_sizes(sizes) if len(sizes) != 1 else (tree,)
+            if tree.device != self.device:
+                return map(self.to_device, views)
+            return views if self._writes is False else map(Tensor.clone, views)
         columns = zip(*(self._cut(tensor, sizes) for tensor in tensors_of(tree)), strict=True)
         return (rebuilt(tree, column) for column in columns)
 
@@ -168,26 +330,250 @@ class Engine:
         """Whether the batch is a single micro-batch of a single rank."""
         return self.ranks.world == 1 and len(batch) <= self.micro_batch
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """Run `work`, then vote: DoesNotFit is raised on every rank if any ran out of memory. No collectives inside."""
-        result, fits = None, False
-        try:
-            result, fits = work(), True
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-        if self.ranks.any(not fits):
-            del result
-            raise DoesNotFit
-        return result
+    # The three ways.
 
-    def sum_gradients(self) -> None:
-        self.ranks.sum_gradients(self.parameters)
+    def _per_sample(self, batch: Batch) -> Tensor:
+        """value = sum_i w_i l_i / sum_i w_i m_i. One pass: the normaliser needs only the targets, so it comes first."""
+        loss, count = self.loss, len(batch)
+        if count and self.samples_alike and batch.weights is None and self.ranks.world == 1:
+            total = float(count)  # a tiny model's step would feel every operation on a tensor
+        else:
+            total = self._normaliser(batch)
 
-    def multiply_gradients(self, factor: Tensor | float) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        def backward() -> Tensor:
+            slope = self.scale.factor / (total if isinstance(total, float) else divisor(total))
+            kept, (known, sent) = [], self._sent
+            if isinstance(slope, Tensor) or known != slope:
+                sent = None
+            self.begin_pass()
+            for inputs, targets, weights, size in self.parts(batch):
+                losses = loss(self.forward(inputs), targets)
+                if weights is not None or sent is None or sent.shape != losses.shape or sent.dtype != losses.dtype:
+                    sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
+                if losses.requires_grad:
+                    send([losses], [sent])
+                kept.append(losses.detach())
+            self._sent = NOTHING_SENT if isinstance(slope, Tensor) or batch.weights is not None else (slope, sent)
+            if not kept:  # a rank without samples
+                return torch.zeros_like(total)
+            weights = None if batch.weights is None else self.to_device(batch.weights)
+            return weighted_sums(torch.cat(kept) if len(kept) > 1 else kept[0], weights)
+
+        sums = self.together(backward)
+        self.ranks.sum_gradients(self.parameters, self.together)
+        value = self.ranks.sum_(sums)
+        value = self.together(lambda: value / (total if isinstance(total, float) else divisor(total)))
+        return value.sum() if value.ndim else value
+
+    def _sums(self, batch: Batch) -> Tensor:
+        """value = g(S), S = sum_i w_i s_i. The gradient is <g'(S), sum_i w_i grad s_i>, and g'(S) needs all samples.
+
+        With a single sum g'(S) is one factor on the whole gradient and comes last; else a first pass finds S.
+        Only S is kept between the passes, and outputs of no more than SMALL_BYTES.
+        """
+        if self.fits_whole(batch):
+            return self._whole(batch)
+        count = self._normaliser(batch)
+        if self.single_sum:
+            total = self.together(lambda: self._add_up(batch, self.scale.factor / divisor(count).max(), True))
+            value, slope, direct = self._value_and_slope(total, count)
+            self.together(lambda: self._multiply(slope.reshape(()) * divisor(count).max()))
+            self._add(direct)
+            self.ranks.sum_gradients(self.parameters, self.together)
+            return value
+        total, kept = self.together(partial(self._found_sums, batch))
+        value, slope, direct = self._value_and_slope(total, count)
+        self.single_sum = slope.numel() == 1  # known from now on; the first batch may take two passes all the same
+
+        def backward() -> None:
+            with self.loss_buffers.left_as_they_are():
+                if kept:
+                    self._send_through(batch, kept, self.scale.factor * slope)
+                else:
+                    self._add_up(batch, self.scale.factor * slope, False)
+
+        self.together(backward)
+        self._add(direct)
+        self.ranks.sum_gradients(self.parameters, self.together)
+        return value
+
+    def _found_sums(self, batch: Batch) -> tuple[Tensor | None, list[Kept]]:
+        """The sums of this rank's samples, and the graphs of the statistics of every micro-batch if outputs are small.
+
+        The second pass then needs no loss, which costs a small network as much as its layers.
+        """
+        kept, total, small = [], None, False
+        self.begin_pass()
+        for inputs, targets, weights, size in self.parts(batch):
+            with torch.no_grad():
+                outputs = self.forward(inputs)
+            # A loss with buffers may have written to what the kept graphs need by the time that they are used.
+            if total is None:
+                small = not self.loss_buffers and is_small(outputs, len(batch) / size)
+            with torch.set_grad_enabled(small):
+                leaves = map_tree(lambda x: x.detach().requires_grad_() if has_slope(x) else x, outputs)
+                stats = self.loss.stats(leaves if small else outputs, targets)
+            if small:
+                kept.append(Kept(tensors_of(leaves), stats, weights))
+            part = weighted_sums(stats.detach(), weights)
+            total = part if total is None else total + part
+        return total, kept
+
+    def _send_through(self, batch: Batch, kept: list[Kept], slope: Tensor) -> None:
+        """A second pass that sends the slope of the kept statistics through the outputs of the first."""
+        stats = [part for part in kept if part.stats.requires_grad]
+        if stats:
+            send([part.stats for part in stats], [sent_back(part.stats, slope, part.weights) for part in stats])
+        self.begin_pass()
+        for (inputs, *_), part in zip(self.parts(batch), kept, strict=True):
+            pairs = zip(tensors_of(self.forward(inputs)), part.outputs, strict=True)
+            found = [(leaf, of.grad) for leaf, of in pairs if leaf.requires_grad and of.grad is not None]
+            if found:
+                send(*zip(*found, strict=True))
+
+    def _add_up(self, batch: Batch, sent: Tensor | None, keep_sums: bool) -> Tensor | None:
+        """A pass that sends `sent` back into the statistics (None: nothing) and returns their sums on this rank."""
+        total = None
+        self.begin_pass()
+        with torch.set_grad_enabled(sent is not None):
+            for inputs, targets, weights, _ in self.parts(batch):
+                stats = self.loss.stats(self.forward(inputs), targets)
+                if sent is not None and stats.requires_grad:
+                    send([stats], [sent_back(stats, sent, weights)])
+                if keep_sums:
+                    part = weighted_sums(stats.detach(), weights)
+                    total = part if total is None else total + part
+        return total
+
+    def _value_and_slope(self, total: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """g(S) and dg/dS for the sums of all ranks, and, on one of them, the slopes along the engine's parameters.
+
+        A rank without samples (None) never saw the statistics: it is told.
+        """
+        everything, first = self.ranks.gather(None if total is None else total[None], self.together)
+
+        def local() -> tuple[tuple[Tensor, Tensor] | None, list[Tensor | None]]:
+            if total is None:
+                return None, []
+            leaf = (everything[0] if self.ranks.world == 1 else everything.sum(0)).requires_grad_()
+            value = self.loss.value(leaf, divisor(count))
+            slope, *direct = self._slopes(value, [leaf])
+            return (value.detach()[None], slope[None]), direct if first == 0 else []
+
+        found, direct = self.together(local)
+        (values, slopes), _ = self.ranks.gather(found, self.together)
+        return values[0], slopes[0], direct
+
+    def _whole_batch(self, batch: Batch) -> Tensor:
+        """value = L(z_1 ... z_n) without any structure: keep the outputs z, take dL/dz, send it in a second pass."""
+        if self.fits_whole(batch):
+            return self._whole(batch)
+        rows: list[bool] = []  # which of the outputs have a row for every sample
+
+        def forward() -> dict[str, Tree] | None:
+            self.begin_pass()
+            with torch.no_grad():
+                found = [(self.forward(inputs), *rest) for inputs, *rest in self.parts(batch)]
+            if not found:
+                return None
+            outputs, targets, weights, sizes = zip(*found, strict=True)
+            rows[:], outputs = joined(outputs, sizes)
+            if not all(rows) and self.ranks.world > 1:
+                raise UserError("with several processes every output of the model needs a row for every sample")
+            kept = {"outputs": outputs, "targets": joined(targets, sizes)[1]}
+            return kept if weights[0] is None else kept | {"weights": torch.cat(weights)}
+
+        everything, first = self.ranks.gather(self.together(forward), self.together)
+        value, slopes = self.together(partial(self._loss_of_outputs, everything))
+        del everything
+        rows = rows or [True] * len(slopes)
+
+        def backward() -> None:
+            with self.loss_buffers.left_as_they_are():
+                self._send_slopes(batch, slopes, rows, first)
+
+        self.together(backward)
+        self.ranks.sum_gradients(self.parameters, self.together)
+        return value
+
+    def _send_slopes(self, batch: Batch, slopes: list[Tensor | None], rows: list[bool], first: int) -> None:
+        """The second pass: dL/dz of every output, from row `first` on, into the graph of every micro-batch."""
+        start = first
+        self.begin_pass()
+        for inputs, _, _, size in self.parts(batch):
+            leaves, sent = [], []
+            for leaf, slope, by_row in zip(tensors_of(self.forward(inputs)), slopes, rows, strict=True):
+                # What is the same in every micro-batch depends on the weights alone: its slope is sent once.
+                if slope is not None and leaf.requires_grad and (by_row or start == first):
+                    leaves.append(leaf)
+                    sent.append(slope[start : start + size] if by_row else slope)
+            if leaves:
+                send(leaves, sent)
+            start += size
+
+    def _loss_of_outputs(self, kept: dict[str, Tree]) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss of the outputs of all ranks and its slope along every tensor of them."""
+        outputs = map_tree(lambda x: x.requires_grad_() if has_slope(x) else x, kept["outputs"])
+        leaves = tensors_of(outputs)
+        wanted = [leaf for leaf in leaves if has_slope(leaf)]
+        value = self.loss(outputs, kept["targets"], kept.get("weights"))
+        found = self._slopes(self.scale.scaled(value), wanted)
+        if self.ranks.is_writer:  # every rank has done the same: what the loss itself uses gets its gradient once
+            self._add(found[len(wanted) :], scaled=True)
+        slopes = iter(found)
+        return value.detach(), [next(slopes) if has_slope(leaf) else None for leaf in leaves]
+
+    def _whole(self, batch: Batch) -> Tensor:
+        """One graph for a batch that is not cut: nothing has to be found out by a first pass."""
+        self.begin_pass()
+        for inputs, targets, weights, _ in self.parts(batch):
+            value = batch_value(self.loss, self.forward(inputs), targets, weights)
+            if value.requires_grad:
+                self.scale.scaled(value).backward()
+        return value.detach()
+
+    def _normaliser(self, batch: Batch) -> Tensor:
+        """sum_i w_i m_i over all ranks, [] or [K]."""
+
+        def local() -> Tensor:
+            loss, device = self.loss, self.device
+            shape = () if columns_of(loss) == 1 else (columns_of(loss),)
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            if batch.weights is None and not has_mass(loss):
+                return torch.full(shape, len(batch), dtype=dtype, device=device)
+            if tensors_of(batch.targets)[0].device == device and not self._failed:
+                targets = batch.targets if self._writes is False else map_tree(Tensor.clone, batch.targets)
+                return normaliser(loss, targets, None if batch.weights is None else self.to_device(batch.weights))
+            total = torch.zeros(shape, dtype=dtype, device=device)
+            for _, targets, weights, _ in self.parts(batch, with_inputs=False):
+                total += normaliser(loss, targets, weights)
+            return total
+
+        return self.ranks.sum_(self.together(local))
+
+    def _slopes(self, value: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+        """The gradient of `value` along the leaves and, after them, along every parameter that it uses itself."""
+        wanted = leaves + [parameter for parameter in self.parameters if parameter.requires_grad]
+        if not value.requires_grad:
+            return [None] * len(wanted)
+        return list(torch.autograd.grad(value, wanted, allow_unused=True))
+
+    def _add(self, direct: list[Tensor | None], scaled: bool = False) -> None:
+        """Add to .grad what a loss says of the parameters that it uses itself, beside the outputs."""
+        wanted = [parameter for parameter in self.parameters if parameter.requires_grad] if direct else []
+        for parameter, slope in zip(wanted, direct, strict=True):
+            if slope is None:
+                continue
+            slope = slope if scaled else self.scale.scaled(slope)
+            if parameter.grad is None:
+                parameter.grad = laid_out_like(parameter, slope)
+            else:
+                parameter.grad += slope
+
+    def _multiply(self, factor: Tensor) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
     # What is kept, and what is told.
 
@@ -197,8 +583,7 @@ class Engine:
             "micro_batch": self.micro_batch,
             "limited": self.limited,
             "single_sum": self.single_sum,
-            "loss_scale": self.scale.factor,
-            "good_steps": self.scale.good_steps,
+            **self.scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,13 +591,38 @@ class Engine:
         if state["asked"] == self.asked:
             self.micro_batch, self.limited = state["micro_batch"], state["limited"]
         self.single_sum = state["single_sum"]
-        self.scale.factor, self.scale.good_steps = state["loss_scale"], state["good_steps"]
+        self.scale.load_state_dict(state)
+
+    def _learn(self, batch: Batch, versions: list[int], step_number: int) -> None:
+        """What the batch has shown of the model and the loss; raises UserError where that came too late."""
+        if self._writes is None:
+            self._writes = False
+        elif versions_of(batch) != versions:
+            self._writes = True  # from now on they get copies
+            if self._passes > 1:
+                raise UserError(
+                    f"the model or the loss changed its input in place in step {step_number + 1}, and had not in the "
+                    "first one: the second pass over the batch saw other numbers. Let it work on a copy, x.clone()"
+                )
+        if self._watching and not self._draws:
+            drawn = self._drawn()
+            self._seed_python()
+            self._draws = drawn != self._drawn()
+
+    @staticmethod
+    def _drawn() -> tuple:
+        """Where Python's generators stand."""
+        _, words, *rest = np.random.get_state()
+        return random.getstate(), words.tobytes(), rest
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _update_weights(self, step_number: int) -> None:
+    def _update_weights(self, step_number: int, overflow: Tensor | None = None) -> None:
+        """optimizer.step(), which the device leaves out where `overflow` is 1."""
+        if overflow is not None:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, overflow
         try:
             self.optimizer.step()
         except (RuntimeError, MemoryError) as error:
@@ -223,13 +633,14 @@ class Engine:
                 f"out of memory inside the optimizer, in step {step_number + 1}: repeat the command with "
                 f"--micro-batch {max(1, self.micro_batch // 2)}, it goes on from the last checkpoint"
             ) from error
+        finally:
+            if overflow is not None:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
 
     def _halve(self, count: int) -> None:
         """Half of the largest micro-batch of any rank, for all ranks; raises UserError when that was one sample."""
-        memory.release()
         largest = max(memory.sizes(count, self.micro_batch), default=0)
-        sizes, _ = self.ranks.gather(torch.tensor([largest]))
-        largest = int(sizes.max())
+        largest = int(self.ranks.max_(torch.tensor(largest)))
         if largest <= 1:
             raise UserError(
                 "out of memory with a single sample on the device: try --checkpointing, a smaller input size, "
@@ -238,32 +649,79 @@ class Engine:
                 * (self.kind == "whole_batch")
             )
         self.micro_batch, self.limited, self._told = (largest + 1) // 2, True, False
-        self._log(f"out of memory at {largest} samples: the same batch again in micro-batches of {self.micro_batch}")
+        self.log(f"out of memory at {largest} samples: the same batch again in micro-batches of {self.micro_batch}")
 
     def _tell_once(self, count: int) -> None:
         if self._told:
             return
         self._told = True
         whole = count <= self.micro_batch
-        self._log(f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch of {count}"))
+        self.log(f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch of {count}"))
         if not whole and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
-            self._log(
+            self.log(
                 f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the batch "
                 f"of {count}: another --micro-batch is another function for it"
             )
         if not whole and any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.model.modules()):
-            self._log("dropout draws a mask for every micro-batch: another --micro-batch draws others")
+            self.log("dropout draws a mask for every micro-batch: another --micro-batch draws others")
 
 
-def total_norm(gradients: list[Tensor]) -> float | Tensor:
-    """The norm of all gradients together: torch.nn.utils.get_total_norm in a fraction of its time.
+WAYS = {"per_sample": Engine._per_sample, "sums": Engine._sums, "whole_batch": Engine._whole_batch}
 
-    0-d, for nothing has to wait for a card; from a CPU a number, which is cheaper there than two more operations.
+
+def versions_of(batch: Batch) -> list[int]:
+    """How often each tensor of a batch has been written to."""
+    return [tensor._version for tensor in (*tensors_of(batch.inputs), *tensors_of(batch.targets))]
+
+
+def has_slope(output: Tensor) -> bool:
+    return output.is_floating_point() or output.is_complex()
+
+
+def send(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """torch.autograd.backward(values, gradients) without its checks: a tenth of the step of a tiny network."""
+    _engine_run_backward(
+        tuple(values), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def is_small(outputs: Tree, micro_batches: float) -> bool:
+    """Whether the outputs of a whole batch are a few numbers, given those of a micro-batch."""
+    return sum(tensor.nbytes for tensor in tensors_of(outputs)) * micro_batches <= SMALL_BYTES
+
+
+def sent_back(values: Tensor, slope: Tensor | float, weights: Tensor | None) -> Tensor:
+    """w_i times `slope` for values [B, ...]: the gradient from which the backward pass of a weighted sum starts."""
+    if isinstance(slope, float):
+        sent = values.new_full(values.shape, slope)
+    else:
+        sent = slope.to(values.dtype).expand_as(values)
+    return sent if weights is None else sent * weights.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def joined(parts: tuple[Tree, ...], sizes: tuple[int, ...]) -> tuple[list[bool], Tree]:
+    """Trees of consecutive samples as one, and which of its tensors have a row for every sample.
+
+    A tensor that has none (a temperature, say) must be the same in every micro-batch: it stays what it is. Raises
+    UserError for any other.
     """
-    norms = torch._foreach_norm(gradients)
-    if norms[0].device.type == "cpu":
-        return math.hypot(*map(float, norms))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    rows, tensors = [], []
+    for column in zip(*map(tensors_of, parts), strict=True):
+        rows.append(all(part.ndim and len(part) == size for part, size in zip(column, sizes, strict=True)))
+        if not rows[-1] and not all(torch.equal(part, column[0]) for part in column[1:]):
+            raise UserError(
+                f"an output of the model has shape {list(column[0].shape)} for {sizes[0]} samples, and other values "
+                "in every micro-batch: a loss over the whole batch needs a row for every sample, shape "
+                f"[{sizes[0]}, ...]. Without one the batch must not be cut: --micro-batch {sum(sizes)}"
+            )
+        tensors.append(torch.cat(column) if rows[-1] else column[0].detach())
+    return rows, rebuilt(parts[0], tensors)
+
+
+def rebuilt(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
+    """A tree of the same shape with these tensors in it."""
+    remaining = iter(tensors)
+    return map_tree(lambda _: next(remaining), tree)
 
 
 def refuse_collectives(model: nn.Module) -> None:

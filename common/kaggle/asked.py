@@ -1,20 +1,30 @@
-"""Run as a program of its own: asks Kaggle for what its command line does not print, as one line of JSON.
+"""Run as a program of its own: asks Kaggle for what its command line does not print, or page by page, as JSON.
 
-`python -P common/kaggle/asked.py submissions SLUG`. The kaggle library prints and makes folders when it is imported,
-so no process of the kit itself ever imports it.
+`python -P common/kaggle/asked.py submissions|files SLUG`. The kaggle library prints and makes folders when it is
+imported, so no process of the kit itself ever imports it.
 """
 
 import json
 import sys
 
-PAGE = 100
+PAGE, FILES_PAGE = 100, 200  # the largest ones
+
+
+def files(api, slug: str) -> dict[str, int]:
+    """Names and sizes of the competition's files: image sets have hundreds of pages of them."""
+    sizes, token = {}, None
+    while token != "":
+        found = api.competition_list_files(slug, page_token=token, page_size=FILES_PAGE)
+        sizes |= {file.name: file.total_bytes for file in found.files}
+        token = found.next_page_token or ""
+    return sizes
 
 
 def submissions(api, slug: str) -> dict:
     """All submissions of the account, newest first, with the reason of an error; and how many are left today."""
-    rows, page = [], 1
-    while True:
-        found = api.competition_submissions(slug, page_number=page, page_size=PAGE) or []
+    rows, found = [], range(PAGE)
+    while len(found) == PAGE:
+        found = api.competition_submissions(slug, page_number=len(rows) // PAGE + 1, page_size=PAGE) or []
         rows += [
             {
                 "ref": str(row.ref),
@@ -28,9 +38,6 @@ def submissions(api, slug: str) -> dict:
             }
             for row in found
         ]
-        if len(found) < PAGE:
-            break
-        page += 1
     try:
         left = api.competition_get_submission_limits(slug).num_allowed_now
     except Exception as error:  # whatever it is, a submission may be possible: shown as unknown
@@ -39,19 +46,23 @@ def submissions(api, slug: str) -> dict:
     return {"submissions": rows, "left": left}
 
 
-def main(slug: str) -> int:
+def main(what: str, slug: str) -> int:
     from kaggle import api
 
-    if not api._authenticated:
+    try:
+        if not api._authenticated:  # once more, for its reason: without a network a token is not known either
+            api.authenticate()
+        print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
+    except SystemExit:
         print("401 Authentication required", file=sys.stderr)
         return 1
-    try:
-        print(json.dumps(submissions(api, slug)))
     except Exception as error:  # the kit explains it: any failure is one line here
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        known = f"({status}) " if status else ""
+        print(f"{known}{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,5 @@
 """`make board`: validation against leaderboard for everything that was sent, as a table and a plot."""
 
-from datetime import datetime, timedelta
 from pathlib import Path
 
 from common.errors import UserError
@@ -9,10 +8,8 @@ from common.kaggle import ledger, status
 from common.kaggle.credentials import find
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
-from common.kaggle.submit import arrived, refuse_nowhere
+from common.kaggle.submit import refuse_nowhere
 from common.submission import SUBMISSIONS
-
-CLOCKS_DIFFER = timedelta(minutes=15)
 
 
 def board(competition: str, source: Source) -> None:
@@ -49,20 +46,8 @@ def board(competition: str, source: Source) -> None:
 
 def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row]:
     """The rows with Kaggle's newest scores, and a row for every submission that was not sent from here."""
-    by_ref = {submission.ref: submission for submission in submissions}
-    found, refs = list(rows), {row.ref for row in rows}
-    known = [submission for submission in submissions if submission.ref in refs]
-    for by_name in (False, True):  # a message is surer than a name: all rows try theirs first
-        for place, row in reversed(list(enumerate(found))):  # newest first, as Kaggle lists them
-            if not row.ref:
-                start = _shortly_before(row.time) if by_name else ""
-                later = [submission for submission in submissions if submission.date[:19] >= start]
-                listed = arrived(later, known, Path(row.file).name, row.message, by_name)
-                if listed is not None:
-                    known.append(listed)
-                    found[place] = row.with_answer(listed)
-    found = [row.with_answer(by_ref[row.ref]) if row.ref in by_ref else row for row in found]
-    refs = {submission.ref for submission in known}
+    found = [row.with_answer(listed) if (listed := row.listed(submissions)) else row for row in rows]
+    refs = {row.ref for row in found}
     found += [
         Row(time=submission.date, file=submission.file, message=submission.message).with_answer(submission)
         for submission in submissions
@@ -71,15 +56,9 @@ def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row
     return sorted(found, key=lambda row: row.time)
 
 
-def _shortly_before(time: str) -> str:
-    """The earliest date that Kaggle, whose clock may differ, can give to what was sent at `time`; both in UTC."""
-    return f"{datetime.fromisoformat(time) - CLOCKS_DIFFER:%Y-%m-%dT%H:%M:%S}"
-
-
 def table(rows: list[Row], scores: list[float], source: Source) -> str:
     """Rows as aligned text; the rank is that of the public score among all teams of today."""
-    header = ("time", "run", "validation", "public", "private", "rank", "status")
-    lines = []
+    lines = [("time", "run", "validation", "public", "private", "rank", "status")]
     for row in rows:
         place = status.rank(row.public, scores, source.higher_is_better) if scores else None
         lines.append(
@@ -93,10 +72,9 @@ def table(rows: list[Row], scores: list[float], source: Source) -> str:
                 row.status + (f": {row.reason}" if row.reason else ""),
             )
         )
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, *lines)
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
@@ -111,13 +89,13 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, marker in (("public", "o"), ("private", "s")):
-        points = [(row, _number(row.validation), _number(getattr(row, name))) for row in rows]
-        points = [(row, x, y) for row, x, y in points if x is not None and y is not None]
+        points = [(row.run, _number(row.validation), _number(getattr(row, name))) for row in rows]
+        points = [(run, x, y) for run, x, y in points if x is not None and y is not None]
         if not points:
             continue
         axes.scatter([x for _, x, _ in points], [y for _, _, y in points], marker=marker, label=name)
-        for row, x, y in points:
-            axes.annotate(row.run, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        for run, x, y in points:  # a run's name may hold what matplotlib takes for a formula
+            axes.annotate(run, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, parse_math=False)
     if axes.collections:
         low, high = (pick(*axes.get_xlim(), *axes.get_ylim()) for pick in (min, max))
         axes.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0, label="equal")

@@ -1,23 +1,24 @@
 """`make data`: the competition's files in data/<competition>, whole and checked, or a message that says what to do."""
 
 import csv
-import fcntl
 import hashlib
 import heapq
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
 from common.archive import Damaged
 from common.errors import UserError
-from common.files import not_written
+from common.files import locked
 from common.kaggle import download, manifest
-from common.kaggle.cli import end_orphan
+from common.kaggle.client import end_orphan
 from common.kaggle.credentials import find
+from common.kaggle.manifest import Manifest
 from common.kaggle.source import Source, missing
 from common.raw import DATA, visible
 
@@ -44,34 +45,28 @@ def fetch(
         raise UserError(f"--url, --checksum: {competition} comes from {source.page}: make data COMP={competition}")
     checksum = download.checked(checksum)
     home = DATA / competition
-    with _locked(DATA / f".{competition}.download", competition) as lock:
-        part, expected = ("labels", source.labels) if labels_only else ("all", source.archived)
+    with _locked(home) as lock:
+        place = home.resolve() if home.is_symlink() else home  # to a folder on another disk
+        kept = source.images.folder if source.images else ""
+        manifest.settle(place, kept)
         before = manifest.read(home)
-        if not force and _is_complete(home, before, part):
-            print(f"{home} is complete: {len(before.files):,} files, {before.size / 1e6:,.1f} MB ({before.source})")
-        else:
-            if source.notes:
-                print(source.notes)
-            if source.images:
-                print(
-                    f"the training images ({source.images.total}) are not on Kaggle but at "
-                    f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
-                    + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
-                )
+        if force or not _is_complete(home, before, source, labels_only):
             _refuse_unknown(home, before, force)
-            now = _obtain(home, source, part, expected, Path(lock.name).parent, lock, url, checksum, force)
-            rest = before if part == "labels" and _has_others(home, before, now) else None
-            if rest is not None:
-                now = now.added_to(rest)
-            manifest.install(_draft(home), now, before)
+            _announce(source, labels_only)
+            now = _obtain(place, source, labels_only, Path(lock.name).parent, lock, url, checksum, force)
+            if labels_only and before and any((home / name).is_file() for name in before.files.keys() - now.files):
+                now = replace(before, files=before.files | now.files)  # the others stay: deleted data are not asked for
+            draft = _draft(place)
+            now.write(draft)
+            manifest.install(draft, place, kept)
+            before = now
+        if before.part == "all":
             _clear(Path(lock.name).parent)
-            if rest is not None and (problems := now.damage()):
-                print(
-                    f"{home}: the label files are new, others are damaged ({manifest.listed(problems)}): fetch all "
-                    f"again with make data COMP={competition}"
-                )
-            else:
-                print(f"{home} is complete: {len(now.files):,} files, {now.size / 1e6:,.1f} MB ({now.source})")
+        if labels_only and (problems := before.damage(home)):
+            print(f"{home}: the label files are whole, others are damaged ({manifest.listed(problems)}): fetch all "
+                  f"again with make data COMP={competition}")  # fmt: skip
+        else:
+            print(f"{home} is complete: {len(before.files):,} files, {before.size / 1e6:,.1f} MB ({before.source})")
         if images:
             _fetch_images(home, source, images)
     return home
@@ -82,27 +77,28 @@ def _draft(home: Path) -> Path:
 
 
 @contextmanager
-def _locked(work: Path, competition: str) -> Iterator[IO]:
+def _locked(home: Path) -> Iterator[IO]:
     """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "a+")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise _no_folder(work.parent) from error
-    except OSError as error:
-        raise not_written(work / "lock", error) from error
-    with lock:
-        try:
-            _take(lock)
-        except OSError as error:
+    for path in (home.parent, home):
+        if os.path.lexists(path) and not path.is_dir():
             raise UserError(
-                f"data/{competition} is being downloaded by another process: wait for it, then repeat the command"
-            ) from error
+                f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link, "
+                "then repeat the same command"
+            )
+    work = home.with_name(f".{home.name}.download")
+    busy = f"{home} is being downloaded by another process: wait for it, then repeat the command"
+    try:
+        lock = locked(work / "lock", busy)
+    except UserError:  # a kaggle program that outlived its kit is ended, and its download goes on in this one
+        if not end_orphan(work / "lock"):
+            raise
+        lock = locked(work / "lock", busy)
+    with lock:
         lock.truncate(0)
         try:
             yield lock
         finally:
-            shutil.rmtree(_draft(work.with_name(competition)), ignore_errors=True)
+            shutil.rmtree(_draft(home.resolve()), ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
 
@@ -114,97 +110,69 @@ def _clear(work: Path) -> None:
             file.unlink()
 
 
-def _no_folder(path: Path) -> UserError:
-    return UserError(
-        f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link, then repeat "
-        "the same command"
-    )
-
-
-def _take(lock: IO) -> None:
-    """Lock the file; a kaggle program that outlived its kit is ended first, its download goes on in this one."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if not end_orphan(Path(lock.name)):
-            raise
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_complete(home: Path, before: manifest.Manifest | None, part: str) -> bool:
+def _is_complete(home: Path, before: Manifest | None, source: Source, labels_only: bool) -> bool:
     """Whether the data is what its manifest says; says so when it is damaged."""
-    if before is None or (part == "all" and before.part != "all"):
+    if before is None or (before.part != "all" and not labels_only):
         return False
-    problems = before.damage()
+    problems = before.damage(home, source.labels if labels_only else None)
     if problems:
         print(f"{home} is damaged ({manifest.listed(problems)}): fetching it again")
     return not problems
 
 
-def _has_others(home: Path, before: manifest.Manifest | None, labels: manifest.Manifest) -> bool:
-    """Whether more than the label files was fetched before and any of it is there; deleted data are not asked for."""
-    if before is None or before.part != "all":
-        return False
-    return any((home / name).is_file() for name in before.files.keys() - labels.files.keys())
-
-
-def _refuse_unknown(home: Path, before: manifest.Manifest | None, force: bool) -> None:
+def _refuse_unknown(home: Path, before: Manifest | None, force: bool) -> None:
     """Files that somebody put there by hand are not replaced unasked."""
-    if os.path.lexists(home) and not home.is_dir():
-        raise _no_folder(home)
     found = [path.name for path in visible(home)] if home.is_dir() else []
     if found and before is None and not force:
         raise UserError(
             f"{home} holds files that make data has not put there ({', '.join(sorted(found)[:3])}): move them away, "
-            f"use them as they are (make train COMP={home.name}), or add to them with FORCE=1"
+            f"use them as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
+        )
+
+
+def _announce(source: Source, labels_only: bool) -> None:
+    if source.notes:
+        print(source.notes)
+    if source.images:
+        print(
+            f"the training images ({source.images.total}) are not on Kaggle but at "
+            f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
+            + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
 
 
 def _obtain(
-    home: Path,
-    source: Source,
-    part: str,
-    expected: tuple[str, ...],
-    work: Path,
-    lock: IO,
-    url: str,
-    checksum: str,
-    force: bool,
-) -> manifest.Manifest:
+    home: Path, source: Source, labels_only: bool, work: Path, lock: IO, url: str, checksum: str, force: bool
+) -> Manifest:
     """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
-    account = find() if source.slug else None
+    account, draft = find() if source.slug else None, _draft(home)
     if account:
         print(f"Kaggle account: {account.where}")
-    for attempt in (1, 2):
-        draft = _draft(home)
+    expected = source.labels if labels_only else source.archived
+    for last in (False, True):
         shutil.rmtree(draft, ignore_errors=True)
+        provenance = source.page
         try:
             if account is None:
                 provenance, files = download.plain(source, work, draft, url, checksum)
-            elif part == "labels":
-                provenance, files = source.page, download.single_files(source, account, work, draft, lock)
+            elif labels_only:
+                files = download.single_files(source, account, work, draft, lock)
             else:
-                provenance, files = (
-                    source.page,
-                    download.whole_archive(source, account, work, draft, lock, again=attempt > 1, as_it_is=force),
-                )
+                files = download.whole_archive(source, account, work, draft, lock, again=last, as_it_is=force)
             if absent := missing(expected, list(files)):
                 found = ", ".join(sorted(files)[:5]) or "nothing"
                 raise Damaged(f"{provenance}: the download has no {', '.join(absent)} (found: {found})")
-            return manifest.make(home, draft, part, files, provenance)
+            return manifest.made(draft, "labels" if labels_only else "all", files, provenance)
         except Damaged as error:
             _clear(work)
-            if attempt == 2:
+            if last:
                 raise UserError(
-                    f"{error}; a second download was no better and nothing was kept. See {origin_page(source)}, or "
-                    "get the files by hand and pass DATA=/path/to/folder-or-zip"
+                    f"{error}; a second download was no better and nothing was kept. See "
+                    f"{source.page if source.slug else source.url}, or get the files by hand and pass "
+                    "DATA=/path/to/folder-or-zip"
                 ) from error
             print(f"{error}: fetching it once more")
     raise AssertionError("unreachable")
-
-
-def origin_page(source: Source) -> str:
-    return source.page if source.slug else source.url
 
 
 def _fetch_images(home: Path, source: Source, count: int) -> None:

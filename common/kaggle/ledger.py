@@ -1,7 +1,8 @@
 """submissions/<competition>/ledger.csv: a line for everything that was ever sent, with what became of it."""
 
 import csv
-import fcntl
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
@@ -9,9 +10,11 @@ from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import not_written, read_cell, write_csv
+from common.files import locked, read_cell, write_csv
 from common.kaggle.status import Submission
 from common.submission import SUBMISSIONS
+
+LONGEST_MESSAGE = 500  # characters, with the tag
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,32 @@ class Row:
     status: str = "PENDING"
     ref: str = ""  # Kaggle's number of the submission
     reason: str = ""  # why Kaggle could not score it
-    message: str = ""  # tells which of Kaggle's submissions a row without a number is
+    message: str = ""
 
-    def with_answer(self, submission: Submission) -> "Row":
-        return replace(
-            self,
-            public=submission.public,
-            private=submission.private,
-            status=submission.status,
-            ref=submission.ref,
-            reason=submission.reason,
-        )
+    @property
+    def tag(self) -> str:
+        """The end of the message that `tagged` has put there: tells which of Kaggle's submissions this is."""
+        found = re.search(r"\[kit-[0-9a-f]{12}\]$", self.message)
+        return found.group() if found else ""
+
+    def listed(self, submissions: list[Submission]) -> Submission | None:
+        """This row among what Kaggle lists: by its number, or by its tag as long as it has none."""
+        if self.ref:
+            return next((one for one in submissions if one.ref == self.ref), None)
+        return next((one for one in submissions if self.tag and self.tag in one.message), None)
+
+    def with_answer(self, listed: Submission) -> "Row":
+        told = {name: getattr(listed, name) for name in ("public", "private", "status", "ref", "reason")}
+        return replace(self, **told)
 
 
 COLUMNS = [field.name for field in fields(Row)]
+
+
+def tagged(message: str) -> str:
+    """The message, cut where Kaggle would cut it, with a tag that no other submission has."""
+    tag = f" [kit-{secrets.token_hex(6)}]"
+    return message[: LONGEST_MESSAGE - len(tag)] + tag
 
 
 def path_of(competition: str) -> Path:
@@ -85,14 +100,7 @@ def changing(competition: str) -> Iterator[list[Row]]:
     Raises UserError when they cannot be read or written.
     """
     path = path_of(competition)
-    lock = path.with_name(".ledger.lock")  # not the ledger itself, which every writing replaces
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(lock, "w")
-    except OSError as error:
-        raise not_written(lock, error) from error
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with locked(path.with_name(".ledger.lock")):  # not the ledger itself, which every writing replaces
         rows = read(competition)
         yield rows
         if rows or path.is_file():
@@ -111,17 +119,7 @@ def claim(competition: str, row: Row, column: str = "") -> Row | None:
     return before
 
 
-def put(competition: str, row: Row) -> None:
-    """Append the row, or let it take the place of the one with its number or of itself from before it had one."""
+def put(competition: str, row: Row, remove: bool = False) -> None:
+    """Let the row take the place of its claim, or take the claim back: nothing was sent."""
     with changing(competition) as rows:
-        rows[:] = [*(other for other in rows if not _is_same(other, row)), row]
-
-
-def remove(competition: str, row: Row) -> None:
-    """Take back a claim: nothing was sent."""
-    with changing(competition) as rows:
-        rows[:] = [other for other in rows if not _is_same(other, row)]
-
-
-def _is_same(other: Row, row: Row) -> bool:
-    return other.ref == row.ref if other.ref else (other.time, other.file) == (row.time, row.file)
+        rows[:] = [*(other for other in rows if other.message != row.message), *([] if remove else [row])]

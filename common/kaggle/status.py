@@ -2,19 +2,16 @@
 
 import csv
 import io
-import json
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.kaggle.cli import Transient, explained, kaggle, watched
+from common.kaggle.client import asked, explained, kaggle
 from common.kaggle.credentials import Account
 from common.kaggle.source import Source
 
-PROGRAM = Path(__file__).with_name("asked.py")
 SCORED, FAILED = "COMPLETE", "ERROR"
 
 
@@ -34,16 +31,8 @@ class Submission:
 
 def submissions(account: Account, source: Source) -> tuple[list[Submission], int | None]:
     """The account's submissions, newest first, and how many are left today (None: Kaggle does not say)."""
-    answer = watched([sys.executable, "-P", str(PROGRAM), source.slug], account)
-    what = f"listing the submissions to {source.slug}"
-    if answer.status != 0:
-        raise explained(answer, account, source, what)
-    try:
-        found = json.loads(answer.unhidden.strip().splitlines()[-1])  # a message with an address must stay as it is
-        rows = [row | {"reason": account.hide(row["reason"])} for row in found["submissions"]]
-        return [Submission(**row) for row in rows], found["left"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise Transient(f"{what}: the answer cannot be read ({answer.last_line}): repeat the same command") from error
+    found = asked(account, source, "submissions")
+    return [Submission(**row) for row in found["submissions"]], found["left"]
 
 
 def leaderboard(account: Account, source: Source) -> list[float]:

@@ -9,29 +9,22 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from common.archive import SPARE_BYTES
 from common.errors import UserError
 from common.files import WRITE_ERRORS, not_written
-from common.kaggle.cli import patience
+from common.kaggle.client import patience
 from common.kaggle.credentials import hide_addresses
-from common.kaggle.progress import Progress
+from common.progress import Progress
 
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 3  # without progress
 AT_ONCE = 16  # small files
 BROKEN_LINE = (urllib.error.URLError, http.client.HTTPException, OSError)
-
-
-def mirrored(address: str, mirror: str) -> str:
-    """`address` on another server that has the same paths: MIRROR's scheme and host, its path in front."""
-    parts, other = urlsplit(address), urlsplit(mirror)
-    return urlunsplit((other.scheme, other.netloc, other.path.rstrip("/") + parts.path, parts.query, ""))
 
 
 def open_url(address: str, headers: dict[str, str] | None = None):
@@ -59,17 +52,16 @@ def download(address: str, target: Path, checksum: str) -> None:
 
     Raises UserError when the server cannot be reached, the disk is full or the checksum differs (nothing is kept).
     """
-    draft = target.with_name(f"{target.name}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(f"downloading {target.name}") as progress:
+    draft, etag = (target.with_name(f"{target.name}.{end}") for end in ("part", "etag"))
+    with Progress(f"downloading {target.name}", unit="MB") as progress:
         reached, attempts, since = _size(draft), 0, time.monotonic()
         while True:
             try:
-                _append(address, draft, progress)
+                _append(address, draft, etag, progress)
                 break
             except BROKEN_LINE as error:
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    raise UserError(f"{target}: the disk is full: free some space, then repeat the command") from error
+                if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+                    raise not_written(target, error) from error
                 if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                     draft.unlink(missing_ok=True)  # what is here is longer than the file there
                 attempts += 1
@@ -77,8 +69,8 @@ def download(address: str, target: Path, checksum: str) -> None:
                     reached, attempts, since = _size(draft), 0, time.monotonic()
                 elif attempts == ATTEMPTS or time.monotonic() - since >= patience():
                     raise unreachable(address, error) from error
-    found = digest(draft, checksum.split(":")[0]) if checksum else ""
-    _validator(draft).unlink(missing_ok=True)
+    found = digest(draft, checksum)
+    etag.unlink(missing_ok=True)
     if found != checksum:
         draft.unlink()
         raise UserError(
@@ -88,7 +80,7 @@ def download(address: str, target: Path, checksum: str) -> None:
     draft.rename(target)
 
 
-def unreachable(address: str, failure: Exception | None) -> UserError:
+def unreachable(address: str, failure: Exception) -> UserError:
     reason = hide_addresses(str(getattr(failure, "reason", "") or failure))
     return UserError(
         f"{hide_addresses(address)} cannot be read ({reason}): check the network, "
@@ -101,16 +93,11 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
-def _validator(draft: Path) -> Path:
-    return draft.with_name(f"{draft.name}.etag")
-
-
-def _append(address: str, draft: Path, progress: Progress) -> None:
+def _append(address: str, draft: Path, etag: Path, progress: Progress) -> None:
     """Bring the draft to its full length; raises OSError or HTTPException when the line breaks."""
     have = _size(draft)
-    known = _validator(draft).read_text() if have and _validator(draft).is_file() else ""
-    headers = {"Range": f"bytes={have}-", "If-Range": known} if known else {}
-    with open_url(address, headers) as answer:
+    known = etag.read_text() if have and etag.is_file() else ""
+    with open_url(address, {"Range": f"bytes={have}-", "If-Range": known} if known else {}) as answer:
         start = have if answer.status == 206 else 0
         length = int(answer.headers.get("Content-Length") or 0)
         if length + SPARE_BYTES > (free := shutil.disk_usage(draft.parent).free):
@@ -118,24 +105,22 @@ def _append(address: str, draft: Path, progress: Progress) -> None:
                 f"{draft.parent}: {length / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free some space, "
                 "then repeat the same command"
             )
-        _validator(draft).write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+        etag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
         with open(draft, "ab" if start else "wb") as out:
             while chunk := answer.read(CHUNK_BYTES):
                 out.write(chunk)
                 out.flush()
-                progress.bytes(out.tell(), start + length)
+                progress.update(out.tell() // 10**6, total=(start + length) // 10**6)
             done = out.tell()
     if length and done < start + length:
         raise ConnectionError(f"cut after {done:,} of {start + length:,} bytes")
 
 
-def digest(file: Path, algorithm: str) -> str:
-    """Checksum of a file as algorithm:hex; raises UserError for an algorithm that Python does not have."""
-    try:
-        with open(file, "rb") as stream:
-            return f"{algorithm}:{hashlib.file_digest(stream, algorithm).hexdigest()}"
-    except ValueError as error:
-        raise UserError(f"--checksum {algorithm}:...: expected md5:... or sha256:...") from error
+def digest(file: Path, checksum: str) -> str:
+    """The file's checksum of the same kind as `checksum`, as md5:... or sha256:..."""
+    algorithm = checksum.partition(":")[0]
+    with open(file, "rb") as stream:
+        return f"{algorithm}:{hashlib.file_digest(stream, algorithm).hexdigest()}"
 
 
 def published_checksum(record: str, name: str) -> str:
@@ -153,8 +138,8 @@ def published_checksum(record: str, name: str) -> str:
 def download_many(addresses: Iterable[tuple[str, Path]], total: int, label: str) -> list[str]:
     """Fetch many small files, several at a time; those that are there already are left. Returns what failed, with why.
 
-    Raises UserError when the first ones all fail, for the network is down then, not a file missing, and when the disk
-    is full or cannot be written.
+    Raises UserError when many in a row all fail, for the network is down then, not a file missing, and when the disk is
+    full or cannot be written.
     """
 
     def one(job: tuple[str, Path]) -> str | None:
@@ -176,31 +161,17 @@ def download_many(addresses: Iterable[tuple[str, Path]], total: int, label: str)
                 raise not_written(target, error) from error
             return f"{target.name}: {error}"
 
-    wanted = (job for job in addresses if not job[1].is_file())
-    first = list(islice(wanted, AT_ONCE))
-    with ThreadPoolExecutor(AT_ONCE) as pool, Progress(label) as progress:
+    wanted, failures, done = (job for job in addresses if not job[1].is_file()), [], 0
+    with ThreadPoolExecutor(AT_ONCE) as pool, Progress(label, total, "files") as progress:
         # The first ones alone: behind a line that is dead, those after them would keep everybody waiting once more.
-        failures = [failure for failure in pool.map(one, first) if failure]
-        if len(failures) == AT_ONCE:
-            raise UserError(
-                f"{label}: none of the first {AT_ONCE} files could be read ({hide_addresses(failures[-1])}): check the "
-                "network, then repeat the same command"
-            )
-        try:
-            for done, failure in enumerate(_bounded(pool, one, wanted), len(first) + 1):
-                failures += [failure] if failure else []
-                progress.update(f"{done:,} of {total:,} files")
-        except UserError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while jobs := list(islice(wanted, 16 * AT_ONCE if done else AT_ONCE)):
+            failed = [failure for failure in pool.map(one, jobs) if failure]
+            failures += failed
+            if len(failed) == len(jobs) >= AT_ONCE:
+                raise UserError(
+                    f"{label}: none of {'' if done else 'the first '}{len(jobs)} files could be read "
+                    f"({hide_addresses(failed[-1])}): check the network, then repeat the same command"
+                )
+            done += len(jobs)
+            progress.update(done)
     return failures
-
-
-def _bounded(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable) -> Iterable:
-    """Results in order with at most 64 jobs waiting: a million futures would need a gigabyte."""
-    waiting = []
-    for job in jobs:
-        waiting.append(pool.submit(work, job))
-        if len(waiting) >= 64:
-            yield waiting.pop(0).result()
-    yield from (future.result() for future in waiting)

@@ -107,6 +107,15 @@ def held_generators(root: Any, name: str = "dataset") -> list[tuple[str, Any]]:
     return found
 
 
+def refuse_generators(dataset: Any) -> None:
+    """Raises UserError naming a generator that a dataset of batches holds."""
+    for path, found in held_generators(dataset):
+        raise UserError(
+            f"{path} is a {type(found).__name__}, but batch(indices, keys) may draw from `keys` alone: other numbers "
+            "would depend on which samples come together"
+        )
+
+
 def _parts(path: str, value: Any) -> Iterable[tuple[str, Any]]:
     """The objects directly inside `value`, with their paths."""
     if isinstance(value, dict):

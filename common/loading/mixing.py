@@ -4,16 +4,17 @@ The loader passes the keys of the pairs (both samples of a pair have one key), s
 A sample whose partner is missing is its own partner and stays as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from common.batch import Tree, map_tree
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.errors import UserError
-from common.loading.keys import Keys
+from common.loading.keys import MIX_STREAM, Keys
+from common.loading.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -52,32 +53,42 @@ class CutMix:
 
     def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
         """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
-        sizes = set()
-        map_tree(lambda tensor: sizes.add(tuple(tensor.shape[-2:]) if tensor.ndim >= 4 else None), inputs)
+        sizes = {tuple(tensor.shape[-2:]) if tensor.ndim >= 4 else None for tensor in tensors_of(inputs)}
         if len(sizes) != 1 or None in sizes:
             raise UserError(f"CutMix needs images [B, C, H, W] of one size as inputs, found {sizes}: use MixUp")
-        height, width = sizes.pop()
-        part = torch.from_numpy(_own_part(partner, keys, stream, self))
-        centre = torch.from_numpy(keys.uniform((2,), stream + 2)) * torch.tensor([height, width])  # [B, 2]
-        half = (1 - part).sqrt()[:, None] * torch.tensor([height, width]) / 2
-        first = (centre - half).round().clamp(min=0)
-        last = torch.minimum((centre + half).round(), torch.tensor([height, width]))
-        rows, columns = torch.arange(height), torch.arange(width)
-        inside = ((rows >= first[:, :1]) & (rows < last[:, :1]))[:, :, None] & (
-            (columns >= first[:, 1:]) & (columns < last[:, 1:])
-        )[:, None, :]  # [B, H, W]
-        left = 1 - inside.double().mean((1, 2)).numpy()
+        size = np.array(sizes.pop())
+        centre = keys.uniform((2,), stream + 2) * size  # [B, 2]
+        half = np.sqrt(1 - _own_part(partner, keys, stream, self))[:, None] * size / 2
+        first = np.rint(centre - half).clip(0, None)
+        last = np.minimum(np.rint(centre + half), size)
+        left = 1 - (last - first).prod(1) / size.prod()
+        # Only the edges travel: a mask of every pixel would be as large as the images.
+        edges = to_device(np.stack([first, last], 1).astype(np.float32), tensors_of(inputs)[0].device)
+        rows, columns = (
+            (places >= edges[:, 0, axis, None]) & (places < edges[:, 1, axis, None])
+            for axis, places in enumerate(torch.arange(side, device=edges.device) for side in size.tolist())
+        )  # [B, H] and [B, W]
+        inside = rows[:, :, None] & columns[:, None, :]
 
         def paste(tensor: Tensor) -> Tensor:
-            mask = inside.reshape(len(inside), *[1] * (tensor.ndim - 3), height, width).to(tensor.device)
-            return torch.where(mask, tensor[partner.to(tensor.device)], tensor)
+            mask = inside.reshape(len(inside), *[1] * (tensor.ndim - 3), *size)
+            return torch.where(mask, tensor[to_device(partner, tensor.device)], tensor)
 
         def mix_target(tensor: Tensor) -> Tensor:
-            if tensor.ndim >= 3 and tuple(tensor.shape[-2:]) == (height, width):
+            if tensor.ndim >= 3 and tuple(tensor.shape[-2:]) == tuple(size):
                 return paste(tensor)
             return _blend(_as_amounts(tensor, self.classes), partner, left)
 
         return map_tree(paste, inputs), map_tree(mix_target, targets)
+
+
+def mix_pairs(mix: MixUp | CutMix, batch: Batch, place: np.ndarray, seed: int) -> Batch:
+    """The batch with its pairs blended; `place` [B] are the places of its samples in the batch over all ranks."""
+    local = {position: row for row, position in enumerate(place.tolist())}
+    partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
+    keys = Keys(seed, batch.epoch, place // 2, batch.number)
+    inputs, targets = mix(batch.inputs, batch.targets, torch.tensor(partner), keys, MIX_STREAM)
+    return replace(batch, inputs=inputs, targets=targets)
 
 
 def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> np.ndarray:
@@ -101,8 +112,8 @@ def _as_amounts(target: Tensor, classes: int | None) -> Tensor:
 
 def _blend(tensor: Tensor, partner: Tensor, part: np.ndarray) -> Tensor:
     """part x + (1 - part) x[partner] in the tensor's own type; integers are rounded."""
-    weight = torch.from_numpy(part).to(tensor.device, torch.float32).reshape(len(tensor), *[1] * (tensor.ndim - 1))
+    weight = to_device(part.astype(np.float32), tensor.device).reshape(len(tensor), *[1] * (tensor.ndim - 1))
     own = tensor if tensor.is_floating_point() else tensor.float()
-    mixed = own * weight + own[partner.to(tensor.device)] * (1 - weight)
+    mixed = own * weight + own[to_device(partner, tensor.device)] * (1 - weight)
     mixed = torch.where(weight == 1, own, mixed)  # 1 x + 0 x' is not x where x' is infinite
     return mixed if tensor.is_floating_point() else mixed.round().to(tensor.dtype)

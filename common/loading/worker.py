@@ -1,6 +1,14 @@
-"""What happens inside a worker process: whole batches are loaded, sample by sample, each under its own key."""
+"""What happens inside a worker process: a few samples at a time are loaded, each under its own key."""
 
+import ctypes
+import multiprocessing
 import os
+import pickle
+import signal
+import sys
+import threading
+from contextlib import suppress
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -8,38 +16,74 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
-from torch.utils.data import default_collate
+from torch.utils.data import get_worker_info
 
-from common.batch import Batch, Tree
+from common.batch import Tree, map_tree, tensors_of
 from common.errors import BadImage, UserError
 from common.loading.binding import Binding, kept_global_state
+from common.loading.checks import digest
+from common.loading.collate import collate, join
 
 PIPE_BYTES = 2**16
-CHECKED_SAMPLES = 8  # of the first batch; a flip in half of the loads escapes them once in 256
-SMALL_BYTES = 2**20  # of a batch's tensor: below it, a second copy is cheaper than a tensor for every sample
+SHARED_MEMORY = "/dev/shm"  # Docker's default has 64 MB
+PR_SET_PDEATHSIG = 1
+LARGE_PICKLE = 2**30  # bytes that all workers together are sent when they start
 
 
-class BatchKey(NamedTuple):
-    """Everything that decides a rank's shard of a batch."""
+class PieceKey(NamedTuple):
+    """Everything that decides a piece: a few consecutive samples of this rank's shard of a batch."""
 
     epoch: int
-    number: int
-    index: np.ndarray  # [B] rows of the dataset
-    draw: np.ndarray  # [B] how often each row came before in the epoch
-    place: np.ndarray  # [B] places of the samples in the batch over all ranks
+    number: int  # of the batch
+    index: np.ndarray  # [n] rows of the dataset
+    draw: np.ndarray  # [n] how often each row came before in the epoch
+    place: np.ndarray  # [n] places of the samples in the batch over all ranks
     total: int  # samples of the batch over all ranks
+    following: int  # pieces of the batch that come after this one
+    is_last: bool  # whether the batch is the last of its epoch
+
+    def split(self, count: int) -> "list[PieceKey]":
+        """At most `count` pieces of one size, the last may be smaller; one of a shard of no samples."""
+        size = max(1, -(-len(self.index) // count))
+        cuts = [slice(first, first + size) for first in range(0, len(self.index) or 1, size)]
+        return [
+            self._replace(
+                index=self.index[cut], draw=self.draw[cut], place=self.place[cut], following=len(cuts) - number
+            )
+            for number, cut in enumerate(cuts, start=1)
+        ]
 
 
-class Loaded(NamedTuple):
-    """A batch, the places in it that its samples have, and the (row, reason) of samples that were left out."""
+class Piece(NamedTuple):
+    """The samples that could be read, their positions in the key, and the (row, reason) of the others."""
 
-    batch: Batch
-    place: np.ndarray
+    inputs: Tree
+    targets: Tree
+    kept: list[int]
     skipped: list[tuple[int, str]]
+    crowded: bool  # shared memory had no room for it
 
 
-class BatchReader(torch.utils.data.Dataset):
-    """A dataset of single samples, read a batch at a time: `reader[key]` is the batch of a BatchKey.
+class CheckKey(NamedTuple):
+    """Rows whose digests a process is asked for; `turned`: in another order, after the same rows of another epoch."""
+
+    epoch: int
+    rows: list[int]
+    turned: bool
+
+
+def joined(
+    parts: list[tuple[PieceKey, Piece]], pinned: bool
+) -> tuple[Tree, Tree, np.ndarray, np.ndarray, list[tuple[int, str]]]:
+    """Inputs, targets, rows and places of the samples of a batch, and the (row, reason) of those left out."""
+    inputs, targets = join([(piece.inputs, piece.targets) for _, piece in parts], pinned)
+    index = np.concatenate([key.index[piece.kept] for key, piece in parts])
+    place = np.concatenate([key.place[piece.kept] for key, piece in parts])
+    return inputs, targets, index, place, [entry for _, piece in parts for entry in piece.skipped]
+
+
+class Reader(torch.utils.data.Dataset):
+    """A dataset of single samples: `reader[PieceKey]` is a Piece, `reader[CheckKey]` the digests by row.
 
     Errors that a user can mend are returned instead of raised, so that they cross the process border as they are.
     """
@@ -52,19 +96,17 @@ class BatchReader(torch.utils.data.Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_binding": None}
 
-    def __getitem__(self, key: BatchKey) -> Loaded | UserError:
+    def __getitem__(self, key: PieceKey | CheckKey) -> Piece | dict[int, bytes] | UserError:
+        answer = self._digests if isinstance(key, CheckKey) else self._read
         try:
-            if torch.utils.data.get_worker_info():
-                return self._read(key)
+            if get_worker_info():
+                return answer(key)
             with kept_global_state():
-                return self._read(key)
+                return answer(key)
         except UserError as error:
             return error
 
-    def _read(self, key: BatchKey) -> Loaded:
-        if self._binding is None or self._process != os.getpid():
-            self._binding, self._process = Binding(self.dataset, self.seed), os.getpid()
-            self._check_repeatable(key)
+    def _read(self, key: PieceKey) -> Piece:
         samples, kept, skipped = [], [], []
         for position, (index, draw) in enumerate(zip(key.index.tolist(), key.draw.tolist(), strict=True)):
             try:
@@ -74,16 +116,16 @@ class BatchReader(torch.utils.data.Dataset):
                 if not self.skip_bad_images:
                     raise
                 skipped.append((index, str(error)))
-        index = torch.from_numpy(key.index[kept])
-        if not samples:  # a shard of no samples still has the shapes of one, for the engine
-            samples, index = [self._any_sample()], torch.zeros(1, dtype=torch.int64)
-        inputs, targets = collate(samples)
-        weights = getattr(self.dataset, "weights", None)
-        weights = None if weights is None else torch.as_tensor(weights)[index]
-        batch = Batch(inputs, targets, index, weights, key.epoch, key.number, key.total - len(skipped))
-        return Loaded(batch if kept else batch.slice(0, 0), key.place[kept], skipped)
+        inputs, targets = collate(samples or [self._any_sample()], has_room)
+        if not samples:  # no samples still have the shapes of one, for the engine
+            inputs, targets = map_tree(lambda tensor: tensor[:0].clone(), (inputs, targets))
+        tensors = tensors_of((inputs, targets))
+        crowded = bool(get_worker_info()) and not all(t.is_shared() or has_room(t.nbytes) for t in tensors)
+        return Piece(inputs, targets, kept, skipped, crowded)
 
-    def _load(self, epoch: int, index: int, draw: int) -> tuple[Tree, Tree]:
+    def _load(self, epoch: int, index: int, draw: int = 0) -> tuple[Tree, Tree]:
+        if self._binding is None or self._process != os.getpid():
+            self._binding, self._process = Binding(self.dataset, self.seed), os.getpid()
         generator = self._binding.rekey(epoch, index, draw)
         try:
             sample = self.dataset.sample(index, generator) if hasattr(self.dataset, "sample") else self.dataset[index]
@@ -100,76 +142,63 @@ class BatchReader(torch.utils.data.Dataset):
     def _any_sample(self) -> tuple[Tree, Tree]:
         """The first sample that can be read."""
         for index in range(len(self.dataset)):
-            try:
-                return self._load(0, index, 0)
-            except BadImage:
-                continue
+            with suppress(BadImage):
+                return self._load(0, index)
         raise UserError("not one image of the data can be read: make check, with the same COMP= and DATA=, lists them")
 
-    def _check_repeatable(self, key: BatchKey) -> None:
-        """Load some samples twice: catches randomness that no search finds, such as a generator made per sample."""
-        for index in key.index[:CHECKED_SAMPLES].tolist():
-            try:
-                first, second = self._load(key.epoch, index, 0), self._load(key.epoch, index, 0)
-            except BadImage:
-                continue
-            if not _same(first, second):
-                raise UserError(
-                    f"row {index} of {type(self.dataset).__name__} differs between two loads under one key:"
-                    " it makes a generator of its own, or keeps state. Draw from the `rng` of "
-                    "sample(index, rng)"
-                )
+    def _digests(self, key: CheckKey) -> dict[int, bytes]:
+        wanted = [(key.epoch, row) for row in key.rows]
+        if key.turned:
+            wanted = [(key.epoch + 1, row) for row in key.rows] + wanted[::-1]
+        found = {}
+        for epoch, row in wanted:
+            with suppress(BadImage):
+                found[row] = digest(self._load(epoch, row))
+        return found
 
 
-def collate(samples: list[Any]) -> Tree:
-    """Samples that are trees of arrays, tensors and numbers to one tree of tensors [B, ...]; dtypes stay."""
-    first = samples[0]
-    if isinstance(first, dict):
-        return {name: collate([sample[name] for sample in samples]) for name in first}
-    if isinstance(first, (tuple, list)):
-        return tuple(collate(list(part)) for part in zip(*samples, strict=True))
-    if isinstance(first, (Tensor, np.ndarray, np.generic)):
-        if any(sample.shape != first.shape for sample in samples):
-            shapes = sorted({tuple(sample.shape) for sample in samples})
-            raise UserError(f"the samples of a batch have the shapes {shapes}: resize or crop them to one shape")
-        if isinstance(first, np.ndarray) and first.nbytes * len(samples) < SMALL_BYTES:
-            return torch.from_numpy(np.stack(samples))
-        # In a worker torch's own collate writes straight into shared memory: one copy less.
-        return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
-    if isinstance(first, (bool, int, float)):
-        return torch.tensor(samples)
-    raise UserError(f"a sample holds a {type(first).__name__}: expected arrays, tensors or numbers in tuples and dicts")
+def start_worker(tied: bool, worker: int) -> None:
+    """One thread a process: the processes are the parallelism, more threads would only fight over the cores.
 
-
-def as_tensors(tree: Tree) -> Tree:
-    """The tree that a `batch` returned, with its arrays as tensors."""
-    if isinstance(tree, dict):
-        return {name: as_tensors(part) for name, part in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return tuple(as_tensors(part) for part in tree)
-    return as_tensor(tree) if isinstance(tree, np.ndarray) else tree
-
-
-def as_tensor(array: np.ndarray | np.generic) -> Tensor:
-    """The array's memory as a tensor where torch takes it; a copy of read-only arrays and of mirrored views."""
-    array = np.asarray(array)
-    return torch.from_numpy(array if array.flags.writeable and array.flags.forc else array.copy())
-
-
-def start_worker(worker: int) -> None:
-    """One thread a process: the processes are the parallelism, more threads would only fight over the cores."""
+    `tied` workers are those of the main thread: the kernel ends them with the thread that made them.
+    """
     import cv2
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     ForkingPickler.register(Tensor, _sent)
+    # A worker whose parent was killed may wait for ever at a pipe that other workers keep open.
+    if tied and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def has_room(nbytes: int) -> bool:
+    """Whether shared memory takes `nbytes`, and as much from every other worker at the same time, twice over."""
+    info = get_worker_info()
+    if info is None:
+        return False
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:  # macOS keeps it elsewhere
+        return True
+    return found.f_bavail * found.f_frsize >= 2 * info.num_workers * nbytes
 
 
 def _sent(tensor: Tensor) -> tuple:
     """Small tensors travel inside the message: in shared memory each costs a file descriptor and 0.5 ms."""
-    if tensor.nbytes > PIPE_BYTES or tensor.dtype == torch.bfloat16:  # numpy does not know the type
+    if tensor.is_shared() or (tensor.nbytes > PIPE_BYTES and has_room(tensor.nbytes)):
         return reduce_tensor(tensor)
-    return torch.from_numpy, (tensor.numpy(),)
+    return _received, (tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def _received(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
 def send_generators_whole() -> None:
@@ -183,11 +212,31 @@ def _generator(device: torch.device, state: bytes) -> torch.Generator:
     return generator
 
 
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
-    if isinstance(first, (tuple, list)):
-        return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, Tensor):
-        return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
-    return np.asarray(first).tobytes() == np.asarray(second).tobytes()
+class _Measure(pickle.Pickler):
+    """Counts the bytes of a pickle up to a limit; tensors travel as shared memory and count nothing."""
+
+    def __init__(self, limit: int):
+        super().__init__(self)
+        self.left = limit
+
+    def write(self, content: bytes) -> None:
+        self.left -= len(content)
+        if self.left < 0:
+            raise OverflowError
+
+    def reducer_override(self, part: Any) -> Any:
+        return (str, ()) if isinstance(part, Tensor) else NotImplemented
+
+
+def is_large_pickle(reader: Reader, workers: int) -> bool:
+    """Whether workers that are not forked are sent more than a gigabyte; raises UserError when they cannot be."""
+    try:
+        _Measure(LARGE_PICKLE // workers).dump(reader)
+    except OverflowError:
+        return True
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{type(reader.dataset).__name__} cannot be sent to worker processes, which are not forked here ({error}): "
+            "use --workers 0, or keep functions at the top of a module and open files again in __setstate__"
+        ) from error
+    return False

@@ -12,7 +12,7 @@ Below w_i is the weight of sample i (1 when the batch has none).
 "sums"         An object with `stats(outputs, targets) -> [B, ...]`, additive over samples, and
                `value(sums, count) -> scalar`: sums = sum_i w_i stats_i has the shape of stats without B, count is the
                normaliser of the kind above: sum_i w_i m_i, a scalar, or [K] when the loss has columns.
-               `value` holds no parameters. One pass when sums has a single element, else two that keep the sums only.
+               One pass when sums has a single element, else two that keep the sums only.
                `stats` has run in this process before `value` does: a combination learns its layout there.
 "whole_batch"  A callable with the attribute `whole_batch = True`: `loss(outputs, targets, weights) -> scalar` with
                weights [B] or None. Two passes that keep the outputs.
@@ -36,7 +36,6 @@ from common.errors import UserError
 
 Kind = Literal["per_sample", "sums", "whole_batch"]
 Loss = Any  # one of the three shapes above
-HALF = (torch.bfloat16, torch.float16)
 
 
 def kind(loss: Loss) -> Kind:
@@ -78,7 +77,7 @@ def whole_batch(function: Callable[..., Tensor]) -> WholeBatch:
 
 def full_precision(outputs: Tensor) -> Tensor:
     """bfloat16 and float16 as float32: a sum of a thousand exponentials has no place in 8 bits of mantissa."""
-    return outputs.float() if outputs.dtype in HALF else outputs
+    return outputs.float() if outputs.itemsize < 4 and outputs.is_floating_point() else outputs
 
 
 def most_precise(values: Tensor) -> Tensor:
@@ -123,12 +122,15 @@ def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def linear_value(values: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:
     """The share of these samples in the batch value: values [B] or [B, K], total = the batch's normaliser."""
-    return (weighted_sums(values, weights) / positive(total)).sum()
+    return (weighted_sums(values, weights) / divisor(total)).sum()
 
 
-def positive(total: Tensor) -> Tensor:
-    """A normaliser that can be divided by: 1 where nothing weighs anything (the sum above it is 0 as well)."""
-    return torch.where(total > 0, total, torch.ones_like(total))
+def divisor(total: Tensor) -> Tensor:
+    """A normaliser that can be divided by: 1 where nothing weighs anything (the sum above it is 0 as well).
+
+    One below 0, of weights that are, divides like any other.
+    """
+    return torch.where(total != 0, total, torch.ones_like(total))
 
 
 def check_per_sample(values: Tensor, batch: int, loss: Loss = None) -> Tensor:
@@ -156,7 +158,7 @@ def batch_value(loss: Loss, outputs: Tree, targets: Tree, weights: Tensor | None
         return loss(outputs, targets, weights)
     total = normaliser(loss, targets, weights)
     if which == "sums":
-        return loss.value(weighted_sums(loss.stats(outputs, targets), weights), total)
+        return loss.value(weighted_sums(loss.stats(outputs, targets), weights), divisor(total))
     values = check_per_sample(loss(outputs, targets), len(tensors_of(targets)[0]), loss)
     return linear_value(values, weights, total)
 

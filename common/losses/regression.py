@@ -55,7 +55,7 @@ class RMSE:
         return share(known(targets), targets)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
-        some = (sums > 0) & (count > 0)
+        some = (sums != 0) & (count != 0)
         return torch.where(some, torch.where(some, sums / torch.where(some, count, 1), 1.0).sqrt(), 0.0)
 
 

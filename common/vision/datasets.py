@@ -2,20 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import BadImage
 from common.vision.store import ImageStore
-
-
-class Rows(Protocol):
-    """Whatever gives something for a row: an array, a list, or an object that makes it when it is asked."""
-
-    def __getitem__(self, row: int) -> Any: ...
 
 
 def channels_first(array: np.ndarray) -> Tensor:
@@ -26,7 +19,8 @@ def channels_first(array: np.ndarray) -> Tensor:
 class ImageDataset:
     """Samples (uint8 [C, H, W], target) of the images of a store.
 
-    The target is `targets[row]`, or without any (test images) an empty tensor. With `masks`, whose row is an array
+    `targets` and `masks` give something for a row: arrays, lists, or objects that make it when they are asked. The
+    target is `targets[row]`, or without any (test images) an empty tensor. With `masks`, whose row is an array
     [H, W, K] at the images' size, `transform` changes image and mask alike, and the target is `of_mask(mask)`.
     `transform` is a pipeline of albumentations or a function like one: the loader keys the generators that it holds.
     """
@@ -34,8 +28,8 @@ class ImageDataset:
     def __init__(
         self,
         images: ImageStore,
-        targets: Rows | None = None,
-        masks: Rows | None = None,
+        targets: Any = None,
+        masks: Any = None,
         transform: Callable[..., dict[str, Any]] | None = None,
         of_mask: Callable[[np.ndarray], Any] = channels_first,
     ):
@@ -45,9 +39,6 @@ class ImageDataset:
     @property
     def paths(self) -> list[Path]:
         return self.images.paths
-
-    def unreadable(self) -> list[BadImage]:
-        return self.images.unreadable()
 
     def __len__(self) -> int:
         return len(self.images)

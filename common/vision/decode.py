@@ -11,6 +11,7 @@ from common.errors import BadImage
 REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
 PIXELS = 2**30  # OpenCV decodes no larger images
+TOO_LARGE = "cannot be decoded (its header says 2^30 pixels or more)"
 
 Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one grey file for each channel
 
@@ -47,15 +48,16 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     if size is not None and data[:2] == b"\xff\xd8":
         height, width = jpeg_size(data)
         if height * width >= PIXELS:  # at 1/8 it would be decoded, and be grey: two bytes of it were damaged
-            raise BadImage(path, f"cannot be decoded (its header says {height}x{width} pixels)")
+            raise BadImage(path, TOO_LARGE)
         factor = min(height // size[0], width // size[1])
         if factor >= 2:
             flags |= REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except Exception as error:  # a decoder that gives up, over a size of more than 2^30 pixels for example
-        reason = getattr(error, "err", None) or str(error) or type(error).__name__
-        raise BadImage(path, f"cannot be decoded ({' '.join(reason.split())[:120]})") from error
+        reason = " ".join((getattr(error, "err", None) or str(error) or type(error).__name__).split())
+        too_large = "MAX_IMAGE_PIXELS" in reason
+        raise BadImage(path, TOO_LARGE if too_large else f"cannot be decoded ({reason[:120]})") from error
     if pixels is None:
         raise BadImage(path, "is truncated or not an image of 8 or 16 bits")
     if size is not None and pixels.shape[:2] != size:

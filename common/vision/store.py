@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import BadImage, UserError
-from common.run import progress
-from common.vision.check import unreadable
+from common.progress import progress
 from common.vision.decode import Image, decode
 from common.vision.find import files_of, fingerprint
 
@@ -74,23 +73,6 @@ class ImageStore:
         self.__dict__ |= state
         if self._file is not None:
             self._rows = np.load(self._file, mmap_mode="r")
-
-    def unreadable(self) -> list[BadImage]:
-        """The images that cannot be read: as the file knows, or found out now (see check.unreadable)."""
-        bad = []
-        if self._rows is None:
-            row_of = [row for row, image in enumerate(self.images) for _ in files_of([image])]
-            for error in unreadable(self.paths):
-                error.row = row_of[error.row]
-                bad.append(error)
-            return bad
-        for row in np.flatnonzero(self._rows[:, -1] == 0).tolist():
-            try:
-                decode(self.images[row], self.size, self.upright)
-            except BadImage as error:
-                error.row = row
-                bad.append(error)
-        return bad
 
     def _make(self) -> None:
         """Write the file, unless it is there: one process resizes, and the others find what it made."""

@@ -6,6 +6,7 @@ are in its batch.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.loading.keys import Keys
+from common.loading.transfer import to_device
 
 SIZE = 28  # pixels of a side
 CONTROL_POINTS = 5  # of the elastic field along a side: about one for every stroke
-# Pixel coordinates from the centre of the image, [28, 28] each.
-Y, X = torch.meshgrid(*[torch.arange(SIZE, dtype=torch.float32) - (SIZE - 1) / 2] * 2, indexing="ij")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
         stretch_y * cos,
         draws[:, 5] * strength.shift,
     ]
-    xx, xy, x0, yx, yy, y0 = (torch.from_numpy(value).float().reshape(-1, 1, 1) for value in coefficients)
-    from_x, from_y = xx * X + xy * Y + x0, yx * X + yy * Y + y0  # [B, 28, 28]
+    device, (x, y) = images.device, _places(images.device)
+    xx, xy, x0, yx, yy, y0 = to_device(np.array(coefficients, np.float32), device)[:, :, None, None]
+    from_x, from_y = xx * x + xy * y + x0, yx * x + yy * y + y0  # [B, 28, 28]
     if strength.elastic:
-        bend = torch.from_numpy(keys.normal((2, CONTROL_POINTS, CONTROL_POINTS), stream=1)).float() * strength.elastic
+        bend = keys.normal((2, CONTROL_POINTS, CONTROL_POINTS), stream=1).astype(np.float32)
+        bend = to_device(bend, device) * strength.elastic
         bend = F.interpolate(bend, size=(SIZE, SIZE), mode="bicubic", align_corners=True)  # [B, 2, 28, 28]
         from_x, from_y = from_x + bend[:, 0], from_y + bend[:, 1]
     return _sampled(images, from_x, from_y).round_().to(torch.uint8)
@@ -59,9 +61,16 @@ def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
 def view(images: Tensor, rotation: float = 0.0, scale: float = 1.0) -> Tensor:
     """Every image turned by `rotation` degrees and `scale` times as large; [B, 1, 28, 28] to float32 in 0..255."""
     cos, sin = math.cos(math.radians(rotation)) / scale, math.sin(math.radians(rotation)) / scale
-    x, y = X.to(images.device), Y.to(images.device)
+    x, y = _places(images.device)
     from_x, from_y = (grid.expand(len(images), -1, -1) for grid in (cos * x - sin * y, sin * x + cos * y))
     return _sampled(images, from_x, from_y)
+
+
+@cache
+def _places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and y of every pixel from the centre of the image, [28, 28] each; made once on a device."""
+    y, x = torch.meshgrid(*[torch.arange(SIZE, dtype=torch.float32) - (SIZE - 1) / 2] * 2, indexing="ij")
+    return x.to(device), y.to(device)
 
 
 def _sampled(images: Tensor, from_x: Tensor, from_y: Tensor) -> Tensor:

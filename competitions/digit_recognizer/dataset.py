@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from common.loading.keys import Keys
+from common.loading.transfer import to_device
 from competitions.digit_recognizer.augment import Strength, augment
 
 
@@ -18,7 +19,12 @@ class Digits:
     def __len__(self) -> int:
         return len(self.images)
 
+    def to(self, device: torch.device | str) -> "Digits":
+        """Move the images and labels, so that batches are cut and augmented there; returns itself, as modules do."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
+
     def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tensor, Tensor]:
-        rows = torch.as_tensor(indices)
+        rows = to_device(indices, self.images.device)
         images = self.images[rows]
         return augment(images, keys, self.strength) if self.strength else images, self.labels[rows]

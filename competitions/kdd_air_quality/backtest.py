@@ -1,12 +1,10 @@
 """Rolling origins: models fitted before a period forecast each of its days, and the official score says how well."""
 
-import csv
-import io
 from dataclasses import dataclass
 
 import numpy as np
 
-from common.files import write_text, write_with
+from common.files import write_csv, write_with
 from common.run import Run
 from competitions.kdd_air_quality import metric, models, table
 from competitions.kdd_air_quality.config import Config
@@ -103,8 +101,5 @@ def _aligned(lines: list[dict]) -> list[str]:
 
 
 def _write_csv(run: Run, name: str, lines: list[dict]) -> None:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6f}" if isinstance(v, float) else v for key, v in line.items()} for line in lines)
-    write_text(run.path / name, stream.getvalue())
+    cells = ([f"{v:.6f}" if isinstance(v, float) else v for v in line.values()] for line in lines)
+    write_csv(run.path / name, lines[0], cells)

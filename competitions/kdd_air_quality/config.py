@@ -111,7 +111,7 @@ def predict(competition: str, argv: list[str]) -> None:
     from common.cli import verb_parser
 
     parser = verb_parser("predict", competition, predict.__doc__)
-    parser.add_argument("--run", metavar="NAME", help="finished run [the newest]")
+    parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run, or runs to average [the newest]")
     parser.add_argument("--first-day", metavar="DATE", default="", help="first submit day [the last of the data]")
     parser.add_argument("--last-day", metavar="DATE", default="", help="last submit day [the first]")
     given = parser.parse_args(argv)

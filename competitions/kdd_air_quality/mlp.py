@@ -5,8 +5,6 @@ windows ending at the origin and a day before it, all as logarithms relative to 
 names the series. It says 48 logarithms relative to the same cycle, so a forecast is positive by construction.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -118,48 +116,22 @@ def _indicators(network: Network) -> np.ndarray:
     return table
 
 
-@dataclass(frozen=True)
-class Split:
-    """Origins of a training: `train` [n], and `held` [m], whose days are validated on and never trained on."""
-
-    train: np.ndarray
-    held: np.ndarray
-
-
-def task(rows: Rows, split: Split, fold: int, units: int, dropout: float) -> core.Task:
-    """The Task of the core's `fit`: rows of the training origins always train, those of the held ones are `fold`."""
-    positions = {end: place for place, end in enumerate(rows.ends.tolist())}
-    chosen = np.concatenate([split.train, split.held])
-    order = np.array([positions[end] for end in chosen.tolist()])
+def task(rows: Rows, held: np.ndarray, fold: int, units: int, dropout: float) -> core.Task:
+    """The Task of the core's `fit`: rows of the origins `held` are `fold`, those of the others always train."""
     count = rows.series_count
-    index = (order[:, None] * count + np.arange(count)).ravel()  # row of the task -> row of `rows`
-    dataset = _Chosen(rows, index)
-    width = dataset.batch(np.zeros(1, np.int64))[0].shape[1]
-    of_day = np.repeat(chosen, count)
+    width = rows.batch(np.zeros(1, np.int64))[0].shape[1]
+    of_day = np.repeat(rows.ends, count)
     return core.Task(
         data=core.Data(
-            train=dataset,
-            valid=dataset,
-            ids=[f"{end}/{name}" for end in chosen for name in rows.network.names],
-            folds=np.repeat(np.where(np.isin(chosen, split.held), fold, -1), count),
+            train=rows,
+            valid=rows,
+            ids=[f"{end}/{name}" for end in rows.ends for name in rows.network.names],
+            folds=np.where(np.isin(of_day, held), fold, -1),
             order=lambda train: orders.grouped(of_day[train], train),  # a batch is a day: series share its weather
         ),
         network=core.Network(model=lambda: ShortcutMLP(width, units, dropout), loss=LogSMAPE()),
-        metrics=(Metric("smape", _smape_stats, _smape_value, higher_is_better=False),),
+        metrics=(Metric("smape", _smape_stats, higher_is_better=False),),
     )
-
-
-class _Chosen:
-    """Some rows of a dataset, renumbered."""
-
-    def __init__(self, rows: Rows, index: np.ndarray):
-        self.rows, self.index = rows, index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def batch(self, indices: np.ndarray, keys=None) -> tuple[Tensor, Tensor]:
-        return self.rows.batch(self.index[indices], keys)
 
 
 def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -167,10 +139,6 @@ def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
     known = ~targets.isnan()
     terms = torch.where(known, 2 * ((predictions - targets).abs() / 2).tanh(), 0.0)
     return torch.stack([terms.sum(1), known.sum(1).to(terms.dtype)], dim=1)
-
-
-def _smape_value(sums: Tensor, count: float) -> float:
-    return float(sums[0] / sums[1].clamp(min=1))
 
 
 @torch.inference_mode()

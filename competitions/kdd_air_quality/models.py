@@ -86,6 +86,10 @@ def _lines(folder: Path) -> linear.Lines:
     return linear.Lines(np.load(folder / "linear.npy"))
 
 
+def _imputers(folder: Path, observations: Observations) -> impute.Imputers:
+    return impute.Imputers(tuple(json.loads((folder / "imputers.json").read_text())), observations.network)
+
+
 def _fit_network(
     known: Observations,
     config: Config,
@@ -98,9 +102,7 @@ def _fit_network(
     from common.fit import fit as train_network
     from competitions.kdd_air_quality import mlp
 
-    imputers = impute.Imputers(
-        tuple(json.loads((fitted_folder(run, fold) / "imputers.json").read_text())), known.network
-    )
+    imputers = _imputers(fitted_folder(run, fold), known)
     held = np.array([], int) if held_days is None else _ends(known, held_days)
     seen = known if later is None else later
     completed = impute.complete(imputers.fill(seen.series()), seen.network)
@@ -108,7 +110,7 @@ def _fit_network(
         completed[: len(known.values)] = impute.complete(imputers.fill(known.series()), known.network)
     train = features.training_ends(known)[-config.train_days :]
     rows = mlp.Rows(seen, completed, np.union1d(train, held), config.history_days, medians.windows_of(config.windows))
-    task = mlp.task(rows, mlp.Split(train, held), -1 if fold is None else fold, config.units, config.dropout)
+    task = mlp.task(rows, held, -1 if fold is None else fold, config.units, config.dropout)
     # The held days only show a score: weights chosen on them would be chosen on what is scored.
     settings = replace(config, evaluate_every=config.epochs)
     train_network(task, settings, run, fold, SINGLE)
@@ -129,7 +131,7 @@ def forecast(
     """ug/m3 [days, 48, S] of a fitted model for submit days; each sees what is before its origin and nothing else."""
     folder = fitted_folder(run, fold)
     network = observations.network
-    seen = _until(observations, days)
+    seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # refuses days outside the data
     if name == "prophet":
         saved = np.load(folder / "prophet.npz")
         weeks = prophet_model.Weeks(saved["start"], saved["level"], saved["slope"], saved["week"])
@@ -141,20 +143,12 @@ def forecast(
         members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
         result = boosting.forecast(members, _lines(folder), seen, _ends(seen, days))
     else:
-        imputers = impute.Imputers(tuple(json.loads((folder / "imputers.json").read_text())), network)
-        filled = imputers.fill(seen.series())
+        filled = _imputers(folder, seen).fill(seen.series())
         if name == "medians":
             result = _medians(filled, _ends(seen, days), config, seen)
         else:
             result = _network_forecast(filled, seen, days, config, run, fold)
     return np.exp(features.whole(features.log_of(result), network))
-
-
-def _until(observations: Observations, days: np.ndarray) -> Observations:
-    """The data before the last origin; raises UserError when a day is outside them."""
-    for day in (days[0], days[-1]):
-        known = known_before(observations, day)
-    return known
 
 
 def _medians(filled: np.ndarray, ends: np.ndarray, config: Config, observations: Observations) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.run import progress
+from common.progress import progress
 
 
 def in_parallel(work: Sequence[tuple[Callable, tuple]], jobs: int, label: str) -> list[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import competition as competitions
+from common import predict as predicting
 from common import raw, submission
 from common import run as runs
 from common.config import MACHINE_FIELDS
@@ -27,8 +28,17 @@ from competitions.kdd_air_quality.task import TRUTH_DAYS, Days, facts_of, refuse
 
 
 def predict(competition: str, given: argparse.Namespace) -> None:
-    """`make predict`: forecasts of any submit days with a fitted run, a checked CSV for each."""
-    run = _finished(competition, given.run)
+    """`make predict`: forecasts of any submit days with a fitted run, a checked CSV for each.
+
+    Without days and other data it is the core's: the submission again, of one run or averaged over several.
+    """
+    chosen = [_finished(competition, name) for name in (given.run or "").split(",")]
+    if not (given.first_day or given.last_day or given.data):
+        given.run = ",".join(run.name for run in chosen)
+        return predicting.predict(competitions.load(competition), given)
+    if len(chosen) > 1:
+        raise UserError(f"RUN={given.run}: days and other data are forecast with one run: name one, or leave them out")
+    run = chosen[0]
     config = run.config(Config)
     use_threads(config)
     found = raw.of_run(run.provenance, given.data, competitions.load(competition).write_demo)
@@ -94,7 +104,7 @@ def _warn_of_seen_days(run: Run, days: np.ndarray) -> None:
 
 def _forecasts(run: Run, config: Config, observations: Observations, days: np.ndarray) -> dict[str, np.ndarray]:
     """{model: [days, 48, S]} of the run's models that know everything, and of their blend."""
-    tuned, home = run.result["tuned"], Run(run.fold_folder(0), run.provenance)
+    tuned, home = run.result["tuned"], run.inside(run.fold_folder(0))
     found = {name: models.forecast(name, observations, days, config, home, None) for name in tuned["models"]}
     return found | {"blend": blend.apply(tuned["blend"], found, observations.network.groups)}
 

@@ -32,7 +32,8 @@ OTHER_FILES = {"api_data", "test_id", "stationname", "temperature", "humidity"}
 DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
 LONGEST_GAP_DAYS = 90  # a season without any file is a mistyped date, or history that says nothing of the last days
 MEASURABLE = (-50, 5000)  # ug/m3: beyond, a value such as -999 or 9999 says that there is none (real: -12 to 3,280)
-DRIFT = 0.01  # instruments drift below 0, to ever other values: one that is more of a column says that there is none
+# Below 0, where instruments drift, and from EXTREME on, values differ: one that is more of a column says there is none.
+EXTREME, OFTEN = 500, 0.01
 O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 16:00 local, 08:00 UTC; local time would show 16
 
 
@@ -179,12 +180,12 @@ def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
 
 
 def _without_sentinels(name: str, table: pd.DataFrame, warnings: list[str]) -> pd.DataFrame:
-    """The table without what stands for a missing value: what no instrument measures, and drift that stands still."""
+    """The table without numbers that stand for a missing value: out of any range, or an extreme one too often."""
     counts: Counter = Counter()
     for pollutant in table.columns.intersection(ALL_POLLUTANTS):
         values = table[pollutant]
         found, times = np.unique(values[values.notna()], return_counts=True)
-        still = (found < 0) & (times > max(DRIFT * times.sum(), 100))
+        still = ((found < 0) | (found >= EXTREME)) & (times > max(OFTEN * times.sum(), 100))
         wrong = still | (found < MEASURABLE[0]) | (found > MEASURABLE[1])
         if wrong.any():
             counts.update(dict(zip(found[wrong].tolist(), times[wrong].tolist(), strict=True)))

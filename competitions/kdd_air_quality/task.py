@@ -7,7 +7,6 @@ which nothing is known. The networks among the models are trained by the core's 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,10 +62,10 @@ class Forecasters:
     day: np.datetime64
 
     def fit_predict(
-        self, train: np.ndarray, valid: np.ndarray, fold: int | None, folder: Path
+        self, train: np.ndarray, valid: np.ndarray, fold: int | None, home: Run
     ) -> tuple[Predictions, Predictions]:
         """{model: forecasts [days, 48, S]} of the held-out days, and of the last one by models that know everything."""
-        home, days = Run(folder, {}), np.array([self.day])
+        days = np.array([self.day])
         held = backtest.forecasts_of(home, self.known, self.config, backtest.Period(0, self.held))
         for name in held:
             models.fit(name, self.known, self.config, home, None)
@@ -83,6 +82,11 @@ class Forecasters:
         }
 
     def apply(self, predictions: Predictions, tuned: Tuned) -> Tensor:
+        if (stations := tuple(tuned["stations"])) != self.known.network.stations:
+            raise UserError(
+                f"the run was fitted on {len(stations)} stations, and the sample submission asks for others: forecast "
+                f"a day with make predict and --last-day {self.day}, or fit a run on these files"
+            )
         forecasts = {name: np.asarray(predictions[name]) for name in tuned["models"]}
         return torch.from_numpy(blend.apply(tuned["blend"], forecasts, self.known.network.groups))
 

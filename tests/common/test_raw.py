@@ -350,3 +350,38 @@ def test_an_archive_that_the_disk_cannot_hold_is_refused_before_it_is_unpacked(t
     assert not list((tmp_path / "cache").iterdir())
     room(common_archive.SPARE_BYTES + 10_000_000)
     assert (raw.RawData(path, "toy").folder() / "train.csv").stat().st_size == 10_000_000
+
+
+def test_a_table_that_unpacks_to_more_than_memory_takes_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "toy.zip", "w", zipfile.ZIP_DEFLATED) as stream:
+        stream.writestr("train.csv", bytes(common_archive.HARMLESS_BYTES + 1))
+        stream.writestr("test.csv", bytes(1000))
+    found = raw.RawData(tmp_path / "toy.zip", "toy")
+    for read in (found.read, found.open, found.fingerprint):
+        with pytest.raises(UserError, match="toy.zip: train.csv unpacks to more than 200 times its size"):
+            read("train.csv")
+    assert found.read("test.csv") == bytes(1000)
+
+
+def test_what_a_mac_adds_is_no_data_wherever_files_are_found(tmp_path):
+    names = ["kdd/a.csv", "__MACOSX/kdd/._a.csv", "kdd/._a.csv", "kdd/.DS_Store", "._b.csv", "kdd/.hidden/c.csv"]
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as stream:
+        for name in names:
+            stream.writestr(name, name)
+            (tmp_path / "mac" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "mac" / name).write_text(name)
+    for path in (tmp_path / "mac.zip", tmp_path / "mac"):
+        found = raw.RawData(path, "toy")
+        assert found.names() == ["kdd/a.csv"] and raw.RawData(found.folder(), "toy").names() == ["kdd/a.csv"]
+    assert [file.name for file in raw.visible(tmp_path / "mac")] == ["kdd"]
+    assert [file.name for file in raw.visible(tmp_path / "mac/kdd")] == ["a.csv"]
+
+
+def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path):
+    (tmp_path / "data/part").mkdir(parents=True)
+    (tmp_path / "large/deep").mkdir(parents=True)
+    (tmp_path / "large/deep/a.csv").write_text("1")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "large")
+    (tmp_path / "data/part/up").symlink_to(tmp_path / "data")
+    (tmp_path / "large/deep/home").symlink_to(tmp_path / "large")
+    assert raw.RawData(tmp_path / "data", "toy").names() == ["linked/deep/a.csv"]

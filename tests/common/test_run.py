@@ -156,14 +156,6 @@ def test_a_second_process_is_kept_out():
     assert open_run("mine").name == "mine"
 
 
-def test_progress_passes_everything_on(capsys, monkeypatch):
-    monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0.0)
-    assert list(runs.progress(range(3), "reading", 3)) == [0, 1, 2]
-    assert "reading: 1/3 batches" in capsys.readouterr().out
-    assert list(runs.progress(range(3), "reading", 3, show=False)) == [0, 1, 2]
-    assert capsys.readouterr().out == ""
-
-
 def test_the_commit_says_when_the_code_differs_from_it(tmp_path):
     assert runs.commit() == "unknown"
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]

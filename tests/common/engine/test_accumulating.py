@@ -1,6 +1,8 @@
 """The accumulating wrapper against the wrapped optimizer on the averaged gradient."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -176,3 +178,28 @@ def test_weights_of_an_open_batch_are_kept():
     model.weight.grad = torch.zeros(1, 2)
     optimizer.step(weight=1)
     assert model.weight.tolist() == [[0.25, 0.25]]  # 1 - (3 * 1 + 1 * 0) / 4
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("seen", [0, 3, 5])
+def test_a_copy_goes_on_where_the_optimizer_stood(copied, seen):
+    """Two small batches into an update, for instance: its sums, moments and counts are in the copy, and apart."""
+
+    def trained(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(4, 3, generator=generator)).square().mean().backward()
+            optimizer.step(weight=1.0 + step)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = AccumulatingOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), 2)
+    trained(model, optimizer, range(seen))
+    other_model, other = copied((model, optimizer))
+    expected = trained(model, optimizer, range(seen, 8))
+    assert torch.equal(trained(other_model, other, range(seen, 8)), expected)
+    assert other.updates == optimizer.updates == 4 and other.param_groups is other.optimizer.param_groups

@@ -1,11 +1,16 @@
 """Checkpointing and compiling change the cost of a model, not its gradient."""
 
+import importlib.util
+import pickle
+import re
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from common.engine.prepare import enable_checkpointing, prepare
+from common.engine.prepare import check_compile, enable_checkpointing, prepare
 from common.errors import UserError
 from tests.common.engine.toys import cross_entropy, gradient_of, make_batch, make_engine, relative_error
 
@@ -45,6 +50,39 @@ def test_gradient_dropout_and_statistics_stay_the_same(make, expected):
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(saving.state_dict()[name], tensor)
     assert list(saving.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("make", [deep, flat])
+def test_a_copy_or_pickle_of_the_model_runs_its_own_weights(make):
+    model, batch = make(), make_batch(8)
+    enable_checkpointing(model)
+    copies = [deepcopy(model), pickle.loads(pickle.dumps(model))]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for copy in copies:
+        for parameter in copy.parameters():
+            nn.init.constant_(parameter, 0.5)
+        copy(batch.inputs).sum().backward()
+        assert all(parameter.grad is not None for parameter in copy.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("device_type, variable, word", [("cpu", "CXX", "C++"), ("cuda", "CC", "C")])
+def test_compile_without_a_compiler_is_told_in_one_line(device_type, variable, word, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=re.escape(f"--compile needs a {word} compiler")):
+        check_compile(device_type)
+    compiler = tmp_path / "own"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv(variable, "own")
+    check_compile(device_type)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if device_type == "cuda":
+        with pytest.raises(UserError, match="triton"):
+            check_compile(device_type)
 
 
 def test_fewer_activations_are_kept():

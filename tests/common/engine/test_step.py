@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.batch import Batch
+from common.engine import step as step_module
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
 from common.errors import UserError
@@ -76,6 +77,20 @@ def test_passes_over_a_batch(loss, passes):
     sizes.clear()
     make_engine(model, loss).step(make_batch(32), 0)
     assert sizes == [32], "a batch that fits needs no second pass"
+
+
+def test_sums_of_large_outputs_are_exact_without_keeping_them(monkeypatch):
+    """The loss is called once a sample where outputs are small, and in both passes where they are not."""
+    model, loss, batch = make_model(), SoftF1(), make_batch(37, weighted=True)
+    _, expected = reference(model, loss, batch)
+    calls, stats = [], loss.stats
+    loss.stats = lambda outputs, targets: calls.append(len(outputs)) or stats(outputs, targets)
+    for limit, passes in ((37 * CLASSES * 8, 1), (37 * CLASSES * 8 - 1, 2)):
+        monkeypatch.setattr(step_module, "SMALL_BYTES", limit)
+        calls.clear()
+        make_engine(model, loss, micro_batch=8).gradients(batch, 0)
+        assert sum(calls) == 37 * passes
+        assert relative_error(gradient_of(model, loss), expected) <= 1e-12
 
 
 def naive(model, loss_of_batch, batch, cut):

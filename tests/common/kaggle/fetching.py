@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from common.kaggle import data
+from common.kaggle import data, manifest
 from tests.common.kaggle.server import archive
 
 HOME = Path("data/toy")
@@ -14,7 +14,9 @@ def fetch(source, **options):
 
 
 def contents(folder: Path = HOME) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """The files without the manifest."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != manifest.NAME]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def leftovers() -> set[str]:

@@ -1,5 +1,6 @@
 """What may be in an archive: damage, malice, archives in archives; nothing of a bad one is kept."""
 
+import errno
 import io
 import stat
 import struct
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common import archive as archives
 from common.archive import unpack
 from common.errors import UserError
 from tests.common.kaggle.fetching import assert_nothing_kept, big, contents, fetch, leftovers
@@ -94,6 +96,9 @@ MALICIOUS = {
     "file and folder": (archive({"a": b"x", "a/b": b"y"}), "is there as a file and as a folder|there twice"),
     "bomb": (archive({"zeros.csv": bytes(100 << 20)}), "unpacks to more than 200 times its size"),
     "nested": (archive({"inner.zip": archive({"../../evil.txt": b"x"})}), "inner.zip: the entry.*leads out"),
+    "two thousand folders": (archive({"a/" * 2000 + "x.csv": b"1"}), "lies in 2,000 folders, at most 63 are taken"),
+    "a long name": (archive({f"a/{'é' * 150}.jpg": b"1"}), "has a name of 306 bytes, longer than a file's may be"),
+    "a long path": (archive({f"{'é' * 100}/" * 6 + "x.jpg": b"1"}), "has a name of 1,211 bytes, longer than"),
     "nested bomb": (
         archive({f"{n}.zip": archive({"zeros.csv": bytes(40 << 20)}) for n in range(2)}),
         "unpacks to more than 200 times its size",
@@ -134,6 +139,24 @@ def test_a_member_that_lies_about_its_size(tmp_path):
     assert list(tmp_path.glob("*out*")) == []
 
 
+def test_a_neighbour_with_the_name_of_a_draft_is_kept(tmp_path):
+    files = {"a.zip": archive({"a.csv": b"1"}), "a.zip.part": b"kept", "b.zip": archive({"b.zip": b"no archive"})}
+    (tmp_path / "in.zip").write_bytes(archive(files))
+    entries = unpack(tmp_path / "in.zip", tmp_path / "out")
+    assert contents(tmp_path / "out") == {"a/a.csv": b"1", "a.zip.part": b"kept", "b/b.zip": b"no archive"}
+    assert entries["b/b.zip"].size == len(b"no archive")
+
+
+def test_a_file_system_that_does_not_take_a_name_is_not_said_to_be_full(tmp_path, monkeypatch):
+    def too_long(*arguments):
+        raise OSError(errno.ENAMETOOLONG, "File name too long")
+
+    (tmp_path / "in.zip").write_bytes(archive({"a.csv": b"1"}))
+    monkeypatch.setattr(archives, "_extract", too_long)
+    with pytest.raises(UserError, match="could not be unpacked .File name too long.: make the folder one that takes"):
+        unpack(tmp_path / "in.zip", tmp_path / "out")
+
+
 def test_nested_archives_are_unpacked_where_readers_look(kaggle, source):
     inner = archive({"a.jpg": b"1", "b.jpg": b"2"})
     kaggle.files |= {
@@ -159,7 +182,16 @@ def test_nested_archives_are_unpacked_where_readers_look(kaggle, source):
 @pytest.mark.parametrize(
     ("more", "place"),
     [
-        ({"__MACOSX/._images": b"", "__MACOSX/images/._a.jpg": b"", ".DS_Store": b"", "images/.DS_Store": b""}, ""),
+        (
+            {
+                "__MACOSX/._images": b"",
+                "__MACOSX/images/._a.jpg": b"",
+                ".DS_Store": b"",
+                "images/.DS_Store": b"",
+                "images/._a.jpg": b"",
+            },
+            "",
+        ),
         ({"images\\": b""}, ""),
         ({"./": b"", "./top.jpg": b"0"}, "images/"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.kaggle.notebook import OUTPUT
+from common.kaggle.kernel.notebook import OUTPUT
 from tests.common.kaggle.server import archive
 
 ROOT = Path(__file__).parents[3]
@@ -54,7 +54,7 @@ def test_data_submit_and_board_by_make(kaggle, make):
     run, here = make
     done = run("data")
     assert done.returncode == 0, done.stderr
-    assert {file.name for file in (here / "data" / COMPETITION).iterdir()} == set(FILES)
+    assert {file.name for file in (here / "data" / COMPETITION).iterdir()} == {*FILES, ".manifest.json"}
     asked = len(kaggle.asked)
     again = run("data")
     assert again.returncode == 0 and "is complete" in again.stdout and len(kaggle.asked) == asked

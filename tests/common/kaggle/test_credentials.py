@@ -10,8 +10,8 @@ import pytest
 
 from common.errors import UserError
 from common.kaggle import credentials
-from common.kaggle.cli import kaggle as run_kaggle
-from common.kaggle.kernel import username
+from common.kaggle.client import kaggle as run_kaggle
+from common.kaggle.kernel.push import username
 from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Reply
 
 BASIC = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
@@ -167,7 +167,7 @@ def test_the_kaggle_program_is_found_in_a_checkout_that_was_moved(kaggle, tmp_pa
             (moved / path.name).symlink_to(path)
     (moved / "bin" / "python").symlink_to(Path(sys.executable).resolve())
     place(moved, "bin/kaggle", "#!/gone/bin/python\n", 0o700)
-    code = "from common.kaggle.cli import kaggle; from common.kaggle.credentials import find\n"
+    code = "from common.kaggle.client import kaggle; from common.kaggle.credentials import find\n"
     code += f"sys.exit(kaggle(find(), 'competitions', 'files', '{SLUG}').status)"
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n{code}"
     done = subprocess.run([moved / "bin" / "python", "-c", code], capture_output=True, text=True)

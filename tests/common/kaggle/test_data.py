@@ -33,8 +33,8 @@ DENIED = b"<html>Forbidden</html>"
 def test_data_arrives_whole_and_a_second_call_does_nothing(kaggle, source, capfd):
     assert fetch(source) == HOME
     assert contents() == kaggle.files
-    assert leftovers() == {"toy", "toy.manifest.json"}
-    facts = json.loads(Path("data/toy.manifest.json").read_text())
+    assert leftovers() == {"toy"}
+    facts = json.loads(Path("data/toy/.manifest.json").read_text())
     assert facts["files"]["train.csv"]["size"] == len(kaggle.files["train.csv"]) and facts["source"] == source.page
     asked = len(kaggle.asked)
     fetch(source)
@@ -53,9 +53,9 @@ def test_damage_is_noticed_and_mended(kaggle, source, capfd):
         (file.unlink, "train.csv is missing"),
     ):
         spoil()
-        assert manifest.read(HOME).damage() == [told]
+        assert manifest.read(HOME).damage(HOME) == [told]
     fetch(source)
-    assert contents() == kaggle.files | {"own.txt": b"kept"}
+    assert contents() == kaggle.files and contents(Path("data/toy.before")) == {"own.txt": b"kept"}
     assert "data/toy is damaged (train.csv is missing): fetching it again" in capfd.readouterr().out
 
 
@@ -223,7 +223,7 @@ def test_a_stalled_download_is_stopped_and_resumed_by_the_next_call(kaggle, sour
     kaggle.stall_after = None
     monkeypatch.setenv("KIT_PATIENCE", "20")
     fetch(source)
-    assert contents() == kaggle.files and leftovers() == {"toy", "toy.manifest.json"}
+    assert contents() == kaggle.files and leftovers() == {"toy"}
     assert [headers.get("Range") for asked, _, headers in kaggle.asked if asked == "GET"][-1] == "bytes=1048576-"
 
 
@@ -279,7 +279,7 @@ def test_killed_and_started_again(kaggle, source):
     child.wait()
     kaggle.stall_after = None
     fetch(source)
-    assert contents() == kaggle.files and leftovers() == {"toy", "toy.manifest.json"}
+    assert contents() == kaggle.files and leftovers() == {"toy"}
 
 
 def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source):

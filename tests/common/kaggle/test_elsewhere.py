@@ -39,7 +39,7 @@ def elsewhere(kaggle, monkeypatch):
 
 def test_plain_download_with_a_published_checksum(kaggle, elsewhere):
     fetch(elsewhere, url=kaggle.address)
-    assert len(contents()["series.tsf"]) == 2_000_000 and leftovers() == {"toy", "toy.manifest.json"}
+    assert len(contents()["series.tsf"]) == 2_000_000 and leftovers() == {"toy"}
 
 
 def test_plain_download_is_resumed(kaggle, elsewhere, monkeypatch):
@@ -91,7 +91,7 @@ def test_the_signature_of_an_address_is_neither_shown_nor_kept(kaggle, elsewhere
     fetch(elsewhere, url=kaggle.address + SIGNED, checksum=checksum)
     fetch(elsewhere)
     out = capfd.readouterr().out
-    assert "series.zip?***" in out and "signed-secret" not in out + Path("data/toy.manifest.json").read_text()
+    assert "series.zip?***" in out and "signed-secret" not in out + Path("data/toy/.manifest.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -229,4 +229,4 @@ def test_images_are_fetched_by_one_command_at_a_time(kaggle, many, monkeypatch, 
     images = []
     monkeypatch.setattr(data, "_fetch_images", meanwhile)
     fetch(many, images=40, force=force)
-    assert images == [40] and leftovers() == {"toy", "toy.manifest.json"}
+    assert images == [40] and leftovers() == {"toy"}

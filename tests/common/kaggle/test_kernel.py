@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.kaggle import kernel as kernels
 from common.kaggle.credentials import find
-from common.kaggle.notebook import OUTPUT, VERSION, notebook, pack
+from common.kaggle.kernel import push as kernels
+from common.kaggle.kernel.notebook import MARGIN_SECONDS, OUTPUT, STATE, VERSION, notebook, pack
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -55,6 +55,8 @@ def test_the_way_there_and_back(kaggle, source, tmp_path, capfd):
         assert not [name for name in names if not name.startswith(("common/", "competitions/", "req", "code-"))]
     (saved,) = kaggle.calls("SaveKernel")
     assert saved["slug"] == "someone/kit-toy" and saved["enableGpu"] is True and saved["isPrivate"] is True
+    assert saved["machineShape"] == "NvidiaTeslaT4" and saved["sessionTimeoutSeconds"] == 9 * 3600
+    assert not saved.get("kernelDataSources")
     assert saved["competitionDataSources"] == [SLUG] and saved["datasetDataSources"] == ["someone/kit-toy-code"]
     cells = json.loads(saved["text"])["cells"]
     assert "'train', 'toy', '--recipe', 'best'" in "".join(cell["source"] for cell in cells)
@@ -104,7 +106,7 @@ def test_fetching_later(kaggle, source, capfd):
 def test_notebooks_that_are_not_taken(kaggle, source, tmp_path, fault, message):
     kaggle.on = {"SaveKernel": fault}
     with pytest.raises(UserError, match=message) as raised:
-        kernels.push_notebook(find(), source, "toy", "someone", "kit-toy", "abc", (), "", True, tmp_path)
+        kernels.push_notebook(find(), source, "toy", "someone/kit-toy", '{"cells": []}', {}, 60, tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -263,6 +265,78 @@ def test_fetching_again_neither_copies_nor_submits_again(kaggle, source, capfd):
     assert len(kaggle.calls("CreateCodeSubmission")) == 2 and Path("runs/toy/001-best-kaggle").is_dir()
 
 
+@pytest.fixture
+def sessions(kaggle):
+    """Let every push find what the notebook leaves: the checkpoint of its unfinished run, or "" with a submission."""
+
+    def scripted(*checkpoints):
+        left = list(checkpoints)
+
+        def saved(body):
+            kaggle.kernel_files[STATE] = json.dumps({"checkpoint": left.pop(0)}).encode()
+            return kaggle.SaveKernel(body)
+
+        kaggle.kernel_states, kaggle.on = ["COMPLETE"], {"SaveKernel": saved}
+
+    return scripted
+
+
+def test_a_run_goes_on_in_further_notebooks_until_it_is_finished(kaggle, source, sessions, capfd):
+    sessions("abc", "def", "")
+    kernel(source, ("--run", "mine"), hours=2)
+    pushes = kaggle.calls("SaveKernel")
+    assert [push.get("kernelDataSources", []) for push in pushes] == [[], *[["someone/kit-toy"]] * 2]
+    assert {push["sessionTimeoutSeconds"] for push in pushes} == {7200}
+    assert len(kaggle.calls("CreateDataset")) == 1 and not kaggle.calls("CreateDatasetVersion"), "the same code"
+    assert Path("submissions/toy/001-best.csv").read_text() == GOOD
+    assert "the run goes on in another one" in capfd.readouterr().out
+    sessions("")
+    kernel(source, ("--run", "mine"))
+    assert not kaggle.calls("SaveKernel")[-1].get("kernelDataSources"), "a finished run is not gone on with"
+
+
+def test_a_later_command_goes_on_with_the_run_and_another_one_does_not(kaggle, source, sessions, capfd):
+    sessions("abc", "")
+    kaggle.kernel_states = ["RUNNING"]
+    with pytest.raises(UserError, match="fetch it later with make kernel COMP=toy ARGS=--fetch"):
+        kernel(source, ("--run", "mine"), wait=0.01)
+    kaggle.kernel_states = ["COMPLETE"]
+    kernel(source, fetch=True)
+    assert "the run is not finished: make kernel COMP=toy with the same flags goes on" in capfd.readouterr().out
+    assert not Path("submissions").exists() and len(kaggle.calls("SaveKernel")) == 1
+    kernel(source, ("--run", "mine"))
+    assert kaggle.calls("SaveKernel")[-1]["kernelDataSources"] == ["someone/kit-toy"]
+    sessions("abc", "")
+    with pytest.raises(UserError, match="ended with ERROR"):
+        kaggle.kernel_states = ["ERROR"]
+        kernel(source, ("--run", "other"))
+    assert not kaggle.calls("SaveKernel")[-1].get("kernelDataSources")
+
+
+def test_sessions_without_a_checkpoint_end(kaggle, source, sessions):
+    sessions("abc", "abc", "abc")
+    with pytest.raises(UserError, match="version 3: a whole session brought no new checkpoint"):
+        kernel(source)
+    assert len(kaggle.calls("SaveKernel")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "trained"),
+    [
+        ([], ["--precision", "fp16"]),
+        (["--precision", "fp32"], ["--precision", "fp32"]),
+        (["--accelerator", "NvidiaL4", "--epochs", "3"], ["--epochs", "3"]),
+    ],
+)
+def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
+    from common import cli
+
+    pushed = []
+    monkeypatch.setattr(kernels, "kernel", lambda *given, **more: pushed.append((given[2], more["accelerator"])))
+    cli.kernel("digit_recognizer", words)
+    assert pushed == [(trained, "NvidiaL4" if "NvidiaL4" in words else "NvidiaTeslaT4")]
+
+
 def test_data_from_elsewhere_has_no_notebook(kaggle, source):
     with pytest.raises(UserError, match="toy is not on Kaggle"):
         kernel(replace(source, slug=""))
@@ -278,19 +352,28 @@ def test_the_code_is_packed_to_the_same_bytes(tmp_path):
 
 
 STUB = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 words = sys.argv[1:]
 assert words[:2] == ["train", "toy"] and pathlib.Path(words[words.index("--data") + 1], "train.csv").is_file(), words
-for name, text in {"runs/toy/1/run.json": "{}", "submissions/toy/1.csv": "id\\n1\\n"}.items():
-    path = pathlib.Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+run = pathlib.Path("runs/toy/1")
+run.mkdir(parents=True, exist_ok=True)
+(run / "run.json").write_text("{}")
+epoch = len(list(run.glob("*.pt")))
+(run / f"{epoch}.pt").write_text(str(epoch))
+if "--slow" in words and epoch == 0:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (run / "stopped.txt").write_text("by the notebook")
+        sys.exit(130)
+pathlib.Path("submissions/toy").mkdir(parents=True)
+pathlib.Path("submissions/toy/1.csv").write_text("id\\n1\\n")
 """
 
 
-@pytest.mark.parametrize("unpacked", [True, False])
-def test_the_notebook_runs_as_it_is_pushed(tmp_path, unpacked):
-    """Its cells, with the folders of Kaggle moved, on a kit whose training is a stub."""
+@pytest.fixture
+def machine(tmp_path):
+    """Run a notebook's cells with the folders of Kaggle moved, on a kit whose training is a stub."""
     kit = tmp_path / "kit-source"
     (kit / "common").mkdir(parents=True)
     (kit / "common" / "__main__.py").write_text(STUB)
@@ -299,25 +382,59 @@ def test_the_notebook_runs_as_it_is_pushed(tmp_path, unpacked):
     inputs, working = tmp_path / "input", tmp_path / "working"
     (inputs / "competitions" / SLUG).mkdir(parents=True)
     (inputs / "competitions" / SLUG / "train.csv").touch()
-    code = inputs / "kit-toy-code"
+    (inputs / "kit-toy-code").mkdir()
+    (inputs / "kit-toy-code/kit.zip").write_bytes(content)
     working.mkdir()
-    if unpacked:
-        zipfile.ZipFile(io.BytesIO(content)).extractall(code / "kit")
-    else:
-        code.mkdir()
-        (code / "kit.zip").write_bytes(content)
 
-    def run(expected: str) -> subprocess.CompletedProcess:
-        document = json.loads(notebook("kit-toy", SLUG, "toy", ["--epochs", "3"], "kit.zip", expected, internet=False))
+    def run(expected: str = version, words=("--epochs", "3"), seconds: float = 3600.0) -> subprocess.CompletedProcess:
+        document = json.loads(notebook("kit-toy", SLUG, "toy", words, "kit.zip", expected, False, seconds))
         script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
         for place, moved in {"/kaggle/input": inputs, "/kaggle/working": working, "/tmp/kit": tmp_path / "kit"}.items():
             script = script.replace(f'"{place}"', repr(str(moved)))
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
 
-    done = run(version)
+    return run, inputs, working
+
+
+def packed(working: Path) -> list[str]:
+    with zipfile.ZipFile(working / OUTPUT) as out:
+        return sorted(out.namelist())
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_the_notebook_runs_as_it_is_pushed(machine, unpacked):
+    run, inputs, working = machine
+    archived = inputs / "kit-toy-code/kit.zip"
+    if unpacked:
+        zipfile.ZipFile(archived).extractall(archived.with_suffix(""))
+        archived.unlink()
+    done = run()
     assert done.returncode == 0, done.stderr
     assert (working / "submission.csv").read_text() == "id\n1\n"
-    with zipfile.ZipFile(working / OUTPUT) as out:
-        assert sorted(out.namelist()) == ["runs/toy/1/run.json", "submissions/toy/1.csv"]
+    assert json.loads((working / STATE).read_text()) == {"checkpoint": ""}
+    assert packed(working) == ["runs/toy/1/0.pt", "runs/toy/1/run.json", "submissions/toy/1.csv"]
     old = run("other")
     assert old.returncode != 0 and "expected other: push the notebook again" in old.stderr
+
+
+def test_a_session_ends_in_time_and_the_next_one_goes_on(machine):
+    run, inputs, working = machine
+    done = run(words=("--slow",), seconds=MARGIN_SECONDS + 5.0)
+    assert done.returncode == 0, done.stderr
+    assert "the session ends: the training is stopped" in done.stdout
+    assert packed(working) == ["runs/toy/1/0.pt", "runs/toy/1/run.json", "runs/toy/1/stopped.txt"]
+    assert len(json.loads((working / STATE).read_text())["checkpoint"]) == 64
+    assert not (working / "submission.csv").exists()
+    (inputs / "kit-toy").mkdir()
+    (working / OUTPUT).rename(inputs / "kit-toy" / OUTPUT)
+    done = run(words=("--slow",))
+    assert done.returncode == 0, done.stderr
+    assert {"runs/toy/1/0.pt", "runs/toy/1/1.pt", "submissions/toy/1.csv"} <= set(packed(working))
+    assert json.loads((working / STATE).read_text()) == {"checkpoint": ""}
+
+
+def test_a_training_that_fails_fails_the_notebook(machine):
+    run, inputs, _ = machine
+    (inputs / "competitions" / SLUG / "train.csv").unlink()
+    done = run()
+    assert done.returncode != 0 and "the training ended with status 1" in done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import UserError
 from common.kaggle import manifest
+from common.kaggle.source import Images
 from tests.common.kaggle.fetching import HOME, contents, fetch, leftovers, with_images
 from tests.common.kaggle.server import archive
 
@@ -58,32 +59,48 @@ def own(*names: str) -> dict[str, bytes]:
     return files
 
 
-def test_force_adds_to_files_put_there_by_hand(kaggle, source, capfd):
-    with_images(kaggle)
-    kept = own("train_images/mine.jpg", "notes.txt", "sample_submission.csv/old.csv")
-    (HOME / "train_images/0.jpg").write_bytes(kaggle.files["train_images/0.jpg"])
-    aside = own("train_images/1.jpg", "train.csv") | {
-        "sample_submission.csv/old.csv": kept.pop("sample_submission.csv/old.csv")
-    }
+def test_force_keeps_files_put_there_by_hand_in_a_folder_of_their_own(kaggle, source, capfd):
+    mine = own("notes.txt", "train.csv", "sample_submission.csv/old.csv")
     fetch(source, force=True)
-    assert contents() == kaggle.files | kept
-    assert contents(Path("data/toy.before")) == aside, "what is the same is not kept twice"
-    assert "data/toy.before takes what is in the way of new files: " in capfd.readouterr().out
+    assert contents() == kaggle.files and contents(Path("data/toy.before")) == mine
+    assert "data/toy.before takes the files in data/toy that make data has not brought: notes.txt; " in (
+        capfd.readouterr().out
+    )
     fetch(source, force=True)
-    assert leftovers() == {"toy", "toy.before", "toy.manifest.json"}, "nothing of the user's is in the way now"
-    Path("data/toy.manifest.json").unlink()
-    changed = own("train.csv")
+    assert leftovers() == {"toy", "toy.before"}, "nothing of the user's is in the way now"
+    (HOME / ".manifest.json").unlink()
     fetch(source, force=True)
-    assert contents(Path("data/toy.before2")) == changed and contents(Path("data/toy.before")) == aside
+    assert contents(Path("data/toy.before2")) == kaggle.files and contents(Path("data/toy.before")) == mine
 
 
-def test_own_files_in_a_folder_of_the_data_outlive_another_download(kaggle, source):
+def test_another_download_replaces_the_whole_folder(kaggle, source):
     with_images(kaggle)
     fetch(source)
-    kept = own("train_images/mine.jpg", "extra/mine.jpg")
+    (HOME / "cache").mkdir()
+    (HOME / "cache/made.bin").write_bytes(b"from the old files")
     without(kaggle, "train_images/2.jpg")
     fetch(source, force=True)
-    assert contents() == kaggle.files | kept, "a file that the competition has no more is gone"
+    assert contents() == kaggle.files, "a file that the competition has no more is gone"
+    assert leftovers() == {"toy"}, "and so is what was made from the old ones"
+
+
+def test_own_files_among_the_data_outlive_another_download(kaggle, source):
+    with_images(kaggle)
+    fetch(source)
+    mine = own("train_images/mine.jpg", "extra/mine.jpg", "cache.txt")
+    (HOME / "linked").symlink_to(Path("elsewhere").absolute())
+    fetch(source, force=True)
+    before = Path("data/toy.before")
+    assert contents() == kaggle.files and contents(before) == mine and (before / "linked").is_symlink()
+
+
+def test_images_from_elsewhere_move_on_to_the_new_folder(kaggle, source):
+    images = Images(f"{kaggle.address}/{{id}}.jpg", "train.csv", "id", "more_images", "1")
+    kaggle.blobs["/1.jpg"] = b"jpeg"
+    source = replace(source, images=images)
+    fetch(source, images=1)
+    fetch(source, force=True)
+    assert contents() == kaggle.files | {"more_images/1.jpg": b"jpeg"} and leftovers() == {"toy"}
 
 
 def without(kaggle, *names):
@@ -95,59 +112,64 @@ def without(kaggle, *names):
 
 
 @pytest.mark.parametrize("then", [{}, {"force": True}, {"labels_only": True}])
-def test_old_files_do_not_outlive_an_installation_that_is_stopped(kaggle, source, monkeypatch, then):
-    """All files of the new data are there and unchanged; that one too many is there must be told all the same."""
+@pytest.mark.parametrize("renames", [1, 2])
+def test_stopped_between_the_renames_and_after_them(kaggle, source, monkeypatch, then, renames):
+    """As a kill would: nothing is tidied up. Old files never stay among new ones, and no file of the user's is lost."""
     with_images(kaggle)
     fetch(source)
+    mine, old = own("mine.txt"), dict(kaggle.files)
     without(kaggle, "train_images/2.jpg")
-    with monkeypatch.context() as patch:
-        patch.setattr(manifest, "_remove", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            fetch(source, force=True)
-    assert (HOME / "train_images/2.jpg").is_file()
-    assert manifest.read(HOME).damage() == ["train_images/2.jpg is left over from older data"]
-    fetch(source, **then)
-    assert contents() == kaggle.files
-    assert manifest.read(HOME).outdated == () and manifest.read(HOME).part == "all"
-    kept = own("train_images/2.jpg")
-    fetch(source)
-    assert contents() == kaggle.files | kept, "the name is free for the user's own"
+    rename, done = Path.rename, []
 
-
-def test_stopped_when_nothing_but_the_last_stamp_is_left_to_do(kaggle, source, monkeypatch):
-    with_images(kaggle)
-    fetch(source)
-    without(kaggle, "train_images/2.jpg")
-    write = manifest.Manifest.write
-
-    def once(self):
-        if not self.outdated:
+    def killed(path, target):
+        if len(done) == renames:
             raise KeyboardInterrupt
-        write(self)
+        if {Path(path).name, Path(target).name} & {".toy.part", ".toy.old"}:
+            done.append(path)
+        return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest.Manifest, "write", once)
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(manifest.shutil, "rmtree", lambda *arguments, **options: None)
         with pytest.raises(KeyboardInterrupt):
             fetch(source, force=True)
-    assert contents() == kaggle.files and manifest.read(HOME).outdated
-    asked = len(kaggle.asked)
+    assert Path("data/.toy.old").is_dir() and HOME.is_dir() == (renames == 2)
+    fetch(source, **then)
+    is_new = renames == 2 or then == {"force": True}
+    assert contents() == (kaggle.files if is_new else old | mine)
+    assert not is_new or contents(Path("data/toy.before")) == mine
+    assert leftovers() == ({"toy", "toy.before"} if is_new else {"toy"})
+
+
+def test_a_folder_that_cannot_be_moved_stays_as_it_is(kaggle, source, monkeypatch):
     fetch(source)
-    assert len(kaggle.asked) == asked and manifest.read(HOME).outdated == ()
+    old, rename = contents(), Path.rename
+
+    def busy(path, target):
+        if path.name == "toy":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", busy)
+        with pytest.raises(UserError, match="could not be put in place .Device or resource busy.*is a mount point"):
+            fetch(source, force=True)
+    assert contents() == old and leftovers() <= {"toy", ".toy.download"}
 
 
-def test_old_files_in_a_linked_folder(kaggle, source):
-    with_images(kaggle)
-    fetch(source)
-    (HOME / "train_images").rename("elsewhere")
-    (HOME / "train_images").symlink_to(Path("elsewhere").absolute())
-    without(kaggle, *(f"train_images/{n}.jpg" for n in range(3)))
-    fetch(source, force=True)
-    assert contents() == kaggle.files
-    assert (HOME / "train_images").is_symlink() and list(Path("elsewhere").iterdir()) == []
+def test_a_link_to_a_folder_on_a_larger_disk(kaggle, source):
+    """Everything happens beside the folder that it leads to."""
+    Path("large/toy").mkdir(parents=True)
+    Path("data").mkdir()
+    HOME.symlink_to(Path("large/toy").absolute())
+    for _ in range(2):
+        fetch(source, force=True)
+        assert HOME.is_symlink() and contents(Path("large/toy")) == kaggle.files
+        assert [path.name for path in Path("large").iterdir()] == ["toy"]
 
 
-def test_a_folder_on_another_disk_is_written_as_one_on_the_same(kaggle, source, monkeypatch):
-    """What a replaced file links to, its other names and who has it open keep the content that they had."""
+def test_files_that_others_hold_keep_their_content(kaggle, source):
+    """What a replaced file links to, its other names and who has it open."""
     with_images(kaggle)
     fetch(source)
     old = dict(kaggle.files)
@@ -156,54 +178,17 @@ def test_a_folder_on_another_disk_is_written_as_one_on_the_same(kaggle, source, 
     (HOME / "train.csv").symlink_to(Path("mine.csv").absolute())
     os.link(HOME / "sample_submission.csv", "backup.csv")
     kaggle.files |= {name: b"new " + content for name, content in old.items()} | {"new/deep/x.txt": b"x"}
-    kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
-    kaggle.archive = archive(kaggle.files)
-
-    def on_one_disk(function):
-        def moved(source, target, **options):
-            if Path(source).parent != Path(target).parent:
-                raise OSError(errno.EXDEV, "Invalid cross-device link")
-            function(source, target, **options)
-
-        return moved
-
-    with open(HOME / "train_images/0.jpg", "rb") as stream, monkeypatch.context() as patch:
-        for name in ("rename", "replace"):
-            patch.setattr(os, name, on_one_disk(getattr(os, name)))
+    without(kaggle)
+    with open(HOME / "train_images/0.jpg", "rb") as stream:
         fetch(source, force=True)
         assert stream.read() == old["train_images/0.jpg"]
     assert Path("mine.csv").read_bytes() == b"mine" and not (HOME / "train.csv").is_symlink()
     assert Path("backup.csv").read_bytes() == old["sample_submission.csv"]
-    assert contents() == kaggle.files, "and nothing half copied"
     made = manifest.read(HOME)
-    assert made.times == {name: (HOME / name).stat().st_mtime_ns for name in made.files}, "nothing is hashed again"
-
-
-@pytest.mark.parametrize("stopped", ["b_images", ".toy.part"])
-def test_own_files_outlive_an_installation_that_is_stopped(kaggle, source, monkeypatch, stopped):
-    """By an entry that cannot be moved, as a mount point is, and by Ctrl-C between two renames."""
-    with_images(kaggle)
-    fetch(source)
-    kept = own("a_images/1.jpg", "b_images/1.jpg", "c_images/1.jpg", "train_images/mine.jpg")
-    move = os.replace
-
-    def stubborn(old, new, **options):
-        if stopped == Path(old).name == "b_images":
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        if stopped in Path(old).parts and stopped == ".toy.part":
-            raise KeyboardInterrupt
-        move(old, new, **options)
-
-    monkeypatch.setattr(os, "rename", stubborn)
-    monkeypatch.setattr(os, "replace", stubborn)
-    if stopped == ".toy.part":
-        with pytest.raises(KeyboardInterrupt):
-            fetch(source, force=True)
-        assert kept.items() <= contents().items()
-        monkeypatch.setattr(os, "rename", move)
-        monkeypatch.setattr(os, "replace", move)
-    fetch(source, force=True)
-    assert contents() == kaggle.files | kept
+    assert contents() == kaggle.files
+    assert {name: file.mtime_ns for name, file in made.files.items()} == {
+        name: (HOME / name).stat().st_mtime_ns for name in kaggle.files
+    }, "nothing is hashed again"
 
 
 def test_choices_that_a_competition_does_not_have(kaggle, source):

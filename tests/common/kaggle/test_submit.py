@@ -4,6 +4,7 @@ import _thread
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -15,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.files import read_cell
 from common.kaggle import board as boards
+from common.kaggle import candidate as candidates
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
@@ -32,10 +33,13 @@ HOME = Path("submissions/toy")
 
 @pytest.fixture
 def module(source):
-    def build(config, raw):
-        return SimpleNamespace(valid=lambda values: None if values[0] in "01" else f"label {values[0]} is not 0 or 1")
+    def build(config, raw, log):
+        return SimpleNamespace(submission=SimpleNamespace(valid=valid))
 
-    return SimpleNamespace(SOURCE=source, RECIPES={"default": None}, build=build)
+    def valid(values):
+        return None if values[0] in "01" else f"label {values[0]} is not 0 or 1"
+
+    return SimpleNamespace(source=source, recipes={"default": None}, build=build)
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +83,7 @@ def sent(kaggle) -> list[str]:
 
 
 def choice(module, **options):
-    from common.kaggle import choose
-
-    return choose.choose("toy", module.SOURCE, options.get("run"), options.get("file")).path.stem
+    return candidates.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
 
 
 def test_the_newest_file_of_the_best_run_is_chosen(module):
@@ -92,7 +94,7 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     written("005-everything", None, created="2026-01-05T00:00:00Z")
     written("006-demo", 0.99, demo=True)
     assert choice(module) == "003-c"
-    module.SOURCE = replace(module.SOURCE, higher_is_better=False)
+    module.source = replace(module.source, higher_is_better=False)
     assert choice(module) == "001-a"
     assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
     assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
@@ -102,7 +104,11 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     ("prepare", "options", "message"),
     [
         (lambda: None, {}, "submissions/toy holds nothing: train on the real data first: make data COMP=toy"),
-        (lambda: written(demo=True), {}, r"holds only samples \(submissions/toy/001-best.csv\)"),
+        (
+            lambda: written(demo=True),
+            {},
+            r"holds only submissions made from demo data \(submissions/toy/001-best.csv\)",
+        ),
         (lambda: written(demo=True), {"run": "001-best"}, "made from demo data and means nothing"),
         (lambda: written(), {"run": "002"}, r"RUN=002 has no submission \(there are: 001-best\)"),
         (lambda: written(), {"file": "x.csv"}, "FILE=x.csv does not exist.*submissions/toy/001-best.csv"),
@@ -125,20 +131,18 @@ def test_what_is_not_sent(kaggle, module, prepare, options, message):
 
 
 def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, module):
-    from common.kaggle import choose
-
-    module.SOURCE = replace(module.SOURCE, sample_submission="stage_*.csv")
+    module.source = replace(module.source, sample_submission="stage_*.csv")
     Path("data/toy/stage_1.csv").write_text("id,label\n1,0\n2,0\n")
     Path("data/toy/stage_2.csv").write_text("id,label\n8,0\n")
     for run, text, rows in (("one", GOOD, 2), ("two", "id,label\n8,1\n", 1)):
         written(run, text=text)
-        assert choose.check(choose.choose("toy", module.SOURCE, run, None), "toy", module, None) == rows
+        assert candidates.check(candidates.choose("toy", module.source, run, None), "toy", module, None) == rows
     written("three", text="id,label\n9,1\n")
     with pytest.raises(UserError, match="id 9, expected 1"):
-        choose.check(choose.choose("toy", module.SOURCE, "three", None), "toy", module, None)
+        candidates.check(candidates.choose("toy", module.source, "three", None), "toy", module, None)
 
 
-def test_a_copy_of_a_sample_is_still_a_sample(kaggle, module):
+def test_a_copy_of_a_demo_file_is_still_one(kaggle, module):
     Path("copy.csv").write_bytes(written(demo=True).read_bytes())
     with pytest.raises(UserError, match="copy.csv was made from demo data"):
         submit(module, file="copy.csv")
@@ -153,11 +157,11 @@ def test_without_data_it_says_how_to_get_them(kaggle, module):
 
 
 def test_nowhere_to_submit(kaggle, module):
-    module.SOURCE = Source("", ("*.tsf",), False, nowhere_to_submit="the contest ended in 2018: score it with backtest")
+    module.source = Source("", ("*.tsf",), False, nowhere_to_submit="the contest ended in 2018: score it with backtest")
     with pytest.raises(UserError, match="there is nowhere to submit .the contest ended in 2018"):
         submit(module)
     with pytest.raises(UserError, match="there is nowhere to submit"):
-        boards.board("toy", module.SOURCE)
+        boards.board("toy", module.source)
 
 
 # What is sent and what comes back.
@@ -168,7 +172,8 @@ def test_the_round_trip(kaggle, module, capfd):
     submit(module)
     assert sent(kaggle) == [GOOD]
     (created,) = kaggle.calls("CreateSubmission")
-    assert created["submissionDescription"] == "001-best, recipe best, accuracy 0.90000, commit abc123"
+    message = created["submissionDescription"]
+    assert re.fullmatch(r"001-best, recipe best, accuracy 0.90000, commit abc123 \[kit-[0-9a-f]{12}\]", message)
     out = capfd.readouterr().out
     assert "sending submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000 to https://www.kag" in out
     assert "submissions left today: 9" in out and "public 0.9, private 0.8, validation 0.90000" in out
@@ -177,7 +182,7 @@ def test_the_round_trip(kaggle, module, capfd):
     assert row == {
         "file": "submissions/toy/001-best.csv", "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "run": "001-best",
         "commit": "abc123", "validation": "0.9", "public": "0.9", "private": "0.8", "status": "COMPLETE",
-        "ref": "1000", "reason": "", "message": "001-best, recipe best, accuracy 0.90000, commit abc123",
+        "ref": "1000", "reason": "", "message": message,
     }  # fmt: skip
 
     with pytest.raises(UserError, match="was sent before .*COMPLETE 0.9.*FORCE=1"):
@@ -185,7 +190,7 @@ def test_the_round_trip(kaggle, module, capfd):
     assert len(kaggle.uploads) == 1
     submit(module, force=True, message="again")
     assert [row["ref"] for row in ledger()] == ["1000", "1001"]
-    assert kaggle.calls("CreateSubmission")[1]["submissionDescription"] == "again"
+    assert kaggle.calls("CreateSubmission")[1]["submissionDescription"].startswith("again [kit-")
 
 
 def test_slow_scoring_is_waited_for(kaggle, module):
@@ -202,7 +207,7 @@ def test_scoring_that_takes_too_long_is_left_to_the_board(kaggle, module, capfd)
     assert "sent but not scored after 0 s: make board COMP=toy" in capfd.readouterr().out
     assert ledger()[0]["status"] == "PENDING"
     kaggle.polls_until_score = 1
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert (ledger()[0]["status"], ledger()[0]["public"]) == ("COMPLETE", "0.9")
 
 
@@ -247,13 +252,16 @@ def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, nu
     assert ledger() == []
 
 
-@pytest.mark.parametrize("message", ["--best", "see https://host/run?sweep=1", "größe 🎉"])
-def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, monkeypatch, message):
-    monkeypatch.setattr(submits, "LISTED_TRIES", 1000)  # nothing is found by its file's name
+@pytest.mark.parametrize(
+    "message",
+    ["--best", "see https://host/run?sweep=1", "größe 🎉", '"quoted", [kit-000000000000] \\', "=1+1", "long " * 200],
+)
+def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, message):
     written()
     submit(module, message=message)
-    (row,) = ledger()
-    assert read_cell(row["message"]) == message == kaggle.submissions[0]["description"] and row["status"] == "COMPLETE"
+    sent, (row,) = kaggle.submissions[0]["description"], ledgers.read("toy")
+    assert row.message == sent and row.status == "COMPLETE"
+    assert len(sent) <= 500 and sent.rpartition(" [kit-")[0] == message[: 500 - len(" [kit-0123456789ab]")]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +338,7 @@ def test_a_ledger_that_a_spreadsheet_has_changed_is_not_emptied(kaggle, module, 
     path = HOME / "ledger.csv"
     spoilt = spoil(path.read_text())
     path.write_bytes(spoilt)
-    for command in (lambda: submit(module), lambda: boards.board("toy", module.SOURCE)):
+    for command in (lambda: submit(module), lambda: boards.board("toy", module.source)):
         with pytest.raises(UserError, match=f"ledger.csv cannot be read .*{message}.*mend it, or move it away"):
             command()
     assert path.read_bytes() == spoilt and len(kaggle.uploads) == 1
@@ -341,7 +349,7 @@ def test_a_ledger_with_a_byte_order_mark_is_read(kaggle, module):
     submit(module)
     before, path = ledger(), HOME / "ledger.csv"
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert ledger() == before
 
 
@@ -385,7 +393,7 @@ def test_a_longer_failure_after_sending_leaves_it_to_the_board(kaggle, module, a
         submit(module)
     assert len(kaggle.submissions) == 1
     kaggle.on = {}
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     (row,) = ledger()
     assert (row["status"], row["ref"], row["run"], row["validation"]) == ("COMPLETE", "1000", "001-best", "0.9")
 
@@ -412,7 +420,7 @@ def test_the_list_is_not_readable_when_it_alone_can_tell(kaggle, module, after_s
     kaggle.on = {}
     with pytest.raises(UserError, match="was sent before .*PENDING"):
         submit(module)
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     (row,) = ledger()
     assert row["run"] == "001-best" and row["status"] == "COMPLETE" and len(kaggle.submissions) == 1
 
@@ -423,7 +431,7 @@ from types import SimpleNamespace
 from common.errors import UserError
 from common.kaggle.submit import submit
 from tests.common.kaggle.conftest import SOURCE
-try: submit("toy", SimpleNamespace(SOURCE=SOURCE), poll=0.05, wait=30)
+try: submit("toy", SimpleNamespace(source=SOURCE), poll=0.05, wait=30)
 except UserError as error: sys.exit(str(error))
 """
 
@@ -470,13 +478,13 @@ def test_two_commands_at_once_send_it_once(kaggle):
 
 def test_a_submission_is_not_lost_while_the_board_is_refreshed(kaggle, module):
     def meanwhile(body):
-        ledgers.put("toy", Row(time="2026-01-02T00:00:00Z", file="other.csv", message="another"))
+        ledgers.claim("toy", Row(time="2026-01-02T00:00:00Z", file="other.csv", message="another"))
         return kaggle.ListSubmissions(body)
 
     written()
     submit(module)
     kaggle.on = {"ListSubmissions": meanwhile}
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert {row["file"] for row in ledger()} == {"submissions/toy/001-best.csv", "other.csv"}
 
 
@@ -494,20 +502,30 @@ def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, cap
     assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
 
 
-def test_rows_without_a_number_get_theirs_in_the_order_of_sending():
+def test_rows_without_a_number_get_theirs_by_their_tag():
     def listed(ref, message):
         return Submission(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
 
+    first, second = ledgers.tagged("equal"), ledgers.tagged("equal")
     rows = [
-        Row("2026-01-01T00:00:00Z", "a/x.csv", run="first", message="equal"),
-        Row("2026-01-02T00:00:00Z", "a/x.csv", run="second", message="equal"),
-        Row("2026-01-03T00:00:00Z", "a/x.csv", run="third", message="other", ref="3"),
+        Row("2026-01-01T00:00:00Z", "a/x.csv", run="first", message=first),
+        Row("2026-01-02T00:00:00Z", "a/x.csv", run="second", message=second),
+        Row("2026-01-03T00:00:00Z", "a/x.csv", run="third", message="of an earlier version", ref="3"),
+        Row("2026-01-03T01:00:00Z", "a/x.csv", run="lost", message="equal"),
     ]
-    found = boards.refreshed(rows, [listed("4", "by hand"), listed("3", "other"), listed("2", "equal"),
-                                    listed("1", "equal")])  # fmt: skip
+    listing = [listed("4", "equal"), listed("3", "changed there"), listed("1", f"{first} "), listed("2", second)]
+    found = boards.refreshed(rows, listing)
     assert [(row.run, row.public) for row in found] == [
-        ("first", "0.1"), ("second", "0.2"), ("third", "0.3"), ("", "0.4")
+        ("first", "0.1"), ("second", "0.2"), ("third", "0.3"), ("lost", ""), ("", "0.4")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+a", "-a", "@a", "\ta", "'=1", "''=1", "-0.5", "1e-3", "'a", "", "a=1", "-"])
+def test_no_cell_is_a_formula_and_every_one_comes_back(text):
+    ledgers.claim("toy", Row("2026-01-01T00:00:00Z", f"{text}.csv", run=text, message=text, public=text))
+    (row,) = ledger()
+    assert row["run"][:1] not in tuple("=+-@\t") or row["run"] in ("", "-0.5")
+    assert ledgers.read("toy") == [Row("2026-01-01T00:00:00Z", f"{text}.csv", run=text, message=text, public=text)]
 
 
 def test_somebody_elses_submission_is_not_taken_for_ours(kaggle, module):
@@ -556,7 +574,7 @@ def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, capfd):
     kaggle.submitted("by hand, in a browser", "byhand.csv")
     submit(module)
     kaggle.public = "0.95"
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     out = capfd.readouterr().out
     table = [line.split() for line in out[out.index("time ") :].splitlines()]
     assert table[0] == ["time", "run", "validation", "public", "private", "rank", "status"]
@@ -575,7 +593,7 @@ def test_submissions_on_later_pages_of_kaggles_list_are_joined_too(kaggle, modul
     for number in range(PAGE):
         kaggle.submitted("by hand", f"{number}.csv")
     kaggle.public = "0.95"
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert {(row["run"], row["public"]) for row in ledger()} == {("001-best", "0.95"), ("", "0.95")}
     assert len(ledger()) == 1 + PAGE
 
@@ -592,10 +610,18 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
     written()
     submit(module)
     kaggle.on = {"DownloadLeaderboard": Reply(403, "Permission denied")}
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     out = capfd.readouterr().out
     assert "no ranks: reading the leaderboard of toy-competition: Kaggle refuses it" in out
     assert (HOME / "board.png").is_file()
+
+
+@pytest.mark.parametrize("run", [r"$\frac{$", "$x^2$", "a_b\\%", "größe 🎉"])
+def test_a_runs_name_is_text_and_no_formula(kaggle, module, run):
+    written(run)
+    submit(module)
+    boards.board("toy", module.source)
+    assert (HOME / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_board_without_network_shows_the_ledger_and_says_so(kaggle, module, monkeypatch, capfd):
@@ -603,10 +629,10 @@ def test_the_board_without_network_shows_the_ledger_and_says_so(kaggle, module, 
     submit(module)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="not refreshed: .*cannot be reached"):
-        boards.board("toy", module.SOURCE)
+        boards.board("toy", module.source)
     assert "001-best" in capfd.readouterr().out and ledger()[0]["public"] == "0.9"
 
 
 def test_an_empty_board(kaggle, module, capfd):
-    boards.board("toy", module.SOURCE)
+    boards.board("toy", module.source)
     assert "nothing was submitted to https://www.kaggle.com/c/toy-competition yet" in capfd.readouterr().out

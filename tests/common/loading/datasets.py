@@ -151,5 +151,5 @@ def digest(*batches: Batch) -> str:
     for parts in zip(*trees, strict=True):
         joined = torch.cat(parts)
         found.update(f"{joined.dtype} {tuple(joined.shape)}".encode())
-        found.update(joined.numpy().tobytes())
+        found.update(joined.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

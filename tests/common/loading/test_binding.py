@@ -202,6 +202,59 @@ def test_a_batch_that_holds_a_generator_is_refused():
         Loader(dataset, orders.sequential(64), 8, seed=0)
 
 
+class Drawing:
+    """Batches of numbers that `draw` makes of (size, indices, keys)."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __len__(self):
+        return 64
+
+    def batch(self, indices, keys):
+        return self.draw(len(indices), indices, keys), torch.from_numpy(indices)
+
+
+def flipped(size, indices, keys):
+    from torchvision.transforms import v2
+
+    return torch.stack([v2.RandomHorizontalFlip()(torch.arange(8)) for _ in range(size)])
+
+
+UNKEYED = {
+    "np.random": lambda size, indices, keys: np.random.rand(size),
+    "random": lambda size, indices, keys: np.array([random.random() for _ in range(size)]),
+    "torch.randn": lambda size, indices, keys: torch.randn(size),
+    "torchvision v2": flipped,
+    "fresh generator": lambda size, indices, keys: np.random.default_rng().random((size, 2)),
+    "seeded by its first row": lambda size, indices, keys: np.random.default_rng(int(indices[0])).random(size),
+    "a draw for the batch": lambda size, indices, keys: np.full(size, keys.uniform()[0]),
+    "normalised over the batch": lambda size, indices, keys: keys.uniform() - keys.uniform(stream=1).mean(),
+    "shuffled labels": lambda size, indices, keys: keys.index[::-1].copy(),
+}
+
+
+@pytest.mark.parametrize("kind", UNKEYED)
+def test_batches_that_are_not_keyed_are_refused(kind):
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+    loader = Loader(Drawing(UNKEYED[kind]), orders.shuffled(64), 8, seed=0)
+    with pytest.raises(UserError, match="a batch of Drawing differs when it is loaded (twice|in two halves)"):
+        next(loader.epoch(0))
+    assert before == (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist())
+
+
+def test_rounding_is_not_taken_for_chance():
+    table = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(300, 7, generator=torch.Generator().manual_seed(1))
+    holes = torch.where(torch.arange(300) % 3 > 0, table, torch.nan)
+
+    def draw(size, indices, keys):
+        return {"product": table[indices] @ weight, "holes": holes[indices], "none": torch.zeros(size, 0)}
+
+    loader = Loader(Drawing(draw), orders.shuffled(64), 7, seed=0)
+    assert sum(map(len, loader.epoch(0))) == 64
+
+
 @pytest.mark.parametrize(
     "dataset", [UsesModuleGenerator(), CallsModule(), ImportsInside(), HoldsMethod(), HoldsClosure()]
 )

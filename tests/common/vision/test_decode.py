@@ -139,7 +139,7 @@ def test_a_header_of_more_pixels_than_a_decoder_takes_is_a_bad_image(tmp_path, j
     place = jpeg.find(b"\xff\xc0") + 5
     (tmp_path / "a.jpg").write_bytes(jpeg[:place] + struct.pack(">HH", 65000, 65000) + jpeg[place + 4 :])
     for name in ("a.png", "a.jpg"):
-        with pytest.raises(BadImage, match=f"{name} (cannot be decoded|is truncated)") as caught:
+        with pytest.raises(BadImage, match=f"{name} cannot be decoded .its header says 2.30 pixels or more") as caught:
             decode(tmp_path / name, size)
         assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 

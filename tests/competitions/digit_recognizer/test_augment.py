@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.loading import orders
 from common.loading.keys import Keys
+from common.loading.loader import Loader
 from competitions.digit_recognizer.augment import Strength, augment, view
+from competitions.digit_recognizer.dataset import Digits
 from competitions.digit_recognizer.demo import digits
 
 FULL = Strength(rotation=12, scale=0.12, shear=0.12, shift=2, elastic=0.8)
@@ -26,6 +29,34 @@ def test_bits_do_not_depend_on_the_batching(images, batch_size, threads):
     torch.set_num_threads(threads)
     parts = np.split(rows, range(batch_size, 300, batch_size))
     assert torch.equal(torch.cat([augment(images[part], Keys(3, 5, part), FULL) for part in parts]), whole)
+
+
+@pytest.mark.parametrize("strength", [None, FULL])
+@pytest.mark.parametrize("at_once", [1, 3, 50])
+def test_batches_made_on_a_card_are_those_of_one_sample_at_a_time(images, strength, at_once):
+    """As on a card: tensors that have moved, several batches in one call, here with a CPU for the card."""
+    labels = torch.arange(300) % 10
+    alone = Digits(images, labels, strength)
+    order = orders.weighted(np.ones(300), 150)  # some rows come twice, with other numbers
+    loader = Loader(Digits(images, labels, strength).to("cpu"), order, 16, seed=3)
+    loader._batches_at_once = at_once
+    batches, plan = list(loader.epoch(5)), order(3, 5)
+    assert [(batch.number, len(batch)) for batch in batches] == [(n, 16) for n in range(9)] + [(9, 6)]
+    assert torch.cat([batch.index for batch in batches]).tolist() == plan.index.tolist()
+    rows = zip(plan.index, plan.draw, strict=True)
+    single = [alone.batch(np.array([row]), Keys(3, 5, np.array([row]), np.array([draw]))) for row, draw in rows]
+    assert torch.equal(torch.cat([batch.inputs for batch in batches]), torch.cat([image for image, _ in single]))
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), torch.cat([label for _, label in single]))
+    assert [len(batch) for batch in loader.epoch(5, 9)] == [6] and not list(loader.epoch(5, 10))
+
+
+def test_the_loader_moves_the_data_to_its_device(images):
+    """A device without contents stands for a card: everything but the numbers is there."""
+    data = Digits(images, strength=FULL)
+    loader = Loader(data, orders.sequential(300), 64, seed=0, device="meta")
+    assert data.images.device.type == data.labels.device.type == "meta" and loader._batches_at_once == 16
+    changed, targets = data.batch(np.arange(5), Keys(0, 0, np.arange(5)))
+    assert changed.device.type == targets.device.type == "meta" and changed.shape == (5, 1, 28, 28)
 
 
 def test_epoch_seed_and_row_each_change_the_image(images):

@@ -8,34 +8,41 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, submission
+from common import checkpoint, competition, submission
 from common import run as runs
 from common.config import Parser, add_prediction_flags, checked, with_flags
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import batch_value, kind
+from common.preflight import check_before
 from common.raw import RawData
 from common.report import Report
+from common.task import completed
 from common.vision import store
-from competitions.inclusive_images import dataset, decision, demo, model, plots, rows, task
+from competitions.inclusive_images import decision, demo, model, plots, rows, task
+from competitions.inclusive_images.config import RECIPES, TagConfig
 
-SMOKE = dataclasses.replace(task.RECIPES["smoke"], clusters=0)
+SMOKE = dataclasses.replace(RECIPES["smoke"], clusters=0)
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> RawData:
     folder = tmp_path_factory.mktemp("demo")
-    demo.write(folder)
+    demo.write_demo(folder)
     return RawData(folder, "inclusive_images", is_demo=True)
 
 
 def built(raw: RawData, **changes):
-    return task.build(checked(dataclasses.replace(SMOKE, **changes)), raw)
+    return completed(task.build(checked(dataclasses.replace(SMOKE, **changes)), raw, print), raw)
+
+
+def checked_before(built_task) -> None:
+    check_before(built_task, SMOKE, competition.load("inclusive_images"))
 
 
 def test_sample_is_seeded_and_its_labels_come_together(raw, tmp_path):
-    demo.write(tmp_path)
+    demo.write_demo(tmp_path)
     for name in ("train_human_labels.csv", "tuning_labels.csv", "stage_1_sample_submission.csv"):
         assert (tmp_path / name).read_bytes() == (raw.path / name).read_bytes()
     files = rows.read(SMOKE, raw, lambda message: None)
@@ -64,14 +71,14 @@ def test_rows_of_every_choice(raw, labelled, n, held):
 
 def test_samples_and_their_targets(raw):
     built_task = built(raw)
-    image, targets = built_task.plain[3]
+    image, targets = built_task.data.valid[3]
     assert image.dtype == torch.uint8 and image.shape == (3, 64, 64)
     files = rows.read(SMOKE, raw, lambda message: None)
     embedding = rows.embed(SMOKE, files)
     assert targets["labels"].tolist() == files.labels[3].toarray()[0].tolist()
     assert torch.allclose(targets["embedding"], torch.from_numpy(embedding.vectors[files.labels[3].indices].sum(0)))
     assert float(targets["count"]) == files.labels[3].nnz
-    assert built_task.test[0][1].numel() == 0
+    assert built_task.data.test[0][1].numel() == 0
 
 
 def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
@@ -79,13 +86,13 @@ def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
     order = orders.sequential(np.arange(24))
 
     def epoch(workers: int, number: int) -> torch.Tensor:
-        with Loader(built_task.labelled, order, 12, seed=0, workers=workers) as loader:
+        with Loader(built_task.data.train, order, 12, seed=0, workers=workers) as loader:
             return torch.cat([batch.inputs for batch in loader.epoch(number)])
 
     first, second = epoch(0, 0), epoch(0, 1)
     assert torch.equal(first, epoch(2, 0))
     assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), "every image differs in every epoch"
-    changed = torch.stack([first[row] != built_task.plain[row][0] for row in range(24)])
+    changed = torch.stack([first[row] != built_task.data.valid[row][0] for row in range(24)])
     assert changed.float().mean() > 0.5
 
 
@@ -93,9 +100,9 @@ def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
 def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
     built_task = built(raw, mix=mix, augment="none")
     order = orders.sequential(np.arange(24))
-    with Loader(built_task.labelled, order, 24, seed=0, mix=built_task.mix) as loader:
+    with Loader(built_task.data.train, order, 24, seed=0, mix=built_task.data.mix) as loader:
         batch = next(loader.epoch(0))
-    plain = [built_task.plain[row] for row in range(24)]
+    plain = [built_task.data.valid[row] for row in range(24)]
     blended = 0
     for row, (image, targets) in enumerate(plain):
         partner = plain[row ^ 1][1]
@@ -110,12 +117,12 @@ def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
 
 
 def test_images_are_resized_once_up_to_a_limit(raw, monkeypatch, capsys):
-    expected = built(raw).plain[0][0]
+    expected = built(raw).data.valid[0][0]
     monkeypatch.setattr(store, "decode", lambda *_: pytest.fail("decoded again"))
-    assert torch.equal(built(raw).plain[0][0], expected)
+    assert torch.equal(built(raw).data.valid[0][0], expected)
     monkeypatch.undo()
     capsys.readouterr()
-    assert torch.equal(built(raw, cache_gb=0.0).plain[0][0], expected)
+    assert torch.equal(built(raw, cache_gb=0.0).data.valid[0][0], expected)
     said = capsys.readouterr().out
     assert "240 images are decoded at every use" in said and "40 images are decoded at every use" in said
     built(raw)
@@ -126,18 +133,18 @@ def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replac
     shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     other = RawData(tmp_path / "data", "inclusive_images")
     whole = built(other)
-    whole.preflight()
-    image = other.path / "stage_1_test_images" / f"{whole.test_ids[3]}.jpg"
+    checked_before(whole)
+    image = other.path / "stage_1_test_images" / f"{whole.data.test_ids[3]}.jpg"
     contents = image.read_bytes()
     image.write_bytes(contents[:100])
     for _ in range(2):  # as it is resized, and from the file
         broken = built(other)
         with pytest.raises(UserError, match=f"1 of 40 test images cannot be read .*{image.name} is truncated"):
-            broken.preflight()
+            checked_before(broken)
     black = np.zeros((64, 64, 3), np.uint8)
     cv2.imwrite(str(image), black)
     mended = built(other)
-    mended.preflight()
+    checked_before(mended)
     assert whole.fingerprint == broken.fingerprint == mended.fingerprint, "what was trained goes on"
     next((other.path / "train_images").iterdir()).write_bytes(contents)
     assert built(other).fingerprint != whole.fingerprint
@@ -147,12 +154,12 @@ def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replac
 @pytest.mark.parametrize("embedding_loss", ["cosine", "mse"])
 def test_every_loss_is_per_sample_and_finite(raw, loss, embedding_loss):
     built_task = built(raw, loss=loss, embedding_loss=embedding_loss)
-    with Loader(built_task.plain, orders.sequential(np.arange(8)), 8, seed=0) as loader:
+    with Loader(built_task.data.valid, orders.sequential(np.arange(8)), 8, seed=0) as loader:
         batch = next(loader.epoch(0))
-    network = built_task.model().train()
-    value = batch_value(built_task.loss, network(batch.inputs), batch.targets)
+    network = built_task.network.model().train()
+    value = batch_value(built_task.network.loss, network(batch.inputs), batch.targets)
     value.backward()
-    assert kind(built_task.loss) == "per_sample" and torch.isfinite(value)
+    assert kind(built_task.network.loss) == "per_sample" and torch.isfinite(value)
     heads = [network.heads[name].weight.grad.abs().sum() for name in model.HEADS]
     assert all(torch.isfinite(slope) and slope > 0 for slope in heads), "both heads and the count get gradients"
 
@@ -160,7 +167,7 @@ def test_every_loss_is_per_sample_and_finite(raw, loss, embedding_loss):
 def test_the_loss_called_f2_is_the_soft_f2_of_every_image(raw):
     logits = torch.randn(6, 23, generator=torch.Generator().manual_seed(0))
     labels = (torch.rand(6, 23, generator=torch.Generator().manual_seed(1)) < 0.2).float()
-    loss = built(raw, loss="f2", embedding=0.0, count=0.0).loss
+    loss = built(raw, loss="f2", embedding=0.0, count=0.0).network.loss
     found = logits.sigmoid()
     hits, slack = (found * labels).sum(1), 0.1
     wanted = 1 - (5 * hits + slack) / (4 * labels.sum(1) + found.sum(1) + slack)
@@ -171,14 +178,14 @@ def test_the_loss_called_f2_is_the_soft_f2_of_every_image(raw):
 def test_what_was_trained_against_negatives_is_predicted_against_them(raw):
     logits = torch.randn(4, 23, generator=torch.Generator().manual_seed(0))
     against = decision.against_negatives(logits)
-    assert torch.equal(built(raw, loss="pvn").predict({"labels": logits}), against)
-    assert torch.equal(built(raw, loss="bce").predict({"labels": logits}), logits.sigmoid())
+    assert torch.equal(built(raw, loss="pvn").postprocess.predict({"labels": logits}), against)
+    assert torch.equal(built(raw, loss="bce").postprocess.predict({"labels": logits}), logits.sigmoid())
     alone = built(raw, loss="pvn", classifier=0.0, embedding=1.0)
-    assert torch.equal(alone.predict({"labels": logits}), logits.sigmoid()), "no classifier was trained so"
+    assert torch.equal(alone.postprocess.predict({"labels": logits}), logits.sigmoid()), "no classifier was trained so"
 
 
 def test_training_drops_the_set_part_of_the_features_and_evaluation_none(raw):
-    network, seen = built(raw, dropout=0.75).model(), []
+    network, seen = built(raw, dropout=0.75).network.model(), []
     network.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     network.heads["labels"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -199,7 +206,7 @@ def training_labels(raw: RawData) -> np.ndarray:
 
 def test_the_classifier_starts_from_the_share_of_the_images_that_have_a_label(raw):
     wanted = training_labels(raw).mean(0).clip(1e-5, 1 - 1e-5)
-    found = built(raw).model().heads["labels"].bias.detach().sigmoid().numpy()
+    found = built(raw).network.model().heads["labels"].bias.detach().sigmoid().numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
 
@@ -211,14 +218,14 @@ def test_an_image_without_a_likely_label_gets_the_most_frequent_ones(raw):
 
 
 def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_path):
-    both, alone = built(raw).model().eval(), built(raw, embedding=0.0, count=0.0).model().eval()
+    both, alone = built(raw).network.model().eval(), built(raw, embedding=0.0, count=0.0).network.model().eval()
     assert set(both.heads) == set(model.HEADS) and set(alone.heads) == {"labels"}
     checkpoint.save(tmp_path / "model.pt", {"model": both.state_dict()})
     model.start_from(alone, tmp_path / "model.pt")
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(alone(images)["labels"], both(images)["labels"])
     with pytest.raises(UserError, match="holds another network"):
-        model.start_from(built(raw, backbone="resnet18", embedding=0.0).model(), tmp_path / "model.pt")
+        model.start_from(built(raw, backbone="resnet18", embedding=0.0).network.model(), tmp_path / "model.pt")
     checkpoint.save(tmp_path / "alone.pt", {"model": alone.state_dict()})
     with pytest.raises(UserError, match="first difference: heads.embedding"):
         model.start_from(both, tmp_path / "alone.pt")
@@ -226,26 +233,26 @@ def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_p
 
 def test_a_last_batch_of_one_image_trains_whatever_the_backbone_normalises(raw):
     for changes in ({"backbone": "resnest14d"}, {"backbone": "skresnet18"}, {"size": (32, 32)}):
-        network = built(raw, **changes).model().train()
+        network = built(raw, **changes).network.model().train()
         size = changes.get("size", (64, 64))
         network(torch.zeros(1, 3, *size, dtype=torch.uint8))["labels"].sum().backward()
 
 
 def test_the_backbone_may_start_from_a_file(raw, tmp_path):
-    first = built(raw).model()
+    first = built(raw).network.model()
     checkpoint.save(tmp_path / "model.pt", {"model": first.state_dict()})
     task_from_file = built(raw, encoder_weights=str(tmp_path / "model.pt"), seed=1)
-    network = task_from_file.model()
+    network = task_from_file.network.model()
     assert not torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
-    task_from_file.pretrain(network)
+    task_from_file.network.pretrain(network)
     assert torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
-    assert built(raw).pretrain is None, "the competition forbade published weights"
+    assert built(raw).network.pretrain is None, "the competition forbade published weights"
 
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "ghostnet_050", "resnet18"])
 def test_heads_fit_what_the_backbone_hands_over(raw, backbone):
     """MobileNets and others have a hidden layer between `num_features` and the heads."""
-    network = built(raw, backbone=backbone).model().train()
+    network = built(raw, backbone=backbone).network.model().train()
     outputs = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     assert outputs["labels"].shape == (2, 23) and outputs["embedding"].shape == (2, 16)
 
@@ -253,8 +260,8 @@ def test_heads_fit_what_the_backbone_hands_over(raw, backbone):
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128s"])
 def test_transformers_are_made_for_the_size_of_the_images(raw, backbone):
     built_task = built(raw, backbone=backbone, size=(64, 96))
-    built_task.preflight()
-    outputs = built_task.model().train()(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    checked_before(built_task)
+    outputs = built_task.network.model().train()(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
     assert outputs["labels"].shape == (2, 23) and outputs["embedding"].shape == (2, 16)
 
 
@@ -264,22 +271,22 @@ def test_transformers_are_made_for_the_size_of_the_images(raw, backbone):
 def test_a_backbone_that_does_not_take_the_size_is_refused_before_the_run(raw, backbone, size, usual):
     words = f"--backbone {backbone} does not take images of --size {size[0]},{size[1]} .*--size {usual}"
     with pytest.raises(UserError, match=words):
-        built(raw, backbone=backbone, size=size).preflight()
+        checked_before(built(raw, backbone=backbone, size=size))
 
 
 def test_the_count_head_leaves_no_trace_in_the_predictions(raw):
     """So that runs with and without one can be averaged."""
     for count in (0.0, 0.01):
         built_task = built(raw, count=count)
-        outputs = built_task.model().eval()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-        assert built_task.predict(outputs).shape == (2, 23)
+        outputs = built_task.network.model().eval()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+        assert built_task.postprocess.predict(outputs).shape == (2, 23)
 
 
 def test_embedding_alone_scores_the_labels(raw):
     built_task = built(raw, classifier=0.0, embedding=1.0, count=0.0)
-    network = built_task.model().eval()
+    network = built_task.network.model().eval()
     outputs = network(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
-    predictions = built_task.predict(outputs)
+    predictions = built_task.postprocess.predict(outputs)
     assert predictions.shape == (2, 23) and "labels" not in network.train()(
         torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     )
@@ -289,11 +296,11 @@ def test_embedding_alone_scores_the_labels(raw):
             length = max(np.linalg.norm(vector), length)  # of a label without a vector it is 0
             near = float(output @ torch.from_numpy(vector).double()) / float(output.norm()) / length if length else 0.0
             assert float(found[label]) == pytest.approx(1 / (1 + np.exp(-8 * near)), abs=1e-5)
-    assert int(built_task.decide(predictions, {})["labels"].sum()) == 10
+    assert int(built_task.postprocess.apply(predictions, {})["labels"].sum()) == 10
 
 
 def test_only_the_heads_learn(raw):
-    network = built(raw, learns="heads", start_from="before", augment="none").model().train()
+    network = built(raw, learns="heads", start_from="before", augment="none").network.model().train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
     network(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))["labels"].square().mean().backward()
@@ -305,26 +312,27 @@ def test_only_the_heads_learn(raw):
 def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     config = dataclasses.replace(SMOKE, embedding=0.0, count=0.0)
-    built_task = task.build(config, raw)
+    built_task = task.build(config, raw, print)
     from common.loading.folds import fingerprint
 
     provenance = {
         "recipe": "smoke",
+        "competition": "inclusive_images",
         "demo": True,
         "data_fingerprint": "",
-        "folds_fingerprint": fingerprint(built_task.folds, built_task.ids),
-        "outputs": built_task.outputs,
+        "folds_fingerprint": fingerprint(built_task.data.folds, built_task.data.ids),
+        "outputs": built_task.network.outputs,
         "data": "first",
     }
     run = runs.open_run("inclusive_images", "first", config, provenance)
     (run.path / "fold-0").mkdir()
-    trained = built_task.model()
+    trained = built_task.network.model()
     checkpoint.save(run.path / "fold-0" / "model.pt", {"model": trained.state_dict()})
 
     def start(**changes):
         later = dataclasses.replace(config, **{"start_from": "first"} | changes)
         found = rows.read(later, raw, lambda message: None)
-        network = task.build(later, raw).model()
+        network = task.build(later, raw, print).network.model()
         rows.start_from(later, found, network)
         return network
 
@@ -364,8 +372,8 @@ def test_weighted_sampling_equals_the_slow_loop(raw):
     of_label = [min(max(np.log(0.5 * counts.sum() / count), 1), 10) if count else 0 for count in counts]
     wanted = [max(of_label[label] for label in np.flatnonzero(row)) for row in table]
     assert np.allclose(orders.by_rarity(files.labels), wanted)
-    train = np.flatnonzero(built_task.folds != 0)
-    order = built_task.order(train)
+    train = np.flatnonzero(built_task.data.folds != 0)
+    order = built_task.data.order(train)
     drawn = np.concatenate([order(0, epoch).index for epoch in range(600)])
     assert set(drawn) <= set(train)
     rates = np.bincount(drawn, minlength=len(table))[train] / len(drawn)
@@ -375,22 +383,22 @@ def test_weighted_sampling_equals_the_slow_loop(raw):
 def test_submission_is_checked(raw, tmp_path):
     built_task = built(raw)
     scores = torch.rand(40, 23, generator=torch.Generator().manual_seed(0))
-    lines = list(built_task.rows(built_task.test_ids, built_task.decide(scores, {})))
-    sample = submission.Sample.of_lines(built_task.sample_submission(), "the sample")
-    path = submission.write(tmp_path / "a.csv", built_task.columns, lines, sample, built_task.valid, {})
+    form, sample = built_task.submission, built_task.sample
+    lines = list(form.rows(built_task.data.test_ids, built_task.postprocess.apply(scores, {})))
+    path = submission.write(tmp_path / "a.csv", sample, lines, form.valid, {})
     first = path.read_text().splitlines()
     assert first[0] == "image_id,labels" and len(first) == 41
-    assert built_task.valid([""]) == "no label, which scores 0"
-    assert "not in classes-trainable.csv" in built_task.valid(["/m/0s000 /m/odd"])
-    assert "twice" in built_task.valid(["/m/0s000 /m/0s000"])
+    assert form.valid([""]) == "no label, which scores 0"
+    assert "not in classes-trainable.csv" in form.valid(["/m/0s000 /m/odd"])
+    assert "twice" in form.valid(["/m/0s000 /m/0s000"])
     bad = [(image, "/m/odd") for image, _ in lines]
     with pytest.raises(UserError, match="/m/odd"):
-        submission.write(tmp_path / "b.csv", built_task.columns, bad, sample, built_task.valid, {})
+        submission.write(tmp_path / "b.csv", sample, bad, form.valid, {})
     assert not (tmp_path / "b.csv").exists()
 
 
 def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_path):
-    from common.kaggle import choose
+    from common.kaggle import candidate as choose
 
     data = tmp_path / "data"
     shutil.copytree(raw.path, data, ignore=shutil.ignore_patterns("cache"))
@@ -400,17 +408,17 @@ def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_
     for image in images:
         shutil.copy(data / "train_images" / f"{image}.jpg", data / "stage_2_images")
     for stage, n in (("1", 40), ("2", 3)):
-        built_task = task.build(dataclasses.replace(SMOKE, stage=stage), RawData(data, "inclusive_images"))
-        assert len(built_task.test) == n
-        lines = [f"{image},/m/0s000\n" for image in built_task.test_ids]
+        built_task = built(RawData(data, "inclusive_images"), stage=stage)
+        assert len(built_task.data.test) == n
+        lines = [f"{image},/m/0s000\n" for image in built_task.data.test_ids]
         (tmp_path / "sent.csv").write_text("image_id,labels\n" + "".join(lines))
         candidate = choose.Candidate(tmp_path / "sent.csv", {})
-        assert choose.check(candidate, "inclusive_images", task, str(data)) == n
+        assert choose.check(candidate, "inclusive_images", competition.load("inclusive_images"), str(data)) == n
 
 
 def test_a_trained_network_predicts_either_stage():
     parser = Parser()
-    add_prediction_flags(parser, task.TagConfig)
+    add_prediction_flags(parser, TagConfig)
     assert with_flags(SMOKE, parser.parse_args(["--stage", "2"])).stage == "2"
 
 
@@ -452,7 +460,7 @@ def test_settings_that_make_no_sense(raw, changes, words):
 
 def test_unknown_backbone_names_the_nearest(raw):
     with pytest.raises(UserError, match="resnet18"):
-        built(raw, backbone="resnet81").preflight()
+        checked_before(built(raw, backbone="resnet81"))
 
 
 def test_pictures(raw, tmp_path):

@@ -318,7 +318,7 @@ def test_the_raw_inputs_join_again_after_the_first_layer():
 
 def test_batches_of_the_training_are_days_and_its_fold_is_the_held_days(observations, tmp_path):
     rows = network_rows(observations, [30, 31, 32, 50])
-    task = mlp.task(rows, mlp.Split(np.array([30, 31, 32]), np.array([50])), 0, 8, 0.1)
+    task = mlp.task(rows, np.array([50]), 0, 8, 0.1)
     count = rows.series_count
     plan = task.data.order(np.flatnonzero(task.data.folds != 0))(0, 0)
     assert plan.sizes.tolist() == [count] * 3

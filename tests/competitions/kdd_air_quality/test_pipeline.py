@@ -289,12 +289,26 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_fitted(here, monkeypatch, c
     assert (folder / "again.csv").read_bytes() == (folder / "a.csv").read_bytes()
 
 
-def test_what_train_and_predict_write_is_the_same(here, capsys):
-    assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "files"]) == 0
+@pytest.mark.parametrize("words", [[], ["--data", "files"], ["--last-day", "2018-03-31"], ["--run", "a,a"]])
+def test_what_train_and_predict_write_is_the_same(here, capsys, words):
+    folder = here / "submissions" / "kdd_air_quality"
+    expected = (folder / "a.csv").read_bytes()
+    (folder / "a.csv").unlink()
+    assert main(["predict", "kdd_air_quality", *words]) == 0
     shown = capsys.readouterr().out
     assert "no submission" not in shown and shown.count("submission: ") == 1
-    folder = here / "submissions" / "kdd_air_quality"
-    assert (folder / "a-2018-03-31.csv").read_bytes() == (folder / "a.csv").read_bytes()
+    (written,) = folder.glob("*.csv")
+    name = {"--data": "a-2018-03-31.csv", "--last-day": "a-2018-03-31.csv", "--run": "a+a.csv"}
+    assert written.name == name.get("".join(words[:1]), "a.csv") and written.read_bytes() == expected
+
+
+def test_the_kept_forecasts_are_not_those_of_other_stations(here, capsys):
+    path = here / "files" / "sample_submission.csv"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "CD1#" not in line))
+    facts = here / "runs" / "kdd_air_quality" / "a" / "run.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"data": str(here / "files")}))
+    assert main(["predict", "kdd_air_quality", "--run", "a"]) == 1
+    assert "fitted on 8 stations" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_trained_again(here, capsys):

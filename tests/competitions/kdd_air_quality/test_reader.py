@@ -135,7 +135,7 @@ def test_values_that_are_no_numbers_are_named(files):
     assert f"{HISTORY}: {count} values of PM10 are no numbers" in warning and repr(example) in warning
 
 
-@pytest.mark.parametrize("sentinel", [-999, -200, 9999, -1])
+@pytest.mark.parametrize("sentinel", [-999, -200, 9999, -1, 999])
 @pytest.mark.parametrize("name", [HISTORY, LONDON])
 def test_numbers_for_missing_values_are_missing(files, name, sentinel):
     expected = load(files)

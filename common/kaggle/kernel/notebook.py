@@ -6,9 +6,13 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKED = ("common", "competitions", "requirements.txt")  # nothing else of the checkout leaves this machine
-OUTPUT = "kit-output.zip"  # what the notebook leaves for the kit
+OUTPUT = "kit-output.zip"  # what the notebook leaves for the kit, and for the notebook that goes on with its run
+STATE = "kit-state.json"  # {"checkpoint": sha256 of the unfinished run's files, "" when it is finished}
+ACCELERATOR = "NvidiaTeslaT4"  # NvidiaTeslaT4Highmem is two of them, where Kaggle tells them apart
+SESSION_HOURS = 9.0  # the longest that Kaggle lets a notebook run on a GPU
+MARGIN_SECONDS = 900  # of the session: for stopping the training and packing the run
 VERSION = "code-version.txt"
 # Import names of what Kaggle's image may lack -> their lines in requirements.txt; torch and its friends are there.
 OFTEN_MISSING = {
@@ -24,9 +28,10 @@ TEMPLATE = """# %% [markdown]
 # {title}: `{command}`
 
 # %%
-import importlib.util, os, shutil, subprocess, sys, zipfile
+import hashlib, importlib.util, json, os, shutil, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
+END = time.monotonic() + {seconds}  # when the training is stopped, so that its checkpoint is kept
 INPUT, WORKING, KIT = Path("/kaggle/input"), Path("/kaggle/working"), Path("/tmp/kit")
 
 # %% The code: Kaggle may have unpacked the archive of the data set or not.
@@ -40,31 +45,58 @@ for version in INPUT.rglob("{version_file}"):
 found = (KIT / "{version_file}").read_text() if (KIT / "{version_file}").is_file() else "none"
 assert found == "{version}", f"the code here is version {{found}}, expected {version}: push the notebook again"
 
+# %% The run of the session before, where it was not finished.
+for archive in INPUT.rglob("{output}"):
+    zipfile.ZipFile(archive).extractall(KIT)
+
 # %% What Kaggle's image lacks, in the versions of requirements.txt.
 pins = dict(line.split("==") for line in (KIT / "requirements.txt").read_text().splitlines() if "==" in line)
 often_missing = {often_missing}
 missing = [f"{{name}}=={{pins[name]}}" for module, name in often_missing.items()
            if name in pins and importlib.util.find_spec(module) is None]
 if missing and {internet}:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *missing], check=True)
 elif missing:
     print("not installed, as the internet is off:", ", ".join(missing))
 
-# %% The training: the same command as at home.
+# %% The training: the same command as at home, with a process for every card.
+import torch
+
 data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
-command = [sys.executable, "-m", "common", {words}, "--data", str(data)]
+cards = torch.cuda.device_count()
+launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(cards), "-m", "--"] if cards > 1 else []
+command = [sys.executable, "-m", *launch, "common", {words}, "--data", str(data)]
 environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
-subprocess.run(command, cwd=KIT, env=environment, check=True)
+training = subprocess.Popen(command, cwd=KIT, env=environment, start_new_session=True)
+try:
+    status = training.wait(max(1, END - time.monotonic()))
+except subprocess.TimeoutExpired:
+    print("the session ends: the training is stopped, and the next notebook goes on with it", flush=True)
+    for number, patience in ((signal.SIGINT, {patience}), (signal.SIGKILL, 60)):
+        try:
+            os.killpg(training.pid, number)
+            training.wait(patience)
+            break
+        except (subprocess.TimeoutExpired, ProcessLookupError):
+            continue
+    status = None
+assert status in (0, None), f"the training ended with status {{status}}"
 
 # %% The run and its submission, for `make kernel` to fetch.
-tables = sorted((KIT / "submissions").glob("*/*.csv"), key=lambda file: file.stat().st_mtime)
-assert tables, "the training wrote no submission"
-shutil.copyfile(tables[-1], WORKING / "submission.csv")
-with zipfile.ZipFile(WORKING / "{output}", "w", zipfile.ZIP_DEFLATED) as out:
-    for folder in ("runs", "submissions"):
-        for file in sorted((KIT / folder).rglob("*")):
-            if file.is_file():
-                out.write(file, file.relative_to(KIT))
+files = sorted(file for folder in ("runs", "submissions") for file in (KIT / folder).rglob("*") if file.is_file())
+with zipfile.ZipFile(WORKING / "{output}", "w") as out:
+    for file in files:
+        out.write(file, file.relative_to(KIT))
+checkpoint = hashlib.sha256()
+for file in files:
+    if status is None and file.suffix in (".pt", ".npy"):
+        checkpoint.update(file.read_bytes())
+(WORKING / "{state}").write_text(json.dumps({{"checkpoint": checkpoint.hexdigest() if status is None else ""}}))
+tables = sorted((file for file in files if file.suffix == ".csv" and KIT / "submissions" in file.parents),
+                key=lambda file: file.stat().st_mtime)
+assert tables or status is None, "the training wrote no submission"
+if status == 0:
+    shutil.copyfile(tables[-1], WORKING / "submission.csv")
 """
 
 
@@ -89,9 +121,19 @@ def pack(root: Path = ROOT) -> tuple[bytes, str]:
 
 
 def notebook(
-    title: str, slug: str, competition: str, arguments: Sequence[str], archive: str, version: str, internet: bool
+    title: str,
+    slug: str,
+    competition: str,
+    arguments: Sequence[str],
+    archive: str,
+    version: str,
+    internet: bool,
+    seconds: float,
 ) -> str:
-    """The notebook as .ipynb text: `python -m common train COMPETITION ARGUMENTS` on the competition's files."""
+    """The notebook as .ipynb text: `python -m common train COMPETITION ARGUMENTS` on the competition's files.
+
+    The training is stopped in time before the end of a session of so many `seconds`.
+    """
     import jupytext
 
     words = ("train", competition, *arguments)
@@ -106,6 +148,9 @@ def notebook(
         slug=slug,
         words=", ".join(repr(word) for word in words),
         output=OUTPUT,
+        state=STATE,
+        seconds=seconds - MARGIN_SECONDS,
+        patience=MARGIN_SECONDS // 3,
     )
     document = jupytext.reads(text, fmt="py:percent")
     document.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}

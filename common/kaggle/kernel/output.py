@@ -11,24 +11,39 @@ from common import archive
 from common import run as runs
 from common.errors import UserError
 from common.files import write_text
-from common.kaggle.cli import explained, kaggle
+from common.kaggle.client import explained, kaggle
 from common.kaggle.credentials import Account
-from common.kaggle.notebook import OUTPUT
+from common.kaggle.kernel.notebook import OUTPUT, STATE
 from common.kaggle.source import Source
 from common.submission import SUBMISSIONS
+
+
+def _fetched(account: Account, source: Source, reference: str, name: str, folder: Path) -> Path | None:
+    """The file `name` of the notebook's output, or None where there is none."""
+    # The pattern also keeps names with ../ away, which the kaggle program would follow.
+    more = ("-p", str(folder), "--file-pattern", f"^{re.escape(name)}$")
+    answer = kaggle(account, "kernels", "output", reference, *more)
+    if answer.status != 0:
+        raise explained(answer, account, source, f"fetching the output of {reference}")
+    return folder / name if (folder / name).is_file() else None
+
+
+def unfinished(account: Account, source: Source, reference: str) -> str:
+    """sha256 of the checkpoint of a run that the session's end has stopped; "" when the notebook has finished it."""
+    with tempfile.TemporaryDirectory(prefix="kaggle-output-") as folder:
+        state = _fetched(account, source, reference, STATE, Path(folder))
+        try:
+            return str(json.loads(state.read_text())["checkpoint"]) if state else ""
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{STATE} of {reference} cannot be read ({error}): push the notebook again") from error
 
 
 def fetch_output(account: Account, source: Source, competition: str, reference: str) -> Path:
     """Put the notebook's run and submission in their folders, beside those made here; returns the CSV."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as name:
         folder = Path(name)
-        # The pattern also keeps names with ../ away, which the kaggle program would follow.
-        pattern = rf"^{re.escape(OUTPUT)}$"
-        answer = kaggle(account, "kernels", "output", reference, "-p", str(folder / "raw"), "--file-pattern", pattern)
-        if answer.status != 0:
-            raise explained(answer, account, source, f"fetching the output of {reference}")
-        packed = folder / "raw" / OUTPUT
-        if not packed.is_file():
+        packed = _fetched(account, source, reference, OUTPUT, folder / "raw")
+        if packed is None:
             raise UserError(
                 f"{reference} has no {OUTPUT} among its outputs: see https://www.kaggle.com/code/{reference}"
             )

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from common import run as runs
 from common.errors import UserError
-from common.files import write_text
+from common.files import read_json, write_text
 from common.kaggle import ledger, status
-from common.kaggle.cli import Answer, Silent, Transient, explained, go_on_with, kaggle
+from common.kaggle.client import Answer, Silent, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
-from common.kaggle.notebook import notebook, pack
-from common.kaggle.output import end_of_log, fetch_output
-from common.kaggle.progress import Progress
+from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, notebook, pack
+from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
-from common.kaggle.submit import follow, send
+from common.kaggle.submit import deliver
+from common.progress import Progress
 
-WAIT_SECONDS = 12 * 3600  # the longest that Kaggle lets a notebook run
+WAIT_SECONDS = 12 * 3600  # with the time in the queue
 OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
 READY_SECONDS = 600  # until a new version of the code can be used by a notebook
 ARCHIVE = "kit.zip"
@@ -32,16 +32,18 @@ def kernel(
     source: Source,
     arguments: Sequence[str] = (),
     *,
-    accelerator: str = "",
+    accelerator: str = ACCELERATOR,
     internet: bool | None = None,
     fetch: bool = False,
+    hours: float = SESSION_HOURS,
     wait: float = WAIT_SECONDS,
     poll: float = 15.0,
 ) -> None:
     """Push a notebook that runs `train COMPETITION ARGUMENTS`, follow it, fetch its run; `fetch` pushes nothing.
 
-    `accelerator` is one of Kaggle's names (NvidiaTeslaT4), `internet` None is on except where notebooks are scored;
-    `wait` and `poll` are seconds. Raises UserError when Kaggle refuses the notebook, or when it failed there.
+    A run that a session of so many `hours` does not finish goes on in another notebook, until it is finished.
+    `accelerator` is one of Kaggle's names, `internet` None is on except where notebooks are scored; `wait` and `poll`
+    are seconds. Raises UserError when Kaggle refuses the notebook, or when it failed there.
     """
     if not source.slug:
         raise UserError(
@@ -50,34 +52,83 @@ def kernel(
     record = runs.RUNS / competition / "kernel.json"
     account = find()
     print(f"Kaggle account: {account.where}")
-    if fetch:
-        if not record.is_file():
-            raise UserError(
-                f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}"
-            )
-    else:
-        owner = username(account, source)
-        name = f"kit-{competition}".replace("_", "-").lower()[:40]
-        internet = not source.notebook_only if internet is None else internet
-        with tempfile.TemporaryDirectory(prefix="kaggle-kernel-") as folder:
-            version = push_code(account, source, owner, name, Path(folder), poll)
-            facts = push_notebook(
-                account, source, competition, owner, name, version, arguments, accelerator, internet, Path(folder)
-            )
-        _write_json(record, facts | {"pushed": runs.now()})
-    facts = json.loads(record.read_text())
-    reference = facts["kernel"]
-    with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
-        follow_notebook(account, source, competition, reference, wait, poll, 0.0 if fetch else OUTAGE_SECONDS)
-        table = Path(facts.get("fetched", ""))
-        if table.is_file():
-            print(f"fetched before: {table}; delete it to fetch it again")
-        else:
-            table = fetch_output(account, source, competition, reference)
-            facts["fetched"] = str(table)
+    facts = read_json(record) if record.is_file() else {}
+    if fetch and not facts:
+        raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
+    internet = not source.notebook_only if internet is None else internet
+    is_done = False
+    while not is_done:
+        if not fetch:
+            before = facts if facts.get("checkpoint") and facts["arguments"] == list(arguments) else {}
+            with tempfile.TemporaryDirectory(prefix="kaggle-kernel-") as folder:
+                facts = push(
+                    account, source, competition, arguments, accelerator, internet, hours, before, Path(folder), poll
+                )
             _write_json(record, facts)
-        if source.notebook_only:
-            submit_version(account, source, competition, facts, table, min(poll, 4.0))
+        with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
+            outage = 0.0 if fetch else OUTAGE_SECONDS
+            follow_notebook(account, source, competition, facts["kernel"], wait, poll, outage)
+            is_done = _fetch(account, source, competition, facts, record, min(poll, 4.0))
+        if not is_done and fetch:
+            print(f"the run is not finished: make kernel COMP={competition} with the same flags goes on with it")
+            return
+
+
+def _fetch(account: Account, source: Source, competition: str, facts: dict, record: Path, poll: float) -> bool:
+    """Take over what the notebook has made; whether its run is finished."""
+    facts["checkpoint"] = unfinished(account, source, facts["kernel"])
+    _write_json(record, facts)
+    if facts["checkpoint"]:
+        if facts["checkpoint"] == facts.get("resumed"):
+            raise UserError(
+                f"https://www.kaggle.com/code/{facts['kernel']} version {facts['version']}: a whole session brought no "
+                "new checkpoint: see its log there"
+            )
+        print(f"version {facts['version']} has used up its session, the run goes on in another one")
+        return False
+    table = Path(facts.get("fetched", ""))
+    if table.is_file():
+        print(f"fetched before: {table}; delete it to fetch it again")
+    else:
+        table = fetch_output(account, source, competition, facts["kernel"])
+        facts["fetched"] = str(table)
+        _write_json(record, facts)
+    if source.notebook_only:
+        submit_version(account, source, competition, facts, table, poll)
+    return True
+
+
+def push(
+    account: Account,
+    source: Source,
+    competition: str,
+    arguments: Sequence[str],
+    accelerator: str,
+    internet: bool,
+    hours: float,
+    before: dict,
+    folder: Path,
+    poll: float,
+) -> dict:
+    """Push code and notebook; `before` is what an earlier push returned whose run is not finished, or empty.
+
+    Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
+    """
+    owner, name = username(account, source), f"kit-{competition}".replace("_", "-").lower()[:40]
+    version = before["code"] if before else push_code(account, source, owner, name, folder, poll)
+    metadata = {
+        "machine_shape": accelerator,
+        "enable_gpu": "true",
+        "enable_internet": str(internet).lower(),
+        "kernel_sources": [before["kernel"]] if before else [],
+    }
+    text = notebook(name, source.slug, competition, arguments, ARCHIVE, version, internet, 3600 * hours)
+    facts = push_notebook(account, source, competition, f"{owner}/{name}", text, metadata, 3600 * hours, folder)
+    words = " ".join(("python -m common train", competition, *arguments))
+    going = f", going on with version {before['version']}" if before else ""
+    print(f"notebook: https://www.kaggle.com/code/{owner}/{name} version {facts['version']}: {words}{going}")
+    more = {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
+    return facts | more | {"pushed": runs.now()}
 
 
 def username(account: Account, source: Source) -> str:
@@ -133,19 +184,18 @@ def push_notebook(
     account: Account,
     source: Source,
     competition: str,
-    owner: str,
-    name: str,
-    version: str,
-    arguments: Sequence[str],
-    accelerator: str,
-    internet: bool,
+    reference: str,
+    text: str,
+    metadata: dict,
+    seconds: float,
     folder: Path,
 ) -> dict:
-    """Push the notebook with a GPU; returns its facts. Raises UserError for whatever Kaggle did not take."""
-    home = folder / "notebook"
+    """Push the notebook OWNER/NAME for a session of so many seconds; returns its name and version.
+
+    Raises UserError for whatever Kaggle did not take.
+    """
+    home, name = folder / "notebook", reference.partition("/")[2]
     home.mkdir()
-    reference = f"{owner}/{name}"
-    text = notebook(name, source.slug, competition, arguments, ARCHIVE, version, internet)
     (home / f"{name}.ipynb").write_text(text)
     facts = {
         "id": reference,
@@ -154,19 +204,15 @@ def push_notebook(
         "language": "python",
         "kernel_type": "notebook",
         "is_private": "true",
-        "enable_gpu": "true",
         "enable_tpu": "false",
-        "enable_internet": str(internet).lower(),
-        "dataset_sources": [f"{owner}/{name}-code"],
+        "dataset_sources": [f"{reference}-code"],
         "competition_sources": [source.slug],
-        "kernel_sources": [],
         "model_sources": [],
     }
-    _write_json(home / "kernel-metadata.json", facts)
-    more = ["--accelerator", accelerator] if accelerator else []
+    _write_json(home / "kernel-metadata.json", facts | metadata)
     what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
     try:
-        answer = kaggle(account, "kernels", "push", "-p", str(home), *more)
+        answer = kaggle(account, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
         failure = explained(answer, account, source, what) if answer.status != 0 else None
     except Silent as error:
         failure = Transient(f"{what}: {error}")
@@ -183,9 +229,7 @@ def push_notebook(
         problem = _error_line(answer)
         rules = f" Accept the rules at {source.rules_page}" if "competition sources" in problem else ""
         raise UserError(f"{what}: {problem}.{rules} See {page}")
-    words = " ".join(("python -m common train", competition, *arguments))
-    print(f"notebook: {page} version {pushed.group(1)}: {words}")
-    return {"kernel": reference, "version": int(pushed.group(1)), "code": version, "arguments": list(arguments)}
+    return {"kernel": reference, "version": int(pushed.group(1))}
 
 
 def _error_line(answer: Answer) -> str:
@@ -202,7 +246,7 @@ def _until(
     """
     start, pause = time.monotonic(), poll
     answered = start
-    with Progress(label) as progress:
+    with Progress(label, int(wait), "s") as progress:
         while True:
             failure = None
             try:
@@ -217,7 +261,7 @@ def _until(
                 raise failure
             if is_last:
                 return None
-            progress.update(f"{now - start:,.0f} s{f', {failure}' if failure else ''}")
+            progress.update(int(now - start), str(failure or ""))
             time.sleep(pause)
             pause = min(1.3 * pause, 60)
 
@@ -253,8 +297,6 @@ def follow_notebook(
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
     """For competitions that score notebooks: submit this version of it, unless it was before, and follow the score."""
-    message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
-    name = "submission.csv"
     sidecar = table.with_suffix(".json")
     provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     row = ledger.Row(
@@ -264,11 +306,11 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         run=provenance.get("run", ""),
         commit=f"notebook {facts['kernel']}/{facts['version']}",
         validation=str(provenance["score"]) if provenance.get("score") is not None else "",
-        message=message,
+        message=ledger.tagged(f"{facts['kernel']} version {facts['version']}, code {facts['code']}"),
     )
     before = ledger.newest(ledger.read(competition), "commit", row.commit)
     if before is None:
-        known, left = status.submissions(account, source)
+        left = status.submissions(account, source)[1]
         if left == 0:
             raise UserError(f"no submission to {source.slug} is left today: submit version {facts['version']} of "
                             f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
@@ -279,6 +321,5 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
             f"COMP={competition} shows its score. To submit it once more: {source.page}/submit"
         )
         return
-    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", name, f"--message={message}"]
-    send(competition, account, source, arguments, known, name, row, poll)
-    follow(competition, account, source, row, known, name, SCORE_SECONDS, poll)
+    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", "submission.csv"]
+    deliver(competition, account, source, arguments, row, SCORE_SECONDS, poll)

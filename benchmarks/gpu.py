@@ -1,0 +1,406 @@
+"""One card, at most five minutes: steps beside a hand-written loop and its peers, whole trainings, memory.
+
+    make bench BENCH=gpu                          everything
+    python -m benchmarks.gpu steps memory         some parts, with whatever torch and packages are there
+    python -m benchmarks.gpu --json card.json     where the figures go [gpu.json]
+
+A package that is missing is named and left out, and so is what no time is left for. Steps are timed as they stream: the
+clock stops when the card has done the last of them.
+"""
+
+import argparse
+import csv
+import gc
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.batch import Batch
+from common.device import prepare_device
+from common.engine import memory
+from common.engine.optimizers import allocate_state
+from common.engine.precision import autocast, best_precision
+from common.engine.prepare import enable_checkpointing
+from common.engine.step import Engine
+from common.losses import BCEDice, CrossEntropy
+
+GIB = 2**30
+ROOT = Path(__file__).parents[1]
+CARD = torch.device("cuda", 0)
+
+
+class Missing(Exception):
+    """A package that is not there."""
+
+
+def package(name: str) -> Any:
+    if importlib.util.find_spec(name) is None:
+        raise Missing(f"{name} is not installed")
+    return importlib.import_module(name)
+
+
+def silent(message: str) -> None:
+    """The engine's log, which nobody reads here."""
+
+
+@dataclass
+class Clock:
+    """What is left of the time that the whole benchmark may take."""
+
+    end: float
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+# What is trained.
+
+
+@dataclass(frozen=True)
+class Network:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+    cuts: int  # micro-batches of a batch
+    masks: int = 0  # classes of a segmentation, 0: one label of ten
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets on the host, pinned. [B, ...]"""
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(self.batch, *self.shape, generator=generator)
+        if self.masks:
+            targets = (torch.rand(self.batch, self.masks, *self.shape[1:], generator=generator) > 0.7).float()
+        else:
+            targets = torch.randint(0, 10, (self.batch,), generator=generator)
+        return inputs.pin_memory(), targets.pin_memory()
+
+    def losses(self) -> tuple[Callable, Any]:
+        """The loss of the loops, a mean over the micro-batch, and the kit's."""
+        if self.masks:
+            return (
+                F.binary_cross_entropy_with_logits,
+                lambda z, t: F.binary_cross_entropy_with_logits(z, t, reduction="none").flatten(1).mean(1),
+            )
+        return F.cross_entropy, CrossEntropy(ignore_index=None)
+
+
+def digits() -> nn.Module:
+    from competitions.digit_recognizer.model import DigitNet
+
+    return DigitNet(32, 5, 0.3)
+
+
+def resnet50() -> nn.Module:
+    if importlib.util.find_spec("torchvision"):
+        return package("torchvision.models").resnet50(num_classes=10)
+    return package("timm").create_model("resnet50", num_classes=10)
+
+
+def unet(classes: int = 4) -> nn.Module:
+    return package("segmentation_models_pytorch").Unet("resnet34", encoder_weights=None, classes=classes)
+
+
+def nasnet() -> nn.Module:
+    return package("timm").create_model("nasnetalarge", in_chans=4, num_classes=10)
+
+
+NETWORKS = {
+    "MLP 64-256-10": Network(lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), (64,), 256, 1),
+    "digits": Network(digits, (1, 28, 28), 512, 1),
+    "ResNet-50 224": Network(resnet50, (3, 224, 224), 256, 4),
+    "ResNet-34 Unet 512": Network(unet, (3, 512, 512), 16, 4, masks=4),
+}
+LARGE = {
+    "NASNet-A-Large 4x512x512": Network(nasnet, (4, 512, 512), 64, 1),
+    "ResNet-34 Unet 1408x2112": Network(unet, (3, 1408, 2112), 16, 1, masks=4),
+}
+
+
+# Contestants: each makes a function that takes one optimizer step.
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def by_hand(network: Network, model: nn.Module) -> Step:
+    optimizer, loss = torch.optim.AdamW(model.parameters(), fused=True), network.losses()[0]
+    precision = best_precision(CARD)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        for x, t in zip(inputs.chunk(network.cuts), targets.chunk(network.cuts), strict=True):
+            with autocast(precision, CARD.type):
+                outputs = model(x.to(CARD, non_blocking=True))
+            scaler.scale(loss(outputs.float(), t.to(CARD, non_blocking=True)) / network.cuts).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def kit(network: Network, model: nn.Module, graph: bool = False) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    allocate_state(optimizer)
+    size, count, index = network.batch // network.cuts, iter(range(10**9)), torch.arange(network.batch)
+    settings = {"micro_batch": size, "precision": best_precision(CARD), "graph": graph, "log": silent}
+    engine = Engine(model, network.losses()[1], optimizer, **settings)
+    return lambda inputs, targets: engine.step(Batch(inputs, targets, index), next(count)) and None
+
+
+def kit_with_graph(network: Network, model: nn.Module) -> Step:
+    return kit(network, model, graph=True)
+
+
+def fabric(network: Network, model: nn.Module) -> Step:
+    lightning = package("lightning.fabric") if importlib.util.find_spec("lightning") else package("lightning_fabric")
+    precision = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[best_precision(CARD)]
+    runner = lightning.Fabric(accelerator="cuda", devices=1, precision=precision)
+    model, optimizer = runner.setup(model, torch.optim.AdamW(model.parameters(), fused=True))
+    loss = network.losses()[0]
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        pairs = list(zip(inputs.chunk(network.cuts), targets.chunk(network.cuts), strict=True))
+        for number, (x, t) in enumerate(pairs, 1):
+            with runner.no_backward_sync(model, enabled=number < len(pairs)):
+                outputs = model(x.to(CARD, non_blocking=True))
+                runner.backward(loss(outputs.float(), t.to(CARD, non_blocking=True)) / network.cuts)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def accelerate(network: Network, model: nn.Module) -> Step:
+    precision = {"fp32": "no"}.get(best_precision(CARD), best_precision(CARD))
+    runner = package("accelerate").Accelerator(mixed_precision=precision, gradient_accumulation_steps=network.cuts)
+    model, optimizer = runner.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
+    loss = network.losses()[0]
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        for x, t in zip(inputs.chunk(network.cuts), targets.chunk(network.cuts), strict=True):
+            with runner.accumulate(model):
+                outputs = model(x.to(CARD, non_blocking=True))
+                runner.backward(loss(outputs.float(), t.to(CARD, non_blocking=True)))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return step
+
+
+CONTESTANTS = {
+    "hand-written loop": by_hand,
+    "this kit": kit,
+    "this kit, replayed": kit_with_graph,
+    "Fabric": fabric,
+    "accelerate": accelerate,
+}
+
+
+def seconds_of(step: Step, inputs: Tensor, targets: Tensor, least: float = 0.5) -> float:
+    """Seconds of a step among many, after six that warm up: the median of three runs of `least` seconds."""
+    for _ in range(6):
+        step(inputs, targets)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    step(inputs, targets)
+    torch.cuda.synchronize()
+    count = max(2, min(200, int(least / (time.perf_counter() - started))))
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(count):
+            step(inputs, targets)
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - started) / count)
+    return sorted(taken)[1]
+
+
+def steps_part(clock: Clock) -> list[dict]:
+    """Seconds of a step and their ratio to the loop by hand, data on the card and pinned on the host."""
+    rows = []
+    for name, network in NETWORKS.items():
+        for where in ("card", "host"):
+            by_hand_seconds = None
+            for contestant, make in CONTESTANTS.items():
+                row = {"network": name, "data": where, "contestant": contestant}
+
+                def measured(network=network, where=where, make=make) -> dict:
+                    torch.manual_seed(0)
+                    model = network.make().to(CARD, memory_format=torch.channels_last)
+                    data = network.data()
+                    inputs, targets = (x.to(CARD) for x in data) if where == "card" else data
+                    torch.cuda.reset_peak_memory_stats()
+                    seconds = seconds_of(make(network, model), inputs, targets)
+                    peak = torch.cuda.max_memory_allocated() / GIB
+                    return {"ms": seconds * 1e3, "images/s": network.batch / seconds, "peak GiB": peak}
+
+                row |= tried(measured, clock, 15)
+                if contestant == "hand-written loop":
+                    by_hand_seconds = row.get("ms")
+                if by_hand_seconds and "ms" in row:
+                    row["ratio"] = row["ms"] / by_hand_seconds
+                rows.append(row)
+    return rows
+
+
+def memory_part(clock: Clock) -> list[dict]:
+    """The micro-batch that the engine finds in 11, 16 and 80 GiB, its peak and its speed, with and without checkpoints.
+
+    Where the batch does not fit whole, an out-of-memory error of the card has been survived.
+    """
+    rows, total = [], torch.cuda.get_device_properties(CARD).total_memory / GIB
+    for name, network in LARGE.items():
+        for allowed in (80, 16, 11):
+            for checkpointing in (False, True):
+                row = {"network": name, "allowed GiB": min(allowed, round(total)), "checkpointing": checkpointing}
+                if allowed != 80 and allowed > total:
+                    rows.append(row | {"skipped": "the card has less"})
+                    continue
+                torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+                rows.append(row | tried(lambda n=network, c=checkpointing: settled(n, c), clock, 25))
+                torch.cuda.set_per_process_memory_fraction(1.0)
+    return rows
+
+
+def settled(network: Network, checkpointing: bool) -> dict:
+    """Two steps of a batch after the engine has found its micro-batch."""
+    inputs, targets = network.data()
+    model, batch = (
+        network.make().to(CARD, memory_format=torch.channels_last),
+        Batch(inputs, targets, torch.arange(len(inputs))),
+    )
+    if checkpointing:
+        enable_checkpointing(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    allocate_state(optimizer)
+    said: list[str] = []
+    loss = BCEDice() if network.masks else network.losses()[1]
+    engine = Engine(model, loss, optimizer, precision=best_precision(CARD), log=said.append)
+    engine.step(batch, 0)
+    engine.settle()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for number in (1, 2):
+        engine.step(batch, number)
+    engine.settle()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return {
+        "batch": len(batch),
+        "micro-batch": engine.micro_batch,
+        "out of memory": sum("out of memory" in line for line in said),
+        "peak GiB": torch.cuda.max_memory_allocated() / GIB,
+        "images/s": 2 * len(batch) / seconds,
+    }
+
+
+TRAININGS = {  # competition, recipe: flags that keep it short
+    ("digit_recognizer", "default"): ["--epochs", "3", "--fold", "0"],
+    ("clouds", "default"): ["--epochs", "2", "--fold", "0"],
+    ("clouds", "full"): ["--epochs", "1", "--fold", "0"],
+    ("protein_atlas", "default"): ["--epochs", "2", "--fold", "0"],
+}
+
+
+def trainings_part(clock: Clock) -> list[dict]:
+    """Images per second of the last epoch of whole trainings on demo data, loading and augmentation included."""
+    rows = []
+    for (competition, recipe), flags in TRAININGS.items():
+        row = {"competition": competition, "recipe": recipe}
+        if not (ROOT / "competitions" / competition / "config.py").is_file():
+            rows.append(row | {"skipped": "there is no such competition"})
+            continue
+
+        def trained(competition=competition, recipe=recipe, flags=flags) -> dict:
+            command = [sys.executable, "-m", "common", "train", competition, "--recipe", recipe, *flags]
+            with tempfile.TemporaryDirectory() as folder:
+                environment = os.environ | {"PYTHONPATH": str(ROOT)}
+                limit = min(75.0, clock.left())
+                done = subprocess.run(
+                    command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit
+                )
+                found = sorted(Path(folder).glob("runs/*/*/fold-*/metrics.csv"))
+                if not found:
+                    raise Missing((done.stderr.strip().splitlines() or ["no metrics.csv"])[-1][:200])
+                with open(found[0], newline="") as stream:
+                    last = list(csv.DictReader(stream))[-1]
+            return {"images/s": float(last["samples_per_second"]), "peak GiB": float(last["memory_gib"])}
+
+        rows.append(row | tried(trained, clock, 30))
+    return rows
+
+
+def tried(work: Callable[[], dict], clock: Clock, seconds: float) -> dict:
+    """What `work` measures, or why there is nothing: no time, a missing package, no room on the card."""
+    if clock.left() < seconds:
+        return {"skipped": "no time left"}
+    try:
+        found, fits = memory.attempt(work)
+    except (Missing, ImportError) as error:
+        return {"skipped": str(error)}
+    except subprocess.TimeoutExpired:
+        return {"skipped": "took too long"}
+    except Exception as error:  # a peer that breaks with this torch must not take the other figures with it
+        return {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found if fits else {"skipped": "does not fit on this card"}
+
+
+PARTS = {"steps": steps_part, "memory": memory_part, "trainings": trainings_part}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The rows as Markdown, one column for every name in them."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(n, "") for n in names)] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *shown)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} [all of them]")
+    parser.add_argument("--seconds", type=float, default=290.0, help="that the whole may take [290]")
+    parser.add_argument("--json", default="gpu.json", help="the file for the figures [gpu.json]")
+    given = parser.parse_args(arguments)
+    if wrong := [name for name in given.parts if name not in PARTS]:
+        parser.error(f"there is no part {wrong[0]}, only {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        print("gpu: skipped, there is no CUDA card that torch sees")
+        return
+    prepare_device(CARD, False)
+    clock = Clock(time.monotonic() + given.seconds)
+    found: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(CARD),
+        "GiB": round(torch.cuda.get_device_properties(CARD).total_memory / GIB, 1),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "precision": best_precision(CARD),
+    }
+    print(", ".join(f"{name} {value}" for name, value in found.items()))
+    for name in given.parts or PARTS:
+        found[name] = PARTS[name](clock)
+        print("\n".join(["", PARTS[name].__doc__.splitlines()[0], "", *table(found[name])]), flush=True)
+        Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
+    print(f"\nwritten to {given.json}")
+
+
+if __name__ == "__main__":
+    main()

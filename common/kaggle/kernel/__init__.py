@@ -1,0 +1,1 @@
+"""`make kernel`: train on Kaggle's own machines."""

@@ -1,0 +1,88 @@
+"""Whether a dataset gives the same sample under the same key: some are loaded more than once and compared.
+
+This finds randomness that no search for generators can: one that is made for every sample, a counter of calls, and,
+where two workers load the same rows, what belongs to a process (its number, `hash` of a text) or was kept at first
+use. Not found: what shows in few samples only, what one process keeps for ever (a cache of random crops with fewer
+than two workers), what all processes of one run agree on (`hash` of a text where workers are forked) and what changes
+slowly with the number of calls in `batch`. Such samples are others after a restart.
+"""
+
+import hashlib
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.batch import tensors_of
+from common.errors import UserError
+from common.loading.binding import kept_global_state
+from common.loading.collate import as_tensors, join
+from common.loading.keys import Keys
+
+CHECKED_SAMPLES = 8  # of the first batch; a flip in half of the loads escapes them once in 256
+CHECKED_BATCHES = 2  # of a dataset of batches
+ROUNDING = 1e-4  # of the largest value: a product of matrices rounds otherwise in a smaller batch
+
+
+def digest(sample: Any) -> bytes:
+    """sha256 of the arrays, tensors and numbers of a sample."""
+    found, waiting = hashlib.sha256(), [sample]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting.extend(part.items())
+        elif isinstance(part, (tuple, list)):
+            waiting.extend(part)
+        elif isinstance(part, Tensor):
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            array = np.asarray(part)
+            found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    return found.digest()
+
+
+def compare_samples(dataset: Any, one: dict[int, bytes], other: dict[int, bytes]) -> None:
+    """Raises UserError naming the first row with two digests; rows that could not be read have none."""
+    for row in one:
+        if one[row] != other.get(row, one[row]):
+            raise UserError(
+                f"row {row} of {type(dataset).__name__} differs between two loads under one key: it makes a generator "
+                "of its own, keeps state (a counter, a cache of random crops) or asks its process (os.getpid, "
+                "hash of a text). Draw from the `rng` of sample(index, rng)"
+            )
+
+
+def check_batch(dataset: Any, keys: Keys) -> None:
+    """Load a batch twice, and once in two halves; raises UserError when the samples are not the same."""
+
+    def load(*edges: int) -> list[Tensor]:
+        parts = [Keys(keys.seed, keys.epoch, keys.index[a:b], keys.draw[a:b]) for a, b in pairwise(edges) if a < b]
+        return tensors_of(join([as_tensors(dataset.batch(part.index, part)) for part in parts]))
+
+    if not len(keys):
+        return
+    ways = {"twice": (0, len(keys)), "in two halves": (0, (len(keys) + 1) // 2, len(keys))}
+    with kept_global_state():
+        whole = load(0, len(keys))
+        for way, edges in ways.items():
+            if any(_differ(one, other) for one, other in zip(whole, load(*edges), strict=True)):
+                raise UserError(
+                    f"a batch of {type(dataset).__name__} differs when it is loaded {way} under the same keys: it "
+                    "draws from a generator that is not keyed (np.random, torch.rand, a transform), keeps state, or "
+                    "mixes its samples. Draw from the `keys` of batch(indices, keys), one row for every sample"
+                )
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return True
+    if one.is_floating_point() or one.is_complex():
+        return not torch.allclose(one, other, ROUNDING, ROUNDING * _largest(one), equal_nan=True)
+    return not torch.equal(one, other)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().nan_to_num(0, 0, 0).max()) if tensor.numel() else 0.0

@@ -1,0 +1,69 @@
+"""Samples to batches: trees of arrays, tensors and numbers become one tree of tensors [B, ...]."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from common.batch import Tree
+from common.errors import UserError
+
+SMALL_BYTES = 2**20  # of a tensor: below it, a second copy is cheaper than a tensor for every sample
+
+
+def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: False) -> Tree:
+    """Samples to one tree; dtypes stay. A tensor for whose bytes `shared` says yes goes straight to shared memory."""
+    first = samples[0]
+    if isinstance(first, dict):
+        return {name: collate([sample[name] for sample in samples], shared) for name in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(collate(list(part), shared) for part in zip(*samples, strict=True))
+    if isinstance(first, (Tensor, np.ndarray, np.generic)):
+        _check_alike(samples, [tuple(sample.shape) for sample in samples])
+        nbytes = first.nbytes * len(samples)
+        if nbytes >= SMALL_BYTES and shared(nbytes):  # torch's own collate does so in a worker: one copy less
+            return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
+        return torch.stack(samples) if isinstance(first, Tensor) else torch.from_numpy(np.stack(samples))
+    if isinstance(first, (bool, int, float)):
+        return torch.tensor(samples)
+    raise UserError(f"a sample holds a {type(first).__name__}: expected arrays, tensors or numbers in tuples and dicts")
+
+
+def join(trees: list[Tree], pinned: bool = False) -> Tree:
+    """Trees of tensors [n, ...] one after the other; `pinned` makes page-locked memory of them on the way."""
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: join([tree[name] for tree in trees], pinned) for name in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(join(list(parts), pinned) for parts in zip(*trees, strict=True))
+    if len(trees) == 1:
+        return first
+    _check_alike(trees, [tuple(tensor.shape[1:]) for tensor in trees])
+    if not pinned:
+        return torch.cat(trees)
+    dtype = first.dtype if len({tensor.dtype for tensor in trees}) == 1 else torch.cat([t[:0] for t in trees]).dtype
+    whole = torch.empty((sum(map(len, trees)), *first.shape[1:]), dtype=dtype, pin_memory=True)
+    return torch.cat(trees, out=whole)
+
+
+def _check_alike(parts: list[Any], shapes: list[tuple[int, ...]]) -> None:
+    if len(set(shapes)) > 1:
+        raise UserError(f"the samples of a batch have the shapes {sorted(set(shapes))}: resize or crop them to one")
+
+
+def as_tensors(tree: Tree) -> Tree:
+    """The tree that a `batch` returned, with its arrays as tensors."""
+    if isinstance(tree, dict):
+        return {name: as_tensors(part) for name, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(as_tensors(part) for part in tree)
+    return as_tensor(tree) if isinstance(tree, np.ndarray) else tree
+
+
+def as_tensor(array: np.ndarray | np.generic) -> Tensor:
+    """The array's memory as a tensor where torch takes it; a copy of read-only arrays and of mirrored views."""
+    array = np.asarray(array)
+    return torch.from_numpy(array if array.flags.writeable and array.flags.forc else array.copy())

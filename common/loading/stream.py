@@ -1,0 +1,117 @@
+"""Keys go out, pieces come back in the same order: from worker processes that live through all epochs, or from here."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.loading import worker
+from common.loading.worker import CheckKey, Piece, PieceKey, Reader
+
+Key = PieceKey | CheckKey
+Answer = Piece | dict[int, bytes]
+PIECES_AHEAD = 3  # of every worker: two batches ready and one in the making
+CROWDED = (
+    "shared memory (/dev/shm) is too small for these samples, which go through slower pipes: give the container more "
+    "(docker run --shm-size 1g), or use --workers 0"
+)
+
+
+class Stream:
+    """Keys as they are taken, and the answers to them; `position` is the (epoch, batch) where the next epoch begins."""
+
+    def __init__(self, keys: Iterable[Key], log: Callable[[str], Any] = print):
+        self._keys, self._taken, self._log = iter(keys), deque(), log
+        self._answers: Iterator[Answer | UserError] = iter(())
+        self.position: tuple[int, int] | None = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Key:
+        self._taken.append(next(self._keys))
+        return self._taken[-1]
+
+    def answered_by(self, answers: Iterator[Answer | UserError]) -> "Stream":
+        self._answers = answers
+        return self
+
+    def receive(self) -> tuple[Key, Answer]:
+        """The next key and its answer; raises the worker's UserError, and one for a worker that was killed."""
+        try:
+            answer = next(self._answers)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            reason, remedy = str(error).splitlines()[0], "use fewer --workers or a smaller --batch-size"
+            if "Bus error" in reason:
+                remedy = "shared memory is full: use --workers 0, or a container with a larger --shm-size"
+            raise UserError(
+                f"a worker process was ended from outside, mostly for want of memory: {remedy} ({reason})"
+            ) from error
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, Piece) and answer.crowded:
+            self._log(CROWDED)
+        return self._taken.popleft(), answer
+
+
+class Workers:
+    """`count` processes that load what a Reader reads, or this process for 0; `begin` gives them other keys."""
+
+    def __init__(self, reader: Reader, count: int, start_method: str | None, log: Callable[[str], Any]):
+        self._reader, self._count, self._start_method = reader, count, start_method
+        self._log = cache(log)  # the same line once
+        self._torch_loader: torch.utils.data.DataLoader | None = None
+        self.stream: Stream | None = None  # what they are at
+
+    def begin(self, keys: Iterable[Key]) -> Stream:
+        stream = Stream(keys, self._log)
+        if not self._count:
+            return stream.answered_by(map(self._reader.__getitem__, stream))
+        if self._torch_loader is None:
+            self._torch_loader = self._started()
+        self.stream = self._torch_loader.sampler.stream = stream
+        return stream.answered_by(iter(self._torch_loader))
+
+    def close(self) -> None:
+        self._torch_loader = self.stream = None
+
+    def _started(self) -> torch.utils.data.DataLoader:
+        worker.send_generators_whole()
+        context = torch.multiprocessing.get_context(self._start_method)
+        if context.get_start_method() != "fork" and worker.is_large_pickle(self._reader, self._count):
+            self._log(
+                f"{self._count} workers get copies of {type(self._reader.dataset).__name__}, more than 1 GiB together, "
+                "since processes are not forked here: use fewer --workers, or open large arrays in __setstate__"
+            )
+        return torch.utils.data.DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=_Latest(),
+            collate_fn=_as_it_is,
+            worker_init_fn=partial(worker.start_worker, threading.current_thread() is threading.main_thread()),
+            num_workers=self._count,
+            prefetch_factor=PIECES_AHEAD,
+            persistent_workers=True,
+            multiprocessing_context=context,
+            # Its own: the DataLoader draws a base seed, which must not come from the training's stream.
+            generator=torch.Generator(),
+        )
+
+
+class _Latest:
+    """Hands the keys of the latest stream to the workers."""
+
+    stream: Stream
+
+    def __iter__(self) -> Stream:
+        return self.stream
+
+
+def _as_it_is(answer: Answer | UserError) -> Answer | UserError:
+    return answer

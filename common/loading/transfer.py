@@ -1,0 +1,61 @@
+"""Batches on their way to the card: through page-locked memory, on a stream of their own, beside the model's work."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.batch import Batch, map_tree, tensors_of
+
+PREFETCH_LIMIT = 0.1  # of a card's memory: larger batches wait on the host, and travel in micro-batches
+
+
+def to_device(array: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """The array on the device; the host does not wait for the card."""
+    tensor, on_card = torch.as_tensor(array), torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_card else tensor).to(device, non_blocking=on_card)
+
+
+def to_card(batch: Batch, device: torch.device) -> Batch:
+    """Inputs, targets and weights on the card, unless they would take too much of it: then pinned on the host.
+
+    `index` stays on the host: nothing on the card asks for it, and reading it back would wait for the card.
+    """
+    nbytes = sum(tensor.nbytes for tensor in tensors_of((batch.inputs, batch.targets)) if not tensor.is_cuda)
+    fits = nbytes <= PREFETCH_LIMIT * torch.cuda.get_device_properties(device).total_memory
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        pinned = tensor if tensor.is_pinned() or tensor.is_cuda else tensor.pin_memory()
+        return pinned.to(device, non_blocking=True) if fits else pinned
+
+    return replace(
+        batch,
+        inputs=map_tree(move, batch.inputs),
+        targets=map_tree(move, batch.targets),
+        weights=None if batch.weights is None else move(batch.weights),
+    )
+
+
+def beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Makes and copies every batch on a stream of its own, while the card works on the one before it.
+
+    A batch is asked for when the step before it has been launched, so nothing waits for a batch that is not needed.
+    """
+    copies = torch.cuda.Stream(device)
+    copies.wait_stream(torch.cuda.current_stream(device))  # data that lives on the card may still be on its way
+    while True:
+        with torch.cuda.stream(copies):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        model_stream = torch.cuda.current_stream(device)
+        model_stream.wait_stream(copies)
+        weights = () if batch.weights is None else (batch.weights,)
+        for tensor in tensors_of((batch.inputs, batch.targets, *weights)):
+            if tensor.is_cuda:  # the memory must not be given to the next copy before the model is done with it
+                tensor.record_stream(model_stream)
+        yield batch

@@ -1,0 +1,316 @@
+"""The way of a card, forced on a CPU: no step waits, and steps of one shape are replayed by a stand-in of the graph."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.engine.average import Average
+from common.engine.optimizers import allocate_state
+from common.engine.replay import EAGER_STEPS, Replay
+from common.engine.schedule import set_learning_rate
+from common.engine.step import Engine
+from common.errors import UserError
+from common.losses import BCE, RMSE, CrossEntropy, SoftFBeta
+from tests.common.engine.toys import (
+    LOSSES,
+    SmallMemory,
+    cross_entropy,
+    make_batch,
+    make_model,
+    parameters_of,
+    silent,
+)
+
+SHIPPED = {"shipped": CrossEntropy(), "bce": BCE(), "soft F1": SoftFBeta(1.0, "macro"), "RMSE": RMSE()}
+GRAPHABLE = [name for name in LOSSES if name not in ("sums", "one sum")]  # their one_hot reads the targets on a CPU
+
+
+class Again:
+    """A graph that runs the captured work once more at every replay."""
+
+    made = 0
+
+    def __init__(self, device):
+        Again.made += 1
+
+    def capture(self, work):
+        self.replay = work
+
+
+def ahead(model, loss, optimizer=torch.optim.AdamW, graph=None, log=silent, **settings) -> Engine:
+    """An engine as on a card; `graph` stands in for the CUDA graph."""
+    made = optimizer(parameters_of(model, loss), lr=0.125, fused=True)
+    engine = Engine(model, loss, made, log=log, **settings)
+    engine.run_ahead()
+    if graph:
+        engine.replay = Replay(engine, graph)
+    return engine
+
+
+def state_of(model, engine) -> list[torch.Tensor]:
+    states = [value for state in engine.optimizer.state.values() for value in state.values()]
+    return [tensor.clone() for tensor in [*model.state_dict().values(), *filter(torch.is_tensor, states)]]
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, inputs=(), named=None):
+        self.names.append(str(operation))
+        return operation(*inputs, **(named or {}))
+
+
+class Digits(nn.Sequential):
+    """Six convolutions with BatchNorm, as the digits' network has them."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        layers, inputs = [], 1
+        for at, width in enumerate([8, 8, 16, 16, 32, 32]):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2)] if at % 2 else []
+            inputs = width
+        super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(288, 10))
+
+
+def digits_batch():
+    batch = make_batch(16)
+    return replace(batch, inputs=torch.rand(16, 1, 28, 28), targets=batch.targets)
+
+
+def test_a_step_costs_few_operations_more_than_a_loop_by_hand_and_never_waits():
+    batch, model, twin = digits_batch(), Digits(), Digits()
+    optimizer, average = torch.optim.AdamW(model.parameters(), fused=True), Average(model, 0.99)
+    allocate_state(optimizer)
+    engine, other_average = ahead(twin, CrossEntropy(ignore_index=None)), Average(twin, 0.99)
+
+    def by_hand():
+        nn.functional.cross_entropy(model(batch.inputs), batch.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model)
+
+    for step in range(3):
+        by_hand()
+        engine.step(batch, step), other_average.update(twin)
+    with Operations() as hand:
+        by_hand()
+    with Operations() as kit:
+        engine.step(batch, 3), other_average.update(twin)
+    assert len(kit.names) <= 1.1 * len(hand.names)
+    assert not [name for name in kit.names if "_local_scalar_dense" in name or "item" in name]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("micro_batch", ["auto", 5])
+def test_running_ahead_trains_as_waiting_does(name, micro_batch):
+    found = []
+    for runs_ahead in (False, True):
+        model, loss = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2)), LOSSES[name]()
+        engine = ahead(model, loss, micro_batch=micro_batch, clip_norm=0.1)
+        engine.outcomes = engine.outcomes if runs_ahead else None
+        reports = [engine.step(make_batch(12, weighted=True, seed=step), step) for step in range(4)]
+        engine.settle()
+        found.append([*state_of(model, engine), *(report.loss for report in reports)])
+    for waiting, running in zip(*found, strict=True):
+        torch.testing.assert_close(running, waiting, rtol=1e-7, atol=1e-8)
+
+
+class Late:
+    """An event that has happened only when somebody waits for it."""
+
+    def record(self):
+        self.waited = False
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        self.waited = True
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimizer):
+    factor = [1.0]
+
+    def loss(outputs, targets):
+        if where == "loss":
+            return cross_entropy(outputs, targets) * factor[0]
+        return cross_entropy(outputs, targets) + (outputs.sum(1) * 0 + (factor[0] == 1.0)).sqrt()  # d sqrt(x) / dx at 0
+
+    model = make_model()
+    engine = ahead(model, loss, optimizer)
+    engine.outcomes._events = [Late() for _ in engine.outcomes._events]
+    for step in range(3):
+        engine.step(replace(make_batch(8), epoch=1, number=step), step)
+    before, factor[0] = state_of(model, engine), float("nan")
+    engine.step(replace(make_batch(8), epoch=1, number=3), 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(model, engine), strict=True))
+    factor[0] = 1.0
+    average = Average(model, 0.9)
+    for step in range(4, 7):
+        engine.step(make_batch(8), step)
+        average.update(model)
+    assert all(torch.isfinite(tensor).all() for tensor in [*state_of(model, engine), *average.tensors.values()])
+    word = "the loss is" if where == "loss" else "the gradient of the loss is"
+    with pytest.raises(UserError, match=rf"{word} not finite in step 4 \(epoch 2, batch 4\)"):
+        engine.settle()
+
+
+def test_the_host_is_never_far_ahead():
+    engine = ahead(make_model(), lambda outputs, targets: cross_entropy(outputs, targets) * float("nan"))
+    engine.outcomes._events = [Late() for _ in engine.outcomes._events]
+    with pytest.raises(UserError, match="not finite in step 1 "):
+        for step in range(20):
+            engine.step(make_batch(8), step)
+    assert step == 8
+
+
+def test_fp16_scale_follows_the_same_rule_without_waiting():
+    scales = []
+    for runs_ahead in (False, True):
+        factor, model = [1.0], make_model().float()
+        engine = ahead(model, lambda o, t: cross_entropy(o, t) * factor[0], precision="fp16")  # noqa: B023
+        engine.outcomes = engine.outcomes if runs_ahead else None
+        engine.scale.growth_steps = 3
+        batch, seen = replace(make_batch(8), inputs=make_batch(8).inputs.float()), []
+        for number, good in enumerate([1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]):
+            factor[0], before = 1.0 if good else 1e36, state_of(model, engine)
+            engine.step(batch, number)
+            same = all(torch.equal(a, b) for a, b in zip(before, state_of(model, engine), strict=True))
+            assert same == (not good)
+            seen.append(engine.state_dict())
+        scales.append(seen)
+    assert scales[0] == scales[1]
+
+
+@pytest.mark.parametrize("name", [*GRAPHABLE, *SHIPPED])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_replayed_steps_are_the_eager_ones(name, optimizer):
+    """With a rate that changes, a short last batch in between, dropout, and weights."""
+    found, Again.made = [], 0
+    for graph in (None, Again):
+        torch.manual_seed(3)
+        model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2))
+        loss = LOSSES[name]() if name in LOSSES else SHIPPED[name]
+        engine, values = ahead(model, loss, optimizer, graph=graph, clip_norm=0.5, seed=4), []
+        for step in range(9):
+            batch = make_batch(5 if step == 6 else 12, weighted=True, seed=step)
+            if name in ("bce", "soft F1", "RMSE"):
+                batch = replace(batch, targets=nn.functional.one_hot(batch.targets, 6).double())
+            set_learning_rate(engine.optimizer, 0.5 ** (step // 2))
+            report = engine.step(batch, step)
+            values += [report.loss, report.gradient_norm]
+        engine.settle()
+        found.append([*state_of(model, engine), *values])
+    assert Again.made == 1 and engine.replay._graph is not None
+    for eager, replayed in zip(*found, strict=True):
+        assert torch.equal(eager, replayed)
+
+
+def refusal(model, loss, steps=6, **settings) -> tuple[str, Engine]:
+    said: list[str] = []
+    engine = ahead(model, loss, graph=Again, log=said.append, **settings)
+    for step in range(steps):
+        engine.step(make_batch(12), step)
+    told = [line for line in said if "not replayed" in line]
+    assert len(told) <= 1, "told once"
+    return (told or [""])[0], engine
+
+
+class Drawing(nn.Module):
+    def forward(self, inputs):
+        return inputs * (2.0 if random.random() < 0.5 else 1.0)
+
+
+class Assigning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.count = self.count + 1
+        return inputs
+
+
+def by_value(outputs, targets):
+    return outputs.square().mean(1) * (2.0 if float(outputs.detach().sum()) > 0 else 1.0)
+
+
+def by_rows(outputs, targets):
+    return outputs.square().mean(1) + outputs[targets > 2].sum() * 0
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return cross_entropy(outputs, targets) * self.calls
+
+
+@pytest.mark.parametrize(
+    "extra, loss, why",
+    [
+        (nn.Identity(), by_value, "_local_scalar_dense"),
+        (nn.Identity(), by_rows, "nonzero|index"),
+        (nn.Identity(), Counting(), "do not do the same"),
+        (Drawing(), cross_entropy, "draws from random"),
+        (Assigning(), cross_entropy, "new tensor in the place of a buffer"),
+    ],
+)
+def test_what_needs_the_host_is_found_out(extra, loss, why):
+    told, engine = refusal(make_model(extra), loss)
+    assert re.search(why, told) and engine.replay._graph is None
+
+
+def test_a_capture_that_fails_goes_on_eagerly():
+    class Full(Again):
+        def capture(self, work):
+            work()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said = []
+    engine = ahead(make_model(), cross_entropy, graph=Full, log=said.append)
+    for step in range(EAGER_STEPS + 2):
+        engine.step(make_batch(12), step)
+    assert len([line for line in said if "the capture failed (CUDA out of memory)" in line]) == 1
+    assert engine.micro_batch == 12, "the batch itself fits"
+
+
+def test_memory_that_is_short_takes_the_graph_first():
+    small = SmallMemory(100)
+    told, engine = refusal(make_model(small), cross_entropy)
+    assert not told and engine.replay._graph is not None
+    small.limit, small.at = 4, 0
+    calls = []
+
+    def check(rows):
+        calls.append(rows)
+        if engine.replay._graph is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small.check = check
+    engine.step(make_batch(7), 10)
+    assert calls == [7, 7] and engine.replay._graph is None and engine.micro_batch == 12
+
+
+def test_cut_batches_and_other_modes_stay_eager():
+    told, engine = refusal(make_model(), cross_entropy, micro_batch=5)
+    assert not told and engine.replay._graph is None
+    _, engine = refusal(make_model(), cross_entropy)
+    graph = engine.replay._graph
+    seen, graph.replay = [], lambda work=graph.replay: (seen.append(1), work())
+    engine.step(make_batch(12), 6)
+    engine.parameters[0].requires_grad_(False)
+    engine.step(make_batch(12), 7)
+    assert seen == [1]

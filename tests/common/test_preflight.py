@@ -1,0 +1,84 @@
+"""What would fail after hours is told before the training, and nothing of a run is left behind."""
+
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.inference import heads_of, in_float32
+from common.metrics import Metric
+from common.task import TTA
+from tests.common import toy
+from tests.common.toy_runs import toy_train
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"test_ids": [f"t{(row + 1) % 30}" for row in range(30)]}, "the rows to predict are not those of .* row 0"),
+        ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
+        ({"valid": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3))}, "valid have 3 rows and train has 120"),
+        (
+            {"metrics": (Metric("x", lambda d, t: d.double(), higher_is_better=False),)},
+            "SOURCE.higher_is_better is True",
+        ),
+        (
+            {"model": lambda: nn.Linear(16, 3, bias=False), "predict": lambda o: o.sum(0)},
+            "have the shapes .*expected .B",
+        ),
+        ({"tta": (TTA("as is"), TTA("halved", lambda x: x[:1]))}, "the TTA 'halved' gives predictions of"),
+        ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy compares decisions, found scores"),
+        ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),
+        ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),
+        ({"rows": lambda ids, d: [(name, torch.tensor(0.5)) for name in ids]}, "tensor.0.5.*finite number"),
+    ],
+)
+def test_it_is_told_before_the_training(changes, words, monkeypatch):
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), **changes))
+    with pytest.raises(UserError, match=words):
+        toy_train()
+    assert not Path("runs").exists()
+
+
+def test_a_task_has_a_network_or_a_function(monkeypatch):
+    task = toy.made()
+    for changes in ({"network": None}, {"fit_predict": lambda *given: None}):
+        monkeypatch.setattr(toy, "build", lambda *given, changes=changes: replace(task, **changes))
+        with pytest.raises(UserError, match="either a `network` or a `fit_predict`"):
+            toy_train()
+
+
+def test_the_disk_has_room_for_what_the_run_keeps(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**20 + 1000))
+    with pytest.raises(UserError, match="what this run keeps .* GB of .* are free"):
+        toy_train()
+    assert not Path("runs").exists()
+
+
+def test_predictions_in_bfloat16_do_not_tie():
+    """The last layer computes in float32: as many different predictions as rows, where bfloat16 has a few hundred."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.Identity()).eval()
+    rows = torch.randn(2000, 8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        tied = model(rows).sigmoid().unique()
+        (head,) = heads_of(model, rows[:1])
+        assert head is model[2]
+        with in_float32([head], "cpu"):
+            outputs = model(rows)
+    assert outputs.dtype == torch.float32 and len(outputs.sigmoid().unique()) > 1990 > 1000 > len(tied)
+    assert "forward" not in vars(head)
+    assert np.allclose(outputs.numpy(), model(rows).detach().numpy(), atol=0.05)
