@@ -15,20 +15,28 @@ override TARGETS := $(shell sed -n 's/^\([a-z]*\): \#\# .*/\1/p' Makefile)
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the checks come before the installation, under make -j too
 
+new: ## start competition COMP from a template: KIND=images, masks or table
 train: ## train COMP, on demo data when there is no data, and write its submission (NPROC=2: two processes)
 predict: ## write the submission of a finished RUN again (RUN=a,b averages runs)
+tune: ## search for settings of COMP with Optuna: ARGS="--search lr=1e-4:1e-2:log" TRIALS=30
+runs: ## all runs of COMP side by side, the best first
+blend: ## combine COMP's runs on their out-of-fold predictions (RUN=a,b), never predicting again
 backtest: ## forecast past days with models that know nothing of them, where COMP has that
 check: ## look for unreadable images in COMP's data
 data: ## download COMP's files into data/COMP
 submit: ## send COMP's best checked submission to Kaggle and wait for the score
 board: ## validation against leaderboard for every submission of COMP
 kernel: ## train COMP on Kaggle's GPUs and fetch the run
+notebook: ## push RUN=a,b with a notebook that predicts offline on Kaggle (ARGS=--submit submits it)
 test: ## the whole test suite
 bench: ## side-by-side measurements: BENCH=engine, loaders ...
 lint: ## style of the code
 
-$(TARGETS): .venv/.installed
+$(filter-out new,$(TARGETS)): .venv/.installed
 	@.venv/bin/python -m common.front $@
+
+new: checked
+	@"$$PYTHON" -m common.front $@
 
 help: listed python ## this list
 	@"$$PYTHON" -m common.front --recipes

@@ -33,7 +33,8 @@ from common.engine.step import Engine
 from common.inference import Predictor
 from common.raw import RawData
 from common.task import AS_IS, completed
-from competitions.clouds import decision, demo, loss, reader, rle, task
+from common.vision import rle
+from competitions.clouds import decision, demo, loss, reader, task
 from competitions.clouds.config import RECIPES
 from competitions.clouds.model import CloudNet
 from competitions.clouds.reader import MASK_SIZE, SUBMISSION_SIZE

@@ -56,11 +56,12 @@ def train(name: str, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     parser.add_argument("--resume", **commands.SWITCH, help="go on though code or data have changed")
     recipes = competition.recipes
+    parser.add_argument("--no-submission", action="store_true", help="leave the test rows for make predict")
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
     from common import train as training
 
-    insist = given.resume == "1"
-    training.train(competition, config, recipe=given.recipe, data=given.data, run_name=given.run, insist=insist)
+    insist, submits = given.resume == "1", not given.no_submission
+    training.train(competition, config, given.recipe, given.data, given.run, insist, submits)
 
 
 def predict(name: str, argv: list[str]) -> None:
@@ -69,10 +70,61 @@ def predict(name: str, argv: list[str]) -> None:
     parser = verb_parser("predict", name, predict.__doc__)
     parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
     configs.add_prediction_flags(parser, competition.config_class)
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="give rows of unreadable images the sample submission's own values, and name them",
+    )
+    parser.add_argument("--budget", type=commands.seconds, metavar="SECONDS", help="then --fallback for what is left")
     given = parser.parse_args(argv)
     from common import predict as predicting
 
     predicting.predict(competition, given)
+
+
+def tune(name: str, argv: list[str]) -> None:
+    """search for settings with Optuna: every trial is a run; the same command goes on (flags: those of train too)"""
+    competition = competitions.load(name)
+    own = verb_parser("tune", name, tune.__doc__)
+    own.add_argument("--search", metavar="SPACE", help="lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
+    own.add_argument("--trials", type=int, default=30, help="trials that the search has in the end [30]")
+    mine = Parser(add_help=False, allow_abbrev=False)
+    mine.add_argument("--search")
+    mine.add_argument("--trials")
+    mine.add_argument("--recipe")
+    rest = mine.parse_known_args(argv)[1]  # goes to every trial
+    config, given = configured(own, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
+    if not given.search:
+        raise UserError(f'--search is missing: make tune COMP={name} ARGS="--search lr=1e-4:1e-2:log"')
+    from common import tune as tuning
+
+    tuning.tune(competition, config, given.recipe, given.search, given.trials, rest)
+
+
+def runs(name: str, argv: list[str]) -> None:
+    """all runs side by side, the best first: a table, runs/COMPETITION/runs.csv and the page runs.html"""
+    verb_parser("runs", name, runs.__doc__).parse_args(argv)
+    from common import runs_table
+
+    runs_table.show(competitions.load(name))
+
+
+def blend(name: str, argv: list[str]) -> None:
+    """combine runs by weights chosen on their out-of-fold predictions, nested over folds: a run of its own"""
+    parser = verb_parser("blend", name, blend.__doc__)
+    parser.add_argument("--run", metavar="NAME,NAME", help="runs to blend [all that are comparable with the best]")
+    parser.add_argument("--by", default="hill", choices=("hill", "nnls", "optimum", "mean", "stack"),
+        help="hill climbing, non-negative least squares, the metric's own optimum, equal weights, or a linear model "
+        "[hill]")  # fmt: skip
+    parser.add_argument("--space", default="plain", help="mean of plain predictions, of rank, or of power:P [plain]")
+    parser.add_argument("--per-class", action="store_true", help="weights of their own for every class")
+    parser.add_argument("--oof", metavar="FILE[,FILE]", help="CSV of an id and out-of-fold predictions made elsewhere")
+    parser.add_argument("--test", metavar="FILE[,FILE]", help="the predictions of test rows that belong to --oof")
+    parser.add_argument("--name", metavar="NAME", help="name of the new run [next number and blend]")
+    given = parser.parse_args(argv)
+    from common import blend as blending
+
+    blending.blend(competitions.load(name), given)
 
 
 def check(name: str, argv: list[str]) -> None:
@@ -105,7 +157,24 @@ def kernel(name: str, argv: list[str]) -> None:
     kernels.kernel(name, competitions.load(name), parser, argv, configured)
 
 
-VERBS = {verb.__name__: verb for verb in (train, predict, check, data, submit, board, kernel)}
+def new(name: str, argv: list[str]) -> None:
+    """start a competition: a copy of a template that trains on its demo data at once"""
+    parser = Parser(prog="python -m common new NAME", description=new.__doc__, allow_abbrev=False)
+    parser.add_argument("--kind", default="", help="images, masks or table")
+    from common import new as templates
+
+    templates.new(name, parser.parse_args(argv).kind)
+
+
+def notebook(name: str, argv: list[str]) -> None:
+    """push runs with a notebook that predicts offline on Kaggle, and submit it: for code competitions"""
+    kernels.notebook(competitions.load(name), verb_parser("notebook", name, notebook.__doc__), argv)
+
+
+VERBS = {
+    verb.__name__: verb
+    for verb in (new, train, predict, tune, runs, blend, check, data, submit, board, kernel, notebook)
+}
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
@@ -128,10 +197,10 @@ def _run(argv: list[str]) -> None:
     for word in argv:
         if not word.isascii() and word.encode(errors="surrogateescape") != word.encode(errors="replace"):
             raise UserError(f"{word!r} is not UTF-8: give the file or the run a name that is")
-    verb, rest = argv[0], argv[2:]
+    verb = argv[0]
     given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
     function = verb_of(verb, given)
-    function(competitions.known(given, verb), rest)
+    function(given if function is new else competitions.known(given, verb), argv[1 + bool(given) :])
 
 
 def main(argv: list[str]) -> int:

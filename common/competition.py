@@ -43,7 +43,12 @@ class Competition:
         return getattr(self.config, "VERBS", {})
 
     def build(self, config: Config, raw: "RawData", log: Callable[[str], Any]) -> "Task":
-        return importlib.import_module(f"competitions.{self.name}.task").build(config, raw, log)
+        task = importlib.import_module(f"competitions.{self.name}.task").build(config, raw, log)
+        if task is None:
+            raise UserError(
+                f"build() of competitions/{self.name}/task.py returns nothing: end it with `return Task(...)`"
+            )
+        return task
 
     def write_demo(self, folder: Path) -> None:
         importlib.import_module(f"competitions.{self.name}.demo").write_demo(folder)

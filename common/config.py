@@ -104,12 +104,15 @@ class Config:
     graph: bool = flag(False, "on a CUDA card, replay steps of a fixed shape as a CUDA graph: no waiting for Python")
     channels_last: bool = flag(False, "keep image tensors in channels-last order; always on a CUDA card")
     save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds", at_least(0))
+    track: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "send every epoch's figures there too (packages of their own; WANDB_MODE=offline keeps wandb's here)"
+    )
     bad_images: Literal["raise", "skip"] = flag("raise", "stop at an unreadable image, or leave it out and list it")
 
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
 MACHINE_FIELDS = frozenset(
-    {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph"}
+    {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph", "track"}
 )
 # What `make predict` may set, and what a competition marks with flag(..., predicts=True); the rest shaped the weights.
 PREDICTION_FIELDS = frozenset(

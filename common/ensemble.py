@@ -243,6 +243,7 @@ class Blend:
     """A way to combine runs, and what it is worth; scores are those of the objective."""
 
     fitted: Fitted  # chosen on all rows: for the test rows
+    by_part: dict[int, Fitted]  # chosen without the rows of a part: for that part's rows
     predictions: np.ndarray  # [m, ...] of rows that had no part in choosing: tune and score these
     score: float  # of `predictions`
     mean: float  # of the plain mean of the runs
@@ -275,15 +276,16 @@ def nested(
         raise UserError(
             f"a blend of {members.shape} with folds of {parts.shape} rows: expected finite [runs, rows, ...]"
         )
-    predictions = _by_parts(members, parts, choose)
+    by_part, predictions = _by_parts(members, parts, choose)
     score = partial(objective, rows=rows)
     without = None
     if leave_out:
         rest = (np.delete(members, run, axis=0) for run in range(len(members)))
-        without = np.array([score(_by_parts(others, parts, choose)) for others in rest])
+        without = np.array([score(_by_parts(others, parts, choose)[1]) for others in rest])
     flat = members.reshape(len(members), -1)
     return Blend(
         choose(members, rows),
+        by_part,
         predictions,
         score(predictions),
         score(equal()(members, rows)(members)),
@@ -293,10 +295,12 @@ def nested(
     )
 
 
-def _by_parts(members: np.ndarray, parts: np.ndarray, choose: Choose) -> np.ndarray:
-    """Predictions [m, ...] of every part by what was chosen on the others."""
+def _by_parts(members: np.ndarray, parts: np.ndarray, choose: Choose) -> tuple[dict[int, Fitted], np.ndarray]:
+    """What is chosen without every part, and its predictions [m, ...] of the part's rows."""
     result = np.empty(members.shape[1:], np.result_type(members, np.float32))
-    for part in np.unique(parts):
+    chosen = {}
+    for part in np.unique(parts).tolist():
         held = parts == part
-        result[held] = choose(members[:, ~held], np.flatnonzero(~held))(members[:, held])
-    return result
+        chosen[part] = choose(members[:, ~held], np.flatnonzero(~held))
+        result[held] = chosen[part](members[:, held])
+    return chosen, result

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint
+from common import checkpoint, track
 from common.batch import Batch
 from common.config import Config
 from common.device import device_of, peak_memory, precision_of, prepare_device, workers_of
@@ -282,6 +282,7 @@ class Training:
         if self.ranks.is_writer:  # before the checkpoint: an epoch that is saved as done is never written again
             write_metrics(self.folder, state.history)
             write_skipped(self.run, self.folder, self.task, skipped)
+        track.epoch(self.run, self.config, self.fold, row)
         self.counted = time.monotonic()
         self._save_when_due()
         shown = {name: value for name, value in row.items() if name not in ("fold", "epoch", "step")}

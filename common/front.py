@@ -16,7 +16,7 @@ from common import cli
 from common import competition as competitions
 from common.errors import UserError
 
-FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME")  # DATA=x is --data x
+FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME", "TRIALS")  # DATA=x is --data x
 PROCESSES = ("NPROC", "NNODES", "MASTER")
 ALWAYS = ("ARGS", "PYTHON")
 TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition
@@ -26,7 +26,7 @@ BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmar
 def check(target: str, given: Mapping[str, str]) -> None:
     """Raises UserError for a variable that the target does not take, or a COMP that is none or has no such target."""
     comp, names = given.get("COMP", ""), given.get("GIVEN", "").split()
-    known = ("COMP", *FLAGS, *PROCESSES, "BENCH", *ALWAYS)
+    known = ("COMP", "KIND", *FLAGS, *PROCESSES, "BENCH", *ALWAYS)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
@@ -35,10 +35,11 @@ def check(target: str, given: Mapping[str, str]) -> None:
             hint = f"Did you mean {near[0]}?" if near else f"A setting of the competition goes into ARGS: {line}"
             raise UserError(f"{name}={given.get(name, '')}: make has no such variable, only {' '.join(known)}. {hint}")
     takes = (*ALWAYS, "BENCH") if target in TOOLS else ("COMP", *FLAGS, *ALWAYS)
+    takes = ("COMP", "KIND", *ALWAYS) if target == "new" else takes
     takes += PROCESSES if target == "train" else ()
     if useless := [name for name in names if name not in takes and given.get(name)]:
         raise UserError(f"{useless[0]}={given[useless[0]]}: make {target} takes only {' '.join(takes)}: leave it out")
-    if target not in TOOLS:
+    if target not in TOOLS and target != "new":
         cli.verb_of(target, competitions.known(comp, target))
     command(target, given)
 
@@ -53,8 +54,8 @@ def command(target: str, given: Mapping[str, str]) -> list[str]:
         raise UserError(f"BENCH={given.get('BENCH', '')}: expected one of {', '.join(BENCHMARKS)}")
     if target in TOOLS:
         return [*(TOOLS[target] or ["-m", f"benchmarks.{given['BENCH']}"]), *args]
-    flags = [f"--{name.lower()}={given[name]}" for name in FLAGS if given.get(name)]
-    program = ["common", target, given["COMP"], *flags, *args]
+    flags = [f"--{name.lower()}={given[name]}" for name in (*FLAGS, "KIND") if given.get(name)]
+    program = ["common", target, *([given["COMP"]] if given.get("COMP") else []), *flags, *args]
     nproc, nodes, master = (given.get(name, "") for name in PROCESSES)
     if not nproc and not nodes:
         return ["-m", *program]

@@ -1,8 +1,12 @@
 """The submission of one run, or of the average of several."""
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +28,13 @@ from common.run import Run
 from common.task import Task, Tuned, completed, needs_workers
 
 
+class Fallback(NamedTuple):
+    """A file must be written whatever happens: rows that cannot be predicted take the sample submission's values."""
+
+    values: Callable[[], dict[str, Sequence[str]]]  # id -> the sample submission's cells after it, read when needed
+    until: float  # of time.monotonic(): what is not predicted by then is not predicted
+
+
 class Member(NamedTuple):
     """A run that predicts, as the data and the settings at hand make it."""
 
@@ -37,7 +48,9 @@ class Member(NamedTuple):
         return not differences(self.run.config(type(self.config)), self.config)
 
 
-def write_submission(competition: str, members: Sequence[Member], is_demo: bool) -> Path:
+def write_submission(
+    competition: str, members: Sequence[Member], is_demo: bool, fallback: Fallback | None = None
+) -> Path:
     """Average the members' predictions of the test rows and write the checked CSV; returns its path.
 
     The predictions of a single run are kept beside its out-of-fold ones, for blends.
@@ -55,13 +68,18 @@ def write_submission(competition: str, members: Sequence[Member], is_demo: bool)
     path = submission.SUBMISSIONS / competition / f"{_name_of(members, is_demo)}.csv"
     with ExitStack() as stack:
         keep: Callable[[Predictions], None] = lambda predictions: None  # noqa: E731
-        if predictors[0] is not None and len(members) == 1 and first.as_trained:
+        if predictors[0] is not None and len(members) == 1 and first.as_trained and not fallback:
             kept = first.task.postprocess.kept
             keep = stack.enter_context(PredictionWriter(first.run.path, "test", len(rows), kept)).add
             write_text(first.run.path / "test_ids.txt", "".join(f"{name}\n" for name in first.task.data.test_ids))
-        rows_of_csv = _rows_of_csv(competition, members, streams, predictors, keep)
+        lost: list[str] = []
+        rows_of_csv = _rows_of_csv(members, streams, predictors, keep, lost, fallback.until if fallback else None)
         provenance = _provenance(competition, members, is_demo)
         task = first.task
+        if fallback:
+            rows_of_csv = _filled(rows_of_csv, task.sample.ids, fallback, lost, provenance)
+        else:
+            rows_of_csv = _whole(rows_of_csv, lost, f"COMP={competition} RUN={first.run.name}")
         return submission.write(path, task.sample, rows_of_csv, task.submission.valid, provenance)
 
 
@@ -94,7 +112,7 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
 def _test_predictor(member: Member) -> Predictor | None:
     """Who predicts the test rows anew; None for a run that has kept predictions and no network."""
     run, task, config = member
-    if task.network is None:
+    if task.network is None or run.is_blend:
         return None
     device = device_of(config)
     models = load_models(run, task, config, device)
@@ -127,27 +145,80 @@ def _one_by_one(batches: Iterator[tuple[np.ndarray, Predictions]]) -> Iterator[t
             yield row, rebuilt({leaf: values[place] for leaf, values in parts.items()})
 
 
+def _aligned(
+    streams: Sequence[Iterator[tuple[int, Predictions]]],
+) -> Iterator[list[tuple[int, Predictions]]]:
+    """The rows that every stream has, in their order: a run may read an image that another one cannot."""
+    heads = [next(stream, None) for stream in streams]
+    while all(heads):
+        last = max(row for row, _ in heads)
+        if all(row == last for row, _ in heads):
+            yield heads
+            last += 1
+        heads = [head if head[0] >= last else next(stream, None) for head, stream in zip(heads, streams, strict=True)]
+    for stream in streams:
+        for _ in stream:
+            pass  # to its end, where it says what it has left out
+
+
 def _rows_of_csv(
-    competition: str,
     members: Sequence[Member],
     streams: Sequence[Iterator[tuple[int, Predictions]]],
     predictors: Sequence[Predictor | None],
     keep: Callable[[Predictions], None],
+    lost: list[str],
+    until: float | None,
 ) -> Iterator[Sequence[Any]]:
+    """The rows of the CSV that could be predicted until then; adds to `lost` what could not, and why."""
     first, (rules, tuned) = members[0], _rules_of(members)
     ids = first.task.data.test_ids
-    together = zip(*streams, strict=True)
+    together, done = _aligned(streams), 0
     while chunk := list(islice(together, first.config.batch_size)):
         means = [mean_of([predictions for _, predictions in sample]) for sample in chunk]
         mean = rebuilt({leaf: torch.stack([leaves(one)[leaf] for one in means]) for leaf in leaves(means[0])})
         keep(mean)
         index = [sample[0][0] for sample in chunk]
         yield from first.task.submission.rows([ids[row] for row in index], rules.postprocess.apply(mean, tuned))
-    if unreadable := getattr(predictors[0], "skipped", {}):
-        named = [f"{ids[row]}: {why.split(': replace')[0]}" for row, why in unreadable.items()][:5]
+        done = index[-1] + 1
+        if until is not None and time.monotonic() > until and done < len(ids):
+            lost.append(f"{ids[done]} and what follows it: the time is over")
+            break
+    together.close()
+    for stream in streams:
+        stream.close()  # whose predictor knows only then what was skipped
+    skipped = {row: why for one in predictors if one for row, why in one.skipped.items()}
+    lost += [f"{ids[row]}: {why.split(': replace')[0]}" for row, why in sorted(skipped.items())]
+
+
+def _whole(rows: Iterator[Sequence[Any]], lost: list[str], again: str) -> Iterator[Sequence[Any]]:
+    yield from rows
+    if lost:
         raise UserError(
-            f"{len(unreadable)} test images cannot be read ({'; '.join(named)}), and a submission needs every one: "
-            f"replace the files, then predict again with make predict COMP={competition} RUN={first.run.name}"
+            f"{len(lost)} test images cannot be read ({'; '.join(lost[:5])}), and a submission needs every one: "
+            f"replace the files, then predict again with make predict {again}"
+        )
+
+
+def _filled(
+    rows: Iterator[Sequence[Any]], ids: Sequence[str], fallback: Fallback, lost: list[str], provenance: dict[str, Any]
+) -> Iterator[Sequence[Any]]:
+    """`rows`, and in the places of those that are `lost` the sample submission's own; they are named."""
+    values, filled, row = None, [], next(rows, None)
+    for name in ids:
+        if row is not None and str(row[0]) == name:
+            yield row
+            row = next(rows, None)
+            continue
+        values = fallback.values() if values is None else values
+        filled.append(name)
+        yield name, *values[name]
+    if row is not None or (filled and not lost):
+        raise UserError(f"the rows predicted are not the sample submission's (first without one: {filled[:1]})")
+    if filled:
+        provenance["fallback"] = filled
+        print(
+            f"{len(filled)} of {len(ids)} rows have the sample submission's own values ({', '.join(filled[:5])} ...): "
+            f"{'; '.join(lost)}"
         )
 
 
@@ -164,7 +235,11 @@ def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
 
 
 def _name_of(members: Sequence[Member], is_demo: bool) -> str:
-    name = "+".join(member.run.name for member in members)
+    """The runs' names; of several that no file system would take together, the first and how many there are."""
+    names = [member.run.name for member in members]
+    name, digest = "+".join(names), sha256("+".join(names).encode()).hexdigest()[:12]
+    if len(name.encode()) > 2 * runs.LONGEST_NAME:
+        name = f"{names[0]}+{len(names) - 1}-more-{digest}"
     return name + "-demo" * (is_demo and "demo" not in members[0].run.name)
 
 
@@ -181,14 +256,16 @@ def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> d
         "commit": runs.commit(),
         "data_fingerprint": task.fingerprint,
         "demo": is_demo,
+        "text_columns": list(task.submission.text),
         "created": runs.now(),
         **task.submission.facts,
     }
 
 
-def predict(competition: Competition, given: argparse.Namespace) -> None:
+def predict(competition: Competition, given: argparse.Namespace) -> Path:
     """`make predict`: the submission of finished runs again, from their own configs and the data of their training."""
-    name = competition.name
+    name, start = competition.name, time.monotonic()
+    is_filled = given.fallback or given.budget is not None
     if given.run is not None:
         chosen = [runs.load(name, one) for one in given.run.split(",")]
     else:
@@ -200,13 +277,24 @@ def predict(competition: Competition, given: argparse.Namespace) -> None:
         if run.result is None:
             raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
         config = with_flags(run.config(competition.config_class), given)
+        config = replace(config, bad_images="skip") if is_filled else config
         found = raw.of_run(run.provenance, given.data, competition.write_demo)
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
         use_threads(config, with_workers=needs_workers(task))
-        check_before(task, competition)
+        check_before(task, competition, every_image=not is_filled)
         members.append(Member(run, task, config))
-    path = write_submission(name, members, is_demo=any(demos))
+    fallback = None
+    if is_filled:
+        until = float("inf") if given.budget is None else start + given.budget
+        fallback = Fallback(partial(_sample_values, found, task.submission.sample), until)
+    path = write_submission(name, members, any(demos), fallback)
     if len(members) == 1 and not given.data:
         members[0].run.finish()
     print(f"submission: {path}")
+    return path
+
+
+def _sample_values(found: raw.RawData, name: str) -> dict[str, Sequence[str]]:
+    """What the sample submission has in its rows, by their ids."""
+    return {row[0]: row[1:] for _, row in found.uncounted().rows(name)}

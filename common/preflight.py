@@ -1,10 +1,12 @@
 """What can be checked before the training is checked before the training, for every competition."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.batch import Batch, map_tree, tensors_of
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of
@@ -24,12 +26,15 @@ LARGE = 2_000_000  # numbers of a sample, of which one is tried out instead of t
 WEIGHTS_OF_A_TRAINING = 5  # in best.pt and last.pt: twice the model, two moments, the average
 
 
-def check_before(task: Task, competition: Competition) -> None:
-    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images."""
+def check_before(task: Task, competition: Competition, every_image: bool = True) -> None:
+    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images.
+
+    Without `every_image`, images that cannot be read are for the prediction to leave out.
+    """
     check_direction(task.metrics[0], competition.source.higher_is_better)
     if len(task.data.test_ids) == len(task.sample.ids):  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
-    paths = image_paths(task.data.test)
+    paths = image_paths(task.data.test) if every_image else []
     refuse_unreadable(unreadable(paths), len(paths), "test images")
     if task.check:
         task.check()
@@ -59,7 +64,7 @@ def _try_out(task: Task, config: Config) -> None:
         outputs = model(batch.inputs)
         of_epochs = map(network.loss_of, range(config.epochs)) if network.loss_of else (network.loss,)
         for loss in {id(loss): loss for loss in of_epochs}.values():
-            batch_value(loss, outputs, batch.targets)
+            _check_loss(loss, outputs, batch.targets)
         predictions = post.predict(outputs)
         shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
         if any(shape[:1] != [len(batch)] for shape in shapes.values()):
@@ -95,6 +100,17 @@ def _require_room(task: Task, config: Config, model: nn.Module, predictions: dic
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     size = row * (2 * held + len(task.data.test_ids)) + weights * (len(folds) + WEIGHTS_OF_A_TRAINING)
     require_room(RUNS, size, "what this run keeps (out-of-fold and test predictions, weights)")
+
+
+def _check_loss(loss: Any, outputs: Tree, targets: Tree) -> None:
+    try:
+        batch_value(loss, outputs, targets)
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        told = [map_tree(lambda x: f"{x.dtype} {list(x.shape)}".removeprefix("torch."), x) for x in (outputs, targets)]
+        raise UserError(
+            f"the loss does not take the outputs {told[0]} of the model with the targets {told[1]} of the dataset "
+            f"({' '.join(str(error).split())[:200]}): make them fit each other in build()"
+        ) from error
 
 
 def _check_rows(task: Task, decisions: object) -> None:

@@ -155,7 +155,7 @@ class RawData:
         """A folder that holds the files; an archive is unpacked once into the cache."""
         if self._archive is None:
             return self.path
-        target = self.cache / f"unpacked-{self.stamp()[:16]}"
+        target = self.cache / f"unpacked-{self.cache_key()[:16]}"
         if not target.is_dir():
             with alone_in(self.cache) as alone:
                 for left in self.cache.glob(".unpacked-*.part") if alone else ():  # by a process that was killed
@@ -169,7 +169,7 @@ class RawData:
                     ) from error
         return target
 
-    def stamp(self, *names: str) -> str:
+    def cache_key(self, *names: str) -> str:
         """Cheap key of the files as they are on disk (path, size, time): what a cache beside the data is keyed by."""
         own = [self._own_name(name) or name for name in names] if self._archive is None else [""]
         files = [self.path / name for name in own]

@@ -11,13 +11,15 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.files import write_text, write_with
-from common.metrics import Metric
 from common.run import Run
+
+if TYPE_CHECKING:  # needs torch, and the table of runs does not
+    from common.metrics import Metric
 
 DOTS_PER_INCH = 80  # a page of ten plots stays below 5 MB
 STYLE = """
@@ -29,7 +31,7 @@ td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:
 
 
 class Report:
-    """Collects text, tables and figures in their order; `write` puts report.html beside the PNG files."""
+    """Collects text, tables and figures in their order; `write` puts the page beside the PNG files."""
 
     def __init__(self, folder: Path, title: str):
         self.folder, self.title = folder, title
@@ -62,13 +64,13 @@ class Report:
         )
         return path
 
-    def write(self) -> Path:
+    def write(self, name: str = "report.html") -> Path:
         title = html.escape(self.title)
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{STYLE}</style></head><body><h1>{title}</h1>{''.join(self.parts)}</body></html>\n"
         )
-        path = self.folder / "report.html"
+        path = self.folder / name
         write_text(path, page)
         return path
 
@@ -103,7 +105,7 @@ def without_markup(figure: Any) -> None:
 def default_report(
     run: Run,
     settings: dict[str, Any],
-    metrics: Sequence[Metric],
+    metrics: Sequence["Metric"],
     recipe: dict[str, Any] | None = None,
 ) -> Report:
     """The page of any finished run, not yet written: `common.mistakes` and the competition's own plots go behind it.
@@ -151,7 +153,7 @@ def score_line(result: dict[str, Any]) -> str:
     return words + (f"; {others}" if others else "") + "."
 
 
-def _training(page: Report, history: list[dict[str, str]], metrics: Sequence[Metric]) -> None:
+def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Metric"]) -> None:
     """Curves of metrics.csv, and the best epoch of every fold."""
     page.heading("Training")
     curves = training_curves(history, [metric.name for metric in metrics])

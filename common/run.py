@@ -43,6 +43,11 @@ class Run:
         return self.provenance.get("format") == FORMAT
 
     @property
+    def is_blend(self) -> bool:
+        """Whether it is made of other runs: it has kept predictions and no models."""
+        return (self.path / "blend.json").is_file()
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do: trained, reported and predicted."""
         return self.result is not None and not self._unfinished.exists()
@@ -176,7 +181,7 @@ def open_run(
     """
     if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
         before_new()
-        return _new_run(competition, name, config, provenance)
+        return new_run(competition, name, config, provenance)
     if name is not None:
         run = load(competition, name)
         settings, changes = _obstacles(run, config, provenance)
@@ -188,7 +193,7 @@ def open_run(
             )
         return _resumed(run)
     for run in reversed(all_runs(competition)):
-        if run.is_finished:
+        if run.is_finished or run.is_blend:
             continue
         settings, changes = _obstacles(run, config, provenance)
         if not settings and (insist or not changes):
@@ -198,7 +203,7 @@ def open_run(
                 f"{run.path} does not go on ({'; '.join(changes)}): this is a new run; RESUME=1 goes on with that one"
             )
     before_new()
-    return _new_run(competition, None, config, provenance)
+    return new_run(competition, None, config, provenance)
 
 
 def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -224,7 +229,7 @@ def _resumed(run: Run) -> Run:
     return run
 
 
-def _new_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any]) -> Run:
+def new_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any]) -> Run:
     """Make the folder; the number in a generated name counts the runs of the competition."""
     home = RUNS / competition
     try:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import raw
+from common import raw, track
 from common import run as runs
 from common.batch import map_tree
 from common.competition import Competition
@@ -42,7 +42,7 @@ from common.predictions import (
 )
 from common.preflight import check_before, try_out
 from common.raw import RawData
-from common.report import default_report, score_line
+from common.report import Report, default_report, score_line
 from common.run import Run
 from common.task import Task, completed, needs_workers
 
@@ -56,11 +56,13 @@ def train(
     data: str | None = None,
     run_name: str | None = None,
     insist: bool = False,
+    submits: bool = True,
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
     with Ranks.from_environment() as ranks:
         say = print if ranks.is_writer else _silent
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
+        track.check(config)
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
         use_threads(config, with_workers=needs_workers(task))
@@ -77,7 +79,8 @@ def train(
         else:
             run.log(f"{run.path} is finished ({result['monitor']} {result['score']}): only predicting")
     if ranks.is_writer:
-        _write_what_follows(competition.name, Member(run, task, config), competition.recipes[recipe], found.is_demo)
+        member = Member(run, task, config)
+        _write_what_follows(competition.name, member, competition.recipes[recipe], found.is_demo, submits)
 
 
 def _silent(message: str) -> None:
@@ -139,7 +142,7 @@ def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks) -> None:
         finish(run, task, config, folders)
 
 
-def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool) -> None:
+def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
     """The run's page and its submission. No page is worth a submission, so one that fails is only told."""
     run = member.run
     if not run.is_finished:
@@ -147,17 +150,22 @@ def _write_what_follows(competition: str, member: Member, recipe: Config, is_dem
             write_report(member, recipe)
         except Exception as error:  # whatever a plot stumbles over
             run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
-    path = write_submission(competition, [member], is_demo)
+    path = write_submission(competition, [member], is_demo) if submits else None
     run.finish()
     if run.report.is_file():
         print(f"report: {run.report}")
-    print(f"submission: {path}")
+    if path:
+        print(f"submission: {path}")
 
 
 def write_report(member: Member, recipe: Config) -> None:
     """report.html: curves, folds, settings, mistakes, and what the competition adds."""
+    finish_page(default_report(member.run, vars(member.config), member.task.metrics, vars(recipe)), member)
+
+
+def finish_page(page: Report, member: Member) -> None:
+    """Add the mistakes of the out-of-fold predictions and the competition's own plots, and write the page."""
     run, task, config = member
-    page = default_report(run, vars(config), task.metrics, vars(recipe))
     kept = read_predictions(run.path, "oof")
     if isinstance(kept, np.ndarray):
         row_of = {str(name): row for row, name in enumerate(task.data.ids)}
@@ -210,9 +218,14 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
 
 
 def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[str, Any]:
-    """oof.npy and oof_ids.txt of the run from those of its folds, what is tuned on them, and what they score."""
+    """oof.npy of the run from those of its folds, what is tuned on them, and what they score."""
     rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
     join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
+    return score_oof(run, task, config, rows)
+
+
+def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[str, Any]:
+    """Write the ids of the run's out-of-fold predictions, tune on them, and score them: the heart of result.json."""
     predictions = read_predictions(run.path, "oof")
     write_text(run.path / "oof_ids.txt", "".join(f"{task.data.ids[row]}\n" for row in rows))
     tuned = task.postprocess.tune(predictions, rows)

@@ -13,7 +13,7 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 # `make test` hands its own variables to every program below it, and some tests call make.
 MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "COMP", "DATA", "RECIPE", "RUN", "FOLD", "ARGS")
-for name in (*MAKE, "GIVEN", "RESUME", "FILE", "MSG", "FORCE", "NPROC", "NNODES", "MASTER", "BENCH"):
+for name in (*MAKE, "GIVEN", "RESUME", "TRIALS", "FILE", "MSG", "FORCE", "NPROC", "NNODES", "MASTER", "BENCH"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402

@@ -15,6 +15,7 @@ from common.competition import Competition
 from common.errors import UserError
 from common.files import read_json, sha256
 from common.kaggle.source import Source
+from common.runs_table import best_run
 from common.submission import SUBMISSIONS
 
 
@@ -46,7 +47,7 @@ class Candidate:
 
 
 def choose(competition: str, source: Source, run: str | None, file: str | None) -> Candidate:
-    """FILE= as it is, else the newest file of RUN=, else of the run with the best validation score.
+    """FILE= as it is, else the newest file of RUN=, else of the run that `best_run` names, and says why.
 
     Raises UserError where there is none; files made from demo data are chosen only by their names.
     """
@@ -74,6 +75,9 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
         )
     sign = 1 if source.higher_is_better else -1
     scored = [candidate for candidate in reversed(real) if candidate.score is not None]
+    if best := best_run(competition, [candidate.run for candidate in scored], source.higher_is_better):
+        print(best[1])
+        return next(candidate for candidate in scored if candidate.run == best[0])
     return max(scored, key=lambda candidate: sign * candidate.score, default=real[-1])
 
 
@@ -125,11 +129,14 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
             )
     found = _data(candidate, competition, data)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
-    valid = None if candidate.provenance else module.build(module.recipes["default"], found, print).submission.valid
+    valid, text = None, candidate.provenance.get("text_columns", ())
+    if not candidate.provenance:
+        asked = module.build(module.recipes["default"], found, print).submission
+        valid, text = asked.valid, asked.text
     pattern, failure = module.source.sample_submission, None
     for name in found.matching(pattern) or [pattern]:
         try:
-            return submission.check(candidate.path, submission.Sample.read(found, name), valid)
+            return submission.check(candidate.path, submission.Sample.read(found, name, text), valid)
         except UserError as error:
             failure = failure or error
     raise failure

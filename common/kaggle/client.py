@@ -205,6 +205,9 @@ def explained(answer: Answer, account: Account, source: Source, what: str) -> Us
         (f"{status('401')}|Authentication required|Unauthorized|Invalid credentials", UserError,
          f"Kaggle does not accept {where} (401){shadow}. Create a new token at https://www.kaggle.com/settings/api, "
          "then repeat the same command"),
+        (r"accepts submissions from (notebooks|kernels)", UserError,
+         f"{source.page} takes submissions from notebooks alone: make notebook, with the same COMP= and RUN= and "
+         "ARGS=--submit, pushes one that predicts there, and submits it"),
         (r"accept\b.*\brules|rules\b.*\baccept|competitions.participate", UserError,
          f"Kaggle says {said!r}. Open {rules} in a browser, accept the rules as the owner of {where} (for a closed "
          "competition: Late Submission), then repeat the same command"),

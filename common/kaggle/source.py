@@ -29,7 +29,6 @@ class Source:
     checksum: str = ""  # of that archive, as md5:... or sha256:...
     checksum_url: str = ""  # record that publishes the checksum (JSON as zenodo.org gives it), when none is known here
     nowhere_to_submit: str = ""  # why no submission is possible; "" when it is
-    notebook_only: bool = False  # submissions must come from a notebook on Kaggle
     notes: str = ""  # what the user should know before downloading
 
     @property

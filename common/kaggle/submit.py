@@ -38,11 +38,6 @@ def submit(
     """
     source: Source = module.source
     refuse_nowhere(competition, source)
-    if source.notebook_only:
-        raise UserError(
-            f"{competition} takes submissions from notebooks alone: make kernel COMP={competition} trains on Kaggle "
-            "and submits what the notebook wrote"
-        )
     candidate = candidates.choose(competition, source, run, file)
     rows = candidates.check(candidate, competition, module, data)
     row = ledger.Row(

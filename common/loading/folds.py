@@ -38,6 +38,8 @@ def multilabel_stratified(ids: Sequence, labels: np.ndarray, folds: int, seed: i
     order, labels = _shuffled(ids, folds, seed), np.asarray(labels)
     if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
         raise UserError(f"multilabel_stratified: expected labels [n, L] of 0 and 1, found an array {labels.shape}")
+    if labels.shape[1] == 1:  # the library refuses it
+        return stratified(ids, labels[:, 0], folds, seed)
     splitter = MultilabelStratifiedKFold(folds, shuffle=True, random_state=keyed_seed(seed))
     result = np.empty(len(order), np.int64)
     for fold, (_, held) in enumerate(splitter.split(order, labels[order].astype(int))):

@@ -170,12 +170,17 @@ def start_worker(tied: bool, worker: int) -> None:
     # A worker whose parent was killed may wait for ever at a pipe that other workers keep open.
     if tied and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has: that one may be killed, and tell nobody."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def has_room(nbytes: int) -> bool:

@@ -37,6 +37,8 @@ class CrossEntropy(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = full_precision(outputs)
+        if outputs.shape[1] == 1:
+            raise ValueError("CrossEntropy of a single class is 0 whatever the model says: for one label use BCE")
         if targets.is_floating_point():
             targets = targets.to(outputs.dtype)
         weight = self.class_weights

@@ -1,7 +1,6 @@
 """Which image files cannot be read: looked for before a training, and by `make check`."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from tqdm import tqdm
 
 from common.errors import BadImage, UserError
+from common.loading.worker import end_with_parent
+from common.progress import progress
 from common.vision.decode import PIXELS, decode, jpeg_size
 from common.vision.find import ENDINGS
 
@@ -81,13 +81,14 @@ def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImag
 
 
 def _problems(paths: Sequence[str | PathLike], show: bool) -> Iterator[BadImage | None]:
-    with ProcessPoolExecutor(initializer=_keep_warnings) as pool:
+    with ProcessPoolExecutor(initializer=_start) as pool:
         found = pool.map(_problem, range(len(paths)), paths, chunksize=8)
-        yield from tqdm(found, "checking", len(paths), unit="image", file=sys.stderr, disable=not show, mininterval=0.5)
+        yield from progress(found, "checking", len(paths), "images", show)
 
 
-def _keep_warnings() -> None:
+def _start() -> None:
     """Send the terminal output of this process to a file: libjpeg names damaged data there and nowhere else."""
+    end_with_parent()
     cv2.setNumThreads(0)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)

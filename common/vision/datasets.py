@@ -38,7 +38,8 @@ class ImageDataset:
 
     @property
     def paths(self) -> list[Path]:
-        return self.images.paths
+        """Every file: of the images, then of masks that are images too."""
+        return [*self.images.paths, *getattr(self.masks, "paths", ())]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,6 +1,5 @@
 """Images at one size: decoded and resized once into a memory-mapped file where there is room, else at every use."""
 
-import fcntl
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from common.errors import BadImage, UserError
+from common.files import alone_in
 from common.progress import progress
+from common.raw import RawData
 from common.vision.decode import Image, decode
-from common.vision.find import files_of, fingerprint
+from common.vision.find import files_of, fingerprint, images_of
 
 GIGABYTE = 1 << 30
 
@@ -52,6 +53,18 @@ class ImageStore:
         self._make()
         self._rows = np.load(self._file, mmap_mode="r")
 
+    @classmethod
+    def of(
+        cls, raw: RawData, folder: str, ids: Sequence[Any], table: str, gray: bool = False, **settings: Any
+    ) -> "ImageStore":
+        """The images of the ids in a folder of the data, for messages also of the `table` that the ids stand in.
+
+        RGB, or one channel for `gray`. Raises UserError naming the ids that have no file, or two.
+        """
+        again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
+        paths = images_of(raw.folder() / folder, ids, table, again)
+        return cls([(path,) for path in paths] if gray else paths, cache=raw.cache, **settings)
+
     @property
     def paths(self) -> list[Path]:
         """Every file of the images."""
@@ -79,24 +92,23 @@ class ImageStore:
         if self._file.is_file():
             return
         try:
-            with open(self._file.with_name("images.lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with alone_in(self._file.parent) as alone:
                 if not self._file.is_file():
-                    self._resize()
+                    self._resize(alone)
         except OSError as error:
             raise UserError(
                 f"{self._file} cannot be written ({error.strerror or error}): free disk space, or train with "
                 f"--cache-gb 0"
             ) from error
 
-    def _resize(self) -> None:
+    def _resize(self, alone: bool) -> None:
         """uint8 [n, H * W * C + 1]: pixels, and 1 where the image could be read.
 
-        The lock is held, so any draft that is there was left by a killed process.
+        Where this process is alone, any draft that is there was left by a killed one.
         """
-        for left in self._file.parent.glob("images-*.part"):
+        for left in self._file.parent.glob("images-*.part") if alone else ():
             left.unlink()
-        draft = self._file.with_suffix(".part")
+        draft = self._file.with_suffix(f".{os.getpid()}.part")
         try:
             shape = (len(self.images), int(np.prod(self._shape)) + 1)
             rows = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.raw import files_under
 from common.vision.backbones import Extra
 from common.vision.find import some
 
@@ -95,7 +96,8 @@ def start_from(
 def read(path: Path, flag: str = "--encoder-weights") -> dict[str, Tensor]:
     """The tensors of a file, or of the only such file in a folder, by their names; raises UserError without any."""
     if path.is_dir():
-        files = [file for ending in FILES for file in sorted(path.rglob(f"*{ending}"))]
+        there = sorted(path / name for name in files_under(path))
+        files = [file for ending in FILES for file in there if file.name.endswith(ending)]
         files = [file for file in files if file.suffix == files[0].suffix]  # the first kind: safetensors before others
         if not files or len(files) > 1 and not all("-of-" in file.name for file in files):  # one, or parts of one
             found = some([str(file.relative_to(path)) for file in files]) or "none"

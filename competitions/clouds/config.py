@@ -98,7 +98,18 @@ RECIPES: dict[str, CloudConfig] = {
     # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one card
     "best": BEST,
     # make train COMP=clouds, when there are no data: a laptop's CPU, generated images
-    "demo": replace(SMALL, fold="0", folds=4, epochs=30, batch_size=6, size=(96, 144), lr=2e-3, ema=0.97, cutmix=0.0),
+    "demo": replace(
+        SMALL,
+        fold="0",
+        folds=4,
+        epochs=30,
+        batch_size=6,
+        size=(96, 144),
+        lr=2e-3,
+        ema=0.97,
+        cutmix=0.0,
+        evaluate_every=3,
+    ),
     # make train COMP=clouds RECIPE=smoke: seconds on the demo data, to see that everything works
     "smoke": replace(
         SMALL, fold="0", folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False

@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from competitions.clouds import rle
+from common.vision import rle
 from competitions.clouds.reader import CLASSES, MASK_SIZE
 
 TRAIN_IMAGES, TEST_IMAGES = 24, 6

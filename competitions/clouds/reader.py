@@ -11,9 +11,9 @@ import numpy as np
 from common import tables
 from common.errors import BadImage, UserError
 from common.raw import RawData
+from common.vision import rle
 from common.vision.decode import decode
 from common.vision.find import find_images, images_of, some
-from competitions.clouds import rle
 
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, whatever the size of the images
@@ -63,7 +63,7 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     """Read and check all files but the pixels; raises UserError naming the file and the row of the first fault."""
     folder = raw.folder()
     images, runs = _train(raw)
-    test_classes = _test(raw)
+    test_classes = _test(raw.uncounted())
     train_paths = _paths(folder / "train_images", images, "train.csv")
     size = _size_of(runs, train_paths, f"{raw.path}/train.csv")
     if size != MASK_SIZE:

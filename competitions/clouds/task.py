@@ -16,10 +16,11 @@ from common.loading.mixing import CutMix
 from common.metrics import Metric
 from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
+from common.vision import rle
 from common.vision.backbones import probe
 from common.vision.tta import FLIPS, Flip
 from common.vision.weights import start_encoder
-from competitions.clouds import decision, loss, plots, reader, rle, tuning
+from competitions.clouds import decision, loss, plots, reader, tuning
 from competitions.clouds.augment import pipeline
 from competitions.clouds.config import CloudConfig
 from competitions.clouds.dataset import cloud_images

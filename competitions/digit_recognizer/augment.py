@@ -1,4 +1,4 @@
-"""Training augmentation and test-time views: small affine and elastic changes of many images at once, no flips.
+"""Training augmentation and test-time augmentation: small affine and elastic changes of many images at once, no flips.
 
 Everything here is elementwise, or works on one image at a time, so an image's result does not depend on which others
 are in its batch.
@@ -58,7 +58,7 @@ def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
     return _sampled(images, from_x, from_y).round_().to(torch.uint8)
 
 
-def view(images: Tensor, rotation: float = 0.0, scale: float = 1.0) -> Tensor:
+def transformed(images: Tensor, rotation: float = 0.0, scale: float = 1.0) -> Tensor:
     """Every image turned by `rotation` degrees and `scale` times as large; [B, 1, 28, 28] to float32 in 0..255."""
     cos, sin = math.cos(math.radians(rotation)) / scale, math.sin(math.radians(rotation)) / scale
     x, y = _places(images.device)

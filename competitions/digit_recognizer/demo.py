@@ -1,11 +1,12 @@
 """Demo data: scikit-learn's 1,797 scanned digits in the exact files of the competition."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from common.files import write_csv
 
 TRAIN_ROWS = 1497  # the other 300 are the test rows
 BOX, BORDER = 20, 4  # as in the real images: a digit fills a box of 20x20 pixels inside 28x28
@@ -26,13 +27,8 @@ def write_demo(folder: Path) -> None:
     pixels, labels = digits()
     columns = [f"pixel{number}" for number in range(pixels.shape[1])]
     train, test = slice(TRAIN_ROWS), slice(TRAIN_ROWS, None)
-    labelled = np.column_stack([labels[train], pixels[train]])
-    _write(folder / "train.csv", ["label", *columns], labelled.tolist())
-    _write(folder / "test.csv", columns, pixels[test].tolist())
+    rows = np.column_stack([labels[train], pixels[train]])
+    write_csv(folder / "train.csv", ["label", *columns], rows.tolist())
+    write_csv(folder / "test.csv", columns, pixels[test].tolist())
     rows = [[number, 0] for number in range(1, len(pixels) - TRAIN_ROWS + 1)]
-    _write(folder / "sample_submission.csv", ["ImageId", "Label"], rows)
-
-
-def _write(path: Path, header: list[str], rows: list[list[int]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    write_csv(folder / "sample_submission.csv", ["ImageId", "Label"], rows)

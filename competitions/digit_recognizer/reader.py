@@ -7,7 +7,7 @@ import numpy as np
 
 from common import tables
 from common.errors import UserError
-from common.files import write_with
+from common.files import write_npy
 from common.raw import RawData
 from common.tables import text, whole
 
@@ -30,46 +30,39 @@ class DigitFiles:
     labels: np.ndarray  # int64 [n], 0..9
     test_images: np.ndarray  # uint8 [m, 1, 28, 28]
     test_ids: list[str]  # m ImageIds
-    sample_lines: list[str]  # of sample_submission.csv
-    fingerprint: str  # sha256 over the contents of the three files
 
 
 def read(raw: RawData) -> DigitFiles:
     """Read and check the files; raises UserError naming the file, the line and the column of the first fault."""
     known = set(raw.cache.glob("*.npy"))
-    train, train_digest = _pixels(raw, "train.csv")
-    test, test_digest = _pixels(raw, "test.csv")
-    sample = raw.text("sample_submission.csv")
-    ids = _ids(raw, len(test))
+    train, test = _pixels(raw, "train.csv"), _pixels(raw, "test.csv")
+    ids = _ids(raw.uncounted(), len(test))
     beside = raw.path if raw.path.is_dir() else raw.path.parent
     if raw.cache.parent != beside and set(raw.cache.glob("*.npy")) != known:
         print(f"{beside} cannot be written: what was read is cached in {raw.cache} instead")
-    digests = [train_digest, test_digest, hashlib.sha256(sample.encode()).hexdigest()]
     return DigitFiles(
         images=train[:, 1:].reshape(-1, 1, SIZE, SIZE).copy(),
         labels=train[:, 0].astype(np.int64),
         test_images=test.reshape(-1, 1, SIZE, SIZE)[ids - 1],
         test_ids=[str(number) for number in ids],
-        sample_lines=sample.splitlines(),
-        fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
     )
 
 
-def _pixels(raw: RawData, name: str) -> tuple[np.ndarray, str]:
-    """The numbers of a CSV as uint8 [rows, columns], cached for the same contents, and their sha256."""
+def _pixels(raw: RawData, name: str) -> np.ndarray:
+    """The numbers of a CSV as uint8 [rows, columns], cached for the same contents."""
     contents = raw.read(name)
     digest = hashlib.sha256(contents).hexdigest()
     cached = raw.cache / f"{name.removesuffix('.csv')}-{digest[:16]}.npy"
     if cached.is_file():
         try:
-            return np.load(cached), digest
+            return np.load(cached)
         except (ValueError, EOFError, OSError):  # a damaged copy of what is at hand: parsed and written again
             pass
     # A blank line would move the ids of the rows after it.
     table = tables.read(raw, name, FILES[name], others="refuse", blank_lines=False, contents=contents)
     numbers = table.to_numpy()
-    write_with(cached, lambda stream: np.save(stream, numbers))
-    return numbers, digest
+    write_npy(cached, numbers)
+    return numbers
 
 
 def _ids(raw: RawData, rows: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from common.losses import CrossEntropy
 from common.metrics import accuracy
 from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
-from competitions.digit_recognizer.augment import Strength, view
+from competitions.digit_recognizer.augment import Strength, transformed
 from competitions.digit_recognizer.config import DigitConfig
 from competitions.digit_recognizer.dataset import Digits
 from competitions.digit_recognizer.model import DigitNet
@@ -19,10 +19,10 @@ from competitions.digit_recognizer.reader import read
 DIGITS = tuple("0123456789")
 AUGMENTATIONS = (
     TTA("as is"),
-    TTA("turned left", lambda images: view(images, rotation=8.0)),
-    TTA("turned right", lambda images: view(images, rotation=-8.0)),
-    TTA("smaller", lambda images: view(images, scale=0.92)),
-    TTA("larger", lambda images: view(images, scale=1.08)),
+    TTA("turned left", lambda images: transformed(images, rotation=8.0)),
+    TTA("turned right", lambda images: transformed(images, rotation=-8.0)),
+    TTA("smaller", lambda images: transformed(images, scale=0.92)),
+    TTA("larger", lambda images: transformed(images, scale=1.08)),
     TTA("up", lambda images: images.roll(-1, 2)),  # what re-enters is black in 99 of 100 images
     TTA("down", lambda images: images.roll(1, 2)),
     TTA("left", lambda images: images.roll(-1, 3)),

@@ -36,13 +36,13 @@ class TagConfig(Config):
     """The settings of inclusive_images: the rows, the network and its heads, their losses, the label vectors."""
 
     stage: Literal["1", "2"] = flag("1", "test images and sample submission of this stage", predicts=True)
-    labelled: Literal["train", "validated", "both", "tuning"] = flag(
+    rows: Literal["train", "validated", "both", "tuning"] = flag(
         "train",
-        "rows: the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "
+        "the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "
         "images in folds; or the tuning images alone, in folds",
     )
     start_from: str = flag("", "finished run whose weights to start from; heads that are absent here are dropped")
-    learns: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
+    trains: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
     size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels", at_least(32))
     cache_gb: float = flag(
         20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
@@ -79,7 +79,7 @@ DEFAULT = TagConfig(
 )
 SMALL = replace(
     DEFAULT,
-    labelled="validated",
+    rows="validated",
     epochs=10,
     batch_size=64,
     optimizer="adamw",
@@ -98,13 +98,13 @@ SMALL = replace(
 RECIPES: dict[str, TagConfig] = {
     # make train COMP=inclusive_images: both heads of a ResNet-50 from scratch, days on one card for all images
     "default": DEFAULT,
-    # ... RECIPE=classifier ARGS="--start-from RUN": then without the embedding head, a fifth of the passes
+    # ... RECIPE=classifier ARGS="--start-from RUN": then without the embedding head, a fifth of the epochs
     "classifier": replace(DEFAULT, embedding=0.0, epochs=5, lr=0.005),
     # ... RECIPE=tuned ARGS="--start-from RUN": the heads on four fifths of the tuning images, scored on the rest
     "tuned": replace(
         DEFAULT,
-        labelled="tuning",
-        learns="heads",
+        rows="tuning",
+        trains="heads",
         embedding=0.0,
         optimizer="adamw",
         epochs=20,
@@ -114,8 +114,8 @@ RECIPES: dict[str, TagConfig] = {
         evaluate_every=5,
     ),
     # RECIPE=small: a few thousand small photographs on a CPU. Three networks, each of which leaves out a third of the
-    # tuning images, so that the rule is learnt on all of those by networks that have not seen them
-    "small": replace(SMALL, labelled="both", fold="all", folds=3, epochs=16, embedding=2.0, mix="mixup"),
+    # tuning images, so that the rule is tuned on all of those by networks that have not seen them
+    "small": replace(SMALL, rows="both", fold="all", folds=3, epochs=16, embedding=2.0, mix="mixup"),
     # what it is made of, one network each, for comparison at equal budget
     "small-both": replace(SMALL, embedding=2.0),
     "small-bce": replace(SMALL, embedding=0.0),
@@ -124,8 +124,8 @@ RECIPES: dict[str, TagConfig] = {
     "small-classifier": replace(SMALL, embedding=0.0, epochs=10, lr=5e-4),
     "small-tuned": replace(
         SMALL,
-        labelled="tuning",
-        learns="heads",
+        rows="tuning",
+        trains="heads",
         embedding=0.0,
         epochs=20,
         lr=1e-4,
@@ -134,11 +134,11 @@ RECIPES: dict[str, TagConfig] = {
         augment="none",
     ),
     # make train COMP=inclusive_images, when there are no data: a laptop's CPU, generated scenes
-    "demo": replace(SMALL, labelled="train", epochs=12, batch_size=32, size=(64, 64), embedding=0.3, embedding_dim=16),
+    "demo": replace(SMALL, rows="train", epochs=12, batch_size=32, size=(64, 64), embedding=0.3, embedding_dim=16),
     # RECIPE=smoke: seconds on the demo data, to see that everything works
     "smoke": replace(
         SMALL,
-        labelled="train",
+        rows="train",
         epochs=2,
         batch_size=32,
         ema=0.9,

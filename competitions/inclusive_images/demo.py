@@ -1,11 +1,12 @@
 """A small generated data set in the competition's files: drawn scenes whose labels come together as in photographs."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from common.files import write_csv
 
 HEIGHT, WIDTH = 96, 128
 IMAGES = {"train_images": 240, "tuning": 40, "test": 40}
@@ -43,10 +44,10 @@ def write_demo(folder: Path, seed: int = 0) -> None:
     names = [*LABELS, NEVER, UNTRAINABLE]
     code = {name: f"/m/0s{number:03d}" for number, name in enumerate(names)}
     order = rng.permutation(len(names) - 1)
-    _write_csv(folder / "classes-trainable.csv", [("label_code",), *((code[names[place]],) for place in order)])
-    _write_csv(folder / "class-descriptions.csv", [("label_code", "description"), *((code[n], n) for n in names)])
+    write_csv(folder / "classes-trainable.csv", ["label_code"], [(code[names[place]],) for place in order])
+    write_csv(folder / "class-descriptions.csv", ["label_code", "description"], [(code[n], n) for n in names])
 
-    train = [("ImageID", "Source", "LabelName", "Confidence")]
+    train = []
     for number in range(IMAGES["train_images"]):
         image = f"{rng.integers(2**62):016x}"
         there = _scene(rng, poor=False, path=folder / "train_images" / f"{image}.jpg", number=number)
@@ -55,9 +56,9 @@ def write_demo(folder: Path, seed: int = 0) -> None:
         train += [(image, "verification", code[name], 1) for name in noted]
         train += [(image, "verification", code[name], 0) for name in rng.choice(absent, 2, replace=False)]
         train += [(image, "verification", code[UNTRAINABLE], 1)] if rng.random() < 0.1 else []
-    _write_csv(folder / "train_human_labels.csv", train)
+    write_csv(folder / "train_human_labels.csv", ["ImageID", "Source", "LabelName", "Confidence"], train)
 
-    tuning, test = [], [("image_id", "labels")]
+    tuning, test = [], []
     for number in range(IMAGES["tuning"] + IMAGES["test"]):
         image = f"{rng.integers(2**62):016x}"
         there = _scene(rng, poor=True, path=folder / "stage_1_test_images" / f"{image}.jpg", number=number)
@@ -65,8 +66,8 @@ def write_demo(folder: Path, seed: int = 0) -> None:
             tuning.append((image, " ".join(code[name] for name in there)))
         else:
             test.append((image, f"{code['person']} {code['sky']}"))
-    _write_csv(folder / "tuning_labels.csv", tuning)
-    _write_csv(folder / "stage_1_sample_submission.csv", test)
+    write_csv(folder / "tuning_labels.csv", tuning[0], tuning[1:])  # it has no header
+    write_csv(folder / "stage_1_sample_submission.csv", ["image_id", "labels"], test)
 
 
 def _scene(rng: np.random.Generator, poor: bool, path: Path, number: int) -> list[str]:
@@ -195,8 +196,3 @@ DRAWERS: dict[str, Drawer] = {
     "flower": _flower,
     "bird": _bird,
 }
-
-
-def _write_csv(path: Path, rows: list[tuple]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(rows)

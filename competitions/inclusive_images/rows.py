@@ -1,6 +1,5 @@
 """Which images a configuration trains and validates on, with their labels, folds and label vectors."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from common import run as runs
 from common.errors import UserError
 from common.loading import folds as folding
 from common.raw import RawData
-from common.vision.find import fingerprint, images_of, match_images
+from common.vision.find import images_of, match_images
 from competitions.inclusive_images import labels as reader
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.labels import LabelIndex, LabelTable
@@ -36,7 +35,6 @@ class Rows:
     test_ids: list[str]
     test_paths: list[Path]
     sample_name: str
-    fingerprint: str
 
 
 def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> Rows:
@@ -48,38 +46,35 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     announce(f"{reader.TRAIN}: {train.counts}")
     fitted = train.matrix
     parts = []
-    if config.labelled != "tuning":
+    if config.rows != "tuning":
         parts.append(_with_files(train, folder / "train_images", announce))
-    if config.labelled != "train":
+    if config.rows != "train":
         tuning = reader.read_tuning(raw, index)
         announce(f"{reader.TUNING}: {tuning.counts}")
         parts.append(_with_files(tuning, folder / "stage_1_test_images", announce))
     ids = [str(image) for table, _ in parts for image in table.ids]
     paths = [path for _, found in parts for path in found]
-    if config.labelled in ("train", "tuning"):
+    if config.rows in ("train", "tuning"):
         folds = folding.kfold(ids, config.folds, config.seed)
     else:
         tuning_ids = [str(image) for image in parts[1][0].ids]
         of_tuning = (
             folding.kfold(tuning_ids, config.folds, config.seed)
-            if config.labelled == "both"
+            if config.rows == "both"
             else np.zeros(len(tuning_ids), int)
         )
         folds = np.concatenate([np.full(len(parts[0][0]), -1), of_tuning])
-    if config.labelled == "train" and config.fold.isdecimal():
+    if config.rows == "train" and config.fold.isdecimal():
         held = set(np.array(ids)[folds == int(config.fold)].tolist())
         fitted = fitted[np.array([str(image) not in held for image in train.ids])]
-    elif config.labelled == "train" and config.fold == "all":
+    elif config.rows == "train" and config.fold == "all":
         announce(
             "--fold all: every fold shares one set of label vectors, fitted on all training labels, the held-out ones "
             "too; --fold 0 leaves them out"
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
-    test_ids = reader.read_submission_ids(raw, sample_name)
+    test_ids = reader.read_submission_ids(raw.uncounted(), sample_name)
     test_paths = images_of(test_folder, test_ids, sample_name, "get them with make data COMP=inclusive_images")
-    names = [reader.TRAIN, reader.CLASSES, reader.TUNING, sample_name]
-    # Not of the test images: a run in which one of them was mended since is still the same training.
-    contents = f"{raw.fingerprint(*[name for name in names if raw.exists(name)])} {fingerprint(paths)}"
     return Rows(
         index,
         ids,
@@ -90,7 +85,6 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
         test_ids,
         test_paths,
         sample_name,
-        hashlib.sha256(contents.encode()).hexdigest(),
     )
 
 
@@ -115,12 +109,12 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
         before = runs.load("inclusive_images", name)
         its = before.config(type(config))
         same = folds == before.provenance["folds_fingerprint"] and its.fold == config.fold
-        without_tuning = its.labelled == "train" or (its.labelled == "validated" and its.fold == "0")
-        if not same and not (config.labelled == "tuning" and without_tuning):
+        without_tuning = its.rows == "train" or (its.rows == "validated" and its.fold == "0")
+        if not same and not (config.rows == "tuning" and without_tuning):
             raise UserError(
-                f"--start-from {config.start_from}: run {name} (--labelled {its.labelled} --fold {its.fold}) was "
-                f"trained on images that are held out here: repeat its --labelled, --fold, --folds and --seed, or use "
-                f"--labelled tuning after runs that have not seen the tuning images"
+                f"--start-from {config.start_from}: run {name} (--rows {its.rows} --fold {its.fold}) was "
+                f"trained on images that are held out here: repeat its --rows, --fold, --folds and --seed, or use "
+                f"--rows tuning after runs that have not seen the tuning images"
             )
         name = its.start_from
     run = runs.load("inclusive_images", config.start_from)

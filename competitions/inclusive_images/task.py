@@ -97,10 +97,10 @@ def _mix(kind: str) -> Any:
 def _check(config: TagConfig) -> None:
     if not (config.classifier or config.embedding):
         raise UserError("--classifier 0 --embedding 0 leaves nothing that predicts labels: give one of them a weight")
-    if config.learns == "heads" and not config.start_from:
-        raise UserError("--learns heads trains on a backbone of random weights: add --start-from RUN")
-    if config.labelled == "validated" and config.fold not in ("0", "none"):
-        raise UserError(f"--fold {config.fold} --labelled validated: the tuning images are fold 0, expected 0 or none")
+    if config.trains == "heads" and not config.start_from:
+        raise UserError("--trains heads trains on a backbone of random weights: add --start-from RUN")
+    if config.rows == "validated" and config.fold not in ("0", "none"):
+        raise UserError(f"--fold {config.fold} --rows validated: the tuning images are fold 0, expected 0 or none")
 
 
 def _model(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, counts: np.ndarray) -> TagNet:
@@ -110,7 +110,7 @@ def _model(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, cou
         projections[embedding.known] = embedding.projections
     weights = dict(zip(HEADS, (config.classifier, config.embedding, config.count), strict=True))
     heads = tuple(name for name in HEADS if weights[name])
-    rates, frozen = counts / files.fitted.shape[0], config.learns == "heads"
+    rates, frozen = counts / files.fitted.shape[0], config.trains == "heads"
     return TagNet(config.backbone, config.size, m, heads, projections, rates, config.dropout, frozen)
 
 

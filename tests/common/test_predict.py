@@ -1,5 +1,6 @@
 """Predictions: means over models and views, batches that do not fit, and which run decides what."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from common import inference, predict
 from common.config import Config
-from common.errors import UserError
+from common.errors import BadImage, UserError
+from common.files import replacing
 from common.inference import Predictor
 from common.predict import Member
 from common.task import AS_IS, TTA
@@ -105,6 +107,20 @@ def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
     assert sorted(Path("submissions/toy").iterdir()) == written
 
 
+def test_the_runs_of_an_average_name_its_file_as_long_as_a_file_system_takes_it(tmp_path):
+    def name(*names):
+        return predict._name_of([Member(SimpleNamespace(name=one), None, None) for one in names], is_demo=True)
+
+    assert name("001-best", "002-best") == "001-best+002-best-demo"
+    long = ["€" * 32 + str(number) for number in range(5)]  # 97 bytes each
+    assert name(*long[:2]) == "+".join(long[:2]) + "-demo"
+    told = name(*long)
+    assert told.startswith(f"{long[0]}+4-more-") and told != name(*long[:4], long[0]) and told == name(*long)
+    for path in (tmp_path / f"{told}.csv", tmp_path / f"{name(*long[:2])}.csv"):
+        with replacing(path.with_suffix(".csv.part"), "w") as stream:  # the longest name on the way there
+            stream.write("")
+
+
 @pytest.mark.parametrize(("higher", "decider"), [(True, "two"), (False, "one")])
 def test_the_run_with_the_best_score_decides(higher, decider, capsys):
     task = SimpleNamespace(metrics=[SimpleNamespace(higher_is_better=higher)])
@@ -114,3 +130,71 @@ def test_the_run_with_the_best_score_decides(higher, decider, capsys):
     ]
     assert predict._rules_of(members)[1] == {"of": decider}
     assert f"decided by what {decider} tuned" in capsys.readouterr().out
+
+
+class Unreadable:
+    """The rows of a dataset as images, some of which cannot be read."""
+
+    def __init__(self, rows: toy.ToyRows, bad: set[int]):
+        self.rows, self.bad = rows, bad
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int):
+        if row in self.bad:
+            raise BadImage(f"{row}.jpg", "is empty", row)
+        return self.rows.inputs[row], self.rows.targets[row]
+
+
+def lines(name: str) -> list[str]:
+    return Path(f"submissions/toy/{name}-demo.csv").read_text().splitlines()[1:]
+
+
+def fill(monkeypatch, *bad: set[int]) -> None:
+    """Let the sample submission hold 2 everywhere, and the test rows of the runs in turn be unreadable."""
+    sample, turns, build = Path("data/demo/toy/sample_submission.csv"), list(bad), toy.build
+    sample.write_text(sample.read_text().replace(",0\n", ",2\n"))
+
+    def built(config, raw, log):
+        task = build(config, raw, log)
+        return toy.changed(task, test=Unreadable(task.data.test, turns.pop(0))) if turns else task
+
+    monkeypatch.setattr(toy, "build", built)
+
+
+def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
+    toy_train("one")
+    whole = lines("one")
+    fill(monkeypatch, {0, 17}, {0, 17})
+    with pytest.raises(BadImage, match="image 0.jpg .row 0. is empty"):
+        predict_again("--run", "one")
+    assert lines("one") == whole, "the older file stays"
+    predict_again("--run", "one", "--fallback")
+    expected = ["t0,2" if row == 0 else "t17,2" if row == 17 else line for row, line in enumerate(whole)]
+    assert lines("one") == expected
+    assert json.loads(Path("submissions/toy/one-demo.json").read_text())["fallback"] == ["t0", "t17"]
+    assert "2 of 30 rows have the sample submission's own values (t0, t17" in capsys.readouterr().out
+
+
+def test_runs_that_read_different_images_are_averaged_where_both_can(monkeypatch):
+    toy_train("one")
+    toy_train("two", seed=1)
+    predict_again("--run", "one,two")
+    whole = lines("one+two")
+    fill(monkeypatch, {3}, {20, 29})
+    predict_again("--run", "one,two", "--fallback")
+    expected = [f"t{row},2" if row in (3, 20, 29) else line for row, line in enumerate(whole)]
+    assert lines("one+two") == expected
+
+
+def test_what_the_time_does_not_allow_falls_back(monkeypatch, capsys):
+    toy_train("one")
+    whole = lines("one")
+    fill(monkeypatch)
+    predict_again("--run", "one", "--budget", "0")
+    assert lines("one") == whole[:16] + [f"t{row},2" for row in range(16, 30)], "one batch, then the time is over"
+    assert "t16 and what follows it: the time is over" in capsys.readouterr().out
+    predict_again("--run", "one", "--budget", "3600")
+    assert lines("one") == whole
+    assert "fallback" not in json.loads(Path("submissions/toy/one-demo.json").read_text())

@@ -159,7 +159,7 @@ def test_a_name_in_other_case_is_found_and_two_are_refused(tmp_path):
     for data in (raw.RawData(path, "toy"), raw.RawData(folder, "toy")):
         assert data.exists("sample_submission.csv") and data.read("sample_submission.csv") == b"a"
         assert data.matching("*sample_submission*.csv") == ["Sample_Submission.csv"]
-        assert data.stamp("sample_submission.csv") and not data.exists("train.csv") and not data.exists("no/a.csv")
+        assert data.cache_key("sample_submission.csv") and not data.exists("train.csv") and not data.exists("no/a.csv")
     (folder / "SAMPLE_submission.csv").write_text("c")
     with pytest.raises(UserError, match="has no sample_submission.csv, but SAMPLE_submission.csv and Sample_Sub"):
         data.read("sample_submission.csv")
@@ -331,11 +331,11 @@ def test_a_cache_is_made_again_when_a_file_was_touched(tmp_path):
     """Somebody may mend a cell without changing the file's size."""
     file = tmp_path / "a"
     file.write_bytes(b"1")
-    data, before = raw.RawData(tmp_path, "toy"), raw.RawData(tmp_path, "toy").stamp("a")
-    assert data.stamp("a") == before
+    data, before = raw.RawData(tmp_path, "toy"), raw.RawData(tmp_path, "toy").cache_key("a")
+    assert data.cache_key("a") == before
     file.write_bytes(b"2")
     os.utime(file, ns=(1, 1))
-    assert data.stamp("a") != before
+    assert data.cache_key("a") != before
 
 
 def test_an_archive_that_the_disk_cannot_hold_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):

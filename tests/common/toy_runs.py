@@ -23,6 +23,8 @@ def predict_again(*argv: str) -> None:
     parser = Parser()
     parser.add_argument("--run")
     parser.add_argument("--data")
+    parser.add_argument("--fallback", action="store_true")
+    parser.add_argument("--budget", type=float)
     add_prediction_flags(parser, toy.ToyConfig)
     predict.predict(toy.TOY, parser.parse_args(argv))
 

@@ -2,9 +2,13 @@
 
 import hashlib
 import io
+import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from common.files import sha256
 
 ROOT = Path(__file__).parents[3]
 PACKED = ("common", "competitions", "requirements.txt")  # nothing else of the checkout leaves this machine
@@ -24,15 +28,16 @@ OFTEN_MISSING = {
     "iterstrat": "iterative-stratification",
 }
 
-TEMPLATE = """# %% [markdown]
+START = """# %% [markdown]
 # {title}: `{command}`
 
 # %%
 import hashlib, importlib.util, json, os, shutil, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
-END = time.monotonic() + {seconds}  # when the training is stopped, so that its checkpoint is kept
-INPUT, WORKING, KIT = Path("/kaggle/input"), Path("/kaggle/working"), Path("/tmp/kit")
+END = time.monotonic() + {seconds}  # when the {what} is stopped, so that what it has made is kept
+KAGGLE = Path(os.environ.get("KIT_KAGGLE", "/kaggle"))
+INPUT, WORKING, KIT = KAGGLE / "input", KAGGLE / "working", KAGGLE.parent / "tmp" / "kit"
 
 # %% The code: Kaggle may have unpacked the archive of the data set or not.
 shutil.rmtree(KIT, ignore_errors=True)
@@ -44,7 +49,13 @@ for version in INPUT.rglob("{version_file}"):
     shutil.copytree(version.parent, KIT, dirs_exist_ok=True)
 found = (KIT / "{version_file}").read_text() if (KIT / "{version_file}").is_file() else "none"
 assert found == "{version}", f"the code here is version {{found}}, expected {version}: push the notebook again"
+data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
+environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
+"""
 
+TRAINING = (
+    START
+    + """
 # %% The run of the session before, where it was not finished.
 for archive in INPUT.rglob("{output}"):
     zipfile.ZipFile(archive).extractall(KIT)
@@ -62,11 +73,9 @@ elif missing:
 # %% The training: the same command as at home, with a process for every card.
 import torch
 
-data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
 cards = torch.cuda.device_count()
 launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(cards), "-m", "--"] if cards > 1 else []
 command = [sys.executable, "-m", *launch, "common", {words}, "--data", str(data)]
-environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
 training = subprocess.Popen(command, cwd=KIT, env=environment, start_new_session=True)
 try:
     status = training.wait(max(1, END - time.monotonic()))
@@ -98,10 +107,11 @@ assert tables or status is None, "the training wrote no submission"
 if status == 0:
     shutil.copyfile(tables[-1], WORKING / "submission.csv")
 """
+)
 
 
-def pack(root: Path = ROOT) -> tuple[bytes, str]:
-    """The code as a zip archive, the same bytes for the same code, and its version (the start of its sha256)."""
+def code(root: Path = ROOT) -> dict[str, bytes]:
+    """The files of the code that a notebook needs, by their names in the checkout."""
     files = {}
     for name in PACKED:
         path = root / name
@@ -109,15 +119,28 @@ def pack(root: Path = ROOT) -> tuple[bytes, str]:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(root).parts)
             if file.is_file() and not hidden and not file.is_symlink() and file.suffix in (".py", ".txt", ".md"):
                 files[str(file.relative_to(root))] = file.read_bytes()
+    return files
+
+
+def pack(files: Mapping[str, bytes | Path], archive: Path) -> str:
+    """Write the zip archive of contents and of files, the same bytes for the same ones; returns its version.
+
+    The version is the start of the sha256 of all names and contents, and is in the archive.
+    """
     digest = hashlib.sha256()
     for name, content in files.items():
-        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+        own = sha256(content if isinstance(content, Path) else io.BytesIO(content))
+        digest.update(name.encode() + b"\0" + bytes.fromhex(own))
     version = digest.hexdigest()[:12]
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as out:
+    with zipfile.ZipFile(archive, "w") as out:
         for name, content in {**files, VERSION: version.encode()}.items():
-            out.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
-    return stream.getvalue(), version
+            entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
+            if isinstance(content, Path):  # weights and wheels: they become no smaller
+                with open(content, "rb") as stream, out.open(entry, "w", force_zip64=True) as into:
+                    shutil.copyfileobj(stream, into)
+            else:
+                out.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return version
 
 
 def notebook(
@@ -134,14 +157,13 @@ def notebook(
 
     The training is stopped in time before the end of a session of so many `seconds`.
     """
-    import jupytext
-
     words = ("train", competition, *arguments)
-    text = TEMPLATE.format(
+    return written(
+        TRAINING,
+        what="training",
         title=title,
         command=" ".join(("python -m common", *words)),
         archive=archive,
-        version_file=VERSION,
         version=version,
         often_missing=OFTEN_MISSING,
         internet=internet,
@@ -152,6 +174,12 @@ def notebook(
         seconds=seconds - MARGIN_SECONDS,
         patience=MARGIN_SECONDS // 3,
     )
-    document = jupytext.reads(text, fmt="py:percent")
+
+
+def written(template: str, **values: Any) -> str:
+    """A template with its values as .ipynb text."""
+    import jupytext
+
+    document = jupytext.reads(template.format(version_file=VERSION, **values), fmt="py:percent")
     document.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return jupytext.writes(document, fmt="ipynb")

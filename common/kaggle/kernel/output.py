@@ -18,7 +18,7 @@ from common.kaggle.source import Source
 from common.submission import SUBMISSIONS
 
 
-def _fetched(account: Account, source: Source, reference: str, name: str, folder: Path) -> Path | None:
+def fetched(account: Account, source: Source, reference: str, name: str, folder: Path) -> Path | None:
     """The file `name` of the notebook's output, or None where there is none."""
     # The pattern also keeps names with ../ away, which the kaggle program would follow.
     more = ("-p", str(folder), "--file-pattern", f"^{re.escape(name)}$")
@@ -31,7 +31,7 @@ def _fetched(account: Account, source: Source, reference: str, name: str, folder
 def unfinished(account: Account, source: Source, reference: str) -> str:
     """sha256 of the checkpoint of a run that the session's end has stopped; "" when the notebook has finished it."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as folder:
-        state = _fetched(account, source, reference, STATE, Path(folder))
+        state = fetched(account, source, reference, STATE, Path(folder))
         try:
             return str(json.loads(state.read_text())["checkpoint"]) if state else ""
         except (ValueError, KeyError, TypeError) as error:
@@ -42,7 +42,7 @@ def fetch_output(account: Account, source: Source, competition: str, reference: 
     """Put the notebook's run and submission in their folders, beside those made here; returns the CSV."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as name:
         folder = Path(name)
-        packed = _fetched(account, source, reference, OUTPUT, folder / "raw")
+        packed = fetched(account, source, reference, OUTPUT, folder / "raw")
         if packed is None:
             raise UserError(
                 f"{reference} has no {OUTPUT} among its outputs: see https://www.kaggle.com/code/{reference}"

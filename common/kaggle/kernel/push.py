@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common import run as runs
@@ -13,7 +13,7 @@ from common.files import read_json, write_text
 from common.kaggle import ledger, status
 from common.kaggle.client import Answer, Silent, Transient, explained, go_on_with, kaggle
 from common.kaggle.credentials import Account, find
-from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, notebook, pack
+from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, code, notebook, pack
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
@@ -33,7 +33,7 @@ def kernel(
     arguments: Sequence[str] = (),
     *,
     accelerator: str = ACCELERATOR,
-    internet: bool | None = None,
+    internet: bool = True,
     fetch: bool = False,
     hours: float = SESSION_HOURS,
     wait: float = WAIT_SECONDS,
@@ -42,8 +42,8 @@ def kernel(
     """Push a notebook that runs `train COMPETITION ARGUMENTS`, follow it, fetch its run; `fetch` pushes nothing.
 
     A run that a session of so many `hours` does not finish goes on in another notebook, until it is finished.
-    `accelerator` is one of Kaggle's names, `internet` None is on except where notebooks are scored; `wait` and `poll`
-    are seconds. Raises UserError when Kaggle refuses the notebook, or when it failed there.
+    `accelerator` is one of Kaggle's names, `wait` and `poll` are seconds.
+    Raises UserError when Kaggle refuses the notebook, or when it failed there.
     """
     if not source.slug:
         raise UserError(
@@ -55,7 +55,6 @@ def kernel(
     facts = read_json(record) if record.is_file() else {}
     if fetch and not facts:
         raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
-    internet = not source.notebook_only if internet is None else internet
     is_done = False
     while not is_done:
         if not fetch:
@@ -64,20 +63,20 @@ def kernel(
                 facts = push(
                     account, source, competition, arguments, accelerator, internet, hours, before, Path(folder), poll
                 )
-            _write_json(record, facts)
+            write_json(record, facts)
         with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
             outage = 0.0 if fetch else OUTAGE_SECONDS
             follow_notebook(account, source, competition, facts["kernel"], wait, poll, outage)
-            is_done = _fetch(account, source, competition, facts, record, min(poll, 4.0))
+            is_done = _fetch(account, source, competition, facts, record)
         if not is_done and fetch:
             print(f"the run is not finished: make kernel COMP={competition} with the same flags goes on with it")
             return
 
 
-def _fetch(account: Account, source: Source, competition: str, facts: dict, record: Path, poll: float) -> bool:
+def _fetch(account: Account, source: Source, competition: str, facts: dict, record: Path) -> bool:
     """Take over what the notebook has made; whether its run is finished."""
     facts["checkpoint"] = unfinished(account, source, facts["kernel"])
-    _write_json(record, facts)
+    write_json(record, facts)
     if facts["checkpoint"]:
         if facts["checkpoint"] == facts.get("resumed"):
             raise UserError(
@@ -92,9 +91,7 @@ def _fetch(account: Account, source: Source, competition: str, facts: dict, reco
     else:
         table = fetch_output(account, source, competition, facts["kernel"])
         facts["fetched"] = str(table)
-        _write_json(record, facts)
-    if source.notebook_only:
-        submit_version(account, source, competition, facts, table, poll)
+        write_json(record, facts)
     return True
 
 
@@ -115,7 +112,7 @@ def push(
     Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
     """
     owner, name = username(account, source), f"kit-{competition}".replace("_", "-").lower()[:40]
-    version = before["code"] if before else push_code(account, source, owner, name, folder, poll)
+    version = before["code"] if before else push_files(account, source, f"{owner}/{name}", code(), folder, poll)
     metadata = {
         "machine_shape": accelerator,
         "enable_gpu": "true",
@@ -140,33 +137,37 @@ def username(account: Account, source: Source) -> str:
     return found.group(1)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def push_code(account: Account, source: Source, owner: str, name: str, folder: Path, poll: float) -> str:
-    """Upload the code as the private data set OWNER/NAME-code, wait until it can be used; returns its version."""
-    content, version = pack()
-    reference = f"{owner}/{name}-code"
-    code = folder / "code"
-    code.mkdir()
-    (code / ARCHIVE).write_bytes(content)
-    title = f"{name} code"
+def push_files(
+    account: Account, source: Source, notebook: str, files: Mapping[str, bytes | Path], folder: Path, poll: float
+) -> str:
+    """Upload the files that the notebook OWNER/NAME needs as the private data set OWNER/NAME-code; returns its version.
+
+    Waits until they can be used.
+    """
+    reference, home = f"{notebook}-code", folder / "code"
+    home.mkdir()
+    version = pack(files, home / ARCHIVE)
+    size = (home / ARCHIVE).stat().st_size
+    title = f"{notebook.partition('/')[2]} code"
     facts = {"id": reference, "title": title, "licenses": [{"name": "other"}]}
-    _write_json(code / "dataset-metadata.json", facts)
+    write_json(home / "dataset-metadata.json", facts)
     what = f"uploading the code as {reference}"
     known = kaggle(account, "datasets", "status", reference)
     if known.status == 0:
-        answer = kaggle(account, "datasets", "version", "-p", str(code), "-m", f"version {version}")
+        answer = kaggle(account, "datasets", "version", "-p", str(home), "-m", f"version {version}")
     elif re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
-        answer = kaggle(account, "datasets", "create", "-p", str(code))
+        answer = kaggle(account, "datasets", "create", "-p", str(home))
     else:
         raise explained(known, account, source, what)
     if answer.status != 0:
         raise explained(answer, account, source, what)
     if "is being created" not in answer.out:  # it exits 0 then too
         raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
-    print(f"code: private data set {reference}, version {version}, {len(content) / 1e3:,.0f} kB")
+    print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
 
     def ready() -> str | None:
         answer = kaggle(account, "datasets", "status", reference)
@@ -189,6 +190,7 @@ def push_notebook(
     metadata: dict,
     seconds: float,
     folder: Path,
+    verb: str = "kernel",
 ) -> dict:
     """Push the notebook OWNER/NAME for a session of so many seconds; returns its name and version.
 
@@ -209,7 +211,7 @@ def push_notebook(
         "competition_sources": [source.slug],
         "model_sources": [],
     }
-    _write_json(home / "kernel-metadata.json", facts | metadata)
+    write_json(home / "kernel-metadata.json", facts | metadata)
     what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
     try:
         answer = kaggle(account, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
@@ -219,8 +221,8 @@ def push_notebook(
     if isinstance(failure, Transient):
         reason = str(failure).partition(": repeat the same command")[0]
         raise UserError(
-            f"{reason}. Kaggle may have taken it all the same, and a second push trains a second time: look at {page} "
-            f"first, and if no new version runs there, make kernel COMP={competition} again"
+            f"{reason}. Kaggle may have taken it all the same, and a second push runs a second time: look at {page} "
+            f"first, and if no new version runs there, make {verb} COMP={competition} again"
         ) from failure
     if failure is not None:
         raise failure
@@ -267,7 +269,14 @@ def _until(
 
 
 def follow_notebook(
-    account: Account, source: Source, competition: str, reference: str, wait: float, poll: float, outage: float
+    account: Account,
+    source: Source,
+    competition: str,
+    reference: str,
+    wait: float,
+    poll: float,
+    outage: float,
+    verb: str = "kernel",
 ) -> None:
     """Wait until the notebook has ended well, through `outage` seconds of failures.
 
@@ -286,17 +295,17 @@ def follow_notebook(
         said = failure.group(1) if failure else ""
         return found.group(1) if found and found.group(1) in ENDED else None
 
-    state = _until(look, f"training in {page}", wait, poll, outage)
+    state = _until(look, f"running {page}", wait, poll, outage)
     if state is None:
         print(f"the notebook still runs after {wait:,.0f} s")
-        raise UserError(f"{page} is not ready: fetch it later with make kernel COMP={competition} ARGS=--fetch")
+        raise UserError(f"{page} is not ready: fetch it later with make {verb} COMP={competition} ARGS=--fetch")
     if state != "COMPLETE":
         last = account.hide(end_of_log(account, reference))
         raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
 
 
 def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
-    """For competitions that score notebooks: submit this version of it, unless it was before, and follow the score."""
+    """Submit this version of the notebook, unless it was before, and follow the score."""
     sidecar = table.with_suffix(".json")
     provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     row = ledger.Row(

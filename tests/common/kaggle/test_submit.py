@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from common import run as runs
 from common.errors import UserError
 from common.kaggle import board as boards
 from common.kaggle import candidate as candidates
@@ -23,7 +24,9 @@ from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
-from common.kaggle.status import SCORED, Submission
+from common.kaggle.status import SCORED
+from common.kaggle.status import Submission as Listed
+from common.task import Submission
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -34,7 +37,7 @@ HOME = Path("submissions/toy")
 @pytest.fixture
 def module(source):
     def build(config, raw, log):
-        return SimpleNamespace(submission=SimpleNamespace(valid=valid))
+        return SimpleNamespace(submission=Submission(valid=valid))
 
     def valid(values):
         return None if values[0] in "01" else f"label {values[0]} is not 0 or 1"
@@ -48,7 +51,7 @@ def _data(kaggle):
     Path("data/toy/sample_submission.csv").write_text("id,label\n1,0\n2,0\n")
 
 
-def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", **provenance) -> Path:
+def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", fold=None, **provenance) -> Path:
     """A submission with its sidecar and its finished run, as make train leaves them."""
     path = HOME / f"{run}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +64,14 @@ def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z
     path.with_suffix(".json").write_text(json.dumps(facts | provenance))
     folder = Path("runs/toy") / run
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"data": str(Path("data/toy").resolve())}))
-    (folder / "result.json").write_text(json.dumps({"finished": finished}))
+    of_run = {name: facts[name] for name in ("competition", "recipe", "demo", "data_fingerprint", "created")}
+    of_run |= {"format": runs.FORMAT, "data": str(Path("data/toy").resolve()), "folds_fingerprint": "f"}
+    (folder / "run.json").write_text(json.dumps(of_run))
+    (folder / "config.json").write_text(json.dumps({"fold": "all" if score is None or fold is None else fold}))
+    of_folds = {} if score is None else {"0": score, "1": score} if fold is None else {fold: score}
+    result = {"score": score, "monitor": "accuracy", "rows": 100 * len(of_folds), "fold_scores": of_folds}
+    (folder / "result.json").write_text(json.dumps(result | {"errors": {"accuracy": 0.02}, "finished": finished}))
+    (folder / "folds.csv").write_text("id,fold\n1,0\n2,1\n")
     return path
 
 
@@ -98,6 +107,15 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     assert choice(module) == "001-a"
     assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
     assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
+
+
+def test_a_lucky_fold_is_not_sent_and_the_choice_is_explained(module, capfd):
+    written("001-all", 0.9)
+    written("002-lucky", 0.91, fold="1", created="2026-01-03T00:00:00Z")
+    assert choice(module) == "001-all"
+    told = capfd.readouterr().out
+    assert "001-all: CV 0.90000 ± 0.02000 on 200 rows" in told and "002-lucky has 0.91000" in told
+    assert "on common rows (fold 1) it has 0.91000 and 001-all 0.90000, not better by 2 standard errors" in told
 
 
 @pytest.mark.parametrize(
@@ -230,6 +248,10 @@ def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module)
             f"Open https://www.kaggle.com/c/{SLUG}/rules in a browser, accept the rules",
         ),
         ({"StartSubmissionUpload": Reply(403)}, "rules are not accepted"),
+        (
+            {"CreateSubmission": Reply(400, "This competition only accepts Submissions from Notebooks")},
+            "from notebooks alone: make notebook.*ARGS=--submit",
+        ),
         ({"CreateSubmission": Reply(500)}, "Kaggle itself fails"),
         ({"CreateSubmission": {"message": "We will think about it"}}, "the upload failed .*We will think about it"),
     ],
@@ -504,7 +526,7 @@ def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, cap
 
 def test_rows_without_a_number_get_theirs_by_their_tag():
     def listed(ref, message):
-        return Submission(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
+        return Listed(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
 
     first, second = ledgers.tagged("equal"), ledgers.tagged("equal")
     rows = [
@@ -564,6 +586,20 @@ def test_a_file_of_the_users_own_is_sent_without_a_score(kaggle, module, neighbo
         Path("mine.json").write_text(neighbour)
     submit(module, file="mine.csv")
     assert (ledger()[0]["file"], ledger()[0]["run"], ledger()[0]["validation"]) == ("mine.csv", "", "")
+
+
+def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, module):
+    """Numbers in the sample of such a column only hold a place: the sidecar, or else the Task, says so."""
+    words = "id,label\n1,cat\n2,dog\n"
+    written(text=words)
+    with pytest.raises(UserError, match="expected a finite number in label"):
+        submit(module)
+    written("002-best", text=words, text_columns=["label"])
+    Path("mine.csv").write_text(words.replace("dog", "cow"))
+    module.build = lambda *_: SimpleNamespace(submission=Submission(text=("label",)))
+    submit(module)
+    submit(module, file="mine.csv")
+    assert len(kaggle.submissions) == 2
 
 
 # The board.

@@ -53,6 +53,7 @@ def test_multilabel_rates_are_within_a_percent_where_plain_folds_are_not():
 
     assert worst(MAKERS["multilabel"](ALL, 0)) < 0.01
     assert worst(MAKERS["kfold"](ALL, 0)) > 0.03
+    assert (folds.multilabel_stratified(IDS, LABELS[:, :1], 5, 0) == folds.stratified(IDS, LABELS[:, 0], 5, 0)).all()
 
 
 def test_groups_stay_together_and_folds_are_about_equal():

@@ -29,6 +29,7 @@ def test_labels_of_any_kind_or_none(paths):
         "a": 5
     }
     assert len(ImageDataset(images)) == 8 and ImageDataset(images).paths == paths
+    assert ImageDataset(images, masks=ImageStore([(path,) for path in paths[:2]])).paths == [*paths, *paths[:2]]
 
 
 def test_images_and_masks_move_together(paths, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from common.errors import BadImage, UserError
 from common.loading import orders
 from common.loading.loader import Loader
+from common.raw import RawData
 from common.vision import store as stores
 from common.vision.datasets import ImageDataset
 from common.vision.decode import decode
@@ -82,14 +83,14 @@ def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monk
         full.setattr(stores, "decode", lambda *_: pytest.fail("decoded without room"))
         with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
             ImageStore(paths, (32, 32), cache)
-    assert [file.name for file in cache.iterdir()] == ["images.lock"]
+    assert not list(cache.iterdir())
     ImageStore(paths, (32, 32), cache)
     assert not list(cache.glob("*.part"))
 
 
 def test_several_processes_resize_once(paths, cache, monkeypatch):
     decoded = counted(monkeypatch)
-    with ThreadPoolExecutor() as pool:  # every opening of the lock's file is a holder of its own, as in a process
+    with ThreadPoolExecutor() as pool:  # every opening of the locked folder is a holder of its own, as in a process
         list(pool.map(lambda _: ImageStore(paths, (32, 32), cache), range(4)))
     assert len(decoded) == 6
 
@@ -127,3 +128,16 @@ def test_spawned_workers_read_the_same(paths, cache):
         with Loader(dataset, order, 3, seed=0, workers=workers, start_method=method) as loader:
             found.append(torch.cat([batch.inputs for batch in loader.epoch(0)]))
     assert torch.equal(*found)
+
+
+def test_images_of_the_ids_of_a_table(paths, tmp_path):
+    raw = RawData(tmp_path, "cats")
+    images = ImageStore.of(raw, "images", ["4", "1.png"], "train.csv", size=(30, 40))
+    assert images.paths == [paths[4], paths[1]] and list((tmp_path / "cache").glob("images-*.npy"))
+    assert np.array_equal(images[1], decode(paths[1], (30, 40)))
+    gray = ImageStore.of(raw, "images", ["4"], "train.csv", gray=True)
+    assert np.array_equal(gray[0], decode((paths[4],))) and gray[0].shape == (60, 80, 1)
+    with pytest.raises(UserError, match=r"train.csv names 9, .*make data COMP=cats"):
+        ImageStore.of(raw, "images", ["4", "9"], "train.csv")
+    with pytest.raises(UserError, match=r"photos is missing: .*make data COMP=cats"):
+        ImageStore.of(raw, "photos", ["4"], "train.csv")

@@ -132,6 +132,10 @@ def test_folders_hold_one_file_or_the_parts_of_one(tmp_path):
         file = tmp_path / "parts" / f"model-0000{number + 1}-of-00002.safetensors"
         safetensors.torch.save_file({key: state[key] for key in half}, file)
     assert read(tmp_path / "parts").keys() == state.keys()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/snapshots").symlink_to(folder.parent)
+    (tmp_path / "link/._model.safetensors").write_bytes(b"of a Mac")
+    assert read(tmp_path / "link").keys() == state.keys()
     safetensors.torch.save_file(state, folder / "other.safetensors")
     with pytest.raises(UserError, match="expected one file .* found .*model.safetensors, .*other.safetensors"):
         read(tmp_path / "models--timm--resnet10t")

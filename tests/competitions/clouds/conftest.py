@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from competitions.clouds import rle
+from common.vision import rle
 from competitions.clouds.reader import CLASSES, MASK_SIZE
 
 NAMES = [f"{number:07x}.jpg" for number in (900, 17, 333, 65, 4096, 77)]

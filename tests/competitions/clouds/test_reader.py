@@ -8,7 +8,8 @@ import pytest
 
 from common.errors import UserError
 from common.raw import RawData
-from competitions.clouds import reader, rle
+from common.vision import rle
+from competitions.clouds import reader
 from competitions.clouds.reader import CLASSES
 
 from .conftest import NAMES, TEST_NAMES, rows_of, train_rows, truth_of, write_image, write_rows

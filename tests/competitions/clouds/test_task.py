@@ -23,7 +23,8 @@ from common.losses import BCE, BCEDice, Dice, LovaszHinge, batch_value, kind
 from common.predictions import read_predictions
 from common.raw import RawData
 from common.task import completed
-from competitions.clouds import demo, reader, rle, task
+from common.vision import rle
+from competitions.clouds import demo, reader, task
 from competitions.clouds.config import RECIPES
 from competitions.clouds.loss import pack
 from competitions.clouds.reader import CLASSES
@@ -130,7 +131,7 @@ def test_a_class_that_is_missing_from_folds_is_trained_and_scored_all_the_same(f
 def test_the_generated_sample_needs_no_network(here, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 4)
     monkeypatch.setattr(demo, "TEST_IMAGES", 1)
-    code, output = run("train", "clouds", *SHORT)
+    code, output = run("train", "clouds", "--recipe", "default", *SHORT)
     assert code == 0, output
     assert "demo: the encoder starts from scratch (--encoder-weights none)" in output
     assert "-demo.csv" in output
@@ -271,6 +272,6 @@ def test_recipes_are_what_they_are_called():
     assert RECIPES["full"].size == (1400, 2100) and RECIPES["full"].checkpointing
     assert RECIPES["full"].batch_size == 16 and RECIPES["small"].encoder_weights == "none"
     assert RECIPES["best"].fold == "all" and RECIPES["best"].tta
-    assert {recipe.encoder_weights for name, recipe in RECIPES.items() if name not in ("small", "smoke")} == {
+    assert {recipe.encoder_weights for name, recipe in RECIPES.items() if name not in ("small", "demo", "smoke")} == {
         "imagenet"
     }

@@ -9,7 +9,7 @@ import torch
 from common.loading import orders
 from common.loading.keys import Keys
 from common.loading.loader import Loader
-from competitions.digit_recognizer.augment import Strength, augment, view
+from competitions.digit_recognizer.augment import Strength, augment, transformed
 from competitions.digit_recognizer.dataset import Digits
 from competitions.digit_recognizer.demo import digits
 
@@ -121,12 +121,12 @@ def test_elastic_bending_has_nothing_to_do_with_the_affine_draws():
     assert np.abs(np.corrcoef(moved, draws, rowvar=False)[:25, 25:]).max() < 0.2
 
 
-def test_view_turns_against_the_clock_and_enlarges(images):
-    assert torch.allclose(view(images), images.float(), atol=1e-3)
+def test_transformed_turns_against_the_clock_and_enlarges(images):
+    assert torch.allclose(transformed(images), images.float(), atol=1e-3)
     dot = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     dot[0, 0, 13:15, 22:24] = 255  # right of the centre
-    quarter = view(dot, rotation=90)[0, 0]
+    quarter = transformed(dot, rotation=90)[0, 0]
     row, column = divmod(int(quarter.argmax()), 28)
     assert column in (13, 14) and row in (4, 5), "a turn to the left brings it to the top"
-    larger = view(images, scale=1.2).sum((1, 2, 3)) / images.float().sum((1, 2, 3))
+    larger = transformed(images, scale=1.2).sum((1, 2, 3)) / images.float().sum((1, 2, 3))
     assert 1.3 < larger.mean().item() < 1.5  # 1.2 squared is 1.44, less what leaves the image

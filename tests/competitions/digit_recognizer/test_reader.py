@@ -72,7 +72,6 @@ def test_reads_what_was_written(folder):
 def test_archive_and_folder_are_the_same_data(folder):
     from_folder = read(write(folder))
     from_archive = read(RawData(zipped(folder), "digit_recognizer"))
-    assert from_archive.fingerprint == from_folder.fingerprint
     assert np.array_equal(from_archive.images, from_folder.images)
     assert np.array_equal(from_archive.test_images, from_folder.test_images)
 
@@ -98,7 +97,7 @@ def test_a_byte_order_mark_is_no_part_of_the_header(folder):
     for name in reader.FILES:
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
     marked = read(raw)
-    assert np.array_equal(marked.images, straight.images) and marked.sample_lines == straight.sample_lines
+    assert np.array_equal(marked.images, straight.images) and marked.test_ids == straight.test_ids
 
 
 def test_other_line_ends_and_blank_last_lines_of_the_sample_submission(folder):
@@ -139,17 +138,9 @@ def test_csv_is_parsed_once_for_the_same_contents(folder, monkeypatch):
         reader.tables, "read", lambda raw, name, *given, **rest: parsed.append(name) or parse(raw, name, *given, **rest)
     )
     again = read(raw)
-    assert (
-        parsed == ["sample_submission.csv"]
-        and np.array_equal(again.images, first.images)
-        and again.fingerprint == first.fingerprint
-    )
+    assert parsed == ["sample_submission.csv"] and np.array_equal(again.images, first.images)
     changed = read(write(folder, train=cell(2, 1, 77)))
-    assert (
-        parsed[1:] == ["train.csv", "sample_submission.csv"]
-        and changed.images[0, 0, 0, 0] == 77
-        and changed.fingerprint != first.fingerprint
-    )
+    assert parsed[1:] == ["train.csv", "sample_submission.csv"] and changed.images[0, 0, 0, 0] == 77
 
 
 def test_folder_that_cannot_be_written_is_told_and_cached_elsewhere(folder, tmp_path, capsys, monkeypatch):

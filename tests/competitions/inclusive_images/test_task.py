@@ -58,14 +58,14 @@ def test_sample_is_seeded_and_its_labels_come_together(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labelled, n, held", [("train", 240, 48), ("validated", 280, 40), ("both", 280, 8), ("tuning", 40, 8)]
+    "which, n, held", [("train", 240, 48), ("validated", 280, 40), ("both", 280, 8), ("tuning", 40, 8)]
 )
-def test_rows_of_every_choice(raw, labelled, n, held):
-    found = rows.read(dataclasses.replace(SMOKE, labelled=labelled), raw, lambda message: None)
+def test_rows_of_every_choice(raw, which, n, held):
+    found = rows.read(dataclasses.replace(SMOKE, rows=which), raw, lambda message: None)
     assert (len(found.ids), int((found.folds == 0).sum())) == (n, held)
     always = found.folds == -1
-    assert always.sum() == (240 if labelled in ("validated", "both") else 0)
-    if labelled == "train":
+    assert always.sum() == (240 if which in ("validated", "both") else 0)
+    if which == "train":
         assert found.fitted.shape[0] == 192, "the label vectors do not see the fold that is held out"
 
 
@@ -300,7 +300,7 @@ def test_embedding_alone_scores_the_labels(raw):
 
 
 def test_only_the_heads_learn(raw):
-    network = built(raw, learns="heads", start_from="before", augment="none").network.model().train()
+    network = built(raw, trains="heads", start_from="before", augment="none").network.model().train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
     network(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))["labels"].square().mean().backward()
@@ -337,7 +337,7 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
         return network
 
     assert torch.equal(start().heads["labels"].weight, trained.heads["labels"].weight)
-    start(labelled="tuning", learns="heads")
+    start(rows="tuning", trains="heads")
     with pytest.raises(UserError, match="trained on images that are held out here"):
         start(fold="1")
     with pytest.raises(UserError, match="trained on images that are held out here"):
@@ -351,14 +351,14 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
         rows.start_from(later, rows.read(later, RawData(other, "inclusive_images"), lambda message: None), trained)
     # A run that saw the tuning images, and one that only started from it: `tuned` may go on from neither.
     for name, changes in (
-        ("everything", {"labelled": "validated", "fold": "none"}),
+        ("everything", {"rows": "validated", "fold": "none"}),
         ("after", {"start_from": "everything", "fold": "none"}),
     ):
         run = runs.open_run("inclusive_images", name, dataclasses.replace(config, **changes), provenance)
         (run.path / "fold-none").mkdir()
         checkpoint.save(run.path / "fold-none" / "model.pt", {"model": trained.state_dict()})
         with pytest.raises(UserError, match=f"--start-from {name}: run everything"):
-            start(labelled="tuning", learns="heads", start_from=name)
+            start(rows="tuning", trains="heads", start_from=name)
     start(fold="none", start_from="after")
     with pytest.raises(UserError, match="no such run"):
         rows.start_from(dataclasses.replace(config, start_from="other"), rows.read(config, raw, print), trained)
@@ -449,8 +449,8 @@ def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
         ({"classifier": 0.0, "embedding": 0.0}, "nothing that predicts"),
         ({"embedding": -1.0}, "--embedding -1.0"),
         ({"embedding_dim": 0}, "--embedding-dim 0"),
-        ({"learns": "heads"}, "--start-from RUN"),
-        ({"labelled": "validated", "fold": "2"}, "--fold 2"),
+        ({"trains": "heads"}, "--start-from RUN"),
+        ({"rows": "validated", "fold": "2"}, "--fold 2"),
     ],
 )
 def test_settings_that_make_no_sense(raw, changes, words):
@@ -463,7 +463,7 @@ def test_unknown_backbone_names_the_nearest(raw):
         checked_before(built(raw, backbone="resnet81"))
 
 
-def test_pictures(raw, tmp_path):
+def test_plots(raw, tmp_path):
     files = rows.read(SMOKE, raw, lambda message: None)
     embedding = rows.embed(SMOKE, files)
     run = runs.Run(tmp_path, {"command": "train"})
@@ -494,7 +494,7 @@ def page_of(task, folder) -> str:
     return page.write().read_text()
 
 
-def test_runs_without_label_vectors_have_their_pictures_too(raw, tmp_path, monkeypatch):
+def test_runs_without_label_vectors_have_their_plots_too(raw, tmp_path, monkeypatch):
     built_task = built(raw, embedding=0.0)
     assert page_of(built_task, tmp_path).count("<img") == 2
 

@@ -149,6 +149,17 @@ def test_numbers_for_missing_values_are_missing(files, name, sentinel):
     assert f"{name}: {count} values count as missing" in warning and f"{sentinel} ({count} times)" in warning
 
 
+def test_a_value_below_zero_that_is_rare_was_measured(files):
+    """Eighty-four of London's real hours are -1: too few for a number that stands for nothing."""
+    frame = pd.read_csv(files / LONDON)
+    column = next(name for name in frame if name.startswith("NO2"))
+    rows = frame[column].dropna().index[10:94]
+    frame.loc[rows, column] = -1.0
+    frame.to_csv(files / LONDON, index=False)
+    observations = load(files)
+    assert observations.warnings == () and np.count_nonzero(observations.values == -1) == 84
+
+
 def test_numbers_for_missing_values_in_the_archive_of_series(tmp_path):
     head = ["@attribute station string", "@attribute air_quality_measurement string", "@attribute start_timestamp date"]
     lines = [f"{station}:PM2.5:2018-01-01 00-00-00:5,-999,-0.4,9999,?,7" for station in ("dongsi_aq", "CD1")]

@@ -1,9 +1,12 @@
-"""Run lengths of the competition: `start length` pairs, column by column from the top left, the first pixel is 1."""
+"""Run lengths, Kaggle's masks: `start length` pairs, column by column from the top left, the first pixel is 1."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import cv2
 import numpy as np
+
+from common.errors import UserError
 
 
 def parse(text: str) -> np.ndarray:
@@ -83,11 +86,11 @@ def decode_to_size(runs: np.ndarray, height: int, width: int, target_height: int
         column = columns * target_width // width + step
         left = np.maximum(columns * target_width, column * width)
         right = np.minimum((columns + 1) * target_width, (column + 1) * width)
-        share = np.maximum(right - left, 0)
-        share = np.concatenate((share, -share))
+        overlap = np.maximum(right - left, 0)
+        overlap = np.concatenate((overlap, -overlap))
         place = np.tile(np.minimum(column, target_width - 1), 2) * stride + row
-        np.add.at(change, place, share * (height - beyond))
-        np.add.at(change, place + 1, share * beyond)
+        np.add.at(change, place, overlap * (height - beyond))
+        np.add.at(change, place + 1, overlap * beyond)
     places = np.flatnonzero(change != 0)
     covered = 2 * np.cumsum(change[places]) >= height * width
     edges = places[np.diff(covered, prepend=False)]
@@ -122,3 +125,28 @@ def encode(mask: np.ndarray) -> str:
     runs[1::2] -= runs[::2]
     runs[::2] += 1
     return _written(height * width)[runs].tobytes().translate(None, b"\0").rstrip().decode()
+
+
+class RunMasks:
+    """The masks of n images for an ImageDataset: row -> uint8 of 0 and 1 [H, W, K] at `size` (height, width).
+
+    `cells` [n][K] are run lengths in masks of the size `full`, `ids` [n] and `table` name them in messages. Raises
+    UserError for the first cell that is none in a mask of that size.
+    """
+
+    def __init__(
+        self, cells: Sequence[Sequence[str]], full: tuple[int, int], size: tuple[int, int], ids: Sequence, table: str
+    ):
+        self.full, self.size = full, size
+        for name, of_image in zip(ids, cells, strict=True):
+            for cell in of_image:
+                if fault := problem_of_text(cell, full[0] * full[1]):
+                    raise UserError(
+                        f"{table}: the mask of {name}: {fault}, in an image of {full[0]}x{full[1]} (height x width): "
+                        f"mend the cell, or the size that the task gives"
+                    )
+        self.runs = [[parse(cell) for cell in of_image] for of_image in cells]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        masks = [decode_to_size(runs, *self.full, *self.size) for runs in self.runs[row]]
+        return np.stack(masks, axis=-1).view(np.uint8)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
-from competitions.clouds import rle
+from common.errors import UserError
+from common.vision import rle
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=13))
 
@@ -133,3 +134,19 @@ def test_faults_are_named(text, words):
 def test_valid_cells_have_no_fault():
     for text in ("", "1 100", "100 1", "1 1 3 1", " 1 2 "):
         assert rle.problem_of_text(text, 100) is None
+
+
+def test_run_masks_are_decoded_at_the_working_size():
+    first, second = (np.random.default_rng(seed).random((2, 30, 40)) < 0.3 for seed in (0, 1))
+    cells = [[rle.encode(mask) for mask in first], [rle.encode(second[0]), ""]]
+    masks = rle.RunMasks(cells, (30, 40), (15, 10), ["a", "b"], "train.csv")
+    assert masks[0].dtype == np.uint8 and masks[0].shape == (15, 10, 2)
+    assert (masks[0][:, :, 1] == slow_resize(first[1], 15, 10)).all() and not masks[1][:, :, 1].any()
+    full = rle.RunMasks(cells, (30, 40), (30, 40), ["a", "b"], "train.csv")
+    assert (full[0] == np.stack(first, -1)).all()
+
+
+@pytest.mark.parametrize("cell", ["1199 5", "1 2 3", "1 x", "0 3"])
+def test_run_masks_name_the_row_whose_cell_is_no_mask(cell):
+    with pytest.raises(UserError, match="train.csv: the mask of b: .*in an image of 30x40"):
+        rle.RunMasks([["1 1"], [cell]], (30, 40), (15, 20), ["a", "b"], "train.csv")

@@ -1,0 +1,377 @@
+"""`make blend`: runs are combined on what they have kept, nothing is predicted again; the result is a run of its own.
+
+Weights are chosen on out-of-fold predictions, see `common.ensemble`. Those of the blend are nested: the rows of a fold
+are combined by what was chosen on the other folds, so its score is honest, and what is tuned on it sees no more.
+
+Predictions that are a tree are laid side by side in one row of numbers, and have one weight for each run. Where all
+are too large to hold, weights are chosen on evenly spaced rows and the rest is combined block by block.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import ensemble, raw
+from common import run as runs
+from common.batch import Tree
+from common.competition import Competition
+from common.config import Config
+from common.device import use_threads
+from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
+from common.errors import UserError
+from common.files import write_text
+from common.loading import folds, orders
+from common.loading.loader import Loader
+from common.metrics import Metric
+from common.predict import Member, write_submission
+from common.predictions import Predictions, PredictionWriter, leaves, read_predictions, rebuilt, unpack
+from common.report import Report, score_line
+from common.run import Run
+from common.runs_table import best_run, is_complete
+from common.task import Task, completed
+from common.train import finish_page, provenance_of, score_oof
+
+LARGEST = 200_000_000  # numbers of all members together that weights are chosen on
+BLOCK = 4_000_000  # numbers of all members together that are combined at once
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Predictions of one member for the rows `ids`: of a run, or from a CSV file of another program."""
+
+    name: str
+    where: str  # for messages
+    values: Predictions  # arrays [n, ...], on disk
+    ids: Sequence[str]  # m
+    places: np.ndarray  # [m] of `ids` among the n
+
+    @staticmethod
+    def of_run(run: Run, kind: str) -> "Kept":
+        """What a run keeps as "oof" or "test"; raises UserError with the command that makes it."""
+        values, ids = read_predictions(run.path, kind), run.path / f"{kind}_ids.txt"
+        if values is None or not ids.is_file():
+            remedy = f"make predict COMP={run.provenance['competition']} RUN={run.name}" if kind == "test" else ""
+            what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
+            raise UserError(f"{run.path} keeps no {what}: {remedy or 'leave it out, or train it with --fold all'}")
+        names = ids.read_text(encoding="utf-8").splitlines()
+        return Kept(run.name, str(run.path), values, names, np.arange(len(names)))
+
+    @staticmethod
+    def of_file(path: Path, like: "Kept") -> "Kept":
+        """A CSV file of an id and the predictions of every row, in the columns' order; of the shape of `like`."""
+        (shape,) = like.shapes.values() if len(like.shapes) == 1 else (None,)
+        if shape is None:
+            raise UserError(f"{path}: files have no place for predictions that are a tree ({', '.join(like.shapes)})")
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as stream:
+                header, *table = csv.reader(stream)
+            values = np.array([[float(cell) for cell in row[1:]] for row in table if row], np.float32)
+            values = values.reshape(len(values), *shape)
+        except (OSError, ValueError) as error:
+            numbers = int(np.prod(shape))
+            raise UserError(f"{path} cannot be read ({error}): expected an id and {numbers} numbers a row") from error
+        names = [row[0] for row in table if row]
+        if len(set(names)) < len(names) or not np.isfinite(values).all():
+            raise UserError(f"{path}: expected every id once, and finite numbers")
+        return Kept(path.stem, str(path), values, names, np.arange(len(names)))
+
+    def taken(self, ids: Sequence[str]) -> "Kept":
+        """The rows `ids`, in their order; raises UserError when some are not there."""
+        place = dict(zip(self.ids, self.places.tolist(), strict=True))
+        if missing := [name for name in ids if name not in place]:
+            raise UserError(
+                f"{self.where} has no predictions of {len(missing)} of {len(ids)} rows, the first is {missing[0]}: "
+                f"blend predictions of the same rows"
+            )
+        return replace(self, ids=ids, places=np.array([place[name] for name in ids], int))
+
+    def rows(self, part: slice | np.ndarray) -> np.ndarray:
+        """Some of the m rows: numbers [k, ...], or [k, numbers] of a tree."""
+        places = self.places[part]
+        arrays = [np.asarray(unpack(values[places])) for _, values in sorted(leaves(self.values).items())]
+        return arrays[0] if len(arrays) == 1 else np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one row of every leaf."""
+        return {leaf: values.shape[1:] for leaf, values in sorted(leaves(self.values).items())}
+
+    @property
+    def numbers(self) -> int:
+        """Of one row."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+
+def as_tree(numbers: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Predictions:
+    """Numbers of `Kept.rows` as the predictions that they are of, in tensors."""
+    values = torch.from_numpy(np.ascontiguousarray(numbers))
+    if len(shapes) == 1:
+        return rebuilt(dict.fromkeys(shapes, values))
+    parts = values.split([int(np.prod(shape)) for shape in shapes.values()], dim=1)
+    return {leaf: part.reshape(-1, *shape) for (leaf, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def blend(competition: Competition, given: argparse.Namespace) -> None:
+    """Combine the runs that --run names, all comparable ones without it; writes a run and its submission."""
+    started, space = time.monotonic(), _space(given)
+    name = competition.name
+    if given.name and (runs.RUNS / name / given.name / "run.json").is_file():
+        raise UserError(f"--name {given.name} is there already: give the blend another name")
+    members = _members(competition, given.run)
+    base, config = members[0], members[0].config(competition.config_class)
+    use_threads(config)
+    found = raw.of_run(base.provenance, given.data, competition.write_demo)
+    task = completed(competition.build(config, found, print), found)
+    if task.fingerprint != base.provenance["data_fingerprint"]:
+        raise UserError(f"{found.path} is not what {base.name} was trained on: pass its files, DATA=folder-or-zip")
+    row_of = {str(one): row for row, one in enumerate(task.data.ids)}
+    oof = _aligned([Kept.of_run(run, "oof") for run in members], given.oof)
+    rows = np.array([row_of[one] for one in oof[0].ids], int)
+    order = np.argsort(task.data.folds[rows], kind="stable")
+    rows, oof = rows[order], [one.taken([oof[0].ids[place] for place in order]) for one in oof]
+    test = _aligned([Kept.of_run(run, "test") for run in members], given.test, list(map(str, task.data.test_ids)))
+    if len(oof) != len(test):
+        raise UserError("--oof and --test: expected one file for each other, in one order: --oof a.csv --test b.csv")
+    chosen, sampled = choose(task, config, oof, rows, given, space)
+
+    provenance = provenance_of(competition, task, "blend", found) | {"demo": base.provenance["demo"]}
+    run = runs.new_run(name, given.name, config, provenance)
+    names = [one.name for one in oof]
+    run.write_json("blend.json", {"by": given.by, "space": given.space, "members": names})
+    folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
+    kept = "float32" if given.by == "stack" else task.postprocess.kept  # a ridge leaves the range of probabilities
+    parts = {int(fold): np.flatnonzero(task.data.folds[rows] == fold) for fold in np.unique(task.data.folds[rows])}
+    write_combined(run.path, "oof", oof, [(parts[fold], chosen.by_part[fold]) for fold in parts], space, kept)
+    write_combined(run.path, "test", test, [(np.arange(len(test[0].ids)), chosen.fitted)], space, kept)
+    write_text(run.path / "test_ids.txt", "".join(f"{one}\n" for one in test[0].ids))
+    result = {"monitor": task.metrics[0].name, **score_oof(run, task, config, rows), "folds": [], "micro_batch": None}
+    result |= {"blend": _facts(names, chosen, task.metrics[0], sampled)}
+    run.write_result(result | {"training_seconds": round(time.monotonic() - started, 1)})
+    run.log(f"{run.path}: {score_line(result)} {_gain(result['blend'])}")
+    _report(Member(run, task, config), result, chosen)
+    path = write_submission(name, [Member(run, task, config)], run.provenance["demo"])
+    run.finish()
+    print(f"report: {run.report}\nsubmission: {path}")
+
+
+def _space(given: argparse.Namespace) -> Space:
+    word, _, exponent = given.space.partition(":")
+    if given.by in ("nnls", "stack") and given.space != "plain":
+        raise UserError(f"--space {given.space}: --by {given.by} combines predictions as they are, leave --space out")
+    if given.by == "stack" and given.per_class:
+        raise UserError("--per-class: a stack sees all classes of all runs at once, leave it out")
+    if word in ("plain", "rank") and not exponent:
+        return {"plain": PLAIN, "rank": RANKS}[word]
+    try:
+        if word == "power":
+            return power(float(exponent))
+    except ValueError:
+        pass
+    raise UserError(f"--space {given.space}: expected plain, rank or power:P, power:0 is the geometric mean")
+
+
+def _members(competition: Competition, named: str | None) -> list[Run]:
+    """The runs to blend, the first one leads; raises UserError where they are of other folds, data or outputs."""
+    name = competition.name
+    if named is not None:
+        found = [runs.load(name, one) for one in named.split(",")]
+    else:
+        there = [run for run in runs.all_runs(name) if run.result and not run.is_blend and is_complete(run, run.result)]
+        there = [run for run in there if not run.provenance["demo"]] or there
+        best = best_run(name, [run.name for run in there], competition.source.higher_is_better)
+        if best is None:
+            raise UserError(f"no run of {name} holds out every fold: make train COMP={name} FOLD=all")
+        lead = runs.load(name, best[0])
+        found = [lead, *(run for run in there if run.name != lead.name and not _unlike(lead, run))]
+        print(f"blending {', '.join(run.name for run in found)}")
+    for run in found:
+        if run.result is None:
+            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
+        if unlike := _unlike(found[0], run):
+            raise UserError(f"runs {found[0].name} and {run.name} have other {unlike}: blend runs that have the same")
+    return found
+
+
+def _unlike(one: Run, other: Run) -> str:
+    facts = {"folds_fingerprint": "folds", "data_fingerprint": "data", "demo": "data (demo)", "outputs": "outputs"}
+    return next((word for fact, word in facts.items() if one.provenance.get(fact) != other.provenance.get(fact)), "")
+
+
+def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None) -> list[Kept]:
+    """All members with the rows `ids`, without them with those that all the runs have; files must have every one."""
+    shapes = found[0].shapes
+    if unlike := [one for one in found if one.shapes != shapes]:
+        raise UserError(f"{unlike[0].where} predicts {unlike[0].shapes} and {found[0].where} {shapes}: not blended")
+    if ids is None:
+        common = set(found[0].ids).intersection(*(one.ids for one in found))
+        ids = [name for name in found[0].ids if name in common]
+    found = found + [Kept.of_file(Path(name), found[0]) for name in (files or "").split(",") if name]
+    names = [one.name for one in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} is there twice: name every run, and every file, once")
+    return [one.taken(ids) for one in found]
+
+
+def choose(
+    task: Task, config: Config, oof: list[Kept], rows: np.ndarray, given: argparse.Namespace, space: Space
+) -> tuple[Blend, int]:
+    """How to combine, chosen on the out-of-fold predictions of `rows` [m]; and on how many rows that was."""
+    step = -(-oof[0].numbers * len(oof) * len(rows) // LARGEST)
+    sample = np.arange(len(rows))[::step]
+    members, shapes = np.stack([one.rows(sample) for one in oof]), oof[0].shapes
+    targets = _targets(task, config, rows[sample])
+
+    def decide(predictions: np.ndarray) -> Tree:
+        return task.postprocess.apply(as_tree(predictions, shapes), {})  # as in validations: nothing is tuned yet
+
+    objective = ensemble.maximise(task.metrics[0], targets, decide)
+    way = _way(given, objective, targets, members, task.metrics[0], space)
+    return ensemble.nested(members, task.data.folds[rows[sample]], way, objective), len(sample)
+
+
+def _targets(task: Task, config: Config, rows: np.ndarray) -> Tree:
+    with Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed) as loader:
+        return _joined([batch.targets for batch in loader.epoch(0)])
+
+
+def _joined(trees: list[Tree]) -> Tree:
+    first = trees[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(trees).cpu()
+    if isinstance(first, dict):
+        return {key: _joined([tree[key] for tree in trees]) for key in first}
+    return type(first)(_joined(list(parts)) for parts in zip(*trees, strict=True))
+
+
+def _way(
+    given: argparse.Namespace,
+    objective: ensemble.Objective,
+    targets: Tree,
+    members: np.ndarray,
+    metric: Metric,
+    space: Space,
+) -> Choose:
+    """What --by and --per-class name; raises UserError where these targets do not fit it."""
+    needs_targets = given.by in ("nnls", "stack") or given.per_class
+    if needs_targets and not isinstance(targets, torch.Tensor):
+        raise UserError(f"--by {given.by}: the targets are a tree, use --by hill without --per-class")
+    truth = targets.numpy() if isinstance(targets, torch.Tensor) else None
+    by_number = truth is not None and members.ndim == truth.ndim + 2  # class numbers
+    if given.by == "stack":
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+        return ensemble.stacked(LogisticRegression(max_iter=1000) if by_number else Ridge(), truth)
+    plain = {
+        "hill": lambda goal: ensemble.hill_climbing(goal, space),
+        "optimum": lambda goal: ensemble.optimum(goal, space),
+        "mean": lambda goal: ensemble.equal(space),
+    }
+    if not given.per_class:
+        return ensemble.least_squares(truth) if given.by == "nnls" else plain[given.by](objective)
+    if members.ndim != 3:
+        raise UserError(f"--per-class: expected predictions [rows, classes], found {list(members.shape[1:])}")
+    one_hot = truth[:, None] == np.arange(members.shape[2]) if by_number else truth
+
+    def of_class(label: int) -> Choose:
+        column = one_hot[:, label].astype(np.float32)
+        if given.by == "nnls":
+            return ensemble.least_squares(column)
+        return plain[given.by](_squared_error(column) if by_number else ensemble.maximise(metric, column))
+
+    return ensemble.per_class(of_class)
+
+
+def _squared_error(column: np.ndarray) -> ensemble.Objective:
+    """What a class of class numbers is chosen by: no metric of classes is one of a single class."""
+    return lambda predictions, rows: -float(np.square(predictions - column[rows]).mean())
+
+
+def write_combined(
+    folder: Path,
+    name: str,
+    members: list[Kept],
+    parts: Sequence[tuple[np.ndarray, Fitted]],
+    space: Space,
+    kept: str | dict[str, str],
+) -> None:
+    """Keep the members' predictions, each part's rows combined by its own way; of ranks a part is one block."""
+    shapes, most = members[0].shapes, max(1, BLOCK // (members[0].numbers * len(members)))
+    with PredictionWriter(folder, name, sum(len(places) for places, _ in parts), kept) as writer:
+        for places, fitted in parts:
+            size = len(places) if space is RANKS else most
+            for start in range(0, len(places), size):
+                block = places[start : start + size]
+                combined = fitted(np.stack([one.rows(block) for one in members]))
+                writer.add(as_tree(combined, shapes))
+
+
+def _facts(names: list[str], chosen: Blend, metric: Metric, sampled: int) -> dict[str, Any]:
+    """What result.json says of the blend; scores are of the metric, before anything is tuned."""
+    by_member = {
+        "weights": chosen.weights,
+        "scores": metric.sign * chosen.members,
+        "scores_without": metric.sign * chosen.without,
+    }
+    told = {
+        fact: dict(zip(names, np.round(values, 6).tolist(), strict=True))
+        for fact, values in by_member.items()
+        if values is not None
+    }
+    return {"score": metric.sign * chosen.score, "mean": metric.sign * chosen.mean, "rows": sampled, **told}
+
+
+def _gain(facts: dict[str, Any]) -> str:
+    weights = {name: np.round(weight, 3).tolist() for name, weight in facts.get("weights", {}).items()}
+    told = ", ".join(f"{name} {weight}" for name, weight in weights.items() if not isinstance(weight, list))
+    alone = ", ".join(f"{name} {score:.5f}" for name, score in facts["scores"].items())
+    return (
+        f"Before tuning, nested over folds: {facts['score']:.5f}, the plain mean {facts['mean']:.5f}, alone {alone}."
+        f"{' Weights: ' * bool(told)}{told}"
+    )
+
+
+def _report(member: Member, result: dict[str, Any], chosen: Blend) -> None:
+    """The page: members with their weights and what they are worth, correlations, mistakes."""
+    run, task, _ = member
+    facts = result["blend"]
+    names, told = list(facts["scores"]), facts.get("weights", {})
+    page = Report(run.path, f"{run.provenance['competition']}: {run.name}, a blend of {len(names)}")
+    page.text(score_line(result))
+    page.text(_gain(facts))
+    page.heading("Members")
+    several = any(isinstance(weight, list) for weight in told.values())
+    header = ["member", "weight, mean over classes" if several else "weight", "alone", "the blend without it", "costs"]
+    sign = task.metrics[0].sign
+    page.table(
+        header,
+        [
+            (
+                name,
+                float(np.mean(told[name])) if told else "",
+                facts["scores"][name],
+                facts["scores_without"][name],
+                sign * (facts["score"] - facts["scores_without"][name]),
+            )
+            for name in names
+        ],
+    )
+    if several:
+        page.heading("Weights of every class")
+        classes = task.names or [str(label) for label in range(len(told[names[0]]))]
+        page.table(["class", *names], zip(classes, *told.values(), strict=True))
+    page.heading("Correlation of the predictions")
+    page.table(["", *names], [(name, *row) for name, row in zip(names, chosen.correlation.tolist(), strict=True)])
+    page.heading("Provenance")
+    page.table(["fact", "value"], run.provenance.items())
+    try:
+        finish_page(page, member)
+    except Exception as error:  # whatever a competition's plot stumbles over
+        page.write()
+        run.log(f"the report of {run.path} is not complete: {type(error).__name__}: {error}")

@@ -1,0 +1,229 @@
+"""`make notebook`: predict whatever test set Kaggle mounts, with the internet off and runs made here."""
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common import predict
+from common import run as runs
+from common.competition import Competition
+from common.errors import UserError
+from common.files import read_json
+from common.kaggle.client import go_on_with
+from common.kaggle.credentials import Account, find
+from common.kaggle.kernel.notebook import MARGIN_SECONDS, OFTEN_MISSING, ROOT, START, code, written
+from common.kaggle.kernel.output import fetched
+from common.kaggle.kernel.push import (
+    ARCHIVE,
+    OUTAGE_SECONDS,
+    WAIT_SECONDS,
+    follow_notebook,
+    push_files,
+    push_notebook,
+    submit_version,
+    username,
+    write_json,
+)
+from common.kaggle.submit import refuse_nowhere
+from common.run import Run
+
+# Of Kaggle's image: wheels for another Python or an older system could not be installed there.
+IMAGE = ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"]
+IMAGE += [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014", "2010")]
+RUN_FILES = ("config.json", "run.json", "result.json", "fold-*/model.pt", "fold-*/fold.json")
+
+PREDICTION = (
+    START
+    + """
+# %% What Kaggle's image lacks, from the wheels beside the code.
+wheels = {wheels}
+missing = [pin for module, pin in wheels.items() if importlib.util.find_spec(module) is None]
+install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+if missing:
+    done = subprocess.run([*install, "--find-links", str(KIT / "wheels"), *missing], capture_output=True, text=True)
+    assert done.returncode == 0, f"{{missing}} cannot be installed from the data set: {{done.stderr[-500:]}}"
+
+# %% The test set that is mounted, by the same command as at home; its sample submission decides the rows.
+command = [sys.executable, "-m", "common", {words}, "--data", str(data)]
+left = max(1.0, END - time.monotonic())
+command += ["--fallback", "--budget", str(left)]
+offline = {{"HF_HUB_OFFLINE": "1"}}
+status = subprocess.run(command, cwd=KIT, env=environment | offline, timeout=left + {margin}).returncode
+assert status == 0, f"the prediction ended with status {{status}}"
+(table,) = (KIT / "submissions" / "{competition}").glob("*.csv")
+shutil.copyfile(table, WORKING / "submission.csv")
+print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
+"""
+)
+
+
+def notebook(
+    title: str,
+    slug: str,
+    competition: str,
+    arguments: Sequence[str],
+    version: str,
+    wheels: Mapping[str, str],
+    limit: float,
+) -> str:
+    """The notebook as .ipynb text: `python -m common predict COMPETITION ARGUMENTS` on whatever is mounted.
+
+    `wheels` are pins by their import names. What is not predicted a while before the `limit` (seconds) falls back.
+    """
+    words = ("predict", competition, *arguments)
+    margin = min(MARGIN_SECONDS, limit / 10)
+    return written(
+        PREDICTION,
+        what="prediction",
+        title=title,
+        command=" ".join(("python -m common", *words)),
+        archive=ARCHIVE,
+        version=version,
+        slug=slug,
+        competition=competition,
+        words=", ".join(repr(word) for word in words),
+        wheels=dict(wheels),
+        seconds=limit - margin,
+        margin=margin,
+    )
+
+
+def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, bytes | Path], dict[str, str]]:
+    """What the notebook needs: code, runs and wheels by their names, and the pins of the wheels by their import names.
+
+    The wheels are downloaded into `folder`. Raises UserError for a run without weights and for wheels not to be had.
+    """
+    others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
+    files: dict[str, bytes | Path] = {name: held for name, held in code().items() if not others.match(name)}
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    source = b"\n".join(held for name, held in files.items() if name.endswith(".py"))
+    wheels = {
+        module: f"{name}=={pins[name]}"
+        for module, name in OFTEN_MISSING.items()
+        if re.search(rf"^\s*(import|from) {module}\b".encode(), source, re.MULTILINE)
+    }
+    for run in chosen:
+        found = [file for pattern in RUN_FILES for file in sorted(run.path.glob(pattern))]
+        if not any(file.name == "model.pt" for file in found):
+            raise UserError(
+                f"{run.path} keeps no weights, so it predicts no test rows but those it was trained beside: name a "
+                f"run of a network, RUN="
+            )
+        files |= {f"runs/{competition}/{run.name}/{file.relative_to(run.path)}": file for file in found}
+    _download([*wheels.values()], folder)
+    files |= {f"wheels/{file.name}": file for file in sorted(folder.glob("*.whl"))}
+    return files, wheels
+
+
+def _download(pins: Sequence[str], folder: Path) -> None:
+    """The wheels as Kaggle's image takes them, without what they need: that is in the image."""
+    words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), *IMAGE, *pins]
+    if not pins:
+        return
+    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["it gives no reason"]
+        raise UserError(
+            f"the wheels of {', '.join(pins)} cannot be downloaded ({lines[-1][:300]}): check the network, or set "
+            f"PIP_FIND_LINKS to a folder that has them, then repeat the same command"
+        )
+
+
+def publish(competition: Competition, given: argparse.Namespace, words: Sequence[str], poll: float = 15.0) -> None:
+    """Predict here, push runs, code and wheels with the notebook, follow it, compare its file, submit it when asked.
+
+    `given` has the flags of `make notebook`, `words` those that predict. Raises UserError for whatever goes wrong.
+    """
+    name, source = competition.name, competition.source
+    if not source.slug:
+        raise UserError(f"{name} is not on Kaggle, so no notebook there can predict for it: make predict COMP={name}")
+    if given.submit:
+        refuse_nowhere(name, source)
+    record, account = runs.RUNS / name / "notebook.json", find()
+    print(f"Kaggle account: {account.where}")
+    if given.fetch and not record.is_file():
+        raise UserError(f"--fetch: no such notebook of {name} was pushed from here: make notebook COMP={name}")
+    facts = read_json(record) if given.fetch else _pushed(competition, given, words, account, poll)
+    write_json(record, facts)
+    with go_on_with(f"make notebook COMP={name} ARGS=--fetch"):
+        outage = 0.0 if given.fetch else OUTAGE_SECONDS
+        follow_notebook(account, source, name, facts["kernel"], WAIT_SECONDS, poll, outage, "notebook")
+        with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
+            written_there = fetched(account, source, facts["kernel"], "submission.csv", Path(place))
+            if written_there is None:
+                raise UserError(f"https://www.kaggle.com/code/{facts['kernel']} left no submission.csv: see its log")
+            _print_difference(written_there, Path(facts["table"]))
+        if given.submit:
+            submit_version(account, source, name, facts, Path(facts["table"]), min(poll, 4.0))
+        else:
+            print(f"to submit this version: make notebook COMP={name} ARGS='--fetch --submit'")
+
+
+def _pushed(
+    competition: Competition, given: argparse.Namespace, words: Sequence[str], account: Account, poll: float
+) -> dict:
+    """Predict here, and push what the notebook needs and the notebook; returns what `--fetch` must know."""
+    name, source = competition.name, competition.source
+    chosen = [runs.load(name, one) for one in given.run.split(",")] if given.run else _newest(name)
+    if demo := [run.name for run in chosen if run.provenance["demo"]]:
+        raise UserError(
+            f"{demo[0]} was trained on demo data and means nothing on Kaggle: make data COMP={name}, then make "
+            f"train COMP={name}"
+        )
+    given.run, start = ",".join(run.name for run in chosen), time.monotonic()
+    table = predict.predict(competition, given)
+    _print_budget(table, time.monotonic() - start, given.limit)
+    title = f"kit-{name}-predict".replace("_", "-").lower()[:40]
+    reference = f"{username(account, source)}/{title}"
+    metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
+    with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
+        folder = Path(place)
+        (folder / "wheels").mkdir()
+        files, wheels = kit(name, chosen, folder / "wheels")
+        version = push_files(account, source, reference, files, folder, poll)
+        text = notebook(title, source.slug, name, ["--run", given.run, *words], version, wheels, given.limit)
+        facts = push_notebook(account, source, name, reference, text, metadata, given.limit, folder, "notebook")
+    print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}, for runs {given.run}")
+    return facts | {"code": version, "table": str(table), "pushed": runs.now()}
+
+
+def _newest(competition: str) -> list[Run]:
+    finished = [run for run in runs.all_runs(competition) if run.result is not None][-1:]
+    if not finished:
+        raise UserError(f"no finished run of {competition}: make train COMP={competition}")
+    return finished
+
+
+def _print_budget(table: Path, seconds: float, limit: float) -> None:
+    """Say how many rows the limit (seconds) allows at the speed of this machine."""
+    with open(table, newline="", encoding="utf-8") as stream:
+        rows = sum(1 for _ in csv.reader(stream)) - 1
+    each = seconds / max(rows, 1)
+    print(
+        f"time: {rows:,} rows took {seconds:,.1f} s here ({each:.4f} s each, {runs.machine()}); within "
+        f"{limit / 3600:g} h there is time for {limit / each:,.0f} rows at this speed"
+    )
+    if seconds > limit:
+        raise UserError(
+            f"the public test set alone takes {seconds:,.0f} s here, and the limit is {limit:,.0f} s: fewer runs or "
+            f"folds, --tta no, or a longer --limit"
+        )
+
+
+def _print_difference(there: Path, here: Path) -> None:
+    """Say whether the notebook's file is that of this machine."""
+    if there.read_bytes() == (here.read_bytes() if here.is_file() else None):
+        print(f"the notebook's submission.csv is {here}, byte for byte")
+        return
+    ours, theirs = (file.read_text(encoding="utf-8").splitlines() if file.is_file() else [] for file in (here, there))
+    same = len(set(ours) & set(theirs))
+    print(
+        f"the notebook's submission.csv has {len(theirs) - 1:,} rows, {same:,} of its lines as in {here}; another "
+        f"machine rounds otherwise, but most should be the same"
+    )

@@ -1,0 +1,284 @@
+"""All runs of a competition side by side, and which of them is the best: `make runs`, and how `make submit` chooses.
+
+Scores are compared on common rows only. A run that held out every fold is worth more than one that held out a single
+one: its score has more rows in it, and its submission is the mean of more models.
+"""
+
+import csv
+import fcntl
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from common import run as runs
+from common.competition import Competition
+from common.config import MACHINE_FIELDS, Config
+from common.errors import UserError
+from common.files import read_json, write_csv
+from common.kaggle import ledger
+from common.run import Run
+
+CLEARLY = 2.0  # standard errors by which fewer rows must be better than more
+SHOWN = 60  # characters of the settings on the terminal
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run in the table; None where it has no such figure."""
+
+    run: str
+    state: str  # finished, "not submitted", stopped or training
+    score: float | None = None
+    error: float | None = None  # standard error of the score
+    mean: float | None = None  # over folds
+    std: float | None = None
+    rows: int | None = None  # that the score is of
+    folds: str = ""  # "all" when every fold is held out once, else how many are
+    public: float | None = None  # of the leaderboard
+    private: float | None = None
+    seconds: float | None = None  # of training
+    per_second: float | None = None  # samples, the mean over epochs
+    memory_gib: float | None = None  # the largest of a fold
+    settings: str = ""  # recipe, and what differs from it
+    created: str = ""
+
+
+COLUMNS = [field.name for field in fields(Line)]
+
+
+def lines(competition: str, recipes: Mapping[str, Config], higher_is_better: bool) -> list[Line]:
+    """A line for every run: the best score first, then those without one, the newest first."""
+    boards = _boards(competition)
+    found = [_line(run, recipes, boards.get(run.name, {})) for run in reversed(runs.all_runs(competition))]
+    sign = -1 if higher_is_better else 1
+    return sorted(found, key=lambda line: (line.score is None, sign * (line.score or 0.0)))
+
+
+def _line(run: Run, recipes: Mapping[str, Config], board: dict[str, float | None]) -> Line:
+    result, settings = run.result, _settings(run, recipes)
+    if result is None:
+        return Line(run.name, _state(run), settings=settings, created=run.provenance["created"], **board)
+    scores = result.get("fold_scores") or {}
+    return Line(
+        run=run.name,
+        state=_state(run),
+        score=_score(result),
+        error=result.get("errors", {}).get(result["monitor"]),
+        mean=result.get("mean"),
+        std=result.get("std"),
+        rows=result.get("rows") or None,
+        folds="all" if is_complete(run, result) else str(len(scores)),
+        seconds=result.get("training_seconds"),
+        per_second=_samples_per_second(run.path / "metrics.csv"),
+        memory_gib=max((fold["memory_gib"] for fold in result.get("folds", ()) if "memory_gib" in fold), default=None),
+        settings=settings,
+        created=run.provenance["created"],
+        **board,
+    )
+
+
+def _state(run: Run) -> str:
+    if run.is_finished:
+        return "finished"
+    try:
+        with open(run.path / "lock") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "training"
+    except OSError:  # no lock was ever taken, or none can be
+        pass
+    return "stopped" if run.result is None else "not submitted"
+
+
+def _score(result: dict[str, Any]) -> float | None:
+    score = result.get("score")
+    return score if isinstance(score, (int, float)) and math.isfinite(score) else None
+
+
+def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
+    """The recipe, and in which settings that matter the run differs from it."""
+    recipe = run.provenance["recipe"]
+    if run.is_blend:
+        told = read_json(run.path / "blend.json", "by", "space", "members")
+        return f"blend: {told['by']}, {told['space']}, {', '.join(told['members'])}"
+    if recipe not in recipes:
+        return f"{recipe} (no such recipe now)"
+    values, usual = read_json(run.path / "config.json"), vars(recipes[recipe])
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    changed = [
+        f"{name} {value}"
+        for name, value in values.items()
+        if name not in MACHINE_FIELDS and (name not in plain or plain[name] != value)
+    ]
+    return f"{recipe}{': ' * bool(changed)}{', '.join(changed)}"
+
+
+def _samples_per_second(table: Path) -> float | None:
+    if not table.is_file():
+        return None
+    with open(table, newline="", encoding="utf-8") as stream:
+        speeds = [float(row["samples_per_second"]) for row in csv.DictReader(stream) if row.get("samples_per_second")]
+    return round(sum(speeds) / len(speeds), 1) if speeds else None
+
+
+def _boards(competition: str) -> dict[str, dict[str, float | None]]:
+    """The newest leaderboard scores of every run that was sent."""
+    known = {}
+    for row in ledger.read(competition):
+        scores = {name: float(text) if text else None for name, text in vars(row).items() if name in BOARDS}
+        if row.run and any(score is not None for score in scores.values()):
+            known[row.run] = scores
+    return known
+
+
+BOARDS = ("public", "private")
+
+
+def is_complete(run: Run, result: dict[str, Any]) -> bool:
+    """Whether every fold was held out once."""
+    held = set(result.get("fold_scores") or ())
+    return bool(held) and (read_json(run.path / "config.json").get("fold") == "all" or held >= _folds_of(run))
+
+
+_known_folds: dict[str, set[str]] = {}  # by fingerprint: many runs have the same, and the file may be long
+
+
+def _folds_of(run: Run) -> set[str]:
+    name = run.provenance.get("folds_fingerprint", run.path)
+    if name not in _known_folds:
+        with open(run.path / "folds.csv", newline="", encoding="utf-8") as stream:
+            _known_folds[name] = {row["fold"] for row in csv.DictReader(stream)} - {"-1"}
+    return _known_folds[name]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A run with a score, as `best_run` compares it."""
+
+    name: str
+    score: float
+    error: float | None
+    rows: int
+    complete: bool
+    folds: str  # fingerprint
+    by_fold: dict[str, float]
+
+
+def _scored(run: Run) -> _Scored | None:
+    result = run.result
+    if result is None or (score := _score(result)) is None:
+        return None
+    error, by_fold = result.get("errors", {}).get(result["monitor"]), result.get("fold_scores") or {}
+    by_fold = {fold: value for fold, value in by_fold.items() if math.isfinite(value)}
+    folds = run.provenance.get("folds_fingerprint", "")
+    return _Scored(run.name, score, error, result.get("rows") or 0, is_complete(run, result), folds, by_fold)
+
+
+def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> tuple[str, str] | None:
+    """The best of the runs `names`, and why in a sentence; None where none of them is there and has a score.
+
+    Among runs that hold out every fold the score decides. A run with fewer rows takes their place only where it is
+    better by CLEARLY on the folds that both have held out: of one split, otherwise there is nothing to compare.
+    """
+    sign = 1 if higher_is_better else -1
+    there = {run.name: run for run in runs.all_runs(competition)}
+    found = [one for name in dict.fromkeys(names) if name in there and (one := _scored(there[name]))]
+    if not found:
+        return None
+    found.sort(key=lambda one: (one.complete, one.rows if not one.complete else 0, sign * one.score), reverse=True)
+    best, notes = found[0], []
+    for other in found[1:]:
+        if other.complete or sign * other.score <= sign * best.score:
+            continue  # the same kind, and not better: or fewer rows, and not even better on those
+        better, note = _beats(other, best, sign)
+        notes.append(note)
+        best = other if better else best
+    why = f"{best.name}: CV {_told(best.score, best.error)} on {best.rows:,} rows"
+    why += f", the best of {len(found)} runs" if len(found) > 1 else ", the only run with a score"
+    return best.name, "; ".join([why, *notes[-3:]])
+
+
+def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
+    """Whether a run with fewer rows is clearly better on the rows that both have, and the note that says so."""
+    common = sorted(set(fewer.by_fold) & set(more.by_fold)) if fewer.folds == more.folds else []
+    told = f"{fewer.name} has {_told(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
+    if not common:
+        return False, f"{told}, and none in common with {more.name}"
+    ours, theirs = (sum(run.by_fold[fold] for fold in common) / len(common) for run in (fewer, more))
+    rows = f"on common rows (fold {', '.join(common)}) it has {ours:.5f} and {more.name} {theirs:.5f}"
+    if fewer.error is None or more.error is None:
+        return False, f"{told}; {rows}, without a standard error"
+    # As of independent rows: of the same rows the error of the difference is smaller.
+    apart = math.sqrt(2) * fewer.error * math.sqrt(max(1.0, len(fewer.by_fold) / len(common)))
+    better = sign * (ours - theirs) > CLEARLY * apart
+    return better, f"{told}; {rows}, {'' if better else 'not '}better by {CLEARLY:g} standard errors"
+
+
+def _told(score: float, error: float | None) -> str:
+    return f"{score:.5f}" + (f" ± {error:.5f}" if error is not None else "")
+
+
+def show(competition: Competition) -> None:
+    """`make runs`: the table on the terminal, as runs/<competition>/runs.csv and as the page runs.html."""
+    name = competition.name
+    found = lines(name, competition.recipes, competition.source.higher_is_better)
+    if not found:
+        raise UserError(f"there are no runs of {name} yet: make train COMP={name}")
+    home = runs.RUNS / name
+    table = [["" if cell is None else cell for cell in astuple(line)] for line in found]
+    write_csv(home / "runs.csv", COLUMNS, table)
+    real = [run.name for run in runs.all_runs(name) if not run.provenance["demo"]]
+    best = best_run(name, real or [line.run for line in found], competition.source.higher_is_better)
+    print(_as_text(found))
+    page = _page(name, found, table, best)
+    print(best[1] if best else "no run has a score")
+    print(f"runs: {page} and {home / 'runs.csv'}")
+
+
+def _as_text(found: list[Line]) -> str:
+    """The columns that a terminal has room for."""
+    columns = ["run", "state", "score", "error", "std", "rows", "folds", "public", "seconds", "memory_gib", "settings"]
+    cells = [columns, *([_cell(getattr(line, column))[:SHOWN] for column in columns] for line in found)]
+    used = [place for place in range(len(columns)) if any(row[place] for row in cells[1:])]
+    widths = {place: max(len(row[place]) for row in cells) for place in used}
+    texts = {0, 1, len(columns) - 1}
+    return "\n".join(
+        "  ".join(row[p].ljust(widths[p]) if p in texts else row[p].rjust(widths[p]) for p in used).rstrip()
+        for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _page(name: str, found: list[Line], table: list[list[Any]], best: tuple[str, str] | None) -> Path:
+    from matplotlib.figure import Figure
+
+    from common.report import Report
+
+    page = Report(runs.RUNS / name, f"{name}: {len(found)} runs")
+    if best:
+        page.text(best[1])
+    scored = sorted((line for line in found if line.score is not None), key=lambda line: line.created)
+    if scored:
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        axes = figure.subplots()
+        for complete, mark, label in ((True, "o", "every fold held out"), (False, ".", "some folds only")):
+            own = [(n, line) for n, line in enumerate(scored) if (line.folds == "all") == complete]
+            if own:
+                places, of = zip(*own, strict=True)
+                errors = [line.error or 0.0 for line in of]
+                axes.errorbar(places, [line.score for line in of], errors, fmt=mark, lw=1, label=label)
+        if board := [(n, line.public) for n, line in enumerate(scored) if line.public is not None]:
+            axes.plot(*zip(*board, strict=True), "x", label="public leaderboard")
+        axes.set(ylabel="score", xlabel="runs, the oldest first")
+        if len(scored) <= 40:
+            axes.set_xticks(range(len(scored)), [line.run for line in scored], rotation=60, ha="right", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        page.figure(figure, "runs", "Scores with one standard error")
+    page.table(COLUMNS, table)
+    return page.write("runs.html")

@@ -1,0 +1,99 @@
+"""Tables to numbers for a network: columns standardised, batches cut from arrays, outputs in the target's units."""
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.api.types import is_numeric_dtype
+from torch import Tensor, nn
+
+from common.batch import Tree, map_tree, tensors_of
+from common.errors import UserError
+from common.loading.collate import as_tensors
+from common.loading.keys import Keys
+
+MANY = 1000  # different texts: rather an id or a sentence than a category
+
+
+def standardised(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]:
+    """Every table as float32 [rows, F], by the columns of `train` and with the statistics of all its rows.
+
+    Numbers get the mean 0 and the deviation 1, and a column of texts becomes a 0/1 column for each of them: a text that
+    only others have is none. A blank is 0; where `train` has blanks, a further 0/1 column says which they are.
+    Raises UserError for a column that another table lacks or has as texts, and for texts that hardly repeat.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in (train, *others)]
+    for name in train.columns:
+        cells = [_cells(table, name, is_numeric_dtype(train[name])) for table in (train, *others)]
+        made = _of_numbers(cells) if is_numeric_dtype(train[name]) else _of_texts(cells)
+        has_blanks = cells[0].isna().any()
+        for part, column, numbers in zip(parts, cells, made, strict=True):
+            part += [numbers, column.isna().to_numpy()[:, None]] if has_blanks else [numbers]
+    return [np.concatenate(part, axis=1, dtype=np.float32) for part in parts]
+
+
+def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
+    """A column, the numbers as float64."""
+    if name not in table:
+        raise UserError(f"column {name} is not in every table: leave it out of the features")
+    column = table[name]
+    if numeric and not is_numeric_dtype(column):
+        raise UserError(
+            f"column {name} has numbers in one table and texts in another: give tables.read its kind, {name!r}: "
+            f"number(blank=True), which names the line, or str"
+        )
+    if numeric and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
+        raise UserError(
+            f"column {name} is infinite somewhere: give tables.read {name!r}: number(), which names the line"
+        )
+    if not numeric and (count := column.nunique()) > MANY:
+        raise UserError(
+            f"column {name} has {count:,} different texts, at most {MANY:,} can become 0/1 columns: leave it out of "
+            f"the features, or make numbers of it"
+        )
+    return column.astype(np.float64) if numeric else column
+
+
+def _of_numbers(columns: list[pd.Series]) -> list[np.ndarray]:
+    mean, deviation = columns[0].mean(), columns[0].std(ddof=0)
+    return [
+        ((column - mean) / (deviation if deviation > 0 else 1.0)).fillna(0).to_numpy()[:, None] for column in columns
+    ]
+
+
+def _of_texts(columns: list[pd.Series]) -> list[np.ndarray]:
+    texts = sorted(columns[0].dropna().unique())
+    codes = [pd.Index(texts, dtype=object).get_indexer(column.astype(object)) for column in columns]
+    return [code[:, None] == np.arange(len(texts)) for code in codes]
+
+
+class TableDataset:
+    """Rows of arrays or tensors [n, ...], cut a batch at a time; inputs and targets may be tuples and dicts of them.
+
+    Without targets (test rows) every target is an empty tensor. Raises UserError when there are not as many.
+    """
+
+    def __init__(self, inputs: Tree, targets: Tree = None):
+        self.inputs = as_tensors(inputs)
+        self.targets = torch.empty(len(self), 0) if targets is None else as_tensors(targets)
+        if (count := len(tensors_of(self.targets)[0])) != len(self):
+            raise UserError(f"{len(self)} rows have {count} targets: expected one for each, see build()")
+
+    def __len__(self) -> int:
+        return len(tensors_of(self.inputs)[0])
+
+    def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tree, Tree]:
+        rows = torch.as_tensor(indices)
+        return map_tree(lambda x: x[rows], self.inputs), map_tree(lambda x: x[rows], self.targets)
+
+
+class ToUnits(nn.Module):
+    """The last layer of a regression: outputs [B, T] of mean 0 and deviation 1 in the units of `targets` [n, T]."""
+
+    def __init__(self, targets: np.ndarray):
+        super().__init__()
+        deviation = torch.as_tensor(targets.std(0, dtype=np.float64))
+        self.register_buffer("mean", torch.as_tensor(targets.mean(0, dtype=np.float64)).float())
+        self.register_buffer("deviation", torch.where(deviation > 0, deviation, 1.0).float())
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs * self.deviation + self.mean

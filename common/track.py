@@ -1,0 +1,77 @@
+"""`--track tensorboard` or `--track wandb`: every row of metrics.csv goes there too.
+
+Both are packages of their own, imported when they are asked for. A fold is a curve of its own in both of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.config import Config
+from common.errors import UserError
+from common.run import Run
+
+
+class _Open(NamedTuple):
+    """What rows of one fold go to."""
+
+    folder: Path
+    add: Callable[[dict[str, float], int], None]  # numbers, epoch
+    close: Callable[[], Any]
+
+
+_open: list[_Open] = []  # the fold at hand: one at a time is trained
+
+
+def check(config: Config) -> None:
+    """Raises UserError when the tracker is not installed: before anything is trained."""
+    if config.track != "none" and find_spec(config.track) is None:
+        raise UserError(f"--track {config.track} needs a package: .venv/bin/python -m pip install {config.track}")
+
+
+def epoch(run: Run, config: Config, fold: int | None, row: dict[str, Any]) -> None:
+    """Send an epoch's row of metrics.csv; of several processes the first does."""
+    if config.track == "none" or not run.is_writer:
+        return
+    folder = run.fold_folder(fold)
+    if not _open or _open[0].folder != folder.absolute():
+        close()
+        add, end = {"tensorboard": _tensorboard, "wandb": _wandb}[config.track](run, config, folder, row["epoch"])
+        _open.append(_Open(folder.absolute(), add, end))
+    numbers = {name: float(value) for name, value in row.items() if name not in ("fold", "epoch") and value is not None}
+    _open[0].add(numbers, row["epoch"])
+
+
+def close() -> None:
+    """End what is open; an exit of the program does so too."""
+    while _open:
+        _open.pop().close()
+
+
+def _tensorboard(run: Run, config: Config, folder: Path, first: int) -> tuple[Callable, Callable]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run.path / "tensorboard" / folder.name), purge_step=first)  # a killed run comes again
+
+    def add(numbers: dict[str, float], number: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, number)
+        writer.flush()
+
+    return add, writer.close
+
+
+def _wandb(run: Run, config: Config, folder: Path, first: int) -> tuple[Callable, Callable]:
+    import wandb
+
+    there = wandb.init(
+        project=run.provenance["competition"],
+        group=run.name,
+        name=f"{run.name} {folder.name}",
+        config=asdict(config),
+        dir=str(run.path),
+        reinit="create_new",
+    )
+    return lambda numbers, number: there.log(numbers, step=number), there.finish

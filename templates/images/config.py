@@ -1,0 +1,34 @@
+"""Settings of my_competition: its place on Kaggle, its flags, its recipes. Imports nothing heavy."""
+
+from dataclasses import dataclass, replace
+
+from common.config import Config, at_least, between, flag
+from common.kaggle.source import Source
+
+SOURCE = Source(  # CHANGE: what make data, submit, board and kernel must know
+    slug="my-competition",  # as in https://www.kaggle.com/c/my-competition
+    expected=("train.csv", "sample_submission.csv", "train/*.jpg", "test/*.jpg"),
+    higher_is_better=True,
+)
+
+
+@dataclass(frozen=True)
+class MyConfig(Config):
+    """A field is a flag: make train COMP=my_competition ARGS="--size 384,384". common/config.py has those of all."""
+
+    size: tuple[int, int] = flag((256, 256), "height and width of the images in the network", "pixels", at_least(32))
+    backbone: str = flag("convnext_nano", "model of timm")
+    encoder_weights: str = flag("imagenet", "where the backbone starts: imagenet, none, or a file of weights")
+    dropout: float = flag(0.2, "part of the last features that is left out in training", rule=between(0, 1))
+
+
+DEFAULT = MyConfig(epochs=10, batch_size=32, lr=3e-4, ema=0.99)
+DEMO = replace(  # trains on the generated images in a minute
+    DEFAULT, size=(64, 64), backbone="test_resnet", encoder_weights="none", epochs=20, batch_size=16, lr=3e-3, ema=0.9
+)
+RECIPES = {
+    "default": DEFAULT,
+    "best": replace(DEFAULT, fold="all", size=(384, 384), epochs=20),  # CHANGE: what turns out to be best
+    "demo": DEMO,
+    "smoke": replace(DEMO, size=(32, 32), epochs=1, ema=0.0, precision="fp32"),
+}

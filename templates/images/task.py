@@ -1,0 +1,63 @@
+"""my_competition: images and their labels in a CSV; the score is the ROC AUC, the mean over the labels.
+
+CHANGE marks what another competition has otherwise; common/task.py says what else a Task can have.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import albumentations as A
+import numpy as np
+
+from common import tables
+from common.loading.folds import multilabel_stratified
+from common.losses import BCE
+from common.metrics import roc_auc
+from common.raw import RawData
+from common.submission import Sample
+from common.task import TTA, Data, Network, Postprocess, Task
+from common.vision.backbones import Classifier
+from common.vision.datasets import ImageDataset
+from common.vision.store import ImageStore
+from common.vision.tta import MIRRORED
+from common.vision.weights import start_backbone
+from competitions.my_competition.config import MyConfig
+
+ID, LABELS = "id", ("ring",)  # CHANGE: columns of train.csv; the labels 0 or 1, in the sample submission's order
+
+
+def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
+    """Read the files and fill in the Task; raises UserError for anything wrong in them."""
+    columns = {ID: str} | dict.fromkeys(LABELS, tables.number(0, 1))
+    table = tables.read(raw, "train.csv", columns, id=ID)
+    targets = table[list(LABELS)].to_numpy(np.float32)  # [n, labels]
+    # CHANGE: the folders of the images; an id is a file's name, with or without its ending.
+    train = ImageStore.of(raw, "train", table[ID], "train.csv", size=config.size, announce=log)
+    test = ImageStore.of(raw, "test", Sample.read(raw).ids, "sample_submission.csv", size=config.size, announce=log)
+    # CHANGE: what leaves the label as it is. Its random numbers are keyed by seed, epoch and row.
+    augment = A.Compose(
+        [A.HorizontalFlip(), A.Affine(scale=(0.8, 1.2), rotate=(-15, 15)), A.RandomBrightnessContrast()]
+    )
+    return Task(
+        data=Data(
+            train=ImageDataset(train, targets, transform=augment),
+            valid=ImageDataset(train, targets),
+            test=ImageDataset(test),
+            ids=table[ID].tolist(),
+            # CHANGE: common.loading.folds.grouped where images belong together (of one patient, of one place)
+            folds=multilabel_stratified(table[ID].tolist(), targets, config.folds, config.seed),
+        ),
+        network=Network(
+            model=partial(Classifier, config.backbone, config.size, len(LABELS), dropout=config.dropout),
+            # CHANGE: for one class of several, targets are class numbers int64 [n], outputs as many as classes, the
+            # loss is CrossEntropy() and `predict` below outputs.softmax(1).
+            loss=BCE(),
+            tta=tuple(TTA(name, way.apply) for name, way in MIRRORED.items()),
+            pretrain=lambda model: start_backbone(model.backbone, config.backbone, config.encoder_weights),
+        ),
+        # Outputs -> what is averaged over TTA, folds and runs. CHANGE: where the CSV wants decisions (a class, 0 or 1),
+        # `apply` makes them of predictions, and `tune` finds thresholds on out-of-fold predictions.
+        postprocess=Postprocess(predict=lambda outputs: outputs.sigmoid()),
+        metrics=(roc_auc(),),  # CHANGE: common.metrics has Kaggle's; the first one is the score
+    )

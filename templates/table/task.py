@@ -1,0 +1,78 @@
+"""my_competition: a number for every row of a table; the score is the RMSE.
+
+A small network, or LightGBM with --model boosting. CHANGE marks what another competition has otherwise; common/task.py
+says what else a Task can have.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from common import tables
+from common.loading.folds import kfold
+from common.losses import MSE
+from common.metrics import rmse
+from common.raw import RawData
+from common.run import Run
+from common.tables.numbers import TableDataset, ToUnits, standardised
+from common.task import Data, Network, Task
+from competitions.my_competition.config import MyConfig
+
+ID, TARGETS = "id", ("price",)  # CHANGE: columns of train.csv; the targets in the order of the sample submission's
+
+
+def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
+    """Read the files and fill in the Task; raises UserError for anything wrong in them."""
+    # CHANGE: name further columns whose kind matters: {"rooms": tables.number(0, 50, blank=True), "zip": str}
+    table = tables.read(raw, "train.csv", {ID: str} | dict.fromkeys(TARGETS, float), id=ID)
+    test = tables.read(raw, "test.csv", {ID: str}, id=ID)
+    targets = table[list(TARGETS)].to_numpy(np.float32)  # [n, targets]
+    # CHANGE: features of your own are further columns of both tables, made here.
+    train, test_ids = table.drop(columns=[ID, *TARGETS]), test.pop(ID).tolist()
+    rows, test_rows = standardised(train, test)  # [n, F], [m, F]
+    data = Data(
+        train=TableDataset(rows, targets),
+        test=TableDataset(test_rows),
+        ids=table[ID].tolist(),
+        test_ids=test_ids,
+        # CHANGE: common.loading.folds.grouped where rows belong together (of one customer, of one day)
+        folds=kfold(table[ID].tolist(), config.folds, config.seed),
+    )
+    score = (rmse(),)  # CHANGE: common.metrics has Kaggle's; the first one is the score
+    if config.model == "boosting":
+        return Task(data, score, fit_predict=partial(boosting, config, train, targets, test))
+    return Task(data, score, network=Network(partial(network, config, rows, targets), loss=MSE()))
+
+
+def network(config: MyConfig, rows: np.ndarray, targets: np.ndarray) -> nn.Module:
+    """float32 [B, F] -> [B, targets], in the targets' units. CHANGE: for classes, no ToUnits and a loss of logits."""
+    hidden, sizes = [], (rows.shape[1], config.width, config.width)
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        hidden += [nn.Linear(before, after), nn.SiLU(), nn.Dropout(config.dropout)]
+    return nn.Sequential(*hidden, nn.Linear(config.width, targets.shape[1]), ToUnits(targets))
+
+
+def boosting(
+    config: MyConfig,
+    table: pd.DataFrame,
+    targets: np.ndarray,
+    test: pd.DataFrame,
+    train: np.ndarray,
+    valid: np.ndarray,
+    fold: int | None,
+    part: Run,
+) -> list[np.ndarray]:
+    """LightGBM fits the rows `train`, predicts the rows `valid` and the test rows; `part` is the fold's of the run."""
+    from lightgbm import LGBMRegressor
+
+    texts = table.select_dtypes(exclude="number").columns
+    both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take blanks
+    size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr}
+    same = {"random_state": config.seed, "n_jobs": config.threads or 1, "deterministic": True, "force_row_wise": True}
+    model = LGBMRegressor(**size, **same, verbose=-1).fit(both.iloc[train], targets[train, 0])
+    parts = valid, np.arange(len(table), len(both))
+    return [model.predict(both.iloc[part]) if len(part) else np.empty(0) for part in parts]

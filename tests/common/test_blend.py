@@ -1,0 +1,206 @@
+"""`make blend` on toy runs: never predicts, honest scores, refusals, foreign files, and the run that comes of it."""
+
+import argparse
+import csv
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import blend as blending
+from common import ensemble, predict, runs_table
+from common.blend import Kept, as_tree, blend, write_combined
+from common.errors import UserError
+from common.metrics import accuracy
+from tests.common import toy
+from tests.common.toy_runs import predict_again, toy_train
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Three runs over all folds, made once; tests write blends beside them."""
+    folder = tmp_path_factory.mktemp("blends")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        toy_train("one", fold="all", epochs=2, lr=0.02)
+        toy_train("two", fold="all", epochs=3, lr=0.01, seed=4)
+        toy_train("weak", fold="all", epochs=1)
+        toy_train("single", fold="0", epochs=1)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _here(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+    def forbidden(*given, **options):
+        raise AssertionError("a blend predicts nothing")
+
+    monkeypatch.setattr(predict, "load_models", forbidden)
+
+
+def blended(name: str, run: str | None = "one,two,weak", **given) -> tuple[Path, dict]:
+    defaults = {"by": "hill", "space": "plain", "per_class": False, "oof": None, "test": None, "data": None}
+    blend(toy.TOY, argparse.Namespace(run=run, name=name, **defaults | given))
+    folder = Path("runs/toy") / name
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def kept(name: str, kind: str = "oof") -> tuple[list[str], np.ndarray]:
+    folder = Path("runs/toy") / name
+    return (folder / f"{kind}_ids.txt").read_text().split(), np.load(folder / f"{kind}.npy")
+
+
+def truth(ids: list[str]) -> np.ndarray:
+    return toy.made().data.valid.targets.numpy()[[int(name[1:]) for name in ids]]
+
+
+def by_id(name: str, ids: list[str]) -> np.ndarray:
+    there, values = kept(name)
+    return values[[there.index(one) for one in ids]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"by": "hill"}, {"by": "nnls"}, {"by": "optimum", "space": "power:0"}, {"by": "mean", "space": "rank"}],
+)
+def test_oof_and_test_predictions_are_those_of_a_slow_nested_loop(given):
+    folder, result = blended(f"blend-{'-'.join(given.values())}".replace(":", ""), **given)
+    ids, oof = kept(folder.name)
+    folds, target = np.array([int(name[1:]) % 3 for name in ids]), truth(ids)
+    members = np.stack([by_id(name, ids) for name in ("one", "two", "weak")])
+    objective = ensemble.maximise(accuracy(), target)
+    space = {"power:0": ensemble.power(0), "rank": ensemble.RANKS}.get(given.get("space"), ensemble.PLAIN)
+    way = {
+        "hill": ensemble.hill_climbing(objective),
+        "nnls": ensemble.least_squares(target),
+        "optimum": ensemble.optimum(objective, space),
+        "mean": ensemble.equal(space),
+    }[given["by"]]
+    for fold in range(3):
+        chosen = way(members[:, folds != fold], np.flatnonzero(folds != fold))
+        np.testing.assert_allclose(oof[folds == fold], chosen(members[:, folds == fold]), rtol=1e-5)
+    chosen = way(members, np.arange(len(ids)))
+    test = np.stack([kept(name, "test")[1] for name in ("one", "two", "weak")])
+    np.testing.assert_allclose(kept(folder.name, "test")[1], chosen(test), rtol=1e-5)
+    assert list(result["blend"]["weights"].values()) == pytest.approx(chosen.weights.tolist(), abs=1e-6)
+    right = oof.argmax(1) == target
+    assert result["score"] == pytest.approx(right.mean()) and result["rows"] == 120
+    assert result["fold_scores"] == pytest.approx({str(fold): right[folds == fold].mean() for fold in range(3)})
+    assert result["tuned"]["rows"] == 120, "postprocessing is tuned again on the blended rows"
+    assert result["blend"]["scores"] == pytest.approx(
+        {name: (by_id(name, ids).argmax(1) == target).mean() for name in ("one", "two", "weak")}, abs=1e-6
+    )
+
+
+def test_the_submission_the_table_and_predict_know_the_blend(capsys):
+    folder, result = blended("known")
+    shown = capsys.readouterr().out
+    assert "the plain mean" in shown and shown.strip().splitlines()[-1] == "submission: submissions/toy/known-demo.csv"
+    rows = list(csv.DictReader(open("submissions/toy/known-demo.csv")))
+    assert [int(row["label"]) for row in rows] == kept("known", "test")[1].argmax(1).tolist()
+    sidecar = json.loads(Path("submissions/toy/known-demo.json").read_text())
+    assert sidecar["run"] == "known" and sidecar["score"] == result["score"] and sidecar["recipe"] == "blend"
+    before = Path("submissions/toy/known-demo.csv").read_bytes()
+    predict_again("--run", "known")
+    assert Path("submissions/toy/known-demo.csv").read_bytes() == before
+    (line,) = [line for line in runs_table.lines("toy", toy.RECIPES, True) if line.run == "known"]
+    assert (line.state, line.folds, line.score) == ("finished", "all", result["score"])
+    assert line.settings == "blend: hill, plain, one, two, weak"
+    page = (folder / "report.html").read_text()
+    assert all(word in page for word in ("Correlation of the predictions", "the blend without it", "Provenance"))
+
+
+def test_without_names_it_takes_every_comparable_run_and_no_blend():
+    _, result = blended("all-of-them", run=None)
+    assert set(result["blend"]["scores"]) == {"one", "two", "weak"}
+
+
+def test_every_class_on_its_own():
+    _, result = blended("classes", by="nnls", per_class=True)
+    weights = np.array(list(result["blend"]["weights"].values()))
+    assert weights.shape == (3, 3) and np.allclose(weights.sum(0), 1) and (weights >= 0).all()
+    assert "Weights of every class" in Path("runs/toy/classes/report.html").read_text()
+
+
+def test_a_stack_is_a_blend_too():
+    _, result = blended("stack", by="stack")
+    assert "weights" not in result["blend"] and result["score"] > 0.4
+
+
+def foreign(path: str, ids: list[str], values: np.ndarray) -> str:
+    lines = [",".join([name, *map(str, row)]) for name, row in zip(ids, values.tolist(), strict=True)]
+    Path(path).write_text("\n".join(["id,a,b,c", *reversed(lines)]) + "\n")
+    return path
+
+
+def test_files_of_other_programs_join_by_their_ids():
+    ids, _ = kept("one")
+    sure = np.eye(3)[truth(ids)] * 0.9 + 0.05
+    test_ids, test = kept("one", "test")
+    oof, other = foreign("oracle.csv", ids, sure), foreign("oracle-test.csv", test_ids, test[:, ::-1])
+    _, result = blended("foreign", oof=oof, test=other, by="hill")
+    assert result["blend"]["weights"]["oracle"] == 1 and result["score"] == 1
+    np.testing.assert_allclose(kept("foreign", "test")[1], test[:, ::-1], rtol=1e-6)
+    cases = [
+        ({"oof": oof}, "--oof and --test"),
+        ({"oof": foreign("few.csv", ids[:-1], sure[:-1]), "test": other}, "few.csv has no predictions of 1 of 120"),
+        ({"oof": foreign("thin.csv", ids, sure[:, :2]), "test": other}, "3 numbers a row"),
+        ({"oof": foreign("nan.csv", ids, sure * np.nan), "test": other}, "finite numbers"),
+    ]
+    for given, words in cases:
+        with pytest.raises(UserError, match=words):
+            blended("refused", **given)
+    assert not Path("runs/toy/refused").exists()
+
+
+def test_what_does_not_go_together_is_refused(request):
+    for name, change in (("folds", "folds_fingerprint"), ("rows", "data_fingerprint"), ("unpredicted", "")):
+        folder = Path(shutil.copytree("runs/toy/weak", f"runs/toy/{name}"))
+        (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {change: "x"}))
+        request.addfinalizer(partial(shutil.rmtree, folder.absolute()))
+    for file in Path("runs/toy/unpredicted").glob("test*"):
+        file.unlink()
+    cases = [
+        ({"run": "one,folds"}, "other folds"),
+        ({"run": "one,rows"}, "other data"),
+        ({"run": "one,unpredicted"}, "make predict COMP=toy RUN=unpredicted"),
+        ({"run": "one"}, "two runs or more"),
+        ({"run": "one,one"}, "twice"),
+        ({"by": "nnls", "space": "rank"}, "leave --space out"),
+        ({"space": "power:x"}, "power:P"),
+        ({"name": "one"}, "one is there already"),
+    ]
+    for given, words in cases:
+        with pytest.raises(UserError, match=words):
+            blended(**{"name": "refused"} | given)
+    assert not Path("runs/toy/refused").exists()
+
+
+def test_large_predictions_are_combined_block_by_block(monkeypatch):
+    whole, first = blended("whole", by="mean")
+    monkeypatch.setattr(blending, "BLOCK", 50)
+    blocks, second = blended("blocks", by="mean")
+    np.testing.assert_array_equal(np.load(whole / "oof.npy"), np.load(blocks / "oof.npy"))
+    monkeypatch.setattr(blending, "LARGEST", 3 * 3 * 30)
+    _, third = blended("sampled", by="mean")
+    assert (first["blend"]["rows"], third["blend"]["rows"]) == (120, 30)
+    assert third["score"] == second["score"] == first["score"], "the score is that of all rows"
+
+
+def test_a_tree_is_combined_leaf_by_leaf(tmp_path):
+    random = np.random.default_rng(0)
+    trees = [{"b": random.random((6, 2, 2)), "a": random.random((6, 3))} for _ in range(2)]
+    members = [Kept(f"m{n}", "", tree, list("uvwxyz"), np.arange(6)) for n, tree in enumerate(trees)]
+    fitted = ensemble.Weighted(np.array([0.25, 0.75]))
+    parts = [(np.array([4, 1]), fitted), (np.array([0]), fitted)]
+    write_combined(tmp_path, "oof", members, parts, ensemble.PLAIN, {"a": "float32", "b": "float64"})
+    for leaf in "ab":
+        expected = 0.25 * trees[0][leaf] + 0.75 * trees[1][leaf]
+        np.testing.assert_allclose(np.load(tmp_path / f"oof.{leaf}.npy"), expected[[4, 1, 0]], rtol=1e-6)
+    back = as_tree(members[0].rows(slice(None)), members[0].shapes)
+    assert all(torch.allclose(back[leaf].double(), torch.from_numpy(trees[0][leaf])) for leaf in "ab")
