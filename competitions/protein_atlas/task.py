@@ -24,6 +24,7 @@ from common.metrics import f_beta
 from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision.backbones import Classifier, probe
+from common.vision.check import unreadable
 from common.vision.datasets import ImageDataset
 from common.vision.find import channels_of
 from common.vision.store import ImageStore
@@ -64,8 +65,9 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
 
     def check() -> None:
         probe(network, config.size, 4, f"--backbone {config.backbone}")
-        if config.bad_images == "raise" and (bad := train.unreadable()):
-            raise bad[0]
+        for error in unreadable(train.paths) if config.bad_images == "raise" else ():
+            error.row //= len(COLOURS)
+            raise error
 
     return Task(
         data=Data(
