@@ -47,12 +47,14 @@ DEFAULT = ProteinConfig(
     epochs=25, batch_size=64, lr=5e-4, weight_decay=1e-2, ema=0.998, keep="last", channels_last=True
 )
 SMALL = replace(DEFAULT, epochs=30, size=(128, 128), backbone="resnet18", encoder_weights="none", lr=2e-3, dropout=0.0)
-DEMO = replace(SMALL, epochs=24, size=(64, 64), backbone="resnet10t", batch_size=32, lr=3e-3, ema=0.99)
+DEMO = replace(SMALL, epochs=14, size=(64, 64), backbone="resnet10t", batch_size=32, lr=3e-3, ema=0.99)
 RECIPES: dict[str, ProteinConfig] = {
     # make train COMP=protein_atlas: a card with 16 GB
     "default": DEFAULT,
     # RECIPE=full: every pixel, on a card with 16 GB or more; the micro-batch is what fits, the step that of all 64
-    "full": replace(DEFAULT, size=(512, 512), backbone="nasnetalarge", epochs=20, lr=3e-4, clip_norm=1.0, dropout=0.5),
+    "full": replace(
+        DEFAULT, size=(512, 512), backbone="nasnetalarge", epochs=20, lr=3e-4, clip_norm=1.0, dropout=0.5, cache_gb=50.0
+    ),
     # RECIPE=small: a laptop's CPU, from scratch
     "small": SMALL,
     # what make train takes on demo data: at most 90 s on two cores

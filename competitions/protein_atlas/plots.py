@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.metrics import f_beta
-from common.mistakes import mistakes
 from common.predictions import read_predictions, unpack
 from common.report import Report
 from common.run import Run
@@ -24,9 +23,9 @@ EACH = 2  # images of a class that were missed, and as many that were wrongly fo
 
 
 def report(
-    page: Report, run: Run, images: ImageStore, ids: list[str], labels: np.ndarray, apply: Callable[..., Tensor]
+    images: ImageStore, ids: list[str], labels: np.ndarray, apply: Callable[..., Tensor], run: Run, page: Report
 ) -> None:
-    """Put the plots of a run behind its default page, and write it; `labels` [n, 28] are those of the images."""
+    """Add the plots of labels to the run's page; `labels` [n, 28] are those of the images."""
     page.heading("Labels that come together")
     page.figure(
         together(labels), "together", "Part of the images with the label of the row that have that of the column"
@@ -42,10 +41,6 @@ def report(
             "microtubules red, nucleus blue, endoplasmic reticulum yellow"
         )
         page.figure(worst(images, rows, scores.numpy(), truth > 0, there), "worst_of_labels", words)
-        names = [ids[row] for row in rows]
-        shown = lambda places: [composed(images[row]) for row in rows[places]]  # noqa: E731
-        mistakes(page, scores.numpy()[:, there], truth[:, there], names, [NAMES[label] for label in there], shown)
-    page.write()
 
 
 def _labels(page: Report, scores: Tensor, truth: np.ndarray, rates: np.ndarray, tuned: dict, apply: Callable) -> None:

@@ -22,17 +22,16 @@ from common.loading.folds import multilabel_stratified
 from common.losses import BCE, Focal, LovaszHinge, SoftFBeta, Weighted
 from common.metrics import f_beta
 from common.raw import RawData
-from common.report import default_report
-from common.run import Run
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision.backbones import Classifier, probe
+from common.vision.check import unreadable
 from common.vision.datasets import ImageDataset
 from common.vision.find import channels_of
 from common.vision.store import ImageStore
 from common.vision.tta import TURNS
 from common.vision.weights import start_backbone
 from competitions.protein_atlas import plots
-from competitions.protein_atlas.config import RECIPES, ProteinConfig
+from competitions.protein_atlas.config import ProteinConfig
 
 COLOURS = ("red", "green", "blue", "yellow")
 LABELS = 28
@@ -66,12 +65,9 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
 
     def check() -> None:
         probe(network, config.size, 4, f"--backbone {config.backbone}")
-        if config.bad_images == "raise" and (bad := train.unreadable()):
-            raise bad[0]
-
-    def report(run: Run) -> None:
-        recipe = RECIPES.get(run.provenance["recipe"], config)
-        plots.report(default_report(run, vars(config), (metric,), vars(recipe)), run, train, ids, labels, apply)
+        for error in unreadable(train.paths) if config.bad_images == "raise" else ():
+            error.row //= len(COLOURS)
+            raise error
 
     return Task(
         data=Data(
@@ -93,7 +89,8 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
         submission=Submission(rows=_rows, valid=_fault, text=("Predicted",)),
         metrics=(metric,),
         check=check,
-        report=report,
+        names=plots.NAMES,
+        report=partial(plots.report, train, ids, labels, apply),
     )
 
 
