@@ -190,8 +190,13 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     found.sort(key=lambda one: (one.complete, one.rows if not one.complete else 0, sign * one.score), reverse=True)
     best, notes = found[0], []
     for other in found[1:]:
-        if other.complete or sign * other.score <= sign * best.score:
-            continue  # the same kind, and not better: or fewer rows, and not even better on those
+        if other.complete:  # the same kind, and not better
+            if other.rows != best.rows:
+                told = _told(other.score, other.error)
+                notes.append(f"{other.name} has {told} on {other.rows:,} rows, so the two are not of the same ones")
+            continue
+        if sign * other.score <= sign * best.score and (best.complete or _common_folds(other, best)):
+            continue  # fewer rows, and not even better on those
         better, note = _beats(other, best, sign)
         notes.append(note)
         best = other if better else best
@@ -202,7 +207,7 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
 
 def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
     """Whether a run with fewer rows is clearly better on the rows that both have, and the note that says so."""
-    common = sorted(set(fewer.by_fold) & set(more.by_fold)) if fewer.folds == more.folds else []
+    common = _common_folds(fewer, more)
     told = f"{fewer.name} has {_told(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
     if not common:
         return False, f"{told}, and none in common with {more.name}"
@@ -214,6 +219,10 @@ def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
     apart = math.sqrt(2) * fewer.error * math.sqrt(max(1.0, len(fewer.by_fold) / len(common)))
     better = sign * (ours - theirs) > CLEARLY * apart
     return better, f"{told}; {rows}, {'' if better else 'not '}better by {CLEARLY:g} standard errors"
+
+
+def _common_folds(one: _Scored, other: _Scored) -> list[str]:
+    return sorted(set(one.by_fold) & set(other.by_fold)) if one.folds == other.folds else []
 
 
 def _told(score: float, error: float | None) -> str:

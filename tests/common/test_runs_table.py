@@ -69,6 +69,17 @@ def test_what_cannot_be_compared_does_not_replace_a_whole_run(changes, word):
     assert name == "all" and word in why
 
 
+def test_runs_of_other_rows_are_named():
+    made("fold0", 0.8, {"0": 0.8}, fold="0")
+    made("fold2", 0.7, {"2": 0.7}, fold="2")
+    name, why = runs_table.best_run("toy", ["fold0", "fold2"], True)
+    assert name == "fold0" and "fold2 has 0.70000 ± 0.01000, but on 10 rows only, and none in common with fold0" in why
+    made("all", 0.83, ALL, fold="all")
+    made("two", 0.82, {"0": 0.8, "1": 0.8}, fold="all")
+    name, why = runs_table.best_run("toy", ["all", "two"], True)
+    assert name == "all" and "two has 0.82000 ± 0.01000 on 20 rows, so the two are not of the same ones" in why
+
+
 def test_lower_is_better_where_the_competition_says_so_and_runs_without_scores_are_passed_over():
     made("a", 0.3, {"0": 0.3, "1": 0.3, "2": 0.3}, fold="all")
     made("b", 0.2, {"0": 0.2, "1": 0.2, "2": 0.2}, fold="all")
