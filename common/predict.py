@@ -36,6 +36,8 @@ from common.preflight import check_before
 from common.run import Run
 from common.task import Task, Tuned, completed, needs_workers
 
+NAMED = 20  # so many rows are printed
+
 
 class Fallback(NamedTuple):
     """A file must be written whatever happens: rows that cannot be predicted take the sample submission's values."""
@@ -226,8 +228,9 @@ def _filled(
     if filled:
         provenance["fallback"] = filled
         print(
-            f"{len(filled)} of {len(ids)} rows have the sample submission's own values ({', '.join(filled[:5])} ...): "
-            f"{'; '.join(lost)}"
+            f"{len(filled)} of {len(ids)} rows have the sample submission's own values ({', '.join(filled[:NAMED])}"
+            f"{' ...' * (len(filled) > NAMED)}; all are in the file beside the CSV): {'; '.join(lost[:NAMED])}"
+            f"{f' and {len(lost) - NAMED} more' * (len(lost) > NAMED)}"
         )
 
 

@@ -18,7 +18,8 @@ SMALLEST_FACTOR = 2.0**-14  # of the loss scale: gradients of a billion would ov
 def best_precision(device: torch.device) -> Precision:
     """What the hardware multiplies quickest: bf16 where that is native, fp16 on Volta and Turing (T4), else fp32."""
     if device.type == "cpu":
-        return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not tell
+        return "bf16" if capabilities.get("amx_bf16") else "fp32"
     if device.type != "cuda":
         return "fp32"
     if torch.cuda.is_bf16_supported(including_emulation=False):

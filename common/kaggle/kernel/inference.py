@@ -58,6 +58,7 @@ status = subprocess.run(command, cwd=KIT, env=environment | offline, timeout=lef
 assert status == 0, f"the prediction ended with status {{status}}"
 (table,) = (KIT / "submissions" / "{competition}").glob("*.csv")
 shutil.copyfile(table, WORKING / "submission.csv")
+shutil.copyfile(table.with_suffix(".json"), WORKING / "submission.json")  # with the rows that fell back
 print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
 """
 )

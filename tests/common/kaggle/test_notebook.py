@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common import cli
+from common import cli, competition
 from common import run as runs
 from common.errors import UserError
 from common.kaggle.kernel import inference
@@ -56,7 +56,7 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
+def image(tmp_path_factory) -> Path:
     """The Python of a fresh environment that has what this one has, except the hidden module."""
     folder = tmp_path_factory.mktemp("image")
     venv.create(folder, symlinks=True)
@@ -70,9 +70,9 @@ def python(tmp_path_factory) -> Path:
 class Machine:
     """Kaggle's folders below `root`, a Python without the hidden module, and a network that refuses."""
 
-    def __init__(self, root: Path, python: Path):
+    def __init__(self, root: Path, python: Path, slug: str = "digit-recognizer"):
         self.root, self.python, self.working = root, python, root / "kaggle/working"
-        self.data, self.code = root / "kaggle/input/competitions/digit-recognizer", root / "kaggle/input/code"
+        self.data, self.code = root / "kaggle/input/competitions" / slug, root / "kaggle/input/code"
         for folder in (self.working, self.data, self.code):
             folder.mkdir(parents=True)
 
@@ -90,11 +90,17 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path, python):
-    yield Machine(tmp_path / "there", python)
-    (installed,) = python.parents[1].glob("lib/python*/site-packages")
+def python(image):
+    """The same, without what a notebook has installed when the test is over."""
+    yield image
+    (installed,) = image.parents[1].glob("lib/python*/site-packages")
     for left in installed.glob(f"{HIDDEN}*"):
         shutil.rmtree(left)
+
+
+@pytest.fixture
+def machine(tmp_path, python):
+    return Machine(tmp_path / "there", python)
 
 
 @pytest.fixture
@@ -206,3 +212,29 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, capfd
     Path(f"runs/{COMP}/notebook.json").unlink(missing_ok=True)  # of another test
     assert cli.main(["notebook", COMP, "--fetch"]) == 1 and "no such notebook" in capfd.readouterr().err
     assert kaggle.asked == []
+
+
+def test_images_that_cannot_be_read_do_not_keep_the_notebook_from_a_file(python, offline, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    slug = competition.load("clouds").source.slug
+    machine = Machine(tmp_path / "there", python, slug)
+    competition.load("clouds").write_demo(machine.data)
+    words = ["--data", str(machine.data), "--threads", "1", "--workers", "0"]
+    assert cli.main(["train", "clouds", "--recipe", "smoke", "--run", "one", *words]) == 0
+    whole = Path("submissions/clouds/one.csv").read_text().splitlines()
+    bad = sorted((machine.data / "test_images").glob("*.jpg"))[1]
+    bad.write_bytes(bad.read_bytes()[:300])
+    sample = machine.data / "sample_submission.csv"
+    header, *rows = sample.read_text().splitlines()
+    sample.write_text("\n".join([header, *(f"{row.split(',')[0]},1 1" for row in rows)]) + "\n")
+    (tmp_path / "wheels").mkdir()
+    files, needed = inference.kit("clouds", [runs.load("clouds", "one")], tmp_path / "wheels")
+    version = pack(files, machine.code / "kit.zip")
+    words = ["--run", "one", "--threads", "1", "--workers", "0"]
+    done = machine.run(inference.notebook("kit", slug, "clouds", words, version, needed, 3600.0))
+    assert done.returncode == 0, done.stderr
+    expected = [f"{line.split(',')[0]},1 1" if line.startswith(bad.name) else line for line in whole]
+    assert (machine.working / "submission.csv").read_text().splitlines() == expected
+    assert "4 of " in done.stdout and f"{bad.name}: " in done.stdout
+    fell_back = json.loads((machine.working / "submission.json").read_text())["fallback"]
+    assert fell_back == [line.split(",")[0] for line in whole if line.startswith(bad.name)]
