@@ -79,7 +79,7 @@ def predict(name: str, argv: list[str]) -> None:
     given = parser.parse_args(argv)
     from common import predict as predicting
 
-    predicting.predict(competition, given)
+    predicting.predict(competition, given, given.fallback, given.budget)
 
 
 def tune(name: str, argv: list[str]) -> None:

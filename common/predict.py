@@ -274,10 +274,15 @@ def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> d
     }
 
 
-def predict(competition: Competition, given: argparse.Namespace) -> Path:
-    """`make predict`: the submission of finished runs again, from their own configs and the data of their training."""
+def predict(
+    competition: Competition, given: argparse.Namespace, fallback: bool = False, budget: float | None = None
+) -> Path:
+    """`make predict`: the submission of finished runs again, from their own configs and the data of their training.
+
+    With `fallback`, or after `budget` seconds, rows without a prediction get the sample submission's own values.
+    """
     name, start = competition.name, time.monotonic()
-    is_filled = given.fallback or given.budget is not None
+    is_filled = fallback or budget is not None
     if given.run is not None:
         chosen = [runs.load(name, one) for one in given.run.split(",")]
     else:
@@ -296,11 +301,11 @@ def predict(competition: Competition, given: argparse.Namespace) -> Path:
         use_threads(config, with_workers=needs_workers(task))
         check_before(task, competition, every_image=not is_filled)
         members.append(Member(run, task, config))
-    fallback = None
+    filled = None
     if is_filled:
-        until = float("inf") if given.budget is None else start + given.budget
-        fallback = Fallback(partial(_sample_values, found, task.submission.sample), until)
-    path = write_submission(name, members, any(demos), fallback)
+        until = float("inf") if budget is None else start + budget
+        filled = Fallback(partial(_sample_values, found, task.submission.sample), until)
+    path = write_submission(name, members, any(demos), filled)
     if len(members) == 1 and not given.data:
         members[0].run.finish()
     print(f"submission: {path}")

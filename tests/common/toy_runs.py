@@ -26,7 +26,8 @@ def predict_again(*argv: str) -> None:
     parser.add_argument("--fallback", action="store_true")
     parser.add_argument("--budget", type=float)
     add_prediction_flags(parser, toy.ToyConfig)
-    predict.predict(toy.TOY, parser.parse_args(argv))
+    given = parser.parse_args(argv)
+    predict.predict(toy.TOY, given, given.fallback, given.budget)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -56,7 +56,6 @@ def notebook(competition: Competition, parser: Parser, argv: list[str]) -> None:
     add_prediction_flags(parser, competition.config_class)
     words = own.parse_known_args(argv)[1]
     given = parser.parse_args(argv)
-    given.fallback, given.budget = False, None  # here every row must be predicted
     from common.kaggle.kernel import inference
 
     inference.publish(competition, given, words)

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import batch_value, kind
-from common.preflight import check_before
+from common.preflight import check_before, try_out
 from common.raw import RawData
 from common.report import Report
 from common.task import completed
@@ -38,7 +38,8 @@ def built(raw: RawData, **changes):
 
 
 def checked_before(built_task) -> None:
-    check_before(built_task, SMOKE, competition.load("inclusive_images"))
+    check_before(built_task, competition.load("inclusive_images"))
+    try_out(built_task, SMOKE)
 
 
 def test_sample_is_seeded_and_its_labels_come_together(raw, tmp_path):
