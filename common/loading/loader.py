@@ -13,6 +13,7 @@ do, and what of it is found, is told in common.loading.checks.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Literal
@@ -169,7 +170,7 @@ class Loader:
         """What the workers are at, if they went on to this epoch; else they begin with it."""
         stream = self._workers.stream
         if stream is None or stream.position != (epoch, start) or epoch >= self.epochs:
-            stream = self._workers.begin(self._pieces(epoch, start))
+            stream = self._workers.begin(Loader._pieces(weakref.proxy(self), epoch, start))  # its workers end with it
         stream.position = None
         return stream
 
@@ -177,7 +178,7 @@ class Loader:
         """The keys of an epoch and of those after it, a piece for every worker; two checks of the first rows."""
         unchecked = not self._is_checked
         while True:
-            for key in self._keys(epoch, start):
+            for key in Loader._keys(self, epoch, start):  # a bound method would hold the loader itself
                 pieces, checks = key.split(self.workers or 1), []
                 if unchecked:
                     rows, unchecked = key.index[:CHECKED_SAMPLES].tolist(), False

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -22,19 +23,17 @@ CROWDED = (
 
 
 class Stream:
-    """Keys as they are taken, and the answers to them; `position` is the (epoch, batch) where the next epoch begins."""
+    """Keys as they are taken, and the answers to them; `position` is the (epoch, batch) where the next epoch begins.
+
+    Whoever takes the `keys` knows nothing of the answers: a circle of references would leave the workers to the
+    garbage collector, which takes their queues away first, so that each is waited for in vain.
+    """
 
     def __init__(self, keys: Iterable[Key], log: Callable[[str], Any] = print):
-        self._keys, self._taken, self._log = iter(keys), deque(), log
+        self._taken, self._log = deque(), log
+        self.keys = _noted(keys, self._taken)
         self._answers: Iterator[Answer | UserError] = iter(())
         self.position: tuple[int, int] | None = None
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> Key:
-        self._taken.append(next(self._keys))
-        return self._taken[-1]
 
     def answered_by(self, answers: Iterator[Answer | UserError]) -> "Stream":
         self._answers = answers
@@ -72,13 +71,17 @@ class Workers:
     def begin(self, keys: Iterable[Key]) -> Stream:
         stream = Stream(keys, self._log)
         if not self._count:
-            return stream.answered_by(map(self._reader.__getitem__, stream))
+            return stream.answered_by(map(self._reader.__getitem__, stream.keys))
         if self._torch_loader is None:
             self._torch_loader = self._started()
-        self.stream = self._torch_loader.sampler.stream = stream
+        self.stream, self._torch_loader.sampler.keys = stream, stream.keys
         return stream.answered_by(iter(self._torch_loader))
 
     def close(self) -> None:
+        iterator = None if self._torch_loader is None else self._torch_loader._iterator
+        if iterator is not None:
+            with suppress(RuntimeError):  # a spawned worker may abort while it ends, which torch tells as a failure
+                iterator._shutdown_workers()
         self._torch_loader = self.stream = None
 
     def _started(self) -> torch.utils.data.DataLoader:
@@ -104,13 +107,19 @@ class Workers:
         )
 
 
+def _noted(keys: Iterable[Key], taken: deque[Key]) -> Iterator[Key]:
+    for key in keys:
+        taken.append(key)
+        yield key
+
+
 class _Latest:
     """Hands the keys of the latest stream to the workers."""
 
-    stream: Stream
+    keys: Iterator[Key]
 
-    def __iter__(self) -> Stream:
-        return self.stream
+    def __iter__(self) -> Iterator[Key]:
+        return self.keys
 
 
 def _as_it_is(answer: Answer | UserError) -> Answer | UserError:
