@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations asks the package index for news when imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # a weight download then fails at once instead of after retries
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["OMP_NUM_THREADS"] = "1"  # some tests fork a process that trains, which a pool of threads does not survive
 os.environ.setdefault("KIT_CARDS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # for tests/gpu
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is of CPUs, and its forks could not share a card
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
