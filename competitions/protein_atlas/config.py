@@ -47,9 +47,8 @@ DEFAULT = ProteinConfig(
     epochs=25, batch_size=64, lr=5e-4, weight_decay=1e-2, ema=0.998, keep="last", channels_last=True
 )
 SMALL = replace(DEFAULT, epochs=30, size=(128, 128), backbone="resnet18", encoder_weights="none", lr=2e-3, dropout=0.0)
-# One thread and one worker: a small network's threads would wait for each other on two cores.
 DEMO = replace(
-    SMALL, epochs=14, size=(64, 64), backbone="resnet10t", batch_size=32, lr=3e-3, ema=0.99, threads=1, workers=1
+    SMALL, epochs=12, size=(64, 64), backbone="resnet10t", batch_size=32, lr=3e-3, ema=0.99, evaluate_every=2
 )
 RECIPES: dict[str, ProteinConfig] = {
     # make train COMP=protein_atlas: a card with 16 GB
