@@ -14,9 +14,11 @@ class CloudNet(MaskNet):
     `class_head` "topk" has no parameters: a class is as present as the mean of its ten largest pixel logits.
     """
 
-    def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float):
+    def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float, decoder_width: float = 1.0):
         pooled = len(CLASSES) if class_head == "pooled" else 0
-        super().__init__(architecture, encoder, len(CLASSES), pooled=pooled, dropout=dropout)
+        super().__init__(
+            architecture, encoder, len(CLASSES), pooled=pooled, dropout=dropout, decoder_width=decoder_width
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [B, 3, H, W] -> {"pixels": logits [B, 4, H, W], "classes": logits [B, 4]}, for any H and W."""

@@ -45,7 +45,9 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             for label in files.test_classes[image]:
                 yield f"{image}_{reader.CLASSES[label]}", rle.encode(of_classes[label])
 
-    network = partial(CloudNet, config.architecture, config.encoder, config.class_head, config.dropout)
+    network = partial(
+        CloudNet, config.architecture, config.encoder, config.class_head, config.dropout, config.decoder_width
+    )
     flags = f"--architecture {config.architecture} --encoder {config.encoder}"
     pixels = reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]
     return Task(
