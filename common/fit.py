@@ -133,8 +133,8 @@ class Training:
         torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if self.fold is None else self.fold))
         memory_format = prepare_device(self.device, config.channels_last)
         self.model = task.model().to(self.device, memory_format=memory_format)
-        if task.pretrain and pretrained:
-            task.pretrain(self.model)
+        if task.pretrain and pretrained and (line := task.pretrain(self.model)):
+            self.run.log(line)
         prepare(self.model, config.checkpointing, config.compile, self.run.log)
         is_module = isinstance(task.loss, nn.Module)
         self.loss = deepcopy(task.loss).to(self.device) if is_module else task.loss  # folds share no weights

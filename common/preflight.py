@@ -44,9 +44,19 @@ def try_out(task: Task, config: Config) -> None:
     """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
     if config.compile:
         check_compile(device_of(config).type)
+    if config.bad_images == "raise":
+        refuse_bad_training_images(task)
     if task.network:
         with torch.random.fork_rng(devices=[]):
             _try_out(task, config)
+
+
+def refuse_bad_training_images(task: Task) -> None:
+    """Raise BadImage for the first training image that cannot be read: one epoch may take hours to reach it."""
+    paths = image_paths(task.data.train)
+    for error in unreadable(paths):
+        error.row //= max(1, len(paths) // len(task.data.train))  # an image may have a file for each channel
+        raise error
 
 
 def _try_out(task: Task, config: Config) -> None:

@@ -83,7 +83,7 @@ class Network:
     loss_of: Callable[[int], Any] | None = None  # epoch from 0 -> its loss, where it is not `loss` in all of them
     tta: tuple[TTA, ...] = AS_IS
     lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
-    pretrain: Callable[[nn.Module], None] | None = None  # gives a fresh model its weights, for training only
+    pretrain: Callable[[nn.Module], str | None] | None = None  # a fresh model's weights; returns a line for the log
     outputs: str = ""  # what the outputs stand for, in their order, where the data say so; models fit no other
 
 

@@ -39,17 +39,17 @@ SEPARABLE = ("conv", "conv_exp", "conv_dw", "bn1", "se", "conv_pw", "conv_pwl", 
 UNTRAINED = "num_batches_tracked"  # a counter that older files do not have
 
 
-def start_encoder(encoder: nn.Module, name: str, weights: str, **settings) -> None:
+def start_encoder(encoder: nn.Module, name: str, weights: str, **settings) -> str:
     """`start_from` for an encoder of segmentation-models-pytorch, built from `name`."""
     published = True if name.startswith("tu-") else "imagenet"
     fetch = lambda: smp.encoders.get_encoder(name, depth=encoder._depth, weights=published)  # noqa: E731
-    start_from(encoder, name, weights, fetch, **settings)
+    return start_from(encoder, name, weights, fetch, **settings)
 
 
-def start_backbone(backbone: nn.Module, name: str, weights: str, **settings) -> None:
+def start_backbone(backbone: nn.Module, name: str, weights: str, **settings) -> str:
     """`start_from` for a model of timm without its classifier."""
     fetch = lambda: timm.create_model(name, pretrained=True, num_classes=0)  # noqa: E731
-    start_from(backbone, name, weights, fetch, **settings)
+    return start_from(backbone, name, weights, fetch, **settings)
 
 
 def start_from(
@@ -61,16 +61,16 @@ def start_from(
     flag: str = "--encoder-weights",
     scratch: str = "--encoder-weights none",
     extra: Extra = "mean",
-    log: Callable[[str], None] = print,
-) -> None:
+) -> str:
     """Put `weights` ("imagenet", "none" or a path) into a fresh network; `fetch` makes one with the published weights.
 
     Weights of three channels fit any number: a further channel starts as the mean of the three or a copy of one
-    (`extra`). What the file holds besides is logged in one line. Raises UserError when the network would not be filled
-    wholly, when the file cannot be read, and when published weights are neither in the cache nor can be fetched.
+    (`extra`). Returns a line for the log, with what the file holds besides. Raises UserError when the network would
+    not be filled wholly, when the file cannot be read, and when published weights are neither in the cache nor can be
+    fetched.
     """
     if weights == "none":
-        return
+        return f"{name} starts from scratch"
     if weights == "imagenet":
         found = _published(fetch, f"{flag} imagenet", name, flag, scratch).state_dict()
     else:
@@ -90,7 +90,7 @@ def start_from(
         )
     network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
     unused = [key for key in found if key not in set(places.values()) and not key.endswith(UNTRAINED)]
-    log(f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else ""))
+    return f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else "")
 
 
 def read(path: Path, flag: str = "--encoder-weights") -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             loss=loss.build(config),
             tta=tuple(TTA(name, way.apply, partial(_undo, way)) for name, way in FLIPS.items()),
             lr_scales={"net.encoder.": config.encoder_lr},
-            pretrain=partial(_pretrain, config, log) if config.encoder_weights != "none" else None,
+            pretrain=partial(_pretrain, config) if config.encoder_weights != "none" else None,
         ),
         postprocess=Postprocess(predict=decision.predict, apply=decision.apply, tune=tune, kept="uint8"),
         submission=Submission(rows=rows, valid=lambda values: rle.problem_of_text(values[0], pixels)),
@@ -79,9 +79,9 @@ def _undo(way: Flip, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
     return predictions | {"pixels": way.undo(predictions["pixels"])}
 
 
-def _pretrain(config: CloudConfig, log: Callable[[str], Any], network: CloudNet) -> None:
+def _pretrain(config: CloudConfig, network: CloudNet) -> str:
     scratch = "--encoder-weights none --encoder-lr 1"
-    start_encoder(network.net.encoder, config.encoder, config.encoder_weights, scratch=scratch, log=log)
+    return start_encoder(network.net.encoder, config.encoder, config.encoder_weights, scratch=scratch)
 
 
 def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:

@@ -69,7 +69,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             model=partial(_model, config, files, embedding, counts),
             loss=_loss(config),
             tta=tuple(TTA(name, way.apply) for name, way in MIRRORED.items()),
-            pretrain=partial(_pretrain, config, files, log) if started else None,
+            pretrain=partial(_pretrain, config, files) if started else None,
             outputs=str(files.index),
         ),
         postprocess=Postprocess(predict=partial(_predict, config), apply=decide, tune=tune, kept="float16"),
@@ -114,11 +114,10 @@ def _model(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, cou
     return TagNet(config.backbone, config.size, m, heads, projections, rates, config.dropout, frozen)
 
 
-def _pretrain(config: TagConfig, files: Rows, log: Callable[[str], Any], network: TagNet) -> None:
+def _pretrain(config: TagConfig, files: Rows, network: TagNet) -> str | None:
     if config.start_from:
-        rows.start_from(config, files, network)
-    else:
-        start_backbone(network.backbone, config.backbone, config.encoder_weights, log=log)
+        return rows.start_from(config, files, network)
+    return start_backbone(network.backbone, config.backbone, config.encoder_weights)
 
 
 def _loss(config: TagConfig) -> Any:

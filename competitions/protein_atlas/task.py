@@ -24,7 +24,6 @@ from common.metrics import f_beta
 from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision.backbones import Classifier, probe
-from common.vision.check import unreadable
 from common.vision.datasets import ImageDataset
 from common.vision.find import channels_of
 from common.vision.store import ImageStore
@@ -63,12 +62,6 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
     def apply(scores: Tensor, tuned: dict[str, Any]) -> Tensor:
         return thresholds.decide(scores, tuned.get("thresholds", [thresholds.UNKNOWN] * LABELS))
 
-    def check() -> None:
-        probe(network, config.size, 4, f"--backbone {config.backbone}")
-        for error in unreadable(train.paths) if config.bad_images == "raise" else ():
-            error.row //= len(COLOURS)
-            raise error
-
     return Task(
         data=Data(
             train=ImageDataset(train, targets, transform=_augmentation(config.augment)),
@@ -88,7 +81,7 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
         postprocess=Postprocess(predict=torch.sigmoid, apply=apply, tune=tune),
         submission=Submission(rows=_rows, valid=_fault, text=("Predicted",)),
         metrics=(metric,),
-        check=check,
+        check=partial(probe, network, config.size, 4, f"--backbone {config.backbone}"),
         names=plots.NAMES,
         report=partial(plots.report, train, ids, labels, apply),
     )
@@ -157,5 +150,5 @@ def _losses(config: ProteinConfig) -> list[Any]:
     ]
 
 
-def _pretrain(config: ProteinConfig, network: Classifier) -> None:
-    start_backbone(network.backbone, config.backbone, config.encoder_weights, extra=config.yellow)
+def _pretrain(config: ProteinConfig, network: Classifier) -> str:
+    return start_backbone(network.backbone, config.backbone, config.encoder_weights, extra=config.yellow)

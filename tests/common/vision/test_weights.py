@@ -53,8 +53,7 @@ def test_torchvision_into_timm_gives_the_same_outputs(tmp_path, name):
             module.eps = 1e-3  # a hundred times timm's
     state = {f"module.{key}": value for key, value in source.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth")
-    said = []
-    start_backbone(own, name, str(tmp_path / "a.pth"), log=said.append)
+    said = start_backbone(own, name, str(tmp_path / "a.pth"))
     inputs, seen = torch.randn(2, 3, 64, 64), []
     source.eval()
     head = source.fc if name == "resnet18" else source.classifier[-1]
@@ -62,7 +61,7 @@ def test_torchvision_into_timm_gives_the_same_outputs(tmp_path, name):
     with torch.inference_mode():
         source(inputs)
         assert torch.allclose(own(inputs), seen[0], rtol=1e-4, atol=1e-4 * float(seen[0].abs().max()))
-    assert len(said) == 1 and "not used: module." in said[0] and str(tmp_path) in said[0]
+    assert "not used: module." in said and str(tmp_path) in said
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors", ".bin"])
@@ -72,7 +71,7 @@ def test_timm_into_encoders_of_smp_gives_the_same_features(tmp_path, target, end
     source, own = timms("tf_efficientnet_b0"), encoder(target)
     save = safetensors.torch.save_file if ending == ".safetensors" else torch.save
     save(source.state_dict(), tmp_path / f"a{ending}")
-    start_encoder(own, target, str(tmp_path / f"a{ending}"), log=lambda message: None)
+    start_encoder(own, target, str(tmp_path / f"a{ending}"))
     features = timm.create_model("tf_efficientnet_b0", features_only=True).eval()
     features.load_state_dict({key: source.state_dict()[key] for key in features.state_dict()})
     inputs = torch.randn(1, 3, 64, 64)
@@ -108,13 +107,13 @@ def test_a_run_starts_from_the_encoder_of_another(tmp_path):
     before = MaskNet("unetplusplus", "resnet18", 4, pooled=4)
     filled(before.net)
     checkpoint.save(tmp_path / "model.pt", {"model": before.state_dict(), "epoch": 3, "history": [{"loss": 0.1}]})
-    after, said = MaskNet("fpn", "resnet18", 2), []
-    start_encoder(after.net.encoder, "resnet18", str(tmp_path / "model.pt"), log=said.append)
+    after = MaskNet("fpn", "resnet18", 2)
+    said = start_encoder(after.net.encoder, "resnet18", str(tmp_path / "model.pt"))
     for name, value in before.net.encoder.state_dict().items():
         assert torch.equal(after.net.encoder.state_dict()[name], value)
-    assert "not used: net.decoder" in said[0] and "more" in said[0] and "\n" not in said[0]
+    assert "not used: net.decoder" in said and "more" in said and "\n" not in said
     classifier = Classifier("resnet18", (64, 64), 3)
-    start_backbone(classifier.backbone, "resnet18", str(tmp_path / "model.pt"), log=said.append)
+    start_backbone(classifier.backbone, "resnet18", str(tmp_path / "model.pt"))
     assert torch.equal(classifier.backbone.conv1.weight, before.net.encoder.conv1.weight)
 
 
@@ -207,7 +206,7 @@ def test_a_widened_network_equals_the_original_on_an_empty_fourth_channel(tmp_pa
     source = timms("resnet10t", num_classes=0)
     torch.save(source.state_dict(), tmp_path / "a.pth")
     wide = timm.create_model("resnet10t", num_classes=0, in_chans=4).eval()
-    start_backbone(wide, "resnet10t", str(tmp_path / "a.pth"), extra=extra, log=lambda message: None)
+    start_backbone(wide, "resnet10t", str(tmp_path / "a.pth"), extra=extra)
     inputs = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         empty = torch.cat((inputs, torch.zeros(2, 1, 64, 64)), 1)
@@ -244,7 +243,7 @@ def test_real_weights_are_those_that_timm_loads_from_the_file(real_data, capsys)
         timm.create_model("tf_efficientnet_lite0", num_classes=0).eval(),
         encoder("tu-tf_efficientnet_lite0"),
     )
-    start_backbone(own, "tf_efficientnet_lite0", str(file))
+    said = start_backbone(own, "tf_efficientnet_lite0", str(file))
     start_encoder(features, "tu-tf_efficientnet_lite0", str(file))
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     inputs = Normalize("tf_efficientnet_lite0")(pixels)
@@ -252,8 +251,7 @@ def test_real_weights_are_those_that_timm_loads_from_the_file(real_data, capsys)
         assert torch.allclose(own(inputs), library.forward_head(library.forward_features(inputs), pre_logits=True))
         deep = library.bn2(library.conv_head(features(inputs)[-1]))
         assert torch.allclose(deep, library.forward_features(inputs), atol=1e-5)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and said[0].endswith("not used: classifier.bias, classifier.weight")
+    assert said.endswith("not used: classifier.bias, classifier.weight") and not capsys.readouterr().out
 
 
 def test_none_changes_nothing_and_asks_nobody(monkeypatch):
@@ -319,7 +317,7 @@ def test_published_weights_go_into_the_backbone_without_chatter(monkeypatch, cap
     monkeypatch.setattr(weights, "_answers", lambda url: True)
     own = Classifier("resnet18", (64, 64), 2, channels).backbone
     monkeypatch.setattr(weights.timm, "create_model", fetched)
-    start_backbone(own, "resnet18", "imagenet")
-    assert capsys.readouterr().out == "resnet18 starts from imagenet\n" and not caplog.records
+    assert start_backbone(own, "resnet18", "imagenet") == "resnet18 starts from imagenet"
+    assert not capsys.readouterr().out and not caplog.records
     for name, value in published.state_dict().items():
         assert torch.equal(own.state_dict()[name][:, :3] if name == "conv1.weight" else own.state_dict()[name], value)

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import SoftFBeta, batch_value, kind
-from common.preflight import check_before
+from common.preflight import check_before, refuse_bad_training_images
 from common.raw import RawData
 from common.task import completed
 from common.vision.backbones import Classifier, probe
@@ -123,7 +123,7 @@ def test_a_damaged_png_is_named_with_its_row_before_the_training(folder, cache_g
     path.unlink()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{path.name} \(row 0\) is truncated"):
-        checks(folder, cache_gb=cache_gb)
+        refuse_bad_training_images(built(folder, cache_gb=cache_gb))
     checks(folder, cache_gb=cache_gb, bad_images="skip")
     path = folder / "test" / f"{first_id(folder, 'sample_submission.csv')}_red.png"
     path.unlink()
