@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,9 @@ class Predictor:
         """In --precision, but for the last layers: bfloat16 has 256 steps from 0.5 to 1, and predictions would tie."""
         if self.precision == "fp32":
             return model(inputs)
-        with autocast(self.precision, self.device.type):
-            if self.config.compile:  # a layer that changes would be compiled again
-                return model(inputs)
+        # A compiled model would be compiled again for layers that change.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager, autocast(self.precision, self.device.type):
             if id(model) not in self.heads:
                 self.heads[id(model)] = heads_of(model, map_tree(lambda x: x[:1], inputs))
             with in_float32(self.heads[id(model)], self.device.type):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from common.config import Config
 from common.errors import UserError
-from common.inference import heads_of, in_float32
+from common.inference import Predictor, heads_of, in_float32
 from common.metrics import Metric
 from common.task import TTA
 from common.vision.weights import read
@@ -84,3 +85,7 @@ def test_predictions_in_bfloat16_do_not_tie():
     assert outputs.dtype == torch.float32 and len(outputs.sigmoid().unique()) > 1990 > 1000 > len(tied)
     assert "forward" not in vars(head)
     assert np.allclose(outputs.numpy(), model(rows).detach().numpy(), atol=0.05)
+    model.compile()
+    predictor = Predictor([model], toy.made(), (), Config(compile=True, precision="bf16"), 64, torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.equal(predictor._outputs(model, rows), outputs), "a compiled model predicts as any other"
