@@ -1,7 +1,7 @@
 """The batch: the samples of one optimizer step, before anything is cut to fit the memory."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -38,6 +38,17 @@ def tensors_of(tree: Tree) -> list[Tensor]:
     found: list[Tensor] = []
     map_tree(lambda tensor: found.append(tensor) or tensor, tree)
     return found
+
+
+def rebuilt(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
+    """A tree of the same shape with these tensors in it, in the order of `tensors_of`."""
+    remaining = iter(tensors)
+    return map_tree(lambda _: next(remaining), tree)
+
+
+def concatenated(trees: Sequence[Tree]) -> Tree:
+    """Trees of one shape as one, the rows of each after those of the one before."""
+    return rebuilt(trees[0], (torch.cat(column) for column in zip(*map(tensors_of, trees), strict=True)))
 
 
 def _fields_of(tree: Tree) -> dict[str, Tree]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common import checkpoint, metrics
-from common.batch import Tree, map_tree, tensors_of
+from common.batch import Tree, concatenated, map_tree, tensors_of
 from common.config import Config, folds_to_train
 from common.device import precision_of, prepare_device, workers_of
 from common.engine import memory
@@ -46,6 +46,7 @@ class Predictor:
         self.heads: dict[int, list[nn.Module]] = {}  # of every model, by its id
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
         self.precision = precision_of(config, device)
+        self.joins_tta = device.type != "cpu"  # all TTA in one forward pass: small batches leave a card idle
 
     def batches(
         self, dataset: Any, rows: np.ndarray, label: str | None = None, loss: Any = None
@@ -114,8 +115,7 @@ class Predictor:
         """
         found, value = [], None
         for model in self.models:
-            for one in self.tta:
-                outputs = to_float32(self._outputs(model, one.apply(inputs)))
+            for one, outputs in zip(self.tta, self._of_tta(model, inputs), strict=True):
                 if loss is not None:
                     value = batch_value(loss, outputs, targets) * len(tensors_of(outputs)[0])
                 found.append(one.undo(self.task.postprocess.predict(outputs)))
@@ -126,6 +126,18 @@ class Predictor:
                 "with --clip-norm 1, or with --precision fp32"
             )
         return mean, value
+
+    def _of_tta(self, model: nn.Module, inputs: Tree) -> Iterator[Tree]:
+        """The outputs for every TTA; in one pass on a card, where their inputs have one shape."""
+        given = [one.apply(inputs) for one in self.tta] if self.joins_tta and len(self.tta) > 1 else []
+        if len({tuple(x.shape for x in tensors_of(one)) for one in given}) == 1:
+            outputs, size = to_float32(self._outputs(model, concatenated(given))), len(tensors_of(inputs)[0])
+            if all(len(x) == size * len(given) for x in tensors_of(outputs) if x.ndim):
+                for n in range(len(given)):
+                    yield map_tree(lambda x: x[n * size :][:size] if x.ndim else x, outputs)  # noqa: B023
+                return
+        for one in self.tta:
+            yield to_float32(self._outputs(model, one.apply(inputs)))
 
 
 @contextmanager

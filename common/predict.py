@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -183,22 +184,42 @@ def _rows_of_csv(
     """The rows of the CSV that could be predicted until then; adds to `lost` what could not, and why."""
     first, (rules, tuned) = members[0], _rules_of(members)
     ids = first.task.data.test_ids
-    together, done = _aligned(streams), 0
-    while chunk := list(islice(together, first.config.batch_size)):
-        means = [mean_of([predictions for _, predictions in sample]) for sample in chunk]
-        mean = rebuilt({leaf: torch.stack([leaves(one)[leaf] for one in means]) for leaf in leaves(means[0])})
-        keep(mean)
-        index = [sample[0][0] for sample in chunk]
-        yield from first.task.submission.rows([ids[row] for row in index], rules.postprocess.apply(mean, tuned))
-        done = index[-1] + 1
-        if until is not None and time.monotonic() > until and done < len(ids):
-            lost.append(f"{ids[done]} and what follows it: the time is over")
-            break
+    together = _aligned(streams)
+
+    def means() -> Iterator[tuple[list[int], Predictions]]:
+        while chunk := list(islice(together, first.config.batch_size)):
+            of_rows = [mean_of([predictions for _, predictions in sample]) for sample in chunk]
+            mean = rebuilt({leaf: torch.stack([leaves(one)[leaf] for one in of_rows]) for leaf in leaves(of_rows[0])})
+            keep(mean)
+            index = [sample[0][0] for sample in chunk]
+            yield index, mean
+            done = index[-1] + 1
+            if until is not None and time.monotonic() > until and done < len(ids):
+                lost.append(f"{ids[done]} and what follows it: the time is over")
+                break
+
+    def rows(index: list[int], mean: Predictions) -> list[Sequence[Any]]:
+        return list(first.task.submission.rows([ids[row] for row in index], rules.postprocess.apply(mean, tuned)))
+
+    yield from _beside(rows, means())
     together.close()
     for stream in streams:
         stream.close()  # whose predictor knows only then what was skipped
     skipped = {row: why for one in predictors if one for row, why in one.skipped.items()}
     lost += [f"{ids[row]}: {why.split(': replace')[0]}" for row, why in sorted(skipped.items())]
+
+
+def _beside(make: Callable[..., list[Any]], parts: Iterator[tuple]) -> Iterator[Any]:
+    """What `make` makes of every part, in a thread beside the network, which predicts the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for part in parts:
+            coming = pool.submit(make, *part)
+            if waiting:
+                yield from waiting.result()
+            waiting = coming
+        if waiting:
+            yield from waiting.result()
 
 
 def _whole(rows: Iterator[Sequence[Any]], lost: list[str], again: str) -> Iterator[Sequence[Any]]:

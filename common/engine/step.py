@@ -18,7 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.batch import Batch, Tree, map_tree, tensors_of
+from common.batch import Batch, Tree, map_tree, rebuilt, tensors_of
 from common.engine import memory
 from common.engine.finite import Outcomes, Place, judge, total_norm
 from common.engine.optimizers import allocate_state, laid_out_like
@@ -716,12 +716,6 @@ def joined(parts: tuple[Tree, ...], sizes: tuple[int, ...]) -> tuple[list[bool],
             )
         tensors.append(torch.cat(column) if rows[-1] else column[0].detach())
     return rows, rebuilt(parts[0], tensors)
-
-
-def rebuilt(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
-    """A tree of the same shape with these tensors in it."""
-    remaining = iter(tensors)
-    return map_tree(lambda _: next(remaining), tree)
 
 
 def refuse_collectives(model: nn.Module) -> None:

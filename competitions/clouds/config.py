@@ -65,6 +65,18 @@ SMALL = replace(
     channels_last=True,
     evaluate_every=26,
 )
+PRETRAINED = replace(
+    SMALL,
+    epochs=12,
+    size=(224, 336),
+    decoder_width=0.5,
+    encoder="tu-tf_efficientnet_lite0",
+    encoder_weights="imagenet",
+    encoder_lr=0.3,
+    cutmix=0.25,
+    ema=0.99,
+    evaluate_every=6,
+)
 FULL = replace(
     DEFAULT,
     epochs=15,
@@ -94,6 +106,8 @@ RECIPES: dict[str, CloudConfig] = {
     "default": DEFAULT,
     # make train COMP=clouds RECIPE=small: a laptop's CPU, 500 images
     "small": SMALL,
+    # RECIPE=small-pretrained: the same from ImageNet weights; ARGS="--encoder-weights FILE" needs no network
+    "small-pretrained": PRETRAINED,
     # make train COMP=clouds RECIPE=full: every pixel, on a card with 11 GB
     "full": FULL,
     # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one card

@@ -61,6 +61,33 @@ def test_predictions_are_means_over_models_and_tta():
     assert torch.equal(predictor([nn.Identity(), nn.Identity()], tta)._average(rows)[0], 2 * rows)
 
 
+class Counted(nn.Module):
+    """Two outputs and one that has no rows; notes how many rows each pass had."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = []
+
+    def forward(self, inputs):
+        self.passes.append(len(inputs["x"]))
+        return {"y": 2 * inputs["x"], "temperature": torch.tensor(3.0)}
+
+
+def test_a_card_predicts_all_tta_of_one_shape_in_one_pass():
+    """What `joins_tta` does on a card, forced here: the same predictions in one pass, unless shapes differ."""
+    rows = {"x": torch.arange(24.0).reshape(4, 6)}
+    flip = TTA("flip", lambda tree: {"x": tree["x"].flip(1)}, lambda p: p.flip(1))
+    shorter = TTA("shorter", lambda tree: {"x": tree["x"][:, :3]}, lambda p: torch.cat((p, p), 1))
+    for tta, passes in (((TTA("as is"), flip), [8]), ((TTA("as is"), shorter), [4, 4])):
+        model = Counted()
+        task = toy.changed(toy.made(), predict=lambda outputs: outputs["y"] * outputs["temperature"])
+        one = Predictor([model], task, tta, Config(precision="fp32"), 8, torch.device("cpu"))
+        alone = one._average(rows)[0]
+        assert one.joins_tta is False and model.passes == [4, 4]
+        one.joins_tta, model.passes = True, []
+        assert torch.equal(one._average(rows)[0], alone) and model.passes == passes
+
+
 def test_what_the_sample_taught_is_a_sample_whatever_it_predicts():
     toy_train("one")
     Path("real").mkdir()
