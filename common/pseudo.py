@@ -62,7 +62,7 @@ class Pseudo:
             raise UserError(f"{told}: this task has no network to train on soft targets: leave it out")
         if self.task.data.pseudo is None:
             raise UserError(
-                f"{told}: {name} says not how its test rows become rows to train on: leave it out, or give build()'s "
+                f"{told}: {name} does not say how test rows become rows to train on: leave it out, or give build()'s "
                 f"Data a `pseudo`, from predictions of the test rows to a dataset with them as targets"
             )
         found = [runs.load(name, one) for one in self.config.pseudo.split(",")]
