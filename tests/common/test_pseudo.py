@@ -29,7 +29,7 @@ from tests.common.loading.datasets import Everything, Numbers
 from tests.common.toy_runs import same, toy_train, weights
 
 BUILD = toy.build
-LAST = {"keep": "last", "save_every": 0.0}
+LAST = {"keep": "last", "epochs": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_a_fold_never_influences_its_own_labels_nor_what_is_trained_on_them(monk
 
 def test_labels_are_the_mean_over_runs_of_the_model_that_held_out_the_fold():
     toy_train("a", fold="all", **LAST)
-    toy_train("b", fold="1", epochs=1, seed=7, **LAST)
+    toy_train("b", fold="1", seed=7, **LAST)
     task = joined(1, pseudo="a,b", fold="1")
     expected = (predicted("a", 1) + predicted("b", 1)) / 2
     torch.testing.assert_close(task.data.train.test.targets, expected)
