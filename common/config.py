@@ -44,6 +44,17 @@ class Config:
     fold: str = flag("0", "fold to hold out for validation; 'all' trains every fold, 'none' trains on everything")
     folds: int = flag(5, "number of folds", rule=at_least(2))
     seed: int = flag(0, "seed of the folds, the order, the augmentation, the weights and the dropout")
+    pseudo: str = flag(
+        "", "finished runs, with commas: test rows with their predictions as targets train too (pseudo-labels)"
+    )
+    pseudo_weight: float = flag(1.0, "weight of a test row's loss, where that of a training row is 1", rule=ABOVE_0)
+    pseudo_min: float = flag(
+        0.0,
+        "leave out test rows that are less sure: the largest probability of classes, or the mean of max(p, 1 - p) "
+        "over labels",
+        "probability",
+        between(0, 1),
+    )
     # The optimizer step.
     epochs: int = flag(10, "epochs of training", "epochs", at_least(1))
     batch_size: int = flag(
@@ -237,6 +248,7 @@ def checked(config: ConfigType) -> ConfigType:
     together = [
         ("swa", config.ema or config.patience or config.keep == "best", "0, or --ema 0, --patience 0 and --keep last"),
         ("compile", config.checkpointing, "false, or --checkpointing false: torch compiles no blocks that recompute"),
+        ("pseudo_min", not config.pseudo, "0, or --pseudo RUN"),
         ("patience", config.keep != "best", "0, or --keep best: what stopped early goes back to its best weights"),
     ]
     for name, clashes, expected in together:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ from common.run import Run
 from common.task import AS_IS, TTA, Task
 
 FACTS = "fold.json"  # of a finished fold
+PSEUDO_LABELS = "pseudo.pt"  # of an unfinished fold, see common.pseudo
 # Columns of metrics.csv that differ between two equal runs.
 MACHINE_COLUMNS = ("samples_per_second", "memory_gib")
 
@@ -80,8 +81,17 @@ def fold_label(fold: int | None) -> str:
     return "all rows" if fold is None else f"fold {fold}"
 
 
-def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) -> Path:
+def fit(
+    task: Task,
+    config: Config,
+    run: Run,
+    fold: int | None,
+    ranks: Ranks,
+    join: Callable[[Run, int | None, Ranks], Task] | None = None,
+) -> Path:
     """Train on every row outside `fold` (None: on all rows); returns the folder with its weights and predictions.
+
+    `join` gives the task to train, where that is not `task`: the same one with more training rows (pseudo-labels).
 
     A fold that is finished is left as it is; one that was interrupted goes on, to the same bits on a CPU.
     Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
@@ -95,7 +105,7 @@ def fit(task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks) ->
             _predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])
         ranks.barrier()
         return folder
-    return Training(task, config, run, fold, ranks).run_all()
+    return Training(join(run, fold, ranks) if join else task, config, run, fold, ranks).run_all()
 
 
 class Training:
@@ -401,7 +411,7 @@ def write_facts(folder: Path, fold: int | None, seconds: float, facts: dict[str,
 def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:
     """The fold is finished: its weights and predictions are all that is left to need."""
     if ranks.is_writer:
-        for name in ("last.pt", "best.pt"):
+        for name in ("last.pt", "best.pt", PSEUDO_LABELS):
             (folder / name).unlink(missing_ok=True)
 
 

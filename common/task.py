@@ -72,6 +72,10 @@ class Data:
     test_ids: Sequence[str] | None = None  # ids of the rows of `test`; None: the sample submission's, in its order
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
     mix: Any = None  # MixUp or CutMix of common.loading.mixing
+    # Predictions of the test rows, tensors [m, ...] -> dataset of them to train on, with the training augmentation and
+    # the predictions as targets: in the form of `train`'s, or probabilities [m, C] of its class numbers [n]. None: no
+    # --pseudo
+    pseudo: Callable[[Predictions], Any] | None = None
 
 
 @dataclass(frozen=True)

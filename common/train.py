@@ -43,6 +43,7 @@ from common.predictions import (
     write_predictions,
 )
 from common.preflight import check_before, try_out
+from common.pseudo import Pseudo
 from common.raw import RawData
 from common.report import Report, default_report, score_line
 from common.run import Run
@@ -69,7 +70,8 @@ def train(
         task = completed(competition.build(config, found, say), found)
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
-        first = partial(try_out, task, config)
+        pseudo = Pseudo(competition, found, task, config, provenance) if config.pseudo else None
+        first = partial(_check_new, task, config, pseudo)
         opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist, first)
         run = _open_together(competition, task, provenance, opening, ranks)
         shards = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
@@ -77,12 +79,19 @@ def train(
             run.log(f"--batch-size {config.batch_size} leaves {idle} of {ranks.world} processes without work: raise it")
         result = ranks.broadcast(run.result)  # the others may have no such file, on disks of their own
         if result is None:
-            _train_folds(task, config, run, ranks)
+            _train_folds(task, config, run, ranks, pseudo)
         else:
             run.log(f"{run.path} is finished ({result['monitor']} {result['score']}): only predicting")
     if ranks.is_writer:
         member = Member(run, task, config)
         _write_what_follows(competition.name, member, competition.recipes[recipe], found.is_demo, submits)
+
+
+def _check_new(task: Task, config: Config, pseudo: Pseudo | None) -> None:
+    """What a new run must pass before it has a folder."""
+    if pseudo:
+        pseudo.check()
+    try_out(task, config)
 
 
 def _silent(message: str) -> None:
@@ -129,7 +138,7 @@ def provenance_of(competition: Competition, task: Task, recipe: str, found: RawD
     }
 
 
-def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks) -> None:
+def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks, pseudo: Pseudo | None) -> None:
     """Every fold that --fold names, then their score."""
     if task.fit_predict and ranks.world > 1:
         raise UserError(f"NPROC={ranks.world}: this competition has no network to train together, leave out NPROC")
@@ -139,7 +148,7 @@ def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks) -> None:
     if task.fit_predict:
         folders = [fit_predict(task, config, run, fold) for fold in wanted]
     else:
-        folders = [fit(task, config, run, fold, ranks) for fold in wanted]
+        folders = [fit(task, config, run, fold, ranks, pseudo.join if pseudo else None) for fold in wanted]
     if ranks.is_writer:
         finish(run, task, config, folders)
 

@@ -124,6 +124,23 @@ def test_the_table_is_boosted_by_one_flag(here):
     assert np.allclose(kept, [float(row["price"]) for row in rows])
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags"), [("images", ()), ("masks", ("--pseudo-min", "0.5")), ("table", ()), ("table", ("boosting",))]
+)
+def test_a_template_trains_on_pseudo_labels(here, kind, flags):
+    """Of a run of the same network; of LightGBM for the network of the table."""
+    new.new("lynx", kind)
+    teacher = ("--model", "boosting", "--trees", "20") if "boosting" in flags else ()
+    trained("lynx", *teacher)
+    words = ["train", "lynx", "--recipe", "smoke", "--run", "b", "--workers", "0", "--pseudo", "a"]
+    assert cli.main([*words, *(flag for flag in flags if flag != "boosting")]) == 0
+    with open(here / "submissions" / "lynx" / "a-demo.csv", newline="") as stream:
+        count = len({row["id"] for row in csv.DictReader(stream)})
+    log = (here / "runs" / "lynx" / "b" / "log.txt").read_text()
+    assert f"fold 0: {count} of {count} test rows join its training, with the predictions of a and weight 1" in log
+    assert (here / "submissions" / "lynx" / "b-demo.csv").is_file()
+
+
 def test_masks_of_the_template_may_be_files(here):
     """The comment in its task.py is right."""
     new.new("lynx", "masks")

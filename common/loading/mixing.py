@@ -83,12 +83,16 @@ class CutMix:
 
 
 def mix_pairs(mix: MixUp | CutMix, batch: Batch, place: np.ndarray, seed: int) -> Batch:
-    """The batch with its pairs blended; `place` [B] are the places of its samples in the batch over all ranks."""
+    """The batch with its pairs blended, their weights like their targets.
+
+    `place` [B] are the places of its samples in the batch over all ranks.
+    """
     local = {position: row for row, position in enumerate(place.tolist())}
     partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
     keys = Keys(seed, batch.epoch, place // 2, batch.number)
-    inputs, targets = mix(batch.inputs, batch.targets, torch.tensor(partner), keys, MIX_STREAM)
-    return replace(batch, inputs=inputs, targets=targets)
+    weights = None if batch.weights is None else batch.weights.float()
+    inputs, (targets, weights) = mix(batch.inputs, (batch.targets, weights), torch.tensor(partner), keys, MIX_STREAM)
+    return replace(batch, inputs=inputs, targets=targets, weights=weights)
 
 
 def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> np.ndarray:

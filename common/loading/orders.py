@@ -113,6 +113,25 @@ def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_batch
     return order
 
 
+def joined(order: Order, rows: np.ndarray) -> Order:
+    """The samples of `order` as they follow each other, and among them every one of `rows` once, at other places in
+    every epoch. Raises UserError for an order that decides the batches itself."""
+
+    def both(seed: int, epoch: int) -> Plan:
+        plan = order(seed, epoch)
+        if plan.sizes is not None:
+            raise UserError("no rows can join an order that decides what makes a batch, such as `grouped`")
+        total = len(plan.index) + len(rows)
+        generator = KeyedGenerator().jump(seed, epoch, 1, stream=ORDER_STREAM)
+        place = generator.permutation(total)[: len(rows)]
+        own = np.setdiff1d(np.arange(total), place)
+        index, draw = np.empty(total, np.int64), np.zeros(total, np.int64)
+        index[place], index[own], draw[own] = rows, plan.index, plan.draw
+        return Plan(index, draw)
+
+    return both
+
+
 def _row_numbers(rows: Rows) -> np.ndarray:
     rows = np.arange(rows) if isinstance(rows, (int, np.integer)) else np.asarray(rows)
     if not len(rows):

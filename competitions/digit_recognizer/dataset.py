@@ -10,7 +10,10 @@ from competitions.digit_recognizer.augment import Strength, augment
 
 
 class Digits:
-    """Inputs uint8 [B, 1, 28, 28] and targets int64 [B]; augmented when a strength is given. Test images: 0."""
+    """Inputs uint8 [B, 1, 28, 28] and targets int64 [B]; augmented when a strength is given. Test images: 0.
+
+    Pseudo-labels are probabilities, float32 [B, 10].
+    """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, strength: Strength | None = None):
         self.images, self.strength = images, strength

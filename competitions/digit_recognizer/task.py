@@ -34,6 +34,7 @@ def build(config: DigitConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read the files and fill in the Task; raises UserError for anything wrong in them."""
     files = read(raw)
     images, labels = torch.from_numpy(files.images), torch.from_numpy(files.labels)
+    test_images = torch.from_numpy(files.test_images)
     strength = Strength(config.rotation, config.scale, config.shear, config.shift, config.elastic)
     ids = [str(row) for row in range(len(labels))]
     return Task(
@@ -42,7 +43,8 @@ def build(config: DigitConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             valid=Digits(images, labels),
             ids=ids,
             folds=stratified(ids, files.labels, config.folds, config.seed),
-            test=Digits(torch.from_numpy(files.test_images)),
+            test=Digits(test_images),
+            pseudo=lambda probabilities: Digits(test_images, probabilities, strength),
         ),
         network=Network(
             model=lambda: DigitNet(config.width, config.kernel, config.dropout),

@@ -33,6 +33,21 @@ class Targets:
         return targets
 
 
+class SoftTargets:
+    """The same of pseudo-labels, scores float32 [m, labels]: the expected sum of the vectors and the expected count."""
+
+    def __init__(self, scores: Tensor, vectors: np.ndarray | None = None, counts: bool = False):
+        self.scores, self.vectors, self.counts = scores, vectors, counts
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        targets = {"labels": self.scores[row]}
+        if self.vectors is not None:
+            targets["embedding"] = torch.from_numpy(self.scores[row].numpy() @ self.vectors)
+        if self.counts:
+            targets["count"] = self.scores[row].sum(dim=0, keepdim=True)
+        return targets
+
+
 def augmentation(strength: str, size: tuple[int, int]) -> A.Compose | None:
     """none; light (mirror, crop); or heavy, which also turns, tints, blurs, compresses and spoils.
 

@@ -25,7 +25,7 @@ from common.vision.tta import MIRRORED
 from common.vision.weights import start_backbone
 from competitions.inclusive_images import decision, plots, rows
 from competitions.inclusive_images.config import TagConfig
-from competitions.inclusive_images.dataset import Targets, augmentation
+from competitions.inclusive_images.dataset import SoftTargets, Targets, augmentation
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.model import HEADS, TagNet
 from competitions.inclusive_images.rows import Rows
@@ -44,7 +44,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     vectors = embedding.vectors if config.embedding else None
     weights = orders.by_rarity(files.labels) if config.sampling == "weighted" else None
     started = config.start_from or config.encoder_weights != "none"
-    targets = Targets(files.labels, vectors, config.count > 0)
+    targets, augment = Targets(files.labels, vectors, config.count > 0), augmentation(config.augment, config.size)
 
     def tune(scores: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         prior, trims = _prior(counts), (0, 1, 2, 3) if config.clusters else (0,)
@@ -56,7 +56,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
     return Task(
         data=Data(
-            train=ImageDataset(images, targets, transform=augmentation(config.augment, config.size)),
+            train=ImageDataset(images, targets, transform=augment),
             valid=ImageDataset(images, targets),
             ids=files.ids,
             folds=files.folds,
@@ -64,6 +64,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             test_ids=files.test_ids,
             order=None if weights is None else lambda own: orders.weighted(weights[own], rows=own),
             mix=_mix(config.mix),
+            pseudo=lambda scores: ImageDataset(test, SoftTargets(scores, vectors, config.count > 0), transform=augment),
         ),
         network=Network(
             model=partial(_model, config, files, embedding, counts),

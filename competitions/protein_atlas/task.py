@@ -48,7 +48,7 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
     if config.size[0] != config.size[1]:
         raise UserError(f"--size {config.size[0]},{config.size[1]}: expected a square, as images are turned")
     ids, labels, paths = _train(raw)
-    train = ImageStore(paths, config.size, raw.cache, config.cache_gb, announce=log)
+    train, test = (ImageStore(of, config.size, raw.cache, config.cache_gb, announce=log) for of in (paths, _test(raw)))
     targets, there = torch.from_numpy(labels).float(), np.flatnonzero(labels.any(0)).tolist()
     metric = f_beta(1, "macro").on(lambda found, truth: (found[:, there], truth[:, there]))
     weights = orders.by_rarity(labels) if config.sampling == "weighted" else None
@@ -68,8 +68,9 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
             valid=ImageDataset(train, targets),
             ids=ids,
             folds=multilabel_stratified(ids, labels, config.folds, config.seed),
-            test=ImageDataset(ImageStore(_test(raw), config.size, raw.cache, config.cache_gb, announce=log)),
+            test=ImageDataset(test),
             order=None if weights is None else lambda own: orders.weighted(weights[own], rows=own),
+            pseudo=lambda scores: ImageDataset(test, scores, transform=_augmentation(config.augment)),
         ),
         network=Network(
             model=network,

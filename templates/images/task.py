@@ -47,6 +47,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             ids=table[ID].tolist(),
             # CHANGE: common.loading.folds.grouped where images belong together (of one patient, of one place)
             folds=multilabel_stratified(table[ID].tolist(), targets, config.folds, config.seed),
+            # --pseudo RUN trains on the test rows too, with predictions [m, labels] as their targets
+            pseudo=lambda soft: ImageDataset(test, soft, transform=augment),
         ),
         network=Network(
             model=partial(Classifier, config.backbone, config.size, len(LABELS), dropout=config.dropout),

@@ -59,6 +59,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             folds=stratified(
                 ids, table[RUNS] == "", config.folds, config.seed
             ),  # CHANGE: grouped, where images are alike
+            # --pseudo RUN trains on the test rows too, with predictions [m, K, H, W] as their masks
+            pseudo=lambda soft: ImageDataset(test, masks=soft.permute(0, 2, 3, 1).numpy(), transform=augment),
         ),
         network=Network(
             model=partial(MaskNet, "unet", config.encoder, 1),

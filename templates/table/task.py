@@ -41,6 +41,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         test_ids=test_ids,
         # CHANGE: common.loading.folds.grouped where rows belong together (of one customer, of one day)
         folds=kfold(table[ID].tolist(), config.folds, config.seed),
+        # --pseudo RUN trains on the test rows too, with predictions, those of boosting too, as their targets
+        pseudo=lambda soft: TableDataset(test_rows, soft.reshape(-1, len(TARGETS))),
     )
     score = (rmse(),)  # CHANGE: common.metrics has Kaggle's; the first one is the score
     if config.model == "boosting":

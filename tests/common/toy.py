@@ -61,6 +61,7 @@ def build(config: ToyConfig, raw: RawData, log=print) -> Task:
             ids=[f"r{row}" for row in range(config.rows)],
             folds=np.arange(config.rows) % config.folds,
             test=ToyRows(inputs[test], targets[test], nan=config.nan_at_test),
+            pseudo=lambda soft: ToyRows(inputs[test], soft, augment=True),
         ),
         network=Network(
             model=lambda: nn.Sequential(

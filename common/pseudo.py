@@ -1,0 +1,275 @@
+"""Pseudo-labels: test rows join the training rows of a fold, with the predictions of earlier runs as soft targets.
+
+What labels the test rows for a fold must not know that fold's validation rows, else the score of the fold is that of a
+network which was told the answers. So the labels are made for each fold anew, by the one model of each earlier run that
+held out the same fold of the same folds. A run that used pseudo-labels itself may give them too: its model of a fold
+had labels of that fold. What is tuned on all out-of-fold predictions knows every fold, and has no part in labels.
+With --fold none nothing is held out, and all models of the earlier runs label together.
+
+The labels are kept in the fold's folder until the fold is trained, so that a run goes on to the same bits whatever
+becomes of the earlier runs. Rows 0..n-1 of the joined dataset are the training rows with the keys they always have,
+the test rows come after them. A batch mixes both: a pair for MixUp or CutMix may be one of each, and its weight is
+blended like its targets.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import checkpoint
+from common import run as runs
+from common.batch import Tree, map_tree
+from common.competition import Competition
+from common.config import Config, folds_to_train
+from common.device import device_of
+from common.engine.ranks import Ranks
+from common.errors import UserError
+from common.fit import PSEUDO_LABELS, fold_label
+from common.inference import Predictor, load_models, tta_of
+from common.loading import orders
+from common.loading.collate import as_tensors, collate, join
+from common.loading.keys import Keys
+from common.loading.loader import Loader
+from common.loading.transfer import to_device
+from common.predict import Member
+from common.predictions import Predictions, joined, leaves, mean_of, read_predictions, unpack
+from common.raw import RawData
+from common.run import Run
+from common.task import Data, Task, completed
+
+SUM_TO_1 = 1e-3  # how near the probabilities of classes that exclude each other come to it
+
+
+@dataclass(frozen=True)
+class Pseudo:
+    """The earlier runs that --pseudo names, and the training that test rows with their predictions join."""
+
+    competition: Competition
+    found: RawData
+    task: Task
+    config: Config
+    provenance: dict[str, Any]
+
+    def check(self) -> list[Run]:
+        """The earlier runs; raises UserError for what cannot label every fold of this training without leaks."""
+        told, name = f"--pseudo {self.config.pseudo}", self.competition.name
+        if self.task.network is None:
+            raise UserError(f"{told}: this task has no network to train on soft targets: leave it out")
+        if self.task.data.pseudo is None:
+            raise UserError(
+                f"{told}: {name} does not say how test rows become rows to train on: leave it out, or give build()'s "
+                f"Data a `pseudo`, from predictions of the test rows to a dataset with them as targets"
+            )
+        found = [runs.load(name, one) for one in self.config.pseudo.split(",")]
+        for run in found:
+            self._check_run(run, told)
+        return found
+
+    def _check_run(self, run: Run, told: str) -> None:
+        if run.is_blend:
+            raise UserError(f"{told}: {run.name} is a blend, which has no models: name the runs that it is made of")
+        if run.result is None:
+            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
+        theirs = run.config(type(self.config))
+        if run.provenance["folds_fingerprint"] != self.provenance["folds_fingerprint"]:
+            raise UserError(
+                f"{told}: {run.name} has other folds (--folds {theirs.folds} --seed {theirs.seed} on "
+                f"{run.provenance['data']}), so its models saw rows that this run validates on: expected those of "
+                f"--folds {self.config.folds} --seed {self.config.seed} on {self.provenance['data']}. Train it with "
+                f"these, or this run with those"
+            )
+        missing = [fold for fold in folds_to_train(self.config) if fold not in (None, *folds_to_train(theirs))]
+        if missing:
+            raise UserError(
+                f"{told}: {run.name} was trained with --fold {theirs.fold} and has no model that never saw the "
+                f"validation rows of fold {', '.join(map(str, missing))}: train it with --fold all"
+                + (f", or this run with --fold {theirs.fold}" if theirs.fold.isdecimal() else "")
+            )
+
+    @cached_property
+    def members(self) -> list[Member]:
+        """The earlier runs, each with its own task on this run's data."""
+        members = []
+        for run in self.check():
+            machine = {name: getattr(self.config, name) for name in ("device", "workers", "threads")}
+            config = replace(run.config(type(self.config)), bad_images="raise", **machine)
+            task = completed(self.competition.build(config, self.found, print), self.found)
+            run.check_outputs(self.task.network.outputs)
+            if list(task.data.test_ids) != list(self.task.data.test_ids):
+                raise UserError(
+                    f"--pseudo {run.name} predicts {len(task.data.test_ids)} test rows that are not the "
+                    f"{len(self.task.data.test_ids)} of this run: name runs with the same test rows"
+                )
+            members.append(Member(run, task, config))
+        return members
+
+    def join(self, run: Run, fold: int | None, ranks: Ranks) -> Task:
+        """The task of `run` for one fold, with the chosen test rows among its training rows.
+
+        Raises UserError where none is chosen, and for predictions that do not have the form of targets.
+        """
+        labels = ranks.broadcast(self._labels(run, fold) if ranks.is_writer else None)
+        data, config = self.task.data, self.config
+        rows = choose(labels, config.pseudo_min)
+        test = data.pseudo(labels)
+        if len(test) != len(data.test):
+            raise UserError(f"Data.pseudo gives {len(test)} rows for {len(data.test)} test rows: expected as many")
+        run.log(
+            f"{fold_label(fold)}: {len(rows)} of {len(test)} test rows join its training, with the predictions of "
+            f"{config.pseudo} and weight {config.pseudo_weight:g}"
+        )
+        return replace(self.task, data=with_rows(data, test, rows, config))
+
+    def _labels(self, run: Run, fold: int | None) -> Predictions:
+        """Predictions of all test rows, tensors [m, ...]: kept in the fold's folder, or made now and kept there."""
+        file = run.fold_folder(fold) / PSEUDO_LABELS
+        if not file.is_file():
+            made = [self._predicted(member, fold) for member in self.members]
+            forms = [{name: list(values.shape) for name, values in leaves(one).items()} for one in made]
+            if any(form != forms[0] for form in forms):
+                raise UserError(f"--pseudo {self.config.pseudo}: the runs predict {forms}, expected one form of all")
+            for member in self.members:
+                if fold is not None and member.config.keep == "best":
+                    run.log(
+                        f"{member.run.name} kept its best epoch by the score on {fold_label(fold)}, so much its labels "
+                        f"know of it (--keep last knows nothing)"
+                    )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(file, {"labels": mean_of(made)})
+        return checkpoint.load(file, "labels")["labels"]
+
+    def _predicted(self, member: Member, fold: int | None) -> Predictions:
+        """What the models of an earlier run that never saw the fold predict for all test rows, tensors [m, ...]."""
+        run, task, config = member
+        config = config if fold is None else replace(config, fold=str(fold))
+        if task.network is None:
+            return unpack(read_predictions(run.path if fold is None else run.fold_folder(fold), "test"))
+        device = device_of(config)
+        batch_size = min(config.batch_size, run.result.get("micro_batch") or config.batch_size)
+        models = load_models(run, task, config, device)
+        predictor = Predictor(models, task, tta_of(task, config), config, batch_size, device)
+        label = f"{run.name} labels the test rows for {fold_label(fold)}"
+        batches = predictor.batches(task.data.test, np.arange(len(task.data.test)), label)
+        return joined([map_tree(Tensor.cpu, predictions) for _, predictions, *_ in batches])
+
+
+def choose(labels: Predictions, least: float) -> np.ndarray:
+    """The test rows whose `confidence` is at least so much; raises UserError when there is none."""
+    if not least:
+        return np.arange(len(next(iter(leaves(labels).values()))))
+    sure = confidence(labels)
+    rows = np.flatnonzero(sure.numpy() >= least)
+    if not len(rows):
+        raise UserError(
+            f"--pseudo-min {least}: no test row is so sure, the surest is {float(sure.max()):.4g}: expected a lower one"
+        )
+    return rows
+
+
+def confidence(labels: Predictions) -> Tensor:
+    """How sure probabilities [m, ...] are, [m]: the part of its decisions that a row expects to be right.
+
+    The largest probability of classes that exclude each other (rows of sum 1), the mean of max(p, 1 - p) of others.
+    Raises UserError for what are no probabilities.
+    """
+    if isinstance(labels, dict) or labels.min() < 0 or labels.max() > 1:
+        found = f"a tree of {', '.join(labels)}" if isinstance(labels, dict) else "not all from 0 to 1"
+        raise UserError(f"--pseudo-min needs probabilities, and the predictions are {found}: leave it out")
+    if labels.ndim == 2 and labels.shape[1] > 1 and bool(((labels.sum(1) - 1).abs() < SUM_TO_1).all()):
+        return labels.amax(1)
+    return torch.maximum(labels, 1 - labels).reshape(len(labels), -1).mean(1)
+
+
+def with_rows(data: Data, test: Any, rows: np.ndarray, config: Config) -> Data:
+    """`data` whose training rows are followed by the `rows` of the dataset `test`, which train in every fold."""
+    with Loader(test, orders.sequential(rows[:1]), 1, seed=config.seed) as loader:
+        like = next(iter(loader.epoch(0))).targets
+    kind = JoinedBatches if hasattr(data.train, "batch") else JoinedSamples
+    n, base = len(data.train), data.order or orders.shuffled
+    return replace(
+        data,
+        train=kind(data.train, test, rows, config.pseudo_weight, like),
+        ids=[*data.ids, *(f"test {data.test_ids[row]}" for row in rows)],
+        folds=np.concatenate([data.folds, np.full(len(rows), -1)]),
+        order=lambda own: orders.joined(base(own[own < n]), own[own >= n]),
+    )
+
+
+class _Joined:
+    """The rows of a dataset, then the chosen `rows` of another one; all targets have the form of `like` [1, ...].
+
+    `weights` [n] are there where one of them is not 1.
+    """
+
+    def __init__(self, train: Any, test: Any, rows: np.ndarray, weight: float, like: Tree):
+        self.train, self.test, self.rows, self.like = train, test, rows, like
+        own = getattr(train, "weights", None)
+        if own is not None or weight != 1:
+            own = np.ones(len(train)) if own is None else np.asarray(own)
+            self.weights = np.concatenate([own, np.full(len(rows), weight)]).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.rows)
+
+
+class JoinedSamples(_Joined):
+    """Of datasets that make one sample at a time."""
+
+    def sample(self, index: int, rng: np.random.Generator) -> tuple[Tree, Tree]:
+        after = index - len(self.train)
+        part, row = (self.train, index) if after < 0 else (self.test, int(self.rows[after]))
+        inputs, targets = part.sample(row, rng) if hasattr(part, "sample") else part[row]
+        return inputs, map_tree(lambda x: x[0], as_soft(collate([targets]), self.like))
+
+
+class JoinedBatches(_Joined):
+    """Of datasets that make whole batches."""
+
+    def to(self, device: torch.device | str) -> "JoinedBatches":
+        for part in (self.train, self.test):
+            if hasattr(part, "to"):
+                part.to(device)
+        return self
+
+    def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tree, Tree]:
+        after, made, places = indices - len(self.train), [], []
+        for is_test in (False, True):
+            place = np.flatnonzero((after >= 0) == is_test)
+            if not len(place):
+                continue
+            own = Keys(keys.seed, keys.epoch, keys.index[place], keys.draw[place])
+            part, rows = (self.test, self.rows[after[place]]) if is_test else (self.train, indices[place])
+            inputs, targets = as_tensors(part.batch(rows, own))
+            made.append((inputs, as_soft(targets, self.like)))
+            places.append(place)
+        back = np.argsort(np.concatenate(places))
+        return map_tree(lambda x: x[to_device(back, x.device)], join(made)) if len(made) > 1 else made[0]
+
+
+def as_soft(targets: Tree, like: Tree) -> Tree:
+    """Targets [B, ...] in the form of the soft ones `like`: class numbers become one-hot, 0 and 1 become 0.0 and 1.0.
+
+    Raises UserError when they have other keys or shapes.
+    """
+    if isinstance(like, dict) and isinstance(targets, dict) and like.keys() == targets.keys():
+        return {name: as_soft(targets[name], part) for name, part in like.items()}
+    if isinstance(like, (tuple, list)) and isinstance(targets, (tuple, list)) and len(like) == len(targets):
+        return tuple(as_soft(*pair) for pair in zip(targets, like, strict=True))
+    if isinstance(like, Tensor) and isinstance(targets, Tensor):
+        if not targets.is_floating_point() and targets.ndim == like.ndim - 1:  # class numbers
+            targets = F.one_hot(targets.long(), like.shape[1]).movedim(-1, 1)
+        if targets.shape[1:] == like.shape[1:]:
+            return targets.to(like.dtype)
+    raise UserError(
+        f"the targets of the training rows are {_form(targets)}, those of Data.pseudo {_form(like)}: expected the same "
+        f"shape, or class numbers beside the probabilities of classes"
+    )
+
+
+def _form(tree: Tree) -> Tree:
+    return map_tree(lambda x: f"{x.dtype} {list(x.shape[1:])}".removeprefix("torch."), tree)
