@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks import clouds, embedding, engine, gpu, kdd, loaders
 from benchmarks.engine_parts.peers import Work
-from benchmarks.tools import arguments, turns
+from benchmarks.tools import arguments, figures, turns
 from common.losses import CrossEntropy, SoftFBeta, batch_value
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_the_figures_of_a_card_have_their_ratios_and_reasons(no_card, monkeypatc
     rows = gpu.steps_part(clock)
     assert len(rows) == 6 and [row.get("ratio") for row in rows] == [1.0, 1.0, None] * 2
     assert rows[0]["images/s"] == 4000 and rows[2]["skipped"] == "no_such_package is not installed"
-    header, _, first, *_ = gpu.table(rows)
+    header, _, first, *_ = figures.table(rows)
     assert header.startswith("| network | data |") and first.startswith(
         "| small | card | hand-written loop | 2 | 4e+03 |"
     )
