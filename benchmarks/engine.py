@@ -4,7 +4,7 @@
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory
     make bench BENCH=engine ARGS="--json benchmarks/figures/engine.json"      and writes the figures of the README
 
-Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
+Every loop has a process of its own, because merely importing some of the peers slows every torch call around it.
 They are measured in turn, and the quickest step of each counts: the one that nothing else disturbed. All train the same
 network on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of
 these batches; the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc
@@ -154,7 +154,7 @@ def train_on_demand(name: str, network: str) -> None:
 
 def time_part(turns: int = 12) -> list[dict]:
     """Least time of an optimizer step, 4 micro-batches of 32, AdamW."""
-    rows = {name: {"contestant": name} for name in CONTESTANTS}
+    rows = {name: {"loop": name} for name in CONTESTANTS}
     for network in NETWORKS:
         contestants = {name: Contestant(name, network) for name in CONTESTANTS if installed(name)}
         taken = in_turns({name: contestant.train for name, contestant in contestants.items()}, turns)
@@ -207,14 +207,14 @@ def error_part() -> list[dict]:
     rows = []
     for name, contestant in CONTESTANTS.items():
         if not installed(name):
-            rows.append({"contestant": name, "skipped": "not installed"})
+            rows.append({"loop": name, "skipped": "not installed"})
             continue
         batches = batches_of((16,), [32, 5], torch.float64)
         ratio, tail_error = update_error(contestant, batches, F.cross_entropy, CrossEntropy())
         hot = one_hot(batches[:1], torch.float64)
         _, f1_error = update_error(contestant, hot, naive_soft_f1, SoftFBeta(1, "macro"))
         last = {"last batch: update / exact": ratio, "last batch: error": tail_error}
-        rows.append({"contestant": name} | last | {"macro soft F1: error": f1_error})
+        rows.append({"loop": name} | last | {"macro soft F1: error": f1_error})
     return rows
 
 

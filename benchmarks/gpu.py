@@ -235,7 +235,7 @@ def steps_part(clock: Clock) -> list[dict]:
         for where in ("card", "host"):
             by_hand_seconds = None
             for contestant, make in CONTESTANTS.items():
-                row = {"network": name, "data": where, "contestant": contestant}
+                row = {"network": name, "data": where, "loop": contestant}
 
                 def measured(network=network, where=where, make=make) -> dict:
                     torch.manual_seed(0)

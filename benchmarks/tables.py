@@ -93,8 +93,8 @@ def scores(lines: Rows) -> list[str]:
 
 
 def engine(found: dict[str, Any]) -> list[str]:
-    errors = {row["contestant"]: row for row in found["error"]}
-    rows = [row | errors[row["contestant"]] for row in found["time"]]
+    errors = {row["loop"]: row for row in found["error"]}
+    rows = [row | errors[row["loop"]] for row in found["time"]]
     names = [name for name in rows[0] if not name.endswith(", ms")]
     return [*figures.table({name: row.get(name, "") for name in names} for row in rows), *_source(found, "engine")]
 
@@ -104,11 +104,11 @@ def loaders(found: dict[str, Any]) -> list[str]:
 
 
 def gpu(found: dict[str, Any]) -> list[str]:
-    """The step's time as a part of the hand-written loop's, a column for each contestant; memory; whole trainings."""
+    """The step's time as a part of the hand-written loop's, a column for each loop; memory; whole trainings."""
     steps: dict[tuple, dict[str, Any]] = {}
     for row in (row for row in found.get("steps", ()) if "ratio" in row):
         line = steps.setdefault((row["network"], row["data"]), {"network": row["network"], "data on the": row["data"]})
-        line[row["contestant"]] = row["ratio"]
+        line[row["loop"]] = row["ratio"]
     others = [[row for row in found.get(part, ()) if "skipped" not in row] for part in ("memory", "trainings")]
     tables = [figures.table(rows) for rows in ([*steps.values()], *others) if rows]
     return [line for table in tables for line in (*table, "")][:-1] + _source(found, "gpu")
