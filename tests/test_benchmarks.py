@@ -1,6 +1,7 @@
 """The benchmarks start, say what is wrong with their arguments, and compare like with like; nothing is timed here."""
 
 import importlib
+import json
 import signal
 import subprocess
 import sys
@@ -135,6 +136,20 @@ def test_without_a_card_one_line_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gpu.main([])
     assert capsys.readouterr().out.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+# Figures.
+
+
+def test_the_figures_of_a_part_are_printed_and_written(capsys, tmp_path):
+    def toy(rows):
+        """A toy part."""
+        return [{"loop": "a", "ratio": 1 / 3, "exact": True}] * rows
+
+    figures.measure({"toy": toy}, figures.facts(seed=0), str(tmp_path / "toy.json"), 2)
+    assert capsys.readouterr().out.count("| a | 0.333 | yes |\n") == 2
+    written = json.loads((tmp_path / "toy.json").read_text())
+    assert written["toy"] == toy(2) and {"processor", "python", "torch", "seed", "commit"} <= set(written)
 
 
 # Taking turns.
