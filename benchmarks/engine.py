@@ -2,22 +2,22 @@
 
     make bench BENCH=engine                  everything that this machine can run (about four minutes on two cores)
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory
+    make bench BENCH=engine ARGS="--json benchmarks/figures/engine.json"      and writes the figures of the README
 
-Every contestant has a process of its own, because merely importing some of the peers slows every torch call around it.
-They take turns, and the quickest step of each counts: the one that nothing else disturbed. All train the same network
-on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of these
-batches; the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc happens
-to give pages back. requirements-peers.txt lists the peers.
+Every loop has a process of its own, because merely importing some of the peers slows every torch call around it.
+They are measured in turn, and the quickest step of each counts: the one that nothing else disturbed. All train the same
+network on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of
+these batches; the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc
+happens to give pages back. requirements-peers.txt lists the peers.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.engine_parts.peers import ACCUMULATE, PEERS, Work, installed
+from benchmarks.engine_parts.peers import ACCUMULATE, PEERS, Work, installed, versions
+from benchmarks.tools import figures
 from benchmarks.tools.turns import in_turns
 from common.batch import Batch
 from common.engine.step import Engine
@@ -119,12 +120,6 @@ def quickest(turns: list[list[float]]) -> float:
     return min(seconds for turn in turns for seconds in turn)
 
 
-def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
 class Contestant:
     """One of CONTESTANTS in a process of its own: what a peer changes by being imported slows nobody else."""
 
@@ -157,32 +152,22 @@ def train_on_demand(name: str, network: str) -> None:
         print(json.dumps(step_times(work.ticks)), file=answers, flush=True)
 
 
-def time_part(turns: int = 12) -> None:
-    """Time of an optimizer step of 4 micro-batches of 32, AdamW."""
-    names = [name for name in CONTESTANTS if installed(name)]
-    columns: dict[str, dict[str, float]] = {}
+def time_part(turns: int = 12) -> list[dict]:
+    """Least time of an optimizer step, 4 micro-batches of 32, AdamW."""
+    rows = {name: {"loop": name} for name in CONTESTANTS}
     for network in NETWORKS:
-        contestants = {name: Contestant(name, network) for name in names}
-        ways = {name: contestant.train for name, contestant in contestants.items()}
-        taken = in_turns(ways, turns)
-        for contestant in contestants.values():
+        contestants = {name: Contestant(name, network) for name in CONTESTANTS if installed(name)}
+        taken = in_turns({name: contestant.train for name, contestant in contestants.items()}, turns)
+        by_hand = quickest(taken["hand-written loop"])
+        for name, contestant in contestants.items():
             contestant.end()
-        columns[network] = {name: quickest(taken[name]) for name in names}
-    rows = []
-    for name in CONTESTANTS:
-        cells = []
-        for found in columns.values():
-            if name in found:
-                cells += [f"{found[name] * 1e3:.2f}", f"{found[name] / found['hand-written loop']:.2f}"]
-            else:
-                cells += ["not installed", ""]
-        rows.append([name, *cells])
-    header = ["", *(f"{network}, {what}" for network in NETWORKS for what in ("ms", "ratio"))]
-    table("Least time of an optimizer step, 4 micro-batches of 32, AdamW", header, rows)
+            seconds = quickest(taken[name])
+            rows[name] |= {f"{network}, ms": seconds * 1e3, f"{network}, ratio": seconds / by_hand}
+    return [row | ({} if installed(name) else {"skipped": "not installed"}) for name, row in rows.items()]
 
 
-def passes_part(turns: int = 12) -> None:
-    """A loss that needs two passes against the naive accumulation of the same loss."""
+def passes_part(turns: int = 12) -> list[dict]:
+    """Macro soft F1: two passes against naive accumulation of the same loss."""
     rows = []
     for network, (make, shape) in NETWORKS.items():
         batches = one_hot(batches_of(shape, [32 * ACCUMULATE] * STEPS[network]), torch.float32)
@@ -199,10 +184,9 @@ def passes_part(turns: int = 12) -> None:
             "forward": partial(trained, forward_alone),
         }
         naive, exact, forward = map(quickest, in_turns(ways, turns).values())
-        bound = 1 + forward / naive + 0.05
-        rows.append([network, f"{naive * 1e3:.2f}", f"{exact * 1e3:.2f}", f"{exact / naive:.2f}", f"{bound:.2f}"])
-    header = ["", "naive, ms", "exact, ms", "ratio", "1 + F/(F+B) + 5 %"]
-    table("Macro soft F1: two passes against naive accumulation", header, rows)
+        times = {"naive, ms": naive * 1e3, "exact, ms": exact * 1e3, "ratio": exact / naive}
+        rows.append({"network": network} | times | {"1 + F/(F+B) + 5 %": 1 + forward / naive + 0.05})
+    return rows
 
 
 def forward_alone(work: Work) -> None:
@@ -218,20 +202,20 @@ def weights_of(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
 
 
-def error_part() -> None:
-    """The update against SGD on the exact gradient of the batch; 37 samples, micro-batches of 8, an update every 4."""
+def error_part() -> list[dict]:
+    """Error of the update against SGD on the exact gradient; 37 samples, micro-batches of 8, an update every 4."""
     rows = []
     for name, contestant in CONTESTANTS.items():
         if not installed(name):
-            rows.append([name, "not installed", "", ""])
+            rows.append({"loop": name, "skipped": "not installed"})
             continue
         batches = batches_of((16,), [32, 5], torch.float64)
         ratio, tail_error = update_error(contestant, batches, F.cross_entropy, CrossEntropy())
         hot = one_hot(batches[:1], torch.float64)
         _, f1_error = update_error(contestant, hot, naive_soft_f1, SoftFBeta(1, "macro"))
-        rows.append([name, f"{ratio:.3f}", f"{tail_error:.1e}", f"{f1_error:.1e}"])
-    header = ["", "last batch: update / exact", "relative error", "macro soft F1: relative error"]
-    table("Error of the update", header, rows)
+        last = {"last batch: update / exact": ratio, "last batch: error": tail_error}
+        rows.append({"loop": name} | last | {"macro soft F1: error": f1_error})
+    return rows
 
 
 def update_error(
@@ -254,11 +238,10 @@ def update_error(
     return float(update @ exact / exact.square().sum()), float((update - exact).norm() / exact.norm())
 
 
-def memory_part() -> None:
-    """Peak memory of a child process; every child holds the same 64 images."""
+def memory_part() -> list[dict]:
+    """Peak resident memory of a process that holds 64 images, CNN 3x128x128 of width 32, AdamW."""
     if not PROCESSES.exists():
-        print("memory: skipped, the peak of a process is read from Linux's /proc")
-        return
+        return [{"skipped": "the peak of a process is read from Linux's /proc"}]
     cases = {"plain, batch 4": "plain", "this kit, batch 64, micro-batch 4": "batch", "whole batch of 64": "whole"}
     peaks = {}
     for name, case in cases.items():
@@ -270,12 +253,11 @@ def memory_part() -> None:
         before, peak = map(float, found.stdout.split()[-2:])
         peaks[name] = (peak, peak - before)
     plain, plain_net = peaks["plain, batch 4"]
-    rows = [
-        [name, f"{peak:.0f}", f"{peak / plain:.3f}", f"{net:.0f}", f"{net / plain_net:.3f}"]
-        for name, (peak, net) in peaks.items()
+    net = "MiB above that before the first step"
+    return [
+        {"way": name, "MiB": peak, "ratio": peak / plain, net: own, "its ratio": own / plain_net}
+        for name, (peak, own) in peaks.items()
     ]
-    header = ["", "MiB", "ratio", "MiB above that before the first step", "ratio"]
-    table("Peak resident memory, CNN 3x128x128 of width 32, AdamW", header, rows)
 
 
 def train_once(case: str) -> None:
@@ -305,15 +287,6 @@ def resident(which: str) -> float:
     return next(int(line.split()[1]) for line in open(PROCESSES / "self/status") if line.startswith(which)) / 1024
 
 
-def machine() -> Iterator[str]:
-    """Hardware and versions, a line each."""
-    facts = (PROCESSES / "cpuinfo").read_text().splitlines() if PROCESSES.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in facts if "model name" in line), platform.machine())
-    yield f"{cpu}, {os.cpu_count()} cores, 1 thread used, load {os.getloadavg()[0]:.1f}"
-    yield f"Python {platform.python_version()}, torch {torch.__version__}"
-    yield "peers: " + ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PEERS)
-
-
 PARTS = {"time": time_part, "passes": passes_part, "error": error_part, "memory": memory_part}
 
 
@@ -332,13 +305,13 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", type=part, metavar="part", help=f"{', '.join(PARTS)} [all of them]")
+    parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     given = parser.parse_args(arguments)
     if not os.environ.keys() >= STEADY_ALLOCATOR.keys():  # glibc reads them when a process starts
         again = [sys.executable, "-m", "benchmarks.engine", *arguments]
         os.execve(sys.executable, again, os.environ | STEADY_ALLOCATOR)
-    print("\n".join(machine()))
-    for name in given.parts or PARTS:
-        PARTS[name]()
+    found = figures.facts(threads=1, peers=versions(), seed=0)
+    figures.measure({name: PARTS[name] for name in given.parts or PARTS}, found, given.json)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ import argparse
 import csv
 import gc
 import importlib.util
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.engine_parts.peers import versions
+from benchmarks.tools import figures
 from common.batch import Batch
 from common.device import prepare_device
 from common.engine import memory
@@ -235,7 +235,7 @@ def steps_part(clock: Clock) -> list[dict]:
         for where in ("card", "host"):
             by_hand_seconds = None
             for contestant, make in CONTESTANTS.items():
-                row = {"network": name, "data": where, "contestant": contestant}
+                row = {"network": name, "data": where, "loop": contestant}
 
                 def measured(network=network, where=where, make=make) -> dict:
                     torch.manual_seed(0)
@@ -364,13 +364,6 @@ def tried(work: Callable[[], dict], clock: Clock, seconds: float) -> dict:
 PARTS = {"steps": steps_part, "memory": memory_part, "trainings": trainings_part}
 
 
-def table(rows: list[dict]) -> list[str]:
-    """The rows as Markdown, one column for every name in them."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(n, "") for n in names)] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *shown)]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -386,20 +379,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     prepare_device(CARD, False)
     clock = Clock(time.monotonic() + given.seconds)
-    found: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(CARD),
-        "GiB": round(torch.cuda.get_device_properties(CARD).total_memory / GIB, 1),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "precision": best_precision(CARD),
-    }
-    print(", ".join(f"{name} {value}" for name, value in found.items()))
-    for name in given.parts or PARTS:
-        found[name] = PARTS[name](clock)
-        print("\n".join(["", PARTS[name].__doc__.splitlines()[0], "", *table(found[name])]), flush=True)
-        Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
-    print(f"\nwritten to {given.json}")
+    found = figures.facts(
+        card=torch.cuda.get_device_name(CARD),
+        GiB=round(torch.cuda.get_device_properties(CARD).total_memory / GIB, 1),
+        precision=best_precision(CARD),
+        peers=versions(),
+        seed=0,
+    )
+    figures.measure({name: PARTS[name] for name in given.parts or PARTS}, found, given.json, clock)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
     make bench BENCH=loaders                                   all four parts
     make bench BENCH=loaders ARGS="--part guarantees"          overhead, first, clouds or guarantees
     make bench BENCH=loaders ARGS="--data path/to/clouds"      real images instead of generated ones
+    make bench BENCH=loaders ARGS="--json benchmarks/figures/loaders.json"      and writes the figures of the README
 
 torchdata and Lightning come from requirements-peers.txt; without them their rows say so.
 """
 
 import argparse
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 import random
 import tempfile
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
+from benchmarks.tools import figures
 from benchmarks.tools.arguments import existing
 from benchmarks.tools.turns import least_seconds
 from common.loading import orders
@@ -79,10 +82,9 @@ class Augmented:
         return changed["image"], changed["mask"]
 
 
-def overhead() -> None:
-    print("\n## What a key costs: this kit's Loader beside torch's DataLoader, same dataset, batches and workers\n")
-    print("| dataset | workers | DataLoader us/sample | Loader us/sample | difference | ratio |")
-    print("|---|---|---|---|---|---|")
+def overhead(data: Path | None) -> list[dict]:
+    """What a key costs: this kit's Loader beside torch's DataLoader, same dataset, batches and workers."""
+    rows = []
     for name, dataset, size, repeats in [
         ("16 numbers", Rows(32_768), 256, 7),
         ("albumentations 384x576", Augmented(96), 8, 5),
@@ -105,12 +107,10 @@ def overhead() -> None:
                 for run in runs.values():
                     run()  # starts the workers
                 best = least_seconds(runs, repeats)
-            us = {key: seconds / len(dataset) * 1e6 for key, seconds in best.items()}
-            print(
-                f"| {name} | {workers} | {us['plain']:.1f} | {us['keyed']:.1f} | {us['keyed'] - us['plain']:+.1f} | "
-                f"{us['keyed'] / us['plain']:.3f} |",
-                flush=True,
-            )
+            plain, keyed = (best[key] / len(dataset) * 1e6 for key in ("plain", "keyed"))
+            us = {"DataLoader us/sample": plain, "Loader us/sample": keyed, "difference": keyed - plain}
+            rows.append({"dataset": name, "workers": workers} | us | {"ratio": keyed / plain})
+    return rows
 
 
 # How long a training waits for the first batch of an epoch.
@@ -126,10 +126,10 @@ class Slow(Rows):
         return super().__getitem__(index)
 
 
-def first() -> None:
-    print("\n## The first batch of an epoch: batches of 16, two workers, 20 ms a sample; in samples' times\n")
-    print("| | first epoch, with the workers' start | next epoch | next, after 1 s of validation |\n|---|---|---|---|")
-    dataset = Slow(128)
+def first(data: Path | None) -> list[dict]:
+    """The first batch of an epoch: batches of 16, two workers, 20 ms a sample; in samples' times."""
+    names = ["first epoch, with the workers' start", "next epoch", "next, after 1 s of validation"]
+    rows, dataset = [], Slow(128)
     plain = DataLoader(dataset, 16, shuffle=True, num_workers=2, persistent_workers=True)
     with Loader(dataset, orders.shuffled(128), 16, seed=0, workers=2) as loader:
         for name, epoch in (("torch DataLoader", lambda number: iter(plain)), ("this kit's Loader", loader.epoch)):
@@ -141,7 +141,8 @@ def first() -> None:
                 next(batches)
                 waits.append((time.perf_counter() - started) / Slow.seconds)
                 drain(batches)
-            print(f"| {name} | {' | '.join(f'{wait:.1f}' for wait in waits)} |", flush=True)
+            rows.append({"loader": name} | dict(zip(names, waits, strict=True)))
+    return rows
 
 
 # How fast images come.
@@ -188,7 +189,8 @@ class BareLoops:
             process.join()
 
 
-def clouds(data: Path | None) -> None:
+def clouds(data: Path | None) -> list[dict]:
+    """Images a second of the clouds training: decode, masks, augment."""
     from common.raw import RawData
     from competitions.clouds.config import RECIPES
     from competitions.clouds.demo import write_demo
@@ -217,11 +219,12 @@ def clouds(data: Path | None) -> None:
         best = least_seconds(runs, 5)
     bare.end()
     folder.cleanup()
-    where = "generated" if data is None else data
-    print(f"\n## Images a second of the clouds training: decode, masks, augment ({where}, {len(rows)} images)\n")
-    print("| | images/s | of two bare loops |\n|---|---|---|")
-    for name, seconds in best.items():
-        print(f"| {name} | {len(rows) / seconds:.1f} | {best['two bare loops'] / seconds:.2f} |")
+    facts = {"data": "generated" if data is None else data.name, "images": len(rows)}
+    bound = best["two bare loops"]
+    return [
+        {"way": name} | facts | {"images/s": len(rows) / seconds, "of two bare loops": bound / seconds}
+        for name, seconds in best.items()
+    ]
 
 
 # Which guarantees hold.
@@ -347,6 +350,12 @@ def guarantees_of(system: Any, source: str) -> list[bool]:
     ]
 
 
+def versions() -> str:
+    """Of the peers that are installed, in one line."""
+    there = [name for name in ("torchdata", "lightning") if importlib.util.find_spec(name)]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in there) or "none installed"
+
+
 def peers() -> dict[str, Any]:
     """The systems by name; a line of text for one that is not installed."""
 
@@ -372,40 +381,40 @@ def peers() -> dict[str, Any]:
     return found | {"this kit's Loader": Ours()}
 
 
-def guarantees() -> None:
-    columns = [
-        "distinct across workers",
-        "epochs differ",
-        "same for any worker count",
-        "same for any rank count",
-        "exact mid-epoch resume",
-        "independent transforms",
-    ]
-    print("\n## Which guarantees hold: 64 samples, batches of 8, random numbers and their order compared bit by bit\n")
-    print(f"| loader | draws from | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+GUARANTEES = [
+    "workers differ",
+    "epochs differ",
+    "any worker count",
+    "any rank count",
+    "exact resume in an epoch",
+    "independent transforms",
+]
+
+
+def guarantees(data: Path | None) -> list[dict]:
+    """Which guarantees hold: 64 samples, batches of 8, random numbers and their order compared bit by bit."""
+    rows = []
     for name, system in peers().items():
         for source in ("globals", "albumentations"):
-            if isinstance(system, str):
-                print(f"| {name} | {source} | {system} |")
-            else:
-                cells = ["yes" if holds else "no" for holds in guarantees_of(system, source)]
-                print(f"| {name} | {source} | {' | '.join(cells)} |", flush=True)
+            found = isinstance(system, str) or guarantees_of(system, source)
+            cells = {"skipped": system} if found is True else dict(zip(GUARANTEES, found, strict=True))
+            rows.append({"loader": name, "draws from": source} | cells)
+    return rows
+
+
+PARTS = {"overhead": overhead, "first": first, "clouds": clouds, "guarantees": guarantees}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["all", "overhead", "first", "clouds", "guarantees"], default="all")
+    parser.add_argument("--part", choices=["all", *PARTS], default="all")
     parser.add_argument("--data", type=existing, help="folder with the competition's files in Kaggle's layout")
+    parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.part in ("all", "overhead"):
-        overhead()
-    if given.part in ("all", "first"):
-        first()
-    if given.part in ("all", "clouds"):
-        clouds(given.data)
-    if given.part in ("all", "guarantees"):
-        guarantees()
+    parts = PARTS if given.part == "all" else {given.part: PARTS[given.part]}
+    found = figures.facts(threads=1, albumentations=A.__version__, peers=versions(), seed=0)
+    figures.measure(parts, found, given.json, given.data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks start, say what is wrong with their arguments, and compare like with like; nothing is timed here."""
 
 import importlib
+import json
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks import clouds, embedding, engine, gpu, kdd, loaders
 from benchmarks.engine_parts.peers import Work
-from benchmarks.tools import arguments, turns
+from benchmarks.tools import arguments, figures, turns
 from common.losses import CrossEntropy, SoftFBeta, batch_value
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ def test_the_figures_of_a_card_have_their_ratios_and_reasons(no_card, monkeypatc
     rows = gpu.steps_part(clock)
     assert len(rows) == 6 and [row.get("ratio") for row in rows] == [1.0, 1.0, None] * 2
     assert rows[0]["images/s"] == 4000 and rows[2]["skipped"] == "no_such_package is not installed"
-    header, _, first, *_ = gpu.table(rows)
+    header, _, first, *_ = figures.table(rows)
     assert header.startswith("| network | data |") and first.startswith(
         "| small | card | hand-written loop | 2 | 4e+03 |"
     )
@@ -135,6 +136,20 @@ def test_without_a_card_one_line_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gpu.main([])
     assert capsys.readouterr().out.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+# Figures.
+
+
+def test_the_figures_of_a_part_are_printed_and_written(capsys, tmp_path):
+    def toy(rows):
+        """A toy part."""
+        return [{"loop": "a", "ratio": 1 / 3, "exact": True}] * rows
+
+    figures.measure({"toy": toy}, figures.facts(seed=0), str(tmp_path / "toy.json"), 2)
+    assert capsys.readouterr().out.count("| a | 0.333 | yes |\n") == 2
+    written = json.loads((tmp_path / "toy.json").read_text())
+    assert written["toy"] == toy(2) and {"processor", "python", "torch", "seed", "commit"} <= set(written)
 
 
 # Taking turns.

@@ -191,6 +191,11 @@ PEERS = {"Fabric": fabric, "accelerate": accelerate, "Lightning": lightning, "Ke
 PACKAGES = {"Fabric": "lightning", "Lightning": "lightning", "accelerate": "accelerate", "Keras": "keras"}
 
 
+def versions() -> str:
+    """Of every peer, in one line."""
+    return ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PEERS)
+
+
 def installed(name: str) -> str | None:
     """The version of a peer, None when it is missing; what is no peer needs no package."""
     try:

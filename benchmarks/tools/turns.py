@@ -1,4 +1,4 @@
-"""Contestants take turns, so that a busy moment of the machine meets all of them and not one."""
+"""Ways are measured in turn, so that a busy moment of the machine meets all of them and not one."""
 
 import time
 from collections.abc import Callable
