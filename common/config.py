@@ -278,11 +278,14 @@ def to_json(config: Config) -> str:
 
 
 def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:
-    """The config that `to_json` wrote; raises UserError when its fields are not those of `config_class`."""
-    known = {item.name for item in fields(config_class)}
-    if values.keys() != known:
-        difference = ", ".join(sorted(values.keys() ^ known))
-        raise UserError(f"the run was made with other settings than this version has ({difference}): train it again")
+    """The config that `to_json` wrote; raises UserError when it has fields that `config_class` has not.
+
+    A flag that is newer than the run has its default there: a new flag's default is what was done before it.
+    """
+    if gone := sorted(values.keys() - {item.name for item in fields(config_class)}):
+        raise UserError(
+            f"the run was made with settings that this version has no more ({', '.join(gone)}): train it again"
+        )
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

@@ -118,9 +118,11 @@ def test_json_round_trip_keeps_every_value_and_type():
     assert again == config and type(again.size) is tuple
 
 
-def test_a_config_of_another_version_is_refused_by_the_names_that_differ():
-    with pytest.raises(UserError, match="head, hull, scales, size"):
-        from_values(Example, json.loads(to_json(Config())))
+def test_a_flag_newer_than_the_run_has_its_default_and_one_that_is_gone_is_refused():
+    old = Config(lr=0.5)
+    assert from_values(Example, json.loads(to_json(old))) == Example(**vars(old))
+    with pytest.raises(UserError, match="no more .head, hull, scales, size.: train it again"):
+        from_values(Config, json.loads(to_json(parse("--size", "10,20"))))
 
 
 def test_fields_of_the_machine_do_not_count_as_differences():
