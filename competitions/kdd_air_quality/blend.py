@@ -5,6 +5,7 @@ out, the others have equal weights but for strong reasons, those of a city and p
 and the level is one number: one per group is worse than none.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,10 @@ def _minimum(
     bounds = [(-8, 8)] * len(start) + [fixed]
     found = minimize(value_and_gradient, np.append(start, level or 0.0), jac=True, method="L-BFGS-B", bounds=bounds)
     return found.x[:-1], float(found.x[-1])
+
+
+def equal(names: Sequence[str], groups: Sequence[str]) -> Weights:
+    return {"level": 1.0, "weights": {group: dict.fromkeys(names, 1.0) for group in groups}}
 
 
 def apply(fitted: Weights, forecasts: dict[str, np.ndarray], groups: tuple[str, ...]) -> np.ndarray:

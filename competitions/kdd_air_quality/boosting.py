@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from competitions.kdd_air_quality import features
+from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.linear import Lines
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.parallel import in_parallel
@@ -74,57 +75,48 @@ def from_linear(draw: int) -> bool:
 
 
 def fit(
-    observations: Observations,
-    lines: Lines,
-    draws: list[int],
-    rounds: int,
-    fraction: float,
-    jobs: int,
-    seed: int,
-    label: str = "boosting",
+    observations: Observations, lines: Lines, draws: list[int], config: Config, label: str
 ) -> Iterator[tuple[int, list[Member]]]:
     """Fit kinds x cities on everything that is over at the end of the data; yields the members of each draw when done.
 
-    Every draw takes another `fraction` of the rows (origin, hour ahead, series). `lines` is the linear forecaster of
-    the same data. Raises UserError on too short a history.
+    Every draw takes another `boosting_fraction` of the rows (origin, hour ahead, series). `lines` is the linear
+    forecaster of the same data. Raises UserError on too short a history.
     """
-    groups = observations.network.groups
-    parts = []
+    network, parts = observations.network, []
     for shift in SHIFT_HOURS:
         shifted = replace(observations, start=observations.start + shift * HOUR, values=observations.values[shift:])
         ends = features.training_ends(shifted)
         known = features.build(shifted, ends)
-        parts.append((known, features.targets(shifted, known.base, ends), lines.at(known, groups)))
+        parts.append((known, features.targets(shifted, known.base, ends), lines.at(known, network.groups)))
+    fraction = config.boosting_fraction / len(parts)
     for draw in draws:
-        kept = columns(known, draw)
+        kept, seed = columns(known, draw), config.seed * 1000 + draw
         categorical = [place for place, number in enumerate(kept) if known.names[number] in features.CATEGORICAL]
         work, members = [], []
         for city in CITIES:
-            table, target = _rows(parts, city, groups, fraction / len(parts), seed, draw)
+            table, target = _rows(parts, network.in_city(city), fraction, config.seed, draw)
             for kind in KINDS if len(target) else ():
-                work.append((_fit_one, (table[:, kept], target, categorical, kind, seed * 1000 + draw, rounds)))
+                work.append((_fit_one, (table[:, kept], target, categorical, kind, seed, config.boosting_rounds)))
                 members.append((city, kind, draw))
-        texts = in_parallel(work, jobs, f"{label}, draw {draw + 1}")
+        texts = in_parallel(work, config.jobs, f"{label}, draw {draw + 1}")
         yield draw, [Member(*member, text) for member, text in zip(members, texts, strict=True)]
 
 
 def _rows(
     parts: list[tuple[features.Features, np.ndarray, np.ndarray]],
-    city: str,
-    groups: tuple[str, ...],
+    own: np.ndarray,
     fraction: float,
     seed: int,
     draw: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random `fraction` of a city's rows with a known target: features [n, F] and what the draw is to learn [n]."""
-    own = np.array([group.startswith(city) for group in groups])
+    """A random `fraction` of the rows of the series `own` with a known target: features [n, F], what to learn [n]."""
     tables, found = [], []
     for number, (known, wanted, linear) in enumerate(parts):
         random = np.random.default_rng([seed, draw, number])
         chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < fraction)
-        origin, hour, series = np.nonzero(chosen)
-        tables.append(known.table(origin, hour, series))
-        found.append((wanted - linear if from_linear(draw) else wanted)[origin, hour, series])
+        places = np.nonzero(chosen)  # origin, hour, series
+        tables.append(known.table(*places))
+        found.append((wanted - linear if from_linear(draw) else wanted)[places])
     return np.concatenate(tables), np.concatenate(found)
 
 
@@ -141,16 +133,16 @@ def forecast(members: list[Member], lines: Lines, observations: Observations, en
     """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
     from lightgbm import Booster
 
-    known = features.build(observations, ends)
-    result = np.zeros((len(ends), HORIZON_HOURS, len(observations.network.series)))
-    boosters = [(member, columns(known, member.draw), Booster(model_str=member.text)) for member in members]
+    known, network = features.build(observations, ends), observations.network
+    result = np.zeros((len(ends), HORIZON_HOURS, len(network.series)))
+    boosters = [(member.city, columns(known, member.draw), Booster(model_str=member.text)) for member in members]
     for city in CITIES:
-        own = np.flatnonzero([group.startswith(city) for group in observations.network.groups])
-        of_city = [(kept, booster) for member, kept, booster in boosters if member.city == city]
+        own = np.flatnonzero(network.in_city(city))
+        of_city = [(kept, booster) for its_city, kept, booster in boosters if its_city == city]
+        hour, place = np.repeat(np.arange(HORIZON_HOURS), len(own)), np.tile(own, HORIZON_HOURS)
         for number in range(len(ends)) if len(own) and of_city else ():
-            hour, place = (grid.ravel() for grid in np.meshgrid(np.arange(HORIZON_HOURS), own, indexing="ij"))
             table = known.table(np.full(len(hour), number), hour, place)
             mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
     fraction = sum(from_linear(member.draw) for member in members) / max(len(members), 1)
-    return np.exp(result + fraction * lines.at(known, observations.network.groups) + np.tile(known.base, (1, 2, 1)))
+    return np.exp(result + fraction * lines.at(known, network.groups) + np.tile(known.base, (1, 2, 1)))

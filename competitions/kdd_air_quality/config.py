@@ -8,21 +8,24 @@ from common.config import at_least, between, flag
 from common.errors import UserError
 from common.kaggle.source import Source
 
-MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
+MODELS = ("medians", "linear", "boosting", "mlp")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
 FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
-# Flags of the core that change nothing here, and why.
-UNUSED = {
-    "fold": "the last days are held out, by time: choose --last-day and --backtest-days",
-    "folds": "the last days are held out, by time: choose --last-day and --backtest-days",
-    "batch_size": "a batch of the network is a whole day of all series",
-    "keep": "the network keeps its last weights: the best on the held-out days would know their truth",
-    "patience": "the network is trained to its last epoch: stopping on the held-out days would know their truth",
-    "evaluate_every": "the held-out days are scored once, after the last epoch",
-    "tta": "forecasts have no test-time augmentation",
-    "channels_last": "there are no images",
-    "bad_images": "there are no images",
-}
+# What the network among the models reads of the core's settings. Not its batch, which is a day of all series; nor what
+# looks at the held-out days to stop, or to choose weights: those would know the truth that they are scored on.
+USES = (
+    "epochs",
+    "micro_batch",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "schedule",
+    "warmup",
+    "clip_norm",
+    "ema",
+)
+USES += ("swa", "checkpointing", "compile", "graph", "track")
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
 
 SOURCE = Source(
@@ -101,11 +104,11 @@ RECIPES = {
 }
 
 
-def refuse_unused(config: Config) -> None:
-    """Raise UserError on flags of the core that have nothing to say here."""
-    for name, why in UNUSED.items():
-        if getattr(config, name) != getattr(DEFAULT, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {why}. Leave this flag out")
+def refuse_folds(config: Config) -> None:
+    """Raise UserError on --fold and --folds, which say nothing here."""
+    for name in ("fold", "folds"):
+        if (value := getattr(config, name)) != getattr(DEFAULT, name):
+            raise UserError(f"--{name} {value}: the last days are held out, by time: --last-day and --backtest-days")
 
 
 def predict(competition: str, argv: list[str]) -> None:

@@ -4,7 +4,7 @@ Nothing looks at or past a forecast's origin: the regressors are fitted on what 
 and the other two steps see only what they are given, which ends at the origin.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,10 @@ import numpy as np
 from competitions.kdd_air_quality.features import log_of
 from competitions.kdd_air_quality.parallel import in_parallel
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import CITIES, Network, city_of
+from competitions.kdd_air_quality.stations import Network
 
 # Regressors fill an hour only when fewer stations of the city than this miss the pollutant, the target among them.
-MOST_MISSING = {"Beijing": 17, "London": 6}
+MOST_MISSING = {"Beijing": (17, 35), "London": (6, 13)}  # of all stations of the city
 ROUNDS = 60
 FEWEST_ROWS = 200  # hours of a series that are worth a regressor
 SETTINGS = {
@@ -38,7 +38,7 @@ SETTINGS = {
 class Imputers:
     """One LightGBM regressor per series as text, '' for a series that has too few values or no neighbours."""
 
-    models: tuple[str, ...]
+    models: Sequence[str]
     network: Network
 
     def fill(self, series: np.ndarray) -> np.ndarray:
@@ -68,20 +68,21 @@ def _fillable(series: np.ndarray, network: Network, number: int) -> np.ndarray:
     """Hours [hours] in which the series is missing and enough of its city is not."""
     city = network.groups[number].split(" ")[0]
     stations = [*_peers(network, number), number]
-    limit = MOST_MISSING[city] * len(stations) / (35 if city == "Beijing" else 13)  # in proportion on smaller networks
+    most, of_all = MOST_MISSING[city]
+    limit = most * len(stations) / of_all  # in proportion on smaller networks
     missing = np.isnan(series[:, stations]).sum(axis=1)
     return np.isnan(series[:, number]) & (missing < limit)
 
 
-def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "imputers") -> Imputers:
-    """Fit one regressor per series, in parallel. `observations` must end at the origin they are used for."""
+def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "imputers") -> list[str]:
+    """`Imputers.models`, fitted in parallel. `observations` must end at the origin they are used for."""
     series = observations.series()
-    work: list[tuple[Callable, tuple]] = []
+    work = []
     for number in range(series.shape[1]):
-        peers = _peers(observations.network, number)
-        rows = np.flatnonzero(np.isfinite(series[:, number]))
-        work.append((_fit_one, (log_of(series[rows][:, peers]), log_of(series[rows, number]), seed)))
-    return Imputers(tuple(in_parallel(work, jobs, label)), observations.network)
+        rows = np.isfinite(series[:, number])
+        neighbours = log_of(series[rows][:, _peers(observations.network, number)])
+        work.append((_fit_one, (neighbours, log_of(series[rows, number]), seed)))
+    return in_parallel(work, jobs, label)
 
 
 def _fit_one(neighbours: np.ndarray, target: np.ndarray, seed: int) -> str:
@@ -105,22 +106,20 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
     days = whole.reshape(-1, 24, series.shape[1])
     days = _carried(_carried(days)[::-1])[::-1]
     filled = days.reshape(-1, series.shape[1])[-hours % 24 :]
+    groups = np.array(network.groups)
     for group in dict.fromkeys(network.groups):
-        members = [number for number, name in enumerate(network.groups) if name == group]
-        there = np.isfinite(filled[:, members])
-        count = there.sum(1)
-        total = np.where(there, filled[:, members], 0).sum(1)
+        own = filled[:, groups == group]
+        there = np.isfinite(own)
+        count, total = there.sum(1), np.where(there, own, 0).sum(1)
         overall = total.sum() / count.sum() if count.sum() else _city_mean(filled, network, group)
         mean = np.where(count > 0, total / np.maximum(count, 1), overall)
-        filled[:, members] = np.where(there, filled[:, members], mean[:, None])
+        filled[:, groups == group] = np.where(there, own, mean[:, None])
     return filled
 
 
 def _city_mean(series: np.ndarray, network: Network, group: str) -> float:
     """For a pollutant that a city never measured: the mean of the city, else of everything, else 1."""
-    city = next(city for city in CITIES if group.startswith(city))
-    own = series[:, [n for n, (station, _) in enumerate(network.series) if city_of(network.stations[station]) == city]]
-    for values in (own, series):
+    for values in (series[:, network.in_city(group.split(" ")[0])], series):
         if np.isfinite(values).any():
             return float(np.nanmean(values))
     return 1.0

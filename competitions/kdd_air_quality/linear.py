@@ -40,8 +40,11 @@ class Lines:
         return result
 
 
-def fit(observations: Observations, jobs: int, label: str = "linear") -> Lines:
-    """Fit every group and hour on the origins that are over at the end of the data; raises UserError on too few."""
+def fit(observations: Observations, jobs: int, label: str = "linear") -> np.ndarray:
+    """`Lines.coefficients` of every group and hour, from the origins that are over at the end of the data.
+
+    Raises UserError on too few of them.
+    """
     from threadpoolctl import threadpool_limits
 
     ends = features.training_ends(observations)
@@ -58,7 +61,7 @@ def fit(observations: Observations, jobs: int, label: str = "linear") -> Lines:
         ]
     with threadpool_limits(1):  # the fits run side by side; a matrix product in each must not take every core
         found = in_parallel(work, jobs, label)
-    return Lines(np.array(found).reshape(-1, HORIZON_HOURS, len(found[0])))
+    return np.array(found).reshape(-1, HORIZON_HOURS, len(found[0]))
 
 
 def _table(context: np.ndarray, hourly: np.ndarray, season: np.ndarray) -> np.ndarray:

@@ -265,7 +265,7 @@ def test_too_short_a_history_is_refused_before_anything_is_fitted(here, capsys, 
 def test_flags_that_would_do_nothing_are_refused(here, capsys, verb, words):
     assert main([verb, "kdd_air_quality", *SMALL, "--data", "files", *words.split()]) == 1
     error = capsys.readouterr().err
-    assert any(word in error for word in words.split() if word.startswith("--")) and "Leave this flag out" in error
+    assert any(word in error for word in words.split() if word.startswith("--")) and error.count("\n") == 1
     assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
 
 

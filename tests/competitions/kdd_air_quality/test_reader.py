@@ -353,7 +353,7 @@ def test_a_mistyped_year_is_refused(files, year):
 
 def test_a_folder_without_a_single_value_is_refused(tmp_path):
     (tmp_path / "blank.csv").write_text("stationId,utc_time,PM2.5\ndongsi_aq,2018-01-01 05:00:00,\n")
-    with pytest.raises(UserError, match="no row has a value of a known station such as dongsi_aq"):
+    with pytest.raises(UserError, match="has no row with a value of a known station such as dongsi_aq"):
         load(tmp_path)
 
 
