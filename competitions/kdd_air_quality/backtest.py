@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from common.competition import Competition
 from common.predictions import Predictions
 from common.raw import RawData
 from common.report import Report
 from common.run import Run
-from common.task import Data, Postprocess, Task, Tuned
-from competitions.kdd_air_quality import blend, models, table
+from common.task import Data, Postprocess, Task
+from competitions.kdd_air_quality import blend, models, report, table
 from competitions.kdd_air_quality.config import USES, Config, refuse_folds
 from competitions.kdd_air_quality.origins import DAY, days_between, last_scored_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
-from competitions.kdd_air_quality.task import TRUTH_DAYS, Days, checked, smape, tell
+from competitions.kdd_air_quality.task import TRUTH_DAYS, checked, days_of, smape
 
 
 class Backtest(Competition):
@@ -38,23 +36,21 @@ class Backtest(Competition):
         rows = np.concatenate([before, days])
         return Task(
             data=Data(
-                train=Days(observations, rows),
+                train=days_of(observations, rows),
                 ids=[str(day) for day in rows],
                 folds=np.where(np.isin(rows, days), 0, -1),
-                test=Days(observations, days[:0]),
+                test=days_of(observations, days[:0]),
                 test_ids=[],
             ),
             fit_predict=rolling.fit_predict,
             uses=USES,
-            postprocess=Postprocess(apply=blended, kept=models.KEPT | {"blend": "float64"}),
+            postprocess=Postprocess(
+                apply=lambda predictions, tuned: predictions["blend"], kept=models.KEPT | {"blend": "float64"}
+            ),
             metrics=(smape(observations.network),),
             report=rolling.report,
             sample=asked.sample,
         )
-
-
-def blended(predictions: Predictions, tuned: Tuned) -> Tensor:
-    return torch.as_tensor(predictions["blend"])
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Rolling:
     def report(self, run: Run, page: Report) -> None:
         names = (*models.names_of(self.config), "blend")
         forecasts = {name: np.load(run.path / f"oof.{name}.npy") for name in names}
-        tell(run, page, self.observations, self.periods, forecasts)
+        report.tell(run, page, self.observations, self.periods, forecasts)
 
 
 def days_to_score(config: Config, observations: Observations) -> np.ndarray:

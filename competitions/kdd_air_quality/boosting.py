@@ -16,7 +16,7 @@ from competitions.kdd_air_quality import features
 from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.linear import Lines
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
-from competitions.kdd_air_quality.parallel import in_parallel
+from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import CITIES
 
@@ -28,18 +28,10 @@ SHIFT_HOURS = (0, 6, 12, 18)  # training origins; forecasts start at 0
 KINDS = {"best splits": {}, "random splits": {"extra_trees": True}}
 SETTINGS = {
     "learning_rate": 0.06,
-    "num_leaves": 31,
     "min_data_in_leaf": 200,
     "feature_fraction": 0.3,
-    "bagging_fraction": 0.5,
-    "bagging_freq": 1,
-    "max_bin": 63,
     "lambda_l2": 1.0,
     "cat_smooth": 50.0,
-    "num_threads": 1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "verbose": -1,
 }
 
 
@@ -121,12 +113,9 @@ def _rows(
 
 
 def _fit_one(table: np.ndarray, target: np.ndarray, categorical: list[int], kind: str, seed: int, rounds: int) -> str:
-    import lightgbm
-
     settings = SETTINGS | KINDS[kind] | {"seed": seed, "objective": smape_gradient}
     settings["min_data_in_leaf"] = min(SETTINGS["min_data_in_leaf"], max(len(target) // 100, 1))
-    data = lightgbm.Dataset(table, target, categorical_feature=categorical, params={"max_bin": SETTINGS["max_bin"]})
-    return lightgbm.train(settings, data, rounds).model_to_string()
+    return fit_trees(table, target, settings, rounds, categorical)
 
 
 def forecast(members: list[Member], lines: Lines, observations: Observations, ends: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from competitions.kdd_air_quality.features import log_of
-from competitions.kdd_air_quality.parallel import in_parallel
+from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import Network
 
@@ -18,20 +18,7 @@ from competitions.kdd_air_quality.stations import Network
 MOST_MISSING = {"Beijing": (17, 35), "London": (6, 13)}  # of all stations of the city
 ROUNDS = 60
 FEWEST_ROWS = 200  # hours of a series that are worth a regressor
-SETTINGS = {
-    "objective": "l2",
-    "learning_rate": 0.1,
-    "num_leaves": 31,
-    "bagging_fraction": 0.5,
-    "bagging_freq": 1,  # without it LightGBM ignores the fraction
-    "feature_fraction": 0.5,
-    "min_data_in_leaf": 20,
-    "max_bin": 63,
-    "num_threads": 1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "verbose": -1,
-}
+SETTINGS = {"objective": "l2", "learning_rate": 0.1, "feature_fraction": 0.5, "min_data_in_leaf": 20}
 
 
 @dataclass(frozen=True)
@@ -87,12 +74,9 @@ def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "
 
 def _fit_one(neighbours: np.ndarray, target: np.ndarray, seed: int) -> str:
     """A regressor as text, from `neighbours` [n, peers] to `target` [n], both in logarithms."""
-    import lightgbm
-
     if len(target) < FEWEST_ROWS or not neighbours.shape[1]:
         return ""
-    data = lightgbm.Dataset(neighbours, target, free_raw_data=True)
-    return lightgbm.train(SETTINGS | {"seed": seed}, data, ROUNDS).model_to_string()
+    return fit_trees(neighbours, target, SETTINGS | {"seed": seed}, ROUNDS)
 
 
 def complete(series: np.ndarray, network: Network) -> np.ndarray:
@@ -111,18 +95,10 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
         own = filled[:, groups == group]
         there = np.isfinite(own)
         count, total = there.sum(1), np.where(there, own, 0).sum(1)
-        overall = total.sum() / count.sum() if count.sum() else _city_mean(filled, network, group)
+        overall = total.sum() / count.sum() if count.sum() else 1.0  # a city that never measured it
         mean = np.where(count > 0, total / np.maximum(count, 1), overall)
         filled[:, groups == group] = np.where(there, own, mean[:, None])
     return filled
-
-
-def _city_mean(series: np.ndarray, network: Network, group: str) -> float:
-    """For a pollutant that a city never measured: the mean of the city, else of everything, else 1."""
-    for values in (series[:, network.in_city(group.split(" ")[0])], series):
-        if np.isfinite(values).any():
-            return float(np.nanmean(values))
-    return 1.0
 
 
 def _carried(days: np.ndarray) -> np.ndarray:

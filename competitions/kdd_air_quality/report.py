@@ -8,6 +8,7 @@ import pandas as pd
 
 from common.files import write_text
 from common.report import Report
+from common.run import Run
 from competitions.kdd_air_quality import metric, table
 from competitions.kdd_air_quality.origins import HOUR, first_hour, last_scored_day
 from competitions.kdd_air_quality.reader import Observations
@@ -16,6 +17,12 @@ from competitions.kdd_air_quality.stations import POLLUTANTS, city_of
 SHOWN_STATIONS = ("dongsi_aq", "dingling_aq", "MY7")
 SHOWN_DAYS = 4  # last days with a truth in the plot of forecasts
 Forecasts = dict[str, np.ndarray]  # {model: [days, 48, S]}
+
+
+def tell(run: Run, page: Report, observations: Observations, periods: list[np.ndarray], forecasts: Forecasts) -> None:
+    """Tables and plots of forecasts of the submit days of `periods`."""
+    summarise(run.path, observations, periods, forecasts)
+    draw(page, observations, np.concatenate(periods), forecasts)
 
 
 def summarise(folder: Path, observations: Observations, periods: list[np.ndarray], forecasts: Forecasts) -> None:

@@ -15,33 +15,20 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.loading.keys import Keys
 from common.metrics import Metric
 from common.predictions import Predictions
 from common.raw import RawData
 from common.report import Report
 from common.run import Run
+from common.tables.numbers import TableDataset
 from common.task import Data, Postprocess, Submission, Task, Tuned
-from competitions.kdd_air_quality import blend, metric, models, table
+from competitions.kdd_air_quality import blend, metric, models, report, table
 from competitions.kdd_air_quality.config import NOWHERE_TO_SUBMIT, USES, Config, refuse_folds
 from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_scored_day, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
 from competitions.kdd_air_quality.stations import Network
 
 TRUTH_DAYS = 2  # a submit day is scored on the two days after it
-
-
-class Days:
-    """Dataset of submit days: inputs are their numbers [B], targets the truth [B, 48, stations, 3]."""
-
-    def __init__(self, observations: Observations, days: np.ndarray):
-        self.observations, self.days = observations, days
-
-    def __len__(self) -> int:
-        return len(self.days)
-
-    def batch(self, indices: np.ndarray, keys: Keys | None = None) -> tuple[Tensor, Tensor]:
-        return torch.as_tensor(indices), torch.from_numpy(self.observations.truth(self.days[indices]))
 
 
 @dataclass(frozen=True)
@@ -89,17 +76,12 @@ class Forecasters:
         names = models.names_of(self.config)
         forecasts = {name: np.load(run.path / f"oof.{name}.npy") for name in names}
         forecasts["blend"] = blend.apply(run.result["tuned"]["blend"], forecasts, self.known.network.groups)
-        tell(run, page, self.known, [self.held], forecasts)
+        report.tell(run, page, self.known, [self.held], forecasts)
 
 
-def tell(
-    run: Run, page: Report, observations: Observations, periods: list[np.ndarray], forecasts: dict[str, np.ndarray]
-) -> None:
-    """Tables and plots of forecasts of the days of `periods`."""
-    from competitions.kdd_air_quality import report
-
-    report.summarise(run.path, observations, periods, forecasts)
-    report.draw(page, observations, np.concatenate(periods), forecasts)
+def days_of(observations: Observations, days: np.ndarray) -> TableDataset:
+    """Submit days: inputs are their numbers [B], targets the truth [B, 48, stations, 3]."""
+    return TableDataset(np.arange(len(days)), observations.truth(days))
 
 
 def smape(network: Network) -> Metric:
@@ -132,10 +114,10 @@ def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
     days = np.concatenate([days_between(known.start.astype("datetime64[D]"), held[0] - DAY), held])
     return Task(
         data=Data(
-            train=Days(known, days),
+            train=days_of(known, days),
             ids=[str(day) for day in days],
             folds=np.where(np.isin(days, held), 0, -1),
-            test=Days(observations, np.array([day])),
+            test=days_of(observations, np.array([day])),
             test_ids=[str(day)],
         ),
         fit_predict=forecasters.fit_predict,
