@@ -111,7 +111,7 @@ def compare_medians(series: np.ndarray, repeats: int = 3) -> None:
 
 def time_imputers(observations: Observations, jobs: int) -> None:
     with Timed() as fitting:
-        imputers = impute.fit(observations, jobs)
+        imputers = impute.Imputers(impute.fit(observations, jobs), observations.network)
     series = observations.series()
     with Timed() as filling:
         filled = imputers.fill(series)
