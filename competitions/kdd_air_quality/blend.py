@@ -45,7 +45,7 @@ def fit(forecasts: dict[str, np.ndarray], truth: np.ndarray, valid: np.ndarray, 
     shared, level = _minimum(at[near], wanted, np.zeros(len(near)), PULL_TO_EQUAL, None)
     result = {}
     for group in dict.fromkeys(groups):
-        own = chosen & np.array([name == group for name in groups])
+        own = chosen & (np.array(groups) == group)
         free, _ = _minimum(logs[near][:, own], target[own], shared, PULL_TO_SHARED, level)
         weights = np.zeros(len(names))
         weights[near] = softmax(free)

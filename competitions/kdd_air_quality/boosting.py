@@ -8,13 +8,13 @@ it misses, and the mean of several is taken.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from competitions.kdd_air_quality import features
+from competitions.kdd_air_quality import features, linear
 from competitions.kdd_air_quality.config import Config
-from competitions.kdd_air_quality.linear import Lines
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
@@ -26,23 +26,9 @@ LEFT_OUT = (("season_sine", "season_cosine", "weekday"), ("weekday",))
 FROM_LINEAR = (False, False, True, True)  # draws that learn the error of the linear forecast
 SHIFT_HOURS = (0, 6, 12, 18)  # training origins; forecasts start at 0
 KINDS = {"best splits": {}, "random splits": {"extra_trees": True}}
-SETTINGS = {
-    "learning_rate": 0.06,
-    "min_data_in_leaf": 200,
-    "feature_fraction": 0.3,
-    "lambda_l2": 1.0,
-    "cat_smooth": 50.0,
-}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One fitted model: for the series of a city, as text."""
-
-    city: str
-    kind: str
-    draw: int
-    text: str
+SETTINGS = {"learning_rate": 0.06, "feature_fraction": 0.3, "lambda_l2": 1.0, "cat_smooth": 50.0}
+FEWEST_IN_LEAF = 200
+Member = dict[str, Any]  # one fitted model, for the series of a "city": its "draw" and its "text"
 
 
 def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
@@ -58,8 +44,7 @@ def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
 
 def columns(known: features.Features, draw: int) -> list[int]:
     """The features that a draw's models see."""
-    left_out = LEFT_OUT[draw % len(LEFT_OUT)]
-    return [number for number, name in enumerate(known.names) if name not in left_out]
+    return [number for number, name in enumerate(known.names) if name not in LEFT_OUT[draw % len(LEFT_OUT)]]
 
 
 def from_linear(draw: int) -> bool:
@@ -67,7 +52,7 @@ def from_linear(draw: int) -> bool:
 
 
 def fit(
-    observations: Observations, lines: Lines, draws: list[int], config: Config, label: str
+    observations: Observations, lines: np.ndarray, draws: list[int], config: Config, label: str
 ) -> Iterator[tuple[int, list[Member]]]:
     """Fit kinds x cities on everything that is over at the end of the data; yields the members of each draw when done.
 
@@ -79,7 +64,7 @@ def fit(
         shifted = replace(observations, start=observations.start + shift * HOUR, values=observations.values[shift:])
         ends = features.training_ends(shifted)
         known = features.build(shifted, ends)
-        parts.append((known, features.targets(shifted, known.base, ends), lines.at(known, network.groups)))
+        parts.append((known, features.targets(shifted, known.base, ends), linear.at(lines, known, network)))
     fraction = config.boosting_fraction / len(parts)
     for draw in draws:
         kept, seed = columns(known, draw), config.seed * 1000 + draw
@@ -89,42 +74,38 @@ def fit(
             table, target = _rows(parts, network.in_city(city), fraction, config.seed, draw)
             for kind in KINDS if len(target) else ():
                 work.append((_fit_one, (table[:, kept], target, categorical, kind, seed, config.boosting_rounds)))
-                members.append((city, kind, draw))
+                members.append({"city": city, "draw": draw})
         texts = in_parallel(work, config.jobs, f"{label}, draw {draw + 1}")
-        yield draw, [Member(*member, text) for member, text in zip(members, texts, strict=True)]
+        yield draw, [member | {"text": text} for member, text in zip(members, texts, strict=True)]
 
 
 def _rows(
-    parts: list[tuple[features.Features, np.ndarray, np.ndarray]],
-    own: np.ndarray,
-    fraction: float,
-    seed: int,
-    draw: int,
+    parts: list[tuple[features.Features, np.ndarray, np.ndarray]], own: np.ndarray, share: float, seed: int, draw: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random `fraction` of the rows of the series `own` with a known target: features [n, F], what to learn [n]."""
+    """A random `share` of the rows of the series `own` with a known target: features [n, F], what to learn [n]."""
     tables, found = [], []
-    for number, (known, wanted, linear) in enumerate(parts):
+    for number, (known, wanted, line) in enumerate(parts):
         random = np.random.default_rng([seed, draw, number])
-        chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < fraction)
+        chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < share)
         places = np.nonzero(chosen)  # origin, hour, series
         tables.append(known.table(*places))
-        found.append((wanted - linear if from_linear(draw) else wanted)[places])
+        found.append((wanted - line if from_linear(draw) else wanted)[places])
     return np.concatenate(tables), np.concatenate(found)
 
 
 def _fit_one(table: np.ndarray, target: np.ndarray, categorical: list[int], kind: str, seed: int, rounds: int) -> str:
-    settings = SETTINGS | KINDS[kind] | {"seed": seed, "objective": smape_gradient}
-    settings["min_data_in_leaf"] = min(SETTINGS["min_data_in_leaf"], max(len(target) // 100, 1))
-    return fit_trees(table, target, settings, rounds, categorical)
+    in_leaf = min(FEWEST_IN_LEAF, max(len(target) // 100, 1))
+    own = {"seed": seed, "objective": smape_gradient, "min_data_in_leaf": in_leaf}
+    return fit_trees(table, target, SETTINGS | KINDS[kind] | own, rounds, categorical)
 
 
-def forecast(members: list[Member], lines: Lines, observations: Observations, ends: np.ndarray) -> np.ndarray:
+def forecast(members: list[Member], lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:
     """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
     from lightgbm import Booster
 
     known, network = features.build(observations, ends), observations.network
     result = np.zeros((len(ends), HORIZON_HOURS, len(network.series)))
-    boosters = [(member.city, columns(known, member.draw), Booster(model_str=member.text)) for member in members]
+    boosters = [(one["city"], columns(known, one["draw"]), Booster(model_str=one["text"])) for one in members]
     for city in CITIES:
         own = np.flatnonzero(network.in_city(city))
         of_city = [(kept, booster) for its_city, kept, booster in boosters if its_city == city]
@@ -133,5 +114,5 @@ def forecast(members: list[Member], lines: Lines, observations: Observations, en
             table = known.table(np.full(len(hour), number), hour, place)
             mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
-    fraction = sum(from_linear(member.draw) for member in members) / max(len(members), 1)
-    return np.exp(result + fraction * lines.at(known, network.groups) + np.tile(known.base, (1, 2, 1)))
+    fraction = sum(from_linear(member["draw"]) for member in members) / max(len(members), 1)
+    return np.exp(result + fraction * linear.at(lines, known, network) + np.tile(known.base, (1, 2, 1)))

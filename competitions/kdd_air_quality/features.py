@@ -40,18 +40,10 @@ class Features:
 
     def table(self, origin: np.ndarray, hour: np.ndarray, series: np.ndarray) -> np.ndarray:
         """Rows [B, F] for numbers of origins, hours ahead and series, each [B]."""
-        return np.concatenate(
-            [
-                hour[:, None].astype(np.float32),
-                self.calendar[origin, hour],
-                self.base[origin, hour % 24, series][:, None],
-                self.per_hour[origin, hour % 24, series],
-                self.per_series[origin, series],
-                self.fixed[series],
-            ],
-            axis=1,
-            dtype=np.float32,
-        )
+        at_hour = origin, hour % 24, series
+        parts = [hour[:, None], self.calendar[origin, hour], self.base[at_hour][:, None], self.per_hour[at_hour]]
+        parts += [self.per_series[origin, series], self.fixed[series]]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
     @property
     def season(self) -> np.ndarray:
@@ -84,7 +76,7 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     base = _mean_of(medians[[ALL_DAYS.index(n) for n in BASE_DAYS]], 0)  # [N, 24, lanes]
     base = np.where(np.isfinite(base), base, _mean_of(medians, 0))
 
-    padded = np.concatenate([np.full((PAST_HOURS, lanes.shape[1]), np.nan, np.float32), lanes])
+    padded = np.pad(lanes, ((PAST_HOURS, 0), (0, 0)), constant_values=np.nan)
     past = np.stack([padded[end * 24 : end * 24 + PAST_HOURS] for end in ends])  # [N, 168, lanes]
     past = past - np.tile(base, (1, PAST_HOURS // 24, 1))
 
@@ -107,8 +99,7 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
 
 def targets(observations: Observations, base: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Logarithm of the truth relative to the daily cycle [N, 48, S]; NaN where it is missing or not above 0."""
-    series = observations.series()
-    padded = np.concatenate([series, np.full((HORIZON_HOURS, series.shape[1]), np.nan, np.float32)])
+    padded = np.pad(observations.series(), ((0, HORIZON_HOURS), (0, 0)), constant_values=np.nan)
     ahead = np.stack([padded[end * 24 : end * 24 + HORIZON_HOURS] for end in ends])
     return np.where(ahead > 0, log_of(ahead) - np.tile(base, (1, 2, 1)), np.nan).astype(np.float32)
 
@@ -132,11 +123,10 @@ def training_ends(observations: Observations) -> np.ndarray:
 
 def whole(values: np.ndarray, network: Network) -> np.ndarray:
     """[N, hours, S] with nothing missing: from the series' other hours, its group's other stations, then anything."""
-    groups = np.array(network.groups)
     result = np.where(np.isnan(values), _mean_of(values, 1)[:, None], values)
-    for name in dict.fromkeys(network.groups):
-        own = result[..., groups == name]
-        result[..., groups == name] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
+    for group in network.by_group.values():
+        own = result[..., group]
+        result[..., group] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
     return np.nan_to_num(np.where(np.isnan(result), _mean_of(result, 2)[..., None], result))
 
 

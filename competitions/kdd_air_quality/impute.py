@@ -5,7 +5,6 @@ and the other two steps see only what they are given, which ends at the origin.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,28 +20,21 @@ FEWEST_ROWS = 200  # hours of a series that are worth a regressor
 SETTINGS = {"objective": "l2", "learning_rate": 0.1, "feature_fraction": 0.5, "min_data_in_leaf": 20}
 
 
-@dataclass(frozen=True)
-class Imputers:
-    """One LightGBM regressor per series as text, '' for a series that has too few values or no neighbours."""
+def fill(models: Sequence[str], observations: Observations) -> np.ndarray:
+    """Step 1: the series [hours, S], missing values regressed by `models` from the same hour at the other stations.
 
-    models: Sequence[str]
-    network: Network
+    A row depends on itself alone, so what comes later in the data cannot matter.
+    """
+    from lightgbm import Booster
 
-    def fill(self, series: np.ndarray) -> np.ndarray:
-        """Step 1: `series` [hours, S] with missing values regressed from the same hour at the other stations.
-
-        A row depends on itself alone, so what comes later in the array cannot matter.
-        """
-        from lightgbm import Booster
-
-        result = series.copy()
-        for number, text in enumerate(self.models):
-            peers = _peers(self.network, number)
-            rows = np.flatnonzero(_fillable(series, self.network, number)) if text else ()
-            if len(rows):
-                predicted = Booster(model_str=text).predict(log_of(series[rows][:, peers]), num_threads=1)
-                result[rows, number] = np.exp(predicted)
-        return result
+    series, network = observations.series(), observations.network
+    result = series.copy()
+    for number, text in enumerate(models):
+        rows = np.flatnonzero(_fillable(series, network, number)) if text else ()
+        if len(rows):
+            others = log_of(series[rows][:, _peers(network, number)])
+            result[rows, number] = np.exp(Booster(model_str=text).predict(others, num_threads=1))
+    return result
 
 
 def _peers(network: Network, number: int) -> list[int]:
@@ -54,17 +46,18 @@ def _peers(network: Network, number: int) -> list[int]:
 def _fillable(series: np.ndarray, network: Network, number: int) -> np.ndarray:
     """Hours [hours] in which the series is missing and enough of its city is not."""
     city = network.groups[number].split(" ")[0]
-    stations = [*_peers(network, number), number]
-    most, of_all = MOST_MISSING[city]
+    stations, (most, of_all) = [*_peers(network, number), number], MOST_MISSING[city]
     limit = most * len(stations) / of_all  # in proportion on smaller networks
     missing = np.isnan(series[:, stations]).sum(axis=1)
     return np.isnan(series[:, number]) & (missing < limit)
 
 
 def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "imputers") -> list[str]:
-    """`Imputers.models`, fitted in parallel. `observations` must end at the origin they are used for."""
-    series = observations.series()
-    work = []
+    """A LightGBM regressor per series as text, '' for one that has too few values or no neighbours; in parallel.
+
+    `observations` must end at the origin they are used for.
+    """
+    series, work = observations.series(), []
     for number in range(series.shape[1]):
         rows = np.isfinite(series[:, number])
         neighbours = log_of(series[rows][:, _peers(observations.network, number)])
@@ -90,14 +83,13 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
     days = whole.reshape(-1, 24, series.shape[1])
     days = _carried(_carried(days)[::-1])[::-1]
     filled = days.reshape(-1, series.shape[1])[-hours % 24 :]
-    groups = np.array(network.groups)
-    for group in dict.fromkeys(network.groups):
-        own = filled[:, groups == group]
+    for group in network.by_group.values():
+        own = filled[:, group]
         there = np.isfinite(own)
         count, total = there.sum(1), np.where(there, own, 0).sum(1)
         overall = total.sum() / count.sum() if count.sum() else 1.0  # a city that never measured it
         mean = np.where(count > 0, total / np.maximum(count, 1), overall)
-        filled[:, groups == group] = np.where(there, own, mean[:, None])
+        filled[:, group] = np.where(there, own, mean[:, None])
     return filled
 
 

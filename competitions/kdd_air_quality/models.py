@@ -88,19 +88,19 @@ class Models:
         folder, config, cut = self.folder, self.config, f"before {known.end}"
         if name in ("medians", "mlp"):
             found = partial(impute.fit, known, config.jobs, config.seed, f"imputers {cut}")
-            imputers = impute.Imputers(_kept(folder / "imputers.json", found), known.network)
+            imputers = _kept(folder / "imputers.json", found)
         else:
             found = partial(linear.fit, known, config.jobs, f"linear {cut}")
-            lines = linear.Lines(_kept(folder / "linear.npy", found))
+            lines = _kept(folder / "linear.npy", found)
         if name == "boosting":
             draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
             for draw, members in boosting.fit(known, lines, draws, config, f"boosting {cut}") if draws else ():
-                write_text(folder / f"boosting-{draw}.json", json.dumps([vars(member) for member in members]))
+                write_text(folder / f"boosting-{draw}.json", json.dumps(members))
         if name == "mlp" and not (self.run.fold_folder(self.fold) / "model.pt").is_file():
             self._fit_network(imputers, known, held, later)
 
     def _fit_network(
-        self, imputers: impute.Imputers, known: Observations, held: np.ndarray | None, later: Observations | None
+        self, imputers: list[str], known: Observations, held: np.ndarray | None, later: Observations | None
     ) -> None:
         from common import fit as training
         from common.engine.ranks import SINGLE
@@ -108,9 +108,9 @@ class Models:
 
         held = np.array([], int) if held is None else _ends(known, held)
         seen = later or known
-        completed = impute.complete(imputers.fill(seen.series()), seen.network)
+        completed = impute.complete(impute.fill(imputers, seen), seen.network)
         if later is not None:  # nothing after the cut may reach the training rows, not even through the imputation
-            completed[: len(known.values)] = impute.complete(imputers.fill(known.series()), known.network)
+            completed[: len(known.values)] = impute.complete(impute.fill(imputers, known), known.network)
         train = features.training_ends(known)[-self.config.train_days :]
         rows = mlp.Rows(seen, completed, np.union1d(train, held), self.config)
         task = mlp.task(rows, held, -1 if self.fold is None else self.fold, self.config)
@@ -123,16 +123,14 @@ class Models:
         folder, config, network = self.folder, self.config, observations.network
         seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # refuses days outside the data
         ends = _ends(seen, days)
-        if name in ("linear", "boosting"):
-            lines = linear.Lines(np.load(folder / "linear.npy"))
+        if name in ("medians", "mlp"):
+            filled = impute.fill(json.loads((folder / "imputers.json").read_text()), seen)
         else:
-            imputers = impute.Imputers(json.loads((folder / "imputers.json").read_text()), network)
-            filled = imputers.fill(seen.series())
+            lines = np.load(folder / "linear.npy")
         if name == "linear":
             result = linear.forecast(lines, seen, ends)
         elif name == "boosting":
-            files = sorted(folder.glob("boosting-*.json"))
-            members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
+            members = [one for file in sorted(folder.glob("boosting-*.json")) for one in json.loads(file.read_text())]
             result = boosting.forecast(members, lines, seen, ends)
         elif name == "medians":
             result = np.full((len(days), HORIZON_HOURS, filled.shape[1]), np.nan)  # what no neighbour filled

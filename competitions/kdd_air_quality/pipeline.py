@@ -45,6 +45,9 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     forecast = _forecasts(run, observations, days)["blend"]
     network = observations.network
     scores = metric.daily(observations.truth(days), table.grid(forecast, network), network.stations)
+    provenance = {key: run.provenance[key] for key in ("competition", "recipe", "data_fingerprint")}
+    provenance |= {"run": run.name, "score": run.result["score"], "monitor": run.result["monitor"], "demo": demo}
+    provenance |= {"commit": runs.commit(), "created": runs.now()}
     written = []
     for day, values, score in zip(days, forecast, scores, strict=True):
         score = None if np.isnan(score) else round(float(score), 6)
@@ -52,7 +55,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
         rows = table.csv_rows(asked, values, network)
         name = f"{run.name}{'-demo' * (demo and 'demo' not in run.name)}-{day}.csv"
         path = submission.SUBMISSIONS / competition / name
-        written.append(submission.write(path, asked.sample, rows, table.valid, _provenance(run, demo) | facts))
+        written.append(submission.write(path, asked.sample, rows, table.valid, provenance | facts))
         if silent := facts["series_without_recent_values"]:
             more = " ..." * (len(silent) > 6)
             print(f"{day}: no value in the last 24 hours of {len(silent)} series: {', '.join(silent[:6])}{more}")
@@ -112,13 +115,6 @@ def _forecasts(run: Run, observations: Observations, days: np.ndarray) -> dict[s
     fitted = models.Models(run.config(Config), run.inside(run.fold_folder(0)))
     found = {name: fitted.forecast(name, observations, days) for name in tuned["models"]}
     return found | {"blend": blend.apply(tuned["blend"], found, observations.network.groups)}
-
-
-def _provenance(run: Run, demo: bool) -> dict[str, object]:
-    """Where a day's CSV comes from."""
-    kept = {key: run.provenance[key] for key in ("competition", "recipe", "data_fingerprint")}
-    scored = {key: run.result[key] for key in ("score", "monitor")}
-    return kept | scored | {"run": run.name, "commit": runs.commit(), "demo": demo, "created": runs.now()}
 
 
 def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:

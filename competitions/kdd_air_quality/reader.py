@@ -3,6 +3,7 @@
 Whatever the mix of files, the result is one grid, hour x station x pollutant, in UTC, with NaN where nothing is known.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -56,10 +57,9 @@ class Observations:
 
     def before(self, hour: np.datetime64) -> "Observations":
         """What was known before `hour`, padded with missing hours up to it: nothing later is left to look at."""
-        rows = int((hour - self.start) / HOUR)
-        known = self.values[: max(rows, 0)].copy()
-        missing = np.full((max(rows, 0) - len(known), *known.shape[1:]), np.nan, np.float32)
-        return replace(self, values=np.concatenate([known, missing]))
+        rows = max(int((hour - self.start) / HOUR), 0)
+        known = self.values[:rows]
+        return replace(self, values=np.pad(known, ((0, rows - len(known)), (0, 0), (0, 0)), constant_values=np.nan))
 
     def history(self, hours: int) -> "Observations":
         """The last `hours` hours only."""
@@ -76,10 +76,9 @@ class Observations:
         All NaN for a day whose 48 hours are not all within the data: a score of the others would not be the official.
         """
         result = np.full((len(days), HORIZON_HOURS, len(self.network.stations), len(POLLUTANTS)), np.nan, np.float32)
-        for number, day in enumerate(days):
-            first = int((first_hour(day) - self.start) / HOUR)
-            if first >= 0 and day <= last_scored_day(self.end):
-                result[number] = self.values[first : first + HORIZON_HOURS, :, : len(POLLUTANTS)]
+        first = (first_hour(days) - self.start) // HOUR
+        over = (first >= 0) & (days <= last_scored_day(self.end))
+        result[over] = self.values[first[over, None] + np.arange(HORIZON_HOURS), :, : len(POLLUTANTS)]
         return result
 
 
@@ -152,10 +151,8 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
 
 def _pollutant(column: str) -> str | None:
     """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)' and 'PM25_Concentration'; None of other columns."""
-    short = (
-        column.strip().lower().removesuffix("_concentration").removesuffix("(ug/m3)").strip().replace("pm25", "pm2.5")
-    )
-    return short.upper() if short.upper() in ALL_POLLUTANTS else None
+    short = re.sub(r"(_concentration|\(ug/m3\))$", "", column.strip().lower()).strip().replace("pm25", "pm2.5").upper()
+    return short if short in ALL_POLLUTANTS else None
 
 
 def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:

@@ -65,6 +65,11 @@ class Network:
         """'station pollutant' of each of the S series."""
         return tuple(f"{self.stations[n]} {POLLUTANTS[p]}" for n, p in self.series)
 
+    @cached_property
+    def by_group(self) -> dict[str, np.ndarray]:
+        """{group: which series are of it, bool [S]}"""
+        return {group: np.array(self.groups) == group for group in dict.fromkeys(self.groups)}
+
     def of_city(self, city: str) -> list[int]:
         """Numbers of the city's stations."""
         return [number for number, station in enumerate(self.stations) if city_of(station) == city]

@@ -79,7 +79,8 @@ def test_neighbours_fill_better_than_time(observations):
     holed = truth.copy()
     hole = np.random.default_rng(2).random(len(truth)) < 0.2
     holed[hole, 0] = np.nan
-    filled = impute.Imputers(impute.fit(observed(observations, holed)), SMALL).fill(holed)
+    known = observed(observations, holed)
+    filled = impute.fill(impute.fit(known), known)
     assert np.isfinite(filled[:, 0]).all()
     np.testing.assert_array_equal(filled[~hole], truth[~hole])
     by_neighbours = np.abs(np.log(filled[hole, 0] / truth[hole, 0])).mean()
@@ -117,8 +118,8 @@ def test_imputers_know_nothing_after_the_origin(observations):
 
     def filled(values: np.ndarray) -> tuple:
         whole = observed(observations, values)
-        imputers = impute.Imputers(impute.fit(whole.before(origin)), SMALL)
-        return imputers.models, impute.complete(imputers.fill(values)[:480], SMALL)
+        imputers = impute.fit(whole.before(origin))
+        return imputers, impute.complete(impute.fill(imputers, whole)[:480], SMALL)
 
     expected = filled(series)
     changed = series.copy()

@@ -232,8 +232,8 @@ def test_every_draw_of_the_boosting_sees_other_rows(observations):
 def test_training_origins_of_the_boosting_keep_their_hour_of_the_day(observations, monkeypatch):
     parts = []
     monkeypatch.setattr(boosting, "_rows", lambda given, *rest: parts.extend(given) or (np.zeros((0, 1)), np.zeros(0)))
-    no_lines = type("NoLines", (), {"at": lambda self, known, groups: np.float32(0)})()
-    next(boosting.fit(observations, no_lines, [0], CONFIG, ""))
+    monkeypatch.setattr(linear, "at", lambda *given: np.float32(0))
+    next(boosting.fit(observations, None, [0], CONFIG, ""))
     series = observations.series()
     for shift, (known, target, _) in zip((0, 6, 12, 18), parts[:4], strict=True):
         assert (known.calendar[:, :24, known.names.index("hour") - 1] == (shift + np.arange(24)) % 24).all()
@@ -272,9 +272,9 @@ def test_a_part_of_the_trees_starts_from_the_linear_forecast(observations, fitte
     """A linear forecast that is a tenth higher raises the boosted one by that part of a tenth."""
     folder = fitted.folder
     files = sorted(folder.glob("boosting-*.json"))
-    members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
-    lines = linear.Lines(np.load(folder / "linear.npy"))
-    higher = linear.Lines(lines.coefficients + np.eye(lines.coefficients.shape[-1])[-1] * 0.1)
+    members = [member for file in files for member in json.loads(file.read_text())]
+    lines = np.load(folder / "linear.npy")
+    higher = lines + np.eye(lines.shape[-1])[-1] * 0.1
     known = observations.before(first_hour(DAYS[0]))
     ends = np.array([len(known.values) // 24])
     ratio = boosting.forecast(members, higher, known, ends) / boosting.forecast(members, lines, known, ends)
