@@ -25,7 +25,7 @@ from competitions.kdd_air_quality.stations import CITIES
 LEFT_OUT = (("season_sine", "season_cosine", "weekday"), ("weekday",))
 FROM_LINEAR = (False, False, True, True)  # draws that learn the error of the linear forecast
 SHIFT_HOURS = (0, 6, 12, 18)  # training origins; forecasts start at 0
-KINDS = {"best splits": {}, "random splits": {"extra_trees": True}}
+KINDS = ({}, {"extra_trees": True})  # the best splits, and random ones
 SETTINGS = {"learning_rate": 0.06, "feature_fraction": 0.3, "lambda_l2": 1.0, "cat_smooth": 50.0}
 FEWEST_IN_LEAF = 200
 Member = dict[str, Any]  # one fitted model, for the series of a "city": its "draw" and its "text"
@@ -72,8 +72,10 @@ def fit(
         work, members = [], []
         for city in CITIES:
             table, target = _rows(parts, network.in_city(city), fraction, config.seed, draw)
+            in_leaf = min(FEWEST_IN_LEAF, max(len(target) // 100, 1))
+            own = SETTINGS | {"seed": seed, "objective": smape_gradient, "min_data_in_leaf": in_leaf}
             for kind in KINDS if len(target) else ():
-                work.append((_fit_one, (table[:, kept], target, categorical, kind, seed, config.boosting_rounds)))
+                work.append((fit_trees, (table[:, kept], target, own | kind, config.boosting_rounds, categorical)))
                 members.append({"city": city, "draw": draw})
         texts = in_parallel(work, config.jobs, f"{label}, draw {draw + 1}")
         yield draw, [member | {"text": text} for member, text in zip(members, texts, strict=True)]
@@ -91,12 +93,6 @@ def _rows(
         tables.append(known.table(*places))
         found.append((wanted - line if from_linear(draw) else wanted)[places])
     return np.concatenate(tables), np.concatenate(found)
-
-
-def _fit_one(table: np.ndarray, target: np.ndarray, categorical: list[int], kind: str, seed: int, rounds: int) -> str:
-    in_leaf = min(FEWEST_IN_LEAF, max(len(target) // 100, 1))
-    own = {"seed": seed, "objective": smape_gradient, "min_data_in_leaf": in_leaf}
-    return fit_trees(table, target, SETTINGS | KINDS[kind] | own, rounds, categorical)
 
 
 def forecast(members: list[Member], lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:

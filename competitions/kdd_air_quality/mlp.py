@@ -5,6 +5,8 @@ windows ending at the origin and a day before it, all as logarithms relative to 
 names the series. It says 48 logarithms relative to the same cycle, so a forecast is positive by construction.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,20 +29,12 @@ class ShortcutMLP(nn.Module):
 
     def __init__(self, inputs: int, units: int, dropout: float):
         super().__init__()
-        self.first = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Dropout(dropout))
-        self.rest = nn.Sequential(
-            nn.Linear(units + inputs, units),
-            nn.ReLU(),
-            nn.BatchNorm1d(units),
-            nn.Dropout(dropout),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units, HORIZON_HOURS),
-        )
+        drop = partial(nn.Dropout, dropout)
+        self.first = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), drop())
+        layers = [nn.Linear(units + inputs, units), nn.ReLU(), nn.BatchNorm1d(units), drop()]
+        for _ in range(2):
+            layers += [nn.Linear(units, units), nn.ReLU(), drop()]
+        self.rest = nn.Sequential(*layers, nn.Linear(units, HORIZON_HOURS))
         nn.init.zeros_(self.rest[-1].weight)  # the first forecast is the daily cycle itself
         nn.init.zeros_(self.rest[-1].bias)
 

@@ -16,6 +16,7 @@ from competitions.kdd_air_quality import blend, boosting, features, impute, line
 from competitions.kdd_air_quality.backtest import periods_of
 from competitions.kdd_air_quality.config import RECIPES
 from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
+from competitions.kdd_air_quality.parallel import fit_trees
 from competitions.kdd_air_quality.stations import Network
 
 CONFIG = replace(
@@ -248,10 +249,11 @@ def test_kinds_of_trees_split_differently():
     random = np.random.default_rng(0)
     table = random.normal(size=(500, 3)).astype(np.float32)
     target = table[:, 0] + random.normal(0, 0.1, 500).astype(np.float32)
-    trees = [boosting._fit_one(table, target, [], kind, 0, 3).split("parameters:")[0] for kind in boosting.KINDS]
-    assert len(set(trees)) == len(boosting.KINDS) == 2
-    again = boosting._fit_one(table, target, [], "best splits", 0, 3)
-    assert trees[0] == again.split("parameters:")[0]
+    settings = boosting.SETTINGS | {"objective": boosting.smape_gradient, "seed": 0, "min_data_in_leaf": 5}
+    first, second, again = (
+        fit_trees(table, target, settings | kind, 3).split("parameters:")[0] for kind in (*boosting.KINDS, {})
+    )
+    assert first == again != second and len(boosting.KINDS) == 2
 
 
 def test_stations_that_repeat_each_other_change_no_line():
