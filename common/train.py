@@ -87,12 +87,6 @@ def train(
         _write_what_follows(competition.name, member, competition.recipes[recipe], found.is_demo, submits)
 
 
-def _refuse_unused(competition: Competition, task: Task, config: Config, recipe: str) -> None:
-    """Raise UserError for a flag of networks where there is none."""
-    if task.fit_predict:
-        refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
-
-
 def _silent(message: str) -> None:
     """Only the first process speaks."""
 
@@ -118,6 +112,12 @@ def _open_together(
         raise
     ranks.broadcast(run.name)
     return run
+
+
+def _refuse_unused(competition: Competition, task: Task, config: Config, recipe: str) -> None:
+    """Raise UserError for a flag of networks where there is none."""
+    if task.fit_predict:
+        refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
 
 
 def provenance_of(competition: Competition, task: Task, recipe: str, found: RawData) -> dict[str, Any]:
