@@ -265,7 +265,7 @@ def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collect
             continue
         if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
             raise UserError(
-                f"--{name.replace('_', '-')} {_value_text(value)}: no network is trained here that would use it. Leave "
+                f"--{name.replace('_', '-')} {_value_text(value)}: this task has no network that would use it. Leave "
                 f"this flag out, of a recipe too"
             )
 

@@ -126,7 +126,7 @@ def test_every_fold_of_a_task_without_a_network_tells_its_score(capsys):
     [({"lr": 0.5}, "--lr 0.5"), ({"tta": False}, "--tta false"), ({"rows": 99, "keep": "last"}, "--keep last")],
 )
 def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
-    with pytest.raises(UserError, match=f"^{flag}: no network .*Leave this flag out"):
+    with pytest.raises(UserError, match=f"^{flag}: this task has no network .*Leave this flag out"):
         toy_train(**changes)
     with pytest.raises(UserError, match=f"^{flag}: "):
         check(toy.TOY, replace(toy.RECIPES["default"], **changes), "default", None)
