@@ -114,8 +114,8 @@ def time_imputers(observations: Observations, jobs: int) -> None:
         imputers = impute.fit(observations, jobs)
     series = observations.series()
     with Timed() as filling:
-        filled = imputers.fill(series)
-    print(f"imputers, {sum(map(bool, imputers.models))} fits on {len(series)} hours, {jobs} at a time")
+        filled = impute.fill(imputers, observations)
+    print(f"imputers, {sum(map(bool, imputers))} fits on {len(series)} hours, {jobs} at a time")
     print(f"  fit             {fitting.clock:8.2f} s, processor {fitting.work:8.2f} s")
     before, after = np.isnan(series).mean(), np.isnan(filled).mean()
     print(f"  fill            {filling.clock:8.2f} s, processor {filling.work:8.2f} s")

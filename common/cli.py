@@ -133,7 +133,7 @@ def check(name: str, argv: list[str]) -> None:
     config, given = configured(verb_parser("check", name, check.__doc__), competition.recipes, argv)
     from common import train as training
 
-    training.check(competition, config, given.data)
+    training.check(competition, config, given.recipe, given.data)
 
 
 def data(name: str, argv: list[str]) -> None:

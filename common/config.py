@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -124,6 +124,10 @@ class Config:
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
 MACHINE_FIELDS = frozenset(
     {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph", "track"}
+)
+# Fields for any task: the rows, and the machine. All the others of `Config` are a network's.
+ANY_TASK_FIELDS = frozenset(
+    {"fold", "folds", "seed", "device", "precision", "workers", "threads", "keep_memory", "save_every"}
 )
 # What `make predict` may set, and what a competition marks with flag(..., predicts=True); the rest shaped the weights.
 PREDICTION_FIELDS = frozenset(
@@ -257,6 +261,25 @@ def checked(config: ConfigType) -> ConfigType:
     if config.fold not in ("all", "none") and not (config.fold.isdecimal() and int(config.fold) < config.folds):
         raise _refused("fold", config.fold, f"all, none or 0 to {config.folds - 1}")
     return config
+
+
+def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collection[str]) -> None:
+    """For a task without a network: raise UserError for a setting of networks that it does not name among its `uses`.
+
+    Given flags must be as in the `recipe`, and the recipe as the `default` one or the core. Where a flag of the
+    competition's own was given, such as the kind of model, the recipe may be a network's and keeps its settings.
+    """
+    core = [item.name for item in fields(Config)]
+    same_kind = all(getattr(config, one.name) == getattr(recipe, one.name) for one in fields(config)[len(core) :])
+    for item in fields(config)[: len(core)]:
+        name, value = item.name, getattr(config, item.name)
+        if name in ANY_TASK_FIELDS or name in uses:
+            continue
+        if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {_value_text(value)}: this task has no network that would use it. Leave "
+                f"this flag out, of a recipe too"
+            )
 
 
 def folds_to_train(config: Config) -> list[int | None]:

@@ -25,7 +25,7 @@ from common.engine.ranks import Ranks
 from common.engine.schedule import learning_rate_factor, set_learning_rate
 from common.engine.step import Engine, StepReport
 from common.errors import UserError
-from common.files import read_json, remove_drafts, write_npy, write_text
+from common.files import read_json, remove_drafts, write_text
 from common.inference import (
     Predictor,
     load_model,
@@ -37,7 +37,7 @@ from common.inference import (
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
-from common.predictions import read_predictions, write_predictions
+from common.predictions import read_predictions
 from common.progress import progress
 from common.run import Run
 from common.task import AS_IS, TTA, Task
@@ -381,26 +381,6 @@ def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarra
     batch_size = min(config.batch_size, read_json(folder / FACTS)["micro_batch"])
     model = load_model(folder / "model.pt", task, config, device)
     write_oof(folder, Predictor([model], task, tta_of(task, config), config, batch_size, device), rows)
-
-
-def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
-    """`fit` for a task without a network: its own function fits the fold and predicts the rows it has not seen."""
-    folder = run.fold_folder(fold)
-    if (folder / FACTS).is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_drafts(folder)
-    train_rows, valid_rows = rows_of_fold(task, fold)
-    started = time.monotonic()
-    oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
-    for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
-        if count:
-            write_predictions(folder, name, predictions, count, task.postprocess.kept)
-    write_npy(folder / "oof_rows.npy", valid_rows)
-    seconds = time.monotonic() - started
-    write_facts(folder, fold, seconds, {})
-    run.log(f"{fold_label(fold)}: fitted on {len(train_rows)} rows, {seconds:.1f} s")
-    return folder
 
 
 def write_facts(folder: Path, fold: int | None, seconds: float, facts: dict[str, Any]) -> None:

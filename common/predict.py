@@ -18,7 +18,7 @@ import torch
 from common import raw, submission
 from common import run as runs
 from common.competition import Competition
-from common.config import Config, differences, with_flags
+from common.config import Config, differences, refuse_unused, with_flags
 from common.device import device_of, use_threads
 from common.errors import UserError
 from common.inference import Predictor, load_models, tta_of
@@ -314,11 +314,14 @@ def predict(
     for run in chosen:
         if run.result is None:
             raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
-        config = with_flags(run.config(competition.config_class), given)
+        trained = run.config(competition.config_class)
+        config = with_flags(trained, given)
         config = replace(config, bad_images="skip") if is_filled else config
         found = raw.of_run(run.provenance, given.data, competition.write_demo)
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
+        if task.fit_predict:  # its predictions are kept
+            refuse_unused(replace(config, bad_images=trained.bad_images), trained, trained, ())
         use_threads(config, with_workers=needs_workers(task))
         check_before(task, competition, every_image=not is_filled)
         members.append(Member(run, task, config))

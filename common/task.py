@@ -21,7 +21,7 @@ Predictions are one tensor [B, ...] or a flat dict of tensors. competitions/<nam
     demo.py     write_demo(folder): a small generated data set in the real file formats
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
@@ -125,6 +125,7 @@ class Task:
     metrics: tuple[Metric, ...]  # the first one chooses the best epoch and is the run's score
     network: Network | None = None
     fit_predict: FitPredict | None = None  # instead of a network: fits on rows and predicts others, with any library
+    uses: Collection[str] = ()  # fields of common.config.Config that a network has and this `fit_predict` reads
     postprocess: Postprocess = field(default_factory=Postprocess)
     submission: Submission = field(default_factory=Submission)
     check: Callable[[], None] | None = None  # raises UserError for what would fail only after the training

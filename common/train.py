@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,12 @@ from common import raw, track
 from common import run as runs
 from common.batch import map_tree
 from common.competition import Competition
-from common.config import Config, folds_to_train
+from common.config import Config, folds_to_train, refuse_unused
 from common.device import device_of, use_threads
 from common.engine.ranks import Ranks
 from common.errors import UserError
-from common.files import read_json, write_text
-from common.fit import FACTS, fit, fit_predict
+from common.files import read_json, remove_drafts, write_npy, write_text
+from common.fit import FACTS, fit, fold_label, rows_of_fold, write_facts
 from common.inference import decided
 from common.loading import folds, orders
 from common.loading.loader import Loader
@@ -68,6 +69,7 @@ def train(
         track.check(config)
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
+        _refuse_unused(competition, task, config, recipe)
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
         pseudo = Pseudo(competition, found, task, config, provenance) if config.pseudo else None
@@ -121,6 +123,12 @@ def _open_together(
     return run
 
 
+def _refuse_unused(competition: Competition, task: Task, config: Config, recipe: str) -> None:
+    """Raise UserError for a flag of networks where there is none."""
+    if task.fit_predict:
+        refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
+
+
 def provenance_of(competition: Competition, task: Task, recipe: str, found: RawData) -> dict[str, Any]:
     """Where a run comes from: everything of run.json but its name and the time."""
     return {
@@ -151,6 +159,31 @@ def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks, pseudo: Pse
         folders = [fit(task, config, run, fold, ranks, pseudo.join if pseudo else None) for fold in wanted]
     if ranks.is_writer:
         finish(run, task, config, folders)
+
+
+def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
+    """`fit` for a task without a network: its own function fits the fold and predicts the rows it has not seen."""
+    folder = run.fold_folder(fold)
+    if (folder / FACTS).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
+    train_rows, valid_rows = rows_of_fold(task, fold)
+    started = time.monotonic()
+    oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
+    seconds = time.monotonic() - started
+    for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
+        if count:
+            write_predictions(folder, name, predictions, count, task.postprocess.kept)
+    write_npy(folder / "oof_rows.npy", valid_rows)
+    scores = {}
+    if len(valid_rows):
+        whole, _ = score_kept(task, config, read_predictions(folder, "oof"), valid_rows, {})
+        scores = {name: score for name, (score, _) in whole.found().items()}
+    write_facts(folder, fold, seconds, {})
+    shown = "".join(f"{name} {score:.5g}, " for name, score in scores.items())
+    run.log(f"{fold_label(fold)}: {shown}fitted on {len(train_rows)} rows, {seconds:.1f} s")
+    return folder
 
 
 def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
@@ -218,7 +251,7 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
         write_text(run.path / "metrics.csv", joined_metrics(tables))
     if read_predictions(folders[0], "oof") is not None:
         result |= _score(run, task, config, folders)
-    if task.fit_predict:
+    if task.fit_predict and len(task.data.test):
         parts = [unpack(read_predictions(folder, "test")) for folder in folders]
         write_predictions(run.path, "test", mean_of(parts), len(task.data.test), task.postprocess.kept)
         write_ids(run.path, "test", task.data.test_ids)
@@ -290,7 +323,7 @@ def joined_metrics(files: list[Path]) -> str:
     return "\n".join([tables[0][0], *(line for table in tables for line in table[1:])]) + "\n"
 
 
-def check(competition: Competition, config: Config, data: str | None) -> None:
+def check(competition: Competition, config: Config, recipe: str, data: str | None) -> None:
     """`make check`: read every image once, list those that cannot be decoded, and check the task as `train` does."""
     from common.vision.check import check_folder, image_paths
 
@@ -298,6 +331,7 @@ def check(competition: Competition, config: Config, data: str | None) -> None:
     task = completed(competition.build(config, found, print), found)
     paths = [*image_paths(task.data.train), *image_paths(task.data.test)]
     check_folder(paths)
+    _refuse_unused(competition, task, config, recipe)
     check_before(task, competition)
     try_out(task, config)
     images = f"{len(paths)} images" if paths else "no image files, the tables"

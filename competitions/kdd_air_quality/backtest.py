@@ -1,105 +1,108 @@
-"""Rolling origins: models fitted before a period forecast each of its days, and the official score says how well."""
+"""The rolling backtest: models fitted before a period forecast each of its days, blended by the periods before."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from common.files import write_csv, write_with
+from common.competition import Competition
+from common.predictions import Predictions
+from common.raw import RawData
+from common.report import Report
 from common.run import Run
-from competitions.kdd_air_quality import metric, models, table
-from competitions.kdd_air_quality.config import Config
-from competitions.kdd_air_quality.origins import DAY, days_between, first_hour, last_scored_day
-from competitions.kdd_air_quality.reader import Observations, known_before
+from common.task import Data, Postprocess, Task
+from competitions.kdd_air_quality import blend, models, report, table
+from competitions.kdd_air_quality.config import USES, Config, refuse_folds
+from competitions.kdd_air_quality.origins import DAY, days_between, last_scored_day, parse_day
+from competitions.kdd_air_quality.reader import Observations, known_before, read
+from competitions.kdd_air_quality.task import TRUTH_DAYS, checked, days_of, smape
+
+
+class Backtest(Competition):
+    """The competition with a Task whose held-out rows are the days to score; it has no test rows."""
+
+    def build(self, config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
+        """Raises UserError for days outside the data, and for too little before them."""
+        refuse_folds(config)
+        models.names_of(config)
+        asked = table.asked(raw)
+        observations = read(raw, asked.network.stations)
+        days = days_to_score(config, observations)
+        before, *periods = periods_of(days, config.refit_days, config.backtest_days)
+        checked(config, observations, before[0], days, log)
+        rolling = Rolling(config, observations, before, periods)
+        rows = np.concatenate([before, days])
+        return Task(
+            data=Data(
+                train=days_of(observations, rows),
+                ids=[str(day) for day in rows],
+                folds=np.where(np.isin(rows, days), 0, -1),
+                test=days_of(observations, days[:0]),
+                test_ids=[],
+            ),
+            fit_predict=rolling.fit_predict,
+            uses=USES,
+            postprocess=Postprocess(
+                apply=lambda predictions, tuned: predictions["blend"], kept=models.KEPT | {"blend": "float64"}
+            ),
+            metrics=(smape(observations.network),),
+            report=rolling.report,
+            sample=asked.sample,
+        )
 
 
 @dataclass(frozen=True)
-class Period:
-    """Consecutive submit days; everything that is fitted for them ends at the first one's origin."""
+class Rolling:
+    """The settings and data of all models: the functions of the Task."""
 
-    number: int
-    days: np.ndarray
+    config: Config
+    observations: Observations
+    before: np.ndarray  # submit days whose forecasts the first blend is fitted on
+    periods: list[np.ndarray]
+
+    def fit_predict(
+        self, train: np.ndarray, valid: np.ndarray, fold: int | None, home: Run
+    ) -> tuple[Predictions, Predictions]:
+        """{model: forecasts [days, 48, S]} of all models, fitted before each period, and of their blend.
+
+        No forecast is blended with weights that saw its days.
+        """
+        observations, past_days, blends = self.observations, self.before, []
+        past = models.Models(self.config, home, 0).of_period(observations, past_days)
+        for number, days in enumerate(self.periods, 1):
+            over = past_days <= days[0] - TRUTH_DAYS * DAY  # the truth of the day before is not known yet
+            truth = observations.truth(past_days[over])
+            weights = blend.tuned({name: values[over] for name, values in past.items()}, truth, observations.network)
+            home.log(f"blend before {days[0]}: {json.dumps(weights)}")
+            new = models.Models(self.config, home, number).of_period(observations, days)
+            blends.append(blend.apply(weights, new, observations.network.groups))
+            past_days = np.concatenate([past_days, days])
+            past = {name: np.concatenate([past[name], new[name]]) for name in past}
+        scored = {name: values[len(self.before) :] for name, values in past.items()}
+        return scored | {"blend": np.concatenate(blends)}, {}
+
+    def report(self, run: Run, page: Report) -> None:
+        names = (*models.names_of(self.config), "blend")
+        forecasts = {name: np.load(run.path / f"oof.{name}.npy") for name in names}
+        report.tell(run, page, self.observations, self.periods, forecasts)
 
 
-def periods_of(days: np.ndarray, refit_days: int, before_days: int) -> list[Period]:
+def days_to_score(config: Config, observations: Observations) -> np.ndarray:
+    """The submit days that the flags name, by default the last 30 whose truth is known."""
+    newest = last_scored_day(observations.end)
+    for day in (config.first_day, config.last_day):
+        if day:
+            known_before(observations, parse_day(day))
+    return days_between(config.first_day or newest - 29 * DAY, config.last_day or newest)
+
+
+def periods_of(days: np.ndarray, refit_days: int, before_days: int) -> list[np.ndarray]:
     """The days in periods of `refit_days`, after a period of `before_days` whose forecasts fit the first blend.
 
     That period ends two days early: its truth must be over at the first origin.
     """
-    stop = days[0] - 2 * DAY
+    stop = days[0] - TRUTH_DAYS * DAY
     parts = [days_between(stop - (before_days - 1) * DAY, stop)]
-    parts += [days[start : start + refit_days] for start in range(0, len(days), refit_days)]
-    return [Period(number, part) for number, part in enumerate(parts)]
-
-
-def forecasts_of(run: Run, observations: Observations, config: Config, period: Period) -> dict[str, np.ndarray]:
-    """Every model's forecasts [days, 48, S] of a period; what an interrupted run had finished is read back."""
-    known = known_before(observations, period.days[0])
-    later = observations.before(first_hour(period.days[-1]) + 2 * DAY)
-    result = {}
-    for name in models.names_of(config):
-        path = run.path / f"period-{period.number}" / f"{name}.npy"
-        if not path.is_file():
-            models.fit(name, known, config, run, period.number, period.days, later)
-            found = models.forecast(name, observations, period.days, config, run, period.number)
-            write_with(path, lambda stream, found=found: np.save(stream, found))
-        result[name] = np.load(path)
-    return result
-
-
-def summarise(run: Run, parts: list[tuple[Period, dict[str, np.ndarray]]], observations: Observations) -> dict:
-    """Print one table of all models, and write metrics.csv (figures), scores.csv (days) and breakdown.csv.
-
-    Returns {model: figures} over all days; with several periods or calendar months the table shows each as well.
-    """
-    network = observations.network
-    days = np.concatenate([period.days for period, _ in parts])
-    truth = observations.truth(days)
-    forecasts = {name: np.concatenate([found[name] for _, found in parts]) for name in parts[0][1]}
-    grids = {name: table.grid(values, network) for name, values in forecasts.items()}
-    spans = {f"{days[0]} to {days[-1]}": np.ones(len(days), bool)}
-    if len(parts) > 1:
-        spans = {f"{period.days[0]} to {period.days[-1]}": np.isin(days, period.days) for period, _ in parts} | spans
-    lines = []
-    for span, chosen in spans.items():
-        for name, values in grids.items():
-            figures = metric.summary(truth[chosen], values[chosen], network.stations)
-            lines.append({"span": span, "model": name, **figures})
-    for line in ["", *_aligned(lines)]:
-        print(line)
-    late = days[days > last_scored_day(observations.end)]
-    if len(late):
-        print(f"not scored, the data end before their 48 hours do: {', '.join(map(str, late))}")
-    _write_csv(run, "metrics.csv", lines)
-    daily = {name: metric.daily(truth, values, network.stations) for name, values in grids.items()}
-    rows = [{"day": day, **{name: daily[name][number] for name in daily}} for number, day in enumerate(days)]
-    _write_csv(run, "scores.csv", rows)
-    found = {name: metric.breakdown(truth, values, network) for name, values in grids.items()}
-    first = next(iter(found.values()))
-    _write_csv(
-        run,
-        "breakdown.csv",
-        [
-            {"by": by, "part": part, **{name: found[name][by][part] for name in found}}
-            for by in first
-            for part in first[by]
-        ],
-    )
-    for by in ("pollutant", "hour band"):
-        print("\n".join(_aligned([{by: part} | {name: found[name][by][part] for name in found} for part in first[by]])))
-    return {
-        line["model"]: {key: line[key] for key in ("mean", "best_25", "resampled_25", "days")}
-        for line in lines[-len(grids) :]
-    }
-
-
-def _aligned(lines: list[dict]) -> list[str]:
-    """Rows of equal keys as text columns."""
-    shown = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
-    cells = [list(lines[0]), *shown]
-    widths = [max(len(row[number]) for row in cells) for number in range(len(cells[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def _write_csv(run: Run, name: str, lines: list[dict]) -> None:
-    cells = ([f"{v:.6f}" if isinstance(v, float) else v for v in line.values()] for line in lines)
-    write_csv(run.path / name, lines[0], cells)
+    return parts + [days[start : start + refit_days] for start in range(0, len(days), refit_days)]

@@ -5,9 +5,12 @@ out, the others have equal weights but for strong reasons, those of a city and p
 and the level is one number: one per group is worse than none.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import softmax
 
 from competitions.kdd_air_quality import metric
 from competitions.kdd_air_quality.features import log_of
@@ -23,8 +26,7 @@ LARGEST_LEVEL = 0.3  # logarithm
 
 def tuned(forecasts: dict[str, np.ndarray], truth: np.ndarray, network: Network) -> Weights:
     """`fit` to backtest forecasts {model: [days, 48, S]} and the truth [days, 48, stations, 3], the official points."""
-    numbers = np.array(network.series)
-    own = np.s_[:, :, numbers[:, 0], numbers[:, 1]]
+    own = np.s_[:, :, *network.places]
     return fit(forecasts, truth[own], metric.valid_points(truth, network.stations)[own], network.groups)
 
 
@@ -37,31 +39,18 @@ def fit(forecasts: dict[str, np.ndarray], truth: np.ndarray, valid: np.ndarray, 
     chosen = valid & (truth > 0)
     logs = np.stack([log_of(forecasts[name]) for name in names])  # [models, days, 48, S]
     target = log_of(np.where(chosen, truth, 1))
-    near = _near_the_best(logs[:, chosen], target[chosen])
-    logs = logs[near]
-    equal = np.zeros(len(logs))
-    shared, level = _minimum(logs[:, chosen], target[chosen], equal, PULL_TO_EQUAL, None)
+    at, wanted = logs[:, chosen], target[chosen]
+    losses = np.tanh(np.abs(at - wanted) / 2).mean(axis=1) if len(wanted) else np.zeros(len(names))
+    near = np.flatnonzero(losses <= NEAR_THE_BEST * losses.min())
+    shared, level = _minimum(at[near], wanted, np.zeros(len(near)), PULL_TO_EQUAL, None)
     result = {}
     for group in dict.fromkeys(groups):
-        own = chosen & np.array([name == group for name in groups])
-        free, _ = _minimum(logs[:, own], target[own], shared, PULL_TO_SHARED, level)
+        own = chosen & (np.array(groups) == group)
+        free, _ = _minimum(logs[near][:, own], target[own], shared, PULL_TO_SHARED, level)
         weights = np.zeros(len(names))
-        weights[near] = _softmax(free)
+        weights[near] = softmax(free)
         result[group] = {name: round(float(w), 4) for name, w in zip(names, weights, strict=True)}
     return {"level": round(float(np.exp(level)), 4), "weights": result}
-
-
-def _near_the_best(logs: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Numbers of the models that are not clearly behind; logs [models, points], target [points]."""
-    if not len(target):
-        return np.arange(len(logs))
-    losses = np.tanh(np.abs(logs - target) / 2).mean(axis=1)
-    return np.flatnonzero(losses <= NEAR_THE_BEST * losses.min())
-
-
-def _softmax(free: np.ndarray) -> np.ndarray:
-    weights = np.exp(free - free.max())
-    return weights / weights.sum()
 
 
 def _minimum(
@@ -71,13 +60,11 @@ def _minimum(
 
     logs [models, points], target [points]. The weights are pulled to `start`; a given `level` is kept.
     """
-    from scipy.optimize import minimize
-
     if not len(target):
         return start, level or 0.0
 
     def value_and_gradient(free: np.ndarray) -> tuple[float, np.ndarray]:
-        weights, away = _softmax(free[:-1]), free[:-1] - start
+        weights, away = softmax(free[:-1]), free[:-1] - start
         difference = weights @ logs + free[-1] - target
         half = np.tanh(np.abs(difference) / 2)
         slope = np.sign(difference) * (1 - half**2) / len(target)
@@ -90,6 +77,10 @@ def _minimum(
     bounds = [(-8, 8)] * len(start) + [fixed]
     found = minimize(value_and_gradient, np.append(start, level or 0.0), jac=True, method="L-BFGS-B", bounds=bounds)
     return found.x[:-1], float(found.x[-1])
+
+
+def equal(names: Sequence[str], groups: Sequence[str]) -> Weights:
+    return {"level": 1.0, "weights": {group: dict.fromkeys(names, 1.0) for group in groups}}
 
 
 def apply(fitted: Weights, forecasts: dict[str, np.ndarray], groups: tuple[str, ...]) -> np.ndarray:

@@ -8,14 +8,15 @@ it misses, and the mean of several is taken.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from competitions.kdd_air_quality import features
-from competitions.kdd_air_quality.linear import Lines
+from competitions.kdd_air_quality import features, linear
+from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
-from competitions.kdd_air_quality.parallel import in_parallel
+from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import CITIES
 
@@ -24,32 +25,10 @@ from competitions.kdd_air_quality.stations import CITIES
 LEFT_OUT = (("season_sine", "season_cosine", "weekday"), ("weekday",))
 FROM_LINEAR = (False, False, True, True)  # draws that learn the error of the linear forecast
 SHIFT_HOURS = (0, 6, 12, 18)  # training origins; forecasts start at 0
-KINDS = {"best splits": {}, "random splits": {"extra_trees": True}}
-SETTINGS = {
-    "learning_rate": 0.06,
-    "num_leaves": 31,
-    "min_data_in_leaf": 200,
-    "feature_fraction": 0.3,
-    "bagging_fraction": 0.5,
-    "bagging_freq": 1,
-    "max_bin": 63,
-    "lambda_l2": 1.0,
-    "cat_smooth": 50.0,
-    "num_threads": 1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "verbose": -1,
-}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One fitted model: for the series of a city, as text."""
-
-    city: str
-    kind: str
-    draw: int
-    text: str
+KINDS = ({}, {"extra_trees": True})  # the best splits, and random ones
+SETTINGS = {"learning_rate": 0.06, "feature_fraction": 0.3, "lambda_l2": 1.0, "cat_smooth": 50.0}
+FEWEST_IN_LEAF = 200
+Member = dict[str, Any]  # one fitted model, for the series of a "city": its "draw" and its "text"
 
 
 def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
@@ -65,8 +44,7 @@ def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
 
 def columns(known: features.Features, draw: int) -> list[int]:
     """The features that a draw's models see."""
-    left_out = LEFT_OUT[draw % len(LEFT_OUT)]
-    return [number for number, name in enumerate(known.names) if name not in left_out]
+    return [number for number, name in enumerate(known.names) if name not in LEFT_OUT[draw % len(LEFT_OUT)]]
 
 
 def from_linear(draw: int) -> bool:
@@ -74,83 +52,63 @@ def from_linear(draw: int) -> bool:
 
 
 def fit(
-    observations: Observations,
-    lines: Lines,
-    draws: list[int],
-    rounds: int,
-    fraction: float,
-    jobs: int,
-    seed: int,
-    label: str = "boosting",
+    observations: Observations, lines: np.ndarray, draws: list[int], config: Config, label: str
 ) -> Iterator[tuple[int, list[Member]]]:
     """Fit kinds x cities on everything that is over at the end of the data; yields the members of each draw when done.
 
-    Every draw takes another `fraction` of the rows (origin, hour ahead, series). `lines` is the linear forecaster of
-    the same data. Raises UserError on too short a history.
+    Every draw takes another `boosting_fraction` of the rows (origin, hour ahead, series). `lines` is the linear
+    forecaster of the same data. Raises UserError on too short a history.
     """
-    groups = observations.network.groups
-    parts = []
+    network, parts = observations.network, []
     for shift in SHIFT_HOURS:
         shifted = replace(observations, start=observations.start + shift * HOUR, values=observations.values[shift:])
         ends = features.training_ends(shifted)
         known = features.build(shifted, ends)
-        parts.append((known, features.targets(shifted, known.base, ends), lines.at(known, groups)))
+        parts.append((known, features.targets(shifted, known.base, ends), linear.at(lines, known, network)))
+    fraction = config.boosting_fraction / len(parts)
     for draw in draws:
-        kept = columns(known, draw)
+        kept, seed = columns(known, draw), config.seed * 1000 + draw
         categorical = [place for place, number in enumerate(kept) if known.names[number] in features.CATEGORICAL]
         work, members = [], []
         for city in CITIES:
-            table, target = _rows(parts, city, groups, fraction / len(parts), seed, draw)
+            table, target = _rows(parts, network.in_city(city), fraction, config.seed, draw)
+            in_leaf = min(FEWEST_IN_LEAF, max(len(target) // 100, 1))
+            own = SETTINGS | {"seed": seed, "objective": smape_gradient, "min_data_in_leaf": in_leaf}
             for kind in KINDS if len(target) else ():
-                work.append((_fit_one, (table[:, kept], target, categorical, kind, seed * 1000 + draw, rounds)))
-                members.append((city, kind, draw))
-        texts = in_parallel(work, jobs, f"{label}, draw {draw + 1}")
-        yield draw, [Member(*member, text) for member, text in zip(members, texts, strict=True)]
+                work.append((fit_trees, (table[:, kept], target, own | kind, config.boosting_rounds, categorical)))
+                members.append({"city": city, "draw": draw})
+        texts = in_parallel(work, config.jobs, f"{label}, draw {draw + 1}")
+        yield draw, [member | {"text": text} for member, text in zip(members, texts, strict=True)]
 
 
 def _rows(
-    parts: list[tuple[features.Features, np.ndarray, np.ndarray]],
-    city: str,
-    groups: tuple[str, ...],
-    fraction: float,
-    seed: int,
-    draw: int,
+    parts: list[tuple[features.Features, np.ndarray, np.ndarray]], own: np.ndarray, share: float, seed: int, draw: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random `fraction` of a city's rows with a known target: features [n, F] and what the draw is to learn [n]."""
-    own = np.array([group.startswith(city) for group in groups])
+    """A random `share` of the rows of the series `own` with a known target: features [n, F], what to learn [n]."""
     tables, found = [], []
-    for number, (known, wanted, linear) in enumerate(parts):
+    for number, (known, wanted, line) in enumerate(parts):
         random = np.random.default_rng([seed, draw, number])
-        chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < fraction)
-        origin, hour, series = np.nonzero(chosen)
-        tables.append(known.table(origin, hour, series))
-        found.append((wanted - linear if from_linear(draw) else wanted)[origin, hour, series])
+        chosen = np.isfinite(wanted) & own & (random.random(wanted.shape, dtype=np.float32) < share)
+        places = np.nonzero(chosen)  # origin, hour, series
+        tables.append(known.table(*places))
+        found.append((wanted - line if from_linear(draw) else wanted)[places])
     return np.concatenate(tables), np.concatenate(found)
 
 
-def _fit_one(table: np.ndarray, target: np.ndarray, categorical: list[int], kind: str, seed: int, rounds: int) -> str:
-    import lightgbm
-
-    settings = SETTINGS | KINDS[kind] | {"seed": seed, "objective": smape_gradient}
-    settings["min_data_in_leaf"] = min(SETTINGS["min_data_in_leaf"], max(len(target) // 100, 1))
-    data = lightgbm.Dataset(table, target, categorical_feature=categorical, params={"max_bin": SETTINGS["max_bin"]})
-    return lightgbm.train(settings, data, rounds).model_to_string()
-
-
-def forecast(members: list[Member], lines: Lines, observations: Observations, ends: np.ndarray) -> np.ndarray:
+def forecast(members: list[Member], lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:
     """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
     from lightgbm import Booster
 
-    known = features.build(observations, ends)
-    result = np.zeros((len(ends), HORIZON_HOURS, len(observations.network.series)))
-    boosters = [(member, columns(known, member.draw), Booster(model_str=member.text)) for member in members]
+    known, network = features.build(observations, ends), observations.network
+    result = np.zeros((len(ends), HORIZON_HOURS, len(network.series)))
+    boosters = [(one["city"], columns(known, one["draw"]), Booster(model_str=one["text"])) for one in members]
     for city in CITIES:
-        own = np.flatnonzero([group.startswith(city) for group in observations.network.groups])
-        of_city = [(kept, booster) for member, kept, booster in boosters if member.city == city]
+        own = np.flatnonzero(network.in_city(city))
+        of_city = [(kept, booster) for its_city, kept, booster in boosters if its_city == city]
+        hour, place = np.repeat(np.arange(HORIZON_HOURS), len(own)), np.tile(own, HORIZON_HOURS)
         for number in range(len(ends)) if len(own) and of_city else ():
-            hour, place = (grid.ravel() for grid in np.meshgrid(np.arange(HORIZON_HOURS), own, indexing="ij"))
             table = known.table(np.full(len(hour), number), hour, place)
             mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
-    fraction = sum(from_linear(member.draw) for member in members) / max(len(members), 1)
-    return np.exp(result + fraction * lines.at(known, observations.network.groups) + np.tile(known.base, (1, 2, 1)))
+    fraction = sum(from_linear(member["draw"]) for member in members) / max(len(members), 1)
+    return np.exp(result + fraction * linear.at(lines, known, network) + np.tile(known.base, (1, 2, 1)))

@@ -8,21 +8,13 @@ from common.config import at_least, between, flag
 from common.errors import UserError
 from common.kaggle.source import Source
 
-MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
+MODELS = ("medians", "linear", "boosting", "mlp")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
 FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
-# Flags of the core that change nothing here, and why.
-UNUSED = {
-    "fold": "the last days are held out, by time: choose --last-day and --backtest-days",
-    "folds": "the last days are held out, by time: choose --last-day and --backtest-days",
-    "batch_size": "a batch of the network is a whole day of all series",
-    "keep": "the network keeps its last weights: the best on the held-out days would know their truth",
-    "patience": "the network is trained to its last epoch: stopping on the held-out days would know their truth",
-    "evaluate_every": "the held-out days are scored once, after the last epoch",
-    "tta": "forecasts have no test-time augmentation",
-    "channels_last": "there are no images",
-    "bad_images": "there are no images",
-}
+# What the network among the models reads of the core's settings. Not its batch, which is a day of all series; nor what
+# looks at the held-out days to stop, or to choose weights: those would know the truth that they are scored on.
+USES = "epochs micro_batch optimizer lr weight_decay momentum schedule warmup clip_norm ema swa checkpointing compile"
+USES = (*USES.split(), "graph", "track")
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
 
 SOURCE = Source(
@@ -41,7 +33,6 @@ SOURCE = Source(
 class Config(common.Config):
     """Settings of the forecasters and of the rolling backtest that the blend is fitted on."""
 
-    fold: str = flag("0", "not used here: the last days are held out by time")
     epochs: int = flag(10, "epochs of the network over its training days", "epochs")
     batch_size: int = flag(131, "not used here: a batch of the network is a whole day")
     keep: Literal["best", "last"] = flag("last", "not used here: the network keeps its last weights")
@@ -52,13 +43,11 @@ class Config(common.Config):
     # The network is small: bfloat16 saves seconds at most, and a score should not depend on the processor's features.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("fp32", "precision of the network")
     save_every: float = flag(20.0, "least time between two checkpoints of the network", "seconds")
-    models: str = flag("medians,linear,boosting,mlp,prophet", "models to fit and blend")
+    models: str = flag("medians,linear,boosting,mlp", "models to fit and blend")
     model: str = flag("", "one model alone: the same as --models with a single name")
     first_day: str = flag("", "first submit day of a backtest; day D forecasts D+1 and D+2 in UTC", "date")
     last_day: str = flag("", "last submit day; train then knows nothing after it", "date")
-    backtest_days: int = flag(
-        56, "submit days before the end whose forecasts the blend is fitted on", "days", at_least(1)
-    )
+    backtest_days: int = flag(56, "last submit days, on whose forecasts the blend is fitted", "days", at_least(1))
     refit_days: int = flag(31, "a backtest fits every model again after this many days", "days", at_least(1))
     jobs: int = flag(-1, "fits at the same time", "processes", JOBS)
     beijing_windows: str = flag("golden_5", "windows of the medians in Beijing")
@@ -66,11 +55,9 @@ class Config(common.Config):
     boosting_rounds: int = flag(250, "trees of each boosted model", "trees", at_least(1))
     boosting_seeds: int = flag(4, "boosted models per city and kind of tree, each on other rows", "models", at_least(1))
     boosting_fraction: float = flag(
-        0.08, "part of all rows (origin, hour ahead, series) that a boosted model sees", rule=FRACTION
+        0.08, "part of all rows (origin, hour, series) that a tree model sees", "", FRACTION
     )
-    history_days: int = flag(
-        1, "days of hours before the origin that the network sees; the blog's were 360", "days", at_least(1)
-    )
+    history_days: int = flag(1, "days of hours before the origin that the network sees", "days", at_least(1))
     windows: str = flag("golden_1", "median windows that the network sees")
     train_days: int = flag(420, "last origins that the network is trained on", "days", at_least(1))
     units: int = flag(128, "width of the network", rule=at_least(1))
@@ -81,12 +68,10 @@ DEFAULT = Config()
 
 RECIPES = {
     "default": DEFAULT,
-    # make train COMP=kdd_air_quality, when there are no data: every model but Prophet, whose fits take the longest.
-    "demo": replace(DEFAULT, models="medians,linear,boosting,mlp", backtest_days=28),
+    "demo": replace(DEFAULT, backtest_days=28),  # make train COMP=kdd_air_quality, when there are no data
     # Seconds on demo data, to see everything work; its score says nothing.
     "smoke": replace(
         DEFAULT,
-        models="medians,linear,boosting,mlp",
         epochs=4,
         backtest_days=6,
         jobs=1,
@@ -97,15 +82,15 @@ RECIPES = {
         windows="golden_3",
         train_days=60,
         units=32,
-    ),
+    ),  # fmt: skip
 }
 
 
-def refuse_unused(config: Config) -> None:
-    """Raise UserError on flags of the core that have nothing to say here."""
-    for name, why in UNUSED.items():
-        if getattr(config, name) != getattr(DEFAULT, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {why}. Leave this flag out")
+def refuse_folds(config: Config) -> None:
+    """Raise UserError on --fold and --folds, which say nothing here."""
+    for name in ("fold", "folds"):
+        if (value := getattr(config, name)) != getattr(DEFAULT, name):
+            raise UserError(f"--{name} {value}: the last days are held out, by time: --last-day and --backtest-days")
 
 
 def predict(competition: str, argv: list[str]) -> None:

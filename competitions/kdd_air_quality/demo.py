@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.signal import lfilter
 
-from competitions.kdd_air_quality.stations import FULL_NAME, city_of
+from competitions.kdd_air_quality.stations import FULL_NAME
+from competitions.kdd_air_quality.table import lines_for
 
 BEIJING = ("dongsi_aq", "aotizhongxin_aq", "fangshan_aq", "dingling_aq", "qianmen_aq")
 LONDON = ("CD1", "BL0", "MY7")
@@ -36,24 +38,13 @@ def write_demo(folder: Path, seed: int = 7, days: int = DAYS) -> None:
             **{f"{name} (ug/m3)": frame[name] for name in ("PM2.5", "PM10", "NO2")},
         }
     ).to_csv(folder / "London_historical_aqi_forecast_stations_20180331.csv")
-    short = {full: full for full in FULL_NAME.values()} | {full: cut for cut, full in FULL_NAME.items() if cut != full}
+    short = {full: cut for cut, full in sorted(FULL_NAME.items(), key=lambda names: -len(names[0]))}
+    columns = {"station": "station_id"} | {name: f"{name.replace('.', '')}_Concentration" for name in LEVELS}
     for city, table in (("bj", beijing), ("ld", london)):
-        frame = table[~table["time"].isin(history)].reset_index(drop=True)
-        pd.DataFrame(
-            {
-                "id": frame.index + 1,
-                "station_id": frame["station"].map(short),
-                "time": frame["time"],
-                **{f"{name.replace('.', '')}_Concentration": frame[name] for name in LEVELS},
-            }
-        ).to_csv(folder / f"{city}_aq_2018.csv", index=False)
-    lines = ["test_id,PM2.5,PM10,O3"]
-    lines += [
-        f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
-        for station in (*BEIJING, *LONDON)
-        for hour in range(48)
-    ]
-    (folder / "sample_submission.csv").write_text("\n".join(lines) + "\n")
+        frame = table[~table["time"].isin(history)].rename(columns=columns).reset_index(drop=True)
+        frame["station_id"] = frame["station_id"].map(short)
+        frame.set_index(frame.index + 1).to_csv(folder / f"{city}_aq_2018.csv", index_label="id")
+    (folder / "sample_submission.csv").write_text("\n".join(lines_for((*BEIJING, *LONDON))) + "\n")
 
 
 def _city(
@@ -86,12 +77,7 @@ def _wandering(count: int, random: np.random.Generator, hours_of_memory: float) 
     """A stationary process of deviation 1 that forgets over `hours_of_memory`."""
     keep = np.exp(-1 / hours_of_memory)
     steps = random.normal(size=count) * np.sqrt(1 - keep**2)
-    result = np.empty(count)
-    value = random.normal()
-    for number, step in enumerate(steps):
-        value = keep * value + step
-        result[number] = value
-    return result
+    return lfilter([1], [1, -keep], steps, zi=[keep * random.normal()])[0]
 
 
 def _gaps(count: int, random: np.random.Generator) -> np.ndarray:

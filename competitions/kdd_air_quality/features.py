@@ -17,6 +17,7 @@ from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATIO
 FLOOR = 0.5  # ug/m3: smaller and negative values count as this much before the logarithm
 BASE_DAYS = (7, 14, 30)  # windows whose median of medians is the daily cycle that everything is relative to
 MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
+ALL_DAYS = tuple(sorted({*BASE_DAYS, *MEDIAN_DAYS}))
 RECENT_HOURS = (1, 3, 6, 12, 24, 48, 72, 168)
 CITY_HOURS = (1, 3, 6, 12, 24, 48, 168)
 PAST_HOURS = 168
@@ -39,18 +40,10 @@ class Features:
 
     def table(self, origin: np.ndarray, hour: np.ndarray, series: np.ndarray) -> np.ndarray:
         """Rows [B, F] for numbers of origins, hours ahead and series, each [B]."""
-        return np.concatenate(
-            [
-                hour[:, None].astype(np.float32),
-                self.calendar[origin, hour],
-                self.base[origin, hour % 24, series][:, None],
-                self.per_hour[origin, hour % 24, series],
-                self.per_series[origin, series],
-                self.fixed[series],
-            ],
-            axis=1,
-            dtype=np.float32,
-        )
+        at_hour = origin, hour % 24, series
+        parts = [hour[:, None], self.calendar[origin, hour], self.base[at_hour][:, None], self.per_hour[at_hour]]
+        parts += [self.per_series[origin, series], self.fixed[series]]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
     @property
     def season(self) -> np.ndarray:
@@ -76,46 +69,37 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     network, values = observations.network, observations.values
     lanes = log_of(values.reshape(len(values), -1))  # [hours, stations * 6]
     days = by_day(lanes[: len(lanes) // 24 * 24])
-    scored = np.array([station * len(ALL_POLLUTANTS) + pollutant for station, pollutant in network.series])
+    stations, pollutants = network.places
+    scored = stations * len(ALL_POLLUTANTS) + pollutants
 
-    medians = sliding_medians(days, tuple(sorted({*BASE_DAYS, *MEDIAN_DAYS})), ends)
-    lengths = sorted({*BASE_DAYS, *MEDIAN_DAYS})
-    base = _mean_of(medians[[lengths.index(n) for n in BASE_DAYS]], 0)  # [N, 24, lanes]
+    medians = sliding_medians(days, ALL_DAYS, ends)
+    base = _mean_of(medians[[ALL_DAYS.index(n) for n in BASE_DAYS]], 0)  # [N, 24, lanes]
     base = np.where(np.isfinite(base), base, _mean_of(medians, 0))
 
-    padded = np.concatenate([np.full((PAST_HOURS, lanes.shape[1]), np.nan, np.float32), lanes])
+    padded = np.pad(lanes, ((PAST_HOURS, 0), (0, 0)), constant_values=np.nan)
     past = np.stack([padded[end * 24 : end * 24 + PAST_HOURS] for end in ends])  # [N, 168, lanes]
     past = past - np.tile(base, (1, PAST_HOURS // 24, 1))
 
-    per_series, names = _per_series(past, scored, network)
-    per_hour = [medians[lengths.index(n)][..., scored] - base[..., scored] for n in MEDIAN_DAYS]
-    hour_names = [f"median_{n}_days" for n in MEDIAN_DAYS]
+    per_series = _per_series(past, scored, network)
+    per_hour = {f"median_{n}_days": (medians[ALL_DAYS.index(n)] - base)[..., scored] for n in MEDIAN_DAYS}
     smooth = _smooth(past[..., scored])
-    for back in (1, 2, 3, 7):
-        per_hour.append(smooth[:, PAST_HOURS - 24 * back : PAST_HOURS - 24 * (back - 1)])
-        hour_names.append(f"same_hour_{back}_days_ago")
-    calendar, calendar_names = _calendar(observations.start, ends)
-    fixed = np.array(
-        [
-            (number, pollutant, sorted(set(STATION_TYPE.values())).index(STATION_TYPE[network.stations[number]]))
-            for number, pollutant in network.series
-        ],
-        np.float32,
-    )
+    per_hour |= {f"same_hour_{back}_days_ago": _day_of(smooth, back - 1) for back in (1, 2, 3, 7)}
+    calendar = _calendar(observations.start, ends)
+    types = sorted(set(STATION_TYPE.values()))
+    kinds = [types.index(STATION_TYPE[network.stations[station]]) for station in stations]
     return Features(
         whole(base[..., scored], network),
-        per_series,
-        np.stack(per_hour, axis=-1),
-        calendar,
-        fixed,
-        ("hours_ahead", *calendar_names, "base", *hour_names, *names, "station", "pollutant", "type"),
+        np.stack([*per_series.values()], axis=-1).astype(np.float32),
+        np.stack([*per_hour.values()], axis=-1),
+        np.stack([*calendar.values()], axis=-1).astype(np.float32),
+        np.stack([stations, pollutants, kinds], axis=1).astype(np.float32),
+        ("hours_ahead", *calendar, "base", *per_hour, *per_series, "station", "pollutant", "type"),
     )
 
 
 def targets(observations: Observations, base: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Logarithm of the truth relative to the daily cycle [N, 48, S]; NaN where it is missing or not above 0."""
-    series = observations.series()
-    padded = np.concatenate([series, np.full((HORIZON_HOURS, series.shape[1]), np.nan, np.float32)])
+    padded = np.pad(observations.series(), ((0, HORIZON_HOURS), (0, 0)), constant_values=np.nan)
     ahead = np.stack([padded[end * 24 : end * 24 + HORIZON_HOURS] for end in ends])
     return np.where(ahead > 0, log_of(ahead) - np.tile(base, (1, 2, 1)), np.nan).astype(np.float32)
 
@@ -139,11 +123,10 @@ def training_ends(observations: Observations) -> np.ndarray:
 
 def whole(values: np.ndarray, network: Network) -> np.ndarray:
     """[N, hours, S] with nothing missing: from the series' other hours, its group's other stations, then anything."""
-    groups = np.array(network.groups)
     result = np.where(np.isnan(values), _mean_of(values, 1)[:, None], values)
-    for name in dict.fromkeys(network.groups):
-        own = result[..., groups == name]
-        result[..., groups == name] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
+    for group in network.by_group.values():
+        own = result[..., group]
+        result[..., group] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
     return np.nan_to_num(np.where(np.isnan(result), _mean_of(result, 2)[..., None], result))
 
 
@@ -162,49 +145,38 @@ def _smooth(past: np.ndarray) -> np.ndarray:
     return _mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
 
 
-def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> tuple[np.ndarray, list[str]]:
-    """Features [N, S, F] of the last week `past` [N, 168, lanes], and their names."""
-    own = past[..., scored]
-    parts, names = [], []
+def _day_of(past: np.ndarray, back: int) -> np.ndarray:
+    """The 24 hours that ended `back` days before the origin, of [N, 168, ...]."""
+    return past[:, PAST_HOURS - 24 * (back + 1) : PAST_HOURS - 24 * back]
 
-    def add(name: str, values: np.ndarray) -> None:
-        parts.append(values)
-        names.append(name)
 
-    for hours in RECENT_HOURS:
-        add(f"last_{hours}_hours", _mean_of(own[:, -hours:], 1))
-    for back in range(1, 7):
-        add(f"day_{back}_ago", _mean_of(own[:, PAST_HOURS - 24 * (back + 1) : PAST_HOURS - 24 * back], 1))
-    there = np.isfinite(own)
+def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> dict[str, np.ndarray]:
+    """Features [N, S] of the last week `past` [N, 168, lanes], by their names."""
+    own, (stations, pollutants) = past[..., scored], network.places
+    found = {f"last_{hours}_hours": _mean_of(own[:, -hours:], 1) for hours in RECENT_HOURS}
+    found |= {f"day_{back}_ago": _mean_of(_day_of(own, back), 1) for back in range(1, 7)}
+    there, day = np.isfinite(own), own[:, -24:]
     age = np.argmax(there[:, ::-1], axis=1)
-    add("last_value", np.take_along_axis(own, (PAST_HOURS - 1 - age)[:, None], axis=1)[:, 0])
-    add("hours_since_last_value", np.where(there.any(1), age, PAST_HOURS).astype(np.float32))
-    day = own[:, -24:]
-    spread = _mean_of((day - _mean_of(day, 1)[:, None]) ** 2, 1)
-    add("spread_last_day", np.sqrt(spread))
-    filled = np.where(np.isfinite(day), day, np.nan)
-    add("lowest_last_day", np.fmin.reduce(filled, axis=1))
-    add("highest_last_day", np.fmax.reduce(filled, axis=1))
-    add("trend_last_day", _mean_of(own[:, -6:], 1) - _mean_of(own[:, -24:-6], 1))
+    found["last_value"] = np.take_along_axis(own, (PAST_HOURS - 1 - age)[:, None], axis=1)[:, 0]
+    found["hours_since_last_value"] = np.where(there.any(1), age, PAST_HOURS).astype(np.float32)
+    found["spread_last_day"] = np.sqrt(_mean_of((day - _mean_of(day, 1)[:, None]) ** 2, 1))
+    found["lowest_last_day"] = np.fmin.reduce(day, axis=1)
+    found["highest_last_day"] = np.fmax.reduce(day, axis=1)
+    found["trend_last_day"] = _mean_of(own[:, -6:], 1) - _mean_of(own[:, -24:-6], 1)
 
-    city = np.array([CITIES.index(city_of(network.stations[n])) for n, _ in network.series])
-    pollutant = np.array([p for _, p in network.series])
+    city = np.array([CITIES.index(city_of(network.stations[station])) for station in stations])
     means = _city_means(past, network)  # [N, 168, cities, 6]
     for hours in CITY_HOURS:
         recent = _mean_of(means[:, -hours:], 1)  # [N, cities, 6]
-        add(f"city_last_{hours}_hours", recent[:, city, pollutant])
+        found[f"city_last_{hours}_hours"] = recent[:, city, pollutants]
         if hours in (3, 24, 168):
-            for number, name in enumerate(ALL_POLLUTANTS):
-                add(f"city_{name}_last_{hours}_hours", recent[:, city, number])
+            found |= {f"city_{name}_last_{hours}_hours": recent[:, city, n] for n, name in enumerate(ALL_POLLUTANTS)}
     for back in (1, 2, 3, 4):
-        one_day = _mean_of(means[:, PAST_HOURS - 24 * (back + 1) : PAST_HOURS - 24 * back], 1)
-        add(f"city_day_{back}_ago", one_day[:, city, pollutant])
-    stations = np.array([n for n, _ in network.series])
+        found[f"city_day_{back}_ago"] = _mean_of(_day_of(means, back), 1)[:, city, pollutants]
     for number, name in enumerate(ALL_POLLUTANTS):
-        for hours in (6, 24):
-            here = past[:, -hours:, stations * len(ALL_POLLUTANTS) + number]
-            add(f"here_{name}_last_{hours}_hours", _mean_of(here, 1))
-    return np.stack(parts, axis=-1).astype(np.float32), names
+        here = past[..., stations * len(ALL_POLLUTANTS) + number]
+        found |= {f"here_{name}_last_{hours}_hours": _mean_of(here[:, -hours:], 1) for hours in (6, 24)}
+    return found
 
 
 def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
@@ -213,12 +185,11 @@ def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
     return np.stack([_mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
 
 
-def _calendar(start: np.datetime64, ends: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Hour, weekday and season of the 48 hours after each origin [N, 48, 4]."""
+def _calendar(start: np.datetime64, ends: np.ndarray) -> dict[str, np.ndarray]:
+    """Hour, weekday and season of the 48 hours after each origin, each [N, 48]."""
     hours = start.astype("datetime64[h]") + (ends[:, None] * 24 + np.arange(HORIZON_HOURS)) * HOUR
     dates = hours.astype("datetime64[D]")
-    hour = (hours - dates).astype(int)
     weekday = (dates.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
     of_year = (dates - dates.astype("datetime64[Y]")).astype(int) * (2 * np.pi / 365.25)
-    table = np.stack([hour, weekday, np.sin(of_year), np.cos(of_year)], axis=-1).astype(np.float32)
-    return table, ["hour", "weekday", "season_sine", "season_cosine"]
+    season = {"season_sine": np.sin(of_year), "season_cosine": np.cos(of_year)}
+    return {"hour": (hours - dates).astype(int), "weekday": weekday} | season

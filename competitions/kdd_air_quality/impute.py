@@ -4,58 +4,37 @@ Nothing looks at or past a forecast's origin: the regressors are fitted on what 
 and the other two steps see only what they are given, which ends at the origin.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
 from competitions.kdd_air_quality.features import log_of
-from competitions.kdd_air_quality.parallel import in_parallel
+from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import CITIES, Network, city_of
+from competitions.kdd_air_quality.stations import Network
 
 # Regressors fill an hour only when fewer stations of the city than this miss the pollutant, the target among them.
-MOST_MISSING = {"Beijing": 17, "London": 6}
+MOST_MISSING = {"Beijing": (17, 35), "London": (6, 13)}  # of all stations of the city
 ROUNDS = 60
 FEWEST_ROWS = 200  # hours of a series that are worth a regressor
-SETTINGS = {
-    "objective": "l2",
-    "learning_rate": 0.1,
-    "num_leaves": 31,
-    "bagging_fraction": 0.5,
-    "bagging_freq": 1,  # without it LightGBM ignores the fraction
-    "feature_fraction": 0.5,
-    "min_data_in_leaf": 20,
-    "max_bin": 63,
-    "num_threads": 1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "verbose": -1,
-}
+SETTINGS = {"objective": "l2", "learning_rate": 0.1, "feature_fraction": 0.5, "min_data_in_leaf": 20}
 
 
-@dataclass(frozen=True)
-class Imputers:
-    """One LightGBM regressor per series as text, '' for a series that has too few values or no neighbours."""
+def fill(models: Sequence[str], observations: Observations) -> np.ndarray:
+    """Step 1: the series [hours, S], missing values regressed by `models` from the same hour at the other stations.
 
-    models: tuple[str, ...]
-    network: Network
+    A row depends on itself alone, so what comes later in the data cannot matter.
+    """
+    from lightgbm import Booster
 
-    def fill(self, series: np.ndarray) -> np.ndarray:
-        """Step 1: `series` [hours, S] with missing values regressed from the same hour at the other stations.
-
-        A row depends on itself alone, so what comes later in the array cannot matter.
-        """
-        from lightgbm import Booster
-
-        result = series.copy()
-        for number, text in enumerate(self.models):
-            peers = _peers(self.network, number)
-            rows = np.flatnonzero(_fillable(series, self.network, number)) if text else ()
-            if len(rows):
-                predicted = Booster(model_str=text).predict(log_of(series[rows][:, peers]), num_threads=1)
-                result[rows, number] = np.exp(predicted)
-        return result
+    series, network = observations.series(), observations.network
+    result = series.copy()
+    for number, text in enumerate(models):
+        rows = np.flatnonzero(_fillable(series, network, number)) if text else ()
+        if len(rows):
+            others = log_of(series[rows][:, _peers(network, number)])
+            result[rows, number] = np.exp(Booster(model_str=text).predict(others, num_threads=1))
+    return result
 
 
 def _peers(network: Network, number: int) -> list[int]:
@@ -67,31 +46,30 @@ def _peers(network: Network, number: int) -> list[int]:
 def _fillable(series: np.ndarray, network: Network, number: int) -> np.ndarray:
     """Hours [hours] in which the series is missing and enough of its city is not."""
     city = network.groups[number].split(" ")[0]
-    stations = [*_peers(network, number), number]
-    limit = MOST_MISSING[city] * len(stations) / (35 if city == "Beijing" else 13)  # in proportion on smaller networks
+    stations, (most, of_all) = [*_peers(network, number), number], MOST_MISSING[city]
+    limit = most * len(stations) / of_all  # in proportion on smaller networks
     missing = np.isnan(series[:, stations]).sum(axis=1)
     return np.isnan(series[:, number]) & (missing < limit)
 
 
-def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "imputers") -> Imputers:
-    """Fit one regressor per series, in parallel. `observations` must end at the origin they are used for."""
-    series = observations.series()
-    work: list[tuple[Callable, tuple]] = []
+def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "imputers") -> list[str]:
+    """A LightGBM regressor per series as text, '' for one that has too few values or no neighbours; in parallel.
+
+    `observations` must end at the origin they are used for.
+    """
+    series, work = observations.series(), []
     for number in range(series.shape[1]):
-        peers = _peers(observations.network, number)
-        rows = np.flatnonzero(np.isfinite(series[:, number]))
-        work.append((_fit_one, (log_of(series[rows][:, peers]), log_of(series[rows, number]), seed)))
-    return Imputers(tuple(in_parallel(work, jobs, label)), observations.network)
+        rows = np.isfinite(series[:, number])
+        neighbours = log_of(series[rows][:, _peers(observations.network, number)])
+        work.append((_fit_one, (neighbours, log_of(series[rows, number]), seed)))
+    return in_parallel(work, jobs, label)
 
 
 def _fit_one(neighbours: np.ndarray, target: np.ndarray, seed: int) -> str:
     """A regressor as text, from `neighbours` [n, peers] to `target` [n], both in logarithms."""
-    import lightgbm
-
     if len(target) < FEWEST_ROWS or not neighbours.shape[1]:
         return ""
-    data = lightgbm.Dataset(neighbours, target, free_raw_data=True)
-    return lightgbm.train(SETTINGS | {"seed": seed}, data, ROUNDS).model_to_string()
+    return fit_trees(neighbours, target, SETTINGS | {"seed": seed}, ROUNDS)
 
 
 def complete(series: np.ndarray, network: Network) -> np.ndarray:
@@ -105,25 +83,14 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
     days = whole.reshape(-1, 24, series.shape[1])
     days = _carried(_carried(days)[::-1])[::-1]
     filled = days.reshape(-1, series.shape[1])[-hours % 24 :]
-    for group in dict.fromkeys(network.groups):
-        members = [number for number, name in enumerate(network.groups) if name == group]
-        there = np.isfinite(filled[:, members])
-        count = there.sum(1)
-        total = np.where(there, filled[:, members], 0).sum(1)
-        overall = total.sum() / count.sum() if count.sum() else _city_mean(filled, network, group)
+    for group in network.by_group.values():
+        own = filled[:, group]
+        there = np.isfinite(own)
+        count, total = there.sum(1), np.where(there, own, 0).sum(1)
+        overall = total.sum() / count.sum() if count.sum() else 1.0  # a city that never measured it
         mean = np.where(count > 0, total / np.maximum(count, 1), overall)
-        filled[:, members] = np.where(there, filled[:, members], mean[:, None])
+        filled[:, group] = np.where(there, own, mean[:, None])
     return filled
-
-
-def _city_mean(series: np.ndarray, network: Network, group: str) -> float:
-    """For a pollutant that a city never measured: the mean of the city, else of everything, else 1."""
-    city = next(city for city in CITIES if group.startswith(city))
-    own = series[:, [n for n, (station, _) in enumerate(network.series) if city_of(network.stations[station]) == city]]
-    for values in (own, series):
-        if np.isfinite(values).any():
-            return float(np.nanmean(values))
-    return 1.0
 
 
 def _carried(days: np.ndarray) -> np.ndarray:

@@ -5,14 +5,13 @@ and errs differently: alone it is the equal of the boosted trees, and half of th
 the season are no trap for it as they are for trees: spring's rising ozone runs ahead of the medians.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from competitions.kdd_air_quality import features
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.parallel import in_parallel
 from competitions.kdd_air_quality.reader import Observations
+from competitions.kdd_air_quality.stations import Network
 
 PENALTY = 200.0  # per station, on coefficients of features of variance 1; a station has a row per origin
 # The slope of 2 tanh(|d| / 2) over |d| weighs the rows of the next least squares (iteratively reweighted). Starting at
@@ -21,36 +20,30 @@ ROUNDS = 8
 ROUNDED_OFF = 0.3  # errors below it count as in least squares, or single rows would weigh without bound
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Coefficients [groups, 48, F + 1], the last one the constant, of the groups in the network's order."""
-
-    coefficients: np.ndarray
-
-    def at(self, known: features.Features, groups: tuple[str, ...]) -> np.ndarray:
-        """Logarithms relative to the daily cycle [N, 48, S] for all origins of `known`."""
-        context, hourly = known.inputs()
-        result = np.empty((len(context), HORIZON_HOURS, len(groups)), np.float32)
-        for number, group in enumerate(dict.fromkeys(groups)):
-            own = np.flatnonzero(np.array(groups) == group)
-            for hour in range(HORIZON_HOURS):
-                table = _table(context[:, own], hourly[:, hour % 24, own], known.season[:, hour])
-                *slopes, constant = self.coefficients[number, hour]
-                result[:, hour, own] = table @ np.array(slopes) + constant
-        return result
+def at(lines: np.ndarray, known: features.Features, network: Network) -> np.ndarray:
+    """Logarithms relative to the daily cycle [N, 48, S] by what `fit` returns, for all origins of `known`."""
+    context, hourly = known.inputs()
+    result = np.empty((len(context), HORIZON_HOURS, len(network.series)), np.float32)
+    for of_group, own in zip(lines, network.by_group.values(), strict=True):
+        for hour, (*slopes, constant) in enumerate(of_group):
+            table = _table(context[:, own], hourly[:, hour % 24, own], known.season[:, hour])
+            result[:, hour, own] = table @ np.array(slopes) + constant
+    return result
 
 
-def fit(observations: Observations, jobs: int, label: str = "linear") -> Lines:
-    """Fit every group and hour on the origins that are over at the end of the data; raises UserError on too few."""
+def fit(observations: Observations, jobs: int, label: str = "linear") -> np.ndarray:
+    """Coefficients [groups, 48, F + 1], the last one the constant, from the origins that are over when the data end.
+
+    Raises UserError on too few of them.
+    """
     from threadpoolctl import threadpool_limits
 
     ends = features.training_ends(observations)
     known = features.build(observations, ends)
     context, hourly = known.inputs()
     target = features.targets(observations, known.base, ends)
-    groups, work = np.array(observations.network.groups), []
-    for group in dict.fromkeys(observations.network.groups):
-        own = groups == group
+    work = []
+    for own in observations.network.by_group.values():
         part, hours_of_part = context[:, own], hourly[:, :, own]
         work += [
             (_fit_one, (part, hours_of_part[:, hour % 24], known.season[:, hour], target[:, hour, own]))
@@ -58,7 +51,7 @@ def fit(observations: Observations, jobs: int, label: str = "linear") -> Lines:
         ]
     with threadpool_limits(1):  # the fits run side by side; a matrix product in each must not take every core
         found = in_parallel(work, jobs, label)
-    return Lines(np.array(found).reshape(-1, HORIZON_HOURS, len(found[0])))
+    return np.array(found).reshape(-1, HORIZON_HOURS, len(found[0]))
 
 
 def _table(context: np.ndarray, hourly: np.ndarray, season: np.ndarray) -> np.ndarray:
@@ -85,7 +78,7 @@ def _fit_one(context: np.ndarray, hourly: np.ndarray, season: np.ndarray, target
     return np.append(slopes, found[-1] - slopes @ mean)
 
 
-def forecast(lines: Lines, observations: Observations, ends: np.ndarray) -> np.ndarray:
+def forecast(lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:
     """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
     known = features.build(observations, ends)
-    return np.exp(lines.at(known, observations.network.groups) + np.tile(known.base, (1, 2, 1)))
+    return np.exp(at(lines, known, observations.network) + np.tile(known.base, (1, 2, 1)))

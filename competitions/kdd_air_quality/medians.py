@@ -46,13 +46,11 @@ def sliding_medians(days: np.ndarray, lengths: tuple[int, ...], ends: np.ndarray
     return result.reshape(len(lengths), len(ends), *days.shape[1:])
 
 
-def forecast(series: np.ndarray, lengths: tuple[int, ...], ends: np.ndarray | None = None) -> np.ndarray:
+def forecast(series: np.ndarray, lengths: tuple[int, ...], ends: np.ndarray) -> np.ndarray:
     """Median of medians [origins, 48, S] of hourly values [hours, S] that end at an origin.
 
-    `ends` are origins as numbers of days since the first whole day; by default the end of the data alone. Both forecast
-    days use everything before the origin. NaN for a series that has no value in any window.
+    `ends` are origins as numbers of days since the first whole day; both forecast days use everything before the
+    origin. NaN for a series that has no value in any window.
     """
-    days = by_day(series)
-    ends = np.array([len(days)]) if ends is None else ends
-    medians = sliding_medians(days, lengths, ends)
+    medians = sliding_medians(by_day(series), lengths, ends)
     return np.tile(np.maximum(bottleneck.nanmedian(medians, axis=0), 0), (1, 2, 1))

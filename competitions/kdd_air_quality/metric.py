@@ -3,13 +3,15 @@
 Definition: biendata.xyz, KDD Cup 2018, evaluation page. Arrays are [days, 48 hours, stations, 3 pollutants].
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from competitions.kdd_air_quality.stations import POLLUTANTS, STATION_TYPE, Network, city_of
 
 BEST_DAYS = 25
+DRAWS = 10_000
 
 
 def valid_points(truth: np.ndarray, stations: tuple[str, ...]) -> np.ndarray:
@@ -33,10 +35,15 @@ def terms(truth: np.ndarray, forecast: np.ndarray) -> np.ndarray:
     return np.divide(2 * np.abs(truth - forecast), total, out=np.zeros_like(total), where=total > 0)
 
 
+def errors(truth: np.ndarray, forecast: np.ndarray, stations: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The terms of all points, 0 where they are not scored, and which are scored."""
+    valid = valid_points(truth, stations)
+    return np.where(valid, terms(np.where(valid, truth, 0), forecast), 0), valid
+
+
 def daily(truth: np.ndarray, forecast: np.ndarray, stations: tuple[str, ...]) -> np.ndarray:
     """Score of every submit day [days]: the mean over its valid points; NaN on a day without any."""
-    valid = valid_points(truth, stations)
-    return mean_over(np.where(valid, terms(np.where(valid, truth, 0), forecast), 0), valid, (1, 2, 3))
+    return mean_over(*errors(truth, forecast, stations), (1, 2, 3))
 
 
 def mean_over(values: np.ndarray, valid: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
@@ -45,67 +52,37 @@ def mean_over(values: np.ndarray, valid: np.ndarray, axes: tuple[int, ...] | Non
     return np.divide(values.sum(axis=axes), count, out=np.full(np.shape(count), np.nan), where=count > 0)
 
 
-def best_mean(scores: np.ndarray, days: int = BEST_DAYS) -> float:
-    """Mean of the lowest `days` daily scores: what the leaderboard showed after a month."""
-    there = np.sort(scores[~np.isnan(scores)])
-    return float(there[:days].mean()) if len(there) else float("nan")
+def figures(scores: np.ndarray) -> dict[str, float]:
+    """The figures of a range of days from their scores [days], the official ones first.
 
-
-def resampled(scores: np.ndarray, days: int = BEST_DAYS, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation over `draws` of the mean score of `days` random days (the blog's protocol).
-
-    It estimates the average day, the official score an average lucky day: both are shown, neither is tuned.
+    The best 25 are what the leaderboard showed after a month: an average lucky day. The mean of 25 random days (the
+    blog's protocol) estimates the average day.
     """
-    there = scores[~np.isnan(scores)]
-    if not len(there):
-        return float("nan"), float("nan")
-    random = np.random.default_rng(seed)
-    size = min(days, len(there))
-    means = random.permuted(np.tile(there, (draws, 1)), axis=1)[:, :size].mean(axis=1)
-    return float(means.mean()), float(means.std())
-
-
-def summary(truth: np.ndarray, forecast: np.ndarray, stations: tuple[str, ...]) -> dict[str, float]:
-    """The figures of a forecast over a range of days, the official ones first."""
-    scores = daily(truth, forecast, stations)
-    mean, deviation = resampled(scores)
     known = scores[~np.isnan(scores)]
-    return {
-        "mean": float(known.mean()) if len(known) else float("nan"),
-        "best_25": best_mean(scores),
-        "resampled_25": mean,
-        "resampled_25_sd": deviation,
-        "days": len(known),
-    }
+    names = ("mean", f"best_{BEST_DAYS}", f"resampled_{BEST_DAYS}", f"resampled_{BEST_DAYS}_sd")
+    if not len(known):
+        return dict.fromkeys(names, float("nan")) | {"days": 0}
+    draws = np.random.default_rng(0).permuted(np.tile(known, (DRAWS, 1)), axis=1)[:, :BEST_DAYS].mean(axis=1)
+    found = (known.mean(), np.sort(known)[:BEST_DAYS].mean(), draws.mean(), draws.std())
+    return dict(zip(names, map(float, found), strict=True)) | {"days": len(known)}
 
 
-def breakdown(truth: np.ndarray, forecast: np.ndarray, network: Network) -> dict[str, Mapping[str, float]]:
+def breakdown(truth: np.ndarray, forecast: np.ndarray, network: Network) -> pd.Series:
     """Pooled scores by city, pollutant of a city, station type, station, band of hours, and hour ahead."""
-    stations = network.stations
-    valid = valid_points(truth, stations)
-    values = np.where(valid, terms(np.where(valid, truth, 0), forecast), 0)
+    values, valid = errors(truth, forecast, network.stations)
+    cities = [city_of(station) for station in network.stations]
+    kinds = [f"{city} {STATION_TYPE[station]}" for city, station in zip(cities, network.stations, strict=True)]
 
-    def pooled(where: tuple) -> float:
-        return float(mean_over(values[where], valid[where], None))
+    def of(by: str, labels: Sequence[str]) -> dict[tuple[str, str], tuple]:
+        return {(by, name): np.s_[:, :, [n for n, one in enumerate(labels) if one == name]] for name in labels}
 
-    def of(names: list[str], labels: list[str]) -> dict[str, float]:
-        columns = {name: [n for n, label in enumerate(labels) if label == name] for name in names}
-        return {name: pooled(np.s_[:, :, column]) for name, column in columns.items() if column}
-
-    cities = [city_of(station) for station in stations]
-    kinds = [f"{city} {STATION_TYPE[station]}" for city, station in zip(cities, stations, strict=True)]
-    groups = {
-        f"{city} {pollutant}": pooled(np.s_[:, :, network.of_city(city), number])
-        for city in dict.fromkeys(cities)
-        for number, pollutant in enumerate(POLLUTANTS)
-        if f"{city} {pollutant}" in network.groups
-    }
-    bands = {"hours 0-23": np.s_[:, :24], "hours 24-47": np.s_[:, 24:], "hours 0-47": np.s_[:, :]}
-    return {
-        "city": of(list(dict.fromkeys(cities)), cities),
-        "pollutant": groups,
-        "station type": of(list(dict.fromkeys(kinds)), kinds),
-        "station": of(list(stations), list(stations)),
-        "hour band": {name: pooled(where) for name, where in bands.items()},
-        "hour ahead": {str(hour): pooled(np.s_[:, hour]) for hour in range(values.shape[1])},
-    }
+    places = of("city", cities)
+    for group in network.groups:
+        city, pollutant = group.split(" ")
+        places["pollutant", group] = np.s_[:, :, network.of_city(city), POLLUTANTS.index(pollutant)]
+    places |= of("station type", kinds) | of("station", network.stations)
+    for start, stop in ((0, 24), (24, 48), (0, 48)):
+        places["hour band", f"hours {start}-{stop - 1}"] = np.s_[:, start:stop]
+    places |= {("hour ahead", str(hour)): np.s_[:, hour] for hour in range(values.shape[1])}
+    found = {name: float(mean_over(values[where], valid[where], None)) for name, where in places.items()}
+    return pd.Series(found)

@@ -5,6 +5,8 @@ windows ending at the origin and a day before it, all as logarithms relative to 
 names the series. It says 48 logarithms relative to the same cycle, so a forecast is positive by construction.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,10 @@ from common.loading import orders
 from common.losses import LogSMAPE
 from common.metrics import Metric
 from competitions.kdd_air_quality import features, medians
+from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, Network, city_of
+from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, city_of
 
 MEDIAN_SHIFTS_DAYS = 2  # windows that end at the origin, and those that end a day earlier
 
@@ -26,20 +29,12 @@ class ShortcutMLP(nn.Module):
 
     def __init__(self, inputs: int, units: int, dropout: float):
         super().__init__()
-        self.first = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Dropout(dropout))
-        self.rest = nn.Sequential(
-            nn.Linear(units + inputs, units),
-            nn.ReLU(),
-            nn.BatchNorm1d(units),
-            nn.Dropout(dropout),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units, HORIZON_HOURS),
-        )
+        drop = partial(nn.Dropout, dropout)
+        self.first = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), drop())
+        layers = [nn.Linear(units + inputs, units), nn.ReLU(), nn.BatchNorm1d(units), drop()]
+        for _ in range(2):
+            layers += [nn.Linear(units, units), nn.ReLU(), drop()]
+        self.rest = nn.Sequential(*layers, nn.Linear(units, HORIZON_HOURS))
         nn.init.zeros_(self.rest[-1].weight)  # the first forecast is the daily cycle itself
         nn.init.zeros_(self.rest[-1].bias)
 
@@ -53,32 +48,26 @@ class Rows:
     `completed` [hours, S] are values without gaps, in which hours after an origin are never looked at but as targets.
     """
 
-    def __init__(
-        self,
-        observations: Observations,
-        completed: np.ndarray,
-        ends: np.ndarray,
-        history_days: int,
-        windows: tuple[int, ...],
-    ):
+    def __init__(self, observations: Observations, completed: np.ndarray, ends: np.ndarray, config: Config):
         self.network = observations.network
         self.series_count = completed.shape[1]
         self.ends = np.asarray(ends)
-        self.hours = history_days * 24
+        self.hours = config.history_days * 24
         logs = features.log_of(completed).astype(np.float32)
         self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # before the data: their first hour
+        self.median_ends = np.unique(np.maximum(self.ends - np.arange(MEDIAN_SHIFTS_DAYS)[:, None], 1))
         days = medians.by_day(logs[: len(logs) // 24 * 24])
-        shifted = np.unique(np.concatenate([np.maximum(self.ends - back, 1) for back in range(MEDIAN_SHIFTS_DAYS)]))
-        self.median_ends = shifted
-        self.medians = medians.sliding_medians(days, windows, shifted)  # [windows, ends, 24, S]
+        self.medians = medians.sliding_medians(days, medians.windows_of(config.windows), self.median_ends)
         known = features.build(observations, self.ends)
         self.base = known.base
         context, hourly = known.inputs()
         hourly = hourly.transpose(0, 2, 1, 3).reshape(*context.shape[:2], -1)
         self.context = np.concatenate([context, hourly], axis=-1)
-        self.indicators = _indicators(self.network)
-        targets = observations.series()
-        padded = np.concatenate([targets, np.full((HORIZON_HOURS, self.series_count), np.nan, np.float32)])
+        stations, pollutants = self.network.places
+        cities = np.array([CITIES.index(city_of(name)) for name in self.network.stations])[stations]
+        names = ((cities, CITIES), (stations, self.network.stations), (pollutants, POLLUTANTS))
+        self.indicators = np.concatenate([number[:, None] == np.arange(len(of)) for number, of in names], axis=1)
+        padded = np.pad(observations.series(), ((0, HORIZON_HOURS), (0, 0)), constant_values=np.nan)
         self.targets = np.where(padded > 0, features.log_of(padded), np.nan).astype(np.float32)
 
     def __len__(self) -> int:
@@ -106,20 +95,9 @@ class Rows:
         return np.exp(shaped + np.tile(self.base, (1, HORIZON_HOURS // 24, 1)))
 
 
-def _indicators(network: Network) -> np.ndarray:
-    """City, station and pollutant of every series as ones and zeros [S, 2 + stations + 3]."""
-    table = np.zeros((len(network.series), len(CITIES) + len(network.stations) + len(POLLUTANTS)), np.float32)
-    for number, (station, pollutant) in enumerate(network.series):
-        table[number, CITIES.index(city_of(network.stations[station]))] = 1
-        table[number, len(CITIES) + station] = 1
-        table[number, len(CITIES) + len(network.stations) + pollutant] = 1
-    return table
-
-
-def task(rows: Rows, held: np.ndarray, fold: int, units: int, dropout: float) -> core.Task:
+def task(rows: Rows, held: np.ndarray, fold: int, config: Config) -> core.Task:
     """The Task of the core's `fit`: rows of the origins `held` are `fold`, those of the others always train."""
     count = rows.series_count
-    width = rows.batch(np.zeros(1, np.int64))[0].shape[1]
     of_day = np.repeat(rows.ends, count)
     return core.Task(
         data=core.Data(
@@ -129,9 +107,13 @@ def task(rows: Rows, held: np.ndarray, fold: int, units: int, dropout: float) ->
             folds=np.where(np.isin(of_day, held), fold, -1),
             order=lambda train: orders.grouped(of_day[train], train),  # a batch is a day: series share its weather
         ),
-        network=core.Network(model=lambda: ShortcutMLP(width, units, dropout), loss=LogSMAPE()),
+        network=core.Network(model=lambda: _model(rows, config), loss=LogSMAPE()),
         metrics=(Metric("smape", _smape_stats, higher_is_better=False),),
     )
+
+
+def _model(rows: Rows, config: Config) -> ShortcutMLP:
+    return ShortcutMLP(rows.batch(np.zeros(1, np.int64))[0].shape[1], config.units, config.dropout)
 
 
 def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -142,10 +124,9 @@ def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(rows: Rows, state: dict[str, Tensor], units: int, dropout: float) -> np.ndarray:
+def predict(rows: Rows, state: dict[str, Tensor], config: Config) -> np.ndarray:
     """ug/m3 [origins, 48, S] of a fitted network for all origins of `rows`, a day at a time."""
-    width = rows.batch(np.zeros(1, np.int64))[0].shape[1]
-    model = ShortcutMLP(width, units, dropout).eval()
+    model = _model(rows, config).eval()
     model.load_state_dict(state)
     count = rows.series_count
     parts = [model(rows.batch(np.arange(count) + day * count)[0]).numpy() for day in range(len(rows.ends))]

@@ -1,33 +1,36 @@
-"""The five forecasters behind two functions: fit one on what is known, and forecast days with it.
+"""The four forecasters behind two methods: fit one on what is known, and forecast days with it.
 
 What is fitted lies in one folder per cut (the origin before which everything is known), in a file per model that is
 there only when it is whole: a run that was stopped finds it and goes on with the next.
 """
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common import checkpoint
 from common.errors import UserError
-from common.files import write_text, write_with
+from common.files import write_npy, write_text
 from common.run import Run
-from competitions.kdd_air_quality import boosting, features, impute, linear, medians, prophet_model
+from competitions.kdd_air_quality import boosting, features, impute, linear, medians
 from competitions.kdd_air_quality.config import MODELS, Config
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
+from competitions.kdd_air_quality.stations import CITIES
 
 # The precision that forecasts come in, and are kept with: the blend's bits depend on it.
-KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp": "float32", "prophet": "float64"}
+KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp": "float32"}
 
 
 def names_of(config: Config) -> list[str]:
     """The models of --models in their fixed order; raises UserError on an unknown one."""
     given = [name.strip() for name in (config.model or config.models).split(",") if name.strip()]
-    unknown = [name for name in given if name not in MODELS]
-    if unknown or not given:
+    if not given or not set(given) <= set(MODELS):
         raise UserError(f"--models {config.model or config.models}: expected one or more of {','.join(MODELS)}")
     return [name for name in MODELS if name in given]
 
@@ -41,142 +44,120 @@ def longest_window(config: Config) -> int:
 def refuse_short_history(known: Observations, config: Config) -> None:
     """Raise UserError, before anything is fitted, when `known` leaves a model nothing to be trained on."""
     names = names_of(config)
-    if {"linear", "boosting", "mlp"} & set(names):
+    if names != ["medians"]:
         lost = max(boosting.SHIFT_HOURS) if "boosting" in names else 0  # its days begin at several hours
         features.training_ends(known.history(len(known.values) - lost))
 
 
-def fitted_folder(run: Run, fold: int | None) -> Path:
-    return run.path / ("fitted" if fold is None else f"fitted-{fold}")
+def _kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What the file holds, an array or JSON; where there is none, it is made and written first."""
+    is_array = file.suffix == ".npy"
+    if not file.is_file():
+        write_npy(file, make()) if is_array else write_text(file, json.dumps(make()))
+    return np.load(file) if is_array else json.loads(file.read_text())
 
 
-def fit(
-    name: str,
-    known: Observations,
-    config: Config,
-    run: Run,
-    fold: int | None,
-    held_days: np.ndarray | None = None,
-    later: Observations | None = None,
-) -> None:
-    """Fit a model on `known`, which ends at the cut. `later` and `held_days` only let the network log a score."""
-    folder = fitted_folder(run, fold)
-    label = f"{name} before {known.end}"
-    if name in ("medians", "mlp") and not (folder / "imputers.json").is_file():
-        found = impute.fit(known, config.jobs, config.seed, f"imputers before {known.end}")
-        write_text(folder / "imputers.json", json.dumps(found.models))
-    if name in ("linear", "boosting") and not (folder / "linear.npy").is_file():
-        lines = linear.fit(known, config.jobs, f"linear before {known.end}")
-        write_with(folder / "linear.npy", lambda stream: np.save(stream, lines.coefficients))
-    if name == "boosting":
-        draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
-        rounds, share = config.boosting_rounds, config.boosting_fraction
-        fitted = boosting.fit(known, _lines(folder), draws, rounds, share, config.jobs, config.seed, label)
-        for draw, members in fitted if draws else ():
-            write_text(folder / f"boosting-{draw}.json", json.dumps([vars(member) for member in members]))
-    if name == "prophet" and not (folder / "prophet.npz").is_file():
-        weeks = prophet_model.fit(known, config.jobs, label)
-        facts = {"start": weeks.start, "level": weeks.level, "slope": weeks.slope, "week": weeks.week}
-        write_with(folder / "prophet.npz", lambda stream: np.savez(stream, **facts))
-    if name == "mlp" and not (run.fold_folder(fold) / "model.pt").is_file():
-        _fit_network(known, config, run, fold, held_days, later)
+@dataclass(frozen=True)
+class Models:
+    """The models of one cut, in a part of a run: `fold` counts the cuts, None is the one that everything is before."""
 
+    config: Config
+    run: Run
+    fold: int | None = None
 
-def _lines(folder: Path) -> linear.Lines:
-    return linear.Lines(np.load(folder / "linear.npy"))
+    @property
+    def folder(self) -> Path:
+        return self.run.path / ("fitted" if self.fold is None else f"fitted-{self.fold}")
 
+    def of_period(self, observations: Observations, days: np.ndarray) -> dict[str, np.ndarray]:
+        """Forecasts [days, 48, S] of all models, fitted before the first of the days; what is kept is read back."""
+        known = known_before(observations, days[0])
+        later = observations.before(first_hour(days[-1]) + 2 * DAY)
 
-def _imputers(folder: Path, observations: Observations) -> impute.Imputers:
-    return impute.Imputers(tuple(json.loads((folder / "imputers.json").read_text())), observations.network)
+        def made(name: str) -> np.ndarray:
+            self.fit(name, known, days, later)
+            return self.forecast(name, observations, days)
 
+        folder = self.run.path / f"period-{self.fold}"
+        return {name: _kept(folder / f"{name}.npy", partial(made, name)) for name in names_of(self.config)}
 
-def _fit_network(
-    known: Observations,
-    config: Config,
-    run: Run,
-    fold: int | None,
-    held_days: np.ndarray | None,
-    later: Observations | None,
-) -> None:
-    from common.engine.ranks import SINGLE
-    from common.fit import fit as train_network
-    from competitions.kdd_air_quality import mlp
+    def fit(
+        self, name: str, known: Observations, held: np.ndarray | None = None, later: Observations | None = None
+    ) -> None:
+        """Fit a model on `known`, which ends at the cut. `later` and `held` days only let the network log a score."""
+        folder, config, cut = self.folder, self.config, f"before {known.end}"
+        if name in ("medians", "mlp"):
+            found = partial(impute.fit, known, config.jobs, config.seed, f"imputers {cut}")
+            imputers = _kept(folder / "imputers.json", found)
+        else:
+            found = partial(linear.fit, known, config.jobs, f"linear {cut}")
+            lines = _kept(folder / "linear.npy", found)
+        if name == "boosting":
+            draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
+            for draw, members in boosting.fit(known, lines, draws, config, f"boosting {cut}") if draws else ():
+                write_text(folder / f"boosting-{draw}.json", json.dumps(members))
+        if name == "mlp" and not (self.run.fold_folder(self.fold) / "model.pt").is_file():
+            self._fit_network(imputers, known, held, later)
 
-    imputers = _imputers(fitted_folder(run, fold), known)
-    held = np.array([], int) if held_days is None else _ends(known, held_days)
-    seen = known if later is None else later
-    completed = impute.complete(imputers.fill(seen.series()), seen.network)
-    if later is not None:  # nothing after the cut may reach the training rows, not even through the imputation
-        completed[: len(known.values)] = impute.complete(imputers.fill(known.series()), known.network)
-    train = features.training_ends(known)[-config.train_days :]
-    rows = mlp.Rows(seen, completed, np.union1d(train, held), config.history_days, medians.windows_of(config.windows))
-    task = mlp.task(rows, held, -1 if fold is None else fold, config.units, config.dropout)
-    # The held days only show a score: weights chosen on them would be chosen on what is scored.
-    settings = replace(config, evaluate_every=config.epochs)
-    train_network(task, settings, run, fold, SINGLE)
+    def _fit_network(
+        self, imputers: list[str], known: Observations, held: np.ndarray | None, later: Observations | None
+    ) -> None:
+        from common import fit as training
+        from common.engine.ranks import SINGLE
+        from competitions.kdd_air_quality import mlp
+
+        held = np.array([], int) if held is None else _ends(known, held)
+        seen = later or known
+        completed = impute.complete(impute.fill(imputers, seen), seen.network)
+        if later is not None:  # nothing after the cut may reach the training rows, not even through the imputation
+            completed[: len(known.values)] = impute.complete(impute.fill(imputers, known), known.network)
+        train = features.training_ends(known)[-self.config.train_days :]
+        rows = mlp.Rows(seen, completed, np.union1d(train, held), self.config)
+        task = mlp.task(rows, held, -1 if self.fold is None else self.fold, self.config)
+        # The held days only show a score: weights chosen on them would be chosen on what is scored.
+        settings = replace(self.config, evaluate_every=self.config.epochs)
+        training.fit(task, settings, self.run, self.fold, SINGLE)
+
+    def forecast(self, name: str, observations: Observations, days: np.ndarray) -> np.ndarray:
+        """ug/m3 [days, 48, S] of a fitted model for submit days; each sees what is before its origin alone."""
+        folder, config, network = self.folder, self.config, observations.network
+        seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # refuses days outside the data
+        ends = _ends(seen, days)
+        if name in ("medians", "mlp"):
+            filled = impute.fill(json.loads((folder / "imputers.json").read_text()), seen)
+        else:
+            lines = np.load(folder / "linear.npy")
+        if name == "linear":
+            result = linear.forecast(lines, seen, ends)
+        elif name == "boosting":
+            members = [one for file in sorted(folder.glob("boosting-*.json")) for one in json.loads(file.read_text())]
+            result = boosting.forecast(members, lines, seen, ends)
+        elif name == "medians":
+            result = np.full((len(days), HORIZON_HOURS, filled.shape[1]), np.nan)  # what no neighbour filled
+            for city, windows in zip(CITIES, (config.beijing_windows, config.london_windows), strict=True):
+                own = network.in_city(city)
+                if own.any():  # the sample submission may ask for one city alone
+                    result[..., own] = medians.forecast(filled[:, own], medians.windows_of(windows), ends)
+        else:
+            result = self._network_forecast(filled, seen, ends)
+        return np.exp(features.whole(features.log_of(result), network))
+
+    def _network_forecast(self, filled: np.ndarray, seen: Observations, ends: np.ndarray) -> np.ndarray:
+        """One origin at a time, because the last steps of the imputation look at everything they are given."""
+        from competitions.kdd_air_quality import mlp
+
+        config, parts = self.config, []
+        longest = max(*medians.windows_of(config.windows), *features.MEDIAN_DAYS, config.history_days)
+        hours = 24 * (longest + mlp.MEDIAN_SHIFTS_DAYS)
+        state = checkpoint.load(self.run.fold_folder(self.fold) / "model.pt")["model"]
+        for end in ends:
+            recent = replace(seen, values=seen.values[: end * 24]).history(hours)
+            completed = impute.complete(filled[: end * 24][-hours:], seen.network)
+            rows = mlp.Rows(recent, completed, np.array([len(recent.values) // 24]), config)
+            parts.append(mlp.predict(rows, state, config))
+        return np.concatenate(parts)
 
 
 def _ends(observations: Observations, days: np.ndarray) -> np.ndarray:
     """Origins of submit days as numbers of days since the start of the data."""
-    return ((first_hour_of(days) - observations.start.astype("datetime64[D]")) / DAY).astype(int)
-
-
-def first_hour_of(days: np.ndarray) -> np.ndarray:
-    return np.array([first_hour(day) for day in days]).astype("datetime64[D]")
-
-
-def forecast(
-    name: str, observations: Observations, days: np.ndarray, config: Config, run: Run, fold: int | None
-) -> np.ndarray:
-    """ug/m3 [days, 48, S] of a fitted model for submit days; each sees what is before its origin and nothing else."""
-    folder = fitted_folder(run, fold)
-    network = observations.network
-    seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # refuses days outside the data
-    if name == "prophet":
-        saved = np.load(folder / "prophet.npz")
-        weeks = prophet_model.Weeks(saved["start"], saved["level"], saved["slope"], saved["week"])
-        result = prophet_model.forecast(weeks, first_hour_of(days))
-    elif name == "linear":
-        result = linear.forecast(_lines(folder), seen, _ends(seen, days))
-    elif name == "boosting":
-        files = sorted(folder.glob("boosting-*.json"))
-        members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
-        result = boosting.forecast(members, _lines(folder), seen, _ends(seen, days))
-    else:
-        filled = _imputers(folder, seen).fill(seen.series())
-        if name == "medians":
-            result = _medians(filled, _ends(seen, days), config, seen)
-        else:
-            result = _network_forecast(filled, seen, days, config, run, fold)
-    return np.exp(features.whole(features.log_of(result), network))
-
-
-def _medians(filled: np.ndarray, ends: np.ndarray, config: Config, observations: Observations) -> np.ndarray:
-    """Median of medians with each city's own windows [days, 48, S]; gaps that no neighbour filled are left out."""
-    cities = np.array([group.split(" ")[0] for group in observations.network.groups])
-    result = np.full((len(ends), HORIZON_HOURS, filled.shape[1]), np.nan)
-    for city, windows in (("Beijing", config.beijing_windows), ("London", config.london_windows)):
-        own = np.flatnonzero(cities == city)
-        if not len(own):  # the sample submission asks for the other city alone
-            continue
-        result[..., own] = medians.forecast(filled[:, own], medians.windows_of(windows), ends)
-    return result
-
-
-def _network_forecast(
-    filled: np.ndarray, seen: Observations, days: np.ndarray, config: Config, run: Run, fold: int | None
-) -> np.ndarray:
-    """One origin at a time, because the last steps of the imputation look at everything they are given."""
-    from competitions.kdd_air_quality import mlp
-
-    windows = medians.windows_of(config.windows)
-    hours = 24 * (max(*windows, *features.MEDIAN_DAYS, config.history_days) + mlp.MEDIAN_SHIFTS_DAYS)
-    state = checkpoint.load(run.fold_folder(fold) / "model.pt")["model"]
-    parts = []
-    for day in days:
-        known = seen.before(first_hour(day))
-        completed = impute.complete(filled[: len(known.values)][-hours:], seen.network)
-        recent = known.history(hours)
-        rows = mlp.Rows(recent, completed, np.array([len(recent.values) // 24]), config.history_days, windows)
-        parts.append(mlp.predict(rows, state, config.units, config.dropout))
-    return np.concatenate(parts)
+    return (first_hour(days) - observations.start) // DAY

@@ -15,23 +15,9 @@ HOUR = np.timedelta64(1, "h")
 DAY = np.timedelta64(1, "D")
 
 
-def first_hour(day: np.datetime64) -> np.datetime64:
+def first_hour(day: np.datetime64 | np.ndarray) -> np.datetime64:
     """The origin of submit day `day`: the first hour that is forecast and the first one that is not known."""
-    return (np.datetime64(day, "D") + DAY).astype("datetime64[h]")
-
-
-def forecast_hours(day: np.datetime64) -> np.ndarray:
-    """The 48 hours that submit day `day` forecasts."""
-    return first_hour(day) + np.arange(HORIZON_HOURS) * HOUR
-
-
-def last_day(end: np.datetime64) -> np.datetime64:
-    """The last submit day whose known hours are all there when the data end before the hour `end`.
-
-    A last day that has begun counts as whole: its missing hours are missing values, and today must be forecast too.
-    """
-    last_observed = (end - HOUR).astype("datetime64[D]")
-    return last_observed
+    return (np.asarray(day, "datetime64[D]") + DAY).astype("datetime64[h]")
 
 
 def last_scored_day(end: np.datetime64) -> np.datetime64:

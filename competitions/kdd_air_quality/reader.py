@@ -3,6 +3,7 @@
 Whatever the mix of files, the result is one grid, hour x station x pollutant, in UTC, with NaN where nothing is known.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -21,12 +22,10 @@ from competitions.kdd_air_quality.stations import (
     POLLUTANTS,
     STATIONS,
     Network,
-    city_of,
 )
 
-# Names of columns as `_plain` has them.
-STATION_COLUMNS = ("stationid", "station_id", "geocode")
-TIME_COLUMNS = ("utc_time", "time", "measurementdategmt")
+# Names of columns, in small letters.
+COLUMNS = {"station": ("stationid", "station_id", "geocode"), "time": ("utc_time", "time", "measurementdategmt")}
 # Files of the competition without any observation of air quality, by a column that only they have.
 OTHER_FILES = {"api_data", "test_id", "stationname", "temperature", "humidity"}
 DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
@@ -51,12 +50,16 @@ class Observations:
         """The first hour after the data."""
         return self.start + len(self.values) * HOUR
 
+    @property
+    def last_day(self) -> np.datetime64:
+        """The last submit day. One that has begun counts as whole: its missing hours are missing values."""
+        return (self.end - HOUR).astype("datetime64[D]")
+
     def before(self, hour: np.datetime64) -> "Observations":
         """What was known before `hour`, padded with missing hours up to it: nothing later is left to look at."""
-        rows = int((hour - self.start) / HOUR)
-        known = self.values[: max(rows, 0)].copy()
-        missing = np.full((max(rows, 0) - len(known), *known.shape[1:]), np.nan, np.float32)
-        return replace(self, values=np.concatenate([known, missing]))
+        rows = max(int((hour - self.start) / HOUR), 0)
+        known = self.values[:rows]
+        return replace(self, values=np.pad(known, ((0, rows - len(known)), (0, 0), (0, 0)), constant_values=np.nan))
 
     def history(self, hours: int) -> "Observations":
         """The last `hours` hours only."""
@@ -65,8 +68,7 @@ class Observations:
 
     def series(self) -> np.ndarray:
         """The scored series [hours, S]."""
-        numbers = np.array(self.network.series)
-        return self.values[:, numbers[:, 0], numbers[:, 1]]
+        return self.values[:, *self.network.places]
 
     def truth(self, days: np.ndarray) -> np.ndarray:
         """What the forecasts of these submit days are compared with [days, 48, stations, 3].
@@ -74,10 +76,9 @@ class Observations:
         All NaN for a day whose 48 hours are not all within the data: a score of the others would not be the official.
         """
         result = np.full((len(days), HORIZON_HOURS, len(self.network.stations), len(POLLUTANTS)), np.nan, np.float32)
-        for number, day in enumerate(days):
-            first = int((first_hour(day) - self.start) / HOUR)
-            if first >= 0 and day <= last_scored_day(self.end):
-                result[number] = self.values[first : first + HORIZON_HOURS, :, : len(POLLUTANTS)]
+        first = (first_hour(days) - self.start) // HOUR
+        over = (first >= 0) & (days <= last_scored_day(self.end))
+        result[over] = self.values[first[over, None] + np.arange(HORIZON_HOURS), :, : len(POLLUTANTS)]
         return result
 
 
@@ -90,7 +91,7 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
     found, warnings, others = [], [], []
     for name in raw.names():
         file = name.rsplit("/", 1)[-1].lower()
-        if name.startswith("cache/") or file.startswith(".") or "sample_submission" in file:
+        if "sample_submission" in file:
             continue
         if not file.endswith((".csv", ".tsf")):
             others.append(name)
@@ -105,64 +106,53 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
             _warn_of_local_time(name, table, warnings)
             found.append(table)
     if others:
-        warnings.append(
-            f"neither .csv nor .tsf, so not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
-        )
+        warnings.append(f"neither .csv nor .tsf, so not read: {', '.join(others[:5])}{' ...' * (len(others) > 5)}")
     if not found:
-        raise UserError(
-            f"{raw.path} has no file of air quality (found: {', '.join(raw.names()[:8]) or 'nothing'}"
-            + (f"; {'; '.join(warnings)}" if warnings else "")
-            + f"): get the public copy with make data COMP={raw.competition}, or pass DATA=/path/to/folder"
-        )
+        raise _nothing(raw, f"has no file of air quality (found: {', '.join(raw.names()[:8]) or 'nothing'})", warnings)
     return _grid(pd.concat(found, ignore_index=True), Network(tuple(stations)), warnings, raw)
+
+
+def _nothing(raw: RawData, what: str, warnings: list[str]) -> UserError:
+    told = f" ({'; '.join(warnings)})" * bool(warnings)
+    return UserError(
+        f"{raw.path} {what}{told}: get the public copy with make data "
+        f"COMP={raw.competition}, or pass DATA=/path/to/folder"
+    )
 
 
 def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | None:
     """station, hour and the pollutants of one CSV; None for a file of something else. Accepts every known layout."""
     frame = tables.read(raw, name)
-    columns = {_plain(column): column for column in frame.columns}
-    station = next((columns[name] for name in STATION_COLUMNS if name in columns), None)
-    time = next((columns[name] for name in TIME_COLUMNS if name in columns), None)
-    found = {_pollutant(column): column for column in frame.columns if _pollutant(column)}
-    if station is None or time is None or not found:
-        if OTHER_FILES & set(columns):
-            return None
-        missing = [
-            what
-            for what, there in [
-                (f"station column ({', '.join(STATION_COLUMNS)})", station),
-                (f"time column ({', '.join(TIME_COLUMNS)})", time),
-                ("pollutant (PM2.5, PM25_Concentration, PM2.5 (ug/m3) ...)", found),
+    plain = {column.strip().lower(): column for column in frame.columns}
+    station, time = (next((plain[name] for name in names if name in plain), None) for names in COLUMNS.values())
+    pollutants = {_pollutant(column): column for column in frame.columns if _pollutant(column)}
+    if station is None or time is None or not pollutants:
+        if OTHER_FILES.isdisjoint(plain):
+            missing = [
+                f"{what} column ({', '.join(names)})" for what, names in COLUMNS.items() if not plain.keys() & names
             ]
-            if not there
-        ]
-        warnings.append(
-            f"{name} was not read: it has no {' and no '.join(missing)}, only {', '.join(frame.columns[:8])}"
-        )
+            missing += ["pollutant (PM2.5, PM25_Concentration, PM2.5 (ug/m3) ...)"] * (not pollutants)
+            only = ", ".join(frame.columns[:8])
+            warnings.append(f"{name} was not read: it has no {' and no '.join(missing)}, only {only}")
         return None
-    values = {pollutant: _numbers(name, frame[column], warnings) for pollutant, column in found.items()}
+    values = {pollutant: _numbers(name, frame[column], warnings) for pollutant, column in pollutants.items()}
     hours, has_hour = _hours(frame[time])
     table = pd.DataFrame({"station": frame[station], "hour": hours, **values})
     there = table["station"].notna()
-    unreadable = there & table["hour"].isna()
-    for left_out, why in ((unreadable, "cannot be read"), (there & _hourless(table, has_hour), "has no hour")):
+    unreadable, hourless = there & table["hour"].isna(), there & _hourless(table, has_hour)
+    for left_out, why in ((unreadable, "cannot be read"), (hourless, "has no hour")):
         if left_out.any():
             warnings.append(
                 f"{name}: {int(left_out.sum())} rows are left out, their time {why}, such as "
                 f"{str(frame[time][left_out].iloc[0])!r}: expected year, month, day and hour as in 2018-01-31 05:00"
             )
-            there &= ~left_out
-    return table[there & table["hour"].notna()]
-
-
-def _plain(column: str) -> str:
-    return column.strip().lower()
+    return table[there & ~unreadable & ~hourless]
 
 
 def _pollutant(column: str) -> str | None:
     """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)' and 'PM25_Concentration'; None of other columns."""
-    short = _plain(column).removesuffix("_concentration").removesuffix("(ug/m3)").strip().replace("pm25", "pm2.5")
-    return short.upper() if short.upper() in ALL_POLLUTANTS else None
+    short = re.sub(r"(_concentration|\(ug/m3\))$", "", column.strip().lower()).strip().replace("pm25", "pm2.5").upper()
+    return short if short in ALL_POLLUTANTS else None
 
 
 def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
@@ -259,13 +249,12 @@ def _tsf_table(content: bytes) -> pd.DataFrame | None:
     parts = []
     for line in body.splitlines():
         *fields, values = line.split(":")
-        if len(fields) != len(names):
-            continue
-        station, pollutant, start = (fields[names.index(name)] for name in wanted)
-        numbers = pd.to_numeric(pd.Series(values.split(",")), errors="coerce")
-        first = pd.to_datetime(start, format="%Y-%m-%d %H-%M-%S").floor("h")
-        hours = first + pd.to_timedelta(np.arange(len(numbers)), unit="h")
-        parts.append(pd.DataFrame({"station": station, "hour": hours, _pollutant(pollutant) or "unknown": numbers}))
+        if len(fields) == len(names):
+            station, pollutant, start = (fields[names.index(name)] for name in wanted)
+            numbers = pd.to_numeric(pd.Series(values.split(",")), errors="coerce")
+            first = pd.to_datetime(start, format="%Y-%m-%d %H-%M-%S").floor("h")
+            hours = pd.date_range(first, periods=len(numbers), freq="h")
+            parts.append(pd.DataFrame({"station": station, "hour": hours, _pollutant(pollutant) or "unknown": numbers}))
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
@@ -275,43 +264,32 @@ def _warn_of_local_time(name: str, table: pd.DataFrame, warnings: list[str]) -> 
         return
     beijing = table[table["station"].astype(str).str.endswith("_aq") & table["O3"].notna()]
     cycle = beijing["O3"].groupby(beijing["hour"].dt.hour).mean()
-    if len(beijing) < 24 * 14 or len(cycle) < 24:
-        return
-    peak = int(cycle.rolling(3, center=True, min_periods=1).mean().idxmax())
-    if peak not in O3_PEAK_HOURS_UTC:
-        warnings.append(
-            f"{name} looks like local time: Beijing's O3 peaks at {peak:02d}:00, expected 05-10:00 UTC. "
-            f"Times are taken as UTC: subtract 8 hours from the file if it is in Beijing time"
-        )
+    if len(beijing) >= 24 * 14 and len(cycle) == 24:
+        peak = int(cycle.rolling(3, center=True, min_periods=1).mean().idxmax())
+        if peak not in O3_PEAK_HOURS_UTC:
+            warnings.append(
+                f"{name} looks like local time: Beijing's O3 peaks at {peak:02d}:00, expected 05-10:00 UTC. Times are "
+                f"taken as UTC: subtract 8 hours from the file if it is in Beijing time"
+            )
 
 
 def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawData) -> Observations:
-    number_of = {short: network.stations.index(full) for short, full in FULL_NAME.items() if full in network.stations}
-    names = table["station"].astype(str)
-    known_elsewhere = set(LONDON_OTHER) | set(FULL_NAME)
-    unknown = sorted(set(names.unique()) - known_elsewhere)
-    if unknown:
+    table["station"] = table["station"].astype(str)
+    if unknown := sorted(set(table["station"].unique()) - set(LONDON_OTHER) - set(FULL_NAME)):
         warnings.append(f"{len(unknown)} unknown stations are left out: {', '.join(unknown[:5])}")
-    rows = table[names.isin(number_of.keys())]
-    given = rows.reindex(columns=ALL_POLLUTANTS).to_numpy(np.float32)
-    there = np.isfinite(given)
-    rows, given, there = (part[there.any(axis=1)] for part in (rows, given, there))  # blank rows begin and end nothing
+    table["station"] = table["station"].map(FULL_NAME)
+    rows = table[table["station"].isin(network.stations)].reindex(columns=["station", "hour", *ALL_POLLUTANTS])
+    rows = rows.dropna(how="all", subset=ALL_POLLUTANTS)  # blank rows begin and end nothing
     if rows.empty:
-        raise UserError(
-            f"{raw.path}: no row has a value of a known station such as {network.stations[0]}"
-            + (f" ({'; '.join(warnings)})" if warnings else "")
-            + f": get the public copy with make data COMP={raw.competition}, or pass DATA=/path/to/folder"
-        )
-    hours = rows["hour"].to_numpy().astype("datetime64[h]")
+        raise _nothing(raw, f"has no row with a value of a known station such as {network.stations[0]}", warnings)
+    hours = rows["hour"].to_numpy("datetime64[h]")
     _refuse_gaps(rows["station"].to_numpy(), hours, raw)
     start = hours.min().astype("datetime64[D]").astype("datetime64[h]")
-    row = ((hours - start) / HOUR).astype(int)
-    column = rows["station"].map(number_of).to_numpy().astype(int)
-    values = np.full((row.max() + 1, len(network.stations), len(ALL_POLLUTANTS)), np.nan, np.float32)
-    for number in range(len(ALL_POLLUTANTS)):
-        own = there[:, number]
-        values[row[own], column[own], number] = given[own, number]  # of equal indices the last one stays
-    observations = Observations(start, values, network)
+    last = rows.drop(columns="hour").groupby([(hours - start) // HOUR, "station"]).last().unstack()  # blanks left out
+    columns = pd.MultiIndex.from_product([ALL_POLLUTANTS, network.stations])
+    values = last.reindex(range(last.index.max() + 1), columns=columns).to_numpy(np.float32)
+    values = values.reshape(len(values), len(ALL_POLLUTANTS), -1).transpose(0, 2, 1)
+    observations = Observations(start, np.ascontiguousarray(values), network)
     return replace(observations, warnings=tuple(warnings + _gaps(observations, raw)))
 
 
@@ -332,23 +310,23 @@ def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, raw: RawData) -> None:
 
 def _gaps(observations: Observations, raw: RawData) -> list[str]:
     """Series without a single value; raises UserError when that is a whole city."""
-    there = np.isfinite(observations.series()).any(axis=0)
-    empty = [name for name, found in zip(observations.network.names, there, strict=True) if not found]
+    network, there = observations.network, np.isfinite(observations.series()).any(axis=0)
     for city in CITIES:
-        own = [name for name in observations.network.names if city_of(name.split(" ")[0]) == city]
-        if own and set(own) <= set(empty):
+        own = network.in_city(city)
+        if own.any() and not there[own].any():
             raise UserError(
                 f"{raw.path} has no observation of {city}: add its file (expected: {' and '.join(CITIES)}), "
                 f"or use a sample submission without its stations"
             )
-    return [f"no observation at all, forecast from the city: {', '.join(empty)}"] if empty else []
+    empty = ", ".join(np.array(network.names)[~there])
+    return [f"no observation at all, forecast from the city: {empty}"] * bool(empty)
 
 
 def known_before(observations: Observations, day: np.datetime64) -> Observations:
     """Everything a forecast of submit day `day` may look at; raises UserError when the day is outside the data."""
     origin = first_hour(day)
     if origin <= observations.start or origin > observations.end + 24 * HOUR:
-        first, last = observations.start.astype("datetime64[D]"), (observations.end - HOUR).astype("datetime64[D]")
+        first, last = observations.start.astype("datetime64[D]"), observations.last_day
         raise UserError(
             f"submit day {day} is outside the data, which go from {first} to {last}: expected a day in that range "
             f"(--first-day {last}), or add the files of the days before {day}"

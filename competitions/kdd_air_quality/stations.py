@@ -3,47 +3,36 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 POLLUTANTS = ("PM2.5", "PM10", "O3")  # forecast, in the order of the submission's columns
 ALL_POLLUTANTS = (*POLLUTANTS, "NO2", "CO", "SO2")  # the last three only inform the forecasts
 CITIES = ("Beijing", "London")
 
 # In the order of the organisers' sample submission.
-BEIJING_TYPES = {
+_BEIJING = {
     "urban": "dongsi tiantan guanyuan wanshouxigong aotizhongxin nongzhanguan wanliu beibuxinqu zhiwuyuan "
     "fengtaihuayuan yungang gucheng",
     "suburban": "fangshan daxing yizhuang tongzhou shunyi pingchang mentougou pinggu huairou miyun yanqin",
     "other": "dingling badaling miyunshuiku donggaocun yongledian yufa liulihe",
     "traffic": "qianmen yongdingmennei xizhimenbei nansanhuan dongsihuan",
 }
-LONDON = ("CD1", "BL0", "GR4", "MY7", "HV1", "GN3", "GR9", "LW2", "GN0", "KF1", "CD9", "ST5", "TH4")
-LONDON_TYPES = {
-    "urban": ("BL0", "KF1"),
-    "suburban": ("GR4",),
-    "kerbside": ("CD1", "MY7"),
-    "industrial": ("ST5",),
-    "roadside": ("HV1", "GN3", "GR9", "LW2", "GN0", "CD9", "TH4"),
-}
+_LONDON = "CD1 kerbside BL0 urban GR4 suburban MY7 kerbside HV1 roadside GN3 roadside GR9 roadside LW2 roadside "
+_LONDON += "GN0 roadside KF1 urban CD9 roadside ST5 industrial TH4 roadside"
 # In the organisers' history, never forecast.
 LONDON_OTHER = ("BX1", "BX9", "CR8", "CT2", "CT3", "GB0", "HR1", "KC1", "LH0", "RB7", "TD5")
 
-STATION_TYPE = {f"{name}_aq": kind for kind, names in BEIJING_TYPES.items() for name in names.split()} | {
-    name: kind for kind, names in LONDON_TYPES.items() for name in names
-}
-STATIONS = (*(name for name in STATION_TYPE if name.endswith("_aq")), *LONDON)
+STATION_TYPE = {f"{name}_aq": kind for kind, names in _BEIJING.items() for name in names.split()}
+STATION_TYPE |= dict(zip(_LONDON.split()[::2], _LONDON.split()[1::2], strict=True))
+STATIONS = tuple(STATION_TYPE)
 
 # The older files cut Beijing's names to ten characters: aotizhongx_aq is aotizhongxin_aq.
-FULL_NAME = {f"{name.removesuffix('_aq')[:10]}_aq": name for name in STATIONS if name.endswith("_aq")} | {
-    name: name for name in STATIONS
-}
+FULL_NAME = {f"{name.removesuffix('_aq')[:10]}_aq": name for name in STATIONS if name.endswith("_aq")}
+FULL_NAME |= {name: name for name in STATIONS}
 
 
 def city_of(station: str) -> str:
     return "Beijing" if station.endswith("_aq") else "London"
-
-
-def scored(station: str, pollutant: str) -> bool:
-    """Whether the competition scores this series: Beijing's three pollutants, London's two."""
-    return pollutant in POLLUTANTS and not (pollutant == "O3" and city_of(station) == "London")
 
 
 @dataclass(frozen=True)
@@ -54,13 +43,17 @@ class Network:
 
     @cached_property
     def series(self) -> tuple[tuple[int, int], ...]:
-        """(number of the station, number of the pollutant) of each of the S scored series."""
+        """(number of the station, number of the pollutant) of each of the S scored series: London has no O3."""
         return tuple(
-            (number, POLLUTANTS.index(pollutant))
-            for number, station in enumerate(self.stations)
-            for pollutant in POLLUTANTS
-            if scored(station, pollutant)
+            (station, pollutant)
+            for station, name in enumerate(self.stations)
+            for pollutant in range(3 if city_of(name) == "Beijing" else 2)
         )
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the stations [S] and of the pollutants [S] of the series, to index arrays [..., stations, 6]."""
+        return tuple(np.array(self.series).T)
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -72,6 +65,15 @@ class Network:
         """'station pollutant' of each of the S series."""
         return tuple(f"{self.stations[n]} {POLLUTANTS[p]}" for n, p in self.series)
 
+    @cached_property
+    def by_group(self) -> dict[str, np.ndarray]:
+        """{group: which series are of it, bool [S]}"""
+        return {group: np.array(self.groups) == group for group in dict.fromkeys(self.groups)}
+
     def of_city(self, city: str) -> list[int]:
         """Numbers of the city's stations."""
         return [number for number, station in enumerate(self.stations) if city_of(station) == city]
+
+    def in_city(self, city: str) -> np.ndarray:
+        """Which series are of the city, bool [S]."""
+        return np.array([group.startswith(city) for group in self.groups])

@@ -32,12 +32,15 @@ def asked(raw: RawData) -> Asked:
         exact = "sample_submission.csv"
         name = min(found, key=lambda name: (name != exact, name.lower() != exact, name))
         return asked_by(io.StringIO(raw.text(name), newline=""), f"{raw.path}/{name}")
-    official = [
-        f"{station}#{hour},0,0,{0 if city_of(station) == 'Beijing' else ''}"
-        for station in STATIONS
-        for hour in range(HORIZON_HOURS)
+    return asked_by(lines_for(STATIONS), "the official ids")
+
+
+def lines_for(stations: Iterable[str]) -> list[str]:
+    """A sample submission that asks for these stations."""
+    rows = [
+        f"{name}#{hour},0,0,{'0' * (city_of(name) == 'Beijing')}" for name in stations for hour in range(HORIZON_HOURS)
     ]
-    return asked_by([",".join(COLUMNS), *official], "the official ids")
+    return [",".join(COLUMNS), *rows]
 
 
 def asked_by(lines: Iterable[str], where: str) -> Asked:
@@ -72,8 +75,7 @@ def parse_id(text: str) -> tuple[str, int]:
 def grid(forecast: np.ndarray, network: Network) -> np.ndarray:
     """[days, 48, S] -> [days, 48, stations, 3] as the score wants it; NaN for London's O3."""
     result = np.full((*forecast.shape[:2], len(network.stations), len(POLLUTANTS)), np.nan)
-    numbers = np.array(network.series)
-    result[:, :, numbers[:, 0], numbers[:, 1]] = forecast
+    result[:, :, *network.places] = forecast
     return result
 
 
@@ -89,10 +91,8 @@ def csv_rows(asked: Asked, forecast: np.ndarray, network: Network) -> Iterator[l
 def valid(values: Sequence[str]) -> str | None:
     """What is wrong with the values of a row: PM2.5 and PM10 must be numbers from 0 up, O3 may be blank (London)."""
     for name, value in zip(POLLUTANTS, values, strict=True):
-        if not value and name == "O3":
-            continue
-        if not submission.is_number(value):
+        if not submission.is_number(value) and (value or name != "O3"):
             return f"{name} is {value!r}, expected a number"
-        if float(value) < 0:
+        if value and float(value) < 0:
             return f"{name} is {value}, expected 0 or more"
     return None

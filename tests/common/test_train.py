@@ -16,8 +16,9 @@ from common import predict
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
+from common.files import read_json
 from common.predictions import read_ids
-from common.train import train
+from common.train import check, train
 from tests.common import toy
 from tests.common.toy_runs import predict_again, same, toy_train, weights
 
@@ -92,6 +93,55 @@ def test_two_runs_are_averaged_in_probability_space():
             mean += model(scale * task.data.test.inputs).softmax(1).detach() / 4
     found = [int(label) for _, label in list(csv.reader(open("submissions/toy/one+two-demo.csv")))[1:]]
     assert found == mean.argmax(1).tolist()
+
+
+def constant_of_the_rows(train, valid, fold, run):
+    """A task without a network: class 1 for everything."""
+    return np.tile([0.0, 1.0, 0.0], (len(valid), 1)), np.tile([0.0, 1.0, 0.0], (toy.TEST_ROWS, 1))
+
+
+@pytest.fixture
+def _no_network(monkeypatch):
+    with_network = toy.build
+    only = {"network": None, "fit_predict": constant_of_the_rows, "uses": ("ema", "epochs", "batch_size")}
+    monkeypatch.setattr(toy, "build", lambda *given: replace(with_network(*given), **only))
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_every_fold_of_a_task_without_a_network_tells_its_score(capsys):
+    run = toy_train(fold="all")
+    result, lines = read_json(run / "result.json"), capsys.readouterr().out.splitlines()
+    targets = toy.made().data.valid.targets.numpy()
+    for fold in range(3):
+        score = float((targets[fold::3] == 1).mean())
+        assert result["fold_scores"][str(fold)] == pytest.approx(score)
+        assert any(line.startswith(f"fold {fold}: accuracy {score:.5g}, fitted on 80 rows, ") for line in lines)
+    assert toy_train("all", fold="none").is_dir()
+    assert "all rows: fitted on 120 rows" in capsys.readouterr().out, "which holds nothing out"
+
+
+@pytest.mark.usefixtures("_no_network")
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"lr": 0.5}, "--lr 0.5"), ({"tta": False}, "--tta false"), ({"rows": 99, "keep": "last"}, "--keep last")],
+)
+def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
+    with pytest.raises(UserError, match=f"^{flag}: this task has no network .*Leave this flag out"):
+        toy_train(**changes)
+    with pytest.raises(UserError, match=f"^{flag}: "):
+        check(toy.TOY, replace(toy.RECIPES["default"], **changes), "default", None)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_a_recipe_with_settings_of_networks_is_refused_without_one(monkeypatch):
+    other = replace(toy.RECIPES["default"], schedule="step", epochs=2)
+    monkeypatch.setitem(toy.RECIPES, "other", other)
+    with pytest.raises(UserError, match="^--schedule step: .*of a recipe too"):
+        train(toy.TOY, other, "other")
+    train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # by another flag it may have no network
+    with pytest.raises(UserError, match="^--tta false: "):
+        predict_again("--run", "one", "--tta", "0")
 
 
 def test_a_second_train_command_makes_a_second_run(capsys):

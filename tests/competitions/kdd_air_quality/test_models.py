@@ -1,4 +1,4 @@
-"""The forecasters: features and forecasts that cannot see past the origin, the loss, network, Prophet and blend."""
+"""The forecasters: features and forecasts that cannot see past the origin, the loss, network and blend."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from common.engine.ranks import SINGLE
 from common.errors import UserError
@@ -15,6 +16,7 @@ from competitions.kdd_air_quality import blend, boosting, features, impute, line
 from competitions.kdd_air_quality.backtest import periods_of
 from competitions.kdd_air_quality.config import RECIPES
 from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
+from competitions.kdd_air_quality.parallel import fit_trees
 from competitions.kdd_air_quality.stations import Network
 
 CONFIG = replace(
@@ -33,12 +35,13 @@ DAYS = days_between("2018-03-20", "2018-03-23")
 
 @pytest.fixture(scope="module")
 def fitted(observations, tmp_path_factory):
-    """A run whose medians, boosting and network are fitted before the first of DAYS."""
+    """Models that are fitted before the first of DAYS."""
     run = Run(tmp_path_factory.mktemp("run"), {})
     known = observations.before(first_hour(DAYS[0]))
+    found = models.Models(CONFIG, run)
     for name in ("medians", "linear", "boosting", "mlp"):
-        models.fit(name, known, CONFIG, run, None)
-    return run
+        found.fit(name, known)
+    return found
 
 
 def with_other_future(observations, hour: np.datetime64):
@@ -51,27 +54,27 @@ def with_other_future(observations, hour: np.datetime64):
 
 @pytest.mark.parametrize("name", ["medians", "linear", "boosting", "mlp"])
 def test_forecasts_see_nothing_at_or_after_their_origin(observations, fitted, name):
-    expected = models.forecast(name, observations, DAYS, CONFIG, fitted, None)
+    expected = fitted.forecast(name, observations, DAYS)
     assert expected.shape == (4, 48, 21) and np.isfinite(expected).all() and (expected >= 0).all()
     origin = first_hour(DAYS[-1])
-    changed = models.forecast(name, with_other_future(observations, origin), DAYS, CONFIG, fitted, None)
+    changed = fitted.forecast(name, with_other_future(observations, origin), DAYS)
     np.testing.assert_array_equal(changed, expected)
-    without = models.forecast(name, observations.before(origin), DAYS, CONFIG, fitted, None)
+    without = fitted.forecast(name, observations.before(origin), DAYS)
     np.testing.assert_array_equal(without, expected)
-    alone = models.forecast(name, observations, DAYS[1:2], CONFIG, fitted, None)
+    alone = fitted.forecast(name, observations, DAYS[1:2])
     np.testing.assert_allclose(alone[0], expected[1], rtol=1e-5)
-    known = models.forecast(name, with_other_future(observations, origin - 3 * HOUR), DAYS, CONFIG, fitted, None)
+    known = fitted.forecast(name, with_other_future(observations, origin - 3 * HOUR), DAYS)
     assert not np.array_equal(known[-1], expected[-1]), "the last hours before the origin do count"
     np.testing.assert_array_equal(known[:-1], expected[:-1])
 
 
-@pytest.mark.parametrize("name", ["linear", "boosting", "mlp"])
+@pytest.mark.parametrize("name", ["boosting", "mlp"])  # the first with the linear one that it starts from
 def test_fits_see_nothing_at_or_after_the_cut(observations, fitted, tmp_path, name):
     cut = first_hour(DAYS[0])
-    run = Run(tmp_path, {})
-    models.fit(name, with_other_future(observations, cut).before(cut), CONFIG, run, None)
-    expected = models.forecast(name, observations, DAYS, CONFIG, fitted, None)
-    np.testing.assert_array_equal(models.forecast(name, observations, DAYS, CONFIG, run, None), expected)
+    other = models.Models(CONFIG, Run(tmp_path, {}))
+    other.fit(name, with_other_future(observations, cut).before(cut))
+    expected = fitted.forecast(name, observations, DAYS)
+    np.testing.assert_array_equal(other.forecast(name, observations, DAYS), expected)
 
 
 def test_the_network_of_a_period_learns_nothing_from_its_held_days(observations, tmp_path):
@@ -80,15 +83,15 @@ def test_the_network_of_a_period_learns_nothing_from_its_held_days(observations,
     for number, source in enumerate((observations, with_other_future(observations, cut))):
         run = Run(tmp_path / str(number), {})
         run.path.mkdir()
-        models.fit("mlp", source.before(cut), CONFIG, run, 0, DAYS, source)
+        models.Models(CONFIG, run, 0).fit("mlp", source.before(cut), DAYS, source)
         weights.append(torch.load(run.path / "fold-0" / "model.pt", weights_only=True)["model"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_what_is_fitted_is_not_fitted_again(observations, fitted):
-    before = {file: file.stat().st_mtime_ns for file in fitted.path.rglob("*") if file.suffix in (".json", ".pt")}
+    before = {file: file.stat().st_mtime_ns for file in fitted.run.path.rglob("*") if file.suffix in (".json", ".pt")}
     for name in ("medians", "linear", "boosting", "mlp"):
-        models.fit(name, observations.before(first_hour(DAYS[0])), CONFIG, fitted, None)
+        fitted.fit(name, observations.before(first_hour(DAYS[0])))
     assert before and all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
@@ -141,8 +144,8 @@ def test_the_least_history_that_is_let_through_is_enough(observations, tmp_path,
             break
         except UserError:
             with pytest.raises(UserError, match="days of history"):
-                models.fit(name, known, config, Run(tmp_path, {}), None)
-    models.fit(name, known, config, Run(tmp_path, {}), None)
+                models.Models(config, Run(tmp_path, {})).fit(name, known)
+    models.Models(config, Run(tmp_path, {})).fit(name, known)
 
 
 def smape_and_penalty(coefficients: np.ndarray, table: np.ndarray, target: np.ndarray, penalty: float) -> float:
@@ -182,7 +185,7 @@ def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle(
 def test_each_city_has_the_windows_of_its_own_flag(observations, fitted):
     def forecast(beijing: str, london: str) -> np.ndarray:
         config = replace(CONFIG, beijing_windows=beijing, london_windows=london)
-        return models.forecast("medians", observations, DAYS[:1], config, fitted, None)
+        return replace(fitted, config=config).forecast("medians", observations, DAYS[:1])
 
     in_london = np.array([group.startswith("London") for group in observations.network.groups])
     golden, fibonacci, both = (
@@ -198,7 +201,7 @@ def test_each_city_has_the_windows_of_its_own_flag(observations, fitted):
 def test_the_network_is_trained_on_the_last_days(observations, tmp_path, monkeypatch):
     known, tasks = observations.before(first_hour(DAYS[0])), []
     monkeypatch.setattr("common.fit.fit", lambda task, *rest: tasks.append(task))
-    models.fit("mlp", known, CONFIG, Run(tmp_path, {}), None)
+    models.Models(CONFIG, Run(tmp_path, {})).fit("mlp", known)
     data = tasks[0].data
     days = {int(name.split("/")[0]) for name, fold in zip(data.ids, data.folds, strict=True) if fold == -1}
     assert sorted(days) == features.training_ends(known)[-10:].tolist()
@@ -209,7 +212,7 @@ def drawn(observations, share: float, seed: int, draw: int, parts: int = 1) -> n
     ends = np.arange(40, 43)
     known = features.build(observations, ends)
     part = known, features.targets(observations, known.base, ends), np.float32(0)
-    return boosting._rows([part] * parts, "Beijing", observations.network.groups, share, seed, draw)[0]
+    return boosting._rows([part] * parts, observations.network.in_city("Beijing"), share, seed, draw)[0]
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
@@ -230,8 +233,8 @@ def test_every_draw_of_the_boosting_sees_other_rows(observations):
 def test_training_origins_of_the_boosting_keep_their_hour_of_the_day(observations, monkeypatch):
     parts = []
     monkeypatch.setattr(boosting, "_rows", lambda given, *rest: parts.extend(given) or (np.zeros((0, 1)), np.zeros(0)))
-    no_lines = type("NoLines", (), {"at": lambda self, known, groups: np.float32(0)})()
-    next(boosting.fit(observations, no_lines, [0], 1, 0.1, 1, 0))
+    monkeypatch.setattr(linear, "at", lambda *given: np.float32(0))
+    next(boosting.fit(observations, None, [0], CONFIG, ""))
     series = observations.series()
     for shift, (known, target, _) in zip((0, 6, 12, 18), parts[:4], strict=True):
         assert (known.calendar[:, :24, known.names.index("hour") - 1] == (shift + np.arange(24)) % 24).all()
@@ -246,10 +249,11 @@ def test_kinds_of_trees_split_differently():
     random = np.random.default_rng(0)
     table = random.normal(size=(500, 3)).astype(np.float32)
     target = table[:, 0] + random.normal(0, 0.1, 500).astype(np.float32)
-    trees = [boosting._fit_one(table, target, [], kind, 0, 3).split("parameters:")[0] for kind in boosting.KINDS]
-    assert len(set(trees)) == len(boosting.KINDS) == 2
-    again = boosting._fit_one(table, target, [], "best splits", 0, 3)
-    assert trees[0] == again.split("parameters:")[0]
+    settings = boosting.SETTINGS | {"objective": boosting.smape_gradient, "seed": 0, "min_data_in_leaf": 5}
+    first, second, again = (
+        fit_trees(table, target, settings | kind, 3).split("parameters:")[0] for kind in (*boosting.KINDS, {})
+    )
+    assert first == again != second and len(boosting.KINDS) == 2
 
 
 def test_stations_that_repeat_each_other_change_no_line():
@@ -266,27 +270,22 @@ def test_stations_that_repeat_each_other_change_no_line():
     np.testing.assert_allclose(three[:-1], alone[:-1], atol=1e-4)
 
 
-def test_linear_fits_are_the_same_in_parallel(observations):
-    known = observations.before(first_hour(DAYS[0]))
-    np.testing.assert_array_equal(linear.fit(known, 1).coefficients, linear.fit(known, 2).coefficients)
-
-
 def test_a_part_of_the_trees_starts_from_the_linear_forecast(observations, fitted):
     """A linear forecast that is a tenth higher raises the boosted one by that part of a tenth."""
-    folder = fitted.path / "fitted"
+    folder = fitted.folder
     files = sorted(folder.glob("boosting-*.json"))
-    members = [boosting.Member(**member) for file in files for member in json.loads(file.read_text())]
-    lines = linear.Lines(np.load(folder / "linear.npy"))
-    higher = linear.Lines(lines.coefficients + np.eye(lines.coefficients.shape[-1])[-1] * 0.1)
+    members = [member for file in files for member in json.loads(file.read_text())]
+    lines = np.load(folder / "linear.npy")
+    higher = lines + np.eye(lines.shape[-1])[-1] * 0.1
     known = observations.before(first_hour(DAYS[0]))
     ends = np.array([len(known.values) // 24])
     ratio = boosting.forecast(members, higher, known, ends) / boosting.forecast(members, lines, known, ends)
     np.testing.assert_allclose(np.log(ratio), 0.1 / 3, atol=1e-6)  # one of three draws
 
 
-def network_rows(observations, ends, history_days=3, windows=(2, 5)):
+def network_rows(observations, ends):
     completed = impute.complete(observations.series(), observations.network)
-    return mlp.Rows(observations, completed, np.array(ends), history_days, windows)
+    return mlp.Rows(observations, completed, np.array(ends), CONFIG)
 
 
 def test_rows_hold_the_past_and_the_targets_in_their_places(observations):
@@ -318,7 +317,7 @@ def test_the_raw_inputs_join_again_after_the_first_layer():
 
 def test_batches_of_the_training_are_days_and_its_fold_is_the_held_days(observations, tmp_path):
     rows = network_rows(observations, [30, 31, 32, 50])
-    task = mlp.task(rows, np.array([50]), 0, 8, 0.1)
+    task = mlp.task(rows, np.array([50]), 0, CONFIG)
     count = rows.series_count
     plan = task.data.order(np.flatnonzero(task.data.folds != 0))(0, 0)
     assert plan.sizes.tolist() == [count] * 3
@@ -344,26 +343,6 @@ def test_missing_and_zero_values_give_a_finite_loss(observations):
     loss = batch_value(LogSMAPE(), outputs, targets)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(outputs.grad).all()
-
-
-def test_prophet_is_its_line_and_its_week():
-    import pandas as pd
-
-    from competitions.kdd_air_quality import prophet_model  # takes a second, for this test alone
-
-    random = np.random.default_rng(0)
-    hours = np.datetime64("2018-01-01T00") + np.arange(30 * 24) * HOUR
-    values = 50 + np.arange(len(hours)) * 0.02 + 10 * np.sin(np.arange(len(hours)) / 24 * 2 * np.pi)
-    values = (values + random.normal(0, 2, len(hours))).astype(np.float32)
-    values[100:130] = np.nan
-    level, slope, week = prophet_model.fit_one(hours, values, "Beijing")
-    lines = prophet_model.Weeks(hours[-1] + HOUR, np.array([level]), np.array([slope]), week[:, None])
-    later = hours[-1] + (1 + 24 * 20 + np.arange(48)) * HOUR
-    there = np.isfinite(values)
-    model = prophet_model.fitted_prophet(hours[there], values[there], "Beijing")
-    expected = model.predict(pd.DataFrame({"ds": later.astype("datetime64[ns]")}))["yhat"].to_numpy()
-    np.testing.assert_allclose(lines.at(later)[:, 0], np.maximum(expected, 0), rtol=1e-6)
-    assert np.isnan(prophet_model.fit_one(hours, np.full(len(hours), np.nan), "London")[0])
 
 
 def test_the_blend_beats_the_models_it_is_of_and_leaves_out_the_one_behind():
@@ -416,21 +395,21 @@ def test_the_blend_s_gradient_finds_the_minimum_of_a_grid():
     grid = np.linspace(0, 1, 201)
     values = [2 * np.tanh(np.abs(w * logs[0] + (1 - w) * logs[1] - target) / 2).mean() for w in grid]
     free, level = blend._minimum(logs, target, np.zeros(2), 2e-5, 0.0)
-    assert level == 0 and blend._softmax(free)[0] == pytest.approx(grid[np.argmin(values)], abs=0.06)
+    assert level == 0 and softmax(free)[0] == pytest.approx(grid[np.argmin(values)], abs=0.06)
 
 
 def test_periods_are_refitted_and_the_first_blend_comes_from_before():
     days = days_between("2018-03-01", "2018-04-28")
     before, march, april = periods_of(days, 31, 28)
-    assert [str(before.days[0]), str(before.days[-1])] == ["2018-01-31", "2018-02-27"]
-    assert str(march.days[0]) == "2018-03-01" and str(april.days[0]) == "2018-04-01" and len(april.days) == 28
+    assert [str(before[0]), str(before[-1])] == ["2018-01-31", "2018-02-27"]
+    assert str(march[0]) == "2018-03-01" and str(april[0]) == "2018-04-01" and len(april) == 28
     # The truth of the last day before is over at the first origin: it ends two days after its submit day.
-    assert first_hour(before.days[-1]) + 48 * HOUR <= first_hour(march.days[0])
+    assert first_hour(before[-1]) + 48 * HOUR <= first_hour(march[0])
 
 
 def test_models_are_chosen_by_name():
     assert models.names_of(replace(CONFIG, models="boosting,medians")) == ["medians", "boosting"]
     assert models.names_of(replace(CONFIG, model="mlp")) == ["mlp"]
     for wrong in ("", "medians,forest"):
-        with pytest.raises(UserError, match="medians,linear,boosting,mlp,prophet"):
+        with pytest.raises(UserError, match="medians,linear,boosting,mlp"):
             models.names_of(replace(CONFIG, models=wrong))

@@ -5,27 +5,34 @@ import pytest
 
 from common.errors import UserError
 from competitions.kdd_air_quality import metric, origins
+from competitions.kdd_air_quality.reader import Observations, read
 from competitions.kdd_air_quality.stations import FULL_NAME, STATIONS, Network, city_of
 
 STATIONS_HERE = ("dongsi_aq", "CD1")
 
 
+def hours_of(day: np.datetime64) -> np.ndarray:
+    return origins.first_hour(day) + np.arange(origins.HORIZON_HOURS) * origins.HOUR
+
+
 def test_submit_day_forecasts_the_next_two_days():
-    hours = origins.forecast_hours(np.datetime64("2018-02-28"))
+    hours = hours_of(np.datetime64("2018-02-28"))
     assert str(hours[0]) == "2018-03-01T00" and str(hours[23]) == "2018-03-01T23" and str(hours[-1]) == "2018-03-02T23"
-    assert len(hours) == 48 and (hours >= origins.first_hour("2018-02-28")).all()
+    days = np.array(["2018-02-28", "2018-03-01"], "datetime64[D]")
+    assert origins.first_hour(days).tolist() == [origins.first_hour(day).item() for day in days]
 
 
-@pytest.mark.parametrize("end, day", [("2018-05-01T00", "2018-04-30"), ("2018-04-30T15", "2018-04-30")])
-def test_last_day_is_the_day_of_the_last_hour(end, day):
-    assert str(origins.last_day(np.datetime64(end, "h"))) == day
+@pytest.mark.parametrize("hours, day", [(24, "2018-04-30"), (15, "2018-04-30")])
+def test_last_day_is_the_day_of_the_last_hour(hours, day):
+    values = np.zeros((hours, 48, 6), np.float32)
+    assert str(Observations(np.datetime64("2018-04-30T00", "h"), values, Network()).last_day) == day
 
 
 @pytest.mark.parametrize("end, day", [("2018-05-01T00", "2018-04-28"), ("2018-04-30T23", "2018-04-27")])
 def test_the_last_scored_day_is_over(end, day):
     found = origins.last_scored_day(np.datetime64(end, "h"))
-    assert str(found) == day and origins.forecast_hours(found)[-1] < np.datetime64(end, "h")
-    assert origins.forecast_hours(found + origins.DAY)[-1] >= np.datetime64(end, "h")
+    assert str(found) == day and hours_of(found)[-1] < np.datetime64(end, "h")
+    assert hours_of(found + origins.DAY)[-1] >= np.datetime64(end, "h")
 
 
 def test_days_are_checked():
@@ -78,7 +85,7 @@ def test_daily_score_equals_the_slow_loop():
     forecast[random.random(truth.shape) < 0.05] = -3
     found = metric.daily(truth, forecast, STATIONS_HERE)
     np.testing.assert_allclose(found, slow_score(truth, forecast, STATIONS_HERE), rtol=1e-12)
-    assert np.isnan(found[3]) and metric.summary(truth, forecast, STATIONS_HERE)["days"] == 3
+    assert np.isnan(found[3]) and metric.figures(found)["days"] == 3
     assert not np.allclose(found[:3], metric.daily(truth, forecast * 1.01, STATIONS_HERE)[:3], rtol=1e-6)
 
 
@@ -119,11 +126,11 @@ def test_days_pool_points_rather_than_station_means():
 
 def test_best_25_and_resampling():
     scores = np.arange(30.0)
-    assert metric.best_mean(scores) == np.arange(25).mean()
-    mean, deviation = metric.resampled(scores)
-    assert mean == pytest.approx(14.5, abs=0.05) and 0.3 < deviation < 1.2
-    assert metric.resampled(scores) == (mean, deviation)
-    assert metric.best_mean(np.append(scores, np.nan)) == np.arange(25).mean()
+    found = metric.figures(np.append(scores, np.nan))
+    assert found["best_25"] == np.arange(25).mean() and found["days"] == 30 and found["mean"] == 14.5
+    assert found["resampled_25"] == pytest.approx(14.5, abs=0.05) and 0.3 < found["resampled_25_sd"] < 1.2
+    assert metric.figures(scores) == found
+    assert np.isnan(metric.figures(np.full(3, np.nan))["best_25"])
 
 
 def test_breakdown_pools_the_same_points():
@@ -142,11 +149,10 @@ def test_breakdown_pools_the_same_points():
 def test_score_of_nothing_on_the_real_months(real_data):
     """Zeros cost 2 wherever the truth is above 0: figures known from the organisers' truth of March 2018."""
     from common.raw import RawData
-    from competitions.kdd_air_quality.reader import read
 
     observations = read(RawData(real_data / "kdd_cup_2018", "kdd_air_quality"))
     days = origins.days_between("2018-02-28", "2018-03-29")
     truth = observations.truth(days)
-    figures = metric.summary(truth, np.zeros_like(truth), observations.network.stations)
+    figures = metric.figures(metric.daily(truth, np.zeros_like(truth), observations.network.stations))
     assert figures["mean"] == pytest.approx(1.99948, abs=2e-5)
     assert figures["best_25"] == pytest.approx(1.99937, abs=2e-5)
