@@ -24,6 +24,7 @@ OFTEN_MISSING = {
     "segmentation_models_pytorch": "segmentation-models-pytorch",
     "albumentations": "albumentations",
     "lightgbm": "lightgbm",
+    "prophet": "prophet",
     "iterstrat": "iterative-stratification",
 }
 
