@@ -8,7 +8,7 @@ from common.config import at_least, between, flag
 from common.errors import UserError
 from common.kaggle.source import Source
 
-MODELS = ("medians", "linear", "boosting", "mlp")
+MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
 FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
 # What the network among the models reads of the core's settings. Not its batch, which is a day of all series; nor what
@@ -43,7 +43,7 @@ class Config(common.Config):
     # The network is small: bfloat16 saves seconds at most, and a score should not depend on the processor's features.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("fp32", "precision of the network")
     save_every: float = flag(20.0, "least time between two checkpoints of the network", "seconds")
-    models: str = flag("medians,linear,boosting,mlp", "models to fit and blend")
+    models: str = flag("medians,linear,boosting,mlp", "models to fit and blend; prophet too, which takes the longest")
     model: str = flag("", "one model alone: the same as --models with a single name")
     first_day: str = flag("", "first submit day of a backtest; day D forecasts D+1 and D+2 in UTC", "date")
     last_day: str = flag("", "last submit day; train then knows nothing after it", "date")

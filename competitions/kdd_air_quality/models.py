@@ -1,4 +1,4 @@
-"""The four forecasters behind two methods: fit one on what is known, and forecast days with it.
+"""The forecasters behind two methods: fit one on what is known, and forecast days with it.
 
 What is fitted lies in one folder per cut (the origin before which everything is known), in a file per model that is
 there only when it is whole: a run that was stopped finds it and goes on with the next.
@@ -17,14 +17,14 @@ from common import checkpoint
 from common.errors import UserError
 from common.files import write_npy, write_text
 from common.run import Run
-from competitions.kdd_air_quality import boosting, features, impute, linear, medians
+from competitions.kdd_air_quality import boosting, features, impute, linear, medians, prophet_model
 from competitions.kdd_air_quality.config import MODELS, Config
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
 from competitions.kdd_air_quality.stations import CITIES
 
 # The precision that forecasts come in, and are kept with: the blend's bits depend on it.
-KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp": "float32"}
+KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp": "float32", "prophet": "float64"}
 
 
 def names_of(config: Config) -> list[str]:
@@ -44,7 +44,7 @@ def longest_window(config: Config) -> int:
 def refuse_short_history(known: Observations, config: Config) -> None:
     """Raise UserError, before anything is fitted, when `known` leaves a model nothing to be trained on."""
     names = names_of(config)
-    if names != ["medians"]:
+    if not set(names) <= {"medians", "prophet"}:
         lost = max(boosting.SHIFT_HOURS) if "boosting" in names else 0  # its days begin at several hours
         features.training_ends(known.history(len(known.values) - lost))
 
@@ -89,6 +89,8 @@ class Models:
         if name in ("medians", "mlp"):
             found = partial(impute.fit, known, config.jobs, config.seed, f"imputers {cut}")
             imputers = _kept(folder / "imputers.json", found)
+        elif name == "prophet":
+            _kept(folder / "prophet.npy", partial(prophet_model.fit, known, config.jobs, f"prophet {cut}"))
         else:
             found = partial(linear.fit, known, config.jobs, f"linear {cut}")
             lines = _kept(folder / "linear.npy", found)
@@ -125,13 +127,15 @@ class Models:
         ends = _ends(seen, days)
         if name in ("medians", "mlp"):
             filled = impute.fill(json.loads((folder / "imputers.json").read_text()), seen)
-        else:
+        elif name != "prophet":
             lines = np.load(folder / "linear.npy")
         if name == "linear":
             result = linear.forecast(lines, seen, ends)
         elif name == "boosting":
             members = [one for file in sorted(folder.glob("boosting-*.json")) for one in json.loads(file.read_text())]
             result = boosting.forecast(members, lines, seen, ends)
+        elif name == "prophet":
+            result = prophet_model.forecast(np.load(folder / "prophet.npy"), first_hour(days))
         elif name == "medians":
             result = np.full((len(days), HORIZON_HOURS, filled.shape[1]), np.nan)  # what no neighbour filled
             for city, windows in zip(CITIES, (config.beijing_windows, config.london_windows), strict=True):

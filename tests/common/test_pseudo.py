@@ -128,7 +128,7 @@ def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatc
         if config.epochs > 1:
             return task
         fitted = lambda train_rows, valid, fold, run: (np.full((len(valid), 3), 1 / 3), given[fold])  # noqa: E731
-        return replace(task, network=None, fit_predict=fitted)
+        return replace(task, network=None, fit_predict=fitted, uses=("epochs",))
 
     monkeypatch.setattr(toy, "build", build)
     toy_train("trees", epochs=1, fold="all")

@@ -1,4 +1,4 @@
-"""The forecasters: features and forecasts that cannot see past the origin, the loss, network and blend."""
+"""The forecasters: features and forecasts that cannot see past the origin, the loss, network, Prophet and blend."""
 
 import json
 from dataclasses import replace
@@ -407,9 +407,29 @@ def test_periods_are_refitted_and_the_first_blend_comes_from_before():
     assert first_hour(before[-1]) + 48 * HOUR <= first_hour(march[0])
 
 
+def test_prophet_is_its_line_and_its_week():
+    import pandas as pd
+
+    from competitions.kdd_air_quality import prophet_model  # takes a second, for this test alone
+
+    random = np.random.default_rng(0)
+    hours = np.datetime64("2018-01-01T00") + np.arange(30 * 24) * HOUR
+    values = 50 + np.arange(len(hours)) * 0.02 + 10 * np.sin(np.arange(len(hours)) / 24 * 2 * np.pi)
+    values = (values + random.normal(0, 2, len(hours))).astype(np.float32)
+    values[100:130] = np.nan
+    fitted = prophet_model.fit_one(hours, values, "Beijing")
+    later = hours[-1] + (1 + 24 * 20 + np.arange(48)) * HOUR
+    there = np.isfinite(values)
+    model = prophet_model.fitted_prophet(hours[there], values[there], "Beijing")
+    expected = model.predict(pd.DataFrame({"ds": later.astype("datetime64[ns]")}))["yhat"].to_numpy()
+    found = prophet_model.forecast(fitted[:, None], later[:1])[0, :, 0]
+    np.testing.assert_allclose(found, np.maximum(expected, 0), rtol=1e-6)
+    assert np.isnan(prophet_model.fit_one(hours, np.full(len(hours), np.nan), "London")).all()
+
+
 def test_models_are_chosen_by_name():
     assert models.names_of(replace(CONFIG, models="boosting,medians")) == ["medians", "boosting"]
     assert models.names_of(replace(CONFIG, model="mlp")) == ["mlp"]
     for wrong in ("", "medians,forest"):
-        with pytest.raises(UserError, match="medians,linear,boosting,mlp"):
+        with pytest.raises(UserError, match="medians,linear,boosting,mlp,prophet"):
             models.names_of(replace(CONFIG, models=wrong))
