@@ -295,7 +295,7 @@ def predict(
             raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
         config = with_flags(run.config(competition.config_class), given)
         config = replace(config, bad_images="skip") if is_filled else config
-        found = raw.of_run(run.provenance, given.data, competition.write_demo)
+        found = replace(raw.of_run(run.provenance, given.data, competition.write_demo), lenient=is_filled)
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
         use_threads(config, with_workers=needs_workers(task))
