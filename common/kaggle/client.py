@@ -1,6 +1,7 @@
 """The kaggle program as a watched subprocess: it can hang for ever, and exit 0 on a failure."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import IO, Any
 from common.errors import UserError
 from common.kaggle.credentials import Account
 from common.kaggle.source import Source
+from common.progress import Progress
 
 # A program that neither writes nor says anything for so long is stopped. Longer than the longest pause (33 s) between
 # the kaggle program's own five attempts at a download, short enough to tell within a minute that there is no network.
@@ -70,11 +72,38 @@ def go_on_with(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub("repeat the (same )?command", f"go on with {command}", str(error))
-        raise type(error)(re.sub("Repeat the (same )?command", f"Go on with {command}", text)) from error
+        again = "([Rr])epeat the (same )?command"
+        raise type(error)(re.sub(again, lambda m: f"{'Gg'[m[1] == 'r']}o on with {command}", str(error))) from error
     except KeyboardInterrupt:
         print(f"stopped: go on with {command}", file=sys.stderr)
         raise SystemExit(130) from None  # the status of the command line for Ctrl-C
+
+
+def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage: float = math.inf) -> Any:
+    """Call `look` until it returns something true, which is returned, at most for `wait` seconds; None then.
+
+    `poll` is the first pause. Raises `look`'s Transient error when that lasts for `outage` seconds without a break, or
+    until the end.
+    """
+    start = answered = time.monotonic()
+    with Progress(label, int(wait), "s") as progress:
+        while True:
+            failure = None
+            try:
+                if found := look():
+                    return found
+                answered = time.monotonic()
+            except Transient as error:
+                failure = error
+            now = time.monotonic()
+            is_last = now - start + poll > wait
+            if failure is not None and (is_last or now - answered >= outage):
+                raise failure
+            if is_last:
+                return None
+            progress.update(int(now - start), str(failure or ""))
+            time.sleep(poll)
+            poll = min(1.3 * poll, 60)
 
 
 def patience() -> float:
@@ -111,10 +140,10 @@ def watched(
     account: Account,
     *,
     measure: Callable[[], int] | None = None,
-    stop: Callable[[], UserError | None] | None = None,
+    stop: Callable[[], None] = lambda: None,
     lock: IO | None = None,
 ) -> Answer:
-    """Run a program until it ends, is silent for too long (Silent), or `stop()` returns an error (raised).
+    """Run a program until it ends, is silent for too long (Silent), or `stop()` raises.
 
     Progress is a change of `measure()`, for example the size of a download, output where there is no measure, or
     computing: on a busy machine the start alone takes seconds.
@@ -141,8 +170,8 @@ def watched(
             while child.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.1)
-                if child.returncode is None and stop is not None and (error := stop()):
-                    raise error
+                if child.returncode is None:
+                    stop()
                 now = (measure(), _ticks(child.pid))
                 if now != last:
                     last, since = now, time.monotonic()

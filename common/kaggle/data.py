@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from common.kaggle import download, manifest
 from common.kaggle.client import end_orphan
 from common.kaggle.credentials import find
 from common.kaggle.manifest import Manifest
-from common.kaggle.source import Source, missing
+from common.kaggle.source import Source
 from common.raw import DATA, visible
 
 
@@ -49,24 +50,21 @@ def fetch(
         place = home.resolve() if home.is_symlink() else home  # to a folder on another disk
         kept = source.images.folder if source.images else ""
         manifest.settle(place, kept)
-        before = manifest.read(home)
-        if force or not _is_complete(home, before, source, labels_only):
-            _refuse_unknown(home, before, force)
-            _announce(source, labels_only)
-            now = _obtain(place, source, labels_only, Path(lock.name).parent, lock, url, checksum, force)
-            if labels_only and before and any((home / name).is_file() for name in before.files.keys() - now.files):
-                now = replace(before, files=before.files | now.files)  # the others stay: deleted data are not asked for
-            draft = _draft(place)
-            now.write(draft)
-            manifest.install(draft, place, kept)
-            before = now
-        if before.part == "all":
-            _clear(Path(lock.name).parent)
-        if labels_only and (problems := before.damage(home)):
+        there = manifest.read(home)
+        if force or not _is_complete(home, there, source, labels_only):
+            now = _obtain(place, source, labels_only, lock, url, checksum, force)
+            if labels_only and there and any((home / name).is_file() for name in there.files.keys() - now.files):
+                now = replace(there, files=there.files | now.files)  # the others stay: deleted data are not asked for
+            manifest.install(now, _draft(place), place, kept)
+            there = now
+        if there.part == "all":
+            _clear(lock)
+        if labels_only and (problems := there.damage(home)):
             print(f"{home}: the label files are whole, others are damaged ({manifest.listed(problems)}): fetch all "
                   f"again with make data COMP={competition}")  # fmt: skip
         else:
-            print(f"{home} is complete: {len(before.files):,} files, {before.size / 1e6:,.1f} MB ({before.source})")
+            size = sum(file.size for file in there.files.values())
+            print(f"{home} is complete: {len(there.files):,} files, {size / 1e6:,.1f} MB ({there.source})")
         if images:
             _fetch_images(home, source, images)
     return home
@@ -103,34 +101,29 @@ def _locked(home: Path) -> Iterator[IO]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _clear(work: Path) -> None:
-    """Delete what was downloaded; the lock is still held."""
-    for file in work.iterdir():
+def _clear(lock: IO) -> None:
+    """Delete what was downloaded; the lock beside it is still held."""
+    for file in Path(lock.name).parent.iterdir():
         if file.name != "lock":
             file.unlink()
 
 
-def _is_complete(home: Path, before: Manifest | None, source: Source, labels_only: bool) -> bool:
-    """Whether the data is what its manifest says; says so when it is damaged."""
-    if before is None or (before.part != "all" and not labels_only):
+def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only: bool) -> bool:
+    """Whether the data is what its manifest says. Raises UserError for files that somebody put there by hand."""
+    if there is None and home.is_dir() and (found := sorted(path.name for path in visible(home))):
+        raise UserError(
+            f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
+            f"as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
+        )
+    if there is None or (there.part != "all" and not labels_only):
         return False
-    problems = before.damage(home, source.labels if labels_only else None)
-    if problems:
+    if problems := there.damage(home, source.labels if labels_only else None):
         print(f"{home} is damaged ({manifest.listed(problems)}): fetching it again")
     return not problems
 
 
-def _refuse_unknown(home: Path, before: Manifest | None, force: bool) -> None:
-    """Files that somebody put there by hand are not replaced unasked."""
-    found = [path.name for path in visible(home)] if home.is_dir() else []
-    if found and before is None and not force:
-        raise UserError(
-            f"{home} holds files that make data has not put there ({', '.join(sorted(found)[:3])}): move them away, "
-            f"use them as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
-        )
-
-
-def _announce(source: Source, labels_only: bool) -> None:
+def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, checksum: str, force: bool) -> Manifest:
+    """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
     if source.notes:
         print(source.notes)
     if source.images:
@@ -139,13 +132,7 @@ def _announce(source: Source, labels_only: bool) -> None:
             f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
             + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
-
-
-def _obtain(
-    home: Path, source: Source, labels_only: bool, work: Path, lock: IO, url: str, checksum: str, force: bool
-) -> Manifest:
-    """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
-    account, draft = find() if source.slug else None, _draft(home)
+    account, draft, work = find() if source.slug else None, _draft(home), Path(lock.name).parent
     if account:
         print(f"Kaggle account: {account.where}")
     expected = source.labels if labels_only else source.archived
@@ -159,12 +146,12 @@ def _obtain(
                 files = download.single_files(source, account, work, draft, lock)
             else:
                 files = download.whole_archive(source, account, work, draft, lock, again=last, as_it_is=force)
-            if absent := missing(expected, list(files)):
+            if absent := [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in files)]:
                 found = ", ".join(sorted(files)[:5]) or "nothing"
                 raise Damaged(f"{provenance}: the download has no {', '.join(absent)} (found: {found})")
             return manifest.made(draft, "labels" if labels_only else "all", files, provenance)
         except Damaged as error:
-            _clear(work)
+            _clear(lock)
             if last:
                 raise UserError(
                     f"{error}; a second download was no better and nothing was kept. See "

@@ -4,6 +4,7 @@ import re
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -11,8 +12,9 @@ from urllib.parse import urlsplit
 from common import archive
 from common.archive import Damaged, Entry
 from common.errors import UserError
+from common.files import require_room
 from common.kaggle import manifest
-from common.kaggle.client import Answer, asked, explained, kaggle
+from common.kaggle.client import asked, explained, kaggle
 from common.kaggle.credentials import Account, hide_addresses
 from common.kaggle.source import Source
 from common.progress import Progress
@@ -29,16 +31,15 @@ def whole_archive(
     `again` starts afresh, `as_it_is` does not compare the archive with the listing.
     """
     target, over = work / f"{source.slug}.zip", threading.Event()
-    needless = UserError("not needed any more")
+
+    def stop() -> None:
+        if over.is_set():
+            raise UserError("not needed any more")
+
     with ThreadPoolExecutor(1) as pool:
-        listing = pool.submit(asked, account, source, "files", stop=lambda: needless if over.is_set() else None)
+        listing = pool.submit(asked, account, source, "files", stop=stop)
         try:
-            answer = _download(source, account, work, lock, target.name, ["-o"] if again else [], listing)
-            if answer.status != 0 or not target.is_file():
-                raise _problem(work, source, listing) or explained(
-                    answer, account, source, f"downloading {source.slug}"
-                )
-            _refuse_partial(work, target.name)
+            _download(source, account, work, lock, target, ["-o"] if again else [], listing)
             files = archive.unpack_into(target, draft)
             sizes = listing.result()
         finally:
@@ -57,34 +58,31 @@ def whole_archive(
     return files
 
 
-def _problem(work: Path, source: Source, listing: Future | None) -> UserError | None:
-    """Why a download cannot end well: the disk is full, or will be, or the competition cannot be listed.
+def _refuse_what_cannot_end_well(work: Path, source: Source, listing: Future | None) -> None:
+    """Raise UserError where the disk is full, or will be, or the competition cannot be listed.
 
     The kaggle program takes a full disk for a broken line, and tries again for a minute.
     """
-    free, folder = shutil.disk_usage(work).free, work.parent
-    if free < FULL_BYTES:
-        return UserError(
-            f"downloading {source.slug}: the disk is full ({folder}): free some space, then repeat the same command; "
-            "it goes on where it stopped"
+    if shutil.disk_usage(work).free < FULL_BYTES:
+        raise UserError(
+            f"downloading {source.slug}: the disk is full ({work.parent}): free some space, then repeat the same "
+            "command; it goes on where it stopped"
         )
-    if listing is None or not listing.done():
-        return None
-    if listing.exception():
-        return listing.exception()
-    need = 2 * sum(listing.result().values()) - size_of(work) + archive.SPARE_BYTES  # the archive and what comes of it
-    if need > free:
-        return UserError(
-            f"{folder}: {source.slug} needs {need / 1e9:.2f} GB (archive and files), {free / 1e9:.2f} GB are free: "
-            f"free some space, or make {folder} a link to a larger disk, then repeat the same command"
-        )
-    return None
+    if listing is not None and listing.done():  # what is needed is the archive and what comes of it
+        need = 2 * sum(listing.result().values()) - size_of(work) + archive.SPARE_BYTES
+        require_room(work, need, f"{source.slug} (archive and files; {work.parent} may be a link to a larger disk)")
 
 
 def _download(
-    source: Source, account: Account, work: Path, lock: IO, name: str, more: list[str], listing: Future | None = None
-) -> Answer:
-    """Run the kaggle program's download, quietly: the growth of `work` is its progress."""
+    source: Source,
+    account: Account,
+    work: Path,
+    lock: IO,
+    target: Path,
+    more: list[str],
+    listing: Future | None = None,
+) -> None:
+    """Run the kaggle program's download, quietly, until `target` or it packed is there; shows how `work` grows."""
 
     def measure() -> int:
         is_listed = listing is not None and listing.done() and not listing.exception()
@@ -92,26 +90,32 @@ def _download(
         progress.update(done // 10**6, total=sum(listing.result().values()) // 10**6 if is_listed else 0)
         return done
 
+    def stop() -> None:
+        _refuse_what_cannot_end_well(work, source, listing)
+
     command = ("competitions", "download", source.slug, "-p", str(work), "-q", *more)
-    with Progress(f"downloading {name}", unit="MB") as progress:
-        return kaggle(account, *command, measure=measure, stop=lambda: _problem(work, source, listing), lock=lock)
+    what = f"downloading {target.name}"
+    with Progress(what, unit="MB") as progress:
+        answer = kaggle(account, *command, measure=measure, stop=stop, lock=lock)
+    if answer.status != 0 or not (target.is_file() or packed(target).is_file()):
+        stop()
+        raise explained(answer, account, source, what)
+    if list(work.glob("*.kaggle-partial")):  # it exits 0 when it is interrupted, half a file has its final name
+        raise UserError(f"{what}: interrupted: repeat the same command, it goes on where it stopped")
+
+
+def packed(file: Path) -> Path:
+    """Where Kaggle's zip of a large single file arrives."""
+    return file.with_name(f"{file.name}.zip")
 
 
 def size_of(folder: Path) -> int:
     """Bytes of the files in a folder that another program is writing to."""
     size = 0
     for file in folder.iterdir():
-        try:
+        with suppress(FileNotFoundError):  # gone since it was listed
             size += file.stat().st_size
-        except FileNotFoundError:  # gone since it was listed
-            continue
     return size
-
-
-def _refuse_partial(work: Path, name: str) -> None:
-    """The kaggle program exits 0 when it is interrupted, and leaves half a file under its final name."""
-    if list(work.glob("*.kaggle-partial")):
-        raise UserError(f"downloading {name}: interrupted: repeat the same command, it goes on where it stopped")
 
 
 def single_files(source: Source, account: Account, work: Path, draft: Path, lock: IO) -> dict[str, Entry]:
@@ -119,18 +123,15 @@ def single_files(source: Source, account: Account, work: Path, draft: Path, lock
     draft.mkdir(parents=True)
     found: dict[str, Entry] = {}
     for name in source.labels:
-        answer = _download(source, account, work, lock, name, ["-f", name])
-        plain, packed = work / Path(name).name, work / f"{Path(name).name}.zip"
-        if answer.status != 0 or not (plain.is_file() or packed.is_file()):
-            raise explained(answer, account, source, f"downloading {name}")
-        _refuse_partial(work, name)
-        if packed.is_file():
-            found |= archive.unpack_into(packed, draft)
+        target = work / Path(name).name
+        _download(source, account, work, lock, target, ["-f", name])
+        if packed(target).is_file():
+            found |= archive.unpack_into(packed(target), draft)
             continue
-        with open(plain, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
+        with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
             if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
-                raise Damaged(f"{plain.name} is a web page, expected the competition's file")
-        found |= archive.copy_into(plain, draft)
+                raise Damaged(f"{target.name} is a web page, expected the competition's file")
+        found |= archive.copy_into(target, draft)
     return found
 
 

@@ -36,11 +36,6 @@ class Manifest:
     files: dict[str, File]
     source: str
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files.values())
-
     def write(self, home: Path) -> None:
         write_text(home / NAME, json.dumps({"created": f"{datetime.now(UTC):%FT%TZ}", **asdict(self)}, indent=1) + "\n")
 
@@ -99,8 +94,9 @@ def _placing(home: Path) -> Iterator[None]:
         ) from error
 
 
-def install(draft: Path, home: Path, kept: str) -> None:
-    """Put the folder `draft`, which has its manifest, in the place of `home`: two renames, then `settle`."""
+def install(made: Manifest, draft: Path, home: Path, kept: str) -> None:
+    """Put the folder `draft` with its manifest in the place of `home`: two renames, then `settle`."""
+    made.write(draft)
     with _placing(home):
         try:
             if home.is_dir():

@@ -1,7 +1,6 @@
 """Where a competition's files come from and where its submissions go: facts that only the competition knows."""
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,3 @@ class Source:
     @property
     def rules_page(self) -> str:
         return f"{self.page}/rules"
-
-
-def missing(expected: tuple[str, ...], names: list[str]) -> list[str]:
-    """The expected names and patterns that no file has."""
-    return [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in names)]

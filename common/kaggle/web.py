@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.archive import SPARE_BYTES
 from common.errors import UserError
-from common.files import WRITE_ERRORS, not_written
+from common.files import WRITE_ERRORS, not_written, require_room
 from common.kaggle.client import patience
 from common.kaggle.credentials import hide_addresses
 from common.progress import Progress
@@ -38,13 +38,11 @@ def open_url(address: str, headers: dict[str, str] | None = None):
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
-        raise UserError(
-            f"{hide_addresses(address)} answers {error.code} {error.reason}: open it in a browser, "
-            'or name another address with ARGS="--url ..."'
-        ) from error
+        said = f"{address} answers {error.code} {error.reason}: open it in a browser, or name another address with "
+        raise UserError(hide_addresses(said) + 'ARGS="--url ..."') from error
     except ValueError as error:
-        said = hide_addresses(f"--url {address}: expected an address like https://host/path ({error})")
-        raise UserError(said) from error
+        said = f"--url {address}: expected an address like https://host/path ({error})"
+        raise UserError(hide_addresses(said)) from error
 
 
 def download(address: str, target: Path, checksum: str) -> None:
@@ -83,9 +81,8 @@ def download(address: str, target: Path, checksum: str) -> None:
 def unreachable(address: str, failure: Exception) -> UserError:
     reason = hide_addresses(str(getattr(failure, "reason", "") or failure))
     return UserError(
-        f"{hide_addresses(address)} cannot be read ({reason}): check the network, "
-        "and HTTPS_PROXY where there is a proxy, then repeat the same command; it goes on where it stopped. On a "
-        "slow line set KIT_PATIENCE=300"
+        f"{hide_addresses(address)} cannot be read ({reason}): check the network, and HTTPS_PROXY where there is a "
+        "proxy, then repeat the same command; it goes on where it stopped. On a slow line set KIT_PATIENCE=300"
     )
 
 
@@ -100,11 +97,7 @@ def _append(address: str, draft: Path, etag: Path, progress: Progress) -> None:
     with open_url(address, {"Range": f"bytes={have}-", "If-Range": known} if known else {}) as answer:
         start = have if answer.status == 206 else 0
         length = int(answer.headers.get("Content-Length") or 0)
-        if length + SPARE_BYTES > (free := shutil.disk_usage(draft.parent).free):
-            raise UserError(
-                f"{draft.parent}: {length / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free some space, "
-                "then repeat the same command"
-            )
+        require_room(draft, length + SPARE_BYTES, f"the download of {draft.stem}")
         etag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
         with open(draft, "ab" if start else "wb") as out:
             while chunk := answer.read(CHUNK_BYTES):

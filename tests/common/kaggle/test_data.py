@@ -315,7 +315,9 @@ def test_a_disk_that_is_too_small_is_told_from_the_listing(kaggle, source):
     big(kaggle)
     kaggle.bytes_per_second = 300_000
     kaggle.listing["train.csv"] = 10**15
-    with pytest.raises(UserError, match=r"toy-competition needs 2000000.\d* GB .archive and files., .* GB are free"):
+    with pytest.raises(
+        UserError, match=r"toy-competition .archive and files;.* will take 2000000.\d* GB of .*, where .* GB are free"
+    ):
         fetch(source)
     assert_nothing_kept()
 

@@ -22,10 +22,8 @@ from common.kaggle import candidate as candidates
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
-from common.kaggle.ledger import Row
+from common.kaggle.ledger import SCORED, Row
 from common.kaggle.source import Source
-from common.kaggle.status import SCORED
-from common.kaggle.status import Submission as Listed
 from common.task import Submission
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply
 
@@ -193,7 +191,7 @@ def test_the_round_trip(kaggle, module, capfd):
     message = created["submissionDescription"]
     assert re.fullmatch(r"001-best, recipe best, accuracy 0.90000, commit abc123 \[kit-[0-9a-f]{12}\]", message)
     out = capfd.readouterr().out
-    assert "sending submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000 to https://www.kag" in out
+    assert "submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000\nsending to https://www.kag" in out
     assert "submissions left today: 9" in out and "public 0.9, private 0.8, validation 0.90000" in out
     (row,) = ledger()
     assert row.pop("time").endswith("Z")
@@ -526,7 +524,7 @@ def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, cap
 
 def test_rows_without_a_number_get_theirs_by_their_tag():
     def listed(ref, message):
-        return Listed(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
+        return Row(f"2026-01-0{ref}", "x.csv", ref=ref, message=message, status=SCORED, public=f"0.{ref}")
 
     first, second = ledgers.tagged("equal"), ledgers.tagged("equal")
     rows = [
@@ -635,11 +633,9 @@ def test_submissions_on_later_pages_of_kaggles_list_are_joined_too(kaggle, modul
 
 
 def test_ranks_follow_the_direction_of_the_metric():
-    from common.kaggle.status import rank
-
     scores = [0.5, 0.4, 0.4, 0.1]
-    assert [rank(score, scores, True) for score in ("0.5", "0.4", "0.05", "")] == [1, 2, 5, None]
-    assert [rank(score, scores, False) for score in ("0.5", "0.4", "0.05")] == [4, 2, 1]
+    assert [boards.rank(score, scores, True) for score in ("0.5", "0.4", "0.05", "")] == [1, 2, 5, None]
+    assert [boards.rank(score, scores, False) for score in ("0.5", "0.4", "0.05")] == [4, 2, 1]
 
 
 def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
