@@ -1,8 +1,4 @@
-"""Which submission file is sent, and everything that can be known against it before it is.
-
-`choose` names the file and `check` says what speaks against it; `make submit` calls nothing else of this module. They
-read the sidecar SUBMISSION.json, and run.json and result.json of the runs that it names.
-"""
+"""Which submission file is sent (`choose`), and everything that can be known against it before it is (`check`)."""
 
 import json
 from dataclasses import dataclass
@@ -27,13 +23,11 @@ class Candidate:
     provenance: dict[str, Any]
 
     @property
-    def run(self) -> str:
-        """The runs that predicted it, separated by commas; "" where that is not known."""
+    def run(self) -> str:  # or several, separated by commas; "" where that is not known
         return self.provenance.get("run", "")
 
     @property
-    def score(self) -> float | None:
-        """The validation score."""
+    def score(self) -> float | None:  # of the validation
         return self.provenance.get("score")
 
     def facts(self, competition: str, name: str) -> list[dict]:
@@ -51,7 +45,7 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
     if file:
         path = Path(file).expanduser()
         if not path.is_file():
-            names = ", ".join(str(candidate.path) for candidate in written) or "none yet"
+            names = ", ".join(str(one.path) for one in written) or "none yet"
             raise UserError(f"FILE={file} does not exist (submissions: {names}): make predict COMP={competition}")
         digest = sha256(path)
         copies = (one.provenance for one in written if one.provenance["sha256"] == digest)

@@ -21,9 +21,7 @@ from common.kaggle.credentials import Account
 from common.kaggle.source import Source
 from common.progress import Progress
 
-# A program that neither writes nor says anything for so long is stopped. Longer than the longest pause (33 s) between
-# the kaggle program's own five attempts at a download, short enough to tell within a minute that there is no network.
-PATIENCE_SECONDS = 45.0
+PATIENCE_SECONDS = 45.0  # longer than the longest pause (33 s) between the program's own five attempts at a download
 # Not .venv/bin/kaggle, whose first line names the folder of its installation: a checkout may have been moved since.
 KAGGLE = (sys.executable, "-P", "-m", "kaggle")
 ASKED = Path(__file__).with_name("asked.py")
@@ -145,10 +143,8 @@ def watched(
 ) -> Answer:
     """Run a program until it ends, is silent for too long (Silent), or `stop()` raises.
 
-    Progress is a change of `measure()`, for example the size of a download, output where there is no measure, or
-    computing: on a busy machine the start alone takes seconds.
-    The program holds the file `lock` too, and its number is written there: should the kit be killed, the lock lasts as
-    long as the program, and `end_orphan` can end it.
+    Progress is a change of `measure()` (of its output by default), or computing: on a busy machine the start alone
+    takes seconds. The program holds the file `lock` with its number too: where the kit is killed, `end_orphan` ends it.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(

@@ -17,8 +17,7 @@ RECIPE = (
     "~/.kaggle/access_token. KAGGLE_USERNAME with KAGGLE_KEY, a kaggle.json in ~/.kaggle, or `.venv/bin/kaggle auth "
     "login` work too"
 )
-# These change what the kaggle program does behind the kit's back: another competition or folder as the default, and
-# printing every request with its password.
+# These give the kaggle program another competition or folder, or let it print every request with its password.
 LEAKING = ("KAGGLE_COMPETITION", "KAGGLE_PATH", "VERBOSE", "VERBOSE_OUTPUT")
 # In a Kaggle notebook these make the kaggle program prefer the notebook's own token to any account it is given.
 NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")

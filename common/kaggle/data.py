@@ -51,13 +51,9 @@ def fetch(
     """Bring data/<competition> to what `source` says and return it; does nothing when it is complete already.
 
     `labels_only` fetches the label files alone, `images` so many training images from outside Kaggle, `url` and
-    `checksum` name another copy of data that is not on Kaggle. Raises UserError and leaves the data as it was.
+    `checksum` name another copy of data that is not on Kaggle: where `source` has any. Raises UserError and leaves the
+    data as it was.
     """
-    if (labels_only and not source.labels) or (images and not source.images):
-        flag = "--labels-only" if labels_only else "--images"
-        raise UserError(f"{flag}: {competition} has no such choice: make data COMP={competition}")
-    if (url or checksum) and source.slug:
-        raise UserError(f"--url, --checksum: {competition} comes from {source.page}: make data COMP={competition}")
     home = DATA / competition
     with _locked(home) as lock:
         place = home.resolve() if home.is_symlink() else home  # to a folder on another disk
@@ -151,7 +147,8 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
     job = Job(source, account, work, draft, lock)
     if account:
         print(f"Kaggle account: {account.where}")
-    expected = source.labels if labels_only else source.archived
+    elsewhere = f"{source.images.folder}/" if source.images else "\0"
+    expected = source.labels if labels_only else [name for name in source.expected if not name.startswith(elsewhere)]
     for last in (False, True):
         shutil.rmtree(draft, ignore_errors=True)
         provenance = source.page

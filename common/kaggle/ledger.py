@@ -69,8 +69,7 @@ def path_of(competition: str) -> Path:
 def read(competition: str) -> list[Row]:
     """All lines, oldest first; columns that were added by hand are left out.
 
-    Raises UserError for what a spreadsheet may have made of it (another separator, dates and numbers of its own): rows
-    that are not understood would be lost, and their files sent again.
+    Raises UserError for what a spreadsheet may have made of it: rows that are not understood would be sent again.
     """
     path = path_of(competition)
     if not path.is_file():
@@ -97,10 +96,7 @@ def newest(rows: list[Row], column: str, like: Row) -> Row | None:
 
 @contextmanager
 def changing(competition: str) -> Iterator[list[Row]]:
-    """All lines, to be changed in place by one process at a time; written when nothing was raised.
-
-    Raises UserError when they cannot be read or written.
-    """
+    """All lines, to be changed in place by one process at a time; written when nothing was raised."""
     path = path_of(competition)
     with locked(path.with_name(".ledger.lock")):  # not the ledger itself, which every writing replaces
         rows = read(competition)

@@ -1,7 +1,4 @@
-"""The manifest of downloaded data, .manifest.json in their folder; one whole folder takes the place of another.
-
-Complete data are left alone by it, and damage is noticed.
-"""
+"""The manifest of downloaded data, .manifest.json in their folder; one whole folder takes the place of another."""
 
 import json
 import os
@@ -79,10 +76,6 @@ def listed(problems: list[str]) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def _aside(home: Path) -> Path:
-    return home.with_name(f".{home.name}.old")
-
-
 @contextmanager
 def _placing(home: Path) -> Iterator[None]:
     try:
@@ -100,7 +93,7 @@ def install(made: Manifest, draft: Path, home: Path, kept: str) -> None:
     with _placing(home):
         try:
             if home.is_dir():
-                home.rename(_aside(home))
+                home.rename(home.with_name(f".{home.name}.old"))
             draft.rename(home)
         finally:
             settle(home, kept)
@@ -112,7 +105,7 @@ def settle(home: Path, kept: str) -> None:
     It comes back where no new one is. What the new manifest names, and all below the folder `kept`, moves on to the new
     one, and whatever else `make data` has not brought to <home>.before.
     """
-    aside = _aside(home)
+    aside = home.with_name(f".{home.name}.old")
     if not aside.is_dir():
         return
     with _placing(home):

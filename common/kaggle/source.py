@@ -31,11 +31,6 @@ class Source:
     notes: str = ""  # what the user should know before downloading
 
     @property
-    def archived(self) -> tuple[str, ...]:
-        """What must be in the archive: `expected` without images that come from elsewhere."""
-        return tuple(name for name in self.expected if not (self.images and name.startswith(f"{self.images.folder}/")))
-
-    @property
     def page(self) -> str:
         return f"https://www.kaggle.com/c/{self.slug}"
 

@@ -130,10 +130,8 @@ def _follow(competition: str, account: Account, source: Source, row: ledger.Row,
             row = listed
             ledger.put(competition, row)  # at once: interrupted now, nothing of it is lost
         elif not row.ref and looks >= LISTED_TRIES:
-            raise UserError(
-                f"Kaggle said that {name} was submitted but does not list it: look at {source.page}/submissions "
-                "before sending it again"
-            )
+            raise UserError(f"Kaggle said that {name} was submitted but does not list it: look at "
+                            f"{source.page}/submissions before sending it again")  # fmt: skip
         return row.status in (SCORED, FAILED)
 
     try:

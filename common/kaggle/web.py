@@ -94,7 +94,8 @@ def download(address: str, target: Path, checksum: str) -> None:
     """
     draft, etag = (target.with_name(f"{target.name}.{end}") for end in ("part", "etag"))
     with Progress(f"downloading {target.name}", unit="MB") as progress:
-        reached, attempts, since = _size(draft), 0, time.monotonic()
+        size = lambda: draft.stat().st_size if draft.is_file() else 0  # noqa: E731
+        reached, attempts, since = size(), 0, time.monotonic()
         while True:
             try:
                 _append(address, draft, etag, progress)
@@ -105,8 +106,8 @@ def download(address: str, target: Path, checksum: str) -> None:
                 if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                     draft.unlink(missing_ok=True)  # what is here is longer than the file there
                 attempts += 1
-                if _size(draft) > reached:
-                    reached, attempts, since = _size(draft), 0, time.monotonic()
+                if size() > reached:
+                    reached, attempts, since = size(), 0, time.monotonic()
                 elif attempts == ATTEMPTS or time.monotonic() - since >= patience():
                     raise unreachable(address, error) from error
     found = digest(draft, checksum)
@@ -128,13 +129,9 @@ def unreachable(address: str, failure: Exception) -> UserError:
     )
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
-
-
 def _append(address: str, draft: Path, etag: Path, progress: Progress) -> None:
     """Bring the draft to its full length; raises OSError or HTTPException when the line breaks."""
-    have = _size(draft)
+    have = draft.stat().st_size if draft.is_file() else 0
     known = etag.read_text() if have and etag.is_file() else ""
     with open_url(address, {"Range": f"bytes={have}-", "If-Range": known} if known else {}) as answer:
         start = have if answer.status == 206 else 0
