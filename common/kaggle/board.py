@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import write_with
 from common.kaggle import ledger
-from common.kaggle.client import explained, kaggle
+from common.kaggle.client import told
 from common.kaggle.credentials import Account, find
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
@@ -60,9 +60,7 @@ def leaderboard(account: Account, source: Source) -> list[float]:
     """Public scores of all teams; raises UserError where the leaderboard is not public or cannot be read."""
     what = f"reading the leaderboard of {source.slug}"
     with tempfile.TemporaryDirectory() as folder:
-        answer = kaggle(account, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
-        if answer.status != 0:
-            raise explained(answer, account, source, what)
+        told(account, source, what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
         try:
             with zipfile.ZipFile(next(Path(folder).glob("*.zip"))) as archive:
                 text = archive.read(archive.namelist()[0]).decode("utf-8-sig")

@@ -121,6 +121,17 @@ def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:
     return watched([*KAGGLE, "-W", *arguments], account, **watching)
 
 
+def told(account: Account, source: Source, what: str, *arguments: str) -> Answer:
+    """Run `kaggle ARGUMENTS`; raises UserError, Transient where that may pass, that says of `what` why it failed."""
+    try:
+        answer = kaggle(account, *arguments)
+    except Silent as error:
+        raise Transient(f"{what}: {error}") from error
+    if answer.status != 0:
+        raise explained(answer, account, source, what)
+    return answer
+
+
 def asked(account: Account, source: Source, what: str, **watching: Any) -> Any:
     """What asked.py finds out of the competition (`submissions` or `files`); raises UserError when Kaggle fails."""
     answer = watched([sys.executable, "-P", str(ASKED), what, source.slug], account, **watching)

@@ -8,7 +8,7 @@ from common.errors import UserError
 from common.files import sha256
 from common.kaggle import candidate as candidates
 from common.kaggle import ledger
-from common.kaggle.client import Silent, Transient, explained, go_on_with, kaggle, until
+from common.kaggle.client import Transient, go_on_with, told, until
 from common.kaggle.credentials import Account, find
 from common.kaggle.ledger import FAILED, SCORED
 from common.kaggle.source import Source
@@ -94,17 +94,22 @@ def deliver(
     print(f"submissions left today: {'unknown' if left is None else left}")
     if before := ledger.claim(competition, row, column):
         return before
-    what, failure, said = f"submitting {name}", None, ""
+    what, failure, said, arrived = f"submitting {name}", None, "", False
+    command = (
+        "competitions",
+        "submit",
+        source.slug,
+        *arguments,
+        f"--message={row.message}",
+    )  # it may start with a dash
     with go_on_with(f"make board COMP={competition}"):  # as long as it may have arrived
-        try:  # the message is one word: it may start with a dash
-            answer = kaggle(account, "competitions", "submit", source.slug, *arguments, f"--message={row.message}")
+        try:
+            answer = told(account, source, what, *command)
             said = "; ".join(line for line in answer.out.splitlines() if line.strip())[:300]
-            if answer.status != 0:
-                failure = explained(answer, account, source, what)
-        except Silent as error:
-            failure = Transient(f"{what}: {error}")
+            arrived = "Successfully submitted" in answer.text
+        except UserError as error:
+            failure = error
         # The program exits 0 when the upload fails. A line may break after the file has left: only the list can tell.
-        arrived = failure is None and "Successfully submitted" in answer.text
         if not arrived and (failure is None or isinstance(failure, Transient)):
             look = lambda: row.listed(ledger.submissions(account, source)[0])  # noqa: E731
             arrived = until(look, f"looking for {name}", LISTED_TRIES * poll, poll)

@@ -10,7 +10,7 @@ from common import run as runs
 from common.errors import UserError
 from common.files import read_json, write_text
 from common.kaggle import ledger
-from common.kaggle.client import Answer, Silent, Transient, explained, go_on_with, kaggle, until
+from common.kaggle.client import Answer, Transient, explained, go_on_with, kaggle, told, until
 from common.kaggle.credentials import Account, find
 from common.kaggle.kernel.notebook import ACCELERATOR, ARCHIVE, SESSION_HOURS, code, needed, notebook, pack, wheels
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
@@ -158,14 +158,10 @@ def push_files(
     write_json(home / "dataset-metadata.json", facts)
     what = f"uploading the code as {reference}"
     known = kaggle(account, "datasets", "status", reference)
-    if known.status == 0:
-        answer = kaggle(account, "datasets", "version", "-p", str(home), "-m", f"version {version}")
-    elif re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
-        answer = kaggle(account, "datasets", "create", "-p", str(home))
-    else:
+    if known.status != 0 and not re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
         raise explained(known, account, source, what)
-    if answer.status != 0:
-        raise explained(answer, account, source, what)
+    command = ["create"] if known.status != 0 else ["version", "-m", f"version {version}"]
+    answer = told(account, source, what, "datasets", *command, "-p", str(home))
     if "is being created" not in answer.out:  # it exits 0 then too
         raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
     print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
@@ -215,18 +211,13 @@ def push_notebook(
     write_json(home / "kernel-metadata.json", facts | metadata)
     what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
     try:
-        answer = kaggle(account, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
-        failure = explained(answer, account, source, what) if answer.status != 0 else None
-    except Silent as error:
-        failure = Transient(f"{what}: {error}")
-    if isinstance(failure, Transient):
+        answer = told(account, source, what, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
+    except Transient as failure:
         reason = str(failure).partition(": repeat the same command")[0]
         raise UserError(
             f"{reason}. Kaggle may have taken it all the same, and a second push runs a second time: look at {page} "
             f"first, and if no new version runs there, make {verb} COMP={competition} again"
         ) from failure
-    if failure is not None:
-        raise failure
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
     if not pushed or "not valid" in answer.out:  # both exit 0
         problem = _error_line(answer)
@@ -259,9 +250,7 @@ def follow_notebook(
 
     def look() -> str | None:
         nonlocal said
-        answer = kaggle(account, "kernels", "status", reference)
-        if answer.status != 0:
-            raise explained(answer, account, source, f"asking for the notebook {reference}")
+        answer = told(account, source, f"asking for the notebook {reference}", "kernels", "status", reference)
         found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', answer.out)
         failure = re.search(r'Failure message: "(.*)"', answer.out)
         said = failure.group(1) if failure else ""

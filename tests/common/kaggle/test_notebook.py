@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 import venv
 import zipfile
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -198,8 +199,12 @@ def test_wheels_that_cannot_be_had(home, monkeypatch, tmp_path):
         inference.kit(COMP, [runs.load(COMP, "one")], tmp_path / "wheels")
 
 
-def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, capfd):
+def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(home)
+    bare = replace(runs.load(COMP, "one"), path=tmp_path / "bare")
+    bare.path.mkdir()
+    with pytest.raises(UserError, match="bare keeps no weights, so it predicts no test rows but those"):
+        inference.kit(COMP, [bare], tmp_path / "wheels")
     facts = Path(f"runs/{COMP}/two/run.json")
     before = facts.read_text()
     facts.write_text(json.dumps(json.loads(before) | {"demo": True}))
