@@ -8,6 +8,8 @@ import json
 import sys
 
 PAGE, FILES_PAGE = 100, 200  # the largest ones
+COLUMNS = {"ref": "ref", "file": "file_name", "message": "description", "public": "public_score"}
+COLUMNS |= {"private": "private_score", "reason": "error_description"}
 
 
 def files(api, slug: str) -> dict[str, int]:
@@ -22,24 +24,12 @@ def files(api, slug: str) -> dict[str, int]:
 
 def submissions(api, slug: str) -> dict:
     """All submissions of the account, newest first, as columns of the ledger; and how many are left today."""
-    found, pages = range(PAGE), []
+    rows, found = [], range(PAGE)
     while len(found) == PAGE:
-        found = api.competition_submissions(slug, page_number=len(pages) + 1, page_size=PAGE) or []
-        pages.append(found)
-    rows = [
-        {
-            "ref": str(row.ref),
-            "time": row.date.isoformat() if row.date else "",
-            "file": row.file_name or "",
-            "message": row.description or "",
-            "status": row.status.name,
-            "public": row.public_score or "",
-            "private": row.private_score or "",
-            "reason": row.error_description or "",
-        }
-        for page in pages
-        for row in page
-    ]
+        found = api.competition_submissions(slug, page_number=len(rows) // PAGE + 1, page_size=PAGE) or []
+        for row in found:
+            told = {column: str(getattr(row, name) or "") for column, name in COLUMNS.items()}
+            rows.append(told | {"time": row.date.isoformat() if row.date else "", "status": row.status.name})
     try:
         left = api.competition_get_submission_limits(slug).num_allowed_now
     except Exception as error:  # whatever it is, a submission may be possible: shown as unknown

@@ -106,9 +106,9 @@ def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage:
 
 def patience() -> float:
     """Seconds without progress until a program is stopped: KIT_PATIENCE, for lines that are slower than most."""
-    given = os.environ.get("KIT_PATIENCE", "")
+    given = os.environ.get("KIT_PATIENCE") or PATIENCE_SECONDS
     try:
-        return float(given) if given else PATIENCE_SECONDS
+        return float(given)
     except ValueError as error:
         raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120") from error
 
@@ -228,7 +228,7 @@ def end_orphan(lock: Path) -> bool:
 
 def explained(answer: Answer, account: Account, source: Source, what: str) -> UserError:
     """The failure as one line with the value, the expectation and the next step."""
-    said, where, rules = answer.last_line, account.where, source.rules_page
+    said, where, rules = answer.last_line, account.where, f"{source.page}/rules"
     reason = re.search(REASON, said)
     hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
     shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""

@@ -33,7 +33,3 @@ class Source:
     @property
     def page(self) -> str:
         return f"https://www.kaggle.com/c/{self.slug}"
-
-    @property
-    def rules_page(self) -> str:
-        return f"{self.page}/rules"

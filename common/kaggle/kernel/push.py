@@ -221,7 +221,7 @@ def push_notebook(
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
     if not pushed or "not valid" in answer.out:  # both exit 0
         problem = _error_line(answer)
-        rules = f" Accept the rules at {source.rules_page}" if "competition sources" in problem else ""
+        rules = f" Accept the rules at {source.page}/rules" if "competition sources" in problem else ""
         raise UserError(f"{what}: {problem}.{rules} See {page}")
     return {"kernel": reference, "version": int(pushed.group(1))}
 
