@@ -120,7 +120,8 @@ def code(competition: str, root: Path = ROOT) -> dict[str, bytes]:
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             own = str(file.relative_to(root))
             hidden = any(part.startswith(".") or part == "__pycache__" for part in Path(own).parts)
-            if file.is_file() and not (hidden or file.is_symlink() or others.match(own)):
+            foreign = hidden or others.match(own) or (file.is_symlink() and file != path)  # links may lead anywhere
+            if file.is_file() and not foreign:
                 files |= {own: file.read_bytes()} if file.suffix in (".py", ".txt", ".md") else {}
     return files
 
