@@ -317,7 +317,7 @@ def predict(
         trained = run.config(competition.config_class)
         config = with_flags(trained, given)
         config = replace(config, bad_images="skip") if is_filled else config
-        found = raw.of_run(run.provenance, given.data, competition.write_demo)
+        found = replace(raw.of_run(run.provenance, given.data, competition.write_demo), lenient=is_filled)
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
         if task.fit_predict:  # its predictions are kept

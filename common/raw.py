@@ -29,6 +29,7 @@ class RawData:
     path: Path
     competition: str
     is_demo: bool = False
+    lenient: bool = False  # for a prediction that fills in rows: a missing image is one that cannot be read
     # What a task read: name -> sha256, "" until it is asked for.
     _opened: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 

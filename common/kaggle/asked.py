@@ -1,4 +1,4 @@
-"""Run as a program of its own: asks Kaggle for what its command line does not print, or page by page, as JSON.
+"""A program of its own: asks Kaggle for what its command line does not print, or page by page; answers in JSON.
 
 `python -P common/kaggle/asked.py submissions|files SLUG`. The kaggle library prints and makes folders when it is
 imported, so no process of the kit itself ever imports it.
@@ -8,6 +8,8 @@ import json
 import sys
 
 PAGE, FILES_PAGE = 100, 200  # the largest ones
+COLUMNS = {"ref": "ref", "file": "file_name", "message": "description", "public": "public_score"}
+COLUMNS |= {"private": "private_score", "reason": "error_description"}
 
 
 def files(api, slug: str) -> dict[str, int]:
@@ -21,23 +23,13 @@ def files(api, slug: str) -> dict[str, int]:
 
 
 def submissions(api, slug: str) -> dict:
-    """All submissions of the account, newest first, with the reason of an error; and how many are left today."""
+    """All submissions of the account, newest first, as columns of the ledger; and how many are left today."""
     rows, found = [], range(PAGE)
     while len(found) == PAGE:
         found = api.competition_submissions(slug, page_number=len(rows) // PAGE + 1, page_size=PAGE) or []
-        rows += [
-            {
-                "ref": str(row.ref),
-                "date": row.date.isoformat() if row.date else "",
-                "file": row.file_name or "",
-                "message": row.description or "",
-                "status": row.status.name,
-                "public": row.public_score or "",
-                "private": row.private_score or "",
-                "reason": row.error_description or "",
-            }
-            for row in found
-        ]
+        for row in found:
+            told = {column: str(getattr(row, name) or "") for column, name in COLUMNS.items()}
+            rows.append(told | {"time": row.date.isoformat() if row.date else "", "status": row.status.name})
     try:
         left = api.competition_get_submission_limits(slug).num_allowed_now
     except Exception as error:  # whatever it is, a submission may be possible: shown as unknown
@@ -53,15 +45,14 @@ def main(what: str, slug: str) -> int:
         if not api._authenticated:  # once more, for its reason: without a network a token is not known either
             api.authenticate()
         print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
+        return 0
     except SystemExit:
         print("401 Authentication required", file=sys.stderr)
-        return 1
     except Exception as error:  # the kit explains it: any failure is one line here
         status = getattr(getattr(error, "response", None), "status_code", None)
         known = f"({status}) " if status else ""
         print(f"{known}{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
-        return 1
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """`make board`: validation against leaderboard for everything that was sent, as a table and a plot."""
 
+import csv
+import io
+import tempfile
+import zipfile
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_with
-from common.kaggle import ledger, status
-from common.kaggle.credentials import find
+from common.kaggle import ledger
+from common.kaggle.client import told
+from common.kaggle.credentials import Account, find
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
 from common.kaggle.submit import refuse_nowhere
@@ -21,11 +26,11 @@ def board(competition: str, source: Source) -> None:
     rows, failure, scores, no_rank = ledger.read(competition), None, [], ""
     try:
         account = find()
-        submissions = status.submissions(account, source)[0]
+        submissions = ledger.submissions(account, source)[0]
         with ledger.changing(competition) as rows:  # read again: a submission may have come in between
             rows[:] = refreshed(rows, submissions)
         try:
-            scores = status.leaderboard(account, source)
+            scores = leaderboard(account, source)
         except UserError as error:
             no_rank = str(error)
     except UserError as error:
@@ -44,23 +49,38 @@ def board(competition: str, source: Source) -> None:
         raise UserError(f"not refreshed: {failure}")
 
 
-def refreshed(rows: list[Row], submissions: list[status.Submission]) -> list[Row]:
+def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:
     """The rows with Kaggle's newest scores, and a row for every submission that was not sent from here."""
-    found = [row.with_answer(listed) if (listed := row.listed(submissions)) else row for row in rows]
+    found = [row.listed(submissions) or row for row in rows]
     refs = {row.ref for row in found}
-    found += [
-        Row(time=submission.date, file=submission.file, message=submission.message).with_answer(submission)
-        for submission in submissions
-        if submission.ref not in refs
-    ]
-    return sorted(found, key=lambda row: row.time)
+    return sorted([*found, *(one for one in submissions if one.ref not in refs)], key=lambda row: row.time)
+
+
+def leaderboard(account: Account, source: Source) -> list[float]:
+    """Public scores of all teams; raises UserError where the leaderboard is not public or cannot be read."""
+    what = f"reading the leaderboard of {source.slug}"
+    with tempfile.TemporaryDirectory() as folder:
+        told(account, source, what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
+        try:
+            with zipfile.ZipFile(next(Path(folder).glob("*.zip"))) as archive:
+                text = archive.read(archive.namelist()[0]).decode("utf-8-sig")
+            return [float(row["Score"]) for row in csv.DictReader(io.StringIO(text)) if row.get("Score")]
+        except (OSError, ValueError, KeyError, IndexError, StopIteration, zipfile.BadZipFile) as error:
+            raise UserError(f"{what}: it cannot be read ({error}): see {source.page}/leaderboard") from error
+
+
+def rank(score: str, scores: list[float], higher_is_better: bool) -> int | None:
+    """Place of a public score among all teams: one more than there are better ones."""
+    if (own := _number(score)) is None:
+        return None
+    return 1 + sum(other > own if higher_is_better else other < own for other in scores)
 
 
 def table(rows: list[Row], scores: list[float], source: Source) -> str:
     """Rows as aligned text; the rank is that of the public score among all teams of today."""
     lines = [("time", "run", "validation", "public", "private", "rank", "status")]
     for row in rows:
-        place = status.rank(row.public, scores, source.higher_is_better) if scores else None
+        place = rank(row.public, scores, source.higher_is_better) if scores else None
         lines.append(
             (
                 row.time[:16].replace("T", " "),

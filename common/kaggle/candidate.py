@@ -1,8 +1,4 @@
-"""Which submission file is sent, and everything that can be known against it before it is.
-
-`choose` names the file and `check` says what speaks against it; `make submit` calls nothing else of this module. They
-read the sidecar SUBMISSION.json, and run.json and result.json of the runs that it names.
-"""
+"""Which submission file is sent (`choose`), and everything that can be known against it before it is (`check`)."""
 
 import json
 from dataclasses import dataclass
@@ -27,18 +23,12 @@ class Candidate:
     provenance: dict[str, Any]
 
     @property
-    def run(self) -> str:
-        """The runs that predicted it, separated by commas; "" where that is not known."""
+    def run(self) -> str:  # or several, separated by commas; "" where that is not known
         return self.provenance.get("run", "")
 
     @property
-    def score(self) -> float | None:
-        """The validation score."""
+    def score(self) -> float | None:  # of the validation
         return self.provenance.get("score")
-
-    @property
-    def sha256(self) -> str:
-        return sha256(self.path)
 
     def facts(self, competition: str, name: str) -> list[dict]:
         """What the file `name` of each of its runs says, of those that are still there."""
@@ -55,9 +45,11 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
     if file:
         path = Path(file).expanduser()
         if not path.is_file():
-            names = ", ".join(str(candidate.path) for candidate in written) or "none yet"
+            names = ", ".join(str(one.path) for one in written) or "none yet"
             raise UserError(f"FILE={file} does not exist (submissions: {names}): make predict COMP={competition}")
-        return _with_sidecar(path, written)
+        digest = sha256(path)
+        copies = (one.provenance for one in written if one.provenance["sha256"] == digest)
+        return Candidate(path, _sidecar(path) or next(copies, {}))
     if run:
         found = [candidate for candidate in written if run in (candidate.run, candidate.path.stem)]
         if not found:
@@ -83,11 +75,8 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
 
 def _written(competition: str) -> list[Candidate]:
     """The submissions that the kit wrote, oldest first."""
-    found = []
-    for sidecar in (SUBMISSIONS / competition).glob("*.json"):
-        path = sidecar.with_suffix(".csv")
-        if path.is_file() and (provenance := _sidecar(path)):
-            found.append(Candidate(path, provenance))
+    paths = (sidecar.with_suffix(".csv") for sidecar in (SUBMISSIONS / competition).glob("*.json"))
+    found = [Candidate(path, provenance) for path in paths if path.is_file() and (provenance := _sidecar(path))]
     return sorted(found, key=lambda one: (one.provenance.get("created", ""), one.path.stat().st_mtime_ns))
 
 
@@ -100,15 +89,6 @@ def _sidecar(path: Path) -> dict[str, Any]:
     return provenance if isinstance(provenance, dict) and "sha256" in provenance else {}
 
 
-def _with_sidecar(path: Path, written: list[Candidate]) -> Candidate:
-    """The file with its sidecar, or with that of the submission it is a copy of."""
-    if provenance := _sidecar(path):
-        return Candidate(path, provenance)
-    digest = sha256(path)
-    same = [candidate.provenance for candidate in written if candidate.provenance["sha256"] == digest]
-    return Candidate(path, same[0] if same else {})
-
-
 def check(candidate: Candidate, competition: str, module: Competition, data: str | None) -> int:
     """The rows of the file; raises UserError for one from demo data, a changed or stale one, or one that no sample
     submission allows."""
@@ -118,7 +98,7 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
             f"{candidate.path} was made from demo data and means nothing on Kaggle: make data "
             f"COMP={competition}, then make train COMP={competition}"
         )
-    if candidate.provenance and candidate.sha256 != candidate.provenance["sha256"]:
+    if candidate.provenance and sha256(candidate.path) != candidate.provenance["sha256"]:
         raise UserError(f"{candidate.path} was changed after it was checked: write it again with {again}")
     created = candidate.provenance.get("created", "")
     for result in candidate.facts(competition, "result.json"):
@@ -127,7 +107,14 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
                 f"{candidate.path} is older than its run ({created}, {result['run']} finished "
                 f"{result['finished']}): write it again with {again}"
             )
-    found = _data(candidate, competition, data)
+    known = [facts.get("data", "") for facts in candidate.facts(competition, "run.json")]
+    data = data or next((path for path in known if path and Path(path).exists()), None)
+    if raw.would_be_demo(competition, data):
+        raise UserError(
+            f"{candidate.path} cannot be compared with the sample submission, there is no {raw.DATA / competition}: "
+            f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
+        )
+    found = raw.find(competition, data, lambda _: None)
     # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
     valid, text = None, candidate.provenance.get("text_columns", ())
     if not candidate.provenance:
@@ -140,19 +127,3 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
         except UserError as error:
             failure = failure or error
     raise failure
-
-
-def _data(candidate: Candidate, competition: str, data: str | None) -> raw.RawData:
-    """The competition's files: DATA=, those the run was trained on, or data/<competition>."""
-    known = [facts.get("data", "") for facts in candidate.facts(competition, "run.json")]
-    data = data or next((path for path in known if path and Path(path).exists()), None)
-    if data is None and not (raw.DATA / competition).is_dir():
-        raise UserError(
-            f"{candidate.path} cannot be compared with the sample submission, there is no {raw.DATA / competition}: "
-            f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
-        )
-    return raw.find(competition, data, _no_demo)
-
-
-def _no_demo(folder: Path) -> None:
-    raise AssertionError(f"no demo data are made for a submission: {folder}")

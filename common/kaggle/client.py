@@ -1,6 +1,7 @@
 """The kaggle program as a watched subprocess: it can hang for ever, and exit 0 on a failure."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,10 +19,9 @@ from typing import IO, Any
 from common.errors import UserError
 from common.kaggle.credentials import Account
 from common.kaggle.source import Source
+from common.progress import Progress
 
-# A program that neither writes nor says anything for so long is stopped. Longer than the longest pause (33 s) between
-# the kaggle program's own five attempts at a download, short enough to tell within a minute that there is no network.
-PATIENCE_SECONDS = 45.0
+PATIENCE_SECONDS = 45.0  # longer than the longest pause (33 s) between the program's own five attempts at a download
 # Not .venv/bin/kaggle, whose first line names the folder of its installation: a checkout may have been moved since.
 KAGGLE = (sys.executable, "-P", "-m", "kaggle")
 ASKED = Path(__file__).with_name("asked.py")
@@ -70,18 +70,45 @@ def go_on_with(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub("repeat the (same )?command", f"go on with {command}", str(error))
-        raise type(error)(re.sub("Repeat the (same )?command", f"Go on with {command}", text)) from error
+        again = "([Rr])epeat the (same )?command"
+        raise type(error)(re.sub(again, lambda m: f"{'Gg'[m[1] == 'r']}o on with {command}", str(error))) from error
     except KeyboardInterrupt:
         print(f"stopped: go on with {command}", file=sys.stderr)
         raise SystemExit(130) from None  # the status of the command line for Ctrl-C
 
 
+def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage: float = math.inf) -> Any:
+    """Call `look` until it returns something true, which is returned, at most for `wait` seconds; None then.
+
+    `poll` is the first pause. Raises `look`'s Transient error when that lasts for `outage` seconds without a break, or
+    until the end.
+    """
+    start = answered = time.monotonic()
+    with Progress(label, int(wait), "s") as progress:
+        while True:
+            failure = None
+            try:
+                if found := look():
+                    return found
+                answered = time.monotonic()
+            except Transient as error:
+                failure = error
+            now = time.monotonic()
+            is_last = now - start + poll > wait
+            if failure is not None and (is_last or now - answered >= outage):
+                raise failure
+            if is_last:
+                return None
+            progress.update(int(now - start), str(failure or ""))
+            time.sleep(poll)
+            poll = min(1.3 * poll, 60)
+
+
 def patience() -> float:
     """Seconds without progress until a program is stopped: KIT_PATIENCE, for lines that are slower than most."""
-    given = os.environ.get("KIT_PATIENCE", "")
+    given = os.environ.get("KIT_PATIENCE") or PATIENCE_SECONDS
     try:
-        return float(given) if given else PATIENCE_SECONDS
+        return float(given)
     except ValueError as error:
         raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120") from error
 
@@ -92,6 +119,17 @@ def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:
         raise UserError("kaggle is not installed: .venv/bin/python -m pip install -r requirements.txt")
     # -W: a hint on stdout that a newer version exists would mix with the answers
     return watched([*KAGGLE, "-W", *arguments], account, **watching)
+
+
+def told(account: Account, source: Source, what: str, *arguments: str) -> Answer:
+    """Run `kaggle ARGUMENTS`; raises UserError, Transient where that may pass, that says of `what` why it failed."""
+    try:
+        answer = kaggle(account, *arguments)
+    except Silent as error:
+        raise Transient(f"{what}: {error}") from error
+    if answer.status != 0:
+        raise explained(answer, account, source, what)
+    return answer
 
 
 def asked(account: Account, source: Source, what: str, **watching: Any) -> Any:
@@ -111,15 +149,13 @@ def watched(
     account: Account,
     *,
     measure: Callable[[], int] | None = None,
-    stop: Callable[[], UserError | None] | None = None,
+    stop: Callable[[], None] = lambda: None,
     lock: IO | None = None,
 ) -> Answer:
-    """Run a program until it ends, is silent for too long (Silent), or `stop()` returns an error (raised).
+    """Run a program until it ends, is silent for too long (Silent), or `stop()` raises.
 
-    Progress is a change of `measure()`, for example the size of a download, output where there is no measure, or
-    computing: on a busy machine the start alone takes seconds.
-    The program holds the file `lock` too, and its number is written there: should the kit be killed, the lock lasts as
-    long as the program, and `end_orphan` can end it.
+    Progress is a change of `measure()` (of its output by default), or computing: on a busy machine the start alone
+    takes seconds. The program holds the file `lock` with its number too: where the kit is killed, `end_orphan` ends it.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(
@@ -141,8 +177,8 @@ def watched(
             while child.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.1)
-                if child.returncode is None and stop is not None and (error := stop()):
-                    raise error
+                if child.returncode is None:
+                    stop()
                 now = (measure(), _ticks(child.pid))
                 if now != last:
                     last, since = now, time.monotonic()
@@ -192,7 +228,7 @@ def end_orphan(lock: Path) -> bool:
 
 def explained(answer: Answer, account: Account, source: Source, what: str) -> UserError:
     """The failure as one line with the value, the expectation and the next step."""
-    said, where, rules = answer.last_line, account.where, source.rules_page
+    said, where, rules = answer.last_line, account.where, f"{source.page}/rules"
     reason = re.search(REASON, said)
     hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
     shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""

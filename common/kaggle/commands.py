@@ -17,17 +17,13 @@ def data(competition: str, module: Competition, parser: Parser, argv: list[str])
     if source.labels:
         parser.add_argument("--labels-only", action="store_true", help=f"fetch only {', '.join(source.labels)}")
     if source.images:
+        total = source.images.total
         parser.add_argument(
-            "--images",
-            metavar="N",
-            type=count,
-            default=0,
-            help=f"training images to fetch, of {source.images.total}",
+            "--images", metavar="N", type=count, default=0, help=f"training images to fetch, of {total}"
         )
     if source.url:
-        parser.add_argument(
-            "--url", default="", help=f"a mirror of {source.url}: its host (https://host), or another archive's address"
-        )
+        own = f"a mirror of {source.url}: its host (https://host), or another archive's address"
+        parser.add_argument("--url", default="", help=own)
         parser.add_argument("--checksum", default="", help="of that archive: md5:... or sha256:... [the published one]")
     given = vars(parser.parse_args(argv))
     if path := given.pop("data"):

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import isfile
 from pathlib import Path
 
 from common.errors import UserError
@@ -16,8 +17,7 @@ RECIPE = (
     "~/.kaggle/access_token. KAGGLE_USERNAME with KAGGLE_KEY, a kaggle.json in ~/.kaggle, or `.venv/bin/kaggle auth "
     "login` work too"
 )
-# These change what the kaggle program does behind the kit's back: another competition or folder as the default, and
-# printing every request with its password.
+# These give the kaggle program another competition or folder, or let it print every request with its password.
 LEAKING = ("KAGGLE_COMPETITION", "KAGGLE_PATH", "VERBOSE", "VERBOSE_OUTPUT")
 # In a Kaggle notebook these make the kaggle program prefer the notebook's own token to any account it is given.
 NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
@@ -37,7 +37,8 @@ class Account:
     def hide(self, text: str) -> str:
         """`text` without secrets: keys, tokens, passwords of proxies, signatures in addresses."""
         for secret in sorted(self.secrets, key=len, reverse=True):
-            text = text.replace(secret, "***")
+            if len(secret) >= SHORTEST_SECRET:
+                text = text.replace(secret, "***")
         return hide_addresses(text)
 
 
@@ -55,41 +56,42 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
     left_out = {*LEAKING, *NOTEBOOK, "KAGGLE_API_TOKEN"}
     child = {name: value for name, value in environment.items() if name not in left_out}
     child |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    home = Path(environment["HOME"]) if environment.get("HOME") else _home_of_the_user()
+    home = Path(environment.get("HOME") or os.path.expanduser("~"))  # "~" itself for a container's user without one
 
     if token := environment.get("KAGGLE_API_TOKEN", "").strip():
-        if _is_file(token):
-            return _with_token(_first_line(Path(token)), f"the token in {token} (KAGGLE_API_TOKEN)", child)
+        if isfile(token):
+            return _with_token(_first_line(token), f"the token in {token} (KAGGLE_API_TOKEN)", child)
         return _with_token(token, "the token in KAGGLE_API_TOKEN", child)
     name, key = (environment.get(variable, "").strip() for variable in ("KAGGLE_USERNAME", "KAGGLE_KEY"))
     if name and key:
         child |= {"KAGGLE_USERNAME": name, "KAGGLE_KEY": _sendable(key, "KAGGLE_KEY")}
-        return _isolated(Account(f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", "key", child, _variants(key, name)))
+        return _isolated(f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", "key", child, _of_key(name, key))
     if name or key:
         given, absent = ("KAGGLE_USERNAME", "KAGGLE_KEY") if name else ("KAGGLE_KEY", "KAGGLE_USERNAME")
         raise UserError(f"{given} is set but {absent} is not: export both, or unset {given} to use a file")
     notebook = {variable: environment.get(variable, "") for variable in NOTEBOOK}
-    if all(notebook.values()) and _is_file(mounted := notebook["KAGGLE_API_V1_TOKEN"]):
-        secrets = _variants(_first_line(Path(mounted)))
-        return Account("the token of this Kaggle notebook", "token", child | notebook, secrets)
+    if all(notebook.values()) and isfile(mounted := notebook["KAGGLE_API_V1_TOKEN"]):
+        return Account("the token of this Kaggle notebook", "token", child | notebook, (_first_line(mounted),))
 
-    for file in (home / ".kaggle" / "access_token", home / ".kaggle" / "access_token.txt"):
-        if _is_file(file):
+    for file in (home / ".kaggle/access_token", home / ".kaggle/access_token.txt"):
+        if isfile(file):
             return _with_token(_first_line(file), f"the token in {file}", child)
-    legacy = _config_folder(environment, home) / "kaggle.json"
-    if _is_file(legacy):
+    folder = home / ".kaggle"
+    if not folder.exists():
+        folder = Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "kaggle"
+    legacy = Path(environment.get("KAGGLE_CONFIG_DIR") or folder) / "kaggle.json"
+    if isfile(legacy):
         name, key = _legacy(legacy)
-        return Account(f"the key of {name} in {legacy}", "key", child, _variants(key, name))
-    login = home / ".kaggle" / "credentials.json"
-    if _is_file(login):
+        return Account(f"the key of {name} in {legacy}", "key", child, _of_key(name, key))
+    login = home / ".kaggle/credentials.json"
+    if isfile(login):
         return Account(f"the login in {login}", "oauth", child, _tokens(login))
     raise UserError(f"no Kaggle credentials found (environment, {home / '.kaggle'}, {legacy}): {RECIPE}")
 
 
 def _with_token(token: str, where: str, child: dict[str, str]) -> Account:
     """The account of a token; the kaggle program gets it from here, as it shows one with a stray character in full."""
-    child = child | {"KAGGLE_API_TOKEN": _sendable(token, where)}
-    return _isolated(Account(where, "token", child, _variants(token)))
+    return _isolated(where, "token", child | {"KAGGLE_API_TOKEN": _sendable(token, where)}, (token,))
 
 
 def _sendable(secret: str, where: str) -> str:
@@ -99,50 +101,25 @@ def _sendable(secret: str, where: str) -> str:
     return secret
 
 
-def _isolated(account: Account) -> Account:
+def _isolated(where: str, kind: str, child: dict[str, str], secrets: tuple[str, ...]) -> Account:
     """The account with an empty home folder of its own.
 
     The kaggle program prefers a token in ~/.kaggle to KAGGLE_USERNAME, and fails where it cannot write to the home.
     """
     home = tempfile.TemporaryDirectory(prefix="kaggle-home-")
-    environment = account.environment | {"HOME": home.name, "KAGGLE_CONFIG_DIR": home.name}
-    return Account(account.where, account.kind, environment, account.secrets, home)
+    return Account(where, kind, child | {"HOME": home.name, "KAGGLE_CONFIG_DIR": home.name}, secrets, home)
 
 
-def _config_folder(environment: Mapping[str, str], home: Path) -> Path:
-    if environment.get("KAGGLE_CONFIG_DIR"):
-        return Path(environment["KAGGLE_CONFIG_DIR"])
-    if (home / ".kaggle").exists():
-        return home / ".kaggle"
-    return Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "kaggle"
-
-
-def _home_of_the_user() -> Path:
-    """The home folder in the user database; a container's user may have none."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path("/nonexistent")
-
-
-def _is_file(path: str | Path) -> bool:
-    try:
-        return Path(path).is_file()
-    except OSError:  # a token is no file name: it may be too long for one
-        return False
-
-
-def _first_line(file: Path) -> str:
+def _first_line(file: str | Path) -> str:
     """The token in a file, where editors leave byte order marks and people a comment below it."""
     try:
-        text = file.read_text(encoding="utf-8-sig").strip()
+        return Path(file).read_text(encoding="utf-8-sig").strip().splitlines()[0].strip()
+    except IndexError:
+        raise UserError(f"{file} is empty, expected a Kaggle token: {RECIPE}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file} cannot be read as text in UTF-8 ({type(error).__name__}), expected a Kaggle token: {RECIPE}"
         ) from None
-    if not text:
-        raise UserError(f"{file} is empty, expected a Kaggle token: {RECIPE}")
-    return text.splitlines()[0].strip()
 
 
 def _legacy(file: Path) -> tuple[str, str]:
@@ -165,15 +142,12 @@ def _tokens(login: Path) -> tuple[str, ...]:
     """The secrets in what `kaggle auth login` has saved; a broken file is the kaggle program's to report."""
     try:
         content = json.loads(login.read_text(encoding="utf-8"))
-        tokens = [content.get("access_token"), content.get("refresh_token")]
+        tokens = content.get("access_token"), content.get("refresh_token")
     except (ValueError, OSError, AttributeError):
         return ()
-    return tuple(token for token in tokens if isinstance(token, str) and len(token) >= SHORTEST_SECRET)
+    return tuple(token for token in tokens if isinstance(token, str))
 
 
-def _variants(secret: str, name: str = "") -> tuple[str, ...]:
-    """The secret as it is and as it travels: basic authentication holds name:secret in base64."""
-    found = [secret]
-    if name:
-        found.append(base64.b64encode(f"{name}:{secret}".encode()).decode())
-    return tuple(text for text in found if len(text) >= SHORTEST_SECRET)
+def _of_key(name: str, key: str) -> tuple[str, str]:
+    """The key as it is and as it travels: basic authentication holds name:key in base64."""
+    return key, base64.b64encode(f"{name}:{key}".encode()).decode()

@@ -1,26 +1,41 @@
 """`make data`: the competition's files in data/<competition>, whole and checked, or a message that says what to do."""
 
-import csv
-import hashlib
-import heapq
 import os
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
-from common.archive import Damaged
+from common import archive
+from common.archive import Damaged, Entry
 from common.errors import UserError
-from common.files import locked
-from common.kaggle import download, manifest
-from common.kaggle.client import end_orphan
-from common.kaggle.credentials import find
+from common.files import locked, require_room
+from common.kaggle import manifest
+from common.kaggle.client import asked, end_orphan, explained, kaggle
+from common.kaggle.credentials import Account, find
 from common.kaggle.manifest import Manifest
-from common.kaggle.source import Source, missing
+from common.kaggle.source import Source
+from common.progress import Progress
 from common.raw import DATA, visible
+
+FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
+
+
+class Job(NamedTuple):
+    """A download from Kaggle: by whom, into which folders, and the lock that its programs hold too."""
+
+    source: Source
+    account: Account
+    work: Path
+    draft: Path
+    lock: IO
 
 
 def fetch(
@@ -36,39 +51,33 @@ def fetch(
     """Bring data/<competition> to what `source` says and return it; does nothing when it is complete already.
 
     `labels_only` fetches the label files alone, `images` so many training images from outside Kaggle, `url` and
-    `checksum` name another copy of data that is not on Kaggle. Raises UserError and leaves the data as it was.
+    `checksum` name another copy of data that is not on Kaggle: where `source` has any. Raises UserError and leaves the
+    data as it was.
     """
-    if (labels_only and not source.labels) or (images and not source.images):
-        flag = "--labels-only" if labels_only else "--images"
-        raise UserError(f"{flag}: {competition} has no such choice: make data COMP={competition}")
-    if (url or checksum) and source.slug:
-        raise UserError(f"--url, --checksum: {competition} comes from {source.page}: make data COMP={competition}")
-    checksum = download.checked(checksum)
     home = DATA / competition
     with _locked(home) as lock:
         place = home.resolve() if home.is_symlink() else home  # to a folder on another disk
         kept = source.images.folder if source.images else ""
         manifest.settle(place, kept)
-        before = manifest.read(home)
-        if force or not _is_complete(home, before, source, labels_only):
-            _refuse_unknown(home, before, force)
-            _announce(source, labels_only)
-            now = _obtain(place, source, labels_only, Path(lock.name).parent, lock, url, checksum, force)
-            if labels_only and before and any((home / name).is_file() for name in before.files.keys() - now.files):
-                now = replace(before, files=before.files | now.files)  # the others stay: deleted data are not asked for
-            draft = _draft(place)
-            now.write(draft)
-            manifest.install(draft, place, kept)
-            before = now
-        if before.part == "all":
-            _clear(Path(lock.name).parent)
-        if labels_only and (problems := before.damage(home)):
+        there = manifest.read(home)
+        if force or not _is_complete(home, there, source, labels_only):
+            now = _obtain(place, source, labels_only, lock, url, checksum, force)
+            if labels_only and there and any((home / name).is_file() for name in there.files.keys() - now.files):
+                now = replace(there, files=there.files | now.files)  # the others stay: deleted data are not asked for
+            manifest.install(now, _draft(place), place, kept)
+            there = now
+        if there.part == "all":
+            _clear(lock)
+        if labels_only and (problems := there.damage(home)):
             print(f"{home}: the label files are whole, others are damaged ({manifest.listed(problems)}): fetch all "
                   f"again with make data COMP={competition}")  # fmt: skip
         else:
-            print(f"{home} is complete: {len(before.files):,} files, {before.size / 1e6:,.1f} MB ({before.source})")
+            size = sum(file.size for file in there.files.values())
+            print(f"{home} is complete: {len(there.files):,} files, {size / 1e6:,.1f} MB ({there.source})")
         if images:
-            _fetch_images(home, source, images)
+            from common.kaggle import web
+
+            web.fetch_images(home, source.images, images)
     return home
 
 
@@ -103,34 +112,29 @@ def _locked(home: Path) -> Iterator[IO]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _clear(work: Path) -> None:
-    """Delete what was downloaded; the lock is still held."""
-    for file in work.iterdir():
+def _clear(lock: IO) -> None:
+    """Delete what was downloaded; the lock beside it is still held."""
+    for file in Path(lock.name).parent.iterdir():
         if file.name != "lock":
             file.unlink()
 
 
-def _is_complete(home: Path, before: Manifest | None, source: Source, labels_only: bool) -> bool:
-    """Whether the data is what its manifest says; says so when it is damaged."""
-    if before is None or (before.part != "all" and not labels_only):
+def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only: bool) -> bool:
+    """Whether the data is what its manifest says. Raises UserError for files that somebody put there by hand."""
+    if there is None and home.is_dir() and (found := sorted(path.name for path in visible(home))):
+        raise UserError(
+            f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
+            f"as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
+        )
+    if there is None or (there.part != "all" and not labels_only):
         return False
-    problems = before.damage(home, source.labels if labels_only else None)
-    if problems:
+    if problems := there.damage(home, source.labels if labels_only else None):
         print(f"{home} is damaged ({manifest.listed(problems)}): fetching it again")
     return not problems
 
 
-def _refuse_unknown(home: Path, before: Manifest | None, force: bool) -> None:
-    """Files that somebody put there by hand are not replaced unasked."""
-    found = [path.name for path in visible(home)] if home.is_dir() else []
-    if found and before is None and not force:
-        raise UserError(
-            f"{home} holds files that make data has not put there ({', '.join(sorted(found)[:3])}): move them away, "
-            f"use them as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
-        )
-
-
-def _announce(source: Source, labels_only: bool) -> None:
+def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, checksum: str, force: bool) -> Manifest:
+    """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
     if source.notes:
         print(source.notes)
     if source.images:
@@ -139,32 +143,30 @@ def _announce(source: Source, labels_only: bool) -> None:
             f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
             + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
-
-
-def _obtain(
-    home: Path, source: Source, labels_only: bool, work: Path, lock: IO, url: str, checksum: str, force: bool
-) -> Manifest:
-    """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
-    account, draft = find() if source.slug else None, _draft(home)
+    account, draft, work = find() if source.slug else None, _draft(home), Path(lock.name).parent
+    job = Job(source, account, work, draft, lock)
     if account:
         print(f"Kaggle account: {account.where}")
-    expected = source.labels if labels_only else source.archived
+    elsewhere = f"{source.images.folder}/" if source.images else "\0"
+    expected = source.labels if labels_only else [name for name in source.expected if not name.startswith(elsewhere)]
     for last in (False, True):
         shutil.rmtree(draft, ignore_errors=True)
         provenance = source.page
         try:
             if account is None:
-                provenance, files = download.plain(source, work, draft, url, checksum)
+                from common.kaggle import web  # what it needs for https takes longer to import than all the rest
+
+                provenance, files = web.plain(source, work, draft, url, checksum)
             elif labels_only:
-                files = download.single_files(source, account, work, draft, lock)
+                files = _label_files(job)
             else:
-                files = download.whole_archive(source, account, work, draft, lock, again=last, as_it_is=force)
-            if absent := missing(expected, list(files)):
+                files = _whole_archive(job, again=last, as_it_is=force)
+            if absent := [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in files)]:
                 found = ", ".join(sorted(files)[:5]) or "nothing"
                 raise Damaged(f"{provenance}: the download has no {', '.join(absent)} (found: {found})")
             return manifest.made(draft, "labels" if labels_only else "all", files, provenance)
         except Damaged as error:
-            _clear(work)
+            _clear(lock)
             if last:
                 raise UserError(
                     f"{error}; a second download was no better and nothing was kept. See "
@@ -175,21 +177,103 @@ def _obtain(
     raise AssertionError("unreachable")
 
 
-def _fetch_images(home: Path, source: Source, count: int) -> None:
-    """`count` training images that are not on Kaggle: the same ones everywhere, and a larger count adds to them."""
-    from common.kaggle import web
+def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
+    """Download all files of a competition and unpack them into the draft.
 
-    images = source.images
-    with open(home / images.ids_file, newline="", encoding="utf-8") as stream:
-        ids = {row[images.ids_column] for row in csv.DictReader(stream)}
-    chosen = heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(name.encode()).digest())
-    folder = home / images.folder
-    folder.mkdir(exist_ok=True)
-    jobs = ((images.url.format(id=name), folder / f"{name}.jpg") for name in chosen)
-    failures = web.download_many(jobs, len(chosen), f"images of {urlsplit(images.url).netloc}")
-    print(f"{folder}: {len(chosen) - len(failures):,} of the {images.total}")
-    if failures:
+    The listing is read, and compared with the free disk space, beside that: image sets have hundreds of pages of it.
+    `again` starts afresh, `as_it_is` does not compare the archive with the listing.
+    """
+    target, over = job.work / f"{job.source.slug}.zip", threading.Event()
+
+    def stop() -> None:
+        if over.is_set():
+            raise UserError("not needed any more")
+
+    with ThreadPoolExecutor(1) as pool:
+        listing = pool.submit(asked, job.account, job.source, "files", stop=stop)
+        try:
+            _download(job, target, ["-o"] if again else [], listing)
+            files = archive.unpack_into(target, job.draft)
+            sizes = listing.result()
+        finally:
+            over.set()
+    if not as_it_is:
+        with archive.opened(target, target.name) as stream:
+            packed = {member.filename: member.file_size for member in stream.infolist()}
+        problems = [f"{name} is missing" for name in sizes if name not in packed]
+        problems += [
+            f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}"
+            for name, size in sizes.items()
+            if name in packed and packed[name] != size
+        ]
+        if problems:
+            raise Damaged(f"{target.name}: {manifest.listed(problems)} (FORCE=1 keeps it as it is)")
+    return files
+
+
+def _refuse_what_cannot_end_well(job: Job, listing: Future | None) -> None:
+    """Raise UserError where the disk is full, or will be, or the competition cannot be listed.
+
+    The kaggle program takes a full disk for a broken line, and tries again for a minute.
+    """
+    slug, home = job.source.slug, job.work.parent
+    if shutil.disk_usage(home).free < FULL_BYTES:
         raise UserError(
-            f"{len(failures):,} of {len(chosen):,} images could not be read (first: {failures[0]}): repeat the same "
-            "command to try those again, or train without them"
+            f"downloading {slug}: the disk is full ({home}): free some space, then repeat the same command; it goes on "
+            "where it stopped"
         )
+    if listing is not None and listing.done():  # what is needed is the archive and what comes of it
+        need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
+        require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
+
+
+def _download(job: Job, target: Path, more: list[str], listing: Future | None = None) -> None:
+    """Run the kaggle program's download, quietly, until `target` or its zip is there; shows how the folder grows."""
+
+    def measure() -> int:
+        is_listed = listing is not None and listing.done() and not listing.exception()
+        done = size_of(job.work)
+        progress.update(done // 10**6, total=sum(listing.result().values()) // 10**6 if is_listed else 0)
+        return done
+
+    stop = partial(_refuse_what_cannot_end_well, job, listing)
+    command = ("competitions", "download", job.source.slug, "-p", str(job.work), "-q", *more)
+    what = f"downloading {target.name}"
+    with Progress(what, unit="MB") as progress:
+        answer = kaggle(job.account, *command, measure=measure, stop=stop, lock=job.lock)
+    if answer.status != 0 or not (target.is_file() or _zip_of(target).is_file()):
+        stop()
+        raise explained(answer, job.account, job.source, what)
+    if list(job.work.glob("*.kaggle-partial")):  # it exits 0 when interrupted, and half a file has its final name
+        raise UserError(f"{what}: interrupted: repeat the same command, it goes on where it stopped")
+
+
+def _zip_of(file: Path) -> Path:
+    """Kaggle packs large single files, which then arrive as NAME.zip."""
+    return file.with_name(f"{file.name}.zip")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder that another program is writing to."""
+    size = 0
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # gone since it was listed
+            size += file.stat().st_size
+    return size
+
+
+def _label_files(job: Job) -> dict[str, Entry]:
+    """Download the label files one by one."""
+    job.draft.mkdir(parents=True)
+    found: dict[str, Entry] = {}
+    for name in job.source.labels:
+        target = job.work / Path(name).name
+        _download(job, target, ["-f", name])
+        if _zip_of(target).is_file():
+            found |= archive.unpack_into(_zip_of(target), job.draft)
+            continue
+        with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
+            if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise Damaged(f"{target.name} is a web page, expected the competition's file")
+        found |= archive.copy_into(target, job.draft)
+    return found

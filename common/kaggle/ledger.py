@@ -11,15 +11,18 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import locked, read_cell, write_csv
-from common.kaggle.status import Submission
+from common.kaggle.client import asked
+from common.kaggle.credentials import Account
+from common.kaggle.source import Source
 from common.submission import SUBMISSIONS
 
 LONGEST_MESSAGE = 500  # characters, with the tag
+SCORED, FAILED = "COMPLETE", "ERROR"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One submission: when and what was sent, what validation promised and what Kaggle said."""
+    """One submission: when and what was sent, what validation promised and what Kaggle said; scores are text."""
 
     time: str
     file: str
@@ -29,26 +32,19 @@ class Row:
     validation: str = ""
     public: str = ""
     private: str = ""
-    status: str = "PENDING"
+    status: str = "PENDING"  # until it is SCORED or FAILED
     ref: str = ""  # Kaggle's number of the submission
     reason: str = ""  # why Kaggle could not score it
     message: str = ""
 
-    @property
-    def tag(self) -> str:
-        """The end of the message that `tagged` has put there: tells which of Kaggle's submissions this is."""
-        found = re.search(r"\[kit-[0-9a-f]{12}\]$", self.message)
-        return found.group() if found else ""
-
-    def listed(self, submissions: list[Submission]) -> Submission | None:
-        """This row among what Kaggle lists: by its number, or by its tag as long as it has none."""
-        if self.ref:
-            return next((one for one in submissions if one.ref == self.ref), None)
-        return next((one for one in submissions if self.tag and self.tag in one.message), None)
-
-    def with_answer(self, listed: Submission) -> "Row":
-        told = {name: getattr(listed, name) for name in ("public", "private", "status", "ref", "reason")}
-        return replace(self, **told)
+    def listed(self, submissions: "list[Row]") -> "Row | None":
+        """This row with what Kaggle lists of it: by its number, or as long as it has none by its message's tag."""
+        tag = re.search(r"\[kit-[0-9a-f]{12}\]$", self.message)
+        for one in submissions:
+            if one.ref == self.ref if self.ref else tag and tag.group() in one.message:
+                told = ("public", "private", "status", "ref", "reason")
+                return replace(self, **{name: getattr(one, name) for name in told})
+        return None
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -60,6 +56,12 @@ def tagged(message: str) -> str:
     return message[: LONGEST_MESSAGE - len(tag)] + tag
 
 
+def submissions(account: Account, source: Source) -> tuple[list[Row], int | None]:
+    """The account's submissions at Kaggle, newest first, and how many are left today (None: Kaggle does not say)."""
+    found = asked(account, source, "submissions")
+    return [Row(**row) for row in found["submissions"]], found["left"]
+
+
 def path_of(competition: str) -> Path:
     return SUBMISSIONS / competition / "ledger.csv"
 
@@ -67,8 +69,7 @@ def path_of(competition: str) -> Path:
 def read(competition: str) -> list[Row]:
     """All lines, oldest first; columns that were added by hand are left out.
 
-    Raises UserError for what a spreadsheet may have made of it (another separator, dates and numbers of its own): rows
-    that are not understood would be lost, and their files sent again.
+    Raises UserError for what a spreadsheet may have made of it: rows that are not understood would be sent again.
     """
     path = path_of(competition)
     if not path.is_file():
@@ -88,17 +89,14 @@ def read(competition: str) -> list[Row]:
     return rows
 
 
-def newest(rows: list[Row], column: str, value: str) -> Row | None:
-    """The last line that has `value` there, say the sha256 of a file."""
-    return next((row for row in reversed(rows) if getattr(row, column) == value), None)
+def newest(rows: list[Row], column: str, like: Row) -> Row | None:
+    """The last line that has the same there as `like`, say the sha256 of a file; None for no column."""
+    return next((row for row in reversed(rows) if column and getattr(row, column) == getattr(like, column)), None)
 
 
 @contextmanager
 def changing(competition: str) -> Iterator[list[Row]]:
-    """All lines, to be changed in place by one process at a time; written when nothing was raised.
-
-    Raises UserError when they cannot be read or written.
-    """
+    """All lines, to be changed in place by one process at a time; written when nothing was raised."""
     path = path_of(competition)
     with locked(path.with_name(".ledger.lock")):  # not the ledger itself, which every writing replaces
         rows = read(competition)
@@ -113,8 +111,7 @@ def claim(competition: str, row: Row, column: str = "") -> Row | None:
     Where a line has the same `column` already, nothing is appended and the newest such line is returned.
     """
     with changing(competition) as rows:
-        before = newest(rows, column, getattr(row, column)) if column else None
-        if before is None:
+        if (before := newest(rows, column, row)) is None:
             rows.append(row)
     return before
 

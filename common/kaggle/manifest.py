@@ -1,7 +1,4 @@
-"""The manifest of downloaded data, .manifest.json in their folder; one whole folder takes the place of another.
-
-Complete data are left alone by it, and damage is noticed.
-"""
+"""The manifest of downloaded data, .manifest.json in their folder; one whole folder takes the place of another."""
 
 import json
 import os
@@ -35,11 +32,6 @@ class Manifest:
     part: str
     files: dict[str, File]
     source: str
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files.values())
 
     def write(self, home: Path) -> None:
         write_text(home / NAME, json.dumps({"created": f"{datetime.now(UTC):%FT%TZ}", **asdict(self)}, indent=1) + "\n")
@@ -84,10 +76,6 @@ def listed(problems: list[str]) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def _aside(home: Path) -> Path:
-    return home.with_name(f".{home.name}.old")
-
-
 @contextmanager
 def _placing(home: Path) -> Iterator[None]:
     try:
@@ -99,12 +87,13 @@ def _placing(home: Path) -> Iterator[None]:
         ) from error
 
 
-def install(draft: Path, home: Path, kept: str) -> None:
-    """Put the folder `draft`, which has its manifest, in the place of `home`: two renames, then `settle`."""
+def install(made: Manifest, draft: Path, home: Path, kept: str) -> None:
+    """Put the folder `draft` with its manifest in the place of `home`: two renames, then `settle`."""
+    made.write(draft)
     with _placing(home):
         try:
             if home.is_dir():
-                home.rename(_aside(home))
+                home.rename(home.with_name(f".{home.name}.old"))
             draft.rename(home)
         finally:
             settle(home, kept)
@@ -116,7 +105,7 @@ def settle(home: Path, kept: str) -> None:
     It comes back where no new one is. What the new manifest names, and all below the folder `kept`, moves on to the new
     one, and whatever else `make data` has not brought to <home>.before.
     """
-    aside = _aside(home)
+    aside = home.with_name(f".{home.name}.old")
     if not aside.is_dir():
         return
     with _placing(home):

@@ -1,7 +1,6 @@
 """Where a competition's files come from and where its submissions go: facts that only the competition knows."""
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,5 @@ class Source:
     notes: str = ""  # what the user should know before downloading
 
     @property
-    def archived(self) -> tuple[str, ...]:
-        """What must be in the archive: `expected` without images that come from elsewhere."""
-        return tuple(name for name in self.expected if not (self.images and name.startswith(f"{self.images.folder}/")))
-
-    @property
     def page(self) -> str:
         return f"https://www.kaggle.com/c/{self.slug}"
-
-    @property
-    def rules_page(self) -> str:
-        return f"{self.page}/rules"
-
-
-def missing(expected: tuple[str, ...], names: list[str]) -> list[str]:
-    """The expected names and patterns that no file has."""
-    return [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in names)]

@@ -1,24 +1,28 @@
-"""Plain downloads over HTTPS: resumed, bounded, checked against a published checksum."""
+"""Data that is not on Kaggle, by plain downloads over HTTPS: resumed, bounded, checked against a checksum."""
 
+import csv
 import errno
 import hashlib
+import heapq
 import http.client
 import json
 import os
+import re
 import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from common.archive import SPARE_BYTES
+from common.archive import SPARE_BYTES, Entry, copy_into, unpack_into
 from common.errors import UserError
-from common.files import WRITE_ERRORS, not_written
+from common.files import WRITE_ERRORS, not_written, require_room
 from common.kaggle.client import patience
 from common.kaggle.credentials import hide_addresses
+from common.kaggle.source import Images, Source
 from common.progress import Progress
 
 CHUNK_BYTES = 1 << 20
@@ -38,13 +42,49 @@ def open_url(address: str, headers: dict[str, str] | None = None):
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
-        raise UserError(
-            f"{hide_addresses(address)} answers {error.code} {error.reason}: open it in a browser, "
-            'or name another address with ARGS="--url ..."'
-        ) from error
+        said = f"{address} answers {error.code} {error.reason}: open it in a browser, or name another address with "
+        raise UserError(hide_addresses(said) + 'ARGS="--url ..."') from error
     except ValueError as error:
-        said = hide_addresses(f"--url {address}: expected an address like https://host/path ({error})")
-        raise UserError(said) from error
+        said = f"--url {address}: expected an address like https://host/path ({error})"
+        raise UserError(hide_addresses(said)) from error
+
+
+def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> tuple[str, dict[str, Entry]]:
+    """The archive at a plain address, checked against the checksum given, known or published; (address, files).
+
+    The address comes back as it may be shown and kept: without a signature in its query. Raises UserError where there
+    is no checksum, or one that cannot be one.
+    """
+    wanted = checksum.strip().lower()
+    if wanted and not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", wanted):
+        raise UserError(
+            f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256: and 64: "
+            'ARGS="--url ... --checksum sha256:..."'
+        )
+    if "@" in urlsplit(url).netloc:
+        raise UserError(
+            "--url: the address has a user name or a password before its host, which is not sent: leave them out, or "
+            "get the archive by hand and pass DATA=/path/to/zip"
+        )
+    address, record = url or source.url, source.checksum_url
+    if url and urlsplit(url).path in ("", "/"):  # a mirror with the same paths
+        address = url.rstrip("/") + urlsplit(source.url).path
+        record = record and url.rstrip("/") + urlsplit(record).path
+    name = Path(urlsplit(address).path).name
+    if name == Path(urlsplit(source.url).path).name and not wanted:
+        wanted = source.checksum or (published_checksum(record, name) if record else "")
+    if not wanted:
+        raise UserError(
+            f"--url {hide_addresses(url)}: no checksum is known for {name}: add one, "
+            'ARGS="--url ... --checksum md5:..."'
+        )
+    target = work / name
+    if not target.is_file() or digest(target, wanted) != wanted:  # of a call that failed later
+        download(address, target, wanted)
+    if target.suffix.lower() == ".zip":
+        return hide_addresses(address), unpack_into(target, draft)
+    draft.mkdir(parents=True)
+    return hide_addresses(address), copy_into(target, draft)
 
 
 def download(address: str, target: Path, checksum: str) -> None:
@@ -54,7 +94,8 @@ def download(address: str, target: Path, checksum: str) -> None:
     """
     draft, etag = (target.with_name(f"{target.name}.{end}") for end in ("part", "etag"))
     with Progress(f"downloading {target.name}", unit="MB") as progress:
-        reached, attempts, since = _size(draft), 0, time.monotonic()
+        size = lambda: draft.stat().st_size if draft.is_file() else 0  # noqa: E731
+        reached, attempts, since = size(), 0, time.monotonic()
         while True:
             try:
                 _append(address, draft, etag, progress)
@@ -65,8 +106,8 @@ def download(address: str, target: Path, checksum: str) -> None:
                 if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                     draft.unlink(missing_ok=True)  # what is here is longer than the file there
                 attempts += 1
-                if _size(draft) > reached:
-                    reached, attempts, since = _size(draft), 0, time.monotonic()
+                if size() > reached:
+                    reached, attempts, since = size(), 0, time.monotonic()
                 elif attempts == ATTEMPTS or time.monotonic() - since >= patience():
                     raise unreachable(address, error) from error
     found = digest(draft, checksum)
@@ -83,28 +124,19 @@ def download(address: str, target: Path, checksum: str) -> None:
 def unreachable(address: str, failure: Exception) -> UserError:
     reason = hide_addresses(str(getattr(failure, "reason", "") or failure))
     return UserError(
-        f"{hide_addresses(address)} cannot be read ({reason}): check the network, "
-        "and HTTPS_PROXY where there is a proxy, then repeat the same command; it goes on where it stopped. On a "
-        "slow line set KIT_PATIENCE=300"
+        f"{hide_addresses(address)} cannot be read ({reason}): check the network, and HTTPS_PROXY where there is a "
+        "proxy, then repeat the same command; it goes on where it stopped. On a slow line set KIT_PATIENCE=300"
     )
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
 
 
 def _append(address: str, draft: Path, etag: Path, progress: Progress) -> None:
     """Bring the draft to its full length; raises OSError or HTTPException when the line breaks."""
-    have = _size(draft)
+    have = draft.stat().st_size if draft.is_file() else 0
     known = etag.read_text() if have and etag.is_file() else ""
     with open_url(address, {"Range": f"bytes={have}-", "If-Range": known} if known else {}) as answer:
         start = have if answer.status == 206 else 0
         length = int(answer.headers.get("Content-Length") or 0)
-        if length + SPARE_BYTES > (free := shutil.disk_usage(draft.parent).free):
-            raise UserError(
-                f"{draft.parent}: {length / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free some space, "
-                "then repeat the same command"
-            )
+        require_room(draft, length + SPARE_BYTES, f"the download of {draft.stem}")
         etag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
         with open(draft, "ab" if start else "wb") as out:
             while chunk := answer.read(CHUNK_BYTES):
@@ -135,43 +167,52 @@ def published_checksum(record: str, name: str) -> str:
         raise UserError(f'{record} names no checksum for {name}: give it with ARGS="--checksum md5:..."') from error
 
 
-def download_many(addresses: Iterable[tuple[str, Path]], total: int, label: str) -> list[str]:
-    """Fetch many small files, several at a time; those that are there already are left. Returns what failed, with why.
+def fetch_images(home: Path, images: Images, count: int) -> None:
+    """Fetch `count` training images, several at a time: the same ones everywhere, and a larger count adds to them.
 
-    Raises UserError when many in a row all fail, for the network is down then, not a file missing, and when the disk is
-    full or cannot be written.
+    Raises UserError for those that cannot be read, at once when many in a row all fail, for the network is down then,
+    and when the disk is full or cannot be written.
     """
+    with open(home / images.ids_file, newline="", encoding="utf-8") as stream:
+        ids = {row[images.ids_column] for row in csv.DictReader(stream)}
+    chosen = heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(name.encode()).digest())
+    folder, label = home / images.folder, f"images of {urlsplit(images.url).netloc}"
+    folder.mkdir(exist_ok=True)
 
-    def one(job: tuple[str, Path]) -> str | None:
-        address, target = job
-        draft = target.with_name(f".{target.name}.part")
+    def one(name: str) -> str | None:
+        """Why the image could not be fetched."""
+        target, draft = folder / f"{name}.jpg", folder / f".{name}.jpg.part"
         try:
-            if shutil.disk_usage(target.parent).free < SPARE_BYTES:
+            if shutil.disk_usage(folder).free < SPARE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with open_url(address) as answer, open(draft, "wb") as out:
+            with open_url(images.url.format(id=name)) as answer, open(draft, "wb") as out:
                 expected = answer.headers.get("Content-Length")
                 shutil.copyfileobj(answer, out)
             if expected is not None and draft.stat().st_size != int(expected):
                 raise ConnectionError("cut")
             draft.rename(target)
-            return None
         except (*BROKEN_LINE, UserError) as error:
             draft.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
                 raise not_written(target, error) from error
             return f"{target.name}: {error}"
 
-    wanted, failures, done = (job for job in addresses if not job[1].is_file()), [], 0
-    with ThreadPoolExecutor(AT_ONCE) as pool, Progress(label, total, "files") as progress:
+    wanted, failures, done = (name for name in chosen if not (folder / f"{name}.jpg").is_file()), [], 0
+    with ThreadPoolExecutor(AT_ONCE) as pool, Progress(label, len(chosen), "files") as progress:
         # The first ones alone: behind a line that is dead, those after them would keep everybody waiting once more.
-        while jobs := list(islice(wanted, 16 * AT_ONCE if done else AT_ONCE)):
-            failed = [failure for failure in pool.map(one, jobs) if failure]
+        while names := list(islice(wanted, 16 * AT_ONCE if done else AT_ONCE)):
+            failed = [failure for failure in pool.map(one, names) if failure]
             failures += failed
-            if len(failed) == len(jobs) >= AT_ONCE:
+            if len(failed) == len(names) >= AT_ONCE:
                 raise UserError(
-                    f"{label}: none of {'' if done else 'the first '}{len(jobs)} files could be read "
+                    f"{label}: none of {'' if done else 'the first '}{len(names)} files could be read "
                     f"({hide_addresses(failed[-1])}): check the network, then repeat the same command"
                 )
-            done += len(jobs)
+            done += len(names)
             progress.update(done)
-    return failures
+    print(f"{folder}: {len(chosen) - len(failures):,} of the {images.total}")
+    if failures:
+        raise UserError(
+            f"{len(failures):,} of {len(chosen):,} images could not be read (first: {failures[0]}): repeat the same "
+            "command to try those again, or train without them"
+        )

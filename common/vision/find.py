@@ -50,15 +50,23 @@ def _match(folder: Path, name: str, by_stem: dict[str, list[Path]]) -> Path | No
 
 
 def images_of(
-    folder: Path, ids: Sequence[Any], table: str, again: str, lines: Sequence[int] | None = None
+    folder: Path,
+    ids: Sequence[Any],
+    table: str,
+    again: str,
+    lines: Sequence[int] | None = None,
+    lenient: bool = False,
 ) -> list[Path]:
     """`match_images` where every id needs its file; raises UserError naming what is missing, `table` and `again`.
 
-    `lines` are those of the ids in the table, to name the first of them too.
+    `lines` are those of the ids in the table, to name the first of them too. `lenient` (that of RawData) gives a
+    missing file the path where it is not: whoever decodes it leaves its row out, as that of a damaged one.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: {again}")
     paths = match_images(folder, ids)
+    if lenient:
+        return [path or folder / str(name) for name, path in zip(ids, paths, strict=True)]
     if missing := [str(name) for name, path in zip(ids, paths, strict=True) if path is None]:
         line = "" if lines is None else f" line {lines[paths.index(None)]}"
         raise UserError(
@@ -69,11 +77,17 @@ def images_of(
 
 
 def channels_of(
-    folder: Path, ids: Sequence[Any], channels: Sequence[str], table: str, again: str, lines: Sequence[int]
+    folder: Path,
+    ids: Sequence[Any],
+    channels: Sequence[str],
+    table: str,
+    again: str,
+    lines: Sequence[int],
+    lenient: bool = False,
 ) -> list[tuple[Path, ...]]:
     """The files <id>_<channel> of every id, in the order of `channels`; else as `images_of`."""
     names = [f"{name}_{channel}" for name in ids for channel in channels]
-    paths = iter(images_of(folder, names, table, again, [line for line in lines for _ in channels]))
+    paths = iter(images_of(folder, names, table, again, [line for line in lines for _ in channels], lenient))
     return list(zip(*[paths] * len(channels), strict=True))
 
 

@@ -62,7 +62,7 @@ class ImageStore:
         RGB, or one channel for `gray`. Raises UserError naming the ids that have no file, or two.
         """
         again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
-        paths = images_of(raw.folder() / folder, ids, table, again)
+        paths = images_of(raw.folder() / folder, ids, table, again, lenient=raw.lenient)
         return cls([(path,) for path in paths] if gray else paths, cache=raw.cache, **settings)
 
     @property

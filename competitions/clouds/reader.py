@@ -64,7 +64,7 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     folder = raw.folder()
     images, runs = _train(raw)
     test_classes = _test(raw.uncounted())
-    train_paths = _paths(folder / "train_images", images, "train.csv")
+    train_paths = _paths(folder / "train_images", images, "train.csv", raw.lenient)
     size = _size_of(runs, train_paths, f"{raw.path}/train.csv")
     if size != MASK_SIZE:
         runs = replace(runs, size=size)
@@ -72,7 +72,7 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
             f"{raw.path}/train.csv: the runs are those of {size[0]}x{size[1]} masks, not of the competition's "
             f"{MASK_SIZE[0]}x{MASK_SIZE[1]} (none goes beyond, and columns are {size[0]} apart), and are read so"
         )
-    test_paths = _paths(folder / "test_images", list(test_classes), "sample_submission.csv")
+    test_paths = _paths(folder / "test_images", list(test_classes), "sample_submission.csv", raw.lenient)
     for image, labels in test_classes.items():
         missing = [name for label, name in enumerate(CLASSES) if label not in labels]
         if missing:
@@ -174,10 +174,15 @@ def _test(raw: RawData) -> dict[str, list[int]]:
     return classes
 
 
-def _paths(folder: Path, images: list[str], table: str) -> list[Path]:
-    """Paths of the images; raises UserError for a row without an image, and for an image without a row."""
+def _paths(folder: Path, images: list[str], table: str, lenient: bool) -> list[Path]:
+    """Paths of the images; raises UserError for a row without an image, and for an image without a row.
+
+    A `lenient` prediction (see RawData) takes both as they are.
+    """
     again = "get the files with make data COMP=clouds, or pass DATA=/path/to/folder"
-    paths = images_of(folder, images, table, again)
-    if without_row := sorted({file.name for file in find_images(folder)} - {path.name for path in paths}):
+    paths = images_of(folder, images, table, again, lenient=lenient)
+    if not lenient and (
+        without_row := sorted({file.name for file in find_images(folder)} - {path.name for path in paths})
+    ):
         raise UserError(f"{folder} holds {some(without_row)}, not in {table}: remove the images, or add their rows")
     return paths

@@ -47,11 +47,11 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     fitted = train.matrix
     parts = []
     if config.rows != "tuning":
-        parts.append(_with_files(train, folder / "train_images", announce))
+        parts.append(_with_files(train, folder / "train_images", raw.lenient, announce))
     if config.rows != "train":
         tuning = reader.read_tuning(raw, index)
         announce(f"{reader.TUNING}: {tuning.counts}")
-        parts.append(_with_files(tuning, folder / "stage_1_test_images", announce))
+        parts.append(_with_files(tuning, folder / "stage_1_test_images", raw.lenient, announce))
     ids = [str(image) for table, _ in parts for image in table.ids]
     paths = [path for _, found in parts for path in found]
     if config.rows in ("train", "tuning"):
@@ -74,7 +74,8 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
     test_ids = reader.read_submission_ids(raw.uncounted(), sample_name)
-    test_paths = images_of(test_folder, test_ids, sample_name, "get them with make data COMP=inclusive_images")
+    again = "get them with make data COMP=inclusive_images"
+    test_paths = images_of(test_folder, test_ids, sample_name, again, lenient=raw.lenient)
     return Rows(
         index,
         ids,
@@ -128,10 +129,18 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
     take_over(model, files[0])
 
 
-def _with_files(table: LabelTable, folder: Path, announce: Callable[[str], None]) -> tuple[LabelTable, list[Path]]:
-    """The rows of `table` whose image is there, and its path; raises UserError when there is none at all."""
+def _with_files(
+    table: LabelTable, folder: Path, lenient: bool, announce: Callable[[str], None]
+) -> tuple[LabelTable, list[Path]]:
+    """The rows of `table` whose image is there, and its path.
+
+    Raises UserError when there is none at all, but in a `lenient` prediction: Kaggle has no training images.
+    """
     paths = match_images(folder, table.ids)
     kept = np.array([row for row, path in enumerate(paths) if path is not None])
+    if not len(kept) and lenient:
+        announce(f"{folder}: no image is here, folds and label vectors are those of all {len(table):,} labelled ones")
+        return table, [folder / str(name) for name in table.ids]
     if not len(kept):
         raise UserError(
             f"{folder} holds no image of the {len(table):,} that have labels: put them there as IMAGEID.jpg, with "

@@ -2,9 +2,6 @@
 
 import argparse
 import csv
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +14,9 @@ from common.errors import UserError
 from common.files import read_json
 from common.kaggle.client import go_on_with
 from common.kaggle.credentials import Account, find
-from common.kaggle.kernel.notebook import MARGIN_SECONDS, OFTEN_MISSING, ROOT, START, code, written
+from common.kaggle.kernel.notebook import MARGIN_SECONDS, START, code, needed, wheels, written
 from common.kaggle.kernel.output import fetched
 from common.kaggle.kernel.push import (
-    ARCHIVE,
     OUTAGE_SECONDS,
     WAIT_SECONDS,
     follow_notebook,
@@ -33,22 +29,11 @@ from common.kaggle.kernel.push import (
 from common.kaggle.submit import refuse_nowhere
 from common.run import Run
 
-# Of Kaggle's image: wheels for another Python or an older system could not be installed there.
-IMAGE = ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"]
-IMAGE += [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014", "2010")]
 RUN_FILES = ("config.json", "run.json", "result.json", "fold-*/model.pt", "fold-*/fold.json")
 
 PREDICTION = (
     START
     + """
-# %% What Kaggle's image lacks, from the wheels beside the code.
-wheels = {wheels}
-missing = [pin for module, pin in wheels.items() if importlib.util.find_spec(module) is None]
-install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-if missing:
-    done = subprocess.run([*install, "--find-links", str(KIT / "wheels"), *missing], capture_output=True, text=True)
-    assert done.returncode == 0, f"{{missing}} cannot be installed from the data set: {{done.stderr[-500:]}}"
-
 # %% The test set that is mounted, by the same command as at home; its sample submission decides the rows.
 command = [sys.executable, "-m", "common", {words}, "--data", str(data)]
 left = max(1.0, END - time.monotonic())
@@ -70,45 +55,26 @@ def notebook(
     competition: str,
     arguments: Sequence[str],
     version: str,
-    wheels: Mapping[str, str],
+    needed: Mapping[str, str],
     limit: float,
 ) -> str:
     """The notebook as .ipynb text: `python -m common predict COMPETITION ARGUMENTS` on whatever is mounted.
 
-    `wheels` are pins by their import names. What is not predicted a while before the `limit` (seconds) falls back.
+    One card predicts, also where there are two. What is not predicted a while before the `limit` (seconds) falls back.
     """
-    words = ("predict", competition, *arguments)
-    margin = min(MARGIN_SECONDS, limit / 10)
+    words, margin = ("predict", competition, *arguments), min(MARGIN_SECONDS, limit / 10)
     return written(
-        PREDICTION,
-        what="prediction",
-        title=title,
-        command=" ".join(("python -m common", *words)),
-        archive=ARCHIVE,
-        version=version,
-        slug=slug,
-        competition=competition,
-        words=", ".join(repr(word) for word in words),
-        wheels=dict(wheels),
-        seconds=limit - margin,
-        margin=margin,
+        PREDICTION, title, slug, words, version, needed, limit - margin, margin=margin, competition=competition
     )
 
 
 def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, bytes | Path], dict[str, str]]:
     """What the notebook needs: code, runs and wheels by their names, and the pins of the wheels by their import names.
 
-    The wheels are downloaded into `folder`. Raises UserError for a run without weights and for wheels not to be had.
+    The wheels are downloaded into the new `folder`. Raises UserError for a run without weights.
     """
-    others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
-    files: dict[str, bytes | Path] = {name: held for name, held in code().items() if not others.match(name)}
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-    source = b"\n".join(held for name, held in files.items() if name.endswith(".py"))
-    wheels = {
-        module: f"{name}=={pins[name]}"
-        for module, name in OFTEN_MISSING.items()
-        if re.search(rf"^\s*(import|from) {module}\b".encode(), source, re.MULTILINE)
-    }
+    files: dict[str, bytes | Path] = code(competition)
+    pins = needed(files)
     for run in chosen:
         found = [file for pattern in RUN_FILES for file in sorted(run.path.glob(pattern))]
         if not any(file.name == "model.pt" for file in found):
@@ -117,23 +83,7 @@ def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str
                 f"run of a network, RUN="
             )
         files |= {f"runs/{competition}/{run.name}/{file.relative_to(run.path)}": file for file in found}
-    _download([*wheels.values()], folder)
-    files |= {f"wheels/{file.name}": file for file in sorted(folder.glob("*.whl"))}
-    return files, wheels
-
-
-def _download(pins: Sequence[str], folder: Path) -> None:
-    """The wheels as Kaggle's image takes them, without what they need: that is in the image."""
-    words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), *IMAGE, *pins]
-    if not pins:
-        return
-    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["it gives no reason"]
-        raise UserError(
-            f"the wheels of {', '.join(pins)} cannot be downloaded ({lines[-1][:300]}): check the network, or set "
-            f"PIP_FIND_LINKS to a folder that has them, then repeat the same command"
-        )
+    return files | wheels(pins.values(), folder), pins
 
 
 def publish(competition: Competition, given: argparse.Namespace, words: Sequence[str], poll: float = 15.0) -> None:
@@ -152,7 +102,8 @@ def publish(competition: Competition, given: argparse.Namespace, words: Sequence
         raise UserError(f"--fetch: no such notebook of {name} was pushed from here: make notebook COMP={name}")
     facts = read_json(record) if given.fetch else _pushed(competition, given, words, account, poll)
     write_json(record, facts)
-    with go_on_with(f"make notebook COMP={name} ARGS=--fetch"):
+    flags = "'--fetch --submit'" if given.submit else "--fetch"
+    with go_on_with(f"make notebook COMP={name} ARGS={flags}"):
         outage = 0.0 if given.fetch else OUTAGE_SECONDS
         follow_notebook(account, source, name, facts["kernel"], WAIT_SECONDS, poll, outage, "notebook")
         with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
@@ -185,10 +136,9 @@ def _pushed(
     metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
     with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
         folder = Path(place)
-        (folder / "wheels").mkdir()
-        files, wheels = kit(name, chosen, folder / "wheels")
+        files, pins = kit(name, chosen, folder / "wheels")
         version = push_files(account, source, reference, files, folder, poll)
-        text = notebook(title, source.slug, name, ["--run", given.run, *words], version, wheels, given.limit)
+        text = notebook(title, source.slug, name, ["--run", given.run, *words], version, pins, given.limit)
         facts = push_notebook(account, source, name, reference, text, metadata, given.limit, folder, "notebook")
     print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}, for runs {given.run}")
     return facts | {"code": version, "table": str(table), "pushed": runs.now()}

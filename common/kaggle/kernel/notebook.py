@@ -1,13 +1,19 @@
-"""The notebook that trains on Kaggle, and the archive of the code that it runs."""
+"""The notebook that trains on Kaggle, and what both notebooks have: the archive of code, the wheels beside it."""
 
 import hashlib
 import io
+import re
 import shutil
+import subprocess
+import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import sha256
 
 ROOT = Path(__file__).parents[3]
@@ -18,15 +24,13 @@ ACCELERATOR = "NvidiaTeslaT4"  # NvidiaTeslaT4Highmem is two of them, where Kagg
 SESSION_HOURS = 9.0  # the longest that Kaggle lets a notebook run on a GPU
 MARGIN_SECONDS = 900  # of the session: for stopping the training and packing the run
 VERSION = "code-version.txt"
-# Import names of what Kaggle's image may lack -> their lines in requirements.txt; torch and its friends are there.
-OFTEN_MISSING = {
-    "timm": "timm",
-    "segmentation_models_pytorch": "segmentation-models-pytorch",
-    "albumentations": "albumentations",
-    "lightgbm": "lightgbm",
-    "prophet": "prophet",
-    "iterstrat": "iterative-stratification",
-}
+ARCHIVE = "kit.zip"
+# Of Kaggle's image: wheels for another Python or an older system could not be installed there.
+IMAGE = ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"]
+IMAGE += [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014", "2010")]
+# Of requirements.txt, and in every image of Kaggle: no wheels of these, the largest of all, are sent there.
+AT_HAND = {"torch", "torchvision", "opencv-python", "opencv-python-headless", "numpy", "scipy", "pandas"}
+AT_HAND |= {"scikit-learn", "matplotlib", "joblib", "tqdm", "kaggle"}
 
 START = """# %% [markdown]
 # {title}: `{command}`
@@ -35,7 +39,7 @@ START = """# %% [markdown]
 import hashlib, importlib.util, json, os, shutil, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
-END = time.monotonic() + {seconds}  # when the {what} is stopped, so that what it has made is kept
+END = time.monotonic() + {seconds}  # when the work is stopped, so that what it has made is kept
 KAGGLE = Path(os.environ.get("KIT_KAGGLE", "/kaggle"))
 INPUT, WORKING, KIT = KAGGLE / "input", KAGGLE / "working", KAGGLE.parent / "tmp" / "kit"
 
@@ -51,6 +55,13 @@ found = (KIT / "{version_file}").read_text() if (KIT / "{version_file}").is_file
 assert found == "{version}", f"the code here is version {{found}}, expected {version}: push the notebook again"
 data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
 environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
+
+# %% What this image lacks, in the versions of requirements.txt.
+missing = [pin for module, pin in {needed}.items() if importlib.util.find_spec(module) is None]
+install = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *{options}, *missing]
+if missing:
+    done = subprocess.run(install, cwd=KIT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{{missing}} cannot be installed: {{done.stderr[-500:]}}"
 """
 
 TRAINING = (
@@ -59,16 +70,6 @@ TRAINING = (
 # %% The run of the session before, where it was not finished.
 for archive in INPUT.rglob("{output}"):
     zipfile.ZipFile(archive).extractall(KIT)
-
-# %% What Kaggle's image lacks, in the versions of requirements.txt.
-pins = dict(line.split("==") for line in (KIT / "requirements.txt").read_text().splitlines() if "==" in line)
-often_missing = {often_missing}
-missing = [f"{{name}}=={{pins[name]}}" for module, name in often_missing.items()
-           if name in pins and importlib.util.find_spec(module) is None]
-if missing and {internet}:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *missing], check=True)
-elif missing:
-    print("not installed, as the internet is off:", ", ".join(missing))
 
 # %% The training: the same command as at home, with a process for every card.
 import torch
@@ -110,16 +111,49 @@ if status == 0:
 )
 
 
-def code(root: Path = ROOT) -> dict[str, bytes]:
-    """The files of the code that a notebook needs, by their names in the checkout."""
+def code(competition: str, root: Path = ROOT) -> dict[str, bytes]:
+    """The files of the code that a notebook of the competition needs, by their names in the checkout."""
+    others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
     files = {}
     for name in PACKED:
         path = root / name
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(root).parts)
-            if file.is_file() and not hidden and not file.is_symlink() and file.suffix in (".py", ".txt", ".md"):
-                files[str(file.relative_to(root))] = file.read_bytes()
+            own = str(file.relative_to(root))
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in Path(own).parts)
+            foreign = hidden or others.match(own) or (file.is_symlink() and file != path)  # links may lead anywhere
+            if file.is_file() and not foreign:
+                files |= {own: file.read_bytes()} if file.suffix in (".py", ".txt", ".md") else {}
     return files
+
+
+def needed(files: Mapping[str, bytes]) -> dict[str, str]:
+    """What this code imports of requirements.txt, but for what is AT_HAND: pins by their import names."""
+    source = b"\n".join(content for name, content in files.items() if name.endswith(".py"))
+    imported = {name.decode() for name in re.findall(rb"^\s*(?:import|from) (\w+)", source, re.MULTILINE)}
+    found = {}
+    for pin, name in re.findall(r"^(([\w.-]+)==\S+)", files["requirements.txt"].decode(), re.MULTILINE):
+        with suppress(metadata.PackageNotFoundError):  # not here, so nothing that predicts here needs it
+            if name not in AT_HAND:
+                own = (file.parts[0] for file in metadata.files(name) or () if file.suffix in (".py", ".so"))
+                found |= dict.fromkeys(imported & {module.partition(".")[0] for module in own}, pin)
+    return found
+
+
+def wheels(pins: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Download wheels as Kaggle's image takes them into the new `folder`; returns them by their names in the archive.
+
+    Without what they need, which is in the image. Raises UserError for wheels not to be had.
+    """
+    folder.mkdir()
+    words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), *IMAGE, *pins]
+    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["it gives no reason"]
+        raise UserError(
+            f"the wheels of {', '.join(pins)} cannot be downloaded ({lines[-1][:300]}): check the network, or set "
+            f"PIP_FIND_LINKS to a folder that has them, then repeat the same command"
+        )
+    return {f"wheels/{file.name}": file for file in sorted(folder.glob("*.whl"))}
 
 
 def pack(files: Mapping[str, bytes | Path], archive: Path) -> str:
@@ -148,8 +182,8 @@ def notebook(
     slug: str,
     competition: str,
     arguments: Sequence[str],
-    archive: str,
     version: str,
+    needed: Mapping[str, str],
     internet: bool,
     seconds: float,
 ) -> str:
@@ -158,28 +192,40 @@ def notebook(
     The training is stopped in time before the end of a session of so many `seconds`.
     """
     words = ("train", competition, *arguments)
-    return written(
-        TRAINING,
-        what="training",
-        title=title,
-        command=" ".join(("python -m common", *words)),
-        archive=archive,
-        version=version,
-        often_missing=OFTEN_MISSING,
-        internet=internet,
-        slug=slug,
-        words=", ".join(repr(word) for word in words),
-        output=OUTPUT,
-        state=STATE,
-        seconds=seconds - MARGIN_SECONDS,
-        patience=MARGIN_SECONDS // 3,
-    )
+    more = {"output": OUTPUT, "state": STATE, "patience": MARGIN_SECONDS // 3}
+    return written(TRAINING, title, slug, words, version, needed, seconds - MARGIN_SECONDS, internet, **more)
 
 
-def written(template: str, **values: Any) -> str:
-    """A template with its values as .ipynb text."""
+def written(
+    template: str,
+    title: str,
+    slug: str,
+    words: Sequence[str],
+    version: str,
+    needed: Mapping[str, str],
+    seconds: float,
+    internet: bool = False,
+    **values: Any,
+) -> str:
+    """A template as .ipynb text: `python -m common WORDS` on the code of this version, stopped after so many seconds.
+
+    `needed` are pins by import names, installed from the wheels beside the code where there is no internet.
+    """
     import jupytext
 
-    document = jupytext.reads(template.format(version_file=VERSION, **values), fmt="py:percent")
+    text = template.format(
+        title=title,
+        slug=slug,
+        command=" ".join(("python -m common", *words)),
+        words=", ".join(map(repr, words)),
+        archive=ARCHIVE,
+        version_file=VERSION,
+        version=version,
+        needed=dict(needed),
+        options=[] if internet else ["--no-index", "--no-deps", "--find-links", "wheels"],
+        seconds=seconds,
+        **values,
+    )
+    document = jupytext.reads(text, fmt="py:percent")
     document.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return jupytext.writes(document, fmt="ipynb")

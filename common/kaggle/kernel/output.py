@@ -11,7 +11,7 @@ from common import archive
 from common import run as runs
 from common.errors import UserError
 from common.files import write_text
-from common.kaggle.client import explained, kaggle
+from common.kaggle.client import kaggle, told
 from common.kaggle.credentials import Account
 from common.kaggle.kernel.notebook import OUTPUT, STATE
 from common.kaggle.source import Source
@@ -22,9 +22,7 @@ def fetched(account: Account, source: Source, reference: str, name: str, folder:
     """The file `name` of the notebook's output, or None where there is none."""
     # The pattern also keeps names with ../ away, which the kaggle program would follow.
     more = ("-p", str(folder), "--file-pattern", f"^{re.escape(name)}$")
-    answer = kaggle(account, "kernels", "output", reference, *more)
-    if answer.status != 0:
-        raise explained(answer, account, source, f"fetching the output of {reference}")
+    told(account, source, f"fetching the output of {reference}", "kernels", "output", reference, *more)
     return folder / name if (folder / name).is_file() else None
 
 

@@ -3,27 +3,24 @@
 import json
 import re
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common import run as runs
 from common.errors import UserError
 from common.files import read_json, write_text
-from common.kaggle import ledger, status
-from common.kaggle.client import Answer, Silent, Transient, explained, go_on_with, kaggle
+from common.kaggle import ledger
+from common.kaggle.client import Answer, Transient, explained, go_on_with, kaggle, told, until
 from common.kaggle.credentials import Account, find
-from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, code, notebook, pack
+from common.kaggle.kernel.notebook import ACCELERATOR, ARCHIVE, SESSION_HOURS, code, needed, notebook, pack, wheels
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
 from common.kaggle.submit import deliver
-from common.progress import Progress
 
 WAIT_SECONDS = 12 * 3600  # with the time in the queue
 OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
 READY_SECONDS = 600  # until a new version of the code can be used by a notebook
-ARCHIVE = "kit.zip"
 ENDED = {"COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"}
 
 
@@ -112,14 +109,18 @@ def push(
     Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
     """
     owner, name = username(account, source), f"kit-{competition}".replace("_", "-").lower()[:40]
-    version = before["code"] if before else push_files(account, source, f"{owner}/{name}", code(), folder, poll)
+    files: dict[str, bytes | Path] = code(competition)
+    pins, version = needed(files), before.get("code")
+    if not before:
+        files |= {} if internet else wheels(pins.values(), folder / "wheels")
+        version = push_files(account, source, f"{owner}/{name}", files, folder, poll)
     metadata = {
         "machine_shape": accelerator,
         "enable_gpu": "true",
         "enable_internet": str(internet).lower(),
         "kernel_sources": [before["kernel"]] if before else [],
     }
-    text = notebook(name, source.slug, competition, arguments, ARCHIVE, version, internet, 3600 * hours)
+    text = notebook(name, source.slug, competition, arguments, version, pins, internet, 3600 * hours)
     facts = push_notebook(account, source, competition, f"{owner}/{name}", text, metadata, 3600 * hours, folder)
     words = " ".join(("python -m common train", competition, *arguments))
     going = f", going on with version {before['version']}" if before else ""
@@ -157,14 +158,10 @@ def push_files(
     write_json(home / "dataset-metadata.json", facts)
     what = f"uploading the code as {reference}"
     known = kaggle(account, "datasets", "status", reference)
-    if known.status == 0:
-        answer = kaggle(account, "datasets", "version", "-p", str(home), "-m", f"version {version}")
-    elif re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
-        answer = kaggle(account, "datasets", "create", "-p", str(home))
-    else:
+    if known.status != 0 and not re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
         raise explained(known, account, source, what)
-    if answer.status != 0:
-        raise explained(answer, account, source, what)
+    command = ["create"] if known.status != 0 else ["version", "-m", f"version {version}"]
+    answer = told(account, source, what, "datasets", *command, "-p", str(home))
     if "is being created" not in answer.out:  # it exits 0 then too
         raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
     print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
@@ -173,7 +170,7 @@ def push_files(
         answer = kaggle(account, "datasets", "status", reference)
         return "ready" if answer.status == 0 and "ready" in answer.out.lower() else None
 
-    if _until(ready, f"Kaggle unpacks {reference}", READY_SECONDS, min(poll, 5.0)) is None:
+    if until(ready, f"Kaggle unpacks {reference}", READY_SECONDS, min(poll, 5.0)) is None:
         raise UserError(
             f"{reference} is not ready after {READY_SECONDS} s: look at https://www.kaggle.com/datasets/{reference}, "
             "then repeat the same command"
@@ -214,22 +211,17 @@ def push_notebook(
     write_json(home / "kernel-metadata.json", facts | metadata)
     what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
     try:
-        answer = kaggle(account, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
-        failure = explained(answer, account, source, what) if answer.status != 0 else None
-    except Silent as error:
-        failure = Transient(f"{what}: {error}")
-    if isinstance(failure, Transient):
+        answer = told(account, source, what, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
+    except Transient as failure:
         reason = str(failure).partition(": repeat the same command")[0]
         raise UserError(
             f"{reason}. Kaggle may have taken it all the same, and a second push runs a second time: look at {page} "
             f"first, and if no new version runs there, make {verb} COMP={competition} again"
         ) from failure
-    if failure is not None:
-        raise failure
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
     if not pushed or "not valid" in answer.out:  # both exit 0
         problem = _error_line(answer)
-        rules = f" Accept the rules at {source.rules_page}" if "competition sources" in problem else ""
+        rules = f" Accept the rules at {source.page}/rules" if "competition sources" in problem else ""
         raise UserError(f"{what}: {problem}.{rules} See {page}")
     return {"kernel": reference, "version": int(pushed.group(1))}
 
@@ -237,35 +229,6 @@ def push_notebook(
 def _error_line(answer: Answer) -> str:
     lines = [line.strip() for line in answer.out.splitlines() if re.search(r"error|not valid|unsuccessful", line, re.I)]
     return (lines[0] if lines else answer.last_line).rstrip(".")
-
-
-def _until(
-    look: Callable[[], str | None], label: str, wait: float, poll: float, outage: float = OUTAGE_SECONDS
-) -> str | None:
-    """Call `look` until it returns something, at most for `wait` seconds; None then.
-
-    Raises its Transient error when that lasts for `outage` seconds without a break, or until the end.
-    """
-    start, pause = time.monotonic(), poll
-    answered = start
-    with Progress(label, int(wait), "s") as progress:
-        while True:
-            failure = None
-            try:
-                if found := look():
-                    return found
-                answered = time.monotonic()
-            except Transient as error:
-                failure = error
-            now = time.monotonic()
-            is_last = now - start + pause > wait
-            if failure is not None and (is_last or now - answered >= outage):
-                raise failure
-            if is_last:
-                return None
-            progress.update(int(now - start), str(failure or ""))
-            time.sleep(pause)
-            pause = min(1.3 * pause, 60)
 
 
 def follow_notebook(
@@ -287,15 +250,13 @@ def follow_notebook(
 
     def look() -> str | None:
         nonlocal said
-        answer = kaggle(account, "kernels", "status", reference)
-        if answer.status != 0:
-            raise explained(answer, account, source, f"asking for the notebook {reference}")
+        answer = told(account, source, f"asking for the notebook {reference}", "kernels", "status", reference)
         found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', answer.out)
         failure = re.search(r'Failure message: "(.*)"', answer.out)
         said = failure.group(1) if failure else ""
         return found.group(1) if found and found.group(1) in ENDED else None
 
-    state = _until(look, f"running {page}", wait, poll, outage)
+    state = until(look, f"running {page}", wait, poll, outage)
     if state is None:
         print(f"the notebook still runs after {wait:,.0f} s")
         raise UserError(f"{page} is not ready: fetch it later with make {verb} COMP={competition} ARGS=--fetch")
@@ -317,18 +278,9 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         validation=str(provenance["score"]) if provenance.get("score") is not None else "",
         message=ledger.tagged(f"{facts['kernel']} version {facts['version']}, code {facts['code']}"),
     )
-    before = ledger.newest(ledger.read(competition), "commit", row.commit)
-    if before is None:
-        left = status.submissions(account, source)[1]
-        if left == 0:
-            raise UserError(f"no submission to {source.slug} is left today: submit version {facts['version']} of "
-                            f"https://www.kaggle.com/code/{facts['kernel']} there after midnight UTC")  # fmt: skip
-        before = ledger.claim(competition, row, "commit")
-    if before is not None:
+    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", "submission.csv"]
+    if before := deliver(competition, account, source, arguments, row, "commit", SCORE_SECONDS, poll):
         print(
             f"{row.commit} was submitted before ({before.time}, {before.status} {before.public or '-'}): make board "
             f"COMP={competition} shows its score. To submit it once more: {source.page}/submit"
         )
-        return
-    arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", "submission.csv"]
-    deliver(competition, account, source, arguments, row, SCORE_SECONDS, poll)

@@ -2,9 +2,13 @@
 
 import os
 import signal
+import zipfile
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+from common.kaggle.kernel.notebook import code, needed
 from common.kaggle.source import Source
 from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Kaggle
 
@@ -17,6 +21,31 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def wheel(name: str, folder: Path) -> None:
+    """The installed package as the wheel that it was installed from."""
+    found = metadata.distribution(name)
+    tag = next(line for line in found.read_text("WHEEL").splitlines() if line.startswith("Tag: ")).removeprefix("Tag: ")
+    with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-{found.version}-{tag}.whl", "w") as out:
+        for file in found.files:
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                out.write(file.locate(), file)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheels")
+    for pin in needed(code("clouds")).values():
+        wheel(pin.partition("==")[0], folder)
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch, wheels):
+    """pip here has the folder of wheels and no index."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
 
 
 @pytest.fixture

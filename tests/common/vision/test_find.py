@@ -55,6 +55,8 @@ def test_missing_images_are_named(tmp_path):
         images_of(folder, [*"abcdef"], "train.csv", "get it")
     with pytest.raises(UserError, match="other is missing: get it"):
         images_of(tmp_path / "other", ["a"], "train.csv", "get it")
+    found = images_of(folder, [*"ab"], "train.csv", "get it", lenient=True)
+    assert relative(folder, found) == ["a.jpg", "b"], "whoever decodes it is told"
 
 
 def test_the_fingerprint_is_of_names_and_sizes_and_the_cache_key_of_the_place_too(tmp_path):
