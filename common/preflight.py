@@ -62,6 +62,8 @@ def refuse_bad_training_images(task: Task) -> None:
 def _try_out(task: Task, config: Config) -> None:
     """A few validation rows through model, loss, predictions, decisions and rows of the CSV; and the disk's room."""
     network, post, device = task.network, task.postprocess, device_of(config)
+    if len(task.data.test):
+        _rows_of(task.data.test, 1, config)  # resizes the test images now, while a disk that is too small is no loss
     batch = _first_rows(task, config)
     if not len(batch):
         return  # unreadable images: the training says which
@@ -92,12 +94,15 @@ def _try_out(task: Task, config: Config) -> None:
 
 def _first_rows(task: Task, config: Config) -> Batch:
     """Two validation rows, or one that is large."""
-    with Loader(task.data.valid, orders.sequential(1), 1, seed=config.seed, bad_images="skip") as loader:
-        batch = next(iter(loader.epoch(0)), None)
+    batch = _rows_of(task.data.valid, 1, config)
     if batch is None or len(task.data.valid) == 1 or sum(x.numel() for x in tensors_of(batch.inputs)) > LARGE:
         return batch or ()
-    with Loader(task.data.valid, orders.sequential(2), 2, seed=config.seed, bad_images="skip") as loader:
-        return next(iter(loader.epoch(0)))
+    return _rows_of(task.data.valid, 2, config)
+
+
+def _rows_of(dataset: Any, count: int, config: Config) -> Batch | None:
+    with Loader(dataset, orders.sequential(count), count, seed=config.seed, bad_images="skip") as loader:
+        return next(iter(loader.epoch(0)), None)
 
 
 def _require_room(task: Task, config: Config, model: nn.Module, predictions: dict[str, Tensor]) -> None:

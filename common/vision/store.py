@@ -22,7 +22,8 @@ class ImageStore:
     """n images, `store[row]` uint8 [H, W, C]: rows of a file in `cache` that is made once, else decoded at every use.
 
     The file is made when `size` (height, width) is given and all images take at most `limit_gb` at that size; otherwise
-    `announce` is told so. It is found again by the files' names, sizes and times. Worker processes get its name only.
+    `announce` is told so. It is made at the first use, so a prediction resizes no training images, and found again by
+    the files' names, sizes and times. Worker processes get its name only.
     """
 
     def __init__(
@@ -50,8 +51,6 @@ class ImageStore:
             return
         key = fingerprint(self.images, of_place=True)[:16] + ("" if upright else "-as-stored")
         self._file = cache / f"images-{key}-{size[0]}x{size[1]}x{channels}.npy"
-        self._make()
-        self._rows = np.load(self._file, mmap_mode="r")
 
     @classmethod
     def of(
@@ -75,17 +74,15 @@ class ImageStore:
 
     def __getitem__(self, row: int) -> np.ndarray:
         """uint8 [H, W, C], which may be read-only; raises BadImage when the file cannot be read."""
+        if self._rows is None and self._file is not None:
+            self._make()
+            self._rows = np.load(self._file, mmap_mode="r")
         if self._rows is None or not self._rows[row, -1]:
             return decode(self.images[row], self.size, self.upright)
         return self._rows[row, :-1].reshape(self._shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        if self._file is not None:
-            self._rows = np.load(self._file, mmap_mode="r")
 
     def _make(self) -> None:
         """Write the file, unless it is there: one process resizes, and the others find what it made."""

@@ -61,12 +61,12 @@ def test_images_are_resized_once_up_to_a_limit(paths, cache, monkeypatch, channe
 
 def test_another_size_another_turn_and_changed_files_are_other_stores(paths, cache, monkeypatch):
     decoded = counted(monkeypatch)
-    ImageStore(paths, (30, 40), cache)
-    ImageStore(paths, (40, 30), cache)
-    ImageStore(paths, (30, 40), cache, upright=False)
+    assert ImageStore(paths, (30, 40), cache).paths == paths and not decoded, "nobody has used an image yet"
+    for size, settings in (((30, 40), {}), ((40, 30), {}), ((30, 40), {"upright": False})):
+        ImageStore(paths, size, cache, **settings)[0]
     assert len(decoded) == 18
     os.utime(paths[0], (1, 1))
-    ImageStore(paths, (30, 40), cache)
+    ImageStore(paths, (30, 40), cache)[0]
     assert len(decoded) == 24
 
 
@@ -82,16 +82,16 @@ def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monk
         full.setattr(os, "posix_fallocate", no_room, raising=False)
         full.setattr(stores, "decode", lambda *_: pytest.fail("decoded without room"))
         with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
-            ImageStore(paths, (32, 32), cache)
+            ImageStore(paths, (32, 32), cache)[0]
     assert not list(cache.iterdir())
-    ImageStore(paths, (32, 32), cache)
+    ImageStore(paths, (32, 32), cache)[0]
     assert not list(cache.glob("*.part"))
 
 
 def test_several_processes_resize_once(paths, cache, monkeypatch):
     decoded = counted(monkeypatch)
     with ThreadPoolExecutor() as pool:  # every opening of the locked folder is a holder of its own, as in a process
-        list(pool.map(lambda _: ImageStore(paths, (32, 32), cache), range(4)))
+        list(pool.map(lambda _: ImageStore(paths, (32, 32), cache)[0], range(4)))
     assert len(decoded) == 6
 
 
@@ -133,8 +133,8 @@ def test_spawned_workers_read_the_same(paths, cache):
 def test_images_of_the_ids_of_a_table(paths, tmp_path):
     raw = RawData(tmp_path, "cats")
     images = ImageStore.of(raw, "images", ["4", "1.png"], "train.csv", size=(30, 40))
-    assert images.paths == [paths[4], paths[1]] and list((tmp_path / "cache").glob("images-*.npy"))
-    assert np.array_equal(images[1], decode(paths[1], (30, 40)))
+    assert images.paths == [paths[4], paths[1]] and np.array_equal(images[1], decode(paths[1], (30, 40)))
+    assert list((tmp_path / "cache").glob("images-*.npy"))
     gray = ImageStore.of(raw, "images", ["4"], "train.csv", gray=True)
     assert np.array_equal(gray[0], decode((paths[4],))) and gray[0].shape == (60, 80, 1)
     with pytest.raises(UserError, match=r"train.csv names 9, .*make data COMP=cats"):
