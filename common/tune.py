@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import math
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -156,7 +155,7 @@ def _one(trial: Trial, competition: str, flags: list[str], run: str) -> tuple[Tr
 
 def _stop(child: subprocess.Popen) -> None:
     if child.poll() is None:
-        child.send_signal(signal.SIGINT)
+        child.terminate()  # Ctrl-C's signal is ignored by what a shell has started in the background
         try:
             child.wait(GRACE)
         except subprocess.TimeoutExpired:

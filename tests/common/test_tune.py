@@ -151,7 +151,8 @@ def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):
 
 def test_a_stopped_search_goes_on_with_the_run_of_the_stopped_trial(trainer):
     code = (
-        "import sys; from common import tune; from tests.common import toy; tune.SECONDS = 0.02\n"
+        "import signal, sys; from common import tune; from tests.common import toy; tune.SECONDS = 0.02\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell may have had ignored
         "tune.command = lambda competition, flags, run: [sys.executable, 'trainer.py', *flags, f'--run={run}']\n"
         "tune.tune(toy.TOY, toy.RECIPES['default'], 'default', 'lr=0.01:0.1', 2, ['--epochs=2', '--tick=TICK'])"
     )
