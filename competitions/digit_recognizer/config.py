@@ -61,6 +61,6 @@ RECIPES["fast"] = replace(
 # make train COMP=digit_recognizer RECIPE=best
 RECIPES["best"] = replace(RECIPES["default"], fold="all")
 # make train COMP=digit_recognizer, when there are no data
-RECIPES["demo"] = replace(RECIPES["default"], epochs=16)
+RECIPES["demo"] = replace(RECIPES["default"], epochs=12)
 # seconds on the demo data, for tests
 RECIPES["smoke"] = replace(RECIPES["default"], width=8, epochs=2, folds=5, precision="fp32", evaluate_every=1, ema=0.9)
