@@ -186,7 +186,7 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     config = replace(config, batch_size=batch, checkpointing=checkpointing)
     memory.keep_freed(config.keep_memory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = CloudNet(config.architecture, encoder, config.class_head, config.dropout).to(device)
+    network = CloudNet(config.architecture, encoder, config.class_head, config.dropout, config.decoder_width).to(device)
     prepare(network, checkpointing)
     optimizer = build_optimizer(network, config)
     allocate_state(optimizer)

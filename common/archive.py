@@ -24,8 +24,8 @@ LARGEST_RATIO = 200
 HARMLESS_BYTES = 64 << 20  # archives that unpack to less than this may have any ratio
 DEEPEST_NESTING = 4
 LONGEST_PART, LONGEST_NAME, DEEPEST_FOLDER = 255, 1024, 64  # bytes, bytes, folders: within what file systems take
-# Truncated, of a wrong checksum, encrypted (RuntimeError), or packed in a way that zipfile does not know.
-DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
+# Truncated, of a wrong checksum, or (RuntimeError) encrypted or packed in a way that zipfile does not know.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 SHOWN = 100  # characters of a name in an error
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
 THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all run outside Python's lock

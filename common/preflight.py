@@ -44,8 +44,6 @@ def try_out(task: Task, config: Config) -> None:
     """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
     if config.compile:
         check_compile(device_of(config).type)
-    if config.bad_images == "raise":
-        refuse_bad_training_images(task)
     if task.network:
         with torch.random.fork_rng(devices=[]):
             _try_out(task, config)

@@ -43,7 +43,7 @@ from common.predictions import (
     write_ids,
     write_predictions,
 )
-from common.preflight import check_before, try_out
+from common.preflight import check_before, refuse_bad_training_images, try_out
 from common.pseudo import Pseudo
 from common.raw import RawData
 from common.report import Report, default_report, score_line
@@ -93,6 +93,8 @@ def _check_new(task: Task, config: Config, pseudo: Pseudo | None) -> None:
     """What a new run must pass before it has a folder."""
     if pseudo:
         pseudo.check()
+    if config.bad_images == "raise":
+        refuse_bad_training_images(task)
     try_out(task, config)
 
 

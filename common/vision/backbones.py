@@ -131,12 +131,12 @@ class MaskNet(nn.Module):
                 f"({', '.join(near) or 'resnet34, efficientnet-b3'} ...), or tu- and the name of one of timm"
             )
         head = {"classes": pooled, "pooling": "avg", "dropout": dropout} if pooled else None
-        widths = _widths(architecture, decoder_width) if decoder_width != 1 else {}
         try:
+            widths = _widths(architecture, decoder_width) if decoder_width != 1 else {}
             self.net = smp.create_model(
                 architecture, encoder, None, in_channels=channels, classes=masks, aux_params=head, **widths
             )
-        except MemoryError:
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # each library refuses in its own way what does not fit together
             raise UserError(

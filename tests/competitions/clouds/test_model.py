@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 
 from common.config import checked
@@ -104,3 +105,35 @@ def test_what_does_not_fit_is_named_before_a_run_and_weights_of_another_network_
         other.pretrain(other.model())
     with pytest.raises(UserError, match="--architecture pan --encoder resnet18 does not take .*--size 64,96"):
         built(architecture="pan").check()
+
+
+HALVES = {
+    "unet": {"decoder_channels": (128, 64, 32, 16, 8)},
+    "fpn": {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64},
+    "manet": {"decoder_channels": (128, 64, 32, 16, 8), "decoder_pab_channels": 32},
+    "pspnet": {"psp_out_channels": 256},
+    "deeplabv3plus": {"decoder_channels": 128},
+    "pan": {"decoder_channels": 16},
+    "upernet": {"decoder_channels": 128},
+    "segformer": {"decoder_segmentation_channels": 128},
+}
+
+
+@pytest.mark.parametrize("architecture", HALVES)
+def test_a_decoder_of_half_the_width_is_the_librarys_own_and_the_encoder_stays(architecture):
+    with torch.device("meta"):
+        found = CloudNet(architecture, "resnet18", "pooled", 0.0, 0.5)
+        library = smp.create_model(architecture, "resnet18", None, classes=4, **HALVES[architecture])
+        whole = CloudNet(architecture, "resnet18", "pooled", 0.0)
+    shapes = lambda part: {name: weights.shape for name, weights in part.named_parameters()}  # noqa: E731
+    assert shapes(found.net.decoder) == shapes(library.decoder) != shapes(whole.net.decoder)
+    assert shapes(found.net.encoder) == shapes(whole.net.encoder)
+
+
+def test_a_decoder_of_one_width_is_refused_and_the_recipe_has_half_of_it():
+    with pytest.raises(UserError, match="--decoder-width 0.5: the decoder of --architecture linknet has one width"):
+        CloudNet("linknet", "resnet18", "pooled", 0.0, 0.5)
+    found = RECIPES["small-pretrained"]
+    with torch.device("meta"):
+        network = CloudNet(found.architecture, found.encoder, found.class_head, found.dropout, found.decoder_width)
+    assert network.net.decoder.seg_blocks[0].block[0].block[0].out_channels == 64
