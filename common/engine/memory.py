@@ -110,7 +110,7 @@ class Buffers:
     def begin_pass(self) -> None:
         """Every pass over a batch, repeated or not, starts from the same buffers."""
         if self._owners:
-            present = self._present()
+            present = self.present()
             _copy(self._copies, present) if not self._kept else _copy(present, self._copies)
         self._kept = True
 
@@ -120,17 +120,17 @@ class Buffers:
         of_now = self._clones()
         yield
         if of_now:
-            _copy(self._present(), of_now)
+            _copy(self.present(), of_now)
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of normalisation: what differs between ranks, which see different samples."""
         return [owner[name] for owner, name in self._owners if id(owner) in self._normalising]
 
-    def _present(self) -> list[Tensor]:
+    def present(self) -> list[Tensor]:
         return [owner[name] for owner, name in self._owners]
 
     def _clones(self) -> list[Tensor]:
-        return [buffer.clone() for buffer in self._present()]
+        return [buffer.clone() for buffer in self.present()]
 
 
 @torch.no_grad()

@@ -1,13 +1,15 @@
 """Steps of one shape replayed from a CUDA graph: the host launches one thing instead of some hundred.
 
 Captured are forward, loss, backward, clipping and the fused update of a batch that fits whole. What cannot be replayed
-is found out by looking on at two eager steps, not guessed, and goes on as before, with one line in the log.
+is found out by looking on at two eager steps, not guessed, and goes on as before, with one line in the log. So does a
+graph whose first step is not the one that the engine takes from the same weights.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from common.engine.step import Engine, StepReport
 
 EAGER_STEPS = 3  # of a shape before it is captured; the last two are looked at
+TOLERANCE = 0.02  # of the size of a step, beside what two eager ones differ by; a wrong mask, rate or batch is farther
 
 
 class CudaGraph:
@@ -63,7 +66,7 @@ class Replay:
         key = self._key_of(batch)
         if self._graph is not None:
             if key == self._key:
-                return self._replayed(batch, step_number)
+                return engine.noted(batch, step_number, *self._launched(batch, step_number))
             return engine.eager_step(batch, step_number)  # the short last batch of an epoch
         if key != self._key:
             self._key, self._alike, self._seen = key, 0, []
@@ -101,27 +104,51 @@ class Replay:
         return report
 
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
+        """The step twice eagerly and once from the new graph, always from the same weights."""
+        engine, state = self._engine, self._written()
+        start, fits = memory.attempt(partial(_copies, state))
+        report = engine.eager_step(batch, step_number)
+        if not (engine.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+            return report  # fp16 begins with a factor that may be too large: the next step is taken for it
+        once, fits = memory.attempt(partial(_copies, [*state, _told(report)])) if fits else (None, False)
+        if not fits:
+            self.give_up("there is no memory left for comparing them with the eager ones")
+            return report
+        sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
+        _put_back(state, start)
+        noises = _distances([*state, _told(engine.eager_step(batch, step_number))], once)
+        _put_back(state, start)
+        if why := self._failed_capture(batch):
+            self.give_up(why)
+        else:
+            value, norm, outcome = self._launched(batch, step_number)
+            found = _distances([*state, [value, norm]], once)
+            if all(far <= TOLERANCE * size + 4 * noise for far, size, noise in zip(found, sizes, noises, strict=True)):
+                return engine.noted(batch, step_number, value, norm, outcome)
+            self.give_up(f"step {step_number + 1} is another one from the graph than without it")
+        _put_back(state, once)
+        memory.release()
+        return report
+
+    def _failed_capture(self, batch: Batch) -> str:
+        """Capture a step over a batch of zeros, with rates of zero: a graph that holds on to them will be found out."""
         engine, device = self._engine, self._engine.device
-        fresh = (batch.inputs, batch.targets, batch.weights)
-        inputs, targets, weights = map_tree(lambda x: torch.empty_like(x, device=device).copy_(x), fresh)
+        given = (batch.inputs, batch.targets, batch.weights)
+        inputs, targets, weights = map_tree(lambda x: torch.zeros_like(x, device=device), given)
         self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
-        groups = engine.optimizer.param_groups
-        self._rates = [torch.full((), float(group["lr"]), device=device) for group in groups]
-        self._set = [float(group["lr"]) for group in groups]
+        self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
+        self._set = [0.0] * len(self._rates)
         graph = self._make(device)
-        engine.seed_torch(step_number)
         try:
             graph.capture(self._work)
+            self._graph = graph
         except Exception as error:
             if not isinstance(error, (RuntimeError, MemoryError)):
                 raise
-            self.give_up(f"the capture failed ({str(error).splitlines()[0][:200]})")
-        if self._refused:  # outside `except`, where what the capture took can be given back
-            engine.forget_gradients()
-            memory.release()
-            return engine.eager_step(batch, step_number)
-        self._held, self._graph = engine.forget_gradients(), graph
-        return self._replayed(batch, step_number)
+            return f"the capture failed ({str(error).splitlines()[0][:200]})"
+        finally:
+            self._held = engine.forget_gradients()
+        return ""
 
     def _work(self) -> None:
         """What the graph holds: a step over the batch that lies in its memory."""
@@ -131,7 +158,8 @@ class Replay:
             self._results = engine.prepared(self._batch)
             engine.update_ahead()
 
-    def _replayed(self, batch: Batch, step_number: int) -> "StepReport":
+    def _launched(self, batch: Batch, step_number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, norm and outcome of the step that the graph has taken over the batch."""
         engine = self._engine
         own, fresh = ((b.inputs, b.targets, b.weights) for b in (self._batch, batch))
         for held, given in zip(tensors_of(own), tensors_of(fresh), strict=True):
@@ -143,7 +171,18 @@ class Replay:
         engine.seed_torch(step_number)
         self._graph.replay()
         value, norm, outcome = self._results
-        return engine.noted(batch, step_number, value.clone(), norm.clone(), outcome)
+        return value.clone(), norm.clone(), outcome
+
+    def _written(self) -> list[list[Tensor]]:
+        """What a step writes to: the weights, the buffers, the optimizer's state, the factor of fp16."""
+        engine = self._engine
+        states = [value for state in engine.optimizer.state.values() for value in state.values()]
+        return [
+            [parameter.data for parameter in engine.parameters],
+            [*engine.buffers.present(), *engine.loss_buffers.present()],
+            [value for value in states if isinstance(value, Tensor)],
+            [engine.scale.factor, engine.scale.good_steps] if engine.scale.enabled else [],
+        ]
 
     @contextmanager
     def _rates_on_the_device(self) -> Iterator[None]:
@@ -204,6 +243,31 @@ class Watch(TorchDispatchMode):
         _, words, *rest = np.random.get_state()
         buffers = [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
         return random.getstate(), words.tobytes(), rest, buffers
+
+
+def _told(report: "StepReport") -> list[Tensor]:
+    return [report.loss, report.gradient_norm]
+
+
+def _copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[tensor.clone() for tensor in group] for group in groups]
+
+
+def _put_back(groups: list[list[Tensor]], copies: list[list[Tensor]]) -> None:
+    for group, copied in zip(groups, copies, strict=False):
+        for tensor, value in zip(group, copied, strict=True):
+            tensor.copy_(value)
+
+
+def _distances(groups: list[list[Tensor]], others: list[list[Tensor]]) -> list[float]:
+    """The Euclidean distance of each group of tensors from its like; NaN where one of them has a NaN."""
+
+    def square(one: Tensor, other: Tensor) -> Tensor:
+        one, other = one.double(), other.double()
+        return torch.where(one == other, 0.0, one - other).square().sum()  # infinities that are meant
+
+    pairs = [zip(group, other, strict=True) for group, other in zip(groups, others, strict=True)]
+    return [float(sum(square(one, other) for one, other in pair)) ** 0.5 for pair in pairs]
 
 
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")

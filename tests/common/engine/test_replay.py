@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -285,6 +286,47 @@ def test_a_capture_that_fails_goes_on_eagerly():
         engine.step(make_batch(12), step)
     assert len([line for line in said if "the capture failed (CUDA out of memory)" in line]) == 1
     assert engine.micro_batch == 12, "the batch itself fits"
+
+
+class Stale(Again):
+    """Graphs as they must not be: `fault` is done before every replay."""
+
+    def __init__(self, device, fault):
+        super().__init__(device)
+        self.fault = fault
+
+    def capture(self, work):
+        def replay():
+            self.fault()
+            work()
+
+        self.replay = replay
+
+
+FAULTS = {
+    "another batch": lambda engine: lambda: engine.replay._batch.inputs.zero_(),
+    "another dropout": lambda engine: lambda: engine.seed_torch(9),
+    "another rate": lambda engine: lambda: [rate.fill_(0.1) for rate in engine.replay._rates],
+    "old statistics": lambda engine: lambda: [b.zero_() for b in engine.model.buffers() if b.is_floating_point()],
+    "a weight of NaN": lambda engine: lambda: engine.parameters[0].data[0].fill_(float("nan")),
+    "old momenta": lambda engine: lambda: [state["exp_avg"].zero_() for state in engine.optimizer.state.values()],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_graph_that_does_something_else_is_dropped(name):
+    """At its first step, and the weights go on as if there had been none."""
+    found, said = [], []
+    for faulty in (False, True):
+        model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2))
+        engine = ahead(model, cross_entropy, clip_norm=0.5, log=said.append)
+        if faulty:
+            engine.replay = Replay(engine, partial(Stale, fault=FAULTS[name](engine)))
+        values = [engine.step(make_batch(12, seed=step), step).loss for step in range(8)]
+        found.append([*state_of(model, engine), *values])
+    assert len([line for line in said if "another one from the graph" in line]) == 1 and engine.replay._graph is None
+    for eager, dropped in zip(*found, strict=True):
+        torch.testing.assert_close(dropped, eager, rtol=1e-7, atol=1e-8)
 
 
 def test_memory_that_is_short_takes_the_graph_first():
