@@ -132,7 +132,7 @@ GENERATORS = [
 ]
 
 
-@pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: repr(generator)[:30])
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: repr(generator).split(" at 0x")[0].strip("<"))
 def test_every_kind_of_generator_restarts(generator):
     def draw(index):
         binding.rekey(1, index)
