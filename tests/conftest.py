@@ -37,6 +37,15 @@ from tests.forks import forks  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
+# The files whose tests take longest: begun first, none of them is left to one process while the others are done.
+LONGEST = ("test_competitions.py", "test_templates.py", "test_notebook.py")
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Two cores are faster with one thread a test, and sums keep their order."""
