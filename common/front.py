@@ -21,7 +21,7 @@ FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME", "TRI
 PROCESSES = ("NPROC", "NNODES", "MASTER")
 ALWAYS = ("ARGS", "PYTHON")
 TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition
-TEST_PROCESSES = 4  # at most: each takes 2 GB
+TEST_PROCESSES = 4  # at most: each takes 1 GB, and a training that it starts 1 GB more
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("[!_]*.py"))
 
 
