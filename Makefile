@@ -28,7 +28,7 @@ submit: ## send COMP's best checked submission to Kaggle and wait for the score
 board: ## validation against leaderboard for every submission of COMP
 kernel: ## train COMP on Kaggle's GPUs and fetch the run
 notebook: ## push RUN=a,b with a notebook that predicts offline on Kaggle (ARGS=--submit submits it)
-test: ## the whole test suite
+test: ## the whole test suite on all cores; with ARGS="tests/common -k x" the tests that pytest is told
 bench: ## side-by-side measurements: BENCH=engine, loaders ...
 lint: ## style of the code
 

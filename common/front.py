@@ -15,11 +15,13 @@ from pathlib import Path
 from common import cli
 from common import competition as competitions
 from common.errors import UserError
+from common.loading.cores import cores
 
 FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME", "TRIALS")  # DATA=x is --data x
 PROCESSES = ("NPROC", "NNODES", "MASTER")
 ALWAYS = ("ARGS", "PYTHON")
 TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition
+TEST_PROCESSES = 4  # at most: each takes 1 GB, and a training that it starts 1 GB more
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("[!_]*.py"))
 
 
@@ -52,6 +54,8 @@ def command(target: str, given: Mapping[str, str]) -> list[str]:
         raise UserError(f'ARGS={given["ARGS"]}: {error}. Expected flags as in ARGS="--epochs 3"') from error
     if target == "bench" and given.get("BENCH") not in BENCHMARKS:
         raise UserError(f"BENCH={given.get('BENCH', '')}: expected one of {', '.join(BENCHMARKS)}")
+    if target == "test" and not args and (processes := min(cores(), TEST_PROCESSES)) > 1:
+        args = ["-n", str(processes), "--dist", "worksteal"]  # a few tests start sooner in one process
     if target in TOOLS:
         return [*(TOOLS[target] or ["-m", f"benchmarks.{given['BENCH']}"]), *args]
     flags = [f"--{name.lower()}={given[name]}" for name in (*FLAGS, "KIND") if given.get(name)]

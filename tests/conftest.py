@@ -21,16 +21,54 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+# What the trainings of the competitions import that is not the kit's.
+LIBRARIES = (
+    "albumentations", "cv2", "iterstrat.ml_stratifiers", "lightgbm", "matplotlib.backends.backend_agg",
+    "matplotlib.figure", "pandas", "scipy.cluster.hierarchy", "scipy.optimize", "scipy.signal", "scipy.stats",
+    "segmentation_models_pytorch", "sklearn.cluster", "sklearn.linear_model", "sklearn.manifold", "timm", "torch",
+    "torch._dynamo", "torch.utils.data", "torchvision",
+)  # fmt: skip
+
 settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine fails nothing, and runs are equal
 settings.load_profile("suite")
 
+from tests.forks import forks  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
+
+
+# The files whose tests take longest: begun first, none of them is left to one process while the others are done.
+LONGEST = ("test_competitions.py", "test_templates.py", "test_notebook.py")
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Two cores are faster with one thread a test, and sums keep their order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def page():
+    """A test that asks for this lets its runs write their report, under `no_page` too."""
+
+
+@pytest.fixture
+def no_page(request, monkeypatch):
+    """No run in this process writes its report, which takes longer than a small training."""
+    if "page" not in request.fixturenames:
+        monkeypatch.setattr("common.train.write_report", lambda *given: None)
+
+
+@pytest.fixture(scope="session")
+def trainers():
+    """Starts of `python -m common` without the seconds that its libraries take to load; its own code is loaded anew."""
+    with forks(*LIBRARIES) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -120,8 +120,16 @@ def test_several_processes_start_under_torchrun():
 
 def test_the_tools_have_commands_of_their_own():
     assert front.command("test", {"ARGS": "-k 'a and b'"}) == ["-m", "pytest", "-k", "a and b"]
+    assert front.command("test", {"ARGS": "-n 3 -x"}) == ["-m", "pytest", "-n", "3", "-x"]
     assert front.command("bench", {"BENCH": "engine"}) == ["-m", "benchmarks.engine"]
     assert front.command("lint", {}) == ["-m", "ruff", "check", "."]
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 0), (2, 2), (64, 4)])
+def test_the_whole_suite_runs_on_the_cores(monkeypatch, cores, processes):
+    monkeypatch.setattr(front, "cores", lambda: cores)
+    several = ["-n", str(processes), "--dist", "worksteal"] if processes else []
+    assert front.command("test", {}) == front.command("test", {"ARGS": " "}) == ["-m", "pytest", *several]
 
 
 def test_a_target_is_one_line(run, tmp_path):

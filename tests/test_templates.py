@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def lines_of(folder: Path) -> int:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, no_page):
     """A place of its own for competitions, data and runs, in this process."""
     folder, loaded = tmp_path / "competitions", set(sys.modules)
     folder.mkdir()
@@ -82,7 +83,7 @@ def test_a_trial_is_sixty_lines_and_finds_what_its_data_hold(here, trial, score)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "boosted_table"])
-def test_a_new_competition_passes_the_test_of_every_competition(checkout, monkeypatch, name):
+def test_a_new_competition_passes_the_test_of_every_competition(checkout, trainers, monkeypatch, name):
     """Killed twice, resumed to equal bits, predicted again: the folder is there and nothing else was edited."""
     if name in KINDS:
         made = make(checkout, "new", f"COMP=my_{name}", f"KIND={name}")
@@ -93,7 +94,8 @@ def test_a_new_competition_passes_the_test_of_every_competition(checkout, monkey
     monkeypatch.setattr(test_competitions, "ROOT", checkout)
     work = checkout / "work"
     work.mkdir()
-    test_competitions.test_sample_to_submission_killed_and_resumed(name, work)
+    monkeypatch.setattr(test_competitions, "run", partial(test_competitions.run_fork, trainers))
+    test_competitions.test_sample_to_submission_killed_and_resumed(name, work, trainers)
     test_competitions.test_help_is_generated_and_needs_no_torch(name)
 
 

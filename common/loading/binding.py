@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ LEAVES = (
     torch.Tensor,
     np.generic,
     np.dtype,
+    PurePath,  # a data set of images holds hundreds of thousands
 )
 LIBRARIES = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
 REPLACED = (".random_generator", ".py_random")  # attributes that set_random_state overwrites

@@ -26,6 +26,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blends")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("common.train.write_report", lambda *given: None)
         toy_train("one", fold="all", epochs=2, lr=0.02)
         toy_train("two", fold="all", epochs=3, lr=0.01, seed=4)
         toy_train("weak", fold="all", epochs=1)

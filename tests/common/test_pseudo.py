@@ -33,9 +33,8 @@ LAST = {"keep": "last", "epochs": 1}
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
+def _here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "write_report", lambda *given: None)  # four fifths of the time of a toy's training
 
 
 def joined(held: int | None, /, **changes):

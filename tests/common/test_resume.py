@@ -19,7 +19,7 @@ from tests.common.toy_runs import same, toy_train
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
+def _here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
 
 
@@ -113,7 +113,7 @@ def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) ->
     return process.exitcode, list(dict.fromkeys(replaced))
 
 
-def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
+def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits(page):
     """Real kills of real processes, before or after the first writing of every file: settings, weights, CSV ..."""
     changes = {"fold": "all", "epochs": 2, "save_every": 0}
     straight = toy_train("straight", **changes)  # also loads what every child would load for itself
@@ -130,6 +130,7 @@ def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
         "oof.npy",
         "test.npy",
         "result.json",
+        "report.html",
         "broken-demo.csv.part",
     } <= names
     for number, place in enumerate(places):
@@ -139,7 +140,7 @@ def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits():
     assert code == 0 and same(straight, Path("runs/toy/broken"))
 
 
-def test_stopped_after_the_training_the_same_command_only_predicts(monkeypatch):
+def test_stopped_after_the_training_the_same_command_only_predicts(page, monkeypatch):
     """Without RUN=: a run whose file is not written yet is not a finished one, however long it trained."""
     config = toy.RECIPES["smoke"]
     reported = []

@@ -15,7 +15,7 @@ from tests.common.toy_runs import same, toy_train
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
+def _here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
     yield
     track.close()

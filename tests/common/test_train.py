@@ -24,11 +24,11 @@ from tests.common.toy_runs import predict_again, same, toy_train, weights
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
+def _here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_run_learns_and_leaves_everything_behind(capsys):
+def test_a_run_learns_and_leaves_everything_behind(page, capsys):
     folder = toy_train(epochs=12, fold="all", lr=0.02)
     assert capsys.readouterr().out.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
     result = json.loads((folder / "result.json").read_text())
@@ -44,7 +44,7 @@ def test_a_run_learns_and_leaves_everything_behind(capsys):
         (str(f), str(e)) for f in range(3) for e in range(1, 13)
     ]
     assert float(metrics[11]["loss"]) < float(metrics[0]["loss"])
-    assert {"config.json", "run.json", "log.txt", "metrics.csv", "oof.npy", "oof_ids.txt"} <= {
+    assert {"config.json", "run.json", "log.txt", "metrics.csv", "oof.npy", "oof_ids.txt", "report.html"} <= {
         f.name for f in folder.iterdir()
     }
     assert not list(folder.glob("fold-*/last.pt")) and not list(folder.glob("fold-*/best.pt"))
@@ -331,7 +331,7 @@ def test_the_weights_of_a_loss_are_trained(monkeypatch):
     assert made[0].scale.item() != 1
 
 
-def test_a_page_that_fails_stands_in_nobodys_way(monkeypatch, capsys):
+def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     whole = toy.build
 
     def fails(run, page):
@@ -347,7 +347,7 @@ def test_a_page_that_fails_stands_in_nobodys_way(monkeypatch, capsys):
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
 
 
-def test_ids_are_kept_whatever_ends_a_line_elsewhere(monkeypatch):
+def test_ids_are_kept_whatever_ends_a_line_elsewhere(page, monkeypatch):
     whole = toy.build
 
     def build(end, *given):

@@ -1,5 +1,6 @@
 """Two real processes with unequal shares against a single one."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -20,11 +21,19 @@ ROOT = Path(__file__).parents[3]
 SECONDS = 120  # from the moment that the processes have met: importing torch can take as long on a busy machine
 
 
+def free_port() -> int:
+    """Below those that the system hands out itself: a test beside this one gets none of them before it is used."""
+    first = 20_000 + os.getpid() % 10_000
+    for port in range(first, first + 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port from {first} to {first + 99} is free")
+
+
 def run_two(scenario: str, folder: Path) -> list[subprocess.CompletedProcess]:
     """Two processes as torchrun starts them; killed SECONDS after they have met."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

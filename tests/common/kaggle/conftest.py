@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from common.kaggle import client
 from common.kaggle.kernel.notebook import code, needed
 from common.kaggle.source import Source
 from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Kaggle
+from tests.forks import forks
 
 SOURCE = Source(SLUG, ("train.csv", "sample_submission.csv"), higher_is_better=True, labels=("train.csv",))
 
@@ -53,19 +55,32 @@ def source() -> Source:
     return SOURCE
 
 
+@pytest.fixture(scope="session")
+def programs():
+    """The kaggle program and asked.py without the time that their libraries take to load; nothing of theirs is kept."""
+    with forks("kagglesdk", "bleach", "dateutil.parser", "dotenv", "packaging.version", "slugify", "tqdm.cli") as found:
+        yield found
+
+
 @pytest.fixture
-def kaggle(tmp_path, monkeypatch):
+def real_start():
+    """A test that asks for this starts the kaggle program from nothing, as the kit does."""
+
+
+@pytest.fixture
+def kaggle(request, tmp_path, monkeypatch):
     """A server, and an environment in which the kaggle program finds it: no test reaches the network or a real home."""
     server = Kaggle()
     home = tmp_path / "home"
-    home.mkdir()
-    (tmp_path / "here").mkdir()
+    for folder in (home, tmp_path / "here", tmp_path / "temporary"):
+        folder.mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in os.environ:
         if name.startswith(("KAGGLE_", "KIT_")) or name.lower().endswith("_proxy") or name == "XDG_CONFIG_HOME":
             monkeypatch.delenv(name)
     for name, value in {
         "HOME": str(home),
+        "TMPDIR": str(tmp_path / "temporary"),  # where the program notes its uploads
         "KAGGLE_USERNAME": USER,
         "KAGGLE_KEY": KEY,
         "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
@@ -73,6 +88,8 @@ def kaggle(tmp_path, monkeypatch):
         "KIT_PATIENCE": "20",
     }.items():
         monkeypatch.setenv(name, value)
+    if "real_start" not in request.fixturenames:
+        monkeypatch.setattr(client, "subprocess", request.getfixturevalue("programs"))
     yield server
     server.close()
 

@@ -228,7 +228,7 @@ def test_a_login_names_the_owner_of_a_notebook(kaggle, source, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("home", [None, "/proc/none"])
-def test_no_home_folder(kaggle, tmp_path, monkeypatch, home):
+def test_no_home_folder(kaggle, real_start, tmp_path, monkeypatch, home):
     """Containers have no home, or one that cannot be written: the kaggle program alone dies with a traceback there."""
     if home is None:
         monkeypatch.delenv("HOME")

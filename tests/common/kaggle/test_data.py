@@ -30,7 +30,7 @@ DENIED = b"<html>Forbidden</html>"
 # What works.
 
 
-def test_data_arrives_whole_and_a_second_call_does_nothing(kaggle, source, capfd):
+def test_data_arrives_whole_and_a_second_call_does_nothing(kaggle, source, real_start, capfd):
     assert fetch(source) == HOME
     assert contents() == kaggle.files
     assert leftovers() == {"toy"}
@@ -282,7 +282,7 @@ def test_killed_and_started_again(kaggle, source):
     assert contents() == kaggle.files and leftovers() == {"toy"}
 
 
-def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source):
+def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source, real_start):
     big(kaggle)
     kaggle.stall_after = 2_000_000
     over = threading.Event()

@@ -46,7 +46,7 @@ def kernel(source, arguments=("--recipe", "best"), **options):
     kernels.kernel("toy", source, arguments, **{"poll": 0.05, "wait": 60, **options})
 
 
-def test_the_way_there_and_back(kaggle, source, tmp_path, capfd):
+def test_the_way_there_and_back(kaggle, source, real_start, tmp_path, capfd):
     kernel(source)
     (created,) = kaggle.calls("CreateDataset")
     assert created["slug"] == "kit-toy-code" and created.get("isPrivate") is True

@@ -224,10 +224,11 @@ FEW = {
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(name, image, offline, monkeypatch, tmp_path):
+def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
+    name, image, offline, no_page, monkeypatch, tmp_path
+):
     """Fewer test images in another order; one is damaged and one is not there, of those of four colours one each."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "write_report", lambda *_: None)
     loaded, demo = competition.load(name), import_module(f"competitions.{name}.demo")
     for number, value in FEW[name].items():
         monkeypatch.setattr(demo, number, value)

@@ -183,7 +183,7 @@ def test_nowhere_to_submit(kaggle, module):
 # What is sent and what comes back.
 
 
-def test_the_round_trip(kaggle, module, capfd):
+def test_the_round_trip(kaggle, module, real_start, capfd):
     written()
     submit(module)
     assert sent(kaggle) == [GOOD]
@@ -310,7 +310,7 @@ def test_a_silent_server_is_left_in_bounded_time(kaggle, module, monkeypatch, wh
     assert ledger() == []
 
 
-def test_an_answer_that_gets_lost_after_the_submission_arrived(kaggle, module, monkeypatch):
+def test_an_answer_that_gets_lost_after_the_submission_arrived(kaggle, module, real_start, monkeypatch):
     def lost(body):
         kaggle.CreateSubmission(body)
         return HANG
@@ -603,7 +603,7 @@ def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, m
 # The board.
 
 
-def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, capfd):
+def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, real_start, capfd):
     written()
     kaggle.submitted("by hand, in a browser", "byhand.csv")
     submit(module)

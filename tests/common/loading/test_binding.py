@@ -2,6 +2,7 @@ import random
 import sys
 from collections import deque
 from functools import partial
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from common.errors import UserError
 from common.loading import orders
-from common.loading.binding import Binding, held_generators, kept_global_state
+from common.loading.binding import Binding, _parts, held_generators, kept_global_state
 from common.loading.loader import Loader
 from tests.common.loading import datasets, noises
 from tests.common.loading.datasets import (
@@ -106,6 +107,14 @@ def test_what_is_no_generator_is_not_found():
     assert held_generators(cycle) == []
 
 
+def test_paths_are_not_looked_into(monkeypatch):
+    """Every loader of a process looks for generators, and a data set of images holds a path for each."""
+    looked = []
+    monkeypatch.setattr("common.loading.binding._parts", lambda *given: looked.append(given) or _parts(*given))
+    paths = [Path(f"{number}.jpg") for number in range(1000)]
+    assert held_generators(Holder(paths=paths, rng=random.Random(0)))[0][0] == "dataset.rng" and len(looked) < 20
+
+
 @pytest.mark.filterwarnings("ignore:Using lambda")
 def test_a_transform_inside_of_a_transform_is_bound_with_its_functions():
     rng = random.Random(0)
@@ -132,7 +141,7 @@ GENERATORS = [
 ]
 
 
-@pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: repr(generator)[:30])
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: repr(generator).split(" at 0x")[0].strip("<"))
 def test_every_kind_of_generator_restarts(generator):
     def draw(index):
         binding.rekey(1, index)

@@ -87,10 +87,17 @@ def test_decode_to_size_is_the_exact_half_area_rule(mask, height, width):
     assert (small == slow_resize(mask, height, width)).all()
 
 
-@pytest.mark.parametrize("size", [(384, 576), (350, 525), (160, 240), (700, 1050), (1400, 2100), (1408, 2112)])
-def test_decode_to_size_is_inter_area_of_the_full_mask(size):
+@pytest.fixture(scope="module")
+def large() -> tuple[np.ndarray, np.ndarray]:
+    """A mask of the full size, and its runs; it takes a second to make."""
     mask = blobs(1400, 2100, 3)
-    small = rle.decode_to_size(rle.parse(rle.encode(mask)), 1400, 2100, *size)
+    return mask, rle.parse(rle.encode(mask))
+
+
+@pytest.mark.parametrize("size", [(384, 576), (350, 525), (160, 240), (700, 1050), (1400, 2100), (1408, 2112)])
+def test_decode_to_size_is_inter_area_of_the_full_mask(large, size):
+    mask, runs = large
+    small = rle.decode_to_size(runs, 1400, 2100, *size)
     if size > (1400, 2100):  # cv2.INTER_AREA does not average when it enlarges
         assert (cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST) != small).mean() < 1e-2
         return

@@ -51,11 +51,11 @@ def run(*words: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def here(tmp_path_factory, monkeypatch):
+def here(tmp_path_factory, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
-def test_from_files_to_a_checked_csv_and_pictures(folder, here, tmp_path):
+def test_from_files_to_a_checked_csv_and_pictures(folder, page, here, tmp_path):
     order = ["Sugar", "Gravel", "Fish", "Flower"]
     write_rows(folder, "sample_submission.csv", [f"{name}_{label},1 1" for name in TEST_NAMES for label in order])
     table = folder / "sample_submission.csv"
@@ -72,8 +72,8 @@ def test_from_files_to_a_checked_csv_and_pictures(folder, here, tmp_path):
     per_class = [result["metrics"][f"dice_{name.lower()}"] for name in CLASSES]
     assert result["metrics"]["dice"] == pytest.approx(np.mean(per_class))
     assert result["score"] == result["tuned"]["score"]
-    page = open("runs/clouds/one/report.html").read()
-    assert page.count("data:image/png;base64") >= 4 and not re.search(r'src="(?!data:)', page)
+    html = open("runs/clouds/one/report.html").read()
+    assert html.count("data:image/png;base64") >= 4 and not re.search(r'src="(?!data:)', html)
     kept = read_predictions(Path("runs/clouds/one"), "oof")
     assert kept["presence"].dtype == np.uint8 and kept["presence"].shape == (2, 4, 2)
     assert kept["pixels"].dtype == np.uint8 and kept["pixels"].shape == (2, 4, 350, 525)
