@@ -99,20 +99,18 @@ class Engine:
         graph: bool = False,
     ):
         refuse_collectives(model)
-        self.model, self.loss, self.optimizer, self.ranks = model, loss, optimizer, ranks
+        self.model, self.optimizer, self.ranks = model, optimizer, ranks
         self.device = next(model.parameters()).device
         of_loss = list(loss.to(self.device).parameters()) if isinstance(loss, nn.Module) else []
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *(p for p in of_loss if p.requires_grad)]))
-        self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
-        self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
+        self.precision, self.clip_norm = precision, clip_norm
         self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision, self.device)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
         self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the batch
-        self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
         self.buffers = memory.Buffers(model)
-        self.loss_buffers = memory.Buffers(loss, apart_from=self.buffers)
+        self._take(loss)
         self.outcomes: Outcomes | None = None  # None: the host looks at every step before the update
         if self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
             self.run_ahead()
@@ -138,8 +136,13 @@ class Engine:
             if any(True for _ in loss.parameters()):
                 raise UserError(f"{loss} has parameters: a loss that takes the place of another must have none")
             loss.to(self.device)
-        self.loss, self.kind, self.single_sum = loss, kind(loss), None
+        self._take(loss)
+
+    def _take(self, loss: Any) -> None:
+        self.loss, self.kind = loss, kind(loss)
+        self.loss_buffers = memory.Buffers(loss, apart_from=self.buffers)
         self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
+        self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
 
     def step(self, batch: Batch, step_number: int) -> StepReport:
         """One optimizer step over the batch. Raises UserError when it is not a finite one, and leaves the weights."""
