@@ -140,10 +140,10 @@ def inference(data: RawData, encoder: str) -> None:
             for index, predictions, _, _ in predictor.batches(test, np.arange(count)):
                 yield from form.rows([ids[row] for row in index], decision.apply(predictions, {}))
 
-        expected = ["Image_Label,EncodedPixels\n"]
-        expected += [f"{name}_{reader.CLASSES[c]},\n" for name in ids[:count] for c in (0, 1, 2, 3)]
+        expected = [("Image_Label", "EncodedPixels")]
+        expected += [(f"{name}_{label}", "") for name in ids[:count] for label in reader.CLASSES]
         with tempfile.TemporaryDirectory() as folder:
-            sample = submission.Sample.of_lines(expected, "the sample")
+            sample = submission.Sample.of(enumerate(expected, 1), "the sample")
             submission.write(Path(folder) / "bench.csv", sample, rows(), form.valid, {})
 
     taken = least_seconds({"forward alone": alone, "images to CSV": to_csv}, rounds=3)

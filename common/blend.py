@@ -20,14 +20,14 @@ import torch
 
 from common import ensemble, raw
 from common import run as runs
-from common.batch import Tree
+from common.batch import Tree, concatenated, map_tree
 from common.competition import Competition
 from common.config import Config
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
-from common.loading import folds, orders
-from common.loading.loader import Loader
+from common.loading import folds
+from common.loading.loader import in_order
 from common.metrics import Metric
 from common.predict import Member, write_submission
 from common.predictions import (
@@ -139,8 +139,8 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     task = completed(competition.build(config, found, print), found)
     if task.fingerprint != base.provenance["data_fingerprint"]:
         raise UserError(f"{found.path} is not what {base.name} was trained on: pass its files, DATA=folder-or-zip")
-    row_of = {str(one): row for row, one in enumerate(task.data.ids)}
     oof = _aligned([Kept.of_run(run, "oof") for run in members], given.oof)
+    row_of = {str(one): row for row, one in enumerate(task.data.ids)}
     rows = np.array([row_of[one] for one in oof[0].ids], int)
     order = np.argsort(task.data.folds[rows], kind="stable")
     rows, oof = rows[order], [one.taken([oof[0].ids[place] for place in order]) for one in oof]
@@ -189,7 +189,7 @@ def _members(competition: Competition, named: str | None) -> list[Run]:
     """The runs to blend, the first one leads; raises UserError where they are of other folds, data or outputs."""
     name = competition.name
     if named is not None:
-        found = [runs.load(name, one) for one in named.split(",")]
+        found = runs.finished(name, named)
     else:
         there = [run for run in runs.all_runs(name) if run.result and not run.is_blend and is_complete(run, run.result)]
         there = [run for run in there if not run.provenance["demo"]] or there
@@ -200,8 +200,6 @@ def _members(competition: Competition, named: str | None) -> list[Run]:
         found = [lead, *(run for run in there if run.name != lead.name and not _unlike(lead, run))]
         print(f"blending {', '.join(run.name for run in found)}")
     for run in found:
-        if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
         if unlike := _unlike(found[0], run):
             raise UserError(f"runs {found[0].name} and {run.name} have other {unlike}: blend runs that have the same")
     return found
@@ -234,7 +232,8 @@ def choose(
     step = -(-oof[0].numbers * len(oof) * len(rows) // LARGEST)
     sample = np.arange(len(rows))[::step]
     members, shapes = np.stack([one.rows(sample) for one in oof]), oof[0].shapes
-    targets = _targets(task, config, rows[sample])
+    batches = in_order(task.data.valid, rows[sample], config.batch_size, config.seed)
+    targets = map_tree(torch.Tensor.cpu, concatenated([batch.targets for batch in batches]))
 
     def decide(predictions: np.ndarray) -> Tree:
         return task.postprocess.apply(as_tree(predictions, shapes), {})  # as in validations: nothing is tuned yet
@@ -242,20 +241,6 @@ def choose(
     objective = ensemble.maximise(task.metrics[0], targets, decide)
     way = _way(given, objective, targets, members, task.metrics[0], space)
     return ensemble.nested(members, task.data.folds[rows[sample]], way, objective), len(sample)
-
-
-def _targets(task: Task, config: Config, rows: np.ndarray) -> Tree:
-    with Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed) as loader:
-        return _joined([batch.targets for batch in loader.epoch(0)])
-
-
-def _joined(trees: list[Tree]) -> Tree:
-    first = trees[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(trees).cpu()
-    if isinstance(first, dict):
-        return {key: _joined([tree[key] for tree in trees]) for key in first}
-    return type(first)(_joined(list(parts)) for parts in zip(*trees, strict=True))
 
 
 def _way(

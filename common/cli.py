@@ -1,7 +1,6 @@
 """The command line: `python -m common VERB COMPETITION [--flags]`. The only place where a name becomes an import."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable
 
@@ -9,9 +8,11 @@ from common import competition as competitions
 from common import config as configs
 from common import raw
 from common.config import Config, Parser
-from common.errors import UserError
-from common.kaggle import commands
-from common.kaggle.kernel import command as kernels
+from common.errors import UserError, did_you_mean
+from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS
+
+SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make hands FORCE=1 on with its value
+NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
 
 
 def verb_parser(verb: str, competition: str, description: str) -> Parser:
@@ -33,9 +34,7 @@ def configured(
     recipe.add_argument("--recipe", default=default)
     name = recipe.parse_known_args(argv)[0].recipe
     if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"RECIPE={name}: expected one of {', '.join(recipes)}.{hint}")
+        raise UserError(f"RECIPE={name}: expected one of {', '.join(recipes)}.{did_you_mean(name, recipes)}")
     configs.add_flags(parser, recipes[name])
     given = parser.parse_args(argv)
     return configs.with_flags(recipes[name], given), given
@@ -54,7 +53,7 @@ def train(name: str, argv: list[str]) -> None:
     competition = competitions.load(name)
     parser = verb_parser("train", name, train.__doc__)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
-    parser.add_argument("--resume", **commands.SWITCH, help="go on though code or data have changed")
+    parser.add_argument("--resume", **SWITCH, help="go on though code or data have changed")
     recipes = competition.recipes
     parser.add_argument("--no-submission", action="store_true", help="leave the test rows for make predict")
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
@@ -75,7 +74,7 @@ def predict(name: str, argv: list[str]) -> None:
         action="store_true",
         help="give rows of unreadable images the sample submission's own values, and name them",
     )
-    parser.add_argument("--budget", type=commands.seconds, metavar="SECONDS", help="then --fallback for what is left")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="then --fallback for what is left")
     given = parser.parse_args(argv)
     from common import predict as predicting
 
@@ -138,23 +137,68 @@ def check(name: str, argv: list[str]) -> None:
 
 def data(name: str, argv: list[str]) -> None:
     """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
-    commands.data(name, competitions.load(name), verb_parser("data", name, data.__doc__), argv)
+    source, parser = competitions.load(name).source, verb_parser("data", name, data.__doc__)
+    parser.add_argument("--force", **SWITCH, help="fetch again, and keep an archive that Kaggle's list denies")
+    if source.labels:
+        parser.add_argument("--labels-only", action="store_true", help=f"fetch only {', '.join(source.labels)}")
+    if source.images:
+        what = f"training images to fetch, of {source.images.total}"
+        parser.add_argument("--images", metavar="N", type=count, default=0, help=what)
+    if source.url:
+        own = f"a mirror of {source.url}: its host (https://host), or another archive's address"
+        parser.add_argument("--url", default="", help=own)
+        parser.add_argument("--checksum", default="", help="of that archive: md5:... or sha256:... [the published one]")
+    given = vars(parser.parse_args(argv))
+    if path := given.pop("data"):
+        raise UserError(f"DATA={path}: make data writes to data/{name}; DATA= is for make train")
+    from common.kaggle.data import fetch
+
+    fetch(name, source, **given | {"force": given["force"] == "1"})
 
 
 def submit(name: str, argv: list[str]) -> None:
     """send the best run's checked submission to Kaggle, wait for the score, keep the ledger"""
-    commands.submit(name, competitions.load(name), verb_parser("submit", name, submit.__doc__), argv)
+    parser = verb_parser("submit", name, submit.__doc__)
+    parser.add_argument("--run", metavar="NAME", help="run whose newest submission is sent [the best one]")
+    parser.add_argument("--file", metavar="CSV", help="file to send [chosen by the run]")
+    parser.add_argument("--msg", metavar="TEXT", dest="message", help="message [run, recipe, score and commit]")
+    parser.add_argument("--wait", metavar="SECONDS", type=seconds, default=900.0, help="for the score, at most [900]")
+    parser.add_argument("--force", **SWITCH, help="send a file that was sent before")
+    given = vars(parser.parse_args(argv))
+    from common.kaggle import submit as submits
+
+    submits.submit(name, competitions.load(name), **given | {"force": given["force"] == "1"})
 
 
 def board(name: str, argv: list[str]) -> None:
     """validation against leaderboard for every submission of the ledger, as a table and a plot"""
-    commands.board(name, competitions.load(name), verb_parser("board", name, board.__doc__), argv)
+    verb_parser("board", name, board.__doc__).parse_args(argv)
+    from common.kaggle import board as boards
+
+    boards.board(name, competitions.load(name).source)
 
 
 def kernel(name: str, argv: list[str]) -> None:
     """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (flags: those of train too)"""
-    parser = verb_parser("kernel", name, kernel.__doc__)
-    kernels.kernel(name, competitions.load(name), parser, argv, configured)
+    competition, parser = competitions.load(name), verb_parser("kernel", name, kernel.__doc__)
+    own = Parser(add_help=False, allow_abbrev=False)
+    for one in (own, parser):
+        one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
+        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
+        one.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
+        one.add_argument("--internet", choices=("on", "off"), default="on", help="in the notebook [on]")
+        one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
+    parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
+    given, training = own.parse_known_args(argv)
+    config, checked = configured(parser, competition.recipes, training)  # the rest is handed on as it is
+    if checked.data:
+        raise UserError(f"DATA={checked.data}: on Kaggle the files of {competition.source.slug or name} are at hand")
+    if config.precision == "auto" and given.accelerator.startswith(NO_BF16):
+        training = [*training, "--precision", "fp16"]
+    from common.kaggle.kernel import push
+
+    options = vars(given) | {"internet": given.internet == "on"}
+    push.kernel(name, competition.source, training, **options)
 
 
 def new(name: str, argv: list[str]) -> None:
@@ -168,7 +212,40 @@ def new(name: str, argv: list[str]) -> None:
 
 def notebook(name: str, argv: list[str]) -> None:
     """push runs with a notebook that predicts offline on Kaggle, and submit it: for code competitions"""
-    kernels.notebook(competitions.load(name), verb_parser("notebook", name, notebook.__doc__), argv)
+    competition, parser = competitions.load(name), verb_parser("notebook", name, notebook.__doc__)
+    own = Parser(add_help=False, allow_abbrev=False)
+    for one in (own, parser):
+        one.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
+        one.add_argument("--limit", type=duration, default=duration("9h"), help="of the notebook: 9h, 30m [9h]")
+        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
+        one.add_argument("--fetch", action="store_true", help="push nothing: follow the notebook pushed last")
+        one.add_argument("--submit", action="store_true", help="submit this version of the notebook")
+    own.add_argument("--data")
+    configs.add_prediction_flags(parser, competition.config_class)
+    words = own.parse_known_args(argv)[1]  # flags of the prediction, which are handed on as they are
+    given = parser.parse_args(argv)
+    from common.kaggle.kernel import inference
+
+    inference.publish(competition, given, words)
+
+
+def count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def seconds(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise ValueError
+    return value
+
+
+def duration(text: str) -> float:
+    """9h, 30m or 45s in seconds."""
+    if text[-1:] not in ("h", "m", "s") or not (value := float(text[:-1])) > 0:
+        raise ValueError
+    return value * {"h": 3600, "m": 60, "s": 1}[text[-1]]
 
 
 VERBS = {
@@ -188,9 +265,7 @@ def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
         raise UserError(
             f"COMP={competition} has no {word}: only {', '.join(having)} has. Try: make {word} COMP={having[0]}"
         )
-    near = difflib.get_close_matches(word, found, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"{word!r} is not a verb: expected one of {', '.join(found)}.{hint}")
+    raise UserError(f"{word!r} is not a verb: expected one of {', '.join(found)}.{did_you_mean(word, found)}")
 
 
 def _run(argv: list[str]) -> None:

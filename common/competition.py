@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.config import Config
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from common.kaggle.source import Source
 
 if TYPE_CHECKING:  # needs torch, and --help does not
@@ -69,8 +69,5 @@ def known(name: str, verb: str) -> str:
     if name in there:
         return name
     near = difflib.get_close_matches(name, there, n=1, cutoff=0.4)
-    what = f"COMP={name} is not a competition." if name else "COMP= is missing."
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(
-        f"{what}{hint} There are: {', '.join(there)}. Try: make {verb} COMP={near[0] if near else there[0]}"
-    )
+    what = f"COMP={name} is not a competition.{did_you_mean(name, there, 0.4)}" if name else "COMP= is missing."
+    raise UserError(f"{what} There are: {', '.join(there)}. Try: make {verb} COMP={(near or there)[0]}")

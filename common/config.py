@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is expected in words
@@ -187,12 +187,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f"{message}. See: {self.prog} --help")
 
-    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args: list[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(unknown[0].split("=")[0], flags, cutoff=0.5)
             raise UserError(f"unknown flag {unknown[0]}.{hint} See: {self.prog} --help")
         return known
 
@@ -245,9 +244,7 @@ def checked(config: ConfigType) -> ConfigType:
             raise _refused(item.name, value, f"one of {', '.join(map(str, get_args(hint)))}{_nearest(value, hint)}")
         holds, expected = item.metadata.get("rule") or core.get(item.name) or (lambda value: True, "a finite number")
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise _refused(item.name, value, expected)
-            if not holds(number):
+            if (isinstance(number, float) and not math.isfinite(number)) or not holds(number):
                 raise _refused(item.name, value, expected)
     together = [
         ("swa", config.ema or config.patience or config.keep == "best", "0, or --ema 0, --patience 0 and --keep last"),

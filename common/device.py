@@ -1,7 +1,10 @@
 """Where and how exactly a run computes: the device, the precision, the threads, and the memory it took."""
 
+import math
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -9,7 +12,8 @@ from common.config import Config
 from common.engine import memory
 from common.engine.precision import Precision, best_precision
 from common.errors import UserError
-from common.loading import cores
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # what `docker run --cpus` and Kaggle's machines allow
 
 
 def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -48,16 +52,42 @@ def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_fo
     return torch.channels_last
 
 
+def cores() -> int:
+    """The cores for this process: by affinity and by a container's quota, divided among torchrun's processes here."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        allowed, period = QUOTA.read_text().split()
+    except (OSError, ValueError):
+        allowed = "max"
+    if allowed != "max":
+        there = max(1, min(there, math.ceil(int(allowed) / int(period))))
+    return there // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def workers_of(config: Config, device: torch.device) -> int:
-    """Loading workers of this process: --workers, or its part of the cores."""
-    return cores.workers_of(config.workers, device.type != "cpu", cores.ranks_here())
+    """Loading workers of this process: --workers as it is.
+
+    "auto" is its part of the cores, less one for itself; a fourth of them where the cores compute the network too.
+    """
+    if config.workers != "auto":
+        return config.workers
+    return max(0, cores() - 1) if device.type != "cpu" else cores() // 4
+
+
+def threads_of(config: Config, workers: int) -> int:
+    """CPU threads of this process beside `workers` that it uses (0 for data held as tensors): --threads as it is.
+
+    0 leaves the workers a core each, and heeds OMP_NUM_THREADS.
+    """
+    free = cores() - workers
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return config.threads or max(1, min(free, int(wanted)) if wanted.isdecimal() and int(wanted) else free)
 
 
 def use_threads(config: Config, with_workers: bool = False) -> None:
     """Apply --threads and --keep-memory to this process, beside its loading workers when it has some."""
     memory.keep_freed(config.keep_memory)
-    workers = workers_of(config, device_of(config)) if with_workers else 0
-    torch.set_num_threads(cores.threads_of(config.threads, workers, cores.ranks_here()))
+    torch.set_num_threads(threads_of(config, workers_of(config, device_of(config)) if with_workers else 0))
 
 
 def peak_memory(device: torch.device) -> float:

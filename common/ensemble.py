@@ -23,6 +23,7 @@ import numpy as np
 
 from common.batch import Tree, map_tree
 from common.errors import UserError
+from common.loading.collate import as_tensors
 from common.metrics import Metric
 
 Objective = Callable[[np.ndarray, np.ndarray], float]
@@ -103,21 +104,13 @@ def maximise(metric: Metric, targets: Tree, decide: Callable[[np.ndarray], Any] 
     What has no score counts as the worst.
     """
 
+    targets = as_tensors(targets)
+
     def objective(predictions: np.ndarray, rows: np.ndarray) -> float:
-        score = metric.sign * metric.score(decide(predictions), _rows_of(targets, rows))
+        score = metric.sign * metric.score(decide(predictions), map_tree(lambda x: x[rows], targets))
         return -math.inf if math.isnan(score) else score
 
     return objective
-
-
-def _rows_of(tree: Any, rows: np.ndarray) -> Any:
-    if isinstance(tree, np.ndarray):
-        return tree[rows]
-    if isinstance(tree, dict):
-        return {key: _rows_of(value, rows) for key, value in tree.items()}
-    return (
-        tuple(_rows_of(value, rows) for value in tree) if isinstance(tree, tuple) else map_tree(lambda x: x[rows], tree)
-    )
 
 
 def equal(space: Space = PLAIN) -> Choose:

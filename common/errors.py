@@ -1,5 +1,7 @@
 """The one exception a user is meant to read, and its kind for an image file."""
 
+import difflib
+from collections.abc import Iterable, Sequence
 from os import PathLike
 
 
@@ -8,6 +10,17 @@ class UserError(Exception):
 
     The command line prints it as one line and exits with status 1; nothing else of the kit catches it.
     """
+
+
+def some(names: Sequence[str], shown: int = 3, by: str = ", ") -> str:
+    """The first few names, and how many more there are."""
+    return by.join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of an error about an unknown `word`: what is nearest to it, "" where nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 class BadImage(UserError):

@@ -160,6 +160,16 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_table(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV, by the names of its columns."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        yield from csv.DictReader(stream)
+
+
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """A table for the eye: what a spreadsheet would take for a formula gets a ' in front. Not for submissions."""
     with replacing(path, "w", encoding="utf-8", newline="") as stream:

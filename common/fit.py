@@ -1,6 +1,5 @@
 """The only training loop: batches in, a fold's best weights and its out-of-fold predictions out."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -25,15 +24,8 @@ from common.engine.ranks import Ranks
 from common.engine.schedule import learning_rate_factor, set_learning_rate
 from common.engine.step import Engine, StepReport
 from common.errors import UserError
-from common.files import read_json, remove_drafts, write_text
-from common.inference import (
-    Predictor,
-    load_model,
-    tta_of,
-    validate,
-    write_oof,
-    write_skipped,
-)
+from common.files import read_json, remove_drafts, write_json, write_text
+from common.inference import Predictor, load_model, tta_of, validate, write_oof, write_skipped
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
@@ -119,9 +111,8 @@ class Training:
         found = checkpoint.load(self.last) if ranks.is_writer and self.last.is_file() else None
         resumed = ranks.broadcast(found)
         self._build(pretrained=not resumed)
-        order = task.data.order(self.rows) if task.data.order else orders.shuffled(self.rows)
-        self.loader = self._loader(order, config.batch_size, rank=ranks.rank, world=ranks.world, epochs=config.epochs)
-        self._order = order
+        self._order = task.data.order(self.rows) if task.data.order else orders.shuffled(self.rows)
+        self.loader = self._loader(rank=ranks.rank, world=ranks.world, epochs=config.epochs)
         self.total_steps = config.epochs * self.loader.batches_per_epoch
         self.averaged_from = round((1 - config.swa) * self.total_steps) if config.swa else 0
         self.state = self._restored(resumed) if resumed else State()
@@ -166,12 +157,12 @@ class Training:
         )
         self.average = Average(self.model, config.ema or None) if config.ema or config.swa else None
 
-    def _loader(self, order: orders.Order, batch_size: int, **shard: int) -> Loader:
+    def _loader(self, **shard: int) -> Loader:
         config = self.config
         return Loader(
             self.task.data.train,
-            order,
-            batch_size,
+            self._order,
+            config.batch_size,
             seed=config.seed,
             workers=workers_of(config, self.device),
             device=self.device,
@@ -276,7 +267,7 @@ class Training:
 
     def _remember_best(self, value: float) -> None:
         """Count validations since the best one and keep the weights of the best (--keep last keeps none)."""
-        state, sign = self.state, 1 if self.task.metrics[0].higher_is_better else -1
+        state, sign = self.state, self.task.metrics[0].sign
         better = not math.isnan(value) and (state.best is None or sign * value > sign * state.best)
         state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
         if better and self.config.keep == "best" and self.ranks.is_writer:
@@ -284,8 +275,7 @@ class Training:
 
     def _close_epoch(self, row: dict[str, Any], seconds: float) -> None:
         """Write the epoch down, then go on to the next one."""
-        state = self.state
-        label = f"{fold_label(self.fold)} epoch {state.epoch + 1}/{self.config.epochs}"
+        state, label = self.state, self._label()
         state.history.append(row)
         state.epoch, state.batch, state.samples, state.loss_sum, state.norm_sum = state.epoch + 1, 0, 0, 0.0, 0.0
         skipped = self.ranks.union(dict(self.loader.skipped))
@@ -301,7 +291,6 @@ class Training:
     def _shown(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The batches of an epoch under a progress line: the loss, samples a second and what is left of the run."""
         state = self.state
-        label = f"{fold_label(self.fold)} epoch {state.epoch + 1}/{self.config.epochs}"
         begun, step, samples = time.monotonic(), state.step, state.samples
 
         def facts() -> str:
@@ -314,7 +303,10 @@ class Training:
             )
 
         count = self.loader.batches_per_epoch - state.batch
-        return progress(batches, label, count, show=self.ranks.is_writer, facts=facts)
+        return progress(batches, self._label(), count, show=self.ranks.is_writer, facts=facts)
+
+    def _label(self) -> str:
+        return f"{fold_label(self.fold)} epoch {self.state.epoch + 1}/{self.config.epochs}"
 
     def _named(self) -> dict[str, Any]:
         """The parts whose tensors are saved and restored together."""
@@ -370,7 +362,7 @@ class Training:
         """BatchNorm's statistics of the averaged weights, from the training rows."""
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         # Eager, else compiled anew for every batch.
-        with eager, self._loader(self._order, self.config.batch_size, epochs=1) as again:
+        with eager, self._loader(epochs=1) as again:
             parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
             reestimate_batchnorm(self.model, parts)
 
@@ -385,7 +377,7 @@ def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarra
 
 def write_facts(folder: Path, fold: int | None, seconds: float, facts: dict[str, Any]) -> None:
     """fold.json: the fold is finished, and what it took."""
-    write_text(folder / FACTS, json.dumps({"fold": fold, "seconds": round(seconds, 1)} | facts, indent=2) + "\n")
+    write_json(folder / FACTS, {"fold": fold, "seconds": round(seconds, 1)} | facts)
 
 
 def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:

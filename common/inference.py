@@ -1,6 +1,5 @@
 """Models to predictions: averaged over models and TTA, scored on validation rows, kept as out-of-fold predictions."""
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,16 +12,16 @@ from torch import Tensor, nn
 from common import checkpoint, metrics
 from common.batch import Tree, concatenated, map_tree, tensors_of
 from common.config import Config, folds_to_train
-from common.device import precision_of, prepare_device, workers_of
+from common.device import device_of, precision_of, prepare_device, workers_of
 from common.engine import memory
 from common.engine.precision import autocast, to_float32
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
-from common.files import read_cell, write_csv, write_npy
+from common.files import read_cell, read_table, write_csv, write_npy
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
-from common.predictions import Predictions, PredictionWriter, joined, mean_of
+from common.predictions import Predictions, PredictionWriter, mean_of
 from common.progress import progress
 from common.run import Run
 from common.task import AS_IS, TTA, Task, Tuned
@@ -91,7 +90,7 @@ class Predictor:
             values.append(part[1])
             start += step
         value = None if loss is None else sum(values) / size
-        return (parts[0] if len(parts) == 1 else joined(parts)), value
+        return (parts[0] if len(parts) == 1 else concatenated(parts)), value
 
     def _outputs(self, model: nn.Module, inputs: Tree) -> Tree:
         """In --precision, but for the last layers: bfloat16 has 256 steps from 0.5 to 1, and predictions would tie."""
@@ -180,6 +179,13 @@ def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
     return task.network.tta if config.tta else AS_IS
 
 
+def predictor_of(run: Run, task: Task, config: Config) -> Predictor:
+    """The models of a run's folds with its TTA, at most as many samples at once as fitted while they were trained."""
+    device = device_of(config)
+    batch_size = min(config.batch_size, (run.result or {}).get("micro_batch") or config.batch_size)
+    return Predictor(load_models(run, task, config, device), task, tta_of(task, config), config, batch_size, device)
+
+
 def validate(predictor: Predictor, rows: np.ndarray, ranks: Ranks, loss: Any) -> dict[str, float]:
     """The loss and the metrics on `rows`, before anything is tuned: every rank scores its part of them."""
     if len(rows) < ranks.world:  # too few to divide: everybody scores all of them
@@ -216,10 +222,7 @@ def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:
 def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -> None:
     """Add the rows that were left out as unreadable to the fold's skipped.csv, and say so once for each."""
     file, ids = folder / "skipped.csv", task.data.ids
-    known = {}
-    if file.is_file():
-        with open(file, newline="", encoding="utf-8") as stream:
-            known = {read_cell(row["id"]): row["reason"] for row in csv.DictReader(stream)}
+    known = {read_cell(row["id"]): row["reason"] for row in read_table(file)} if file.is_file() else {}
     new = {str(ids[row]): reason for row, reason in skipped.items() if str(ids[row]) not in known}
     if new:
         write_csv(file, ("id", "reason"), sorted((known | new).items()))

@@ -23,6 +23,7 @@ from torch import Tensor
 from common.batch import Tree, map_tree, tensors_of
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
+from common.loading.collate import as_tensors
 
 GROUPS = 100  # of rows, each left out once for a standard error: it is known to 7 percent
 
@@ -82,23 +83,10 @@ def evaluate(metrics: Sequence[Metric], batches: Iterable[tuple[Any, Any]], rank
     Over all ranks, each of which brings its own rows (or none): sums are added up, rows are joined in the order of the
     ranks, and every rank returns the same scores. Raises UserError when no rank has a row.
     """
-    return {name: score for name, (score, _) in _evaluate(metrics, batches, ranks, with_errors=False).items()}
-
-
-def evaluate_with_errors(
-    metrics: Sequence[Metric], batches: Iterable[tuple[Any, Any]], seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """{name: (score, its standard error)}: as `evaluate` in one process, in one go and as sparing with memory.
-
-    The error of a mean is that of the textbook. Otherwise it is a jackknife: every row belongs to one of GROUPS groups
-    by chance (`seed`), each group is left out once. Rows count as independent of each other.
-    """
-    return _evaluate(metrics, batches, SINGLE, True, seed)
-
-
-def standard_error(metric: Metric, decisions: Any, targets: Any, seed: int = 0) -> float:
-    """How far the score would vary with other rows from the same source; see `evaluate_with_errors`."""
-    return evaluate_with_errors((metric,), [(decisions, targets)], seed)[metric.name][1]
+    scores = Scores(metrics)
+    for decisions, targets in batches:
+        scores.add(decisions, targets)
+    return {name: score for name, (score, _) in scores.found(ranks).items()}
 
 
 def check_direction(metric: Metric, higher_is_better: bool) -> None:
@@ -111,7 +99,11 @@ def check_direction(metric: Metric, higher_is_better: bool) -> None:
 
 
 class Scores:
-    """Every metric of what is added, batch by batch; `evaluate` and `evaluate_with_errors` in pieces."""
+    """Every metric of what is added, batch by batch, with its standard error in one process where it is asked for.
+
+    The error of a mean is that of the textbook. Otherwise it is a jackknife: every row belongs to one of GROUPS groups
+    by chance (`seed`), each group is left out once. Rows count as independent of each other.
+    """
 
     def __init__(self, metrics: Sequence[Metric], with_errors: bool = False, seed: int = 0):
         self.with_errors, self.random = with_errors, np.random.default_rng(seed)
@@ -119,11 +111,11 @@ class Scores:
         self.count = torch.zeros((), dtype=torch.float64)
 
     def add(self, decisions: Any, targets: Any) -> None:
-        decisions = _tensors(decisions)
+        decisions = as_tensors(decisions)
         first = tensors_of(decisions)[0]
         if not len(first):  # all images of the batch are unreadable
             return
-        targets = map_tree(lambda x: x.to(first.device), _tensors(targets))
+        targets = map_tree(lambda x: x.to(first.device), as_tensors(targets))
         random = self.random.random(len(first)) if self.with_errors else None
         groups = torch.from_numpy((random * GROUPS).astype(np.int64)) if self.with_errors else None
         for tally in self.tallies:
@@ -143,21 +135,6 @@ class Scores:
             tally.metric.name: (tally.score(count), tally.error(count) if self.with_errors else math.nan)
             for tally in self.tallies
         }
-
-
-def _evaluate(metrics, batches, ranks, with_errors, seed=0) -> dict[str, tuple[float, float]]:
-    scores = Scores(metrics, with_errors, seed)
-    for decisions, targets in batches:
-        scores.add(decisions, targets)
-    return scores.found(ranks)
-
-
-def _tensors(tree: Any) -> Tree:
-    if isinstance(tree, np.ndarray):
-        return torch.from_numpy(tree if tree.flags.writeable else tree.copy())
-    if isinstance(tree, dict):
-        return {key: _tensors(value) for key, value in tree.items()}
-    return type(tree)(map(_tensors, tree)) if isinstance(tree, (tuple, list)) else tree
 
 
 def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
@@ -316,16 +293,14 @@ def f_beta(
     return _f_of(name, counts, beta * beta, average == "samples", empty)
 
 
-def dice(
-    average: Literal["images", "set"] = "images", empty: float = 1.0, threshold: float | None = None, dims: int = 2
-) -> Metric:
+def dice(average: Literal["images", "set"] = "images", empty: float = 1.0, threshold: float | None = None) -> Metric:
     """Dice 2 |A and B| / (|A| + |B|) of masks [B, ..., H, W]: the mean over images and classes, or pooled over the set.
 
-    The last `dims` axes are the mask. `empty` is the Dice of two empty masks. Pooled, it is the mean over classes.
+    `empty` is the Dice of two empty masks. Pooled, it is the mean over classes.
     """
 
     def counts(decisions: Tensor, targets: Tensor) -> Tensor:
-        found, true = (x.flatten(-dims) for x in _binary("dice", decisions, targets, threshold))
+        found, true = (x.flatten(-2) for x in _binary("dice", decisions, targets, threshold))
         return torch.stack([(found & true).sum(-1), found.sum(-1), true.sum(-1)], 1)  # [B, 3, ...]
 
     return _f_of("dice", counts, 1.0, average == "images", empty)

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from common.batch import map_tree
-from common.loading import orders
-from common.loading.loader import Loader
+from common.loading.loader import in_order
 from common.metrics import average_precision, roc_auc
-from common.report import Report, shown
+from common.report import Report, shown, subplots
 
 ROWS_SHOWN = 12  # with their images where they have some
 CLASSES_SHOWN = 40  # of a table, and of a confusion matrix
@@ -171,13 +170,11 @@ def _gallery(page, name, words, header, rows, told, images) -> None:
 
 def gallery(images: Sequence[np.ndarray], words: Sequence[Sequence[str]]) -> Any:
     """A figure of images with some lines of words above each."""
-    from matplotlib.figure import Figure
-
     across = min(4, len(images))
     down = -(-len(images) // across)
     height = 0.8 + 2.7 * max(image.shape[0] / image.shape[1] for image in images)
-    figure = Figure(figsize=(2.8 * across, min(height, 6) * down), layout="constrained")
-    for axes in figure.subplots(down, across, squeeze=False).flat:
+    figure, grid = subplots(2.8 * across, min(height, 6) * down, down, across, squeeze=False)
+    for axes in grid.flat:
         axes.set_axis_off()
     for axes, image, lines in zip(figure.axes, images, words, strict=False):
         axes.imshow(
@@ -198,8 +195,7 @@ def _short(word: str) -> str:
 
 def samples(dataset: Any, rows: np.ndarray) -> list[Any]:
     """The inputs of some rows of a dataset, one by one: `images` of `mistakes`."""
-    with Loader(dataset, orders.sequential(np.asarray(rows)), len(rows), seed=0) as loader:
-        batch = next(loader.epoch(0))
+    batch = next(in_order(dataset, np.asarray(rows), len(rows), seed=0))
     return [map_tree(lambda x: x[row], batch.inputs) for row in range(len(batch))]  # noqa: B023
 
 
@@ -229,12 +225,9 @@ def as_image(inputs: Any) -> np.ndarray | None:
 
 def confusion_matrix(confusion: np.ndarray, names: Sequence[str]) -> Any:
     """A figure of counts [C, C], true by found, coloured by their part of the true class."""
-    from matplotlib.figure import Figure
-
     count = len(names)
     side = 2.5 + 0.32 * count if count > 6 else 4.5
-    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(side + 1.5, side)
     parts = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     shown = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
     words = [_short(name) for name in names]
@@ -250,12 +243,9 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str]) -> Any:
 
 def residual_plots(found: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> Any:
     """A figure with a row of two plots for each column of [m, T]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 3.6 * found.shape[1]), layout="constrained")
-    for (left, right), f, t, name in zip(
-        figure.subplots(found.shape[1], 2, squeeze=False), found.T, truth.T, names, strict=False
-    ):
+    count = found.shape[1]
+    figure, grid = subplots(9.5, 3.6 * count, count, 2, squeeze=False)
+    for (left, right), f, t, name in zip(grid, found.T, truth.T, names, strict=False):
         left.hexbin(t, f, gridsize=60, bins="log", mincnt=1, cmap="viridis")
         ends = [min(t.min(), f.min()), max(t.max(), f.max())]
         left.plot(ends, ends, color="0.5", linewidth=1)

@@ -13,23 +13,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from common import raw, submission
 from common import run as runs
 from common.competition import Competition
 from common.config import Config, differences, refuse_unused, with_flags
-from common.device import device_of, use_threads
+from common.device import use_threads
 from common.errors import UserError
-from common.inference import Predictor, load_models, tta_of
+from common.inference import Predictor, predictor_of
+from common.loading.collate import collate
 from common.predictions import (
     Predictions,
     PredictionWriter,
-    leaves,
     mean_of,
+    part_of,
     read_ids,
     read_predictions,
-    rebuilt,
     unpack,
     write_ids,
 )
@@ -69,12 +68,11 @@ def write_submission(
     """
     first = members[0]
     _refuse_unlike(members)
-    predictors = [_test_predictor(member) for member in members]
+    # A run without a network, or of other runs, has kept its predictions.
+    predictors = [None if not one.task.network or one.run.is_blend else predictor_of(*one) for one in members]
     rows = np.arange(len(first.task.data.test))
     streams = [
-        _one_by_one(
-            _test_batches(member, predictor, rows, f"predicting {member.run.name}" if member is first else None)
-        )
+        _test_rows(member, predictor, rows, f"predicting {member.run.name}" if member is first else None)
         for member, predictor in zip(members, predictors, strict=True)
     ]
     path = submission.SUBMISSIONS / competition / f"{_name_of(members, is_demo)}.csv"
@@ -99,17 +97,16 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
     """Raise UserError when the members predict other rows or other outputs, and say what else differs."""
     first = members[0]
     for member in members:
-        member.run.check_outputs(member.task.network.outputs if member.task.network else "")
-        names = [one.task.network.outputs if one.task.network else "" for one in (first, member)]
+        member.run.check_outputs(member.task.outputs)
         if list(member.task.data.test_ids) != list(first.task.data.test_ids):
             raise UserError(
                 f"runs {first.run.name} and {member.run.name} predict different test rows: average runs of the same "
                 f"data"
             )
-        if names[0] != names[1]:
+        if member.task.outputs != first.task.outputs:
             raise UserError(
-                f"run {first.run.name} predicts {names[0]}, run {member.run.name} {names[1]}: average runs of the same "
-                f"data"
+                f"run {first.run.name} predicts {first.task.outputs}, run {member.run.name} {member.task.outputs}: "
+                f"average runs of the same data"
             )
         if member.task.fingerprint != first.task.fingerprint:
             print(
@@ -121,24 +118,17 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
             print(f"{member.run.name} was trained and scored otherwise ({changes}): its score is not this file's")
 
 
-def _test_predictor(member: Member) -> Predictor | None:
-    """Who predicts the test rows anew; None for a run that has kept predictions and no network."""
-    run, task, config = member
-    if task.network is None or run.is_blend:
-        return None
-    device = device_of(config)
-    models = load_models(run, task, config, device)
-    batch_size = min(config.batch_size, (run.result or {}).get("micro_batch") or config.batch_size)
-    return Predictor(models, task, tta_of(task, config), config, batch_size, device)
-
-
-def _test_batches(
+def _test_rows(
     member: Member, predictor: Predictor | None, rows: np.ndarray, label: str | None
-) -> Iterator[tuple[np.ndarray, Predictions]]:
-    if predictor is not None:
-        for index, predictions, *_ in predictor.batches(member.task.data.test, rows, label):
-            yield index, predictions
-        return
+) -> Iterator[tuple[int, Predictions]]:
+    """The test rows that can be read and their predictions, made now or, without a predictor, kept."""
+    batches = predictor.batches(member.task.data.test, rows, label) if predictor else _kept_batches(member, rows)
+    for index, predictions, *_ in batches:
+        for place, row in enumerate(index.tolist()):
+            yield row, part_of(predictions, place)
+
+
+def _kept_batches(member: Member, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Predictions]]:
     kept = read_predictions(member.run.path, "test")
     if kept is None or read_ids(member.run.path, "test") != [str(name) for name in member.task.data.test_ids]:
         raise UserError(
@@ -147,14 +137,7 @@ def _test_batches(
         )
     for start in range(0, len(rows), member.config.batch_size):
         part = slice(start, start + member.config.batch_size)
-        yield rows[part], unpack(rebuilt({leaf: values[part] for leaf, values in leaves(kept).items()}))
-
-
-def _one_by_one(batches: Iterator[tuple[np.ndarray, Predictions]]) -> Iterator[tuple[int, Predictions]]:
-    for rows, predictions in batches:
-        parts = leaves(predictions)
-        for place, row in enumerate(rows.tolist()):
-            yield row, rebuilt({leaf: values[place] for leaf, values in parts.items()})
+        yield rows[part], unpack(part_of(kept, part))
 
 
 def _aligned(
@@ -188,8 +171,7 @@ def _rows_of_csv(
 
     def means() -> Iterator[tuple[list[int], Predictions]]:
         while chunk := list(islice(together, first.config.batch_size)):
-            of_rows = [mean_of([predictions for _, predictions in sample]) for sample in chunk]
-            mean = rebuilt({leaf: torch.stack([leaves(one)[leaf] for one in of_rows]) for leaf in leaves(of_rows[0])})
+            mean = collate([mean_of([predictions for _, predictions in sample]) for sample in chunk])
             keep(mean)
             index = [sample[0][0] for sample in chunk]
             yield index, mean
@@ -304,16 +286,8 @@ def predict(
     """
     name, start = competition.name, time.monotonic()
     is_filled = fallback or budget is not None
-    if given.run is not None:
-        chosen = [runs.load(name, one) for one in given.run.split(",")]
-    else:
-        chosen = [run for run in runs.all_runs(name) if run.result is not None][-1:]
-    if not chosen:
-        raise UserError(f"no finished run of {name}: make train COMP={name}")
     members, demos = [], set()
-    for run in chosen:
-        if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
+    for run in runs.finished(name, given.run):
         trained = run.config(competition.config_class)
         config = with_flags(trained, given)
         config = replace(config, bad_images="skip") if is_filled else config
@@ -328,14 +302,10 @@ def predict(
     filled = None
     if is_filled:
         until = float("inf") if budget is None else start + budget
-        filled = Fallback(partial(_sample_values, found, task.submission.sample), until)
+        rows = partial(found.uncounted().rows, task.submission.sample)
+        filled = Fallback(lambda: {row[0]: row[1:] for _, row in rows()}, until)
     path = write_submission(name, members, any(demos), filled)
     if len(members) == 1 and not given.data:
         members[0].run.finish()
     print(f"submission: {path}")
     return path
-
-
-def _sample_values(found: raw.RawData, name: str) -> dict[str, Sequence[str]]:
-    """What the sample submission has in its rows, by their ids."""
-    return {row[0]: row[1:] for _, row in found.uncounted().rows(name)}

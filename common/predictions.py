@@ -25,6 +25,16 @@ def rebuilt(parts: dict[str, Any]) -> Predictions:
     return parts.get("", parts)
 
 
+def part_of(predictions: Predictions, part: Any) -> Predictions:
+    """Some of the rows: `part` is a row number, a slice or an array, as numpy and torch take them."""
+    return rebuilt({name: values[part] for name, values in leaves(predictions).items()})
+
+
+def count_of(predictions: Predictions) -> int:
+    """How many rows they are of."""
+    return len(next(iter(leaves(predictions).values())))
+
+
 def mean_of(predictions: Sequence[Predictions]) -> Predictions:
     """The mean over several predictions of the same samples; the first where there is one, or where it is no float."""
     first = leaves(predictions[0])
@@ -39,11 +49,6 @@ def mean_of(predictions: Sequence[Predictions]) -> Predictions:
         return total / len(predictions)
 
     return rebuilt({name: mean(name, one) for name, one in first.items()})
-
-
-def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of several batches, one after the other."""
-    return rebuilt({name: torch.cat([leaves(part)[name] for part in parts]) for name in leaves(parts[0])})
 
 
 def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
@@ -81,7 +86,8 @@ class PredictionWriter:
         """Add arrays that are of the kept type already, by the names that `leaves` gives."""
         for leaf, packed in parts.items():
             if leaf not in self._streams:
-                stream = self._stack.enter_context(replacing(file_of(self.folder, self.name, leaf)))
+                file = self.folder / f"{self.name}{leaf and '.'}{leaf}.npy"
+                stream = self._stack.enter_context(replacing(file))
                 self._streams[leaf] = stream, packed.dtype, packed.shape[1:]
                 write_npy_header(stream, packed.dtype, (self.rows, *packed.shape[1:]))
             self._streams[leaf][0].write(np.ascontiguousarray(packed).data)
@@ -96,10 +102,6 @@ class PredictionWriter:
                 stream.seek(0)
                 write_npy_header(stream, dtype, (self.done, *shape))  # of the same length, numpy pads it
         self._stack.__exit__(*error)
-
-
-def file_of(folder: Path, name: str, leaf: str = "") -> Path:
-    return folder / (f"{name}.{leaf}.npy" if leaf else f"{name}.npy")
 
 
 def write_predictions(folder: Path, name: str, predictions: Predictions, count: int, kept: str | dict) -> None:
@@ -121,6 +123,12 @@ def write_ids(folder: Path, name: str, ids: Iterable[Any]) -> None:
 def read_ids(folder: Path, name: str) -> list[str]:
     """What `write_ids` was given: an id may hold what other programs take for the end of a line."""
     return (folder / f"{name}_ids.txt").read_bytes().decode().split("\n")[:-1]
+
+
+def row_numbers(folder: Path, name: str, ids: Iterable[Any]) -> np.ndarray:
+    """Which rows among `ids` the predictions `name` are of, int64 [m]."""
+    row_of = {str(one): row for row, one in enumerate(ids)}
+    return np.array([row_of[one] for one in read_ids(folder, name)], np.int64)
 
 
 def read_predictions(folder: Path, name: str) -> Predictions | None:

@@ -13,8 +13,7 @@ from common.device import device_of
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
-from common.loading import orders
-from common.loading.loader import Loader
+from common.loading.loader import in_order
 from common.losses.protocol import batch_value
 from common.metrics import check_direction, evaluate
 from common.predictions import leaves
@@ -99,8 +98,7 @@ def _first_rows(task: Task, config: Config) -> Batch:
 
 
 def _rows_of(dataset: Any, count: int, config: Config) -> Batch | None:
-    with Loader(dataset, orders.sequential(count), count, seed=config.seed, bad_images="skip") as loader:
-        return next(iter(loader.epoch(0)), None)
+    return next(in_order(dataset, count, count, config.seed, bad_images="skip"), None)
 
 
 def _require_room(task: Task, config: Config, model: nn.Module, predictions: dict[str, Tensor]) -> None:

@@ -23,21 +23,20 @@ from torch import Tensor
 
 from common import checkpoint
 from common import run as runs
-from common.batch import Tree, map_tree
+from common.batch import Tree, concatenated, map_tree
 from common.competition import Competition
 from common.config import Config, folds_to_train
-from common.device import device_of
 from common.engine.ranks import Ranks
 from common.errors import UserError
 from common.fit import PSEUDO_LABELS, fold_label
-from common.inference import Predictor, load_models, tta_of
+from common.inference import predictor_of
 from common.loading import orders
 from common.loading.collate import as_tensors, collate, join
 from common.loading.keys import Keys
-from common.loading.loader import Loader
+from common.loading.loader import in_order
 from common.loading.transfer import to_device
 from common.predict import Member
-from common.predictions import Predictions, joined, leaves, mean_of, read_predictions, unpack
+from common.predictions import Predictions, count_of, leaves, mean_of, read_predictions, unpack
 from common.raw import RawData
 from common.run import Run
 from common.task import Data, Task, completed
@@ -65,7 +64,7 @@ class Pseudo:
                 f"{told}: {name} does not say how test rows become rows to train on: leave it out, or give build()'s "
                 f"Data a `pseudo`, from predictions of the test rows to a dataset with them as targets"
             )
-        found = [runs.load(name, one) for one in self.config.pseudo.split(",")]
+        found = runs.finished(name, self.config.pseudo)
         for run in found:
             self._check_run(run, told)
         return found
@@ -73,8 +72,6 @@ class Pseudo:
     def _check_run(self, run: Run, told: str) -> None:
         if run.is_blend:
             raise UserError(f"{told}: {run.name} is a blend, which has no models: name the runs that it is made of")
-        if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
         theirs = run.config(type(self.config))
         if run.provenance["folds_fingerprint"] != self.provenance["folds_fingerprint"]:
             raise UserError(
@@ -99,7 +96,7 @@ class Pseudo:
             machine = {name: getattr(self.config, name) for name in ("device", "workers", "threads")}
             config = replace(run.config(type(self.config)), bad_images="raise", **machine)
             task = completed(self.competition.build(config, self.found, print), self.found)
-            run.check_outputs(self.task.network.outputs)
+            run.check_outputs(self.task.outputs)
             if list(task.data.test_ids) != list(self.task.data.test_ids):
                 raise UserError(
                     f"--pseudo {run.name} predicts {len(task.data.test_ids)} test rows that are not the "
@@ -149,19 +146,15 @@ class Pseudo:
         config = config if fold is None else replace(config, fold=str(fold))
         if task.network is None:
             return unpack(read_predictions(run.path if fold is None else run.fold_folder(fold), "test"))
-        device = device_of(config)
-        batch_size = min(config.batch_size, run.result.get("micro_batch") or config.batch_size)
-        models = load_models(run, task, config, device)
-        predictor = Predictor(models, task, tta_of(task, config), config, batch_size, device)
         label = f"{run.name} labels the test rows for {fold_label(fold)}"
-        batches = predictor.batches(task.data.test, np.arange(len(task.data.test)), label)
-        return joined([map_tree(Tensor.cpu, predictions) for _, predictions, *_ in batches])
+        batches = predictor_of(run, task, config).batches(task.data.test, np.arange(len(task.data.test)), label)
+        return concatenated([map_tree(Tensor.cpu, predictions) for _, predictions, *_ in batches])
 
 
 def choose(labels: Predictions, least: float) -> np.ndarray:
     """The test rows whose `confidence` is at least so much; raises UserError when there is none."""
     if not least:
-        return np.arange(len(next(iter(leaves(labels).values()))))
+        return np.arange(count_of(labels))
     sure = confidence(labels)
     rows = np.flatnonzero(sure.numpy() >= least)
     if not len(rows):
@@ -187,8 +180,7 @@ def confidence(labels: Predictions) -> Tensor:
 
 def with_rows(data: Data, test: Any, rows: np.ndarray, config: Config) -> Data:
     """`data` whose training rows are followed by the `rows` of the dataset `test`, which train in every fold."""
-    with Loader(test, orders.sequential(rows[:1]), 1, seed=config.seed) as loader:
-        like = next(iter(loader.epoch(0))).targets
+    like = next(in_order(test, rows[:1], 1, config.seed)).targets
     kind = JoinedBatches if hasattr(data.train, "batch") else JoinedSamples
     n, base = len(data.train), data.order or orders.shuffled
     return replace(

@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -124,16 +125,19 @@ class RawData:
 
     def read(self, name: str) -> bytes:
         """The whole file; raises UserError when the archive is truncated or its checksum is wrong."""
-        try:
-            with self._open(name) as stream:
-                contents = stream.read()
-        except (*DAMAGED, OSError) as error:
-            raise self._damaged(name, error) from error
+        with self._whole(name) as stream:
+            contents = stream.read()
         self._opened[name] = hashlib.sha256(contents).hexdigest()
         return contents
 
-    def _damaged(self, name: str, error: Exception) -> UserError:
-        return UserError(f"{self.path}: {name} is damaged ({error}): {self._again}")
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[BinaryIO]:
+        """The file to be read to its end; raises UserError when it is damaged on the way."""
+        try:
+            with self._open(name) as stream:
+                yield stream
+        except (*DAMAGED, OSError) as error:
+            raise UserError(f"{self.path}: {name} is damaged ({error}): {self._again}") from error
 
     def text(self, name: str) -> str:
         """The whole file as text in UTF-8, without a byte order mark; raises UserError naming the first bad byte."""
@@ -185,16 +189,10 @@ class RawData:
         facts = []
         for name, found in sorted(self._opened.items()):
             if found == "":
-                found = self._opened[name] = self._digest(name)
+                with self._whole(name) as stream:
+                    found = self._opened[name] = sha256(stream)
             facts.append(f"{name}\0{found}\n")
         return hashlib.sha256("".join(facts).encode()).hexdigest()
-
-    def _digest(self, name: str) -> str:
-        try:
-            with self._open(name) as stream:
-                return sha256(stream)
-        except (*DAMAGED, OSError) as error:
-            raise self._damaged(name, error) from error
 
     @cached_property
     def cache(self) -> Path:
@@ -224,12 +222,11 @@ def find(competition: str, given: str | None, write_demo: Callable[[Path], None]
                 raise UserError(
                     f"DATA={given} does not exist: pass the folder or the zip archive of the competition's files"
                 )
-            is_demo = path.resolve().is_relative_to((DATA / "demo").resolve())
-            return RawData(_only_archive(path), competition, is_demo)
+            return RawData(_only_archive(path), competition, would_be_demo(competition, given))
         except PermissionError as error:
             raise _forbidden(path, error) from error
     home = DATA / competition
-    if home.is_dir() and visible(home):
+    if visible(home):
         return RawData(_only_archive(home), competition)
     announce(
         f"demo: no data in {home}, so small generated demo data take its place. Real data: "
@@ -242,8 +239,7 @@ def would_be_demo(competition: str, given: str | None) -> bool:
     """Whether `find` would take demo data."""
     if given:
         return Path(given).expanduser().resolve().is_relative_to((DATA / "demo").resolve())
-    home = DATA / competition
-    return not (home.is_dir() and visible(home))
+    return not visible(DATA / competition)
 
 
 def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[Path], None]) -> RawData:
@@ -271,16 +267,14 @@ def _refuse_bytes(path: str) -> None:
 
 def _only_archive(path: Path) -> Path:
     """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
-    if path.is_dir():
-        files = visible(path)
-        if len(files) == 1 and files[0].suffix.lower() == ".zip":
-            return files[0]
-    return path
+    files = visible(path)
+    return files[0] if len(files) == 1 and files[0].suffix.lower() == ".zip" else path
 
 
 def visible(folder: Path) -> list[Path]:
-    """What somebody put there: neither hidden, nor of a Mac, nor the cache."""
-    return [file for file in folder.iterdir() if file.name != CACHE and not is_foreign(file.name)]
+    """What somebody put there: neither hidden, nor of a Mac, nor the cache. Nothing where there is no folder."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return [file for file in there if file.name != CACHE and not is_foreign(file.name)]
 
 
 def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> Iterator[str]:
@@ -317,7 +311,7 @@ def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
     Raises UserError when the disk is full or when `write_demo` writes nothing; whatever it raises, nothing stays.
     """
     folder = DATA / "demo" / competition
-    if folder.is_dir() and visible(folder):
+    if visible(folder):
         return folder
     draft = folder.with_name(f"{competition}.{os.getpid()}.part")
     try:
@@ -325,7 +319,7 @@ def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
         with alone_in(folder.parent) as alone:
             for left in folder.parent.glob(f"{competition}.*.part") if alone else ():  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            if folder.is_dir() and visible(folder):  # another process was faster
+            if visible(folder):  # another process was faster
                 return folder
             draft.mkdir()
             write_demo(draft)
@@ -334,7 +328,7 @@ def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
             shutil.rmtree(folder, ignore_errors=True)  # an empty one
             draft.rename(folder)
     except OSError as error:
-        if not (folder.is_dir() and visible(folder)):  # without locks another process may have been faster
+        if not visible(folder):  # without locks another process may have been faster
             raise not_written(folder, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -5,7 +5,6 @@ for plain text, and `without_markup` does so for a figure that is saved otherwis
 """
 
 import base64
-import csv
 import html
 import io
 import math
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import write_text, write_with
+from common.files import read_table, write_text, write_with
 from common.run import Run
 
 if TYPE_CHECKING:  # needs torch, and the table of runs does not
@@ -75,6 +74,14 @@ class Report:
         return path
 
 
+def subplots(width: float, height: float, *grid: int, **settings: Any) -> tuple[Any, Any]:
+    """A figure of so many inches and its axes, as pyplot's, which would keep every figure and look for a display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(*grid, **settings)
+
+
 def shown(value: Any) -> str:
     """A cell of a table: numbers with four digits behind the point, where that says enough."""
     if isinstance(value, (float, np.floating)):
@@ -102,12 +109,7 @@ def without_markup(figure: Any) -> None:
             text.set_parse_math(False)
 
 
-def default_report(
-    run: Run,
-    settings: dict[str, Any],
-    metrics: Sequence["Metric"],
-    recipe: dict[str, Any] | None = None,
-) -> Report:
+def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric"], recipe: dict[str, Any]) -> Report:
     """The page of any finished run, not yet written: `common.mistakes` and the competition's own plots go behind it.
 
     `settings` are the config's values, `recipe` those of its recipe; of `metrics` the first chose the best epoch.
@@ -115,8 +117,7 @@ def default_report(
     page, result = Report(run.path, f"{run.provenance.get('competition', 'run')}: {run.name}"), run.result or {}
     page.text(score_line(result))
     if (run.path / "metrics.csv").is_file():
-        with open(run.path / "metrics.csv", newline="", encoding="utf-8") as stream:
-            history = list(csv.DictReader(stream))
+        history = list(read_table(run.path / "metrics.csv"))
         if history and "epoch" in history[0]:  # a competition's own tables have other columns
             _training(page, history, metrics)
     if folds := result.get("folds"):
@@ -124,14 +125,10 @@ def default_report(
         page.heading("Folds")
         page.table(columns, [[facts.get(name, "") for name in columns] for facts in folds])
     page.heading("Settings")
-    changed = {name for name, value in settings.items() if recipe is not None and recipe.get(name) != value}
-    rows = [
-        (name, str(value), *((str(recipe.get(name)),) if recipe is not None else ()))
-        for name, value in sorted(settings.items(), key=lambda item: item[0] not in changed)
-    ]
-    if recipe is not None:
-        page.text(f"Other than in the recipe: {', '.join(sorted(changed)) or 'nothing'}.")
-    page.table(["setting", "value", *(["recipe"] if recipe is not None else [])], rows)
+    changed = {name for name, value in settings.items() if recipe.get(name) != value}
+    page.text(f"Other than in the recipe: {', '.join(sorted(changed)) or 'nothing'}.")
+    names = sorted(settings, key=lambda name: name not in changed)
+    page.table(["setting", "value", "recipe"], [(name, str(settings[name]), str(recipe.get(name))) for name in names])
     page.heading("Provenance")
     page.table(["fact", "value"], run.provenance.items())
     return page
@@ -185,20 +182,18 @@ def _number(cell: str | None) -> float:
         return math.nan
 
 
-def training_curves(history: list[dict[str, str]], first: Sequence[str] = ()) -> Any:
+def training_curves(history: list[dict[str, str]], first: Sequence[str]) -> Any:
     """A figure of every number in the rows of metrics.csv against the epoch, a colour for each fold.
 
     "loss" and "valid_loss" (dashed) share the first plot, the columns `first` follow; what never changes is left out.
     """
-    from matplotlib.figure import Figure
-
     columns = dict.fromkeys(["loss", *first, *history[0]])
     columns = [name for name in columns if name not in ("fold", "epoch", "step", "valid_loss")]
     columns = [name for name in columns if len({line.get(name) for line in history} - {"", None}) > 1 or name == "loss"]
     across = min(3, len(columns))
     down = -(-len(columns) // across)
-    figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
-    for axes, column in zip(figure.subplots(down, across, squeeze=False).flat, columns, strict=False):
+    figure, grid = subplots(4.4 * across, 3.2 * down, down, across, squeeze=False)
+    for axes, column in zip(grid.flat, columns, strict=False):
         for number, fold in enumerate(dict.fromkeys(line["fold"] for line in history)):
             for name, style in ((column, "-"), ("valid_loss", "--")) if column == "loss" else ((column, "-"),):
                 points = [(int(line["epoch"]), _number(line.get(name))) for line in history if line["fold"] == fold]

@@ -1,6 +1,5 @@
 """A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
 
-import json
 import os
 import platform
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import locked, not_written, read_json, write_text
+from common.files import locked, not_written, read_json, write_json, write_text
 from common.progress import say
 
 RUNS = Path("runs")
@@ -89,7 +88,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         if self.is_writer:
-            write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+            write_json(self.path / name, value)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """result.json: the training is over. Until `finish`, the same command goes on with what follows it."""
@@ -140,6 +139,19 @@ def load(competition: str, name: str) -> Run:
             f"{FORMAT}): use that version, or train it again under another RUN="
         )
     return run
+
+
+def finished(competition: str, names: str | None) -> list[Run]:
+    """The finished runs `names`, separated by commas, or the newest one; raises UserError where one is not there."""
+    if names is None:
+        if newest := [run for run in all_runs(competition) if run.result is not None][-1:]:
+            return newest
+        raise UserError(f"no finished run of {competition}: make train COMP={competition}")
+    found = [load(competition, name) for name in names.split(",")]
+    for run in found:
+        if run.result is None:
+            raise UserError(f"{run.path} is not finished: repeat its command, {run.provenance.get('command', '')}")
+    return found
 
 
 def all_runs(competition: str) -> list[Run]:

@@ -4,7 +4,6 @@ Scores are compared on common rows only. A run that held out every fold is worth
 one: its score has more rows in it, and its submission is the mean of more models.
 """
 
-import csv
 import fcntl
 import math
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from common import run as runs
 from common.competition import Competition
 from common.config import MACHINE_FIELDS, Config
 from common.errors import UserError
-from common.files import read_json, write_csv
+from common.files import read_json, read_table, write_csv
 from common.kaggle import ledger
 from common.run import Run
 
@@ -118,8 +117,7 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
 def _samples_per_second(table: Path) -> float | None:
     if not table.is_file():
         return None
-    with open(table, newline="", encoding="utf-8") as stream:
-        speeds = [float(row["samples_per_second"]) for row in csv.DictReader(stream) if row.get("samples_per_second")]
+    speeds = [float(row["samples_per_second"]) for row in read_table(table) if row.get("samples_per_second")]
     return round(sum(speeds) / len(speeds), 1) if speeds else None
 
 
@@ -148,8 +146,7 @@ _known_folds: dict[str, set[str]] = {}  # by fingerprint: many runs have the sam
 def _folds_of(run: Run) -> set[str]:
     name = run.provenance.get("folds_fingerprint", run.path)
     if name not in _known_folds:
-        with open(run.path / "folds.csv", newline="", encoding="utf-8") as stream:
-            _known_folds[name] = {row["fold"] for row in csv.DictReader(stream)} - {"-1"}
+        _known_folds[name] = {row["fold"] for row in read_table(run.path / "folds.csv")} - {"-1"}
     return _known_folds[name]
 
 
@@ -264,17 +261,14 @@ def _cell(value: Any) -> str:
 
 
 def _page(name: str, found: list[Line], table: list[list[Any]], best: tuple[str, str] | None) -> Path:
-    from matplotlib.figure import Figure
-
-    from common.report import Report
+    from common.report import Report, subplots
 
     page = Report(runs.RUNS / name, f"{name}: {len(found)} runs")
     if best:
         page.text(best[1])
     scored = sorted((line for line in found if line.score is not None), key=lambda line: line.created)
     if scored:
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = subplots(11, 4)
         for complete, mark, label in ((True, "o", "every fold held out"), (False, ".", "some folds only")):
             own = [(n, line) for n, line in enumerate(scored) if (line.folds == "all") == complete]
             if own:

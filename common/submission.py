@@ -36,12 +36,6 @@ class Sample:
         return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text)
 
     @staticmethod
-    def of_lines(lines: Iterable[str], where: str) -> "Sample":
-        """From the file's own lines."""
-        reader = csv.reader(lines)
-        return Sample.of(((reader.line_num, row) for row in reader if row), where)
-
-    @staticmethod
     def of(rows: Iterable[tuple[int, Sequence[str]]], where: str, text: Collection[str] = ()) -> "Sample":
         """From (line, cells), the header first. `text` names columns whose numbers in the sample only hold a place.
 
@@ -93,6 +87,15 @@ class Sample:
             if not _is_finite(value):
                 return f"has the value {','.join(values)}, which is not finite in {column}"
         return None
+
+
+def sidecar(path: Path) -> dict[str, Any]:
+    """What the kit wrote beside a submission; {} where there is nothing, or what something else wrote."""
+    try:
+        provenance = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return provenance if isinstance(provenance, dict) and "sha256" in provenance else {}
 
 
 def is_number(cell: str) -> bool:

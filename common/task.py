@@ -135,6 +135,11 @@ class Task:
     # Filled in by `completed`.
     fingerprint: str = ""  # sha256 of the data that was read
 
+    @property
+    def outputs(self) -> str:
+        """What the network's outputs stand for, where the data say so."""
+        return self.network.outputs if self.network else ""
+
 
 def completed(task: Task, raw: RawData) -> Task:
     """`task` with its defaults filled in from the data; raises UserError for what does not fit together."""

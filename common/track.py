@@ -7,22 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.config import Config
 from common.errors import UserError
 from common.run import Run
 
-
-class _Open(NamedTuple):
-    """What rows of one fold go to."""
-
-    folder: Path
-    add: Callable[[dict[str, float], int], None]  # numbers, epoch
-    close: Callable[[], Any]
-
-
-_open: list[_Open] = []  # the fold at hand: one at a time is trained
+Ways = tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]  # to add numbers of an epoch, and to end
+_open: dict[Path, Ways] = {}  # of the folder of the fold at hand: one at a time is trained
 
 
 def check(config: Config) -> None:
@@ -35,22 +27,23 @@ def epoch(run: Run, config: Config, fold: int | None, row: dict[str, Any]) -> No
     """Send an epoch's row of metrics.csv; of several processes the first does."""
     if config.track == "none" or not run.is_writer:
         return
-    folder = run.fold_folder(fold)
-    if not _open or _open[0].folder != folder.absolute():
+    folder = run.fold_folder(fold).absolute()
+    if folder not in _open:
         close()
-        add, end = {"tensorboard": _tensorboard, "wandb": _wandb}[config.track](run, config, folder, row["epoch"])
-        _open.append(_Open(folder.absolute(), add, end))
+        _open[folder] = {"tensorboard": _tensorboard, "wandb": _wandb}[config.track](run, config, folder, row["epoch"])
     numbers = {name: float(value) for name, value in row.items() if name not in ("fold", "epoch") and value is not None}
-    _open[0].add(numbers, row["epoch"])
+    add, _ = _open[folder]
+    add(numbers, row["epoch"])
 
 
 def close() -> None:
     """End what is open; an exit of the program does so too."""
     while _open:
-        _open.pop().close()
+        _, (_, end) = _open.popitem()
+        end()
 
 
-def _tensorboard(run: Run, config: Config, folder: Path, first: int) -> tuple[Callable, Callable]:
+def _tensorboard(run: Run, config: Config, folder: Path, first: int) -> Ways:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run.path / "tensorboard" / folder.name), purge_step=first)  # a killed run comes again
@@ -63,7 +56,7 @@ def _tensorboard(run: Run, config: Config, folder: Path, first: int) -> tuple[Ca
     return add, writer.close
 
 
-def _wandb(run: Run, config: Config, folder: Path, first: int) -> tuple[Callable, Callable]:
+def _wandb(run: Run, config: Config, folder: Path, first: int) -> Ways:
     import wandb
 
     there = wandb.init(

@@ -26,19 +26,20 @@ from common.files import read_json, remove_drafts, write_npy, write_text
 from common.fit import FACTS, fit, fold_label, rows_of_fold, write_facts
 from common.inference import decided
 from common.loading import folds, orders
-from common.loading.loader import Loader
+from common.loading.loader import in_order
 from common.metrics import Scores
 from common.mistakes import mistakes, samples
 from common.predict import Member, write_submission
 from common.predictions import (
     Predictions,
     PredictionWriter,
+    count_of,
     leaves,
     mean_of,
-    read_ids,
+    part_of,
     read_predictions,
-    rebuilt,
     remove_predictions,
+    row_numbers,
     unpack,
     write_ids,
     write_predictions,
@@ -64,7 +65,7 @@ def train(
 ) -> None:
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
     with Ranks.from_environment() as ranks:
-        say = print if ranks.is_writer else _silent
+        say = print if ranks.is_writer else lambda message: None
         device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
         track.check(config)
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
@@ -96,10 +97,6 @@ def _check_new(task: Task, config: Config, pseudo: Pseudo | None) -> None:
     if config.bad_images == "raise":
         refuse_bad_training_images(task)
     try_out(task, config)
-
-
-def _silent(message: str) -> None:
-    """Only the first process speaks."""
 
 
 def _open_together(
@@ -140,7 +137,7 @@ def provenance_of(competition: Competition, task: Task, recipe: str, found: RawD
         "data": str(found.path.resolve()),
         "data_fingerprint": task.fingerprint,
         "folds_fingerprint": folds.fingerprint(task.data.folds, task.data.ids),
-        "outputs": task.network.outputs if task.network else "",
+        "outputs": task.outputs,
         "code": runs.code_fingerprint(competition.name),
         "command": shlex.join([os.path.relpath(sys.executable), "-m", "common", *sys.argv[1:]]),
         "commit": runs.commit(),
@@ -214,8 +211,7 @@ def finish_page(page: Report, member: Member) -> None:
     run, task, config = member
     kept = read_predictions(run.path, "oof")
     if isinstance(kept, np.ndarray):
-        row_of = {str(name): row for row, name in enumerate(task.data.ids)}
-        rows = np.array([row_of[name] for name in read_ids(run.path, "oof")])
+        rows = row_numbers(run.path, "oof", task.data.ids)
         if (targets := _targets(task, config, rows)) is not None:
             ids = [task.data.ids[row] for row in rows]
             images = lambda places: samples(task.data.valid, rows[places])  # noqa: E731
@@ -227,12 +223,11 @@ def finish_page(page: Report, member: Member) -> None:
 
 def _targets(task: Task, config: Config, rows: np.ndarray) -> np.ndarray | None:
     """The targets of `rows` [m] or [m, columns]; None where they are trees, or maps of pixels."""
-    with Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed) as loader:
-        found = []
-        for batch in loader.epoch(0):
-            if not isinstance(batch.targets, Tensor) or batch.targets.ndim > 2:
-                return None
-            found.append(batch.targets.cpu().numpy())
+    found = []
+    for batch in in_order(task.data.valid, rows, config.batch_size, config.seed):
+        if not isinstance(batch.targets, Tensor) or batch.targets.ndim > 2:
+            return None
+        found.append(batch.targets.cpu().numpy())
     return np.concatenate(found)
 
 
@@ -252,7 +247,9 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     if (tables := [folder / "metrics.csv" for folder in folders])[0].is_file():
         write_text(run.path / "metrics.csv", joined_metrics(tables))
     if read_predictions(folders[0], "oof") is not None:
-        result |= _score(run, task, config, folders)
+        rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
+        join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
+        result |= score_oof(run, task, config, rows)
     if task.fit_predict and len(task.data.test):
         parts = [unpack(read_predictions(folder, "test")) for folder in folders]
         write_predictions(run.path, "test", mean_of(parts), len(task.data.test), task.postprocess.kept)
@@ -261,13 +258,6 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     for folder in folders if task.network else ():
         remove_predictions(folder, "oof")  # the network makes them again if a fold is to be trained again
     run.log(f"{run.path}: {score_line(result)} Trained {result['training_seconds']} s")
-
-
-def _score(run: Run, task: Task, config: Config, folders: list[Path]) -> dict[str, Any]:
-    """oof.npy of the run from those of its folds, what is tuned on them, and what they score."""
-    rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
-    join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
-    return score_oof(run, task, config, rows)
 
 
 def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[str, Any]:
@@ -295,8 +285,8 @@ def join(parts: list[Predictions], folder: Path, rows: int) -> None:
     kept = {leaf: values.dtype.name for leaf, values in leaves(parts[0]).items()}
     with PredictionWriter(folder, "oof", rows, kept) as writer:
         for part in parts:
-            for start in range(0, len(next(iter(leaves(part).values()))), ROWS_AT_ONCE):
-                writer.add_packed({leaf: values[start : start + ROWS_AT_ONCE] for leaf, values in leaves(part).items()})
+            for start in range(0, count_of(part), ROWS_AT_ONCE):
+                writer.add_packed(leaves(part_of(part, slice(start, start + ROWS_AT_ONCE))))
 
 
 def score_kept(
@@ -304,18 +294,16 @@ def score_kept(
 ) -> tuple[Scores, dict[int, Scores]]:
     """The metrics of predictions [m, ...] that were kept for `rows` [m], with what was tuned on them: all, by fold."""
     whole, by_fold, position = Scores(task.metrics, with_errors=True), {}, 0
-    with Loader(task.data.valid, orders.sequential(rows), config.batch_size, seed=config.seed) as loader:
-        for batch in loader.epoch(0):
-            part = slice(position, position + len(batch))
-            kept = rebuilt({leaf: values[part] for leaf, values in leaves(predictions).items()})
-            decisions, targets = decided(task, unpack(kept), batch.targets, tuned)
-            whole.add(decisions, targets)
-            of_fold = task.data.folds[rows[part]]
-            for fold in np.unique(of_fold).tolist():
-                own = torch.from_numpy(np.flatnonzero(of_fold == fold))
-                scores = by_fold.setdefault(fold, Scores(task.metrics))
-                scores.add(*(map_tree(lambda x: x[own.to(x.device)], tree) for tree in (decisions, targets)))  # noqa: B023
-            position += len(batch)
+    for batch in in_order(task.data.valid, rows, config.batch_size, config.seed):
+        part = slice(position, position + len(batch))
+        decisions, targets = decided(task, unpack(part_of(predictions, part)), batch.targets, tuned)
+        whole.add(decisions, targets)
+        of_fold = task.data.folds[rows[part]]
+        for fold in np.unique(of_fold).tolist():
+            own = torch.from_numpy(np.flatnonzero(of_fold == fold))
+            scores = by_fold.setdefault(fold, Scores(task.metrics))
+            scores.add(*(map_tree(lambda x: x[own.to(x.device)], tree) for tree in (decisions, targets)))  # noqa: B023
+        position += len(batch)
     return whole, by_fold
 
 
@@ -334,7 +322,7 @@ def check(competition: Competition, config: Config, recipe: str, data: str | Non
     paths = [*image_paths(task.data.train), *image_paths(task.data.test)]
     check_folder(paths)
     _refuse_unused(competition, task, config, recipe)
-    check_before(task, competition)
+    check_before(task, competition, every_image=False)  # all were read just now
     try_out(task, config)
     images = f"{len(paths)} images" if paths else "no image files, the tables"
     print(f"{competition.name} is in order: {images} of {found.path} can be read")

@@ -6,9 +6,6 @@ search is kept in runs/<competition>/tune.db, so that the same command goes on w
 """
 
 import argparse
-import csv
-import difflib
-import fcntl
 import hashlib
 import math
 import shlex
@@ -28,8 +25,8 @@ from common import config as configs
 from common import run as runs
 from common.competition import Competition
 from common.config import Config
-from common.errors import UserError
-from common.files import read_json
+from common.errors import UserError, did_you_mean
+from common.files import locked, read_json, read_table
 
 SECONDS = 0.5  # between two looks at a trial's curve
 GRACE = 60.0  # seconds that a stopped trial has to end by itself
@@ -48,8 +45,7 @@ def space_of(search: str, config: Config) -> Space:
         name, _, text = part.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
         if name not in vars(config):
-            near = difflib.get_close_matches(name, vars(config), n=1)
-            raise UserError(f"--search {part}: no such setting.{f' Did you mean {near[0]}?' if near else ''}")
+            raise UserError(f"--search {part}: no such setting.{did_you_mean(name, vars(config))}")
         values = text.split("|") if "|" in text else text.removesuffix(":log").split(":")
         for value in values:
             configs.with_flags(config, argparse.Namespace(**{name: value}))
@@ -85,15 +81,10 @@ def tune(competition: Competition, config: Config, recipe: str, search: str, tri
     if trials < 1:
         raise UserError(f"TRIALS={trials}: expected at least 1")
     space, home = space_of(search, config), runs.RUNS / competition.name
-    home.mkdir(parents=True, exist_ok=True)
     given = [f"--recipe={recipe}", *given]
     name = hashlib.sha256(shlex.join([*sorted(given), search]).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with open(home / f"tune-{name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"this search of {competition.name} runs already, in another process") from error
+    with locked(home / f"tune-{name}.lock", f"this search of {competition.name} runs already, in another process"):
         storage = optuna.storages.RDBStorage(f"sqlite:///{home / 'tune.db'}")
         direction = "maximize" if competition.source.higher_is_better else "minimize"
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
@@ -166,12 +157,11 @@ def _stop(child: subprocess.Popen) -> None:
 def _curve(folder: Path) -> Iterator[float]:
     """The metric of every validation so far, fold by fold: it stands behind the validation loss."""
     for table in sorted(folder.glob("fold-*/metrics.csv")):
-        with open(table, newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                names = list(row)
-                metric = row.get(names[names.index("valid_loss") + 1]) if "valid_loss" in names else None
-                if metric and math.isfinite(float(metric)):
-                    yield float(metric)
+        for row in read_table(table):
+            names = list(row)
+            metric = row.get(names[names.index("valid_loss") + 1]) if "valid_loss" in names else None
+            if metric and math.isfinite(float(metric)):
+                yield float(metric)
 
 
 def _tell(study: optuna.Study, competition: str, given: list[str], search: str) -> None:
@@ -203,10 +193,9 @@ def _tell(study: optuna.Study, competition: str, given: list[str], search: str) 
 
 
 def _bars(importance: dict[str, float]) -> Any:
-    from matplotlib.figure import Figure
+    from common.report import subplots
 
-    figure = Figure(figsize=(7, 0.6 + 0.4 * len(importance)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(7, 0.6 + 0.4 * len(importance))
     axes.barh(list(importance)[::-1], list(importance.values())[::-1])
     axes.set_xlabel("part of the variance")
     return figure

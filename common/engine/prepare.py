@@ -63,7 +63,11 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
     largest = max(2, math.isqrt(_layers(model)))
     names = []
     for name, module in list(_blocks(model, "", largest)):
-        names += _wrap_runs(name, module, largest) if _layers(module) > largest else _wrap(name, module)
+        if _layers(module) > largest:
+            names += _wrap_runs(name, module, largest)
+        else:
+            module.forward = _Whole(module)
+            names.append(name)
     if not names:
         raise UserError(
             f"--checkpointing finds no block of 2 to {largest} layers in {type(model).__name__}: give its forward pass "
@@ -109,11 +113,6 @@ def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
     if names:
         sequential.forward = _InRuns(sequential, runs)
     return names
-
-
-def _wrap(name: str, module: nn.Module) -> list[str]:
-    module.forward = _Whole(module)
-    return [name]
 
 
 # Objects, and no closures: a copy or a pickle of the model has them hold its own modules. torch's checkpoint_wrapper

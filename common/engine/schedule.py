@@ -1,7 +1,6 @@
 """Learning rates as pure functions of the step: there is nothing to save, and a resumed run cannot get it wrong."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -13,9 +12,6 @@ def learning_rate_factor(
     total_steps: int,
     schedule: str,
     warmup_fraction: float = 0.0,
-    *,
-    milestones: Sequence[float] = (0.5, 0.75),
-    gamma: float = 0.1,
 ) -> float:
     """The factor on the peak learning rate in optimizer step `step` of 0..total_steps-1.
 
@@ -24,7 +20,7 @@ def learning_rate_factor(
         constant   1
         cosine     half a cosine from 1 towards 0 (Loshchilov and Hutter, 2017)
         linear     straight from 1 towards 0
-        step       times `gamma` at each of `milestones`, fractions of all steps
+        step       a tenth from the middle on, a hundredth in the last quarter
         onecycle   up from 1/25 and down to 1/250000 in half cosines (Smith and Topin, 2018), the peak at the end
                    of `warmup_fraction`: the numbers of torch.optim.lr_scheduler.OneCycleLR
     """
@@ -45,7 +41,7 @@ def learning_rate_factor(
         case "linear":
             return 1.0 - part_done
         case "step":
-            return gamma ** sum(step >= milestone * total_steps for milestone in milestones)
+            return 0.1 ** sum(step >= part * total_steps for part in (0.5, 0.75))
     raise UserError(f"--schedule {schedule}: expected constant, cosine, linear, step or onecycle")
 
 

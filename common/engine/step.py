@@ -6,7 +6,7 @@ The batch value is one of three kinds (common.losses.protocol), and so are the w
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -36,11 +36,13 @@ from common.losses.protocol import (
     kind,
     normaliser,
     weighted_sums,
+    widest,
 )
 
 Result = TypeVar("Result")
 
 NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
+NOBODY = nullcontext()  # watches a step
 SMALL_BYTES = 1 << 18  # of outputs that are kept between the passes of a loss over sums
 WATCH_EVERY = 32  # steps, and the first of every epoch: whether the model draws from Python's generators by now
 
@@ -97,20 +99,18 @@ class Engine:
         graph: bool = False,
     ):
         refuse_collectives(model)
-        self.model, self.loss, self.optimizer, self.ranks = model, loss, optimizer, ranks
+        self.model, self.optimizer, self.ranks = model, optimizer, ranks
         self.device = next(model.parameters()).device
         of_loss = list(loss.to(self.device).parameters()) if isinstance(loss, nn.Module) else []
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = list(dict.fromkeys([*stepped, *model.parameters(), *(p for p in of_loss if p.requires_grad)]))
-        self.kind, self.precision, self.clip_norm = kind(loss), precision, clip_norm
-        self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
+        self.precision, self.clip_norm = precision, clip_norm
         self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision, self.device)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
         self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the batch
-        self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
         self.buffers = memory.Buffers(model)
-        self.loss_buffers = memory.Buffers(loss, apart_from=self.buffers)
+        self._take(loss)
         self.outcomes: Outcomes | None = None  # None: the host looks at every step before the update
         if self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
             self.run_ahead()
@@ -136,20 +136,24 @@ class Engine:
             if any(True for _ in loss.parameters()):
                 raise UserError(f"{loss} has parameters: a loss that takes the place of another must have none")
             loss.to(self.device)
-        self.loss, self.kind, self.single_sum = loss, kind(loss), None
+        self._take(loss)
+
+    def _take(self, loss: Any) -> None:
+        self.loss, self.kind = loss, kind(loss)
+        self.loss_buffers = memory.Buffers(loss, apart_from=self.buffers)
         self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
+        self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
 
     def step(self, batch: Batch, step_number: int) -> StepReport:
         """One optimizer step over the batch. Raises UserError when it is not a finite one, and leaves the weights."""
         return (self.replay.step if self.replay else self.eager_step)(batch, step_number)
 
-    def eager_step(self, batch: Batch, step_number: int, watch: AbstractContextManager | None = None) -> StepReport:
+    def eager_step(self, batch: Batch, step_number: int, watch: AbstractContextManager = NOBODY) -> StepReport:
         def watched(batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
             with watch:
                 return self.prepared(batch)
 
-        work = self.prepared if watch is None else watched
-        value, norm, outcome = self._until_it_fits(batch, step_number, work)
+        value, norm, outcome = self._until_it_fits(batch, step_number, watched)
         if self.outcomes:
             self.update_ahead(step_number)
         else:
@@ -201,7 +205,7 @@ class Engine:
         return held
 
     def _until_it_fits(self, batch: Batch, step_number: int, work: Callable[[Batch], Result]) -> Result:
-        self._new_batch(self._seed_of(step_number))
+        self._new_batch(step_number)
         if not self.limited:
             self.micro_batch = max(self.micro_batch, len(batch))
         self._watching = self._draws or batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
@@ -224,8 +228,8 @@ class Engine:
         self._tell_once(len(batch))
         return result
 
-    def _new_batch(self, seed: int) -> None:
-        self._seed, self._passes, self._failed = seed, 0, False
+    def _new_batch(self, step_number: int) -> None:
+        self._step, self._passes, self._failed = step_number, 0, False
         self._python_state: tuple | None = None  # of Python's generators before they were seeded
         self.buffers.new_batch()
         self.loss_buffers.new_batch()
@@ -247,7 +251,9 @@ class Engine:
         return value, norm, self.outcomes.measured(numbers) if self.outcomes else [float(number) for number in numbers]
 
     def _summed_gradients(self, batch: Batch) -> Tensor:
-        value = WAYS[self.kind](self, batch)
+        in_one_graph = self.kind != "per_sample" and self.fits_whole(batch)
+        value = self._whole(batch) if in_one_graph else WAYS[self.kind](self, batch)
+        self.ranks.sum_gradients(self.parameters, self.together)
         if self.scale.enabled:
             found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             self.together(partial(self.scale.unscale_, found))
@@ -270,7 +276,7 @@ class Engine:
         if self._capturing:
             return
         self._passes += 1
-        self._seed_torch()
+        self.seed_torch(self._step)
         if self._watching:
             self._python_state = self._python_state or (random.getstate(), np.random.get_state())
             self._seed_python()
@@ -279,22 +285,20 @@ class Engine:
 
     def seed_torch(self, step_number: int) -> None:
         """Start torch's generators at the step's key, as every pass does."""
-        self._seed = self._seed_of(step_number)
-        self._seed_torch()
+        seed = self._seed_of(step_number)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times longer
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
+
+    def _seed_python(self) -> None:
+        seed = self._seed_of(self._step)
+        random.seed(seed)
+        np.random.seed(seed)
 
     def _seed_of(self, step_number: int) -> int:
         return (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
-
-    def _seed_torch(self) -> None:
-        torch.default_generator.manual_seed(self._seed)  # torch.manual_seed takes a hundred times longer
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index or 0].manual_seed(self._seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(self._seed)
-
-    def _seed_python(self) -> None:
-        random.seed(self._seed)
-        np.random.seed(self._seed)
 
     def parts(self, batch: Batch, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
         """(inputs, targets, weights, size) of each micro-batch, on the device.
@@ -341,7 +345,7 @@ class Engine:
             total = self._normaliser(batch)
 
         def backward() -> Tensor:
-            slope = self.scale.factor / (total if isinstance(total, float) else divisor(total))
+            slope = self.scale.factor / total
             kept, (known, sent) = [], self._sent
             if isinstance(slope, Tensor) or known != slope:
                 sent = None
@@ -359,10 +363,8 @@ class Engine:
             weights = None if batch.weights is None else self.to_device(batch.weights)
             return weighted_sums(torch.cat(kept) if len(kept) > 1 else kept[0], weights)
 
-        sums = self.together(backward)
-        self.ranks.sum_gradients(self.parameters, self.together)
-        value = self.ranks.sum_(sums)
-        value = self.together(lambda: value / (total if isinstance(total, float) else divisor(total)))
+        value = self.ranks.sum_(self.together(backward))
+        value = self.together(lambda: value / total)
         return value.sum() if value.ndim else value
 
     def _sums(self, batch: Batch) -> Tensor:
@@ -371,31 +373,25 @@ class Engine:
         With a single sum g'(S) is one factor on the whole gradient and comes last; else a first pass finds S.
         Only S is kept between the passes, and outputs of no more than SMALL_BYTES.
         """
-        if self.fits_whole(batch):
-            return self._whole(batch)
         count = self._normaliser(batch)
         if self.single_sum:
-            total = self.together(lambda: self._add_up(batch, self.scale.factor / divisor(count).max(), True))
+            total = self.together(lambda: self._add_up(batch, self.scale.factor / count.max(), True))
             value, slope, direct = self._value_and_slope(total, count)
-            self.together(lambda: self._multiply(slope.reshape(()) * divisor(count).max()))
-            self._add(direct)
-            self.ranks.sum_gradients(self.parameters, self.together)
-            return value
-        total, kept = self.together(partial(self._found_sums, batch))
-        value, slope, direct = self._value_and_slope(total, count)
-        self.single_sum = slope.numel() == 1  # known from now on; the first batch may take two passes all the same
-
-        def backward() -> None:
-            with self.loss_buffers.left_as_they_are():
-                if kept:
-                    self._send_through(batch, kept, self.scale.factor * slope)
-                else:
-                    self._add_up(batch, self.scale.factor * slope, False)
-
-        self.together(backward)
+            self.together(lambda: self._multiply(slope.reshape(()) * count.max()))
+        else:
+            total, kept = self.together(partial(self._found_sums, batch))
+            value, slope, direct = self._value_and_slope(total, count)
+            self.single_sum = slope.numel() == 1  # known from now on; the first batch may take two passes all the same
+            self.together(lambda: self._second_pass(batch, kept, self.scale.factor * slope))
         self._add(direct)
-        self.ranks.sum_gradients(self.parameters, self.together)
         return value
+
+    def _second_pass(self, batch: Batch, kept: list[Kept], slope: Tensor) -> None:
+        with self.loss_buffers.left_as_they_are():
+            if kept:
+                self._send_through(batch, kept, slope)
+            else:
+                self._add_up(batch, slope, False)
 
     def _found_sums(self, batch: Batch) -> tuple[Tensor | None, list[Kept]]:
         """The sums of this rank's samples, and the graphs of the statistics of every micro-batch if outputs are small.
@@ -431,18 +427,17 @@ class Engine:
             if found:
                 send(*zip(*found, strict=True))
 
-    def _add_up(self, batch: Batch, sent: Tensor | None, keep_sums: bool) -> Tensor | None:
-        """A pass that sends `sent` back into the statistics (None: nothing) and returns their sums on this rank."""
+    def _add_up(self, batch: Batch, sent: Tensor, keep_sums: bool) -> Tensor | None:
+        """A pass that sends `sent` back into the statistics and returns their sums on this rank, if asked for."""
         total = None
         self.begin_pass()
-        with torch.set_grad_enabled(sent is not None):
-            for inputs, targets, weights, _ in self.parts(batch):
-                stats = self.loss.stats(self.forward(inputs), targets)
-                if sent is not None and stats.requires_grad:
-                    send([stats], [sent_back(stats, sent, weights)])
-                if keep_sums:
-                    part = weighted_sums(stats.detach(), weights)
-                    total = part if total is None else total + part
+        for inputs, targets, weights, _ in self.parts(batch):
+            stats = self.loss.stats(self.forward(inputs), targets)
+            if stats.requires_grad:
+                send([stats], [sent_back(stats, sent, weights)])
+            if keep_sums:
+                part = weighted_sums(stats.detach(), weights)
+                total = part if total is None else total + part
         return total
 
     def _value_and_slope(self, total: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -456,7 +451,7 @@ class Engine:
             if total is None:
                 return None, []
             leaf = (everything[0] if self.ranks.world == 1 else everything.sum(0)).requires_grad_()
-            value = self.loss.value(leaf, divisor(count))
+            value = self.loss.value(leaf, count)
             slope, *direct = self._slopes(value, [leaf])
             return (value.detach()[None], slope[None]), direct if first == 0 else []
 
@@ -466,8 +461,6 @@ class Engine:
 
     def _whole_batch(self, batch: Batch) -> Tensor:
         """value = L(z_1 ... z_n) without any structure: keep the outputs z, take dL/dz, send it in a second pass."""
-        if self.fits_whole(batch):
-            return self._whole(batch)
         rows: list[bool] = []  # which of the outputs have a row for every sample
 
         def forward() -> dict[str, Tree] | None:
@@ -493,7 +486,6 @@ class Engine:
                 self._send_slopes(batch, slopes, rows, first)
 
         self.together(backward)
-        self.ranks.sum_gradients(self.parameters, self.together)
         return value
 
     def _send_slopes(self, batch: Batch, slopes: list[Tensor | None], rows: list[bool], first: int) -> None:
@@ -533,12 +525,11 @@ class Engine:
         return value.detach()
 
     def _normaliser(self, batch: Batch) -> Tensor:
-        """sum_i w_i m_i over all ranks, [] or [K]."""
+        """sum_i w_i m_i over all ranks, [] or [K], as a divisor."""
 
         def local() -> Tensor:
             loss, device = self.loss, self.device
-            shape = () if columns_of(loss) == 1 else (columns_of(loss),)
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            shape, dtype = () if columns_of(loss) == 1 else (columns_of(loss),), widest(device)
             if batch.weights is None and not has_mass(loss):
                 return torch.full(shape, len(batch), dtype=dtype, device=device)
             if tensors_of(batch.targets)[0].device == device and not self._failed:
@@ -549,7 +540,8 @@ class Engine:
                 total += normaliser(loss, targets, weights)
             return total
 
-        return self.ranks.sum_(self.together(local))
+        total = self.ranks.sum_(self.together(local))
+        return self.together(lambda: divisor(total))
 
     def _slopes(self, value: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
         """The gradient of `value` along the leaves and, after them, along every parameter that it uses itself."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import write_with
 from common.kaggle import ledger
-from common.kaggle.client import told
-from common.kaggle.credentials import Account, find
+from common.kaggle.client import Site
+from common.kaggle.credentials import find
 from common.kaggle.ledger import Row
 from common.kaggle.source import Source
 from common.kaggle.submit import refuse_nowhere
@@ -25,12 +25,12 @@ def board(competition: str, source: Source) -> None:
     refuse_nowhere(competition, source)
     rows, failure, scores, no_rank = ledger.read(competition), None, [], ""
     try:
-        account = find()
-        submissions = ledger.submissions(account, source)[0]
+        site = Site(competition, source, find())
+        submissions = ledger.submissions(site)[0]
         with ledger.changing(competition) as rows:  # read again: a submission may have come in between
             rows[:] = refreshed(rows, submissions)
         try:
-            scores = leaderboard(account, source)
+            scores = leaderboard(site)
         except UserError as error:
             no_rank = str(error)
     except UserError as error:
@@ -56,11 +56,12 @@ def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:
     return sorted([*found, *(one for one in submissions if one.ref not in refs)], key=lambda row: row.time)
 
 
-def leaderboard(account: Account, source: Source) -> list[float]:
+def leaderboard(site: Site) -> list[float]:
     """Public scores of all teams; raises UserError where the leaderboard is not public or cannot be read."""
+    source = site.source
     what = f"reading the leaderboard of {source.slug}"
     with tempfile.TemporaryDirectory() as folder:
-        told(account, source, what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
+        site.told(what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
         try:
             with zipfile.ZipFile(next(Path(folder).glob("*.zip"))) as archive:
                 text = archive.read(archive.namelist()[0]).decode("utf-8-sig")
@@ -100,14 +101,9 @@ def table(rows: list[Row], scores: list[float], source: Source) -> str:
 
 def draw(rows: list[Row], source: Source, path: Path) -> None:
     """A point per submission with a validation score; the diagonal is where validation told the truth."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from common.report import subplots, without_markup
 
-    from common.report import without_markup
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = subplots(7, 6)
     for name, marker in (("public", "o"), ("private", "s")):
         points = [(row.run, _number(row.validation), _number(getattr(row, name))) for row in rows]
         points = [(run, x, y) for run, x, y in points if x is not None and y is not None]

@@ -1,6 +1,5 @@
 """Which submission file is sent (`choose`), and everything that can be known against it before it is (`check`)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
             raise UserError(f"FILE={file} does not exist (submissions: {names}): make predict COMP={competition}")
         digest = sha256(path)
         copies = (one.provenance for one in written if one.provenance["sha256"] == digest)
-        return Candidate(path, _sidecar(path) or next(copies, {}))
+        return Candidate(path, submission.sidecar(path) or next(copies, {}))
     if run:
         found = [candidate for candidate in written if run in (candidate.run, candidate.path.stem)]
         if not found:
@@ -75,18 +74,9 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
 
 def _written(competition: str) -> list[Candidate]:
     """The submissions that the kit wrote, oldest first."""
-    paths = (sidecar.with_suffix(".csv") for sidecar in (SUBMISSIONS / competition).glob("*.json"))
-    found = [Candidate(path, provenance) for path in paths if path.is_file() and (provenance := _sidecar(path))]
+    paths = (file.with_suffix(".csv") for file in (SUBMISSIONS / competition).glob("*.json"))
+    found = [Candidate(path, facts) for path in paths if path.is_file() and (facts := submission.sidecar(path))]
     return sorted(found, key=lambda one: (one.provenance.get("created", ""), one.path.stat().st_mtime_ns))
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    """What the kit wrote beside a submission; {} where there is nothing, or what something else wrote."""
-    try:
-        provenance = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return provenance if isinstance(provenance, dict) and "sha256" in provenance else {}
 
 
 def check(candidate: Candidate, competition: str, module: Competition, data: str | None) -> int:

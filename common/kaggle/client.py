@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UserError
-from common.kaggle.credentials import Account
+from common.kaggle.credentials import Account, find
 from common.kaggle.source import Source
 from common.progress import Progress
 
@@ -121,29 +121,6 @@ def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:
     return watched([*KAGGLE, "-W", *arguments], account, **watching)
 
 
-def told(account: Account, source: Source, what: str, *arguments: str) -> Answer:
-    """Run `kaggle ARGUMENTS`; raises UserError, Transient where that may pass, that says of `what` why it failed."""
-    try:
-        answer = kaggle(account, *arguments)
-    except Silent as error:
-        raise Transient(f"{what}: {error}") from error
-    if answer.status != 0:
-        raise explained(answer, account, source, what)
-    return answer
-
-
-def asked(account: Account, source: Source, what: str, **watching: Any) -> Any:
-    """What asked.py finds out of the competition (`submissions` or `files`); raises UserError when Kaggle fails."""
-    answer = watched([sys.executable, "-P", str(ASKED), what, source.slug], account, **watching)
-    doing = f"listing the {what} of {source.slug}"
-    if answer.status != 0:
-        raise explained(answer, account, source, doing)
-    try:
-        return json.loads(answer.out.strip().splitlines()[-1])
-    except (ValueError, IndexError) as error:
-        raise Transient(f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command") from error
-
-
 def watched(
     command: Sequence[str],
     account: Account,
@@ -226,45 +203,84 @@ def end_orphan(lock: Path) -> bool:
     return True
 
 
-def explained(answer: Answer, account: Account, source: Source, what: str) -> UserError:
-    """The failure as one line with the value, the expectation and the next step."""
-    said, where, rules = answer.last_line, account.where, f"{source.page}/rules"
-    reason = re.search(REASON, said)
-    hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
-    shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""
+@dataclass(frozen=True)
+class Site:
+    """A competition's pages on Kaggle as an account sees them; `competition` is the name of its folder here."""
 
-    def status(number: str) -> str:
-        """As the program writes it; a mere number may count the rows of a submission."""
-        return rf"\b{number} (Client|Server) Error|^\({number}\)"
+    competition: str
+    source: Source
+    account: Account
 
-    cases = (
-        (f"{status('401')}|Authentication required|Unauthorized|Invalid credentials", UserError,
-         f"Kaggle does not accept {where} (401){shadow}. Create a new token at https://www.kaggle.com/settings/api, "
-         "then repeat the same command"),
-        (r"accepts submissions from (notebooks|kernels)", UserError,
-         f"{source.page} takes submissions from notebooks alone: make notebook, with the same COMP= and RUN= and "
-         "ARGS=--submit, pushes one that predicts there, and submits it"),
-        (r"accept\b.*\brules|rules\b.*\baccept|competitions.participate", UserError,
-         f"Kaggle says {said!r}. Open {rules} in a browser, accept the rules as the owner of {where} (for a closed "
-         "competition: Late Submission), then repeat the same command"),
-        (r"No space left on device|Errno 28\b|Disk quota exceeded", UserError,
-         "the disk is full: free some space, then repeat the same command; it goes on there"),
-        (UNREACHABLE, Transient,
-         f"Kaggle cannot be reached ({reason.group() if reason else said[:150]}): check the network, and HTTPS_PROXY "
-         "where there is a proxy, then repeat the same command"),
-        (f"{status('429')}|Too Many Requests", Transient,
-         "Kaggle asks to slow down (429): repeat the same command in some minutes"),
-        (status(r"5\d\d") + "|Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out", Transient,
-         f"Kaggle itself fails ({said}): repeat the same command in some minutes"),
-        (f"{status('403')}|Forbidden|Permission", UserError,
-         f"Kaggle refuses it ({said}). Most often the rules are not accepted: open {rules} in a browser as the owner "
-         f"of {where}, then repeat the same command"),
-        (f"{status('404')}|Not Found", UserError,
-         f"Kaggle does not find it ({said}): check that {source.page} opens in a browser, then repeat the same "
-         "command"),
-        ("", UserError,
-         f"{said}. Repeat the same command; {source.page} shows whether the competition is open"),
-    )  # fmt: skip
-    flags = re.IGNORECASE | re.MULTILINE
-    kind, told = next((kind, told) for pattern, kind, told in cases if re.search(pattern, answer.text, flags))
-    return kind(f"{what}: {told}")
+    @staticmethod
+    def announced(competition: str, source: Source) -> "Site":
+        """With the account that is found, and a line that names it."""
+        site = Site(competition, source, find())
+        print(f"Kaggle account: {site.account.where}")
+        return site
+
+    def told(self, what: str, *arguments: str) -> Answer:
+        """Run `kaggle ARGUMENTS`; raises UserError (Transient where that may pass) that says why `what` failed."""
+        try:
+            answer = kaggle(self.account, *arguments)
+        except Silent as error:
+            raise Transient(f"{what}: {error}") from error
+        if answer.status != 0:
+            raise self.explained(answer, what)
+        return answer
+
+    def asked(self, what: str, **watching: Any) -> Any:
+        """What asked.py finds out of the competition (`submissions` or `files`); raises UserError when Kaggle fails."""
+        answer = watched([sys.executable, "-P", str(ASKED), what, self.source.slug], self.account, **watching)
+        doing = f"listing the {what} of {self.source.slug}"
+        if answer.status != 0:
+            raise self.explained(answer, doing)
+        try:
+            return json.loads(answer.out.strip().splitlines()[-1])
+        except (ValueError, IndexError) as error:
+            raise Transient(
+                f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command"
+            ) from error
+
+    def explained(self, answer: Answer, what: str) -> UserError:
+        """The failure as one line with the value, the expectation and the next step."""
+        account, source, said = self.account, self.source, answer.last_line
+        where, rules = account.where, f"{source.page}/rules"
+        reason = re.search(REASON, said)
+        hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
+        shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""
+
+        def status(number: str) -> str:
+            """As the program writes it; a mere number may count the rows of a submission."""
+            return rf"\b{number} (Client|Server) Error|^\({number}\)"
+
+        cases = (
+            (f"{status('401')}|Authentication required|Unauthorized|Invalid credentials", UserError,
+             f"Kaggle does not accept {where} (401){shadow}. Create a new token at "
+             "https://www.kaggle.com/settings/api, then repeat the same command"),
+            (r"accepts submissions from (notebooks|kernels)", UserError,
+             f"{source.page} takes submissions from notebooks alone: make notebook, with the same COMP= and RUN= and "
+             "ARGS=--submit, pushes one that predicts there, and submits it"),
+            (r"accept\b.*\brules|rules\b.*\baccept|competitions.participate", UserError,
+             f"Kaggle says {said!r}. Open {rules} in a browser, accept the rules as the owner of {where} (for a closed "
+             "competition: Late Submission), then repeat the same command"),
+            (r"No space left on device|Errno 28\b|Disk quota exceeded", UserError,
+             "the disk is full: free some space, then repeat the same command; it goes on there"),
+            (UNREACHABLE, Transient,
+             f"Kaggle cannot be reached ({reason.group() if reason else said[:150]}): check the network, and "
+             "HTTPS_PROXY where there is a proxy, then repeat the same command"),
+            (f"{status('429')}|Too Many Requests", Transient,
+             "Kaggle asks to slow down (429): repeat the same command in some minutes"),
+            (status(r"5\d\d") + "|Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out", Transient,
+             f"Kaggle itself fails ({said}): repeat the same command in some minutes"),
+            (f"{status('403')}|Forbidden|Permission", UserError,
+             f"Kaggle refuses it ({said}). Most often the rules are not accepted: open {rules} in a browser as the "
+             f"owner of {where}, then repeat the same command"),
+            (f"{status('404')}|Not Found", UserError,
+             f"Kaggle does not find it ({said}): check that {source.page} opens in a browser, then repeat the same "
+             "command"),
+            ("", UserError,
+             f"{said}. Repeat the same command; {source.page} shows whether the competition is open"),
+        )  # fmt: skip
+        flags = re.IGNORECASE | re.MULTILINE
+        kind, told = next((kind, told) for pattern, kind, told in cases if re.search(pattern, answer.text, flags))
+        return kind(f"{what}: {told}")

@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 
 from common import archive
 from common.archive import Damaged, Entry
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import locked, require_room
 from common.kaggle import manifest
-from common.kaggle.client import asked, end_orphan, explained, kaggle
-from common.kaggle.credentials import Account, find
+from common.kaggle.client import Site, end_orphan, kaggle
 from common.kaggle.manifest import Manifest
 from common.kaggle.source import Source
 from common.progress import Progress
@@ -31,8 +30,7 @@ FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
 class Job(NamedTuple):
     """A download from Kaggle: by whom, into which folders, and the lock that its programs hold too."""
 
-    source: Source
-    account: Account
+    site: Site
     work: Path
     draft: Path
     lock: IO
@@ -69,7 +67,7 @@ def fetch(
         if there.part == "all":
             _clear(lock)
         if labels_only and (problems := there.damage(home)):
-            print(f"{home}: the label files are whole, others are damaged ({manifest.listed(problems)}): fetch all "
+            print(f"{home}: the label files are whole, others are damaged ({some(problems, by='; ')}): fetch all "
                   f"again with make data COMP={competition}")  # fmt: skip
         else:
             size = sum(file.size for file in there.files.values())
@@ -121,7 +119,7 @@ def _clear(lock: IO) -> None:
 
 def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only: bool) -> bool:
     """Whether the data is what its manifest says. Raises UserError for files that somebody put there by hand."""
-    if there is None and home.is_dir() and (found := sorted(path.name for path in visible(home))):
+    if there is None and (found := sorted(path.name for path in visible(home))):
         raise UserError(
             f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
             f"as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
@@ -129,7 +127,7 @@ def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only
     if there is None or (there.part != "all" and not labels_only):
         return False
     if problems := there.damage(home, source.labels if labels_only else None):
-        print(f"{home} is damaged ({manifest.listed(problems)}): fetching it again")
+        print(f"{home} is damaged ({some(problems, by='; ')}): fetching it again")
     return not problems
 
 
@@ -143,17 +141,15 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
             + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
-    account, draft, work = find() if source.slug else None, _draft(home), Path(lock.name).parent
-    job = Job(source, account, work, draft, lock)
-    if account:
-        print(f"Kaggle account: {account.where}")
+    draft, work = _draft(home), Path(lock.name).parent
+    job = Job(Site.announced(home.name, source), work, draft, lock) if source.slug else None
     elsewhere = f"{source.images.folder}/" if source.images else "\0"
     expected = source.labels if labels_only else [name for name in source.expected if not name.startswith(elsewhere)]
     for last in (False, True):
         shutil.rmtree(draft, ignore_errors=True)
         provenance = source.page
         try:
-            if account is None:
+            if job is None:
                 from common.kaggle import web  # what it needs for https takes longer to import than all the rest
 
                 provenance, files = web.plain(source, work, draft, url, checksum)
@@ -183,14 +179,14 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
     The listing is read, and compared with the free disk space, beside that: image sets have hundreds of pages of it.
     `again` starts afresh, `as_it_is` does not compare the archive with the listing.
     """
-    target, over = job.work / f"{job.source.slug}.zip", threading.Event()
+    target, over = job.work / f"{job.site.source.slug}.zip", threading.Event()
 
     def stop() -> None:
         if over.is_set():
             raise UserError("not needed any more")
 
     with ThreadPoolExecutor(1) as pool:
-        listing = pool.submit(asked, job.account, job.source, "files", stop=stop)
+        listing = pool.submit(job.site.asked, "files", stop=stop)
         try:
             _download(job, target, ["-o"] if again else [], listing)
             files = archive.unpack_into(target, job.draft)
@@ -207,7 +203,7 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
             if name in packed and packed[name] != size
         ]
         if problems:
-            raise Damaged(f"{target.name}: {manifest.listed(problems)} (FORCE=1 keeps it as it is)")
+            raise Damaged(f"{target.name}: {some(problems, by='; ')} (FORCE=1 keeps it as it is)")
     return files
 
 
@@ -216,7 +212,7 @@ def _refuse_what_cannot_end_well(job: Job, listing: Future | None) -> None:
 
     The kaggle program takes a full disk for a broken line, and tries again for a minute.
     """
-    slug, home = job.source.slug, job.work.parent
+    slug, home = job.site.source.slug, job.work.parent
     if shutil.disk_usage(home).free < FULL_BYTES:
         raise UserError(
             f"downloading {slug}: the disk is full ({home}): free some space, then repeat the same command; it goes on "
@@ -237,13 +233,13 @@ def _download(job: Job, target: Path, more: list[str], listing: Future | None = 
         return done
 
     stop = partial(_refuse_what_cannot_end_well, job, listing)
-    command = ("competitions", "download", job.source.slug, "-p", str(job.work), "-q", *more)
+    command = ("competitions", "download", job.site.source.slug, "-p", str(job.work), "-q", *more)
     what = f"downloading {target.name}"
     with Progress(what, unit="MB") as progress:
-        answer = kaggle(job.account, *command, measure=measure, stop=stop, lock=job.lock)
+        answer = kaggle(job.site.account, *command, measure=measure, stop=stop, lock=job.lock)
     if answer.status != 0 or not (target.is_file() or _zip_of(target).is_file()):
         stop()
-        raise explained(answer, job.account, job.source, what)
+        raise job.site.explained(answer, what)
     if list(job.work.glob("*.kaggle-partial")):  # it exits 0 when interrupted, and half a file has its final name
         raise UserError(f"{what}: interrupted: repeat the same command, it goes on where it stopped")
 
@@ -266,7 +262,7 @@ def _label_files(job: Job) -> dict[str, Entry]:
     """Download the label files one by one."""
     job.draft.mkdir(parents=True)
     found: dict[str, Entry] = {}
-    for name in job.source.labels:
+    for name in job.site.source.labels:
         target = job.work / Path(name).name
         _download(job, target, ["-f", name])
         if _zip_of(target).is_file():

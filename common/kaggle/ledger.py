@@ -11,9 +11,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import locked, read_cell, write_csv
-from common.kaggle.client import asked
-from common.kaggle.credentials import Account
-from common.kaggle.source import Source
+from common.kaggle.client import Site
 from common.submission import SUBMISSIONS
 
 LONGEST_MESSAGE = 500  # characters, with the tag
@@ -56,9 +54,9 @@ def tagged(message: str) -> str:
     return message[: LONGEST_MESSAGE - len(tag)] + tag
 
 
-def submissions(account: Account, source: Source) -> tuple[list[Row], int | None]:
+def submissions(site: Site) -> tuple[list[Row], int | None]:
     """The account's submissions at Kaggle, newest first, and how many are left today (None: Kaggle does not say)."""
-    found = asked(account, source, "submissions")
+    found = site.asked("submissions")
     return [Row(**row) for row in found["submissions"]], found["left"]
 
 

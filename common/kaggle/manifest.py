@@ -11,11 +11,10 @@ from itertools import count
 from pathlib import Path
 
 from common.archive import Entry
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import sha256, write_text
 
 NAME = ".manifest.json"
-SHOWN = 3  # so many files are named
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,6 @@ def read(home: Path) -> Manifest | None:
         return None
 
 
-def listed(problems: list[str]) -> str:
-    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return "; ".join(problems[:SHOWN]) + more
-
-
 @contextmanager
 def _placing(home: Path) -> Iterator[None]:
     try:
@@ -129,5 +123,5 @@ def settle(home: Path, kept: str) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         if own:
-            print(f"{before} takes the files in {home} that make data has not brought: {listed(sorted(own))}")
+            print(f"{before} takes the files in {home} that make data has not brought: {some(sorted(own), by='; ')}")
         shutil.rmtree(aside)

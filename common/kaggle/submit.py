@@ -8,8 +8,7 @@ from common.errors import UserError
 from common.files import sha256
 from common.kaggle import candidate as candidates
 from common.kaggle import ledger
-from common.kaggle.client import Transient, go_on_with, told, until
-from common.kaggle.credentials import Account, find
+from common.kaggle.client import Site, Transient, go_on_with, until
 from common.kaggle.ledger import FAILED, SCORED
 from common.kaggle.source import Source
 from common.run import now
@@ -51,11 +50,10 @@ def submit(
         validation="" if candidate.score is None else str(candidate.score),
         message=ledger.tagged(message or ", ".join(filter(None, described))),
     )
-    account = find()
-    print(f"Kaggle account: {account.where}")
+    site = Site.announced(competition, source)
     print(f"{candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score and ', '}{score}")
     column = "" if force else "sha256"
-    if before := deliver(competition, account, source, ["-f", str(candidate.path)], row, column, wait, poll):
+    if before := deliver(site, ["-f", str(candidate.path)], row, column, wait, poll):
         doubt = "" if before.ref else f"; make board COMP={competition} shows whether it arrived"
         raise UserError(
             f"{candidate.path} was sent before ({before.time}, {before.status} {before.public or '-'}{doubt}): sending "
@@ -69,14 +67,7 @@ def refuse_nowhere(competition: str, source: Source) -> None:
 
 
 def deliver(
-    competition: str,
-    account: Account,
-    source: Source,
-    arguments: Sequence[str],
-    row: ledger.Row,
-    column: str,
-    wait: float,
-    poll: float,
+    site: Site, arguments: Sequence[str], row: ledger.Row, column: str, wait: float, poll: float
 ) -> ledger.Row | None:
     """Send with the kaggle program's `arguments`, wait for the score, keep the ledger up to date, print the scores.
 
@@ -84,9 +75,10 @@ def deliver(
     leaves it only when nothing was submitted for certain: otherwise the file is not sent again unasked. Raises
     UserError when it did not arrive or could not be scored.
     """
+    competition, source = site.competition, site.source
     if before := ledger.newest(ledger.read(competition), column, row):
         return before
-    left = ledger.submissions(account, source)[1]
+    left = ledger.submissions(site)[1]
     if left == 0:
         raise UserError(f"no submission to {source.slug} is left today: repeat the same command after midnight UTC")
     name = Path(row.file).name
@@ -95,26 +87,20 @@ def deliver(
     if before := ledger.claim(competition, row, column):
         return before
     what, failure, said, arrived = f"submitting {name}", None, "", False
-    command = (
-        "competitions",
-        "submit",
-        source.slug,
-        *arguments,
-        f"--message={row.message}",
-    )  # it may start with a dash
+    message = f"--message={row.message}"  # one word, as it may start with a dash
     with go_on_with(f"make board COMP={competition}"):  # as long as it may have arrived
         try:
-            answer = told(account, source, what, *command)
+            answer = site.told(what, "competitions", "submit", source.slug, *arguments, message)
             said = "; ".join(line for line in answer.out.splitlines() if line.strip())[:300]
             arrived = "Successfully submitted" in answer.text
         except UserError as error:
             failure = error
         # The program exits 0 when the upload fails. A line may break after the file has left: only the list can tell.
         if not arrived and (failure is None or isinstance(failure, Transient)):
-            look = lambda: row.listed(ledger.submissions(account, source)[0])  # noqa: E731
+            look = lambda: row.listed(ledger.submissions(site)[0])  # noqa: E731
             arrived = until(look, f"looking for {name}", LISTED_TRIES * poll, poll)
         if arrived:
-            return _follow(competition, account, source, row, wait, poll)
+            return _follow(site, row, wait, poll)
     ledger.put(competition, row, remove=True)
     if isinstance(failure, Transient):
         raise UserError(f"{failure}. It did not arrive: Kaggle does not list it") from failure
@@ -124,13 +110,13 @@ def deliver(
     )
 
 
-def _follow(competition: str, account: Account, source: Source, row: ledger.Row, wait: float, poll: float) -> None:
+def _follow(site: Site, row: ledger.Row, wait: float, poll: float) -> None:
     """Wait until the submission is listed and scored, and write down and print what Kaggle says."""
-    name, looks = Path(row.file).name, 0
+    competition, source, name, looks = site.competition, site.source, Path(row.file).name, 0
 
     def look() -> bool:
         nonlocal row, looks
-        listed, looks = row.listed(ledger.submissions(account, source)[0]), looks + 1
+        listed, looks = row.listed(ledger.submissions(site)[0]), looks + 1
         if listed:
             row = listed
             ledger.put(competition, row)  # at once: interrupted now, nothing of it is lost

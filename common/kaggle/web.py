@@ -1,6 +1,5 @@
 """Data that is not on Kaggle, by plain downloads over HTTPS: resumed, bounded, checked against a checksum."""
 
-import csv
 import errno
 import hashlib
 import heapq
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 
 from common.archive import SPARE_BYTES, Entry, copy_into, unpack_into
 from common.errors import UserError
-from common.files import WRITE_ERRORS, not_written, require_room
+from common.files import WRITE_ERRORS, not_written, read_table, require_room
 from common.kaggle.client import patience
 from common.kaggle.credentials import hide_addresses
 from common.kaggle.source import Images, Source
@@ -173,8 +172,7 @@ def fetch_images(home: Path, images: Images, count: int) -> None:
     Raises UserError for those that cannot be read, at once when many in a row all fail, for the network is down then,
     and when the disk is full or cannot be written.
     """
-    with open(home / images.ids_file, newline="", encoding="utf-8") as stream:
-        ids = {row[images.ids_column] for row in csv.DictReader(stream)}
+    ids = {row[images.ids_column] for row in read_table(home / images.ids_file)}
     chosen = heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(name.encode()).digest())
     folder, label = home / images.folder, f"images of {urlsplit(images.url).netloc}"
     folder.mkdir(exist_ok=True)

@@ -87,13 +87,13 @@ def kept_global_state() -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
-def held_generators(root: Any, name: str = "dataset") -> list[tuple[str, Any]]:
-    """Every generator or albumentations transform reachable from `root`, with its path ("dataset.noise[2].rng").
+def held_generators(dataset: Any) -> list[tuple[str, Any]]:
+    """Every generator or albumentations transform reachable from the dataset, with its path ("dataset.noise[2].rng").
 
     Looks into attributes, containers, partials, bound methods and, for functions outside of installed libraries,
     their closures, defaults and the variables that they name, of their own module and of those they import.
     """
-    found, seen, waiting = [], {}, [(name, root)]
+    found, seen, waiting = [], {}, [("dataset", dataset)]
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, LEAVES) or id(value) in seen or any(value is known for known in GLOBAL_GENERATORS):

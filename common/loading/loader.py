@@ -22,18 +22,23 @@ import numpy as np
 import torch
 
 from common.batch import Batch, Tree, map_tree
-from common.errors import UserError
 from common.loading.binding import refuse_generators
 from common.loading.checks import CHECKED_BATCHES, CHECKED_SAMPLES, check_batch, compare_samples
 from common.loading.collate import as_tensors
 from common.loading.keys import Keys
 from common.loading.mixing import mix_pairs
-from common.loading.orders import Order, Plan, shard
+from common.loading.orders import Order, Plan, Rows, sequential, shard
 from common.loading.stream import Stream, Workers
 from common.loading.transfer import beside, to_card
 from common.loading.worker import CheckKey, PieceKey, Reader, joined
 
 SAMPLES_AT_ONCE = 1024  # of small batches that are made on a card: their kernels cost more to start than to run
+
+
+def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: Any) -> Iterator[Batch]:
+    """The batches of `rows`, once and as they follow each other, made in this process; `settings` are the Loader's."""
+    with Loader(dataset, sequential(rows), batch_size, seed=seed, **settings) as loader:
+        yield from loader.epoch(0)
 
 
 class Loader:
@@ -57,7 +62,6 @@ class Loader:
         epochs: int | None = None,
         rank: int = 0,
         world: int = 1,
-        keep_tail: bool = True,
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
         device: torch.device | str | None = None,
         bad_images: Literal["raise", "skip"] = "raise",
@@ -66,7 +70,7 @@ class Loader:
     ):
         self.order, self.batch_size, self.seed = order, batch_size, seed
         self.epochs = math.inf if epochs is None else epochs
-        self.rank, self.world, self.keep_tail, self.mix, self.log = rank, world, keep_tail, mix, log
+        self.rank, self.world, self.mix, self.log = rank, world, mix, log
         self.device = torch.device(device or "cpu")
         self.in_batches = hasattr(dataset, "batch")
         self._skipped: dict[int, str] = {}
@@ -77,10 +81,8 @@ class Loader:
         on_card = self.in_batches and self.device.type != "cpu"
         self._batches_at_once = max(1, SAMPLES_AT_ONCE // batch_size) if on_card else 1
         self.dataset = dataset.to(self.device) if on_card and hasattr(dataset, "to") else dataset
-        self.batches_per_epoch, samples = len(self._bounds(0)) - 1, len(self._plan(0).index)
-        if not self.batches_per_epoch:
-            raise UserError(f"{samples} samples give no batch of {batch_size}: keep the tail or lower --batch-size")
-        self.workers = 0 if self.in_batches else min(workers, samples)
+        self.batches_per_epoch = len(self._bounds(0)) - 1
+        self.workers = 0 if self.in_batches else min(workers, len(self._plan(0).index))
         self._workers = Workers(Reader(dataset, seed, bad_images == "skip"), self.workers, start_method, log)
 
     @property
@@ -109,7 +111,7 @@ class Loader:
         return self._planned[1]
 
     def _bounds(self, epoch: int) -> np.ndarray:
-        return self._plan(epoch).bounds(self.batch_size, self.keep_tail)
+        return self._plan(epoch).bounds(self.batch_size)
 
     def _keys(self, epoch: int, start: int) -> Iterator[PieceKey]:
         """A key for every batch: all of this rank's samples in one piece."""

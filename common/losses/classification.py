@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses.missing import filled, known, masked_mean, sample_mean, share
-from common.losses.overlap import overlap_loss, overlap_sums, sigmoid_pair
+from common.losses.missing import OfEntries, filled, known, masked_mean, sample_mean, share
+from common.losses.overlap import mean_of_present, overlap_loss, overlap_sums, sigmoid_pair
 from common.losses.protocol import Kind, full_precision, most_precise
 
 NO_CLASS = -(2**31)  # torch ignores -100 unless it is told to ignore something else
@@ -104,7 +104,7 @@ class BCE(nn.Module):
 
 
 @dataclass(frozen=True)
-class Focal:
+class Focal(OfEntries):
     """a t (1-p)^g (-log p) + (1-a)(1-t) p^g (-log(1-p)), p = sigmoid(z) (Lin et al. 2017). Per sample.
 
     outputs, targets [B, ...], the mean over entries; alpha None leaves both factors a out. NaN targets weigh nothing.
@@ -114,20 +114,13 @@ class Focal:
     gamma: float = 2.0
     alpha: float | None = None
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs, mask = full_precision(outputs), known(targets)
-        if outputs.shape != targets.shape:
-            raise ValueError(f"outputs {list(outputs.shape)} and targets {list(targets.shape)} differ in shape")
-        targets = filled(targets, mask, outputs.dtype)
+    def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
         log_p, log_rest = F.logsigmoid(outputs), F.logsigmoid(-outputs)
         positive = -targets * (self.gamma * log_rest).exp() * log_p
         negative = -(1 - targets) * (self.gamma * log_p).exp() * log_rest
         if self.alpha is not None:
             positive, negative = self.alpha * positive, (1 - self.alpha) * negative
-        return masked_mean(positive + negative, mask)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+        return positive + negative
 
 
 @dataclass(frozen=True)
@@ -160,11 +153,8 @@ class SoftFBeta:
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         if self.average == "micro":
             return self._loss(sums[None])[0]
-        loss = self._loss(sums[None])[0]  # [C]
-        if not self.present_only:
-            return loss.mean()
-        present = (sums[2] > 0).to(loss)
-        return (loss * present).sum() / present.sum().clamp(min=1)
+        losses = self._loss(sums[None])[0]  # [C]
+        return mean_of_present(losses, sums[2] > 0) if self.present_only else losses.mean()
 
     def _loss(self, sums: Tensor) -> Tensor:
         square = self.beta**2

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.losses.protocol import most_precise
+from common.losses.protocol import full_precision, most_precise
 
 
 def sample_mean(values: Tensor) -> Tensor:
@@ -36,3 +36,16 @@ def filled(targets: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Targets in the type of the outputs, 0 outside the mask. [B, ...]"""
     targets = targets.to(dtype)
     return targets if mask is None else torch.where(mask, targets, 0.0)
+
+
+class OfEntries:
+    """A loss that is the mean of `entries(outputs, targets) -> [B, ...]` over the entries whose targets are known."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs, mask = full_precision(outputs), known(targets)
+        if outputs.shape != targets.shape:
+            raise ValueError(f"outputs {list(outputs.shape)} and targets {list(targets.shape)} differ in shape")
+        return masked_mean(self.entries(outputs, filled(targets, mask, outputs.dtype)), mask)
+
+    def mass(self, targets: Tensor) -> Tensor:
+        return share(known(targets), targets)

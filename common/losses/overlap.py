@@ -44,3 +44,8 @@ def overlap_loss(sums: Tensor, false_positive: float, false_negative: float, smo
     total = hits + false_positive * (predicted - hits) + false_negative * (wanted - hits) + smooth
     empty = total < torch.finfo(total.dtype).tiny
     return torch.where(empty, 0.0, 1 - (hits + smooth) / torch.where(empty, 1.0, total))
+
+
+def mean_of_present(losses: Tensor, present: Tensor) -> Tensor:
+    """The mean over the classes that are present, 0 where none is. [..., C] -> [...]"""
+    return (losses * present).sum(-1) / present.sum(-1).clamp(min=1)

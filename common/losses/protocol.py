@@ -80,9 +80,13 @@ def full_precision(outputs: Tensor) -> Tensor:
     return outputs.float() if outputs.itemsize < 4 and outputs.is_floating_point() else outputs
 
 
-def most_precise(values: Tensor) -> Tensor:
+def widest(device: torch.device) -> torch.dtype:
     """float64, or float32 on the one device that has no more."""
-    return values.float() if values.device.type == "mps" else values.double()
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def most_precise(values: Tensor) -> Tensor:
+    return values.to(widest(values.device))
 
 
 def columns_of(loss: Loss) -> int:
@@ -115,7 +119,7 @@ def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
     No matrix product: autocast would run it in half precision.
     """
     if weights is None:
-        return values.sum(0, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+        return values.sum(0, dtype=widest(values.device))
     values = most_precise(values)
     return (values * weights.to(values).reshape(-1, *[1] * (values.ndim - 1))).sum(0)
 

@@ -5,54 +5,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.losses.missing import filled, known, masked_mean, share
-from common.losses.protocol import full_precision
-
-
-def _pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs and targets [B, ...] in one dtype with missing targets 0, and the mask of the known ones."""
-    outputs, mask = full_precision(outputs), known(targets)
-    if outputs.shape != targets.shape:
-        raise ValueError(f"outputs {list(outputs.shape)} and targets {list(targets.shape)} differ in shape")
-    return outputs, filled(targets, mask, outputs.dtype), mask
+from common.losses.missing import OfEntries
 
 
 @dataclass(frozen=True)
-class MAE:
+class MAE(OfEntries):
     """|y - t|, the mean over entries. Per sample. outputs, targets [B, ...]."""
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs, targets, mask = _pair(outputs, targets)
-        return masked_mean((outputs - targets).abs(), mask)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+    def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs()
 
 
 @dataclass(frozen=True)
-class MSE:
+class MSE(OfEntries):
     """(y - t)^2, the mean over entries. Per sample. outputs, targets [B, ...]."""
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs, targets, mask = _pair(outputs, targets)
-        return masked_mean((outputs - targets).square(), mask)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+    def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square()
 
 
 @dataclass(frozen=True)
-class RMSE:
+class RMSE(MSE):
     """sqrt(mean (y - t)^2), the mean over all known entries of the batch. One sum, so one pass.
 
     outputs, targets [B, ...]. The square root has slope 0, not infinity, where every error is 0.
     """
 
     def stats(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return MSE()(outputs, targets)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+        return self(outputs, targets)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         some = (sums != 0) & (count != 0)
@@ -60,7 +40,7 @@ class RMSE:
 
 
 @dataclass(frozen=True)
-class ClippedMAE:
+class ClippedMAE(OfEntries):
     """min(|y - t|, limit), the mean over entries (KDD Cup 2018, J.-F. Puget). Per sample. outputs, targets [B, ...].
 
     Errors beyond the limit have no gradient: scale the targets so that most are within, or prefer LogSMAPE.
@@ -68,16 +48,12 @@ class ClippedMAE:
 
     limit: float = 1.0
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs, targets, mask = _pair(outputs, targets)
-        return masked_mean((outputs - targets).abs().clamp(max=self.limit), mask)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+    def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().clamp(max=self.limit)
 
 
 @dataclass(frozen=True)
-class SMAPE:
+class SMAPE(OfEntries):
     """2 |y - t| / (|y| + |t|), from 0 to 2, the mean over entries (KDD Cup 2018). Per sample. Both are [B, ...].
 
     0/0 is 0 with gradient 0. For an output of the wrong sign, and for every output when t = 0, the formula is the
@@ -87,28 +63,19 @@ class SMAPE:
 
     floor: float = 0.0
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs, targets, mask = _pair(outputs, targets)
+    def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
         below = (outputs.abs() + targets.abs()).clamp(min=self.floor)
         empty = below < torch.finfo(below.dtype).tiny  # a denormal denominator would have an infinite slope
-        values = torch.where(empty, 0.0, 2 * (outputs - targets).abs() / torch.where(empty, 1.0, below))
-        return masked_mean(values, mask)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+        return torch.where(empty, 0.0, 2 * (outputs - targets).abs() / torch.where(empty, 1.0, below))
 
 
 @dataclass(frozen=True)
-class LogSMAPE:
+class LogSMAPE(OfEntries):
     """2 tanh(|d| / 2), d = y - t with y and t logarithms: the SMAPE of exp y and exp t, exactly. Per sample.
 
     outputs, targets [B, ...], the mean over entries; log1p of counts gives the SMAPE of the counts plus one. No 0/0,
     no dead zone in the sign, and a slope which fades as exp(-|d|) for outliers.
     """
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs, targets, mask = _pair(outputs, targets)
-        return masked_mean(2 * ((outputs - targets).abs() / 2).tanh(), mask)
-
-    def mass(self, targets: Tensor) -> Tensor:
-        return share(known(targets), targets)
+    def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 2 * ((outputs - targets).abs() / 2).tanh()

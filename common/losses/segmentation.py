@@ -9,7 +9,7 @@ from torch import Tensor
 from common.losses.classification import BCE
 from common.losses.combine import Combined, Weighted
 from common.losses.missing import filled, known
-from common.losses.overlap import IGNORED, overlap_loss, overlap_sums, sigmoid_pair, softmax_pair
+from common.losses.overlap import IGNORED, mean_of_present, overlap_loss, overlap_sums, sigmoid_pair, softmax_pair
 from common.losses.protocol import Kind, full_precision
 
 
@@ -50,10 +50,7 @@ class Tversky:
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         losses = self._losses(sums[None])[0]  # [C]
-        if not self.present_only:
-            return losses.mean()
-        present = sums[2] > 0
-        return (losses * present).sum() / present.sum().clamp(min=1)
+        return mean_of_present(losses, sums[2] > 0) if self.present_only else losses.mean()
 
     def mass(self, targets: Tensor) -> Tensor:
         if self.average == "batch" or not self.present_only:
@@ -146,9 +143,7 @@ class LovaszSoftmax:
         measure = pixel_measure(probabilities, mask, weights)
         errors = (hot - probabilities).abs()
         losses, present = lovasz(*(_pixels(part, self.per_image) for part in (errors, hot, measure)))
-        if not self.present_only:
-            return losses.mean(-1)
-        return (losses * present).sum(-1) / present.sum(-1).clamp(min=1)
+        return mean_of_present(losses, present) if self.present_only else losses.mean(-1)
 
 
 def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:

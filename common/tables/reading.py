@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from common.archive import DAMAGED
-from common.errors import UserError
+from common.errors import UserError, some
 from common.raw import RawData
 from common.tables.columns import NO_NUMBER, Column, as_column
 
@@ -38,21 +38,18 @@ def read(
     header: bool = True,
     blank_lines: bool = True,
     lines: bool = False,
-    contents: bytes | None = None,
 ) -> pd.DataFrame:
     """The CSV `name` of the data with the `columns` it must have, in their order, and what they hold.
 
     `id` is a column whose cells differ from each other. Other columns of the file are kept behind these, with the types
     that pandas finds, dropped, or refused together with another order. Without a `header` the columns are named by
     their places. Blank lines are passed over, or refused. With `lines` the index says in which line a row begins.
-    `contents` is the file where it has been read already.
 
     Accepts a byte order mark, UTF-16 with one, any line ends, quotes, and a comma at the end of every row. Raises
     UserError naming file, line, column and value of the first fault: no row, columns that are missing or there twice,
     cells too few or too many, a text among numbers, NaN, infinite, out of range, blank, or an id that is there twice.
     """
-    options = {"others": others, "header": header, "blank_lines": blank_lines, "lines": True, "contents": contents}
-    found = list(parts(raw, name, columns, **options))
+    found = list(parts(raw, name, columns, others=others, header=header, blank_lines=blank_lines))
     again = _File(raw, name).again
     if not found:
         raise UserError(f"{raw.path}/{name} has no rows: {again}")
@@ -75,13 +72,11 @@ def parts(
     others: Others = "keep",
     header: bool = True,
     blank_lines: bool = True,
-    lines: bool = False,
-    contents: bytes | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """The rows of `read` in pieces of about BYTES_AT_ONCE, for files larger than the memory; ids are not compared."""
+    """The rows of `read` by their lines, in pieces of BYTES_AT_ONCE: of files larger than the memory; any ids."""
     wanted = {column: as_column(kind) for column, kind in (columns or {}).items()}
     file = _File(raw, name, wanted, others, blank_lines)
-    with raw.open(name) if contents is None else io.BytesIO(contents) as stream:
+    with raw.open(name) as stream:
         at_once = -1 if others == "keep" else BYTES_AT_ONCE  # pandas must see a whole column to find its type
         line, names = 1, None if header else list(wanted)
         for block in _blocks(file, stream, at_once):
@@ -91,7 +86,7 @@ def parts(
             if block:
                 frame = file.frame(block, names, line)
                 if len(frame):
-                    yield frame if lines else frame.reset_index(drop=True)
+                    yield frame
             line += block.count(b"\n")
         if names is None:
             file.header(b"")
@@ -321,9 +316,8 @@ def _plain(name: str) -> str:
     return name.strip().strip("'\"").casefold().replace(" ", "").replace("_", "")
 
 
-def _some(names: list[str], shown: int = 3) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{', '.join(_shown(name) for name in names[:shown])}{rest}" or "none"
+def _some(names: list[str]) -> str:
+    return some(list(map(_shown, names))) or "none"
 
 
 def _shown(name: str) -> str:

@@ -52,9 +52,7 @@ def input_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (tuple(published.mean), tuple(published.std)) if published and len(published.mean) == 3 else IMAGENET
 
 
-def timm_backbone(
-    name: str, size: tuple[int, int], channels: int = 3, flag: str = "--backbone"
-) -> tuple[nn.Module, int]:
+def timm_backbone(name: str, size: tuple[int, int], channels: int = 3) -> tuple[nn.Module, int]:
     """A model of timm for images of `size`, from scratch, and the number of pooled features that it gives to a head.
 
     `num_features` is another number where a hidden layer follows, so an image is passed through. Raises UserError when
@@ -62,7 +60,7 @@ def timm_backbone(
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"{flag} {name}: expected a model of timm, such as {', '.join(near) or 'resnet18'}")
+        raise UserError(f"--backbone {name}: expected a model of timm, such as {', '.join(near) or 'resnet18'}")
     create = partial(timm.create_model, name, pretrained=False, num_classes=0, in_chans=channels)
     try:
         try:
@@ -76,8 +74,8 @@ def timm_backbone(
     except Exception as error:  # whatever a library raises on sizes that its layers do not fit
         usual = ",".join(map(str, timm.get_pretrained_cfg(name).input_size[1:]))
         raise UserError(
-            f"{flag} {name} does not take images of --size {size[0]},{size[1]} ({_reason(error)}): it was made for "
-            f"--size {usual}; give that, or another {flag}"
+            f"--backbone {name} does not take images of --size {size[0]},{size[1]} ({_reason(error)}): it was made for "
+            f"--size {usual}; give that, or another --backbone"
         ) from error
     spare_single_values(backbone)
     return backbone.train(), width

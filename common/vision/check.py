@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import compress
 from os import PathLike
@@ -77,13 +77,9 @@ def _looks_odd(path: str | PathLike) -> bool:
 
 def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImage]:
     """Every image of `paths` that cannot be read or is damaged, in their order; reads all, behind a progress bar."""
-    return [error for error in _problems(paths, show) if error]
-
-
-def _problems(paths: Sequence[str | PathLike], show: bool) -> Iterator[BadImage | None]:
     with ProcessPoolExecutor(initializer=_start) as pool:
         found = pool.map(_problem, range(len(paths)), paths, chunksize=8)
-        yield from progress(found, "checking", len(paths), "images", show)
+        return [error for error in progress(found, "checking", len(paths), "images", show) if error]
 
 
 def _start() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, some
 from common.raw import files_under
 from common.vision.decode import Image
 
@@ -89,11 +89,6 @@ def channels_of(
     names = [f"{name}_{channel}" for name in ids for channel in channels]
     paths = iter(images_of(folder, names, table, again, [line for line in lines for _ in channels], lenient))
     return list(zip(*[paths] * len(channels), strict=True))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def files_of(images: Iterable[Image]) -> Iterator[Path]:

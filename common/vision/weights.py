@@ -21,11 +21,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, some
 from common.raw import files_under
 from common.vision.backbones import Extra
-from common.vision.find import some
 
+FLAG = "--encoder-weights"
 REACHABLE_SECONDS = 15.0  # to answer once; a download that then stalls is tried again after as many seconds
 FILES = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")  # what trainers keep weights under
@@ -58,8 +58,7 @@ def start_from(
     weights: str,
     fetch: Callable[[], nn.Module],
     *,
-    flag: str = "--encoder-weights",
-    scratch: str = "--encoder-weights none",
+    scratch: str = f"{FLAG} none",
     extra: Extra = "mean",
 ) -> str:
     """Put `weights` ("imagenet", "none" or a path) into a fresh network; `fetch` makes one with the published weights.
@@ -71,21 +70,19 @@ def start_from(
     """
     if weights == "none":
         return f"{name} starts from scratch"
-    if weights == "imagenet":
-        found = _published(fetch, f"{flag} imagenet", name, flag, scratch).state_dict()
-    else:
-        found = read(Path(weights).expanduser(), flag)
+    published = weights == "imagenet"
+    found = _published(fetch, name, scratch).state_dict() if published else read(Path(weights).expanduser())
     own = network.state_dict()
     places = match(own, found, extra)
     missing = [key for key in own if key not in places and not key.endswith(UNTRAINED)]
     if not places:
         raise UserError(
-            f"{flag} {weights}: nothing in it is of {name} (it has {some(list(found))}; expected {some(list(own))}): "
+            f"{FLAG} {weights}: nothing in it is of {name} (it has {some(list(found))}; expected {some(list(own))}): "
             f"give weights of that network, or {scratch}"
         )
     if missing:
         raise UserError(
-            f"{flag} {weights} fills {len(places)} of the {len(own)} tensors of {name}, and {some(missing)} would stay "
+            f"{FLAG} {weights} fills {len(places)} of the {len(own)} tensors of {name}, and {some(missing)} would stay "
             f"random: give weights of that very network (and size, for a transformer), or {scratch}"
         )
     network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
@@ -93,7 +90,7 @@ def start_from(
     return f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else "")
 
 
-def read(path: Path, flag: str = "--encoder-weights") -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of the only such file in a folder, by their names; raises UserError without any."""
     if path.is_dir():
         there = sorted(path / name for name in files_under(path))
@@ -101,8 +98,8 @@ def read(path: Path, flag: str = "--encoder-weights") -> dict[str, Tensor]:
         files = [file for file in files if file.suffix == files[0].suffix]  # the first kind: safetensors before others
         if not files or len(files) > 1 and not all("-of-" in file.name for file in files):  # one, or parts of one
             found = some([str(file.relative_to(path)) for file in files]) or "none"
-            raise UserError(f"{flag} {path}: expected one file of {', '.join(FILES)} in this folder, found {found}")
-        return {key: tensor for file in files for key, tensor in read(file, flag).items()}
+            raise UserError(f"{FLAG} {path}: expected one file of {', '.join(FILES)} in this folder, found {found}")
+        return {key: tensor for file in files for key, tensor in read(file).items()}
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -110,18 +107,18 @@ def read(path: Path, flag: str = "--encoder-weights") -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(
-            f"{flag} {path} cannot be read ({error.strerror or error}): expected imagenet, none, or a file of weights"
+            f"{FLAG} {path} cannot be read ({error.strerror or error}): expected imagenet, none, or a file of weights"
         ) from error
     except Exception as error:  # what unpickling raises depends on the damage; torch advises to run the file's code
         raise UserError(
-            f"{flag} {path} holds no weights that can be read without running code ({type(error).__name__}): expected "
+            f"{FLAG} {path} holds no weights that can be read without running code ({type(error).__name__}): expected "
             f"a whole {' or '.join(FILES)} file of tensors"
         ) from error
     while isinstance(found, dict) and not any(isinstance(value, Tensor) for value in found.values()):
         inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
         found = (inner or [value for value in found.values() if isinstance(value, dict)] or [None])[0]
     if not isinstance(found, dict):
-        raise UserError(f"{flag} {path} holds no tensors with names: expected a state_dict")
+        raise UserError(f"{FLAG} {path} holds no tensors with names: expected a state_dict")
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -198,7 +195,7 @@ def fitted(source: Tensor, own: Tensor, extra: Extra = "mean") -> Tensor | None:
     return torch.cat((source, more[:, None].expand(-1, channels - 3, -1, -1)), dim=1)
 
 
-def _published(fetch: Callable[[], nn.Module], what: str, name: str, flag: str, scratch: str) -> nn.Module:
+def _published(fetch: Callable[[], nn.Module], name: str, scratch: str) -> nn.Module:
     try:
         with _quiet(), _cache_only_unless_reachable():
             return fetch()
@@ -207,9 +204,9 @@ def _published(fetch: Callable[[], nn.Module], what: str, name: str, flag: str, 
     except Exception as error:  # each generation of the hub's library fails with errors of another network library
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{what}: those of {name} are not in the cache and cannot be fetched ({reason[0][:120]}): connect to the "
-            f"network, or set HF_HOME to a folder that holds them, or give a file that does, {flag} PATH, or train "
-            f"from scratch with {scratch}"
+            f"{FLAG} imagenet: those of {name} are not in the cache and cannot be fetched ({reason[0][:120]}): connect "
+            f"to the network, or set HF_HOME to a folder that holds them, or give a file that does, {FLAG} PATH, or "
+            f"train from scratch with {scratch}"
         ) from error
 
 

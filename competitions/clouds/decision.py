@@ -106,8 +106,14 @@ def to_tuned(rules: list[Rule], force: bool, presence: str = "head") -> dict[str
     return {"rules": rules_of, "presence": presence, "force_best": force}
 
 
+def dice_of_masks(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The competition's Dice of bool [..., H, W]: float64 [...], 1 where both are empty."""
+    both, total = (masks & truth).sum((-2, -1)), masks.sum((-2, -1)) + truth.sum((-2, -1))
+    return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+
+
 def dice(masks: Tensor, truth: Tensor) -> Tensor:
-    """The competition's Dice of uint8 masks [B, 4, H, W]: float64 [B, 4], 1 where both are empty."""
+    """`dice_of_masks` uint8 masks [B, 4, H, W] on their device: float64 [B, 4]."""
     both = (masks & truth).flatten(2).sum(2).double()
     total = masks.flatten(2).sum(2).double() + truth.flatten(2).sum(2).double()
     return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.predictions import read_ids, read_predictions, unpack
+from common.predictions import part_of, read_predictions, row_numbers, unpack
 from common.report import Report
 from common.run import Run
 from common.vision.datasets import ImageDataset
@@ -27,11 +27,10 @@ def report(files: CloudFiles, images: ImageDataset, run: Run, page: Report) -> N
 
 def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: ImageDataset) -> None:
     predictions = read_predictions(run.path, "oof")
-    row_of = {name: row for row, name in enumerate(files.images)}
-    rows = [row_of[name] for name in read_ids(run.path, "oof")]
+    rows = row_numbers(run.path, "oof", files.images).tolist()
     tuned = result["tuned"]
     truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
-    scores = np.array([score(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
+    scores = np.array([decision.dice_of_masks(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
 
     page.text(
         f"{len(rows)} images that the network was not trained on. The rules were chosen on these images; 'held out' "
@@ -48,8 +47,7 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
     page.table(["class", "Dice", "in part of the images", *tuned["rules"][CLASSES[0]]], facts)
     page.figure(class_scores(scores, present), "dice", "Dice of each class, and the score of leaving every mask empty")
     some = np.linspace(0, len(rows) - 1, min(CURVE_IMAGES, len(rows))).astype(int)
-    those = {name: values[some] for name, values in predictions.items()}
-    tables = tuning.tables(those, lambda at: truth[some[at]](), tuned["presence"])
+    tables = tuning.tables(part_of(predictions, some), lambda at: truth[some[at]](), tuned["presence"])
     page.figure(threshold_curves(tables, tuned), "thresholds", f"Dice of {len(some)} images along each threshold")
 
     order = np.argsort(-scores.mean(1), kind="stable")
@@ -63,14 +61,7 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
 
 def decided(kept: dict[str, np.ndarray], at: int, tuned: dict[str, Any]) -> np.ndarray:
     """Masks bool [4, 350, 525] of the kept predictions of one image."""
-    one = {name: values[at : at + 1] for name, values in kept.items()}
-    return decision.apply(unpack(one), tuned)[0].numpy().astype(bool)
-
-
-def score(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Dice [4] of bool [4, H, W]."""
-    both, total = (masks & truth).sum((1, 2)), masks.sum((1, 2)) + truth.sum((1, 2))
-    return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+    return decision.apply(unpack(part_of(kept, slice(at, at + 1))), tuned)[0].numpy().astype(bool)
 
 
 def overlay(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Figure:

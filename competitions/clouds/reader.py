@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from common import tables
-from common.errors import BadImage, UserError
+from common.errors import BadImage, UserError, some
 from common.raw import RawData
 from common.vision import rle
 from common.vision.decode import decode
-from common.vision.find import find_images, images_of, some
+from common.vision.find import find_images, images_of
 
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, whatever the size of the images

@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from competitions.clouds import decision
 from competitions.clouds.decision import SOURCES, STEPS, Rule, force_best, region_mask, to_tuned
 from competitions.clouds.reader import CLASSES
 
@@ -142,13 +143,10 @@ class Hulls:
         """float32 [m], the gate left aside."""
         rule = replace(rule, gate=0.0, hull=True)
         if rule not in self.known:
-            self.known[rule] = np.array([self._image(row, rule) for row in range(len(self.pixels))], np.float32)
+            masks = (region_mask(pixels[self.label], rule) for pixels in self.pixels)
+            scores = [decision.dice_of_masks(mask, self.truth(row)[self.label]) for row, mask in enumerate(masks)]
+            self.known[rule] = np.array(scores, np.float32)
         return self.known[rule]
-
-    def _image(self, row: int, rule: Rule) -> float:
-        mask, truth = region_mask(self.pixels[row, self.label], rule), self.truth(row)[self.label]
-        total = int(mask.sum()) + int(truth.sum())
-        return 2 * int((mask & truth).sum()) / total if total else 1.0
 
 
 def dice_of(table: Table, rule: Rule, hulls: Hulls | None = None) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import tables
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import write_npy
 from common.raw import RawData
 from common.tables import text, whole
@@ -50,8 +50,7 @@ def read(raw: RawData) -> DigitFiles:
 
 def _pixels(raw: RawData, name: str) -> np.ndarray:
     """The numbers of a CSV as uint8 [rows, columns], cached for the same contents."""
-    contents = raw.read(name)
-    digest = hashlib.sha256(contents).hexdigest()
+    digest = hashlib.sha256(raw.read(name)).hexdigest()
     cached = raw.cache / f"{name.removesuffix('.csv')}-{digest[:16]}.npy"
     if cached.is_file():
         try:
@@ -59,8 +58,7 @@ def _pixels(raw: RawData, name: str) -> np.ndarray:
         except (ValueError, EOFError, OSError):  # a damaged copy of what is at hand: parsed and written again
             pass
     # A blank line would move the ids of the rows after it.
-    table = tables.read(raw, name, FILES[name], others="refuse", blank_lines=False, contents=contents)
-    numbers = table.to_numpy()
+    numbers = tables.read(raw, name, FILES[name], others="refuse", blank_lines=False).to_numpy()
     write_npy(cached, numbers)
     return numbers
 
@@ -75,7 +73,7 @@ def _ids(raw: RawData, rows: int) -> np.ndarray:
         ("missing", [number for number in expected if number not in there]),
         ("without a row in test.csv", [number for number in found if number not in known]),
     ]
-    told = "; ".join(f"{what}: {_some(names)}" for what, names in facts if names)
+    told = "; ".join(f"{what}: {some(list(map(_shown, names)), OFFENDERS)}" for what, names in facts if names)
     if told:
         raise UserError(
             f"{raw.path}/{name}: expected the ids 1 to {rows}, one for every row of test.csv ({told}): mend the file, "
@@ -84,6 +82,5 @@ def _ids(raw: RawData, rows: int) -> np.ndarray:
     return found.to_numpy(np.int64)
 
 
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - OFFENDERS} more" if len(names) > OFFENDERS else ""
-    return f"{', '.join(repr(name[:30]) if not name.isalnum() else name[:30] for name in names[:OFFENDERS])}{rest}"
+def _shown(name: str) -> str:
+    return name[:30] if name.isalnum() else repr(name[:30])

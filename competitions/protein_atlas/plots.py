@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.metrics import f_beta
-from common.predictions import read_predictions, unpack
-from common.report import Report
+from common.predictions import read_predictions, row_numbers, unpack
+from common.report import Report, subplots
 from common.run import Run
 from common.vision.store import ImageStore
 
@@ -31,8 +31,7 @@ def report(
         together(labels), "together", "Part of the images with the label of the row that have that of the column"
     )
     if (run.path / "oof_ids.txt").is_file():
-        row_of = {name: row for row, name in enumerate(ids)}
-        rows = np.array([row_of[name] for name in (run.path / "oof_ids.txt").read_text().split()])
+        rows = row_numbers(run.path, "oof", ids)
         scores, truth = unpack(read_predictions(run.path, "oof")), labels[rows]
         _labels(page, scores, truth, labels.mean(0), run.result["tuned"], apply)
         there = np.flatnonzero(truth.any(0))
@@ -60,8 +59,7 @@ def together(labels: np.ndarray) -> Figure:
     there = np.flatnonzero(labels.any(0))
     own = labels[:, there].astype(np.int64)
     parts = (own.T @ own) / own.sum(0)[:, None]
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(9, 8)
     axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(there)), there)
     axes.set_yticks(
@@ -71,8 +69,7 @@ def together(labels: np.ndarray) -> Figure:
 
 
 def against_frequency(f1: dict[int, float], rates: np.ndarray) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(8, 5)
     for label, score in f1.items():
         axes.scatter(rates[label], score, color="C0")
         axes.annotate(NAMES[label], (rates[label], score), fontsize=7)
@@ -82,8 +79,8 @@ def against_frequency(f1: dict[int, float], rates: np.ndarray) -> Figure:
 
 def worst(images: ImageStore, rows: np.ndarray, scores: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> Figure:
     """A line for every label: EACH images that have it, and EACH that have not."""
-    figure = Figure(figsize=(4.4 * EACH, 2.2 * len(labels)), layout="constrained")
-    for line, label in zip(figure.subplots(len(labels), 2 * EACH, squeeze=False), labels, strict=True):
+    figure, grid = subplots(4.4 * EACH, 2.2 * len(labels), len(labels), 2 * EACH, squeeze=False)
+    for line, label in zip(grid, labels, strict=True):
         ranked = np.argsort(scores[:, label], kind="stable")
         missed, wrong = ranked[truth[ranked, label]][:EACH], ranked[~truth[ranked, label]][::-1][:EACH]
         for axes in line:

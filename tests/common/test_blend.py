@@ -41,7 +41,7 @@ def _here(home, monkeypatch):
     def forbidden(*given, **options):
         raise AssertionError("a blend predicts nothing")
 
-    monkeypatch.setattr(predict, "load_models", forbidden)
+    monkeypatch.setattr(predict, "predictor_of", forbidden)
 
 
 def blended(name: str, run: str | None = "one,two,weak", **given) -> tuple[Path, dict]:

@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 from common import metrics
 from common.engine.ranks import Ranks
 from common.errors import UserError
-from common.metrics import Metric, check_direction, evaluate, evaluate_with_errors, standard_error
+from common.metrics import Metric, Scores, check_direction, evaluate
 
 RNG = np.random.default_rng(0)
 N, L = 211, 4
@@ -283,11 +283,19 @@ def test_direction_must_be_that_of_the_competition():
         check_direction(metrics.rmse(), True)
 
 
+def with_error(metric, pairs, seed=0):
+    """(score, standard error)"""
+    scores = Scores((metric,), with_errors=True, seed=seed)
+    for pair in pairs:
+        scores.add(*pair)
+    return scores.found()[metric.name]
+
+
 def test_standard_error_of_a_mean_is_exact():
     hits = (RATED == RATING).astype(float)
     exact = hits.std(ddof=1) / math.sqrt(N)
-    assert standard_error(metrics.accuracy(), RATED, RATING) == pytest.approx(exact)
-    score, error = evaluate_with_errors((metrics.accuracy(),), batches(RATED, RATING))["accuracy"]
+    assert with_error(metrics.accuracy(), [(RATED, RATING)])[1] == pytest.approx(exact)
+    score, error = with_error(metrics.accuracy(), batches(RATED, RATING))
     assert score == metrics.accuracy().score(RATED, RATING) and error == pytest.approx(exact)
 
 
@@ -301,11 +309,9 @@ def test_standard_error_is_the_spread_over_other_samples(metric):
         return truth * 0.5 + random.normal(0.3, 0.5, rows), truth
 
     spread = np.std([metric.score(*draw()) for _ in range(500)])
-    errors = [standard_error(metric, *draw(), seed=seed) for seed in range(20)]
+    errors = [with_error(metric, [draw()], seed)[1] for seed in range(20)]
     assert np.mean(errors) == pytest.approx(spread, rel=0.12)
     assert np.std(errors) / np.mean(errors) < 0.2
     decisions, targets = draw()
-    whole = evaluate_with_errors((metric,), [(decisions, targets)])
-    assert evaluate_with_errors((metric,), batches(decisions, targets, 37)) == {
-        metric.name: pytest.approx(whole[metric.name], rel=1e-12)
-    }
+    whole = with_error(metric, [(decisions, targets)])
+    assert with_error(metric, batches(decisions, targets, 37)) == pytest.approx(whole, rel=1e-12)

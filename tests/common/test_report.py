@@ -116,7 +116,7 @@ def test_every_run_has_a_page(run):
     assert "Other than in the recipe: lr." in html and "<td>lr</td><td>0.1</td><td>0.2</td>" in html
     assert "make &lt;this&gt;" in html and "<b>" not in html
     assert not re.search(r'(src|href)="(?!data:)', html)
-    lower = default_report(run, {}, (rmse().on(None, "accuracy"),)).write().read_text()
+    lower = default_report(run, {}, (rmse().on(None, "accuracy"),), {}).write().read_text()
     assert "<td>fold 1</td><td>4</td><td>1</td><td>1.0000</td><td>0.1100</td>" in lower, "lower is better"
 
 
@@ -129,7 +129,7 @@ def test_curves_are_those_of_metrics_csv(run):
     assert [line.get_linestyle() for line in loss.lines] == ["-", "--", "-", "--"]
     np.testing.assert_allclose(loss.lines[1].get_xydata(), [[1, 2], [3, 2 / 3]])
     np.testing.assert_allclose(score.lines[1].get_xydata(), [[1, 0.11], [3, 0.31]])
-    report.training_curves([{"fold": "None", "epoch": "1", "loss": "0.5"}]).canvas.draw()
+    report.training_curves([{"fold": "None", "epoch": "1", "loss": "0.5"}], []).canvas.draw()
 
 
 def test_a_run_of_rules_names_both_of_its_scores():

@@ -19,7 +19,8 @@ LINES = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
 
 
 def sample_of(*lines: str) -> submission.Sample:
-    return submission.Sample.of_lines(lines, "the sample")
+    reader = csv.reader(lines)
+    return submission.Sample.of(((reader.line_num, row) for row in reader if row), "the sample")
 
 
 SAMPLE = sample_of(*LINES)

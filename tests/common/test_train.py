@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from common import fit as fitting
-from common import predict
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
 from common.files import read_json
+from common.inference import load_models
 from common.predictions import read_ids
 from common.train import check, train
 from tests.common import toy
@@ -88,7 +88,7 @@ def test_two_runs_are_averaged_in_probability_space():
     task = toy.made(config)
     mean = torch.zeros(30, 3)
     for folder in folders:
-        (model,) = predict.load_models(runs.load("toy", folder.name), task, config, torch.device("cpu"))
+        (model,) = load_models(runs.load("toy", folder.name), task, config, torch.device("cpu"))
         for scale in (1.0, 1.01):
             mean += model(scale * task.data.test.inputs).softmax(1).detach() / 4
     found = [int(label) for _, label in list(csv.reader(open("submissions/toy/one+two-demo.csv")))[1:]]

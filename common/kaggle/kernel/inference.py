@@ -1,7 +1,6 @@
 """`make notebook`: predict whatever test set Kaggle mounts, with the internet off and runs made here."""
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,8 @@ from common import predict
 from common import run as runs
 from common.competition import Competition
 from common.errors import UserError
-from common.files import read_json
-from common.kaggle.client import go_on_with
-from common.kaggle.credentials import Account, find
+from common.files import read_json, read_table, write_json
+from common.kaggle.client import Site, go_on_with
 from common.kaggle.kernel.notebook import MARGIN_SECONDS, START, code, needed, wheels, written
 from common.kaggle.kernel.output import fetched
 from common.kaggle.kernel.push import (
@@ -24,7 +22,6 @@ from common.kaggle.kernel.push import (
     push_notebook,
     submit_version,
     username,
-    write_json,
 )
 from common.kaggle.submit import refuse_nowhere
 from common.run import Run
@@ -96,33 +93,30 @@ def publish(competition: Competition, given: argparse.Namespace, words: Sequence
         raise UserError(f"{name} is not on Kaggle, so no notebook there can predict for it: make predict COMP={name}")
     if given.submit:
         refuse_nowhere(name, source)
-    record, account = runs.RUNS / name / "notebook.json", find()
-    print(f"Kaggle account: {account.where}")
+    record, site = runs.RUNS / name / "notebook.json", Site.announced(name, source)
     if given.fetch and not record.is_file():
         raise UserError(f"--fetch: no such notebook of {name} was pushed from here: make notebook COMP={name}")
-    facts = read_json(record) if given.fetch else _pushed(competition, given, words, account, poll)
+    facts = read_json(record) if given.fetch else _pushed(competition, given, words, site, poll)
     write_json(record, facts)
     flags = "'--fetch --submit'" if given.submit else "--fetch"
     with go_on_with(f"make notebook COMP={name} ARGS={flags}"):
         outage = 0.0 if given.fetch else OUTAGE_SECONDS
-        follow_notebook(account, source, name, facts["kernel"], WAIT_SECONDS, poll, outage, "notebook")
+        follow_notebook(site, facts["kernel"], WAIT_SECONDS, poll, outage, "notebook")
         with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
-            written_there = fetched(account, source, facts["kernel"], "submission.csv", Path(place))
+            written_there = fetched(site, facts["kernel"], "submission.csv", Path(place))
             if written_there is None:
                 raise UserError(f"https://www.kaggle.com/code/{facts['kernel']} left no submission.csv: see its log")
             _print_difference(written_there, Path(facts["table"]))
         if given.submit:
-            submit_version(account, source, name, facts, Path(facts["table"]), min(poll, 4.0))
+            submit_version(site, facts, Path(facts["table"]), min(poll, 4.0))
         else:
             print(f"to submit this version: make notebook COMP={name} ARGS='--fetch --submit'")
 
 
-def _pushed(
-    competition: Competition, given: argparse.Namespace, words: Sequence[str], account: Account, poll: float
-) -> dict:
+def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence[str], site: Site, poll: float) -> dict:
     """Predict here, and push what the notebook needs and the notebook; returns what `--fetch` must know."""
     name, source = competition.name, competition.source
-    chosen = [runs.load(name, one) for one in given.run.split(",")] if given.run else _newest(name)
+    chosen = runs.finished(name, given.run)
     if demo := [run.name for run in chosen if run.provenance["demo"]]:
         raise UserError(
             f"{demo[0]} was trained on demo data and means nothing on Kaggle: make data COMP={name}, then make "
@@ -132,29 +126,21 @@ def _pushed(
     table = predict.predict(competition, given)
     _print_budget(table, time.monotonic() - start, given.limit)
     title = f"kit-{name}-predict".replace("_", "-").lower()[:40]
-    reference = f"{username(account, source)}/{title}"
+    reference = f"{username(site)}/{title}"
     metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
     with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
         folder = Path(place)
         files, pins = kit(name, chosen, folder / "wheels")
-        version = push_files(account, source, reference, files, folder, poll)
+        version = push_files(site, reference, files, folder, poll)
         text = notebook(title, source.slug, name, ["--run", given.run, *words], version, pins, given.limit)
-        facts = push_notebook(account, source, name, reference, text, metadata, given.limit, folder, "notebook")
+        facts = push_notebook(site, reference, text, metadata, given.limit, folder, "notebook")
     print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}, for runs {given.run}")
     return facts | {"code": version, "table": str(table), "pushed": runs.now()}
 
 
-def _newest(competition: str) -> list[Run]:
-    finished = [run for run in runs.all_runs(competition) if run.result is not None][-1:]
-    if not finished:
-        raise UserError(f"no finished run of {competition}: make train COMP={competition}")
-    return finished
-
-
 def _print_budget(table: Path, seconds: float, limit: float) -> None:
     """Say how many rows the limit (seconds) allows at the speed of this machine."""
-    with open(table, newline="", encoding="utf-8") as stream:
-        rows = sum(1 for _ in csv.reader(stream)) - 1
+    rows = sum(1 for _ in read_table(table))
     each = seconds / max(rows, 1)
     print(
         f"time: {rows:,} rows took {seconds:,.1f} s here ({each:.4f} s each, {runs.machine()}); within "

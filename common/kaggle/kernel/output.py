@@ -10,43 +10,41 @@ from pathlib import Path
 from common import archive
 from common import run as runs
 from common.errors import UserError
-from common.files import write_text
-from common.kaggle.client import kaggle, told
-from common.kaggle.credentials import Account
+from common.files import write_json
+from common.kaggle.client import Site, kaggle
 from common.kaggle.kernel.notebook import OUTPUT, STATE
-from common.kaggle.source import Source
-from common.submission import SUBMISSIONS
+from common.submission import SUBMISSIONS, sidecar
 
 
-def fetched(account: Account, source: Source, reference: str, name: str, folder: Path) -> Path | None:
+def fetched(site: Site, reference: str, name: str, folder: Path) -> Path | None:
     """The file `name` of the notebook's output, or None where there is none."""
     # The pattern also keeps names with ../ away, which the kaggle program would follow.
     more = ("-p", str(folder), "--file-pattern", f"^{re.escape(name)}$")
-    told(account, source, f"fetching the output of {reference}", "kernels", "output", reference, *more)
+    site.told(f"fetching the output of {reference}", "kernels", "output", reference, *more)
     return folder / name if (folder / name).is_file() else None
 
 
-def unfinished(account: Account, source: Source, reference: str) -> str:
+def unfinished(site: Site, reference: str) -> str:
     """sha256 of the checkpoint of a run that the session's end has stopped; "" when the notebook has finished it."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as folder:
-        state = fetched(account, source, reference, STATE, Path(folder))
+        state = fetched(site, reference, STATE, Path(folder))
         try:
             return str(json.loads(state.read_text())["checkpoint"]) if state else ""
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{STATE} of {reference} cannot be read ({error}): push the notebook again") from error
 
 
-def fetch_output(account: Account, source: Source, competition: str, reference: str) -> Path:
+def fetch_output(site: Site, reference: str) -> Path:
     """Put the notebook's run and submission in their folders, beside those made here; returns the CSV."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as name:
         folder = Path(name)
-        packed = fetched(account, source, reference, OUTPUT, folder / "raw")
+        packed = fetched(site, reference, OUTPUT, folder / "raw")
         if packed is None:
             raise UserError(
                 f"{reference} has no {OUTPUT} among its outputs: see https://www.kaggle.com/code/{reference}"
             )
         archive.unpack(packed, folder / "output")
-        tables = _place(folder / "output", competition)
+        tables = _place(folder / "output", site.competition)
     for table in tables:
         print(f"submission: {table}")
     return tables[-1]
@@ -63,16 +61,13 @@ def _place(output: Path, competition: str) -> list[Path]:
         print(f"run: {target}")
     tables = []
     for table in sorted((output / "submissions" / competition).glob("*.csv")):
-        sidecar = table.with_suffix(".json")
-        provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        provenance = sidecar(table)
         old = provenance.get("run", table.stem)
         name = table.stem.replace(old, names.get(old, old))
         target = SUBMISSIONS / competition / f"{name}.csv"
         target.parent.mkdir(parents=True, exist_ok=True)
         if provenance:
-            write_text(
-                target.with_suffix(".json"), json.dumps(provenance | {"run": names.get(old, old)}, indent=2) + "\n"
-            )
+            write_json(target.with_suffix(".json"), provenance | {"run": names.get(old, old)})
         shutil.move(table, target)
         tables.append(target)
     if not tables:
@@ -87,11 +82,11 @@ def _free_name(name: str, competition: str) -> str:
     return tried
 
 
-def end_of_log(account: Account, reference: str) -> str:
+def end_of_log(site: Site, reference: str) -> str:
     """The last lines of a notebook's log as one, which Kaggle gives as JSON; "no log" where it cannot be read."""
     with tempfile.TemporaryDirectory() as folder:
         with suppress(UserError):  # the reason of the notebook's failure is worth more than that of this one
-            kaggle(account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
+            kaggle(site.account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
         text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(folder).glob("*.log"))
     with suppress(ValueError, KeyError, TypeError):  # plain text, as it may be cut
         text = "".join(part["data"] for part in json.loads(text))

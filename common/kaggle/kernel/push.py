@@ -1,6 +1,5 @@
 """`make kernel`: train on Kaggle's GPUs and fetch the run and its submission back."""
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -8,15 +7,15 @@ from pathlib import Path
 
 from common import run as runs
 from common.errors import UserError
-from common.files import read_json, write_text
+from common.files import read_json, write_json
 from common.kaggle import ledger
-from common.kaggle.client import Answer, Transient, explained, go_on_with, kaggle, told, until
-from common.kaggle.credentials import Account, find
+from common.kaggle.client import Answer, Site, Transient, go_on_with, kaggle, until
 from common.kaggle.kernel.notebook import ACCELERATOR, ARCHIVE, SESSION_HOURS, code, needed, notebook, pack, wheels
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
 from common.kaggle.submit import deliver
+from common.submission import sidecar
 
 WAIT_SECONDS = 12 * 3600  # with the time in the queue
 OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
@@ -47,8 +46,7 @@ def kernel(
             f"{competition} is not on Kaggle, so no notebook there can read its files: make train COMP={competition}"
         )
     record = runs.RUNS / competition / "kernel.json"
-    account = find()
-    print(f"Kaggle account: {account.where}")
+    site = Site.announced(competition, source)
     facts = read_json(record) if record.is_file() else {}
     if fetch and not facts:
         raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
@@ -57,22 +55,20 @@ def kernel(
         if not fetch:
             before = facts if facts.get("checkpoint") and facts["arguments"] == list(arguments) else {}
             with tempfile.TemporaryDirectory(prefix="kaggle-kernel-") as folder:
-                facts = push(
-                    account, source, competition, arguments, accelerator, internet, hours, before, Path(folder), poll
-                )
+                facts = push(site, arguments, accelerator, internet, hours, before, Path(folder), poll)
             write_json(record, facts)
         with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
             outage = 0.0 if fetch else OUTAGE_SECONDS
-            follow_notebook(account, source, competition, facts["kernel"], wait, poll, outage)
-            is_done = _fetch(account, source, competition, facts, record)
+            follow_notebook(site, facts["kernel"], wait, poll, outage)
+            is_done = _fetch(site, facts, record)
         if not is_done and fetch:
             print(f"the run is not finished: make kernel COMP={competition} with the same flags goes on with it")
             return
 
 
-def _fetch(account: Account, source: Source, competition: str, facts: dict, record: Path) -> bool:
+def _fetch(site: Site, facts: dict, record: Path) -> bool:
     """Take over what the notebook has made; whether its run is finished."""
-    facts["checkpoint"] = unfinished(account, source, facts["kernel"])
+    facts["checkpoint"] = unfinished(site, facts["kernel"])
     write_json(record, facts)
     if facts["checkpoint"]:
         if facts["checkpoint"] == facts.get("resumed"):
@@ -86,16 +82,14 @@ def _fetch(account: Account, source: Source, competition: str, facts: dict, reco
     if table.is_file():
         print(f"fetched before: {table}; delete it to fetch it again")
     else:
-        table = fetch_output(account, source, competition, facts["kernel"])
+        table = fetch_output(site, facts["kernel"])
         facts["fetched"] = str(table)
         write_json(record, facts)
     return True
 
 
 def push(
-    account: Account,
-    source: Source,
-    competition: str,
+    site: Site,
     arguments: Sequence[str],
     accelerator: str,
     internet: bool,
@@ -108,12 +102,13 @@ def push(
 
     Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
     """
-    owner, name = username(account, source), f"kit-{competition}".replace("_", "-").lower()[:40]
+    source, competition = site.source, site.competition
+    owner, name = username(site), f"kit-{competition}".replace("_", "-").lower()[:40]
     files: dict[str, bytes | Path] = code(competition)
     pins, version = needed(files), before.get("code")
     if not before:
         files |= {} if internet else wheels(pins.values(), folder / "wheels")
-        version = push_files(account, source, f"{owner}/{name}", files, folder, poll)
+        version = push_files(site, f"{owner}/{name}", files, folder, poll)
     metadata = {
         "machine_shape": accelerator,
         "enable_gpu": "true",
@@ -121,7 +116,7 @@ def push(
         "kernel_sources": [before["kernel"]] if before else [],
     }
     text = notebook(name, source.slug, competition, arguments, version, pins, internet, 3600 * hours)
-    facts = push_notebook(account, source, competition, f"{owner}/{name}", text, metadata, 3600 * hours, folder)
+    facts = push_notebook(site, f"{owner}/{name}", text, metadata, 3600 * hours, folder)
     words = " ".join(("python -m common train", competition, *arguments))
     going = f", going on with version {before['version']}" if before else ""
     print(f"notebook: https://www.kaggle.com/code/{owner}/{name} version {facts['version']}: {words}{going}")
@@ -129,22 +124,16 @@ def push(
     return facts | more | {"pushed": runs.now()}
 
 
-def username(account: Account, source: Source) -> str:
+def username(site: Site) -> str:
     """The account's name, which every address of its notebooks starts with."""
-    answer = kaggle(account, "config", "view")
+    answer = kaggle(site.account, "config", "view")
     found = re.search(r"^- username: (\S+)$", answer.out, re.MULTILINE)
     if answer.status != 0 or not found or found.group(1) == "None":
-        raise explained(answer, account, source, "asking for the account's name")
+        raise site.explained(answer, "asking for the account's name")
     return found.group(1)
 
 
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def push_files(
-    account: Account, source: Source, notebook: str, files: Mapping[str, bytes | Path], folder: Path, poll: float
-) -> str:
+def push_files(site: Site, notebook: str, files: Mapping[str, bytes | Path], folder: Path, poll: float) -> str:
     """Upload the files that the notebook OWNER/NAME needs as the private data set OWNER/NAME-code; returns its version.
 
     Waits until they can be used.
@@ -157,17 +146,17 @@ def push_files(
     facts = {"id": reference, "title": title, "licenses": [{"name": "other"}]}
     write_json(home / "dataset-metadata.json", facts)
     what = f"uploading the code as {reference}"
-    known = kaggle(account, "datasets", "status", reference)
+    known = kaggle(site.account, "datasets", "status", reference)
     if known.status != 0 and not re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
-        raise explained(known, account, source, what)
+        raise site.explained(known, what)
     command = ["create"] if known.status != 0 else ["version", "-m", f"version {version}"]
-    answer = told(account, source, what, "datasets", *command, "-p", str(home))
+    answer = site.told(what, "datasets", *command, "-p", str(home))
     if "is being created" not in answer.out:  # it exits 0 then too
         raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
     print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
 
     def ready() -> str | None:
-        answer = kaggle(account, "datasets", "status", reference)
+        answer = kaggle(site.account, "datasets", "status", reference)
         return "ready" if answer.status == 0 and "ready" in answer.out.lower() else None
 
     if until(ready, f"Kaggle unpacks {reference}", READY_SECONDS, min(poll, 5.0)) is None:
@@ -179,9 +168,7 @@ def push_files(
 
 
 def push_notebook(
-    account: Account,
-    source: Source,
-    competition: str,
+    site: Site,
     reference: str,
     text: str,
     metadata: dict,
@@ -205,23 +192,23 @@ def push_notebook(
         "is_private": "true",
         "enable_tpu": "false",
         "dataset_sources": [f"{reference}-code"],
-        "competition_sources": [source.slug],
+        "competition_sources": [site.source.slug],
         "model_sources": [],
     }
     write_json(home / "kernel-metadata.json", facts | metadata)
     what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
     try:
-        answer = told(account, source, what, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
+        answer = site.told(what, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
     except Transient as failure:
         reason = str(failure).partition(": repeat the same command")[0]
         raise UserError(
             f"{reason}. Kaggle may have taken it all the same, and a second push runs a second time: look at {page} "
-            f"first, and if no new version runs there, make {verb} COMP={competition} again"
+            f"first, and if no new version runs there, make {verb} COMP={site.competition} again"
         ) from failure
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
     if not pushed or "not valid" in answer.out:  # both exit 0
         problem = _error_line(answer)
-        rules = f" Accept the rules at {source.page}/rules" if "competition sources" in problem else ""
+        rules = f" Accept the rules at {site.source.page}/rules" if "competition sources" in problem else ""
         raise UserError(f"{what}: {problem}.{rules} See {page}")
     return {"kernel": reference, "version": int(pushed.group(1))}
 
@@ -231,16 +218,7 @@ def _error_line(answer: Answer) -> str:
     return (lines[0] if lines else answer.last_line).rstrip(".")
 
 
-def follow_notebook(
-    account: Account,
-    source: Source,
-    competition: str,
-    reference: str,
-    wait: float,
-    poll: float,
-    outage: float,
-    verb: str = "kernel",
-) -> None:
+def follow_notebook(site: Site, reference: str, wait: float, poll: float, outage: float, verb: str = "kernel") -> None:
     """Wait until the notebook has ended well, through `outage` seconds of failures.
 
     Raises UserError with Kaggle's reason and the end of its log.
@@ -250,7 +228,7 @@ def follow_notebook(
 
     def look() -> str | None:
         nonlocal said
-        answer = told(account, source, f"asking for the notebook {reference}", "kernels", "status", reference)
+        answer = site.told(f"asking for the notebook {reference}", "kernels", "status", reference)
         found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', answer.out)
         failure = re.search(r'Failure message: "(.*)"', answer.out)
         said = failure.group(1) if failure else ""
@@ -259,16 +237,15 @@ def follow_notebook(
     state = until(look, f"running {page}", wait, poll, outage)
     if state is None:
         print(f"the notebook still runs after {wait:,.0f} s")
-        raise UserError(f"{page} is not ready: fetch it later with make {verb} COMP={competition} ARGS=--fetch")
+        raise UserError(f"{page} is not ready: fetch it later with make {verb} COMP={site.competition} ARGS=--fetch")
     if state != "COMPLETE":
-        last = account.hide(end_of_log(account, reference))
+        last = site.account.hide(end_of_log(site, reference))
         raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
 
 
-def submit_version(account: Account, source: Source, competition: str, facts: dict, table: Path, poll: float) -> None:
+def submit_version(site: Site, facts: dict, table: Path, poll: float) -> None:
     """Submit this version of the notebook, unless it was before, and follow the score."""
-    sidecar = table.with_suffix(".json")
-    provenance = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    provenance = sidecar(table)
     row = ledger.Row(
         time=runs.now(),
         file=str(table),
@@ -279,8 +256,8 @@ def submit_version(account: Account, source: Source, competition: str, facts: di
         message=ledger.tagged(f"{facts['kernel']} version {facts['version']}, code {facts['code']}"),
     )
     arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", "submission.csv"]
-    if before := deliver(competition, account, source, arguments, row, "commit", SCORE_SECONDS, poll):
+    if before := deliver(site, arguments, row, "commit", SCORE_SECONDS, poll):
         print(
             f"{row.commit} was submitted before ({before.time}, {before.status} {before.public or '-'}): make board "
-            f"COMP={competition} shows its score. To submit it once more: {source.page}/submit"
+            f"COMP={site.competition} shows its score. To submit it once more: {site.source.page}/submit"
         )

@@ -240,6 +240,13 @@ def test_a_buffer_of_the_loss_counts_once():
         assert float(whole.calls) == step + 1
 
 
+def test_a_buffer_of_a_loss_that_takes_the_place_of_another_counts_once():
+    loss, engine = Remembers("sums"), make_engine(make_model(), cross_entropy, micro_batch=4)
+    engine.use(loss)
+    engine.gradients(make_batch(12), 0)
+    assert float(loss.calls) == 103
+
+
 @pytest.mark.parametrize("name", ["cross-entropy", "per sample with parameters", "one sum"])
 def test_weights_with_a_negative_sum_divide_like_any_other(name):
     model, loss, batch = make_model(), LOSSES[name](), make_batch(12, weighted=True)

@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.kaggle import credentials
+from common.kaggle.client import Site
 from common.kaggle.client import kaggle as run_kaggle
 from common.kaggle.kernel.push import username
 from tests.common.kaggle.server import KEY, SLUG, TOKEN, USER, Reply
@@ -221,10 +222,10 @@ def test_a_login_names_the_owner_of_a_notebook(kaggle, source, tmp_path, monkeyp
         monkeypatch.delenv(name)
     place(tmp_path / "home", ".kaggle/credentials.json", content)
     if content:
-        assert username(credentials.find(), source) == USER
+        assert username(Site("toy", source, credentials.find())) == USER
     else:
         with pytest.raises(UserError, match="does not accept the login in .*credentials.json .401"):
-            username(credentials.find(), source)
+            username(Site("toy", source, credentials.find()))
 
 
 @pytest.mark.parametrize("home", [None, "/proc/none"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.kaggle.client import Site
 from common.kaggle.credentials import find
 from common.kaggle.kernel import push as kernels
 from common.kaggle.kernel.notebook import MARGIN_SECONDS, OUTPUT, STATE, VERSION, code, notebook, pack
@@ -107,7 +108,7 @@ def test_fetching_later(kaggle, source, capfd):
 def test_notebooks_that_are_not_taken(kaggle, source, tmp_path, fault, message):
     kaggle.on = {"SaveKernel": fault}
     with pytest.raises(UserError, match=message) as raised:
-        kernels.push_notebook(find(), source, "toy", "someone/kit-toy", '{"cells": []}', {}, 60, tmp_path)
+        kernels.push_notebook(Site("toy", source, find()), "someone/kit-toy", '{"cells": []}', {}, 60, tmp_path)
     assert "\n" not in str(raised.value)
 
 

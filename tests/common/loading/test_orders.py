@@ -57,17 +57,10 @@ def test_grouped_batches_hold_whole_groups(groups, groups_per_batch, epoch):
 
 
 @pytest.mark.parametrize(
-    "rows, size, keep_tail, expected",
-    [
-        (10, 4, True, [0, 4, 8, 10]),
-        (10, 4, False, [0, 4, 8]),
-        (8, 4, True, [0, 4, 8]),
-        (3, 4, True, [0, 3]),
-        (3, 4, False, [0]),
-    ],
+    "rows, size, expected", [(10, 4, [0, 4, 8, 10]), (8, 4, [0, 4, 8]), (3, 4, [0, 3]), (4, 4, [0, 4])]
 )
-def test_the_tail_is_kept_or_dropped(rows, size, keep_tail, expected):
-    assert orders.sequential(rows)(0, 0).bounds(size, keep_tail).tolist() == expected
+def test_the_tail_is_a_batch(rows, size, expected):
+    assert orders.sequential(rows)(0, 0).bounds(size).tolist() == expected
 
 
 @given(st.integers(0, 50), st.integers(1, 9))

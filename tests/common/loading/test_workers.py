@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import run
+from common import device, run
+from common.config import Config
 from common.errors import UserError
-from common.loading import cores, orders, stream, worker
+from common.loading import orders, stream, worker
 from common.loading.loader import Loader
 from tests.common.loading.datasets import Numbers, digest
 
@@ -196,7 +197,8 @@ TRAINER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from common import run
+from common import device, run
+from common.config import Config
 from common.loading import orders
 from common.loading.loader import Loader
 
@@ -292,18 +294,21 @@ def test_workers_end_with_their_trainer_and_hold_no_lock(tmp_path, method, doing
     ],
 )
 def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quota, ranks, workers, threads):
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: set(range(there)), raising=False)
-    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda process: set(range(there)), raising=False)
+    monkeypatch.setattr(device, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     if quota:
-        cores.QUOTA.write_text(quota + "\n")
-    assert cores.workers_of("auto", True, ranks) == workers
-    assert cores.threads_of(0, workers, ranks) == threads
-    free = max(1, cores.cores() // ranks)
-    assert cores.threads_of(0, 0, ranks) == free, "data held as tensors leave all cores to the threads"
-    assert cores.workers_of(5, True, ranks) == 5 and cores.threads_of(3, workers, ranks) == 3
+        device.QUOTA.write_text(quota + "\n")
+    config, card = Config(), torch.device("cuda")
+    assert device.workers_of(config, card) == workers
+    assert device.threads_of(config, workers) == threads
+    free = max(1, device.cores())
+    assert device.threads_of(config, 0) == free, "data held as tensors leave all cores to the threads"
+    given = Config(workers=5, threads=3)
+    assert device.workers_of(given, card) == 5 and device.threads_of(given, workers) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cores.threads_of(0, 0, ranks) == 1
+    assert device.threads_of(config, 0) == 1
 
 
 def test_a_worker_killed_for_want_of_shared_memory_is_told():
