@@ -25,14 +25,17 @@ class MSE(OfEntries):
 
 
 @dataclass(frozen=True)
-class RMSE(MSE):
+class RMSE:
     """sqrt(mean (y - t)^2), the mean over all known entries of the batch. One sum, so one pass.
 
     outputs, targets [B, ...]. The square root has slope 0, not infinity, where every error is 0.
     """
 
     def stats(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self(outputs, targets)
+        return MSE()(outputs, targets)
+
+    def mass(self, targets: Tensor) -> Tensor:
+        return MSE().mass(targets)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         some = (sums != 0) & (count != 0)

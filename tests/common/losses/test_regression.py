@@ -25,6 +25,7 @@ def test_means_are_torchs(pair):
     close(batch_value(MSE(), *pair), nn.MSELoss()(*pair))
     close(batch_value(RMSE(), *pair), nn.MSELoss()(*pair).sqrt())
     close(batch_value(RMSE(), *pair), root_mean_squared_error(pair[1].flatten(), pair[0].flatten()))
+    assert not callable(RMSE()), "it would be a mean, without the root"
     close(batch_value(ClippedMAE(0.7), *pair), np.clip(np.abs(pair[0].numpy() - pair[1].numpy()), 0, 0.7).mean())
 
 
