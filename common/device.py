@@ -1,10 +1,8 @@
 """Where and how exactly a run computes: the device, the precision, the threads, and the memory it took."""
 
-import math
 import os
 import resource
 import sys
-from pathlib import Path
 
 import torch
 
@@ -12,8 +10,7 @@ from common.config import Config
 from common.engine import memory
 from common.engine.precision import Precision, best_precision
 from common.errors import UserError
-
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # what `docker run --cpus` and Kaggle's machines allow
+from common.loading.cores import cores
 
 
 def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -50,18 +47,6 @@ def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_fo
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     return torch.channels_last
-
-
-def cores() -> int:
-    """The cores for this process: by affinity and by a container's quota, divided among torchrun's processes here."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        allowed, period = QUOTA.read_text().split()
-    except (OSError, ValueError):
-        allowed = "max"
-    if allowed != "max":
-        there = max(1, min(there, math.ceil(int(allowed) / int(period))))
-    return there // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def workers_of(config: Config, device: torch.device) -> int:

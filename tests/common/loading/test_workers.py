@@ -13,7 +13,7 @@ import torch
 from common import device, run
 from common.config import Config
 from common.errors import UserError
-from common.loading import orders, stream, worker
+from common.loading import cores, orders, stream, worker
 from common.loading.loader import Loader
 from tests.common.loading.datasets import Numbers, digest
 
@@ -295,15 +295,15 @@ def test_workers_end_with_their_trainer_and_hold_no_lock(tmp_path, method, doing
 )
 def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quota, ranks, workers, threads):
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda process: set(range(there)), raising=False)
-    monkeypatch.setattr(device, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     if quota:
-        device.QUOTA.write_text(quota + "\n")
+        cores.QUOTA.write_text(quota + "\n")
     config, card = Config(), torch.device("cuda")
     assert device.workers_of(config, card) == workers
     assert device.threads_of(config, workers) == threads
-    free = max(1, device.cores())
+    free = max(1, cores.cores())
     assert device.threads_of(config, 0) == free, "data held as tensors leave all cores to the threads"
     given = Config(workers=5, threads=3)
     assert device.workers_of(given, card) == 5 and device.threads_of(given, workers) == 3
