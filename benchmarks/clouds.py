@@ -28,6 +28,7 @@ from common import submission
 from common.batch import Batch
 from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
+from common.engine.precision import autocast
 from common.engine.prepare import prepare
 from common.engine.step import Engine
 from common.inference import Predictor
@@ -129,7 +130,7 @@ def inference(data: RawData, encoder: str) -> None:
     predictor = Predictor([network], built, AS_IS, config, 1, device)
 
     def alone() -> None:
-        with torch.inference_mode(), torch.autocast(device.type, predictor.dtype, enabled=predictor.dtype is not None):
+        with torch.inference_mode(), autocast(predictor.precision, device.type):
             for image in ready:
                 network(image)
         if device.type == "cuda":
