@@ -33,7 +33,7 @@ class Features:
 
     base: np.ndarray  # [N, 24, S] log of the daily cycle; without any value of the series, of its city
     per_series: np.ndarray  # [N, S, F1]
-    per_hour: np.ndarray  # [N, 24, S, F2], relative to base
+    per_hour: np.ndarray  # [N, 24, S, F2], relative to base, or its shape
     calendar: np.ndarray  # [N, 48, F3]
     fixed: np.ndarray  # [S, F4]
     names: tuple[str, ...]
@@ -44,6 +44,13 @@ class Features:
         parts = [hour[:, None], self.calendar[origin, hour], self.base[at_hour][:, None], self.per_hour[at_hour]]
         parts += [self.per_series[origin, series], self.fixed[series]]
         return np.concatenate(parts, axis=1, dtype=np.float32)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of what `inputs` returns [F1 + F2]."""
+        per_hour, stop = self.names.index("base") + 1, len(self.names) - self.fixed.shape[1]
+        per_series = per_hour + self.per_hour.shape[-1]
+        return self.names[per_series:stop] + self.names[per_hour:per_series]
 
     @property
     def season(self) -> np.ndarray:
@@ -84,11 +91,13 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     per_hour = {f"median_{n}_days": (medians[ALL_DAYS.index(n)] - base)[..., scored] for n in MEDIAN_DAYS}
     smooth = _smooth(past[..., scored])
     per_hour |= {f"same_hour_{back}_days_ago": _day_of(smooth, back - 1) for back in (1, 2, 3, 7)}
+    cycle = whole(base[..., scored], network)
+    per_hour |= _shapes(cycle, network)
     calendar = _calendar(observations.start, ends)
     types = sorted(set(STATION_TYPE.values()))
     kinds = [types.index(STATION_TYPE[network.stations[station]]) for station in stations]
     return Features(
-        whole(base[..., scored], network),
+        cycle,
         np.stack([*per_series.values()], axis=-1).astype(np.float32),
         np.stack([*per_hour.values()], axis=-1),
         np.stack([*calendar.values()], axis=-1).astype(np.float32),
@@ -148,6 +157,18 @@ def _smooth(past: np.ndarray) -> np.ndarray:
 def _day_of(past: np.ndarray, back: int) -> np.ndarray:
     """The 24 hours that ended `back` days before the origin, of [N, 168, ...]."""
     return past[:, PAST_HOURS - 24 * (back + 1) : PAST_HOURS - 24 * back]
+
+
+def _shapes(cycle: np.ndarray, network: Network) -> dict[str, np.ndarray]:
+    """How far the daily cycle [N, 24, S] is from its own mean: in the whole city, and the station besides.
+
+    Medians of a few days are noisy, so a forecast must fall back from a high or low hour of the cycle.
+    """
+    own = cycle - cycle.mean(axis=1, keepdims=True)
+    city = np.empty_like(own)
+    for group in network.by_group.values():
+        city[..., group] = own[..., group].mean(axis=2, keepdims=True)
+    return {"shape": own - city, "city_shape": city}
 
 
 def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> dict[str, np.ndarray]:

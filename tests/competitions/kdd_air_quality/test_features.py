@@ -80,6 +80,27 @@ def test_the_same_hour_of_earlier_days_is_smoothed_over_its_neighbours(observati
             assert known.per_hour[0, hour, NUMBER, place] == pytest.approx(np.nanmean(near), abs=2e-4), (back, hour)
 
 
+def test_the_shape_is_the_cycle_of_the_station_beside_that_of_its_city(observations, known):
+    network, first = observations.network, known.names.index("base") + 1
+    peers = [n for n, group in enumerate(network.groups) if group == network.groups[NUMBER]]
+    own, city = (known.names.index(name) - first for name in ("shape", "city_shape"))
+    for hour in (0, 5, 23):
+        away = [known.base[0, hour, n] - np.mean([known.base[0, h, n] for h in range(24)]) for n in peers]
+        assert known.per_hour[0, hour, NUMBER, city] == pytest.approx(np.mean(away), abs=1e-5)
+        expected = away[peers.index(NUMBER)] - np.mean(away)
+        assert abs(expected) > 1e-3 and known.per_hour[0, hour, NUMBER, own] == pytest.approx(expected, abs=1e-5)
+
+
+def test_inputs_have_the_names_of_the_table(observations, known):
+    """But for the time since the last value, which a network sees in days."""
+    table = dict(zip(known.names, known.table(np.array([0]), np.array([7]), np.array([NUMBER]))[0], strict=True))
+    context, hourly = known.inputs()
+    values = np.concatenate([context[0, NUMBER], hourly[0, 7, NUMBER]])
+    for name, value in zip(known.input_names, values, strict=True):
+        expected = table[name] / 24 if name == "hours_since_last_value" else table[name]
+        assert value == pytest.approx(np.clip(np.nan_to_num(expected), -features.LIMIT, features.LIMIT)), name
+
+
 def test_the_season_is_the_day_of_the_year(observations, known):
     day = (observations.start + END * 24 * HOUR).astype("datetime64[D]")
     angle = (day - np.datetime64(str(day)[:4])).astype(int) * 2 * np.pi / 365.25

@@ -148,13 +148,13 @@ def test_the_least_history_that_is_let_through_is_enough(observations, tmp_path,
     models.Models(config, Run(tmp_path, {})).fit(name, known)
 
 
-def smape_and_penalty(coefficients: np.ndarray, table: np.ndarray, target: np.ndarray, penalty: float) -> float:
+def smape_and_penalty(coefficients: np.ndarray, table: np.ndarray, target: np.ndarray, penalty: np.ndarray) -> float:
     """What the linear forecaster minimises, by numerical integration of the slope that its rounds use."""
     steps = np.linspace(0, 12, 24_001)
     slope = (1 - np.tanh(steps / 2) ** 2) * np.minimum(steps / linear.ROUNDED_OFF, 1)
     loss = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(steps))])
     error = np.abs(table @ coefficients[:-1] + coefficients[-1] - target)
-    return np.interp(error, steps, loss).sum() + penalty / 2 * (coefficients[:-1] ** 2).sum()
+    return np.interp(error, steps, loss).sum() + (penalty / 2 * coefficients[:-1] ** 2).sum()
 
 
 def test_the_linear_forecaster_minimises_the_smape_and_its_penalty(monkeypatch):
@@ -167,11 +167,11 @@ def test_the_linear_forecaster_minimises_the_smape_and_its_penalty(monkeypatch):
     target = (table @ np.array([0.8, -0.4, 0.3]) + 0.2 + random.laplace(0, 0.4, (300, 2))).astype(np.float32)
     target[::10] = 6  # outliers, which least squares would follow
     target[5:50, 1] = np.nan
-    monkeypatch.setattr(linear, "PENALTY", 5.0)
     monkeypatch.setattr(linear, "ROUNDS", 60)
-    found = linear._fit_one(table[..., :1], table[..., 1:2], table[:, 0, 2:], target)
+    penalty = np.array([5.0, 20, 1])  # per station
+    found = linear._fit_one(table[..., :1], table[..., 1:2], table[:, 0, 2:], target, penalty)
     there = np.isfinite(target)
-    arguments = (table[there], target[there], 2 * 5.0)
+    arguments = (table[there], target[there], 2 * penalty)
     best = minimize(smape_and_penalty, np.zeros(4), arguments, method="Nelder-Mead", options={"maxiter": 5000})
     np.testing.assert_allclose(found, best.x, atol=0.01)
     assert found[0] == pytest.approx(0.8, abs=0.1) and found[-1] < 0.4
@@ -179,7 +179,44 @@ def test_the_linear_forecaster_minimises_the_smape_and_its_penalty(monkeypatch):
 
 def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle():
     nothing = np.full((30, 2), np.nan, np.float32)
-    assert not linear._fit_one(*np.ones((2, 30, 2, 4), np.float32), np.ones((30, 2), np.float32), nothing).any()
+    given = *np.ones((2, 30, 2, 4), np.float32), np.ones((30, 2), np.float32)
+    assert not linear._fit_one(*given, nothing, np.ones(10)).any()
+
+
+def test_the_penalty_grows_with_the_root_of_a_feature_s_age():
+    """Hours: 24 of what is no part of the past, or a whole day of it."""
+    ages = {
+        "last_value": 1,
+        "city_shape": 1,
+        "last_6_hours": 6,
+        "city_NO2_last_168_hours": 168,
+        "here_CO_last_24_hours": 24,
+    }
+    ages |= {
+        "day_5_ago": 120,
+        "city_day_2_ago": 48,
+        "same_hour_7_days_ago": 168,
+        "median_30_days": 24,
+        "spread_last_day": 24,
+    }
+    found = linear.penalties(tuple(ages), 3)
+    np.testing.assert_allclose(found[:-3], [linear.PENALTY * (age / 24) ** 0.5 for age in (*ages.values(), 24, 24)])
+    assert (found[-3:] == linear.PENALTY_OF_DEPARTURES).all()
+
+
+def test_what_stations_share_is_where_the_air_of_their_own_city_is(observations):
+    """Against a slow loop: logarithms of the last six hours relative to the daily cycle, without those of the city."""
+    network, hour = observations.network, 50 * 24
+    known = features.build(observations, np.array([50]))
+    recent = features.log_of(observations.series()[hour - 6 : hour]) - known.base[0, 18:]
+    shared = linear._shared(known, network, "Beijing O3")
+    assert shared.shape == (1, 48, 2 + len(network.series))
+    for number, group in enumerate(network.groups):
+        of_city = np.nanmean(np.nanmean(recent[:, network.by_group[group]], axis=1))
+        own = recent[:, number][np.isfinite(recent[:, number])]
+        away = own.mean() - of_city if len(own) and group.startswith("Beijing") else 0
+        np.testing.assert_allclose(shared[0, :, 2 + number], away, atol=1e-4, err_msg=group)
+    assert np.abs(shared[0, 0, 2:]).max() > 0.05
 
 
 def test_each_city_has_the_windows_of_its_own_flag(observations, fitted):
@@ -262,9 +299,10 @@ def test_stations_that_repeat_each_other_change_no_line():
     context, hourly = random.normal(0, 1, (2, 60, 1, 2)).astype(np.float32)
     season = random.normal(0, 1, (60, 2)).astype(np.float32)
     target = (context[..., 0] + 0.5 * hourly[..., 1] + random.normal(0, 0.3, (60, 1))).astype(np.float32)
-    alone = linear._fit_one(context, hourly, season, target)
+    penalty = linear.penalties(("last_24_hours",) * 4, 0)
+    alone = linear._fit_one(context, hourly, season, target, penalty)
     three = linear._fit_one(
-        *(np.repeat(part, 3, axis=1) for part in (context, hourly)), season, target.repeat(3, axis=1)
+        *(np.repeat(part, 3, axis=1) for part in (context, hourly)), season, target.repeat(3, axis=1), penalty
     )
     assert 0.05 < alone[0] < 0.9, "the penalty shows"
     np.testing.assert_allclose(three[:-1], alone[:-1], atol=1e-4)
