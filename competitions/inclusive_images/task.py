@@ -51,7 +51,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
     def tune(scores: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         prior, trims = _prior(counts), (0, 1, 2, 3) if config.clusters else (0,)
-        return decision.tune(scores, files.labels[held], prior, clusters, trims, config.seed)
+        return decision.tune(scores, files.labels[held], prior, clusters, trims, _default(config), config.seed)
 
     def lines(ids: Sequence[str], decisions: dict[str, Tensor]) -> list[tuple[str, str]]:
         found = decisions["labels"].cpu().numpy()
@@ -88,9 +88,12 @@ def _prior(counts: np.ndarray) -> np.ndarray:
     return np.argsort(-counts, kind="stable")[: min(3, len(counts))]
 
 
+def _default(config: TagConfig) -> decision.Rule:
+    return decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
+
+
 def _decide(config: TagConfig, files: Rows, counts: np.ndarray, clusters: np.ndarray) -> Callable[..., Any]:
-    default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
-    return lambda scores, tuned: decision.apply(scores, tuned, default, _prior(counts), clusters)
+    return lambda scores, tuned: decision.apply(scores, tuned, _default(config), _prior(counts), clusters)
 
 
 def _mix(kind: str) -> Any:
