@@ -71,7 +71,7 @@ class Data:
     valid: Any = None  # the same n rows without augmentation; None: `train` has no augmentation
     test_ids: Sequence[str] | None = None  # ids of the rows of `test`; None: the sample submission's, in its order
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
-    mix: Any = None  # MixUp or CutMix of common.loading.mixing
+    mix: Any = None  # MixUp, CutMix or OneOf of common.loading.mixing
     # Predictions of the test rows, tensors [m, ...] -> dataset of them to train on, with the training augmentation and
     # the predictions as targets: in the form of `train`'s, or probabilities [m, C] of its class numbers [n]. None: no
     # --pseudo

@@ -11,7 +11,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from common.batch import Batch, Tree, map_tree, tensors_of
+from common.batch import Batch, Tree, map_tree, rebuilt, tensors_of
 from common.errors import UserError
 from common.loading.keys import MIX_STREAM, Keys
 from common.loading.transfer import to_device
@@ -82,7 +82,26 @@ class CutMix:
         return map_tree(paste, inputs), map_tree(mix_target, targets)
 
 
-def mix_pairs(mix: MixUp | CutMix, batch: Batch, place: np.ndarray, seed: int) -> Batch:
+@dataclass(frozen=True)
+class OneOf:
+    """One of two mixes for every pair, each for half of them."""
+
+    first: MixUp | CutMix
+    second: MixUp | CutMix
+
+    def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
+        """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
+        chosen = keys.uniform(stream=stream + 3) < 0.5  # the mixes draw from the three streams before
+        found, other = (mix(inputs, targets, partner, keys, stream) for mix in (self.first, self.second))
+
+        def choose(one: Tensor, another: Tensor) -> Tensor:
+            rows = to_device(chosen.reshape(len(one), *[1] * (one.ndim - 1)), one.device)
+            return torch.where(rows, one, another)
+
+        return rebuilt(found, map(choose, tensors_of(found), tensors_of(other)))
+
+
+def mix_pairs(mix: MixUp | CutMix | OneOf, batch: Batch, place: np.ndarray, seed: int) -> Batch:
     """The batch with its pairs blended, their weights like their targets.
 
     `place` [B] are the places of its samples in the batch over all ranks.

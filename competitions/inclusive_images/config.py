@@ -44,6 +44,9 @@ class TagConfig(Config):
     start_from: str = flag("", "finished run whose weights to start from; heads that are absent here are dropped")
     trains: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
     size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels", at_least(32))
+    detail: float = flag(
+        1.0, "images are kept this much larger than --size, so that crops keep their detail", "times", at_least(1)
+    )
     cache_gb: float = flag(
         20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
     )
@@ -53,7 +56,9 @@ class TagConfig(Config):
     )
     dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
     augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
-    mix: Literal["none", "mixup", "cutmix"] = flag("none", "blend pairs of training images and their labels")
+    mix: Literal["none", "mixup", "cutmix", "both"] = flag(
+        "none", "blend half of the pairs of training images and their labels; both blends four fifths, either way"
+    )
     sampling: Literal["shuffled", "weighted"] = flag("shuffled", "every image once an epoch, or rare labels more often")
     classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out", rule=at_least(0))
     loss: Literal["bce", "focal", "f2", "bce+f2", "pvn"] = flag(
@@ -115,7 +120,7 @@ RECIPES: dict[str, TagConfig] = {
     ),
     # RECIPE=small: a few thousand small photographs on a CPU. Three networks, each of which leaves out a third of the
     # tuning images, so that the rule is tuned on all of those by networks that have not seen them
-    "small": replace(SMALL, rows="both", fold="all", folds=3, epochs=16, embedding=2.0, mix="mixup"),
+    "small": replace(SMALL, rows="both", fold="all", folds=3, epochs=32, embedding=2.0, mix="both", detail=2.0),
     # what it is made of, one network each, for comparison at equal budget
     "small-both": replace(SMALL, embedding=2.0),
     "small-bce": replace(SMALL, embedding=0.0),

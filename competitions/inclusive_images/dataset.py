@@ -48,14 +48,22 @@ class SoftTargets:
         return targets
 
 
-def augmentation(strength: str, size: tuple[int, int]) -> A.Compose | None:
+def resized(size: tuple[int, int]) -> A.Compose:
+    """A larger image at `size`, every pixel the mean of those that it covers: how a store resizes, too."""
+    return A.Compose([A.Resize(*size, interpolation=cv2.INTER_AREA)])
+
+
+def augmentation(strength: str, size: tuple[int, int], larger: bool = False) -> A.Compose | None:
     """none; light (mirror, crop); or heavy, which also turns, tints, blurs, compresses and spoils.
+
+    The crops have `size`, those of `larger` images by the mean of pixels, as `resized` does it.
 
     The test images of the competition are of lower quality than those to train on: heavy narrows that gap.
     """
     if strength == "none":
         return None
-    crop = A.RandomResizedCrop(size=size, scale=(0.5 if strength == "heavy" else 0.7, 1.0), ratio=(1.0, 1.8), p=1.0)
+    least, way = 0.5 if strength == "heavy" else 0.7, cv2.INTER_AREA if larger else cv2.INTER_LINEAR
+    crop = A.RandomResizedCrop(size=size, scale=(least, 1.0), ratio=(1.0, 1.8), interpolation=way, p=1.0)
     light = [crop, A.HorizontalFlip(p=0.5)]
     if strength == "light":
         return A.Compose(light)

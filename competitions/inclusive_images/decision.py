@@ -119,11 +119,18 @@ def prefix_f2(ranked: Ranked, truth: csr_matrix, prior: np.ndarray) -> np.ndarra
 
 
 def tune(
-    scores: np.ndarray, truth: csr_matrix, prior: np.ndarray, clusters: np.ndarray, trims: tuple[int, ...], seed: int
+    scores: np.ndarray,
+    truth: csr_matrix,
+    prior: np.ndarray,
+    clusters: np.ndarray,
+    trims: tuple[int, ...],
+    default: Rule,
+    seed: int,
 ) -> dict[str, Any]:
     """The rule with the best mean F2 on held-out scores [n, m], and an honest estimate of what it is worth.
 
-    "score" chooses the rule on four fifths of the images and scores it on the fifth, in turns.
+    It has to be surely better than `default`, see `chosen`. "score" chooses the rule on four fifths of the images and
+    scores it on the fifth, in turns.
     """
     some = np.random.default_rng(keyed_seed(seed, 7)).permutation(len(scores))[:TUNED_ROWS]
     ranked = Ranked.of(np.asarray(scores[np.sort(some)]))
@@ -132,7 +139,7 @@ def tune(
     for trim in trims:
         kept = ranked.trimmed(clusters, trim)
         quality = prefix_f2(kept, truth, prior)
-        for rule in candidates(ranked):
+        for rule in [default, *candidates(ranked)]:
             rules.append(replace(rule, trim=trim))
             table.append(quality[np.arange(len(quality)), lengths_of(kept, rule)])
     table = np.array(table)  # [rules, n]
@@ -140,9 +147,18 @@ def tune(
     held_out = np.zeros(table.shape[1])
     for number in range(PARTS):
         rest = table[:, part != number] if table.shape[1] > PARTS else table
-        held_out[part == number] = table[rest.mean(1).argmax(), part == number]
+        held_out[part == number] = table[chosen(rest), part == number]
+    return {"rule": asdict(rules[chosen(table)]), "score": float(held_out.mean())}
+
+
+def chosen(table: np.ndarray) -> int:
+    """The best row of F2 by image [rules, n], or row 0 unless that is worse by more than two standard errors.
+
+    The best of hundreds of rules is best by luck, too: on 250 images that cost 0.004 against the default.
+    """
     best = int(table.mean(1).argmax())
-    return {"rule": asdict(rules[best]), "score": float(held_out.mean())}
+    gains = table[best] - table[0]
+    return best if gains.mean() > 2 * gains.std() / np.sqrt(len(gains)) else 0
 
 
 def candidates(ranked: Ranked) -> list[Rule]:

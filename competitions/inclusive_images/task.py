@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.loading import orders
-from common.loading.mixing import CutMix, MixUp
+from common.loading.mixing import CutMix, MixUp, OneOf
 from common.losses import BCE, MSE, CosineProximity, Focal, Heads, PositivesVersusNegatives, SoftFBeta, Weighted
 from common.metrics import Metric
 from common.raw import RawData
@@ -25,7 +25,7 @@ from common.vision.tta import MIRRORED
 from common.vision.weights import start_backbone
 from competitions.inclusive_images import decision, plots, rows
 from competitions.inclusive_images.config import TagConfig
-from competitions.inclusive_images.dataset import SoftTargets, Targets, augmentation
+from competitions.inclusive_images.dataset import SoftTargets, Targets, augmentation, resized
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.model import HEADS, TagNet
 from competitions.inclusive_images.rows import Rows
@@ -39,16 +39,19 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     clusters = decision.cluster(embedding, config.clusters) if config.clusters else np.arange(len(files.index))
     counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
     decide = _decide(config, files, counts, clusters)
-    store = partial(ImageStore, size=config.size, cache=raw.cache, limit_gb=config.cache_gb, announce=log)
+    kept = tuple(round(side * config.detail) for side in config.size)
+    store = partial(ImageStore, size=kept, cache=raw.cache, limit_gb=config.cache_gb, announce=log)
     images, test = store(files.paths), store(files.test_paths)
     vectors = embedding.vectors if config.embedding else None
     weights = orders.by_rarity(files.labels) if config.sampling == "weighted" else None
     started = config.start_from or config.encoder_weights != "none"
-    targets, augment = Targets(files.labels, vectors, config.count > 0), augmentation(config.augment, config.size)
+    targets = Targets(files.labels, vectors, config.count > 0)
+    whole = resized(config.size) if kept != config.size else None
+    augment = augmentation(config.augment, config.size, larger=whole is not None) or whole
 
     def tune(scores: np.ndarray, held: np.ndarray) -> dict[str, Any]:
         prior, trims = _prior(counts), (0, 1, 2, 3) if config.clusters else (0,)
-        return decision.tune(scores, files.labels[held], prior, clusters, trims, config.seed)
+        return decision.tune(scores, files.labels[held], prior, clusters, trims, _default(config), config.seed)
 
     def lines(ids: Sequence[str], decisions: dict[str, Tensor]) -> list[tuple[str, str]]:
         found = decisions["labels"].cpu().numpy()
@@ -57,10 +60,10 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     return Task(
         data=Data(
             train=ImageDataset(images, targets, transform=augment),
-            valid=ImageDataset(images, targets),
+            valid=ImageDataset(images, targets, transform=whole),
             ids=files.ids,
             folds=files.folds,
-            test=ImageDataset(test),
+            test=ImageDataset(test, transform=whole),
             test_ids=files.test_ids,
             order=None if weights is None else lambda own: orders.weighted(weights[own], rows=own),
             mix=_mix(config.mix),
@@ -85,14 +88,22 @@ def _prior(counts: np.ndarray) -> np.ndarray:
     return np.argsort(-counts, kind="stable")[: min(3, len(counts))]
 
 
+def _default(config: TagConfig) -> decision.Rule:
+    return decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
+
+
 def _decide(config: TagConfig, files: Rows, counts: np.ndarray, clusters: np.ndarray) -> Callable[..., Any]:
-    default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
-    return lambda scores, tuned: decision.apply(scores, tuned, default, _prior(counts), clusters)
+    return lambda scores, tuned: decision.apply(scores, tuned, _default(config), _prior(counts), clusters)
 
 
 def _mix(kind: str) -> Any:
-    """Half of the pairs are blended: few photographs are learnt by heart within some twenty epochs otherwise."""
-    return {"none": None, "mixup": MixUp(alpha=1.0, probability=0.5), "cutmix": CutMix(probability=0.5)}[kind]
+    """Half of the pairs are blended, with both four fifths: few photographs are soon learnt by heart otherwise."""
+    return {
+        "none": None,
+        "mixup": MixUp(alpha=1.0, probability=0.5),
+        "cutmix": CutMix(probability=0.5),
+        "both": OneOf(MixUp(alpha=1.0, probability=0.8), CutMix(probability=0.8)),
+    }[kind]
 
 
 def _check(config: TagConfig) -> None:

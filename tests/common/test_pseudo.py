@@ -20,7 +20,7 @@ from common.loading import orders
 from common.loading.folds import fingerprint
 from common.loading.keys import KeyedGenerator, Keys, keyed_seed
 from common.loading.loader import Loader
-from common.loading.mixing import CutMix, MixUp
+from common.loading.mixing import CutMix, MixUp, OneOf
 from common.pseudo import JoinedBatches, JoinedSamples, Pseudo, as_soft, choose, confidence, with_rows
 from common.run import Run
 from common.tables.numbers import TableDataset
@@ -262,7 +262,7 @@ def test_samples_join_as_batches_do_with_workers_and_without():
         np.testing.assert_array_equal(sample(row, keyed)[0], expected)
 
 
-@pytest.mark.parametrize("mix", [MixUp(0.4), CutMix()])
+@pytest.mark.parametrize("mix", [MixUp(0.4), CutMix(), OneOf(MixUp(0.4), CutMix())])
 def test_a_pair_of_both_kinds_blends_its_weights_like_its_targets(mix):
     """Every row has a class of its own, so a target tells how much of which row is in a sample."""
     images = torch.arange(12.0).reshape(12, 1, 1, 1).expand(12, 1, 8, 8)

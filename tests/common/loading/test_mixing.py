@@ -5,7 +5,7 @@ from scipy import stats
 
 from common.errors import UserError
 from common.loading.keys import Keys
-from common.loading.mixing import CutMix, MixUp
+from common.loading.mixing import CutMix, MixUp, OneOf
 
 SIZE = 40
 IMAGES = torch.randint(0, 256, (SIZE, 3, 10, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -107,3 +107,20 @@ def test_boxes_of_cutmix_lie_anywhere_whatever_their_size():
     small = (share > 0) & (share < 0.1)
     row = (pasted.mean(2) * torch.arange(side)).sum(1)[small] / pasted.mean(2).sum(1)[small]
     assert row.std() > 12, "uniform over 60 rows has 17"
+
+
+def test_one_of_gives_every_pair_what_one_of_its_mixes_gives():
+    parts = MixUp(0.4, probability=0.7), CutMix(probability=0.7)
+    given = {"share": torch.eye(SIZE), "pixels": MASKS}
+    found, *each = (mixed(mix, given) for mix in (OneOf(*parts), *parts))
+    counts = []
+    for row in range(SIZE):
+        like = [
+            torch.equal(found[0][row], one[0][row])
+            and all(torch.equal(found[1][name][row].float(), one[1][name][row].float()) for name in given)
+            for one in each
+        ]
+        assert any(like)
+        counts.append(like)
+    only_first, only_second = np.array(counts).T[::, :] & ~np.array(counts).T[::-1, :]
+    assert np.array_equal(only_first[0::2], only_first[1::2]) and only_first.any() and only_second.any()

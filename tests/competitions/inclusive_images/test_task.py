@@ -97,8 +97,8 @@ def test_augmented_batches_vary_and_do_not_depend_on_workers(raw):
     assert changed.float().mean() > 0.5
 
 
-@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
+@pytest.mark.parametrize(("mix", "least", "most"), [("mixup", 4, 20), ("cutmix", 4, 20), ("both", 14, 24)])
+def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix, least, most):
     built_task = built(raw, mix=mix, augment="none")
     order = orders.sequential(np.arange(24))
     with Loader(built_task.data.train, order, 24, seed=0, mix=built_task.data.mix) as loader:
@@ -114,7 +114,28 @@ def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix):
         vector = part * targets["embedding"] + (1 - part) * partner["embedding"]
         assert torch.allclose(batch.targets["embedding"][row], vector, atol=1e-4)
         blended += not torch.equal(batch.inputs[row], image)
-    assert 4 <= blended <= 20, "about half of the pairs"
+    assert least <= blended <= most, "about half of the pairs, or four fifths"
+
+
+@pytest.mark.parametrize("augment", ["none", "light"])
+def test_crops_of_larger_images_have_the_size_and_more_detail(raw, augment):
+    """A crop of an image of the final size is stretched and blurs: its neighbouring pixels differ less."""
+
+    def sharpness(images: torch.Tensor) -> float:
+        return images.float().diff(dim=-1).abs().mean().item()
+
+    built_task, plain = built(raw, augment=augment, detail=2.0), built(raw, augment=augment)
+    found = {}
+    for name, own in (("detail", built_task), ("plain", plain)):
+        with Loader(own.data.train, orders.sequential(np.arange(40)), 40, seed=0) as loader:
+            found[name] = next(loader.epoch(0)).inputs
+    assert found["detail"].shape == found["plain"].shape == (40, 3, 64, 64)
+    valid = torch.stack([built_task.data.valid[row][0] for row in range(40)])
+    assert built_task.data.test[0][0].shape == (3, 64, 64)
+    if augment == "none":
+        assert torch.equal(found["detail"], valid), "without augmentation both are resized alike"
+    else:
+        assert sharpness(found["detail"]) > 1.02 * sharpness(found["plain"])
 
 
 def test_images_are_resized_once_up_to_a_limit(raw, monkeypatch, capsys):
