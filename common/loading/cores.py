@@ -1,0 +1,19 @@
+"""How many cores a process has. Needs no package: make asks before anything is installed."""
+
+import math
+import os
+from pathlib import Path
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # what `docker run --cpus` and Kaggle's machines allow
+
+
+def cores() -> int:
+    """The cores for this process: by affinity and by a container's quota, divided among torchrun's processes here."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        allowed, period = QUOTA.read_text().split()
+    except (OSError, ValueError):
+        allowed = "max"
+    if allowed != "max":
+        there = max(1, min(there, math.ceil(int(allowed) / int(period))))
+    return there // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
