@@ -136,7 +136,8 @@ class Training:
         self.model = task.model().to(self.device, memory_format=memory_format)
         if task.pretrain and pretrained and (line := task.pretrain(self.model)):
             self.run.log(line)
-        prepare(self.model, config.checkpointing, config.compile, self.run.log)
+        precision = precision_of(config, self.device)
+        prepare(self.model, config.checkpointing, config.compile, self.run.log, precision)
         is_module = isinstance(task.loss, nn.Module)
         self.loss = deepcopy(task.loss).to(self.device) if is_module else task.loss  # folds share no weights
         self.optimizer = build_optimizer(self.model, config, task.lr_scales)
@@ -148,7 +149,7 @@ class Training:
             self.loss,
             self.optimizer,
             micro_batch=config.micro_batch,
-            precision=precision_of(config, self.device),
+            precision=precision,
             clip_norm=config.clip_norm,
             seed=config.seed,
             ranks=self.ranks,

@@ -76,7 +76,6 @@ PRETRAINED = replace(
     cutmix=0.25,
     ema=0.99,
     evaluate_every=6,
-    precision="fp32",  # bf16 makes the depthwise convolutions of this encoder slower on a CPU that has it
 )
 FULL = replace(
     DEFAULT,

@@ -125,6 +125,43 @@ def test_timm_models(name):
     assert relative_error(gradients[1], gradients[0]) <= 1e-12
 
 
+def test_depthwise_convolutions_train_in_float32_where_the_rest_is_bf16():
+    """As if they stood outside of autocast; a copy has its own, and nothing changes in evaluation."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1), nn.Flatten()
+    plain, prepared = nn.Sequential(*layers), deepcopy(nn.Sequential(*layers))
+    names = list(prepared.state_dict())
+    prepare(prepared, precision="bf16")
+    images = torch.randn(2, 3, 6, 6)
+
+    def by_hand(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            inputs = model[0](images)
+        between = model[1](inputs.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            return model[3](model[2](between))
+
+    def in_bf16(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images)
+
+    copied = pickle.loads(pickle.dumps(deepcopy(prepared)))
+    assert copied[1].forward.module is copied[1] and list(copied.state_dict()) == names
+    for model in (prepared, copied):
+        found, wanted = in_bf16(model), by_hand(plain)
+        assert torch.equal(found, wanted) and not torch.equal(found, in_bf16(plain))
+        gradients = []
+        for of, outputs in ((model, found), (plain, wanted)):
+            of.zero_grad()
+            outputs.float().square().sum().backward()
+            gradients.append(gradient_of(of, None))
+        assert torch.equal(*gradients)
+    assert torch.equal(in_bf16(prepared.eval()), in_bf16(plain.eval()))
+    untouched = deepcopy(plain)
+    prepare(untouched)
+    assert "forward" not in vars(untouched[1])
+
+
 def test_compiled_in_place(monkeypatch):
     """The compiler itself is not run here, it takes a minute."""
     asked = []
