@@ -12,7 +12,6 @@ from common.inference import Predictor
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
-from common.predictions import joined
 from common.pseudo import with_rows
 from common.task import AS_IS, completed
 
@@ -27,7 +26,7 @@ def test_the_loss_takes_training_rows_and_test_rows_in_one_batch(name, tmp_path,
     model = task.network.model().eval()
     predictor = Predictor([model], task, AS_IS, config, 32, device_of(replace(config, device="cpu")))
     rows = np.arange(len(task.data.test))
-    labels = joined([predictions for _, predictions, *_ in predictor.batches(task.data.test, rows)])
+    labels = torch.cat([predictions for _, predictions, *_ in predictor.batches(task.data.test, rows)])
     data = with_rows(task.data, task.data.pseudo(labels), rows[1::2], config)
     n = len(task.data.train)
     for train in (task.data.train, data.train):
