@@ -18,7 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.batch import Batch, Tree, map_tree, rebuilt, tensors_of
+from common.batch import Batch, Tree, concatenated, map_tree, rebuilt, tensors_of
 from common.engine import memory
 from common.engine.finite import Outcomes, Place, judge, total_norm
 from common.engine.optimizers import allocate_state, laid_out_like
@@ -56,11 +56,12 @@ class StepReport(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Outputs of a micro-batch, their statistics [B, ...] with the graph between, and the samples' weights."""
+    """Outputs of a whole batch, their statistics [B, ...] with the graph between, weights, sizes of micro-batches."""
 
-    outputs: list[Tensor]
+    outputs: Tensor
     stats: Tensor
     weights: Tensor | None
+    sizes: tuple[int, ...]
 
 
 class DoesNotFit(MemoryError):
@@ -386,46 +387,49 @@ class Engine:
         self._add(direct)
         return value
 
-    def _second_pass(self, batch: Batch, kept: list[Kept], slope: Tensor) -> None:
+    def _second_pass(self, batch: Batch, kept: Kept | None, slope: Tensor) -> None:
         with self.loss_buffers.left_as_they_are():
             if kept:
                 self._send_through(batch, kept, slope)
             else:
                 self._add_up(batch, slope, False)
 
-    def _found_sums(self, batch: Batch) -> tuple[Tensor | None, list[Kept]]:
-        """The sums of this rank's samples, and the graphs of the statistics of every micro-batch if outputs are small.
+    def _found_sums(self, batch: Batch) -> tuple[Tensor | None, Kept | None]:
+        """The sums of this rank's samples, and the graph of all statistics if the outputs are small.
 
-        The second pass then needs no loss, which costs a small network as much as its layers.
+        The loss is then called once and not in both passes: it costs a small network as much as its layers.
         """
-        kept, total, small = [], None, False
+        found, total, small = [], None, None
         self.begin_pass()
-        for inputs, targets, weights, size in self.parts(batch):
-            with torch.no_grad():
+        with torch.no_grad():
+            for inputs, targets, weights, size in self.parts(batch):
                 outputs = self.forward(inputs)
-            # A loss with buffers may have written to what the kept graphs need by the time that they are used.
-            if total is None:
-                small = not self.loss_buffers and is_small(outputs, len(batch) / size)
-            with torch.set_grad_enabled(small):
-                leaves = map_tree(lambda x: x.detach().requires_grad_() if has_slope(x) else x, outputs)
-                stats = self.loss.stats(leaves if small else outputs, targets)
-            if small:
-                kept.append(Kept(tensors_of(leaves), stats, weights))
-            part = weighted_sums(stats.detach(), weights)
-            total = part if total is None else total + part
-        return total, kept
+                if small is None:  # a loss with buffers may write to what the graph needs by the time that it is used
+                    small = not self.loss_buffers and is_small(outputs, targets, len(batch) / size)
+                if small:
+                    found.append((outputs, targets, weights, size))
+                else:
+                    part = weighted_sums(self.loss.stats(outputs, targets), weights)
+                    total = part if total is None else total + part
+        if not found:
+            return total, None
+        outputs, targets, weights, sizes = zip(*found, strict=True)
+        outputs = torch.cat(outputs).requires_grad_()
+        stats = self.loss.stats(outputs, concatenated(targets))
+        weights = None if weights[0] is None else torch.cat(weights)
+        return weighted_sums(stats.detach(), weights), Kept(outputs, stats, weights, sizes)
 
-    def _send_through(self, batch: Batch, kept: list[Kept], slope: Tensor) -> None:
+    def _send_through(self, batch: Batch, kept: Kept, slope: Tensor) -> None:
         """A second pass that sends the slope of the kept statistics through the outputs of the first."""
-        stats = [part for part in kept if part.stats.requires_grad]
-        if stats:
-            send([part.stats for part in stats], [sent_back(part.stats, slope, part.weights) for part in stats])
+        if kept.stats.requires_grad:
+            send([kept.stats], [sent_back(kept.stats, slope, kept.weights)])
+        if kept.outputs.grad is None:
+            return
         self.begin_pass()
-        for (inputs, *_), part in zip(self.parts(batch), kept, strict=True):
-            pairs = zip(tensors_of(self.forward(inputs)), part.outputs, strict=True)
-            found = [(leaf, of.grad) for leaf, of in pairs if leaf.requires_grad and of.grad is not None]
-            if found:
-                send(*zip(*found, strict=True))
+        for (inputs, *_), sent in zip(self.parts(batch), kept.outputs.grad.split(kept.sizes), strict=True):
+            outputs = self.forward(inputs)
+            if outputs.requires_grad:
+                send([outputs], [sent])
 
     def _add_up(self, batch: Batch, sent: Tensor, keep_sums: bool) -> Tensor | None:
         """A pass that sends `sent` back into the statistics and returns their sums on this rank, if asked for."""
@@ -677,9 +681,14 @@ def send(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     )
 
 
-def is_small(outputs: Tree, micro_batches: float) -> bool:
-    """Whether the outputs of a whole batch are a few numbers, given those of a micro-batch."""
-    return sum(tensor.nbytes for tensor in tensors_of(outputs)) * micro_batches <= SMALL_BYTES
+def is_small(outputs: Tree, targets: Tree, micro_batches: float) -> bool:
+    """Whether outputs and targets of a whole batch are a few numbers, given those of a micro-batch.
+
+    Several outputs are not: one of them, a temperature, may have no row for each sample.
+    """
+    if not isinstance(outputs, Tensor) or not has_slope(outputs):
+        return False
+    return sum(tensor.nbytes for tensor in (outputs, *tensors_of(targets))) * micro_batches <= SMALL_BYTES
 
 
 def sent_back(values: Tensor, slope: Tensor | float, weights: Tensor | None) -> Tensor:

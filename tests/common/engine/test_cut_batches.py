@@ -368,6 +368,49 @@ def test_outputs_that_belong_to_no_sample(bare):
     assert_equal(cut_and_whole(WithTemperature(bare), whole_batch(loss), make_batch(12)))
 
 
+class OfAllOutputs:
+    """Two sums or more, of outputs of which only the first has rows."""
+
+    def stats(self, outputs, targets):
+        logits, temperatures, centres = outputs
+        return (logits[:, None] * temperatures[:, None] - centres[0, 0]).square()
+
+    def value(self, sums, count):
+        return (sums / count).sqrt().mean()
+
+
+def test_outputs_that_seem_to_have_rows():
+    """As many temperatures as a micro-batch has samples: taken for its rows they would be three times as many."""
+
+    class Temperatures(WithTemperature):
+        def forward(self, inputs):
+            logits, temperature, centres = super().forward(inputs)
+            return logits, torch.stack([temperature, temperature * 2, temperature.square(), 1 / temperature]), centres
+
+    torch.manual_seed(0)
+    assert_equal(cut_and_whole(Temperatures(False), OfAllOutputs(), make_batch(12)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sums_that_the_loss_itself_learns(frozen):
+    """Its parameters are used in the statistics; with the model frozen nothing goes back through the outputs."""
+
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centres = nn.Parameter(torch.randn(CLASSES, dtype=torch.float64))
+
+        def stats(self, outputs, targets):
+            return (outputs - self.centres).square()
+
+        def value(self, sums, count):
+            return (sums / count).sqrt().mean()
+
+    torch.manual_seed(0)
+    model, loss = make_model().requires_grad_(not frozen), Prototypes()
+    assert_equal(cut_and_whole(model, loss, make_batch(12), [*model.parameters(), *loss.parameters()]))
+
+
 def test_outputs_without_rows_that_differ_are_refused():
     class Balance(WithTemperature):
         def forward(self, inputs):
