@@ -111,7 +111,7 @@ class Buffers:
         """Every pass over a batch, repeated or not, starts from the same buffers."""
         if self._owners:
             present = self.present()
-            _copy(self._copies, present) if not self._kept else _copy(present, self._copies)
+            copy_(self._copies, present) if not self._kept else copy_(present, self._copies)
         self._kept = True
 
     @contextmanager
@@ -120,7 +120,7 @@ class Buffers:
         of_now = self._clones()
         yield
         if of_now:
-            _copy(self.present(), of_now)
+            copy_(self.present(), of_now)
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of normalisation: what differs between ranks, which see different samples."""
@@ -134,7 +134,7 @@ class Buffers:
 
 
 @torch.no_grad()
-def _copy(to: list[Tensor], values: list[Tensor]) -> None:
+def copy_(to: list[Tensor], values: list[Tensor]) -> None:
     """One operation for all tensors of a type: they are many, and small."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in to):
         alike = [pair for pair in zip(to, values, strict=True) if pair[0].dtype == dtype]

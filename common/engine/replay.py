@@ -254,9 +254,8 @@ def _copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def _put_back(groups: list[list[Tensor]], copies: list[list[Tensor]]) -> None:
-    for group, copied in zip(groups, copies, strict=False):
-        for tensor, value in zip(group, copied, strict=True):
-            tensor.copy_(value)
+    for group, copied in zip(groups, copies, strict=False):  # of a report there is nothing to put back
+        memory.copy_(group, copied)
 
 
 def _distances(groups: list[list[Tensor]], others: list[list[Tensor]]) -> list[float]:
