@@ -28,13 +28,14 @@ TOLERANCE = 0.02  # of the size of a step, beside what two eager ones differ by;
 
 
 class CudaGraph:
-    """torch.cuda.CUDAGraph whose failed capture leaves the device's generator usable."""
+    """torch.cuda.CUDAGraph whose failed capture leaves the device's generator and the current stream as they were."""
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, None
 
     def capture(self, work: Callable[[], None]) -> None:
-        with torch.cuda.device(self._device):
+        # The stream once more: torch.cuda.graph does not go back to it when the end of the capture raises.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
             spare = generator.clone_state()
             try:
@@ -142,10 +143,9 @@ class Replay:
         try:
             graph.capture(self._work)
             self._graph = graph
-        except Exception as error:
-            if not isinstance(error, (RuntimeError, MemoryError)):
-                raise
-            return f"the capture failed ({str(error).splitlines()[0][:200]})"
+        except Exception as error:  # whatever it is, the same step has just been taken without a capture
+            told = [*str(error).splitlines(), type(error).__name__]
+            return f"the capture failed ({told[0][:200]})"
         finally:
             self._held = engine.forget_gradients()
         return ""

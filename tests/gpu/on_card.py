@@ -180,5 +180,21 @@ def test_a_loss_that_reads_the_card_is_found_out():
     assert [line for line in said if "not replayed" in line and "_local_scalar_dense" in line]
 
 
+def test_a_capture_that_fails_leaves_everything_usable():
+    """Waiting for the card is no operation that could be seen beforehand, and is forbidden in a capture."""
+
+    def loss(outputs, targets):
+        torch.cuda.synchronize()
+        return outputs.square().mean(1)
+
+    said, stream = [], torch.cuda.current_stream()
+    engine = engine_for(network(), loss, graph=True, log=said.append)
+    losses = [float(engine.step(on_card(images(16)), step).loss) for step in range(12)]
+    engine.settle()
+    assert [line for line in said if "not replayed: the capture failed" in line] and engine.replay._graph is None
+    assert torch.cuda.current_stream() == stream and losses[-1] < losses[0]
+    assert torch.rand(3, device=CARD).isfinite().all(), "the generator does not wait for the end of the capture"
+
+
 def test_settings_of_a_card():
     assert prepare_device(CARD, False) is torch.channels_last and torch.backends.cudnn.benchmark

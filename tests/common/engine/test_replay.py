@@ -274,17 +274,25 @@ def test_what_needs_the_host_is_found_out(extra, loss, why):
     assert re.search(why, told) and engine.replay._graph is None
 
 
-def test_a_capture_that_fails_goes_on_eagerly():
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (KeyError("capturable"), "'capturable'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_capture_that_fails_goes_on_eagerly(error, told):
     class Full(Again):
         def capture(self, work):
             work()
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     said = []
     engine = ahead(make_model(), cross_entropy, graph=Full, log=said.append)
     for step in range(EAGER_STEPS + 2):
         engine.step(make_batch(12), step)
-    assert len([line for line in said if "the capture failed (CUDA out of memory)" in line]) == 1
+    assert len([line for line in said if f"the capture failed ({told})" in line]) == 1
     assert engine.micro_batch == 12, "the batch itself fits"
 
 
