@@ -67,7 +67,7 @@ SMALL = replace(
 )
 PRETRAINED = replace(
     SMALL,
-    epochs=12,
+    epochs=20,
     size=(224, 336),
     decoder_width=0.5,
     encoder="tu-tf_efficientnet_lite0",
@@ -75,7 +75,7 @@ PRETRAINED = replace(
     encoder_lr=0.3,
     cutmix=0.25,
     ema=0.99,
-    evaluate_every=6,
+    evaluate_every=10,
 )
 FULL = replace(
     DEFAULT,
