@@ -146,8 +146,9 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def _parse_value(name: str, hint: Any, text: str) -> Any:
     """Text of a flag to a value of its type; raises UserError naming the flag, the value and what is expected."""
-    if text in _choices(hint):
-        return text
+    for choice in _choices(hint):
+        if text == str(choice):
+            return choice
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         values = tuple(_parse_value(name, item, part) for part in text.replace("x", ",").split(",") if part)

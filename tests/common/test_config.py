@@ -27,6 +27,7 @@ class Example(Config):
     scales: tuple[float, ...] = flag((0.5, 1.0), "scales")
     head: Literal["pixels", "both"] = flag("both", "which heads")
     hull: bool = flag(False, "fill the hull")
+    width: Literal[18, 34] = flag(18, "layers")
 
 
 def parse(*argv: str, config: Config = Example()) -> Config:
@@ -45,6 +46,7 @@ def parse(*argv: str, config: Config = Example()) -> Config:
         (["--size", "350x525"], "size", (350, 525)),
         (["--scales", "1,2,3.5"], "scales", (1.0, 2.0, 3.5)),
         (["--head", "pixels"], "head", "pixels"),
+        (["--width", "34"], "width", 34),
         (["--hull"], "hull", True),
         (["--hull", "false"], "hull", False),
         (["--micro-batch", "4"], "micro_batch", 4),
@@ -89,6 +91,7 @@ def test_predictions_have_the_flags_that_shaped_no_weights():
         (["--head", "pixel"], ["--head pixel", "pixels"]),
         (["--size", "350"], ["--size 350", "expected 2 values"]),
         (["--hull", "maybe"], ["--hull maybe", "true|false"]),
+        (["--width", "35"], ["--width 35", "18|34"]),
         (["--fold", "5"], ["--fold 5", "0 to 4"]),
         (["--epochs", "0"], ["--epochs 0", "at least 1"]),
         (["--micro-batch", "0"], ["--micro-batch 0", "auto or at least 1"]),
@@ -121,7 +124,7 @@ def test_json_round_trip_keeps_every_value_and_type():
 def test_a_flag_newer_than_the_run_has_its_default_and_one_that_is_gone_is_refused():
     old = Config(lr=0.5)
     assert from_values(Example, json.loads(to_json(old))) == Example(**vars(old))
-    with pytest.raises(UserError, match="no more .head, hull, scales, size.: train it again"):
+    with pytest.raises(UserError, match="no more .head, hull, scales, size, width.: train it again"):
         from_values(Config, json.loads(to_json(parse("--size", "10,20"))))
 
 
