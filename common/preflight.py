@@ -10,11 +10,13 @@ from common.batch import Batch, Tree, map_tree, tensors_of
 from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of
+from common.engine import memory
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
+from common.fit import fold_label, order_of, rows_of_fold
 from common.loading.loader import in_order
-from common.losses.protocol import batch_value
+from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
 from common.predictions import leaves
 from common.run import RUNS
@@ -68,12 +70,13 @@ def _try_out(task: Task, config: Config) -> None:
     model = network.model().to(device)
     if network.pretrain:
         network.pretrain(model)
+    _check_batches(task, config, model, map_tree(lambda x: x[:1], batch.inputs))
     model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
         of_epochs = map(network.loss_of, range(config.epochs)) if network.loss_of else (network.loss,)
         for loss in {id(loss): loss for loss in of_epochs}.values():
-            _check_loss(loss, outputs, batch.targets)
+            _check_loss(own_copy(loss, device), outputs, batch.targets)
         predictions = post.predict(outputs)
         shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
         if any(shape[:1] != [len(batch)] for shape in shapes.values()):
@@ -87,6 +90,24 @@ def _try_out(task: Task, config: Config) -> None:
         evaluate(task.metrics, [(decisions, batch.targets)])
         _check_rows(task, map_tree(Tensor.cpu, decisions))
     _require_room(task, config, model, leaves(predictions))
+
+
+def _check_batches(task: Task, config: Config, model: nn.Module, sample: Tree) -> None:
+    """The training rows of every fold, and whether BatchNorm takes their smallest batch or micro-batch."""
+    largest = config.batch_size if config.micro_batch == "auto" else config.micro_batch
+    for fold in folds_to_train(config):
+        order = order_of(task, config, rows_of_fold(task, fold)[0])
+        batches = set(np.diff(order(config.seed, 0).bounds(config.batch_size)).tolist())
+        if min(min(memory.sizes(batch, largest)) for batch in batches) > 1:
+            continue
+        try:
+            with torch.inference_mode():
+                model.train()(sample)
+        except ValueError as error:
+            raise UserError(
+                f"{fold_label(fold)}: --batch-size {config.batch_size} --micro-batch {config.micro_batch} leave a "
+                f"single sample, on which the model cannot be trained ({error}): choose others"
+            ) from error
 
 
 def _first_rows(task: Task, config: Config) -> Batch:

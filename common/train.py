@@ -23,7 +23,7 @@ from common.device import device_of, use_threads
 from common.engine.ranks import Ranks
 from common.errors import UserError
 from common.files import read_json, remove_drafts, write_npy, write_text
-from common.fit import FACTS, fit, fold_label, rows_of_fold, write_facts
+from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts
 from common.inference import decided
 from common.loading import folds, orders
 from common.loading.loader import in_order
@@ -169,6 +169,7 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     remove_drafts(folder)
     train_rows, valid_rows = rows_of_fold(task, fold)
     started = time.monotonic()
+    seed_all(config, fold)
     oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
     seconds = time.monotonic() - started
     for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
