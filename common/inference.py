@@ -150,13 +150,16 @@ def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
 
         return run
 
+    own = [vars(head).get("forward") for head in heads]  # None: that of the class
     for head in heads:
         head.forward = exactly(head.forward)
     try:
         yield
     finally:
-        for head in heads:
-            del head.forward  # the class has the original one
+        for head, forward in zip(heads, own, strict=True):
+            del head.forward
+            if forward is not None:
+                head.forward = forward
 
 
 def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:

@@ -154,16 +154,31 @@ def completed(task: Task, raw: RawData) -> Task:
     for name, count in (("ids", len(data.ids)), ("folds", len(data.folds)), ("valid", len(data.valid))):
         if count != len(data.train):
             raise UserError(f"the data's {name} have {count} rows and train has {len(data.train)}: expected as many")
-    if len(data.test) != len(data.test_ids):
+    if (count := len(data.test or ())) != len(data.test_ids):
         raise UserError(
-            f"{len(data.test)} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "
+            f"{count} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "
             f"are not given): expected one for each"
         )
-    if split := next((one for ids in (data.ids, data.test_ids) for one in ids if "\n" in str(one)), None):
-        raise UserError(f"the id {split!r} holds the end of a line, and a run keeps its ids a line each: mend the data")
+    _check_ids("ids", data.ids)
+    _check_ids("test_ids", data.test_ids)
     submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
     digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
+
+
+def _check_ids(name: str, ids: Sequence[str]) -> None:
+    """Raises UserError for ids that a run could not keep, or could not find its rows by."""
+    seen = set()
+    for one in map(str, ids):
+        if "\n" in one:
+            raise UserError(
+                f"the id {one!r} holds the end of a line, and a run keeps its ids a line each: mend the data"
+            )
+        if one in seen:
+            raise UserError(
+                f"the data's {name} have {one!r} twice, and predictions are found by their ids: make them differ"
+            )
+        seen.add(one)
 
 
 def needs_workers(task: Task) -> bool:
