@@ -39,8 +39,8 @@ from common.submission import Sample
 from common.vision.check import image_paths
 from common.vision.find import fingerprint
 
-# Plain types only: it is written to the run as JSON. "score", when it is there, is the first metric as measured on rows
-# that the tuning did not see; the run reports it instead of the score on the rows that were tuned on.
+# As JSON gives it back, which the run keeps: arrays are lists, keys are text. "score", when it is there, is the first
+# metric as measured on rows that the tuning did not see; the run reports it instead of the score on the tuned rows.
 Tuned = dict[str, Any]
 
 
@@ -146,14 +146,25 @@ def completed(task: Task, raw: RawData) -> Task:
     if (task.network is None) == (task.fit_predict is None):
         raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
     sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text)
-    data = task.data
-    if data.test_ids is None:
-        data = replace(data, test_ids=sample.ids)
-    if data.valid is None:
-        data = replace(data, valid=data.train)
-    for name, count in (("ids", len(data.ids)), ("folds", len(data.folds)), ("valid", len(data.valid))):
-        if count != len(data.train):
-            raise UserError(f"the data's {name} have {count} rows and train has {len(data.train)}: expected as many")
+    data = replace(
+        task.data,  # by places from here on: a column of pandas would look up its own index
+        ids=list(task.data.ids),
+        folds=np.asarray(task.data.folds),
+        test_ids=list(sample.ids if task.data.test_ids is None else task.data.test_ids),
+        valid=task.data.train if task.data.valid is None else task.data.valid,
+    )
+    weights = getattr(data.train, "weights", None)
+    by_row = {
+        "ids": data.ids,
+        "folds": data.folds,
+        "valid": data.valid,
+        "weights": data.train if weights is None else weights,
+    }
+    for name, rows in by_row.items():
+        if len(rows) != len(data.train):
+            raise UserError(
+                f"the data's {name} have {len(rows)} rows and train has {len(data.train)}: expected as many"
+            )
     if (count := len(data.test or ())) != len(data.test_ids):
         raise UserError(
             f"{count} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "

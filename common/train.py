@@ -1,5 +1,6 @@
 """A whole run: the folds, their out-of-fold predictions, what is tuned on them, the score and the submission."""
 
+import json
 import math
 import os
 import shlex
@@ -265,7 +266,8 @@ def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[st
     """Write the ids of the run's out-of-fold predictions, tune on them, and score them: the heart of result.json."""
     predictions = read_predictions(run.path, "oof")
     write_ids(run.path, "oof", (task.data.ids[row] for row in rows))
-    tuned = task.postprocess.tune(predictions, rows)
+    # What is scored is what a prediction will read.
+    tuned = json.loads(json.dumps(task.postprocess.tune(predictions, rows), default=lambda array: array.tolist()))
     whole, by_fold = score_kept(task, config, predictions, rows, tuned)
     found, monitor = whole.found(), task.metrics[0].name
     scores = {fold: of_fold.found()[monitor][0] for fold, of_fold in sorted(by_fold.items())}

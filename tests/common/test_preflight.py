@@ -27,12 +27,18 @@ def _here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
 
 
+class Heavy(toy.ToyRows):
+    weights = np.ones(80)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"test_ids": [f"t{(row + 1) % 30}" for row in range(30)]}, "the rows to predict are not those of .* row 0"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
         ({"test": None}, "0 test rows have 30 ids"),
+        ({"train": Heavy(torch.zeros(120, 16), torch.zeros(120))}, "weights have 80 rows and train has 120"),
+        ({"kept": "uint8", "predict": lambda o: 300 * o.softmax(1)}, "kept as uint8 must be probabilities"),
         ({"ids": [f"r{row // 2}" for row in range(120)]}, "the data's ids have 'r0' twice"),
         ({"order": lambda rows: orders.weighted(np.ones(len(rows)))}, "trains on .* not among the 80 .* row 0"),
         ({"valid": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3))}, "valid have 3 rows and train has 120"),

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -345,6 +346,35 @@ def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     )
     assert said.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
+
+
+def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
+    """JSON has text as keys and lists for arrays: a decision finds there what it finds while it is scored."""
+    whole = toy.build
+    changes = {
+        "tune": lambda predictions, rows: {2: np.float32(1), "others": np.zeros(2)},
+        "apply": lambda p, tuned: (p * torch.tensor([*tuned.get("others", (1, 1)), tuned.get(2, 0)])).argmax(1),
+    }
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), **changes))
+    result = read_json(toy_train() / "result.json")
+    assert result["tuned"] == {"2": 1.0, "others": [0.0, 0.0]}
+    targets = toy.made().data.valid.targets[toy.made().data.folds == 0]
+    assert result["score"] == pytest.approx(float((targets == 0).double().mean())), "no class 2, as in the submission"
+    with open("submissions/toy/one-demo.csv", newline="") as stream:
+        assert {row["label"] for row in csv.DictReader(stream)} == {"0"}
+
+
+def test_columns_of_pandas_are_taken_by_place(monkeypatch):
+    """Rows of a table that was shuffled keep the numbers that they had."""
+    order = np.random.default_rng(0).permutation(120)
+    ids, whole = [f"r{row}" for row in range(120)], toy.build
+    columns = {"ids": pd.Series(ids, index=order), "folds": pd.Series(np.arange(120) % 3, index=order)}
+    plain = toy_train("plain", fold="all")
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), **columns))
+    assert same(plain, toy_train("columns", fold="all"))
+    assert read_ids(plain, "oof") == read_ids(Path("runs/toy/columns"), "oof")
+    folds = [read_json(run / "result.json")["fold_scores"] for run in (plain, Path("runs/toy/columns"))]
+    assert folds[0] == folds[1]
 
 
 def test_ids_are_kept_whatever_ends_a_line_elsewhere(page, monkeypatch):
