@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -59,6 +60,32 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     assert differences(config, parse()) == [] or [line.split(":")[0] for line in differences(parse(), config)] == [
         field
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "value"),
+    [
+        ("fold", 0, "0"),
+        ("size", [350, 525], (350, 525)),
+        ("lr", "1e-3", 1e-3),
+        ("hull", "false", False),
+        ("lr", 1, 1.0),
+    ],
+)
+def test_a_recipe_has_the_types_of_the_flags(field, written, value):
+    """Else a run would not be the one that its own config.json tells of, and could not be resumed."""
+    config = parse(config=replace(Example(), **{field: written}))
+    assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
+    assert from_values(Example, json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "words"),
+    [("epochs", 2.5, "--epochs 2.5: expected int"), ("micro_batch", "full", "--micro-batch full: expected int|auto")],
+)
+def test_a_recipe_of_other_types_is_refused(field, written, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(config=replace(Example(), **{field: written}))
 
 
 def test_predictions_have_the_flags_that_shaped_no_weights():
