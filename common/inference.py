@@ -179,7 +179,7 @@ def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
 
 
 def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
-    return task.network.tta if config.tta else AS_IS
+    return (config.tta and task.network.tta) or AS_IS
 
 
 def predictor_of(run: Run, task: Task, config: Config) -> Predictor:
@@ -249,4 +249,5 @@ def load_model(file: Path, task: Task, config: Config, device: torch.device) -> 
     model = task.network.model()
     with checkpoint.restoring(file):
         model.load_state_dict(checkpoint.load(file, "model")["model"])
-    return model.to(device, memory_format=prepare_device(device, config.channels_last)).eval()
+    model.eval()  # returns nothing where a network's own train() does not
+    return model.to(device, memory_format=prepare_device(device, config.channels_last))

@@ -11,6 +11,7 @@ from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of
 from common.engine import memory
+from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
@@ -70,6 +71,7 @@ def _try_out(task: Task, config: Config) -> None:
     model = network.model().to(device)
     if network.pretrain:
         network.pretrain(model)
+    parameter_groups(model, config.lr, config.weight_decay, network.lr_scales)  # refuses names of no module
     _check_batches(task, config, model, map_tree(lambda x: x[:1], batch.inputs))
     model.eval()
     with torch.inference_mode():
@@ -102,7 +104,8 @@ def _check_batches(task: Task, config: Config, model: nn.Module, sample: Tree) -
             continue
         try:
             with torch.inference_mode():
-                model.train()(sample)
+                model.train()
+                model(sample)
         except ValueError as error:
             raise UserError(
                 f"{fold_label(fold)}: --batch-size {config.batch_size} --micro-batch {config.micro_batch} leave a "

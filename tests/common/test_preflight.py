@@ -37,6 +37,7 @@ class Heavy(toy.ToyRows):
         ({"test_ids": [f"t{(row + 1) % 30}" for row in range(30)]}, "the rows to predict are not those of .* row 0"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
         ({"test": None}, "0 test rows have 30 ids"),
+        ({"lr_scales": {"head": 0.1}}, "lr_scales names 'head', which has no trainable parameter"),
         ({"train": Heavy(torch.zeros(120, 16), torch.zeros(120))}, "weights have 80 rows and train has 120"),
         ({"kept": "uint8", "predict": lambda o: 300 * o.softmax(1)}, "kept as uint8 must be probabilities"),
         ({"ids": [f"r{row // 2}" for row in range(120)]}, "the data's ids have 'r0' twice"),

@@ -348,6 +348,23 @@ def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
 
 
+def test_a_network_whose_train_returns_nothing_trains_and_predicts(monkeypatch):
+    class Frozen(torch.nn.Linear):
+        def train(self, mode=True):
+            super().train(mode)
+
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), model=lambda: Frozen(16, 3)))
+    toy_train(epochs=1, batch_size=79)
+    assert Path("submissions/toy/one-demo.csv").is_file()
+
+
+def test_no_tta_at_all_is_that_of_the_inputs_as_they_are(monkeypatch):
+    plain, whole = toy_train("plain", tta=False), toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), tta=()))
+    assert same(plain, toy_train("none"))
+
+
 def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
     """JSON has text as keys and lists for arrays: a decision finds there what it finds while it is scored."""
     whole = toy.build
