@@ -16,6 +16,7 @@ from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
 from common.fit import fold_label, order_of, rows_of_fold
+from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
@@ -42,13 +43,16 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
         task.check()
 
 
-def try_out(task: Task, config: Config) -> None:
-    """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
+def try_out(task: Task, config: Config, world: int = 1) -> None:
+    """Before a new run of `world` processes: its first weights, and a few rows through everything that follows.
+
+    Raises UserError.
+    """
     if config.compile:
         check_compile(device_of(config).type)
     if task.network:
         with torch.random.fork_rng(devices=[]):
-            _try_out(task, config)
+            _try_out(task, config, world)
 
 
 def refuse_bad_training_images(task: Task) -> None:
@@ -59,7 +63,7 @@ def refuse_bad_training_images(task: Task) -> None:
         raise error
 
 
-def _try_out(task: Task, config: Config) -> None:
+def _try_out(task: Task, config: Config, world: int) -> None:
     """A few validation rows through model, loss, predictions, decisions and rows of the CSV; and the disk's room."""
     network, post, device = task.network, task.postprocess, device_of(config)
     if len(task.data.test):
@@ -72,7 +76,7 @@ def _try_out(task: Task, config: Config) -> None:
     if network.pretrain:
         network.pretrain(model)
     parameter_groups(model, config.lr, config.weight_decay, network.lr_scales)  # refuses names of no module
-    _check_batches(task, config, model, map_tree(lambda x: x[:1], batch.inputs))
+    _check_batches(task, config, world, model, map_tree(lambda x: x[:1], batch.inputs))
     model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
@@ -94,13 +98,14 @@ def _try_out(task: Task, config: Config) -> None:
     _require_room(task, config, model, leaves(predictions))
 
 
-def _check_batches(task: Task, config: Config, model: nn.Module, sample: Tree) -> None:
+def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sample: Tree) -> None:
     """The training rows of every fold, and whether BatchNorm takes their smallest batch or micro-batch."""
     largest = config.batch_size if config.micro_batch == "auto" else config.micro_batch
     for fold in folds_to_train(config):
         order = order_of(task, config, rows_of_fold(task, fold)[0])
         batches = set(np.diff(order(config.seed, 0).bounds(config.batch_size)).tolist())
-        if min(min(memory.sizes(batch, largest)) for batch in batches) > 1:
+        shards = [orders.shard(batch, rank, world) for batch in batches for rank in range(world)]
+        if 1 not in {size for start, stop in shards for size in memory.sizes(stop - start, largest)}:
             continue
         try:
             with torch.inference_mode():

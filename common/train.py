@@ -75,7 +75,7 @@ def train(
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
         pseudo = Pseudo(competition, found, task, config, provenance) if config.pseudo else None
-        first = partial(_check_new, task, config, pseudo)
+        first = partial(_check_new, task, config, pseudo, ranks.world)
         opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist, first)
         run = _open_together(competition, task, provenance, opening, ranks)
         shards = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
@@ -91,13 +91,13 @@ def train(
         _write_what_follows(competition.name, member, competition.recipes[recipe], found.is_demo, submits)
 
 
-def _check_new(task: Task, config: Config, pseudo: Pseudo | None) -> None:
+def _check_new(task: Task, config: Config, pseudo: Pseudo | None, world: int) -> None:
     """What a new run must pass before it has a folder."""
     if pseudo:
         pseudo.check()
     if config.bad_images == "raise":
         refuse_bad_training_images(task)
-    try_out(task, config)
+    try_out(task, config, world)
 
 
 def _open_together(

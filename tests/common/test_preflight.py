@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.inference import Predictor, heads_of, in_float32
 from common.loading import orders
 from common.metrics import Metric
+from common.preflight import try_out
 from common.task import TTA
 from common.vision.weights import read
 from tests.common import toy
@@ -76,6 +77,9 @@ def test_batchnorm_is_not_left_with_a_single_sample(changes, words):
     with pytest.raises(UserError, match=f"fold 2: .*{words}.*Expected more than 1 value"):
         toy_train(fold="2", **({"batch_size": 13} | changes))
     assert not Path("runs").exists()
+    try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77))
+    with pytest.raises(UserError, match="single"):  # the last three of 80 rows are two and one
+        try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77), world=2)
 
 
 def test_a_task_has_a_network_or_a_function(monkeypatch):
