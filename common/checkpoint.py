@@ -24,8 +24,9 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
     Raises UserError when the file is damaged, holds anything but plain types, or lacks one of `keys`.
     """
     try:
-        if not zipfile.is_zipfile(path):  # torch would take anything else for a pickle of its oldest format
-            raise EOFError("not a whole file")
+        with zipfile.ZipFile(path) as archive:  # torch would take anything else for a pickle of its oldest format
+            if damaged := archive.testzip():  # torch reads over the checksums that it has written
+                raise EOFError(f"the checksum of {damaged} is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise EOFError(f"it holds a {type(found).__name__}, expected named parts")

@@ -146,8 +146,9 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def _parse_value(name: str, hint: Any, text: str) -> Any:
     """Text of a flag to a value of its type; raises UserError naming the flag, the value and what is expected."""
-    if text in _choices(hint):
-        return text
+    for choice in _choices(hint):
+        if text == str(choice):
+            return choice
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         values = tuple(_parse_value(name, item, part) for part in text.replace("x", ",").split(",") if part)
@@ -235,8 +236,10 @@ def with_flags(config: ConfigType, given: argparse.Namespace) -> ConfigType:
 
 
 def checked(config: ConfigType) -> ConfigType:
-    """`config` if its values make sense, alone and together; raises UserError naming the flag and what is expected."""
+    """`config` in its types, if its values make sense, alone and together; raises UserError naming what is expected."""
     hints = get_type_hints(type(config))
+    values = {item.name: _as_flag(item.name, hints[item.name], getattr(config, item.name)) for item in fields(config)}
+    config = replace(config, **values)
     core = {item.name: item.metadata["rule"] for item in fields(Config)}  # also for a competition's own default
     for item in fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
@@ -258,6 +261,14 @@ def checked(config: ConfigType) -> ConfigType:
     if config.fold not in ("all", "none") and not (config.fold.isdecimal() and int(config.fold) < config.folds):
         raise _refused("fold", config.fold, f"all, none or 0 to {config.folds - 1}")
     return config
+
+
+def _as_flag(name: str, hint: Any, value: Any) -> Any:
+    """A recipe's value as its flag and config.json give it: a fold of 0 is "0", a list is a tuple."""
+    if isinstance(value, list):
+        return tuple(value)
+    is_word = hint in (bool, int, float, str) or get_origin(hint) in (Union, types.UnionType)
+    return _parse_value(name, hint, _value_text(value)) if is_word and value is not None else value
 
 
 def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collection[str]) -> None:

@@ -1,10 +1,10 @@
 """The only training loop: batches in, a fold's best weights and its out-of-fold predictions out."""
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from common.inference import Predictor, load_model, tta_of, validate, write_oof,
 from common.loading import orders
 from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
+from common.losses.protocol import own_copy
 from common.predictions import read_predictions
 from common.progress import progress
 from common.run import Run
@@ -67,6 +68,25 @@ def rows_of_fold(task: Task, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
             f"--folds so that both have some"
         )
     return train, valid
+
+
+def order_of(task: Task, config: Config, rows: np.ndarray) -> orders.Order:
+    """The order of a fold's training rows; raises UserError for one of other rows: they may be held-out ones."""
+    order = (task.data.order or orders.shuffled)(rows)
+    if len(others := np.setdiff1d(order(config.seed, 0).index, rows)):
+        raise UserError(
+            f"Data.order trains on {len(others)} rows that are not among the {len(rows)} it was given, the first is "
+            f"row {others[0]}: make it of its argument, as in lambda rows: orders.weighted(weights[rows], rows=rows)"
+        )
+    return order
+
+
+def seed_all(config: Config, fold: int | None) -> None:
+    """Start random, np.random and torch at the fold's own seed: first weights are the same in every run and process."""
+    seed = keyed_seed(config.seed, -1 if fold is None else fold)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def fold_label(fold: int | None) -> str:
@@ -111,7 +131,7 @@ class Training:
         found = checkpoint.load(self.last) if ranks.is_writer and self.last.is_file() else None
         resumed = ranks.broadcast(found)
         self._build(pretrained=not resumed)
-        self._order = task.data.order(self.rows) if task.data.order else orders.shuffled(self.rows)
+        self._order = order_of(task, config, self.rows)
         self.loader = self._loader(rank=ranks.rank, world=ranks.world, epochs=config.epochs)
         self.total_steps = config.epochs * self.loader.batches_per_epoch
         self.averaged_from = round((1 - config.swa) * self.total_steps) if config.swa else 0
@@ -131,17 +151,16 @@ class Training:
     def _build(self, pretrained: bool) -> None:
         """The model with its first weights, the loss, the optimizer, the engine and the average."""
         task, config = self.task.network, self.config
-        torch.default_generator.manual_seed(keyed_seed(config.seed, -1 if self.fold is None else self.fold))
+        seed_all(config, self.fold)
         memory_format = prepare_device(self.device, config.channels_last)
         self.model = task.model().to(self.device, memory_format=memory_format)
         if task.pretrain and pretrained and (line := task.pretrain(self.model)):
             self.run.log(line)
         precision = precision_of(config, self.device)
         prepare(self.model, config.checkpointing, config.compile, self.run.log, precision)
-        is_module = isinstance(task.loss, nn.Module)
-        self.loss = deepcopy(task.loss).to(self.device) if is_module else task.loss  # folds share no weights
+        self.loss = own_copy(task.loss, self.device)  # folds share no weights
         self.optimizer = build_optimizer(self.model, config, task.lr_scales)
-        if is_module and any(True for _ in self.loss.parameters()):
+        if isinstance(self.loss, nn.Module) and any(True for _ in self.loss.parameters()):
             self.optimizer.add_param_group({"params": list(self.loss.parameters()), "weight_decay": 0.0})
         allocate_state(self.optimizer)
         self.engine = Engine(
@@ -189,7 +208,7 @@ class Training:
         state = self.state
         if not state.batch:
             self._choose_loss(state.epoch)
-        self.model.train()
+        self._train(True)
         started = self.counted = time.monotonic()
         before = state.samples
         for batch in self._shown(self.loader.epoch(state.epoch, start=state.batch)):
@@ -209,6 +228,12 @@ class Training:
                 row |= validate(self._predictor(), self.valid_rows, self.ranks, self.loss)
                 self._remember_best(row[self.task.metrics[0].name])
         self._close_epoch(row | {"memory_gib": peak_memory(self.device)}, seconds)
+
+    def _train(self, mode: bool) -> None:
+        """Of the model and of a loss that is a module: neither may learn from held-out rows."""
+        for part in (self.model, self.loss):
+            if isinstance(part, nn.Module):
+                part.train(mode)
 
     def _choose_loss(self, epoch: int) -> None:
         """The loss of an epoch is a function of its number alone, so that a run that goes on takes the same."""
@@ -263,8 +288,9 @@ class Training:
         return epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
 
     def _predictor(self, tta: tuple[TTA, ...] = AS_IS) -> Predictor:
+        self._train(False)
         batch_size = min(self.config.batch_size, self.engine.micro_batch)
-        return Predictor([self.model.eval()], self.task, tta, self.config, batch_size, self.device)
+        return Predictor([self.model], self.task, tta, self.config, batch_size, self.device)
 
     def _remember_best(self, value: float) -> None:
         """Count validations since the best one and keep the weights of the best (--keep last keeps none)."""
@@ -332,7 +358,8 @@ class Training:
     def _restored(self, found: dict[str, Any]) -> State:
         with checkpoint.restoring(self.last):
             state = State(**found["state"])
-            self._choose_loss(state.epoch)  # before the engine is told what it knew of this loss
+            if state.epoch < self.config.epochs:  # no epoch, no loss
+                self._choose_loss(state.epoch)  # before the engine is told what it knew of this loss
             for name, part in self._named().items():
                 part.load_state_dict(found[name])
             return state

@@ -150,13 +150,16 @@ def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
 
         return run
 
+    own = [vars(head).get("forward") for head in heads]  # None: that of the class
     for head in heads:
         head.forward = exactly(head.forward)
     try:
         yield
     finally:
-        for head in heads:
-            del head.forward  # the class has the original one
+        for head, forward in zip(heads, own, strict=True):
+            del head.forward
+            if forward is not None:
+                head.forward = forward
 
 
 def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
@@ -176,7 +179,7 @@ def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
 
 
 def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
-    return task.network.tta if config.tta else AS_IS
+    return (config.tta and task.network.tta) or AS_IS
 
 
 def predictor_of(run: Run, task: Task, config: Config) -> Predictor:
@@ -246,4 +249,5 @@ def load_model(file: Path, task: Task, config: Config, device: torch.device) -> 
     model = task.network.model()
     with checkpoint.restoring(file):
         model.load_state_dict(checkpoint.load(file, "model")["model"])
-    return model.to(device, memory_format=prepare_device(device, config.channels_last)).eval()
+    model.eval()  # returns nothing where a network's own train() does not
+    return model.to(device, memory_format=prepare_device(device, config.channels_last))

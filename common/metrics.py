@@ -374,7 +374,8 @@ def _regression(name: str, size: Callable, root: Callable, columnwise: bool, log
         if not columnwise:
             return _weighted(errors, targets, weights)
         known = (~targets.isnan()).double() * _column(torch.ones(len(targets)) if weights is None else weights, errors)
-        return torch.stack([torch.where(known > 0, errors, 0) * known, known], 1).flatten(2)  # [B, 2, T]
+        sums = torch.where(known > 0, errors, 0) * known
+        return torch.stack([sums, known], 1).reshape(len(targets), 2, -1)  # [B, 2, T]
 
     def value(sums: Tensor, count: float) -> float:
         if not columnwise:
@@ -425,8 +426,8 @@ def map_at_k(k: int) -> Metric:
         if targets.ndim == 1:
             hits, true = ranked == targets[:, None], torch.ones_like(targets)
         else:
-            hits, true = (targets > 0).gather(1, ranked.clamp(min=0)) & (ranked >= 0), (targets > 0).sum(1)
-        hits &= ~(ranked[:, :, None] == ranked[:, None, :]).tril(-1).any(2)
+            hits, true = (targets > 0).gather(1, ranked.clamp(min=0)), (targets > 0).sum(1)
+        hits &= (ranked >= 0) & ~(ranked[:, :, None] == ranked[:, None, :]).tril(-1).any(2)
         places = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
         precision = (hits.cumsum(1).double() / places * hits).sum(1) / true.clamp(1, k)
         return _weighted(precision, None, weights)
@@ -475,7 +476,8 @@ def _by_column(name: str, of: Callable, average: str, one_class: str) -> Callabl
         scores = []
         for found, true in zip(decisions.reshape(columns).T, targets.reshape(columns).T, strict=True):
             known = ~np.isnan(true) if true.dtype.kind == "f" else slice(None)
-            scores.append(of(found[known], true[known], None if weights is None else weights[known]))
+            parts = found[known], true[known], None if weights is None else weights[known]
+            scores.append(of(*parts) if len(parts[0]) else math.nan)  # of a column of which nobody knows a target
         there = [score for score in scores if not (one_class == "skip" and math.isnan(score))]
         return float(np.mean(there)) if there else math.nan
 

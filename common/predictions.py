@@ -54,7 +54,15 @@ def mean_of(predictions: Sequence[Predictions]) -> Predictions:
 def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
     """Predictions [B, ...] as they are kept on disk; uint8 holds probabilities in 255 steps."""
     array = predictions.detach().cpu().numpy() if isinstance(predictions, Tensor) else np.asarray(predictions)
-    return np.rint(array * 255).astype(np.uint8) if kind == "uint8" else array.astype(kind)
+    if kind != "uint8":
+        return array.astype(kind)
+    steps = np.rint(array * 255)
+    if steps.size and not 0 <= steps.min() <= steps.max() <= 255:
+        raise UserError(
+            f"predictions kept as uint8 must be probabilities, found {array.min():.4g} to {array.max():.4g}: keep them "
+            f'as float32, Postprocess(kept="float32"), or predict the sigmoid or softmax of the outputs'
+        )
+    return steps.astype(np.uint8)
 
 
 def unpack(kept: Predictions) -> Predictions:

@@ -10,13 +10,17 @@ from common.batch import Batch, Tree, map_tree, tensors_of
 from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.device import device_of
+from common.engine import memory
+from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
+from common.fit import fold_label, order_of, rows_of_fold
+from common.loading import orders
 from common.loading.loader import in_order
-from common.losses.protocol import batch_value
+from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
-from common.predictions import leaves
+from common.predictions import leaves, pack
 from common.run import RUNS
 from common.task import Task
 from common.vision.check import image_paths, refuse_unreadable, unreadable
@@ -39,13 +43,16 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
         task.check()
 
 
-def try_out(task: Task, config: Config) -> None:
-    """Before a new run: its first weights, and a few rows through everything that follows; raises UserError."""
+def try_out(task: Task, config: Config, world: int = 1) -> None:
+    """Before a new run of `world` processes: its first weights, and a few rows through everything that follows.
+
+    Raises UserError.
+    """
     if config.compile:
         check_compile(device_of(config).type)
     if task.network:
         with torch.random.fork_rng(devices=[]):
-            _try_out(task, config)
+            _try_out(task, config, world)
 
 
 def refuse_bad_training_images(task: Task) -> None:
@@ -56,7 +63,7 @@ def refuse_bad_training_images(task: Task) -> None:
         raise error
 
 
-def _try_out(task: Task, config: Config) -> None:
+def _try_out(task: Task, config: Config, world: int) -> None:
     """A few validation rows through model, loss, predictions, decisions and rows of the CSV; and the disk's room."""
     network, post, device = task.network, task.postprocess, device_of(config)
     if len(task.data.test):
@@ -68,12 +75,14 @@ def _try_out(task: Task, config: Config) -> None:
     model = network.model().to(device)
     if network.pretrain:
         network.pretrain(model)
+    parameter_groups(model, config.lr, config.weight_decay, network.lr_scales)  # refuses names of no module
+    _check_batches(task, config, world, model, map_tree(lambda x: x[:1], batch.inputs))
     model.eval()
     with torch.inference_mode():
         outputs = model(batch.inputs)
         of_epochs = map(network.loss_of, range(config.epochs)) if network.loss_of else (network.loss,)
         for loss in {id(loss): loss for loss in of_epochs}.values():
-            _check_loss(loss, outputs, batch.targets)
+            _check_loss(own_copy(loss, device), outputs, batch.targets)
         predictions = post.predict(outputs)
         shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
         if any(shape[:1] != [len(batch)] for shape in shapes.values()):
@@ -87,6 +96,26 @@ def _try_out(task: Task, config: Config) -> None:
         evaluate(task.metrics, [(decisions, batch.targets)])
         _check_rows(task, map_tree(Tensor.cpu, decisions))
     _require_room(task, config, model, leaves(predictions))
+
+
+def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sample: Tree) -> None:
+    """The training rows of every fold, and whether BatchNorm takes their smallest batch or micro-batch."""
+    largest = config.batch_size if config.micro_batch == "auto" else config.micro_batch
+    for fold in folds_to_train(config):
+        order = order_of(task, config, rows_of_fold(task, fold)[0])
+        batches = set(np.diff(order(config.seed, 0).bounds(config.batch_size)).tolist())
+        shards = [orders.shard(batch, rank, world) for batch in batches for rank in range(world)]
+        if 1 not in {size for start, stop in shards for size in memory.sizes(stop - start, largest)}:
+            continue
+        try:
+            with torch.inference_mode():
+                model.train()
+                model(sample)
+        except ValueError as error:
+            raise UserError(
+                f"{fold_label(fold)}: --batch-size {config.batch_size} --micro-batch {config.micro_batch} leave a "
+                f"single sample, on which the model cannot be trained ({error}): choose others"
+            ) from error
 
 
 def _first_rows(task: Task, config: Config) -> Batch:
@@ -105,7 +134,7 @@ def _require_room(task: Task, config: Config, model: nn.Module, predictions: dic
     """Raise UserError when the disk has no room for the predictions and the weights that the run will keep."""
     kept = task.postprocess.kept
     kinds = {leaf: kept if isinstance(kept, str) else kept[leaf] for leaf in predictions}
-    row = sum(values[0].numel() * np.dtype(kinds[leaf]).itemsize for leaf, values in predictions.items())
+    row = sum(pack(values[:1], kinds[leaf]).nbytes for leaf, values in predictions.items())
     folds = folds_to_train(config)
     held = sum(int((task.data.folds == fold).sum()) for fold in folds if fold is not None)
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())

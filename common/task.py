@@ -39,8 +39,8 @@ from common.submission import Sample
 from common.vision.check import image_paths
 from common.vision.find import fingerprint
 
-# Plain types only: it is written to the run as JSON. "score", when it is there, is the first metric as measured on rows
-# that the tuning did not see; the run reports it instead of the score on the rows that were tuned on.
+# As JSON gives it back, which the run keeps: arrays are lists, keys are text. "score", when it is there, is the first
+# metric as measured on rows that the tuning did not see; the run reports it instead of the score on the tuned rows.
 Tuned = dict[str, Any]
 
 
@@ -146,24 +146,50 @@ def completed(task: Task, raw: RawData) -> Task:
     if (task.network is None) == (task.fit_predict is None):
         raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
     sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text)
-    data = task.data
-    if data.test_ids is None:
-        data = replace(data, test_ids=sample.ids)
-    if data.valid is None:
-        data = replace(data, valid=data.train)
-    for name, count in (("ids", len(data.ids)), ("folds", len(data.folds)), ("valid", len(data.valid))):
-        if count != len(data.train):
-            raise UserError(f"the data's {name} have {count} rows and train has {len(data.train)}: expected as many")
-    if len(data.test) != len(data.test_ids):
+    data = replace(
+        task.data,  # by places from here on: a column of pandas would look up its own index
+        ids=list(task.data.ids),
+        folds=np.asarray(task.data.folds),
+        test_ids=list(sample.ids if task.data.test_ids is None else task.data.test_ids),
+        valid=task.data.train if task.data.valid is None else task.data.valid,
+    )
+    weights = getattr(data.train, "weights", None)
+    by_row = {
+        "ids": data.ids,
+        "folds": data.folds,
+        "valid": data.valid,
+        "weights": data.train if weights is None else weights,
+    }
+    for name, rows in by_row.items():
+        if len(rows) != len(data.train):
+            raise UserError(
+                f"the data's {name} have {len(rows)} rows and train has {len(data.train)}: expected as many"
+            )
+    if (count := len(data.test or ())) != len(data.test_ids):
         raise UserError(
-            f"{len(data.test)} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "
+            f"{count} test rows have {len(data.test_ids)} ids (of {task.submission.sample}, where `test_ids` "
             f"are not given): expected one for each"
         )
-    if split := next((one for ids in (data.ids, data.test_ids) for one in ids if "\n" in str(one)), None):
-        raise UserError(f"the id {split!r} holds the end of a line, and a run keeps its ids a line each: mend the data")
+    _check_ids("ids", data.ids)
+    _check_ids("test_ids", data.test_ids)
     submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
     digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
+
+
+def _check_ids(name: str, ids: Sequence[str]) -> None:
+    """Raises UserError for ids that a run could not keep, or could not find its rows by."""
+    seen = set()
+    for one in map(str, ids):
+        if "\n" in one:
+            raise UserError(
+                f"the id {one!r} holds the end of a line, and a run keeps its ids a line each: mend the data"
+            )
+        if one in seen:
+            raise UserError(
+                f"the data's {name} have {one!r} twice, and predictions are found by their ids: make them differ"
+            )
+        seen.add(one)
 
 
 def needs_workers(task: Task) -> bool:

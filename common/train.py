@@ -1,5 +1,6 @@
 """A whole run: the folds, their out-of-fold predictions, what is tuned on them, the score and the submission."""
 
+import json
 import math
 import os
 import shlex
@@ -23,7 +24,7 @@ from common.device import device_of, use_threads
 from common.engine.ranks import Ranks
 from common.errors import UserError
 from common.files import read_json, remove_drafts, write_npy, write_text
-from common.fit import FACTS, fit, fold_label, rows_of_fold, write_facts
+from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts
 from common.inference import decided
 from common.loading import folds, orders
 from common.loading.loader import in_order
@@ -74,7 +75,7 @@ def train(
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
         pseudo = Pseudo(competition, found, task, config, provenance) if config.pseudo else None
-        first = partial(_check_new, task, config, pseudo)
+        first = partial(_check_new, task, config, pseudo, ranks.world)
         opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist, first)
         run = _open_together(competition, task, provenance, opening, ranks)
         shards = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
@@ -90,13 +91,13 @@ def train(
         _write_what_follows(competition.name, member, competition.recipes[recipe], found.is_demo, submits)
 
 
-def _check_new(task: Task, config: Config, pseudo: Pseudo | None) -> None:
+def _check_new(task: Task, config: Config, pseudo: Pseudo | None, world: int) -> None:
     """What a new run must pass before it has a folder."""
     if pseudo:
         pseudo.check()
     if config.bad_images == "raise":
         refuse_bad_training_images(task)
-    try_out(task, config)
+    try_out(task, config, world)
 
 
 def _open_together(
@@ -169,6 +170,7 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     remove_drafts(folder)
     train_rows, valid_rows = rows_of_fold(task, fold)
     started = time.monotonic()
+    seed_all(config, fold)
     oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
     seconds = time.monotonic() - started
     for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
@@ -264,7 +266,8 @@ def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[st
     """Write the ids of the run's out-of-fold predictions, tune on them, and score them: the heart of result.json."""
     predictions = read_predictions(run.path, "oof")
     write_ids(run.path, "oof", (task.data.ids[row] for row in rows))
-    tuned = task.postprocess.tune(predictions, rows)
+    # What is scored is what a prediction will read.
+    tuned = json.loads(json.dumps(task.postprocess.tune(predictions, rows), default=lambda array: array.tolist()))
     whole, by_fold = score_kept(task, config, predictions, rows, tuned)
     found, monitor = whole.found(), task.metrics[0].name
     scores = {fold: of_fold.found()[monitor][0] for fold, of_fold in sorted(by_fold.items())}

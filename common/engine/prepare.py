@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.engine.precision import Precision
 from common.errors import UserError
+from common.loading.binding import kept_global_state
 
 
 def prepare(
@@ -124,8 +127,6 @@ def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
                 stop += 1
         runs.append((start, stop))
         if stop - start > 1:
-            if getattr(members[start], "inplace", False):
-                members[start].inplace = False  # what it would overwrite is the input that is kept
             names.append(f"{name}[{start}:{stop}]")
         start = stop
     if names:
@@ -179,16 +180,33 @@ def _in_a_row(modules: list[nn.Module], outputs: Any) -> Any:
 def _recomputed(forward: Callable, modules: list[nn.Module], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
-    contexts = {"context_fn": lambda: (nullcontext(), _unchanged_buffers(modules))}
-    return checkpoint(forward, *inputs, use_reentrant=False, **contexts, **named)
+    drawn = random.getstate(), np.random.get_state()
+    contexts = {"context_fn": lambda: (nullcontext(), _once_more(modules, *drawn))}
+    given = [inputs]  # to which the first computation may write, as a block does that begins in place
+
+    def run(*kept: Any, **named: Any) -> Any:
+        return forward(*(given.pop() if given else kept), **named)
+
+    return checkpoint(run, *map(_kept, inputs), use_reentrant=False, **contexts, **named)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of a tensor, but for views that no copy is laid out like: other kernels would save other things."""
+    if not isinstance(value, Tensor):
+        return value
+    copy = value.clone()
+    return copy if copy.stride() == value.stride() else value
 
 
 @contextmanager
-def _unchanged_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    """BatchNorm's statistics have moved in the first computation: the second leaves them as they were."""
+def _once_more(modules: list[nn.Module], state: tuple, numpy_state: tuple) -> Iterator[None]:
+    """The second computation draws what the first one drew, and leaves BatchNorm's statistics, which have moved."""
     kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
-        yield
+        with kept_global_state():
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+            yield
     finally:
         with torch.no_grad():
             for buffer, copy in kept:

@@ -116,6 +116,8 @@ def mix_pairs(mix: MixUp | CutMix | OneOf, batch: Batch, place: np.ndarray, seed
 
 def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> np.ndarray:
     """What every sample keeps of itself, float64 [B]: l of its pair, or 1 where it is left alone."""
+    if not mix.alpha > 0:
+        raise UserError(f"{mix}: expected an alpha above 0; to blend nothing, leave out Data.mix")
     part = betaincinv(mix.alpha, mix.alpha, keys.uniform(stream=stream))  # by inversion: one draw a pair
     alone = partner.numpy() == np.arange(len(partner))
     part[alone | (keys.uniform(stream=stream + 1) >= mix.probability)] = 1

@@ -86,6 +86,8 @@ def by_rarity(labels: Any) -> np.ndarray:
     array or a sparse one in rows; every row needs a label.
     """
     labels = csr_matrix(labels)
+    if len(bare := np.flatnonzero(np.diff(labels.indptr) == 0)):
+        raise UserError(f"by_rarity: {len(bare)} rows have no label, the first is row {bare[0]}: expected one of each")
     counts = np.asarray(labels.sum(axis=0, dtype=np.int64)).ravel()
     of_label = np.clip(np.log(0.5 * counts.sum() / np.maximum(counts, 1)), 1, 10)
     return np.maximum.reduceat(of_label[labels.indices], labels.indptr[:-1])

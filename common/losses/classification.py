@@ -55,6 +55,7 @@ class CrossEntropy(nn.Module):
     def mass(self, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             return share(None, targets)
+        targets = targets.long()  # in uint8, -100 is 156
         counted = targets != (NO_CLASS if self.ignore_index is None else self.ignore_index)
         if self.class_weights is None:
             return share(counted, targets)

@@ -26,6 +26,7 @@ Sums over samples go through `normaliser`, `linear_value` and `weighted_sums`, f
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,11 @@ class WholeBatch(nn.Module):
 def whole_batch(function: Callable[..., Tensor]) -> WholeBatch:
     """Declare (or decorate) a scalar loss as one over the whole batch; `weights` [B] are passed if it has them."""
     return WholeBatch(function)
+
+
+def own_copy(loss: Loss, device: torch.device) -> Loss:
+    """The loss on the device: of a module a copy, so that nobody else moves its weights and statistics."""
+    return deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss
 
 
 def full_precision(outputs: Tensor) -> Tensor:

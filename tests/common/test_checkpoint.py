@@ -33,7 +33,15 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"junk" * 9])
+def flipped(data: bytes) -> bytes:
+    """One bit of the weights: torch would read over it."""
+    at = data.index(bytes(1000)) + 500
+    return data[:at] + b"\1" + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"junk" * 9, flipped]
+)
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "a.pt"
     checkpoint.save(path, {"w": torch.zeros(1000)})

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -27,6 +28,7 @@ class Example(Config):
     scales: tuple[float, ...] = flag((0.5, 1.0), "scales")
     head: Literal["pixels", "both"] = flag("both", "which heads")
     hull: bool = flag(False, "fill the hull")
+    width: Literal[18, 34] = flag(18, "layers")
 
 
 def parse(*argv: str, config: Config = Example()) -> Config:
@@ -45,6 +47,7 @@ def parse(*argv: str, config: Config = Example()) -> Config:
         (["--size", "350x525"], "size", (350, 525)),
         (["--scales", "1,2,3.5"], "scales", (1.0, 2.0, 3.5)),
         (["--head", "pixels"], "head", "pixels"),
+        (["--width", "34"], "width", 34),
         (["--hull"], "hull", True),
         (["--hull", "false"], "hull", False),
         (["--micro-batch", "4"], "micro_batch", 4),
@@ -57,6 +60,32 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     assert differences(config, parse()) == [] or [line.split(":")[0] for line in differences(parse(), config)] == [
         field
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "value"),
+    [
+        ("fold", 0, "0"),
+        ("size", [350, 525], (350, 525)),
+        ("lr", "1e-3", 1e-3),
+        ("hull", "false", False),
+        ("lr", 1, 1.0),
+    ],
+)
+def test_a_recipe_has_the_types_of_the_flags(field, written, value):
+    """Else a run would not be the one that its own config.json tells of, and could not be resumed."""
+    config = parse(config=replace(Example(), **{field: written}))
+    assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
+    assert from_values(Example, json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "words"),
+    [("epochs", 2.5, "--epochs 2.5: expected int"), ("micro_batch", "full", "--micro-batch full: expected int|auto")],
+)
+def test_a_recipe_of_other_types_is_refused(field, written, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(config=replace(Example(), **{field: written}))
 
 
 def test_predictions_have_the_flags_that_shaped_no_weights():
@@ -89,6 +118,7 @@ def test_predictions_have_the_flags_that_shaped_no_weights():
         (["--head", "pixel"], ["--head pixel", "pixels"]),
         (["--size", "350"], ["--size 350", "expected 2 values"]),
         (["--hull", "maybe"], ["--hull maybe", "true|false"]),
+        (["--width", "35"], ["--width 35", "18|34"]),
         (["--fold", "5"], ["--fold 5", "0 to 4"]),
         (["--epochs", "0"], ["--epochs 0", "at least 1"]),
         (["--micro-batch", "0"], ["--micro-batch 0", "auto or at least 1"]),
@@ -121,7 +151,7 @@ def test_json_round_trip_keeps_every_value_and_type():
 def test_a_flag_newer_than_the_run_has_its_default_and_one_that_is_gone_is_refused():
     old = Config(lr=0.5)
     assert from_values(Example, json.loads(to_json(old))) == Example(**vars(old))
-    with pytest.raises(UserError, match="no more .head, hull, scales, size.: train it again"):
+    with pytest.raises(UserError, match="no more .head, hull, scales, size, width.: train it again"):
         from_values(Config, json.loads(to_json(parse("--size", "10,20"))))
 
 

@@ -71,6 +71,7 @@ CASES = {  # metric, decisions, targets, score, or a function of the weights to 
     "mae": (metrics.mae(), GUESS, REAL, lambda w: sk.mean_absolute_error(REAL, GUESS, sample_weight=w)),
     "rmse": (metrics.rmse(), GUESS, REAL, lambda w: sk.mean_squared_error(REAL, GUESS, sample_weight=w) ** 0.5),
     "rmse, one": (metrics.rmse(), GUESS[:, 0], REAL[:, 0], sk.root_mean_squared_error(REAL[:, 0], GUESS[:, 0])),
+    "mcrmse, one": (metrics.rmse(True), GUESS[:, 0], REAL[:, 0], sk.root_mean_squared_error(REAL[:, 0], GUESS[:, 0])),
     "mcrmse": (metrics.rmse(True), GUESS, REAL, lambda w: sk.root_mean_squared_error(REAL, GUESS, sample_weight=w)),
     "rmsle": (
         metrics.rmsle(),
@@ -171,6 +172,7 @@ def test_map_at_k_is_kaggles():
         single = [apk({label}, row.tolist(), k) for label, row in zip(CLASS.tolist(), ranked, strict=True)]
         assert metric.score(ranked, CLASS) == pytest.approx(np.mean(single))
     assert metrics.map_at_k(1).score(ranked[:, :1], CLASS) == (ranked[:, 0] == CLASS).mean()
+    assert metrics.map_at_k(5).score(ranked, np.full(N, -1)) == 0, "no class is not a class that can be hit"
     order = np.argsort(-P, axis=1, kind="stable")
     assert metrics.map_at_k(3).score(P, CLASS) == metrics.map_at_k(3).score(order, CLASS)
 
@@ -222,6 +224,21 @@ def test_what_has_no_score_is_nan():
     truth = np.column_stack([ones, ONE[:5]])
     assert math.isnan(metrics.roc_auc().score(P[:5, :2], truth))
     assert metrics.roc_auc(one_class="skip").score(P[:5, :2], truth) == metrics.roc_auc().score(P[:5, 1], truth[:, 1])
+
+
+@pytest.mark.parametrize("of", [metrics.roc_auc, metrics.average_precision])
+def test_a_column_of_which_nobody_knows_a_target_has_no_score(of):
+    """A standard error leaves groups of rows out: all that is known of a rare column may be in one of them."""
+    truth = np.full((N, 2), np.nan)
+    truth[:, 0], truth[7, 1] = ONE, 1
+    scores = Scores((of(one_class="skip"),), with_errors=True)
+    scores.add(P[:, :2], truth)
+    assert all(map(math.isfinite, scores.found()[of().name]))
+    truth[7, 1] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert of(one_class="skip").score(P[:, :2], truth) == pytest.approx(of().score(P[:, 0], ONE))
+        assert math.isnan(of().score(P[:, :2], truth)) and math.isnan(metrics.spearman().score(P[:, :2], truth))
 
 
 def test_what_a_metric_cannot_compare_is_refused():

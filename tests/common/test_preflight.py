@@ -3,6 +3,7 @@
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import nn
 from common.config import Config
 from common.errors import UserError
 from common.inference import Predictor, heads_of, in_float32
+from common.loading import orders
 from common.metrics import Metric
+from common.preflight import try_out
 from common.task import TTA
 from common.vision.weights import read
 from tests.common import toy
@@ -25,11 +28,21 @@ def _here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
 
 
+class Heavy(toy.ToyRows):
+    weights = np.ones(80)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"test_ids": [f"t{(row + 1) % 30}" for row in range(30)]}, "the rows to predict are not those of .* row 0"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
+        ({"test": None}, "0 test rows have 30 ids"),
+        ({"lr_scales": {"head": 0.1}}, "lr_scales names 'head', which has no trainable parameter"),
+        ({"train": Heavy(torch.zeros(120, 16), torch.zeros(120))}, "weights have 80 rows and train has 120"),
+        ({"kept": "uint8", "predict": lambda o: 300 * o.softmax(1)}, "kept as uint8 must be probabilities"),
+        ({"ids": [f"r{row // 2}" for row in range(120)]}, "the data's ids have 'r0' twice"),
+        ({"order": lambda rows: orders.weighted(np.ones(len(rows)))}, "trains on .* not among the 80 .* row 0"),
         ({"valid": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3))}, "valid have 3 rows and train has 120"),
         (
             {"metrics": (Metric("x", lambda d, t: d.double(), higher_is_better=False),)},
@@ -53,6 +66,20 @@ def test_it_is_told_before_the_training(changes, words, monkeypatch):
     with pytest.raises(UserError, match=words):
         toy_train()
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"batch_size": 79}, "--batch-size 79"), ({"micro_batch": 1}, "--micro-batch 1"), ({"micro_batch": 2}, "single")],
+)
+def test_batchnorm_is_not_left_with_a_single_sample(changes, words):
+    """80 rows in batches of 79, in fold 2 as in any: not after an epoch, or the folds before it."""
+    with pytest.raises(UserError, match=f"fold 2: .*{words}.*Expected more than 1 value"):
+        toy_train(fold="2", **({"batch_size": 13} | changes))
+    assert not Path("runs").exists()
+    try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77))
+    with pytest.raises(UserError, match="single"):  # the last three of 80 rows are two and one
+        try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77), world=2)
 
 
 def test_a_task_has_a_network_or_a_function(monkeypatch):
@@ -84,6 +111,10 @@ def test_predictions_in_bfloat16_do_not_tie():
             outputs = model(rows)
     assert outputs.dtype == torch.float32 and len(outputs.sigmoid().unique()) > 1990 > 1000 > len(tied)
     assert "forward" not in vars(head)
+    head.forward = own = partial(nn.Linear.forward, head)
+    with in_float32([head], "cpu"):
+        assert head.forward is not own
+    assert head.forward is own, "what somebody else put there stays"
     assert np.allclose(outputs.numpy(), model(rows).detach().numpy(), atol=0.05)
     model.compile()
     predictor = Predictor([model], toy.made(), (), Config(compile=True, precision="bf16"), 64, torch.device("cpu"))

@@ -4,10 +4,12 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from common.engine.step import Engine
 from common.losses import CrossEntropy
 from common.train import train
 from tests.common import toy
-from tests.common.toy_runs import same, toy_train
+from tests.common.toy_runs import same, toy_train, weights
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +171,8 @@ def test_stopped_after_the_training_the_same_command_only_predicts(page, monkeyp
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_stopped_after_the_last_checkpoint_the_metrics_are_whole(epochs, monkeypatch):
+    losses, build = [CrossEntropy() for _ in range(epochs)], toy.build
+    monkeypatch.setattr(toy, "build", lambda *of: toy.changed(build(*of), loss_of=lambda epoch: losses[epoch]))
     straight = toy_train("straight", epochs=epochs, save_every=0)
     from common.fit import Training
 
@@ -184,6 +188,57 @@ def test_stopped_after_the_last_checkpoint_the_metrics_are_whole(epochs, monkeyp
         with pytest.raises(Killed):
             toy_train("broken", epochs=epochs, save_every=0)
     assert same(straight, toy_train("broken", epochs=epochs, save_every=0))
+
+
+class InUnitsOfItsMean(torch.nn.Module):
+    """Cross-entropy divided by its moving mean: a loss that remembers what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, outputs, targets):
+        values = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * values.detach().mean()
+        return values / self.mean
+
+
+def drawn_elsewhere():
+    """A network whose first weights come from numpy and from Python's generator, as older ones do."""
+    model = torch.nn.Linear(16, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(np.random.randn(3, 16) / 4))
+        model.bias.copy_(torch.tensor([random.random() for _ in range(3)]))
+    return model
+
+
+def test_a_fold_begins_alike_in_every_process(monkeypatch):
+    """Whatever was tried out or trained in it before: neither weights nor the loss bring anything along."""
+    build = toy.build
+    monkeypatch.setattr(
+        toy, "build", lambda *of: toy.changed(build(*of), loss=InUnitsOfItsMean(), model=drawn_elsewhere)
+    )
+    straight = toy_train("straight", fold="all")
+    from common.fit import Training
+
+    def stopping(self, original=Training.run_all):
+        if self.fold == 1:
+            raise Killed
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run_all", stopping)
+        with pytest.raises(Killed):
+            toy_train("broken", fold="all")
+    assert same(straight, toy_train("broken", fold="all"))
+
+
+def test_a_loss_learns_nothing_from_held_out_rows(monkeypatch):
+    build = toy.build
+    monkeypatch.setattr(toy, "build", lambda *of: toy.changed(build(*of), loss=InUnitsOfItsMean()))
+    seldom, often = (weights(toy_train(f"every-{n}", evaluate_every=n, keep="last")) for n in (3, 1))
+    assert all(torch.equal(seldom[name], often[name]) for name in seldom)
 
 
 def test_what_killed_writers_left_is_removed():

@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from common import fit as fitting
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
 from common.files import read_json
 from common.inference import load_models
+from common.losses import protocol
 from common.predictions import read_ids
 from common.train import check, train
 from tests.common import toy
@@ -326,9 +327,9 @@ def test_processes_without_work_are_told(monkeypatch, capsys):
 def test_the_weights_of_a_loss_are_trained(monkeypatch):
     whole, made = toy.build, []
     monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), loss=Temperature()))
-    monkeypatch.setattr(fitting, "deepcopy", lambda loss: made.append(Temperature()) or made[-1])
+    monkeypatch.setattr(protocol, "deepcopy", lambda loss: made.append(Temperature()) or made[-1])
     toy_train("one", lr=0.05)
-    assert made[0].scale.item() != 1
+    assert [loss.scale.item() != 1 for loss in made] == [False, True], "the first one was tried out"
 
 
 def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
@@ -345,6 +346,52 @@ def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     )
     assert said.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
+
+
+def test_a_network_whose_train_returns_nothing_trains_and_predicts(monkeypatch):
+    class Frozen(torch.nn.Linear):
+        def train(self, mode=True):
+            super().train(mode)
+
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), model=lambda: Frozen(16, 3)))
+    toy_train(epochs=1, batch_size=79)
+    assert Path("submissions/toy/one-demo.csv").is_file()
+
+
+def test_no_tta_at_all_is_that_of_the_inputs_as_they_are(monkeypatch):
+    plain, whole = toy_train("plain", tta=False), toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), tta=()))
+    assert same(plain, toy_train("none"))
+
+
+def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
+    """JSON has text as keys and lists for arrays: a decision finds there what it finds while it is scored."""
+    whole = toy.build
+    changes = {
+        "tune": lambda predictions, rows: {2: np.float32(1), "others": np.zeros(2)},
+        "apply": lambda p, tuned: (p * torch.tensor([*tuned.get("others", (1, 1)), tuned.get(2, 0)])).argmax(1),
+    }
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), **changes))
+    result = read_json(toy_train() / "result.json")
+    assert result["tuned"] == {"2": 1.0, "others": [0.0, 0.0]}
+    targets = toy.made().data.valid.targets[toy.made().data.folds == 0]
+    assert result["score"] == pytest.approx(float((targets == 0).double().mean())), "no class 2, as in the submission"
+    with open("submissions/toy/one-demo.csv", newline="") as stream:
+        assert {row["label"] for row in csv.DictReader(stream)} == {"0"}
+
+
+def test_columns_of_pandas_are_taken_by_place(monkeypatch):
+    """Rows of a table that was shuffled keep the numbers that they had."""
+    order = np.random.default_rng(0).permutation(120)
+    ids, whole = [f"r{row}" for row in range(120)], toy.build
+    columns = {"ids": pd.Series(ids, index=order), "folds": pd.Series(np.arange(120) % 3, index=order)}
+    plain = toy_train("plain", fold="all")
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), **columns))
+    assert same(plain, toy_train("columns", fold="all"))
+    assert read_ids(plain, "oof") == read_ids(Path("runs/toy/columns"), "oof")
+    folds = [read_json(run / "result.json")["fold_scores"] for run in (plain, Path("runs/toy/columns"))]
+    assert folds[0] == folds[1]
 
 
 def test_ids_are_kept_whatever_ends_a_line_elsewhere(page, monkeypatch):

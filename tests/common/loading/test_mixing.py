@@ -71,6 +71,9 @@ def test_masks_become_amounts_under_mixup():
 def test_what_cannot_be_mixed_is_refused():
     with pytest.raises(UserError, match="MixUp\\(classes=10\\)"):
         mixed(MixUp(), CLASSES)
+    for mix in (MixUp(0.0, classes=10), CutMix(-1, classes=10), MixUp(np.nan, classes=10)):
+        with pytest.raises(UserError, match="expected an alpha above 0"):  # all would be NaN, and weigh nothing
+            mixed(mix, CLASSES)
     with pytest.raises(UserError, match="CutMix needs images"):
         mixed(CutMix(classes=5), CLASSES, torch.zeros(SIZE, 7))
 

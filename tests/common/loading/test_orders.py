@@ -81,3 +81,12 @@ def test_groups_come_in_another_order_in_every_epoch():
     order = orders.grouped(np.arange(30) // 3)
     plans = [order(seed, epoch).index.tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len(set(map(tuple, plans))) == 3
+
+
+@pytest.mark.parametrize("bare", [2, 4])
+def test_rarity_needs_a_label_in_every_row(bare):
+    """A row without one would have the weight of the row after it, and the last row none."""
+    labels = np.eye(5)
+    labels[bare] = 0
+    with pytest.raises(UserError, match=f"1 rows have no label, the first is row {bare}"):
+        orders.by_rarity(labels)

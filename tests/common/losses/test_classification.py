@@ -38,6 +38,15 @@ def test_cross_entropy_is_torchs(generator, draw, weights, smoothing: float):
     )
 
 
+@pytest.mark.parametrize("weights", [None, torch.linspace(1, 2, 200)])
+def test_cross_entropy_of_small_integers_is_that_of_large_ones(generator, weights):
+    """Class 156 is -100 in uint8, and uint8 as an index is a mask."""
+    outputs, targets = torch.randn(3, 200, generator=generator), torch.tensor([156, 0, 3], dtype=torch.uint8)
+    for ignored in (-100, None):
+        loss = CrossEntropy(weights, ignore_index=ignored)
+        close(batch_value(loss, outputs, targets), F.cross_entropy(outputs, targets.long(), weights), 1e-6)
+
+
 def test_cross_entropy_of_nothing_but_ignored_targets_is_zero_where_torch_says_nan():
     outputs, targets = torch.randn(3, 4), torch.full((3,), -100)
     assert F.cross_entropy(outputs, targets).isnan()

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
-from common.losses import batch_value, kind, whole_batch
-from common.losses.protocol import full_precision, weighted_sums
+from common.losses import CrossEntropy, batch_value, kind, whole_batch
+from common.losses.protocol import full_precision, own_copy, weighted_sums
 
 
 def per_sample(outputs, targets):
@@ -102,3 +102,10 @@ def test_full_precision_raises_halves_and_leaves_the_rest():
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     raised = [full_precision(torch.zeros(1, dtype=dtype)).dtype for dtype in kinds]
     assert raised == [torch.float32, torch.float32, torch.float32, torch.float64]
+
+
+def test_a_module_is_copied_to_the_device_and_anything_else_is_itself():
+    loss, meta = CrossEntropy([1.0, 2.0]), torch.device("meta")
+    copy = own_copy(loss, meta)
+    assert copy.class_weights.device == meta and loss.class_weights.tolist() == [1, 2]
+    assert own_copy(per_sample, meta) is per_sample
