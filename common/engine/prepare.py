@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -141,9 +141,11 @@ def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
 @dataclass(eq=False)
 class _Whole:
     module: nn.Module
+    writes: dict[int, bool] = field(default_factory=dict)  # whether the block writes to its inputs, once that is known
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        return _recomputed(MethodType(type(self.module).forward, self.module), [self.module], *inputs, **named)
+        forward = MethodType(type(self.module).forward, self.module)
+        return _recomputed(forward, [self.module], self.writes, 0, *inputs, **named)
 
 
 @dataclass(eq=False)
@@ -162,12 +164,16 @@ class _TrainedInFloat32:
 class _InRuns:
     sequential: nn.Sequential
     runs: list[tuple[int, int]]
+    writes: dict[int, bool] = field(default_factory=dict)  # by the first layer of each run
 
     def __call__(self, outputs: Any) -> Any:
         members = list(self.sequential)
         for start, stop in self.runs:
             run = members[start:stop]
-            outputs = run[0](outputs) if len(run) == 1 else _recomputed(partial(_in_a_row, run), run, outputs)
+            if len(run) == 1:
+                outputs = run[0](outputs)
+            else:
+                outputs = _recomputed(partial(_in_a_row, run), run, self.writes, start, outputs)
         return outputs
 
 
@@ -177,9 +183,13 @@ def _in_a_row(modules: list[nn.Module], outputs: Any) -> Any:
     return outputs
 
 
-def _recomputed(forward: Callable, modules: list[nn.Module], *inputs: Any, **named: Any) -> Any:
+def _recomputed(
+    forward: Callable, modules: list[nn.Module], writes: dict[int, bool], place: int, *inputs: Any, **named: Any
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
+    kept = map(_kept, inputs) if writes.get(place, True) else inputs
+    before = [value._version for value in inputs if isinstance(value, Tensor)]
     drawn = random.getstate(), np.random.get_state()
     contexts = {"context_fn": lambda: (nullcontext(), _once_more(modules, *drawn))}
     given = [inputs]  # to which the first computation may write, as a block does that begins in place
@@ -187,7 +197,10 @@ def _recomputed(forward: Callable, modules: list[nn.Module], *inputs: Any, **nam
     def run(*kept: Any, **named: Any) -> Any:
         return forward(*(given.pop() if given else kept), **named)
 
-    return checkpoint(run, *map(_kept, inputs), use_reentrant=False, **contexts, **named)
+    outputs = checkpoint(run, *kept, use_reentrant=False, **contexts, **named)
+    # One that begins to write later is told by torch: what it keeps has changed.
+    writes.setdefault(place, before != [value._version for value in inputs if isinstance(value, Tensor)])
+    return outputs
 
 
 def _kept(value: Any) -> Any:
