@@ -231,6 +231,8 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
         settings.append("folds: other rows in them than when the run began")
     code = provenance.get("code", {})
     changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
+    labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a run that is gone may have labelled all
+    changes += [f"run {name} was begun anew since" for name in labelling.keys() & then if labelling[name] != then[name]]
     return settings, changes if run.result is None else []  # what is trained already is only predicted
 
 
