@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from common.files import require_room
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value
 from common.metrics import check_direction, evaluate
-from common.predictions import leaves
+from common.predictions import leaves, pack
 from common.run import RUNS
 from common.task import Task
 from common.vision.check import image_paths, refuse_unreadable, unreadable
@@ -105,7 +104,7 @@ def _require_room(task: Task, config: Config, model: nn.Module, predictions: dic
     """Raise UserError when the disk has no room for the predictions and the weights that the run will keep."""
     kept = task.postprocess.kept
     kinds = {leaf: kept if isinstance(kept, str) else kept[leaf] for leaf in predictions}
-    row = sum(values[0].numel() * np.dtype(kinds[leaf]).itemsize for leaf, values in predictions.items())
+    row = sum(pack(values[:1], kinds[leaf]).nbytes for leaf, values in predictions.items())
     folds = folds_to_train(config)
     held = sum(int((task.data.folds == fold).sum()) for fold in folds if fold is not None)
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())

@@ -44,6 +44,8 @@ def _here(tmp_path, monkeypatch, no_page):
         ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy compares decisions, found scores"),
         ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),
         ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),
+        ({"predict": lambda o: o - 9, "kept": "uint8"}, "predictions from -.* cannot be kept as uint8: expected prob"),
+        ({"predict": lambda o: o + 1e5, "kept": "float16"}, "predictions from 1.* cannot be kept as float16"),
         ({"rows": lambda ids, d: [(name, torch.tensor(0.5)) for name in ids]}, "tensor.0.5.*finite number"),
     ],
 )
