@@ -65,7 +65,7 @@ def write_submission(
 ) -> Path:
     """Average the members' predictions of the test rows and write the checked CSV; returns its path.
 
-    The predictions of a single run are kept beside its out-of-fold ones, for blends.
+    The predictions of a single run for the data of its training are kept beside its out-of-fold ones, for blends.
     """
     first = members[0]
     _refuse_unlike(members)
@@ -78,6 +78,7 @@ def write_submission(
     ]
     path = submission.SUBMISSIONS / competition / f"{_name_of(members, is_demo)}.csv"
     keeps = predictors[0] is not None and len(members) == 1 and first.as_trained and not fallback
+    keeps = keeps and first.task.fingerprint == first.run.provenance["data_fingerprint"]
     with ExitStack() as stack:
         keep: Callable[[Predictions], None] = lambda predictions: None  # noqa: E731
         if keeps:

@@ -21,6 +21,7 @@ Predictions are one tensor [B, ...] or a flat dict of tensors. competitions/<nam
     demo.py     write_demo(folder): a small generated data set in the real file formats
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -161,6 +162,12 @@ def completed(task: Task, raw: RawData) -> Task:
         )
     if split := next((one for ids in (data.ids, data.test_ids) for one in ids if "\n" in str(one)), None):
         raise UserError(f"the id {split!r} holds the end of a line, and a run keeps its ids a line each: mend the data")
+    for ids in (data.ids, data.test_ids):
+        if twice := [one for one, count in Counter(map(str, ids)).items() if count > 1]:
+            raise UserError(
+                f"the id {twice[0]!r} is there twice among {len(ids)}, and a run finds its rows by their ids: number "
+                f"them within their group, {twice[0]}/0, {twice[0]}/1 ..., in build()"
+            )
     submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
     digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)

@@ -144,6 +144,17 @@ def test_kept_predictions_have_their_own_ids_whatever_ends_a_prediction(monkeypa
         assert {file: (run / file).read_bytes() for file in before} == before
 
 
+def test_predictions_of_other_data_are_not_kept_for_blends():
+    run = toy_train("one")
+    before = (run / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()
+    Path("other").mkdir()
+    toy.write_demo(Path("other"))
+    Path("other/seed.txt").write_text("2")
+    predict_again("--run", "one", "--data", "other")
+    assert (run / "test.npy").read_bytes() == before[0]
+    assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
+
+
 def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
     whole = toy.build
     fitted = lambda train, valid, fold, run: (np.full((len(valid), 3), 0.3), np.full((30, 3), 0.3))  # noqa: E731

@@ -30,6 +30,8 @@ def _here(tmp_path, monkeypatch, no_page):
     [
         ({"test_ids": [f"t{(row + 1) % 30}" for row in range(30)]}, "the rows to predict are not those of .* row 0"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
+        ({"ids": [f"r{row // 2}" for row in range(120)]}, "the id 'r0' is there twice among 120"),
+        ({"test_ids": ["t0"] * 30}, "the id 't0' is there twice among 30"),
         ({"valid": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3))}, "valid have 3 rows and train has 120"),
         (
             {"metrics": (Metric("x", lambda d, t: d.double(), higher_is_better=False),)},
