@@ -130,7 +130,7 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     """Combine the runs that --run names, all comparable ones without it; writes a run and its submission."""
     started, space = time.monotonic(), _space(given)
     name = competition.name
-    if given.name and (runs.RUNS / name / given.name / "run.json").is_file():
+    if given.name and (runs.folder_of(name, given.name) / "run.json").is_file():
         raise UserError(f"--name {given.name} is there already: give the blend another name")
     members = _members(competition, given.run)
     base, config = members[0], members[0].config(competition.config_class)
@@ -154,7 +154,9 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     names = [one.name for one in oof]
     run.write_json("blend.json", {"by": given.by, "space": given.space, "members": names})
     folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
-    kept = "float32" if given.by == "stack" else task.postprocess.kept  # a ridge leaves the range of probabilities
+    kept = task.postprocess.kept
+    if given.by == "stack" or (space is RANKS and kept == "float16"):
+        kept = "float32"  # a ridge leaves the range of probabilities, and the best of many ranks would tie
     parts = {int(fold): np.flatnonzero(task.data.folds[rows] == fold) for fold in np.unique(task.data.folds[rows])}
     write_combined(run.path, "oof", oof, [(parts[fold], chosen.by_part[fold]) for fold in parts], space, kept)
     write_combined(run.path, "test", test, [(np.arange(len(test[0].ids)), chosen.fitted)], space, kept)
@@ -278,6 +280,14 @@ def _way(
             return ensemble.least_squares(column)
         return plain[given.by](_squared_error(column) if by_number else ensemble.maximise(metric, column))
 
+    if given.by in ("hill", "optimum") and not by_number:
+        try:
+            metric.score(members[0, :, 0], one_hot[:, 0].astype(np.float32))
+        except (UserError, ValueError, RuntimeError, LookupError, TypeError) as error:
+            raise UserError(
+                f"--per-class --by {given.by}: {metric.name} is not one of a single label's predictions ({error}): use "
+                f"--by nnls, or leave --per-class out"
+            ) from error
     return ensemble.per_class(of_class)
 
 

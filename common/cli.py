@@ -193,6 +193,8 @@ def kernel(name: str, argv: list[str]) -> None:
     config, checked = configured(parser, competition.recipes, training)  # the rest is handed on as it is
     if checked.data:
         raise UserError(f"DATA={checked.data}: on Kaggle the files of {competition.source.slug or name} are at hand")
+    if config.pseudo:
+        raise UserError(f"--pseudo {config.pseudo}: no run of this machine goes to Kaggle: make train COMP={name}")
     if config.precision == "auto" and given.accelerator.startswith(NO_BF16):
         training = [*training, "--precision", "fp16"]
     from common.kaggle.kernel import push

@@ -179,7 +179,7 @@ def optimum(objective: Objective, space: Space = PLAIN, calls: int = 30) -> Choo
 
 
 def least_squares(targets: np.ndarray) -> Choose:
-    """Non-negative weights of least squared error, scaled to sum 1.
+    """Non-negative weights of least squared error, scaled to sum 1; equal ones where all targets are 0.
 
     `targets` [m, ...] have the shape of one run's predictions, or are class numbers [m] of predictions [m, C].
     """
@@ -196,6 +196,8 @@ def least_squares(targets: np.ndarray) -> Choose:
         known = ~np.isnan(wanted)
         orthogonal, triangle = np.linalg.qr(flat[:, known].T)
         weights, _ = nnls(triangle, orthogonal.T @ wanted[known])
+        if not wanted[known].any():  # a label that none of these rows has
+            return equal()(members, rows)
         if not weights.any():
             raise UserError("least squares: no run has a positive weight, they predict the opposite: leave them out")
         return Weighted(weights / weights.sum())

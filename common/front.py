@@ -7,6 +7,7 @@ python -m common.front --recipes             every competition's recipes, for ma
 
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from common.loading.cores import cores
 
 FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME", "TRIALS")  # DATA=x is --data x
 PROCESSES = ("NPROC", "NNODES", "MASTER")
+COUNT = "[1-9][0-9]*"
 ALWAYS = ("ARGS", "PYTHON")
 TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition
 TEST_PROCESSES = 4  # at most: each takes 1 GB, and a training that it starts 1 GB more
@@ -63,9 +65,9 @@ def command(target: str, given: Mapping[str, str]) -> list[str]:
     nproc, nodes, master = (given.get(name, "") for name in PROCESSES)
     if not nproc and not nodes:
         return ["-m", *program]
-    if not (nproc or "1").isdecimal() and nproc not in ("auto", "gpu", "cpu"):
+    if not re.fullmatch(COUNT, nproc or "1") and nproc not in ("auto", "gpu", "cpu"):
         raise UserError(f"NPROC={nproc}: expected a number of processes, or auto, gpu or cpu for one on each of them")
-    if nodes and not (nodes.isdecimal() and master):
+    if nodes and not (re.fullmatch(COUNT, nodes) and master):
         raise UserError(
             f"NNODES={nodes} MASTER={master}: expected the number of machines, and the name and a free port of the "
             f"first, the same on all: NNODES=2 MASTER=host:29500"

@@ -29,6 +29,7 @@ from common.predictions import (
     part_of,
     read_ids,
     read_predictions,
+    remove_predictions,
     unpack,
     write_ids,
 )
@@ -64,7 +65,7 @@ def write_submission(
 ) -> Path:
     """Average the members' predictions of the test rows and write the checked CSV; returns its path.
 
-    The predictions of a single run are kept beside its out-of-fold ones, for blends.
+    The predictions of a single run for the data of its training are kept beside its out-of-fold ones, for blends.
     """
     first = members[0]
     _refuse_unlike(members)
@@ -76,12 +77,13 @@ def write_submission(
         for member, predictor in zip(members, predictors, strict=True)
     ]
     path = submission.SUBMISSIONS / competition / f"{_name_of(members, is_demo)}.csv"
+    keeps = predictors[0] is not None and len(members) == 1 and first.as_trained and not fallback
+    keeps = keeps and first.task.fingerprint == first.run.provenance["data_fingerprint"]
     with ExitStack() as stack:
         keep: Callable[[Predictions], None] = lambda predictions: None  # noqa: E731
-        if predictors[0] is not None and len(members) == 1 and first.as_trained and not fallback:
+        if keeps:
             kept = first.task.postprocess.kept
             keep = stack.enter_context(PredictionWriter(first.run.path, "test", len(rows), kept)).add
-            write_ids(first.run.path, "test", first.task.data.test_ids)
         lost: list[str] = []
         rows_of_csv = _rows_of_csv(members, streams, predictors, keep, lost, fallback.until if fallback else None)
         provenance = _provenance(competition, members, is_demo)
@@ -90,7 +92,11 @@ def write_submission(
             rows_of_csv = _filled(rows_of_csv, task.sample.ids, fallback, lost, provenance)
         else:
             rows_of_csv = _whole(rows_of_csv, lost, f"COMP={competition} RUN={first.run.name}")
-        return submission.write(path, task.sample, rows_of_csv, task.submission.valid, provenance)
+        submission.write(path, task.sample, rows_of_csv, task.submission.valid, provenance)
+        if keeps:
+            remove_predictions(first.run.path, "test")  # of other rows, maybe: never beside these ids
+            write_ids(first.run.path, "test", task.data.test_ids)
+    return path
 
 
 def _refuse_unlike(members: Sequence[Member]) -> None:
@@ -131,13 +137,17 @@ def _test_rows(
 def _kept_batches(member: Member, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Predictions]]:
     kept = read_predictions(member.run.path, "test")
     if kept is None or read_ids(member.run.path, "test") != [str(name) for name in member.task.data.test_ids]:
-        raise UserError(
-            f"{member.run.path} keeps the predictions of other test rows, and has no network to predict these with: "
-            f"train a run on these data"
-        )
+        raise _no_other_data(member.run)
     for start in range(0, len(rows), member.config.batch_size):
         part = slice(start, start + member.config.batch_size)
         yield rows[part], unpack(part_of(kept, part))
+
+
+def _no_other_data(run: Run) -> UserError:
+    return UserError(
+        f"{run.path} keeps predictions for {run.provenance['data']} as that was, and has no network to predict other "
+        f"data with: train a run on these"
+    )
 
 
 def _aligned(
@@ -294,8 +304,10 @@ def predict(
         found = replace(raw.of_run(run.provenance, given.data, competition.write_demo), lenient=is_filled)
         demos.add(found.is_demo or run.provenance["demo"])
         task = completed(competition.build(config, found, print), found)
-        if task.fit_predict:  # its predictions are kept
+        if task.fit_predict or run.is_blend:  # its predictions are kept
             refuse_unused(replace(config, bad_images=trained.bad_images), trained, trained, ())
+            if task.fingerprint != run.provenance["data_fingerprint"]:
+                raise _no_other_data(run)
         use_threads(config, with_workers=needs_workers(task))
         check_before(task, competition, every_image=not is_filled)
         members.append(Member(run, task, config))

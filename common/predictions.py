@@ -52,17 +52,21 @@ def mean_of(predictions: Sequence[Predictions]) -> Predictions:
 
 
 def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
-    """Predictions [B, ...] as they are kept on disk; uint8 holds probabilities in 255 steps."""
+    """Predictions [B, ...] as they are kept on disk; uint8 holds probabilities in 255 steps.
+
+    Raises UserError for numbers that this kind cannot hold.
+    """
     array = predictions.detach().cpu().numpy() if isinstance(predictions, Tensor) else np.asarray(predictions)
-    if kind != "uint8":
-        return array.astype(kind)
-    steps = np.rint(array * 255)
-    if steps.size and not 0 <= steps.min() <= steps.max() <= 255:
+    array = np.rint(array * 255) if kind == "uint8" else array
+    with np.errstate(over="ignore", invalid="ignore"):
+        packed = array.astype(kind)
+    if not (np.array_equal(packed, array) if kind == "uint8" else np.isfinite(packed).all()):
+        low, high = (float(value) / (255 if kind == "uint8" else 1) for value in (array.min(), array.max()))
         raise UserError(
-            f"predictions kept as uint8 must be probabilities, found {array.min():.4g} to {array.max():.4g}: keep them "
-            f'as float32, Postprocess(kept="float32"), or predict the sigmoid or softmax of the outputs'
+            f"predictions from {low:.5g} to {high:.5g} cannot be kept as {kind}: expected probabilities for uint8, and "
+            f'smaller numbers for float16, or build()\'s Postprocess with kept="float32"'
         )
-    return steps.astype(np.uint8)
+    return packed
 
 
 def unpack(kept: Predictions) -> Predictions:

@@ -7,9 +7,9 @@ had labels of that fold. What is tuned on all out-of-fold predictions knows ever
 With --fold none nothing is held out, and all models of the earlier runs label together.
 
 The labels are kept in the fold's folder until the fold is trained, so that a run goes on to the same bits whatever
-becomes of the earlier runs. Rows 0..n-1 of the joined dataset are the training rows with the keys they always have,
-the test rows come after them. A batch mixes both: a pair for MixUp or CutMix may be one of each, and its weight is
-blended like its targets.
+becomes of the earlier runs; where one of these was begun anew under its name, it does not go on. Rows 0..n-1 of the
+joined dataset are the training rows with the keys they always have, the test rows come after them. A batch mixes both:
+a pair for MixUp or CutMix may be one of each, and its weight is blended like its targets.
 """
 
 from dataclasses import dataclass, replace
@@ -42,6 +42,12 @@ from common.run import Run
 from common.task import Data, Task, completed
 
 SUM_TO_1 = 1e-3  # how near the probabilities of classes that exclude each other come to it
+
+
+def origins(competition: str, config: Config) -> dict[str, str]:
+    """When each of the earlier runs that is still there was begun: a name may be used again, see `common.run`."""
+    named = config.pseudo.split(",")
+    return {run.name: run.provenance["created"] for run in runs.all_runs(competition) if run.name in named}
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Run:
 
 def load(competition: str, name: str) -> Run:
     """An existing run; raises UserError listing the runs there are."""
-    path = RUNS / competition / _valid(name)
+    path = folder_of(competition, name)
     if not (path / "run.json").is_file():
         names = ", ".join(run.name for run in all_runs(competition)) or "none yet"
         raise UserError(
@@ -164,7 +164,8 @@ def _read(path: Path) -> Run:
     return Run(path, read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint", "created"))
 
 
-def _valid(name: str) -> str:
+def folder_of(competition: str, name: str) -> Path:
+    """Where the run `name` is or would be; raises UserError for what is no name of a folder."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -174,7 +175,7 @@ def _valid(name: str) -> str:
             f"RUN={name[:LONGEST_NAME]!r}: expected a name in UTF-8 of at most {LONGEST_NAME} bytes without / and , (a "
             f"comma separates the runs that predict averages)"
         )
-    return name
+    return RUNS / competition / name
 
 
 def open_run(
@@ -191,7 +192,7 @@ def open_run(
     is called before a new run is made, and may refuse it. Raises UserError when the named run was started differently,
     listing what differs.
     """
-    if name is not None and not (RUNS / competition / _valid(name) / "run.json").is_file():
+    if name is not None and not (folder_of(competition, name) / "run.json").is_file():
         before_new()
         return new_run(competition, name, config, provenance)
     if name is not None:
@@ -231,6 +232,8 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
         settings.append("folds: other rows in them than when the run began")
     code = provenance.get("code", {})
     changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
+    labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a run that is gone may have labelled all
+    changes += [f"run {name} was begun anew since" for name in labelling.keys() & then if labelling[name] != then[name]]
     return settings, changes if run.result is None else []  # what is trained already is only predicted
 
 

@@ -65,7 +65,7 @@ class Data:
     """The rows. Datasets follow `common.loading.loader`; those of images have `paths`, the files in row order."""
 
     train: Any  # dataset of n rows, with the training augmentation
-    ids: Sequence[str]  # n ids, the rows of `train`
+    ids: Sequence[str]  # n ids that differ, the rows of `train`
     folds: np.ndarray  # [n] fold of every row; -1 trains always
     test: Any = None  # dataset of the rows to predict; its targets are ignored
     valid: Any = None  # the same n rows without augmentation; None: `train` has no augmentation
@@ -187,7 +187,8 @@ def _check_ids(name: str, ids: Sequence[str]) -> None:
             )
         if one in seen:
             raise UserError(
-                f"the data's {name} have {one!r} twice, and predictions are found by their ids: make them differ"
+                f"the data's {name} have {one!r} twice, and a run finds its rows by their ids: number them in build(), "
+                f"{one}/0, {one}/1 ..."
             )
         seen.add(one)
 

@@ -46,7 +46,7 @@ from common.predictions import (
     write_predictions,
 )
 from common.preflight import check_before, refuse_bad_training_images, try_out
-from common.pseudo import Pseudo
+from common.pseudo import Pseudo, origins
 from common.raw import RawData
 from common.report import Report, default_report, score_line
 from common.run import Run
@@ -74,6 +74,8 @@ def train(
         _refuse_unused(competition, task, config, recipe)
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
+        if config.pseudo:
+            provenance["pseudo"] = origins(competition.name, config)
         pseudo = Pseudo(competition, found, task, config, provenance) if config.pseudo else None
         first = partial(_check_new, task, config, pseudo, ranks.world)
         opening = partial(runs.open_run, competition.name, run_name, config, provenance, insist, first)

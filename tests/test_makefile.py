@@ -98,6 +98,7 @@ def test_arguments_run_nothing(run, tmp_path):
         ("predict COMP=clouds NPROC=2", "NPROC=2: make predict takes only COMP DATA"),
         ("test COMP=clouds", "COMP=clouds: make test takes only ARGS"),
         ("train COMP=clouds NPROC=two", "NPROC=two: expected a number"),
+        ("train COMP=clouds NPROC=0", "NPROC=0: expected a number"),
         ("train COMP=clouds NNODES=2", "NNODES=2 MASTER=host:29500"),
         ("bench BENCH=nothing", "BENCH=nothing: expected one of "),
     ],

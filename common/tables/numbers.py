@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import torch
-from pandas.api.types import is_numeric_dtype
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from torch import Tensor, nn
 
 from common.batch import Tree, map_tree, tensors_of
@@ -19,7 +19,8 @@ def standardised(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]
 
     Numbers get the mean 0 and the deviation 1, and a column of texts becomes a 0/1 column for each of them: a text that
     only others have is none. A blank is 0; where `train` has blanks, a further 0/1 column says which they are.
-    Raises UserError for a column that another table lacks or has as texts, and for texts that hardly repeat.
+    Raises UserError for a column that another table lacks, one that is numbers in one table and texts in another, and
+    texts that hardly repeat.
     """
     parts: list[list[np.ndarray]] = [[] for _ in (train, *others)]
     for name in train.columns:
@@ -36,7 +37,7 @@ def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
     if name not in table:
         raise UserError(f"column {name} is not in every table: leave it out of the features")
     column = table[name]
-    if numeric and not is_numeric_dtype(column):
+    if numeric != is_numeric_dtype(column) and column.notna().any() and not is_bool_dtype(column):
         raise UserError(
             f"column {name} has numbers in one table and texts in another: give tables.read its kind, {name!r}: "
             f"number(blank=True), which names the line, or str"

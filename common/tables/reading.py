@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 
 from common.archive import DAMAGED
 from common.errors import UserError, some
@@ -53,6 +54,10 @@ def read(
     again = _File(raw, name).again
     if not found:
         raise UserError(f"{raw.path}/{name} has no rows: {again}")
+    for column in found[0].columns[found[0].dtypes == "category"]:  # pandas would join them as texts
+        every = union_categoricals([part[column] for part in found], sort_categories=True).categories
+        for part in found:
+            part[column] = part[column].cat.set_categories(every)
     table = pd.concat(found) if len(found) > 1 else found[0]
     if id is not None and (twice := table[id].duplicated()).any():
         line = table.index[np.argmax(twice)]

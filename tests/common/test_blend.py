@@ -15,7 +15,7 @@ from common import blend as blending
 from common import ensemble, predict, runs_table
 from common.blend import Kept, as_tree, blend, write_combined
 from common.errors import UserError
-from common.metrics import accuracy
+from common.metrics import accuracy, f_beta
 from tests.common import toy
 from tests.common.toy_runs import predict_again, toy_train
 
@@ -128,6 +128,47 @@ def test_every_class_on_its_own():
     assert "Weights of every class" in Path("runs/toy/classes/report.html").read_text()
 
 
+def labelled(metric):
+    """The toy's build with its classes as labels of 0 and 1."""
+    whole = toy.build
+
+    def build(*given):
+        task = whole(*given)
+        for rows in (task.data.train, task.data.valid):
+            rows.targets = torch.nn.functional.one_hot(rows.targets, 3)
+        decided = {"apply": lambda predictions, tuned: (predictions > 0.5).long(), "metrics": (metric,)}
+        return toy.changed(task, rows=lambda ids, found: zip(ids, found.argmax(1).tolist(), strict=True), **decided)
+
+    return build
+
+
+def test_every_label_on_its_own_needs_a_metric_of_one(monkeypatch):
+    monkeypatch.setattr(toy, "build", labelled(f_beta(1, "macro").on(lambda found, true: (found[:, :2], true[:, :2]))))
+    with pytest.raises(UserError, match="--by hill: f1_macro is not one of a single label's .* use --by nnls"):
+        blended("refused", per_class=True)
+    assert not Path("runs/toy/refused").exists()
+    assert np.shape(list(blended("labels", by="nnls", per_class=True)[1]["blend"]["weights"].values())) == (3, 3)
+
+
+def test_ranks_are_kept_as_exactly_as_they_are(monkeypatch):
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), kept="float16"))
+    assert kept(blended("ranks", by="mean", space="rank")[0].name)[1].dtype == np.float32
+    assert kept(blended("halves", by="mean")[0].name)[1].dtype == np.float16
+
+
+def test_a_blend_predicts_no_other_data_and_takes_no_flag_of_networks(tmp_path):
+    blended("mine")
+    before = Path("submissions/toy/mine-demo.csv").read_bytes()
+    toy.write_demo(tmp_path)
+    (tmp_path / "seed.txt").write_text("2")
+    with pytest.raises(UserError, match="mine keeps predictions for .* and has no network to predict other data"):
+        predict_again("--run", "mine", "--data", str(tmp_path))
+    with pytest.raises(UserError, match="--tta false: this task has no network"):
+        predict_again("--run", "mine", "--tta", "false")
+    assert Path("submissions/toy/mine-demo.csv").read_bytes() == before
+
+
 def test_a_stack_is_a_blend_too():
     _, result = blended("stack", by="stack")
     assert "weights" not in result["blend"] and result["score"] > 0.4
@@ -175,6 +216,7 @@ def test_what_does_not_go_together_is_refused(request):
         ({"by": "nnls", "space": "rank"}, "leave --space out"),
         ({"space": "power:x"}, "power:P"),
         ({"name": "one"}, "one is there already"),
+        ({"name": "one,two"}, "bytes without / and ,"),
     ]
     for given, words in cases:
         with pytest.raises(UserError, match=words):

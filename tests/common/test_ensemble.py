@@ -83,6 +83,9 @@ def test_least_squares_has_no_negative_weight():
         ensemble.least_squares(holes)(MEMBERS, ROWS).weights,
         ensemble.least_squares(CLASS)(MEMBERS[:, others], others).weights,
     )
+    assert ensemble.least_squares(np.zeros((M, C)))(MEMBERS, ROWS).weights.tolist() == [0.25] * 4, (
+        "nothing to choose by"
+    )
     with pytest.raises(UserError, match="no run has a positive weight"):
         ensemble.least_squares(-np.ones((M, C)))(MEMBERS, ROWS)
     with pytest.raises(UserError, match="do not fit targets"):

@@ -1,9 +1,12 @@
 """Predictions: means over models and views, batches that do not fit, and which run decides what."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,6 +119,53 @@ def test_runs_of_other_test_rows_are_not_averaged():
     train(toy.TOY, toy.RECIPES["default"], "default", "other", "two")
     with pytest.raises(UserError, match="one and two predict different test rows"):
         predict_again("--run", "one,two")
+
+
+def test_kept_predictions_have_their_own_ids_whatever_ends_a_prediction(monkeypatch):
+    run = toy_train("one")
+    Path("turned").mkdir()
+    toy.write_demo(Path("turned"))
+    head, *rows = Path("turned/sample_submission.csv").read_text().splitlines()
+    Path("turned/sample_submission.csv").write_text("\n".join([head, *reversed(rows)]) + "\n")
+    for name in ("test.npy", "test_ids.txt"):
+        before = {file: (run / file).read_bytes() for file in ("test.npy", "test_ids.txt")}
+
+        def stopped(draft, file, name=name, original=os.replace):
+            if Path(file).name == name:
+                raise KeyboardInterrupt
+            original(draft, file)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", stopped)
+            predict_again("--run", "one", "--data", "turned")
+        now = {file: (run / file).read_bytes() for file in before if (run / file).is_file()}
+        assert now == before or "test.npy" not in now
+        predict_again("--run", "one")
+        assert {file: (run / file).read_bytes() for file in before} == before
+
+
+def test_predictions_of_other_data_are_not_kept_for_blends():
+    run = toy_train("one")
+    before = (run / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()
+    Path("other").mkdir()
+    toy.write_demo(Path("other"))
+    Path("other/seed.txt").write_text("2")
+    predict_again("--run", "one", "--data", "other")
+    assert (run / "test.npy").read_bytes() == before[0]
+    assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
+
+
+def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
+    whole = toy.build
+    fitted = lambda train, valid, fold, run: (np.full((len(valid), 3), 0.3), np.full((30, 3), 0.3))  # noqa: E731
+    only = {"network": None, "fit_predict": fitted, "uses": ("ema", "epochs", "batch_size")}
+    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), **only))
+    toy_train("one")
+    Path("other").mkdir()
+    toy.write_demo(Path("other"))
+    Path("other/seed.txt").write_text("2")
+    with pytest.raises(UserError, match="one keeps predictions for .*data/demo/toy as that was, and has no network"):
+        predict_again("--run", "one", "--data", "other")
 
 
 def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):

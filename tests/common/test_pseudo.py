@@ -389,6 +389,17 @@ def test_a_fold_that_began_goes_on_without_the_earlier_run(monkeypatch):
     assert same(straight, toy_train("broken", pseudo="teacher", save_every=0))
 
 
+def test_it_does_not_go_on_with_another_run_of_the_same_name(monkeypatch):
+    toy_train("teacher", epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Engine, "step", lambda *_: (_ for _ in ()).throw(Killed()))
+        toy_train("student", pseudo="teacher")
+    shutil.rmtree("runs/toy/teacher")
+    toy_train("teacher", epochs=2)
+    with pytest.raises(UserError, match="student was started differently .run teacher was begun anew since.: RESUME=1"):
+        toy_train("student", pseudo="teacher")
+
+
 def test_the_other_processes_get_the_labels_of_the_first(monkeypatch):
     class Second:
         is_writer = False

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -124,6 +125,21 @@ def test_a_search_counts_goes_on_and_ends_with_the_best_command(trainer, capsys)
     assert words[0] == "COMP=toy" and f"--lr={best.params['lr']:.6g}" in words[1] and "--epochs=2" in words[1]
     page = Path(f"runs/toy/tune-{study().study_name}/report.html").read_text()
     assert "importance: lr 1.00" in shown and "data:image/png" in page and "tune-" in page
+
+
+def test_a_search_is_known_by_its_settings(monkeypatch):
+    names = []
+    monkeypatch.setattr(tune, "_search", lambda study, *_: names.append(study.study_name))
+    monkeypatch.setattr(tune, "_tell", lambda *_: None)
+    usual = toy.RECIPES["default"]
+    for config, given in (
+        (usual, ["--folds", "3", "--epochs", "7"]),
+        (usual, ["--folds", "7", "--epochs", "3"]),
+        (replace(usual, ema=0.5), ["--folds", "3", "--epochs", "7"]),  # the recipe was edited
+        (usual, ["--folds", "3", "--epochs", "7"]),
+    ):
+        tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
+    assert len(set(names)) == 3 and names[0] == names[3]
 
 
 def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):

@@ -325,6 +325,14 @@ def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
     assert pushed == [(trained, "NvidiaL4" if "NvidiaL4" in words else "NvidiaTeslaT4")]
 
 
+def test_pseudo_labels_of_runs_that_stay_here_are_refused_before_a_push(kaggle):
+    from common import cli
+
+    with pytest.raises(UserError, match="--pseudo 003-best: no run of this machine goes to Kaggle: make train"):
+        cli.kernel("digit_recognizer", ["--pseudo", "003-best"])
+    assert not kaggle.asked
+
+
 def test_data_from_elsewhere_has_no_notebook(kaggle, source):
     with pytest.raises(UserError, match="toy is not on Kaggle"):
         kernel(replace(source, slug=""))

@@ -45,6 +45,7 @@ def test_a_blank_is_0_and_a_column_says_so():
     ]
     whole = standardised(train.astype({"n": "Int64"}), test.astype({"n": "Int64"}))
     assert whole[0].tolist() == numbers, "whole numbers with blanks"
+    assert not standardised(train, pd.DataFrame({"n": [None], "t": [np.nan]}))[1][0, [0, 2, 3]].any(), "all are blank"
     assert standardised(train[:1], test)[1].tolist() == [[0, 0]], "no column where the first table has no blanks"
 
 
@@ -53,6 +54,7 @@ def test_a_blank_is_0_and_a_column_says_so():
     [
         ({"a": [1.0]}, {"b": [1.0]}, "column a is not in every table"),
         ({"a": [1.0]}, {"a": ["one"]}, "column a has numbers in one table and texts in another"),
+        ({"a": ["1", "x"]}, {"a": [1, 1]}, "column a has numbers in one table and texts in another"),
         ({"a": [1.0, np.inf]}, {"a": [1.0]}, "column a is infinite"),
         ({"a": [f"{n}" for n in range(MANY + 1)]}, {"a": ["1"]}, f"column a has {MANY + 1:,} different texts"),
     ],
