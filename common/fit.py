@@ -39,6 +39,7 @@ FACTS = "fold.json"  # of a finished fold
 PSEUDO_LABELS = "pseudo.pt"  # of an unfinished fold, see common.pseudo
 # Columns of metrics.csv that differ between two equal runs.
 MACHINE_COLUMNS = ("samples_per_second", "memory_gib")
+OWN_COLUMNS = ("fold", "epoch", "step", "lr", "loss", "gradient_norm", "valid_loss", *MACHINE_COLUMNS)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
-from common.fit import fold_label, order_of, rows_of_fold
+from common.fit import OWN_COLUMNS, fold_label, order_of, rows_of_fold
 from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy
@@ -30,10 +30,17 @@ WEIGHTS_OF_A_TRAINING = 5  # in best.pt and last.pt: twice the model, two moment
 
 
 def check_before(task: Task, competition: Competition, every_image: bool = True) -> None:
-    """Raise UserError for what would fail only after hours: the metric's direction, ids, test images.
+    """Raise UserError for what would fail only after hours: the metrics' names and direction, ids, test images.
 
     Without `every_image`, images that cannot be read are for the prediction to leave out.
     """
+    names = [metric.name for metric in task.metrics]
+    for name in names:
+        if name in OWN_COLUMNS or names.count(name) > 1 or not name.isprintable() or set(name) & set(',"'):
+            raise UserError(
+                f"metric {name!r}: expected names without commas and quotes that differ from each other and from the "
+                f"columns of metrics.csv, {', '.join(OWN_COLUMNS)}"
+            )
     check_direction(task.metrics[0], competition.source.higher_is_better)
     if len(task.data.test_ids) == len(task.sample.ids):  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)

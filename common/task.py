@@ -145,6 +145,8 @@ def completed(task: Task, raw: RawData) -> Task:
     """`task` with its defaults filled in from the data; raises UserError for what does not fit together."""
     if (task.network is None) == (task.fit_predict is None):
         raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
+    if not task.metrics:
+        raise UserError("a Task needs a metric, the first one is its score: give `metrics` one in build()")
     sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text)
     data = replace(
         task.data,  # by places from here on: a column of pandas would look up its own index

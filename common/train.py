@@ -173,7 +173,13 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     train_rows, valid_rows = rows_of_fold(task, fold)
     started = time.monotonic()
     seed_all(config, fold)
-    oof, test = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
+    found = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise UserError(
+            f"fit_predict returned {type(found).__name__}: expected two, predictions of the {len(valid_rows)} "
+            f"validation rows and of the {len(task.data.test)} test rows"
+        )
+    oof, test = found
     seconds = time.monotonic() - started
     for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
         if count:

@@ -46,6 +46,8 @@ def space_of(search: str, config: Config) -> Space:
         name = name.strip().lstrip("-").replace("-", "_")
         if name not in vars(config):
             raise UserError(f"--search {part}: no such setting.{did_you_mean(name, vars(config))}")
+        if name in found:
+            raise UserError(f"--search {part}: {name} is there twice, expected each setting once")
         values = text.split("|") if "|" in text else text.removesuffix(":log").split(":")
         for value in values:
             configs.with_flags(config, argparse.Namespace(**{name: value}))

@@ -27,7 +27,7 @@ def parameter_groups(
 
     `lr_scales` maps the name of a module (`encoder`, `encoder.layer1`) to the factor on its learning rate; the longest
     name that fits a parameter counts, 0 freezes. Vectors and scalars (biases, normalisation) get no decay.
-    Raises UserError for a name that fits no parameter.
+    Raises UserError for a name that fits no parameter, and where none is trainable.
     """
     scales = dict(lr_scales or {})
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -39,6 +39,8 @@ def parameter_groups(
         used.update(fitting)
         scale = scales[max(fitting, key=len)] if fitting else 1.0
         groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise UserError("no parameter of the model is trainable: set requires_grad of what is to be trained")
     for prefix in scales.keys() - used:
         modules = [name for name, _ in model.named_modules() if name]
         near = difflib.get_close_matches(prefix, modules, n=3, cutoff=0.0)

@@ -40,10 +40,16 @@ class Heavy(toy.ToyRows):
         ({"test": None}, "0 test rows have 30 ids"),
         ({"lr_scales": {"head": 0.1}}, "lr_scales names 'head', which has no trainable parameter"),
         ({"train": Heavy(torch.zeros(120, 16), torch.zeros(120))}, "weights have 80 rows and train has 120"),
-        ({"kept": "uint8", "predict": lambda o: 300 * o.softmax(1)}, "cannot be kept as uint8: expected probabilities"),
         ({"ids": [f"r{row // 2}" for row in range(120)]}, "the data's ids have 'r0' twice"),
         ({"order": lambda rows: orders.weighted(np.ones(len(rows)))}, "trains on .* not among the 80 .* row 0"),
         ({"test_ids": ["t0"] * 30}, "the data's test_ids have 't0' twice"),
+        ({"model": lambda: nn.Linear(16, 3).requires_grad_(False)}, "no parameter of the model is trainable"),
+        ({"metrics": ()}, "a Task needs a metric"),
+        ({"metrics": (Metric("loss", lambda d, t: d.double()),)}, "metric 'loss': expected names .* differ from"),
+        (
+            {"metrics": (Metric("f1,macro", lambda d, t: d.double()),)},
+            "'f1,macro': expected names without commas",
+        ),
         ({"valid": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3))}, "valid have 3 rows and train has 120"),
         (
             {"metrics": (Metric("x", lambda d, t: d.double(), higher_is_better=False),)},
@@ -59,7 +65,7 @@ class Heavy(toy.ToyRows):
         ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),
         ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),
         ({"predict": lambda o: o - 9, "kept": "uint8"}, "predictions from -.* cannot be kept as uint8: expected prob"),
-        ({"predict": lambda o: o + 1e5, "kept": "float16"}, "predictions from 1.* cannot be kept as float16"),
+        ({"predict": lambda o: o + 1e5, "kept": "float16"}, "predictions from [19].* cannot be kept as float16"),
         ({"rows": lambda ids, d: [(name, torch.tensor(0.5)) for name in ids]}, "tensor.0.5.*finite number"),
     ],
 )

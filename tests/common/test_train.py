@@ -121,6 +121,14 @@ def test_every_fold_of_a_task_without_a_network_tells_its_score(capsys):
     assert "all rows: fitted on 120 rows" in capsys.readouterr().out, "which holds nothing out"
 
 
+def test_a_task_without_a_network_that_predicts_nothing_is_told(monkeypatch):
+    with_network = toy.build
+    only = {"network": None, "fit_predict": lambda *given: None}
+    monkeypatch.setattr(toy, "build", lambda *given: replace(with_network(*given), **only))
+    with pytest.raises(UserError, match="returned NoneType: .* the 40 validation rows and of the 30 test rows"):
+        toy_train()
+
+
 @pytest.mark.usefixtures("_no_network")
 @pytest.mark.parametrize(
     ("changes", "flag"),

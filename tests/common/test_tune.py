@@ -94,6 +94,7 @@ def test_spaces_have_the_types_of_the_settings():
     [
         ("lrr=0:1", "Did you mean lr"),
         ("lr=0:1", "above 0"),
+        ("lr=0.1:1,--lr=0.01:1", "lr is there twice"),
         ("lr=0.1:0.01", "low below high"),
         ("lr=0.1", "low:high of a number"),
         ("clip_norm=0:1:log", "above 0 for :log"),
