@@ -393,6 +393,15 @@ def test_the_blend_beats_the_models_it_is_of_and_leaves_out_the_one_behind():
     assert nothing == {"level": 1.0, "weights": dict.fromkeys(network.groups, equal)}
 
 
+def test_the_blend_halves_the_weight_of_a_model_that_is_one_percent_behind(monkeypatch):
+    monkeypatch.setattr(blend, "PULL_TO_START", 1e3)  # the weights stay where they begin
+    monkeypatch.setattr(blend, "PULL_TO_SHARED", 1e3)
+    network, truth = Network(("dongsi_aq",)), np.full((4, 48, 3), 20.0)
+    forecasts = {name: truth * np.exp(2 * np.arctanh(error)) for name, error in (("best", 0.3), ("behind", 0.303))}
+    fitted = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)
+    assert fitted["weights"]["Beijing O3"] == pytest.approx({"best": 2 / 3, "behind": 1 / 3}, abs=1e-3)
+
+
 def test_the_blend_leans_to_the_model_that_a_city_needs():
     """Two models with the same errors in sum, each better in one city of six series."""
     random = np.random.default_rng(0)
