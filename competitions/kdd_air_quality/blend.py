@@ -1,8 +1,8 @@
 """The blend: a weighted geometric mean of the models times one level, fitted on backtest forecasts alone.
 
 A month of forecasts is about thirty samples of weather, so little is fitted. Models that are clearly behind are left
-out, the others have equal weights but for strong reasons, those of a city and pollutant lean on those of all series,
-and the level is one number: one per group is worse than none.
+out, the others have weights by how far they are behind but for strong reasons, those of a city and pollutant lean on
+those of all series, and the level is one number: one per group is worse than none.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from competitions.kdd_air_quality.stations import Network
 
 Weights = dict[str, Any]  # {"level": factor on the forecast, "weights": {"Beijing PM2.5": {model: weight}}}, sums are 1
 NEAR_THE_BEST = 1.02  # SMAPE over that of the best model; weights of weaker ones, fitted in winter, cost in spring
-PULL_TO_EQUAL = 2e-3
+HALF_BEHIND = 0.01  # a model whose SMAPE is this part behind that of the best has half of its weight, to begin with
+PULL_TO_START = 2e-3
 PULL_TO_SHARED = 1e-2
 PULL_OF_LEVEL = 0.1  # the best level of a month says only so much about that of the next
 LARGEST_LEVEL = 0.3  # logarithm
@@ -40,9 +41,10 @@ def fit(forecasts: dict[str, np.ndarray], truth: np.ndarray, valid: np.ndarray, 
     logs = np.stack([log_of(forecasts[name]) for name in names])  # [models, days, 48, S]
     target = log_of(np.where(chosen, truth, 1))
     at, wanted = logs[:, chosen], target[chosen]
-    losses = np.tanh(np.abs(at - wanted) / 2).mean(axis=1) if len(wanted) else np.zeros(len(names))
+    losses = np.tanh(np.abs(at - wanted) / 2).mean(axis=1) + 1e-9 if len(wanted) else np.ones(len(names))
     near = np.flatnonzero(losses <= NEAR_THE_BEST * losses.min())
-    shared, level = _minimum(at[near], wanted, np.zeros(len(near)), PULL_TO_EQUAL, None)
+    start = -np.log(2) * (losses[near] / losses.min() - 1) / HALF_BEHIND
+    shared, level = _minimum(at[near], wanted, start, PULL_TO_START, None)
     result = {}
     for group in dict.fromkeys(groups):
         own = chosen & (np.array(groups) == group)

@@ -1,4 +1,4 @@
-"""What the boosted forecaster sees of the past: everything as logarithms relative to the series' own daily cycle.
+"""What the forecasters see of the past: everything as logarithms relative to the series' own daily cycle.
 
 SMAPE is a function of the logarithm of forecast / truth, so ratios are the natural scale: a model of ratios needs to
 know neither the unit nor the season, and what it learnt in winter holds in May.
@@ -15,9 +15,11 @@ from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network, city_of
 
 FLOOR = 0.5  # ug/m3: smaller and negative values count as this much before the logarithm
-BASE_DAYS = (7, 14, 30)  # windows whose median of medians is the daily cycle that everything is relative to
 MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
-ALL_DAYS = tuple(sorted({*BASE_DAYS, *MEDIAN_DAYS}))
+# Everything is relative to a daily cycle: the mean of these medians without the first. Medians of a few days are noisy,
+# so it is the mean over the hours around as well; that of O3 is too steep for more than one.
+AROUND_HOURS = {"O3": 1}
+AROUND_OTHERS = 4
 RECENT_HOURS = (1, 3, 6, 12, 24, 48, 72, 168)
 CITY_HOURS = (1, 3, 6, 12, 24, 48, 168)
 PAST_HOURS = 168
@@ -79,16 +81,18 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     stations, pollutants = network.places
     scored = stations * len(ALL_POLLUTANTS) + pollutants
 
-    medians = sliding_medians(days, ALL_DAYS, ends)
-    base = _mean_of(medians[[ALL_DAYS.index(n) for n in BASE_DAYS]], 0)  # [N, 24, lanes]
-    base = np.where(np.isfinite(base), base, _mean_of(medians, 0))
+    medians = sliding_medians(days, MEDIAN_DAYS, ends)
+    base = _mean_of(medians[1:], 0)  # [N, 24, lanes]
+    for number, name in enumerate(ALL_POLLUTANTS):
+        lane = np.s_[..., number :: len(ALL_POLLUTANTS)]
+        base[lane] = _around(base[lane], AROUND_HOURS.get(name, AROUND_OTHERS))
 
     padded = np.pad(lanes, ((PAST_HOURS, 0), (0, 0)), constant_values=np.nan)
     past = np.stack([padded[end * 24 : end * 24 + PAST_HOURS] for end in ends])  # [N, 168, lanes]
     past = past - np.tile(base, (1, PAST_HOURS // 24, 1))
 
     per_series = _per_series(past, scored, network)
-    per_hour = {f"median_{n}_days": (medians[ALL_DAYS.index(n)] - base)[..., scored] for n in MEDIAN_DAYS}
+    per_hour = {f"median_{n}_days": (own - base)[..., scored] for n, own in zip(MEDIAN_DAYS, medians, strict=True)}
     smooth = _smooth(past[..., scored])
     per_hour |= {f"same_hour_{back}_days_ago": _day_of(smooth, back - 1) for back in (1, 2, 3, 7)}
     cycle = whole(base[..., scored], network)
@@ -146,6 +150,11 @@ def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
     return np.divide(
         np.where(there, values, 0).sum(axis), count, out=np.full(count.shape, np.nan, np.float32), where=count > 0
     )
+
+
+def _around(cycle: np.ndarray, hours: int) -> np.ndarray:
+    """Mean of each hour of the day of [N, 24, lanes] and the `hours` before and after it, over midnight too."""
+    return _mean_of(np.stack([np.roll(cycle, back, axis=1) for back in range(-hours, hours + 1)]), 0)
 
 
 def _smooth(past: np.ndarray) -> np.ndarray:

@@ -19,10 +19,12 @@ PENALTY = 200.0  # per station, on coefficients of features of variance 1; a sta
 # It grows with the root of the age of a feature: the last hours say more of the next ones than a week ago does. Where
 # the daily cycle stands at the hour itself counts as the youngest.
 YOUNGEST = ("last_value", "shape", "city_shape")
+# The past of the whole city says more than that of a station, single days less: how often the penalty, by names' start.
+TIMES = {"city_last_": 0.4, "city_day_": 2.5, "day_": 2.5}
 # Wind carries air from station to station: all departures from the city's mean count for every station. There are many,
 # so each for little: what they have in common shows.
 DEPARTURE = "last_6_hours", "city_last_6_hours"
-PENALTY_OF_DEPARTURES = 4000.0
+PENALTY_OF_DEPARTURES = 1600.0
 # The slope of 2 tanh(|d| / 2) over |d| weighs the rows of the next least squares (iteratively reweighted). Starting at
 # the daily cycle itself rather than at plain least squares, far outliers never get to pull.
 ROUNDS = 8
@@ -76,7 +78,9 @@ def _age(name: str) -> int:
 
 def penalties(names: tuple[str, ...], series: int) -> np.ndarray:
     """Penalty per station of the features `names`, of the two of the season, and of the departures of all series."""
-    return np.append(PENALTY * np.sqrt(np.array([*map(_age, names), 24, 24]) / 24), [PENALTY_OF_DEPARTURES] * series)
+    times = [next((n for start, n in TIMES.items() if name.startswith(start)), 1.0) for name in names]
+    own = PENALTY * np.array(times) * np.sqrt(np.array([*map(_age, names)]) / 24)
+    return np.array([*own, PENALTY, PENALTY, *[PENALTY_OF_DEPARTURES] * series])
 
 
 def _shared(known: features.Features, network: Network, group: str) -> np.ndarray:

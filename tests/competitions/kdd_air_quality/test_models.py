@@ -184,23 +184,13 @@ def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle(
 
 
 def test_the_penalty_grows_with_the_root_of_a_feature_s_age():
-    """Hours: 24 of what is no part of the past, or a whole day of it."""
-    ages = {
-        "last_value": 1,
-        "city_shape": 1,
-        "last_6_hours": 6,
-        "city_NO2_last_168_hours": 168,
-        "here_CO_last_24_hours": 24,
-    }
-    ages |= {
-        "day_5_ago": 120,
-        "city_day_2_ago": 48,
-        "same_hour_7_days_ago": 168,
-        "median_30_days": 24,
-        "spread_last_day": 24,
-    }
-    found = linear.penalties(tuple(ages), 3)
-    np.testing.assert_allclose(found[:-3], [linear.PENALTY * (age / 24) ** 0.5 for age in (*ages.values(), 24, 24)])
+    """Days: 1 of what is no part of the past, or a whole day of it. The past of the city has less, single days more."""
+    days = {"last_value": 1 / 24, "city_shape": 1 / 24, "last_6_hours": 1 / 4, "here_CO_last_24_hours": 1}
+    days |= {"city_NO2_last_168_hours": 7, "same_hour_7_days_ago": 7, "median_30_days": 1, "spread_last_day": 1}
+    expected = {name: age**0.5 for name, age in days.items()} | {"city_last_48_hours": 0.4 * 2**0.5}
+    expected |= {"day_5_ago": 2.5 * 5**0.5, "city_day_2_ago": 2.5 * 2**0.5}
+    found = linear.penalties(tuple(expected), 3)
+    np.testing.assert_allclose(found[:-3], linear.PENALTY * np.array([*expected.values(), 1, 1]))
     assert (found[-3:] == linear.PENALTY_OF_DEPARTURES).all()
 
 
@@ -401,6 +391,15 @@ def test_the_blend_beats_the_models_it_is_of_and_leaves_out_the_one_behind():
     nothing = blend.fit(forecasts, truth, np.zeros(truth.shape, bool), network.groups)
     equal = dict.fromkeys(forecasts, pytest.approx(1 / 3, abs=1e-4))
     assert nothing == {"level": 1.0, "weights": dict.fromkeys(network.groups, equal)}
+
+
+def test_the_blend_halves_the_weight_of_a_model_that_is_one_percent_behind(monkeypatch):
+    monkeypatch.setattr(blend, "PULL_TO_START", 1e3)  # the weights stay where they begin
+    monkeypatch.setattr(blend, "PULL_TO_SHARED", 1e3)
+    network, truth = Network(("dongsi_aq",)), np.full((4, 48, 3), 20.0)
+    forecasts = {name: truth * np.exp(2 * np.arctanh(error)) for name, error in (("best", 0.3), ("behind", 0.303))}
+    fitted = blend.fit(forecasts, truth, np.ones(truth.shape, bool), network.groups)
+    assert fitted["weights"]["Beijing O3"] == pytest.approx({"best": 2 / 3, "behind": 1 / 3}, abs=1e-3)
 
 
 def test_the_blend_leans_to_the_model_that_a_city_needs():
