@@ -42,7 +42,7 @@ class RawData:
             return zipfile.ZipFile(self.path)
         except PermissionError as error:
             raise _forbidden(self.path, error) from error
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except (*DAMAGED, OSError) as error:
             raise UserError(
                 f"{self.path} is not a whole zip archive ({error}): {self._again}, or pass DATA=/path/to/folder-or-zip"
             ) from error
