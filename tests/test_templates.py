@@ -123,7 +123,9 @@ def test_the_table_is_boosted_by_one_flag(here):
     file.unlink()
     assert cli.main(["predict", "lynx", "--run", "a"]) == 0 and file.read_bytes() == before
     kept = np.mean([np.load(run / f"fold-{fold}" / "test.npy") for fold in range(5)], axis=0)
-    assert np.allclose(kept, [float(row["price"]) for row in rows])
+    assert np.allclose(kept[:, 0], [float(row["price"]) for row in rows])
+    assert cli.main(["train", "lynx", "--recipe", "smoke", "--run", "b", "--fold", "all"]) == 0
+    assert cli.main(["blend", "lynx", "--run", "a,b"]) == 0, "with the network"
 
 
 @pytest.mark.parametrize(
