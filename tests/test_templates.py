@@ -109,6 +109,7 @@ def test_every_recipe_of_a_template_is_allowed(here, kind):
     new.new("lynx", kind)
     recipes = competition.load("lynx").recipes
     assert {"default", "demo", "smoke"} <= set(recipes)
+    assert kind == "table" or recipes["default"].cache_gb, "the flag that the messages of ImageStore advise"
     for name, recipe in recipes.items():
         assert config.checked(recipe) == recipe and folds_to_train(recipe), name
 
