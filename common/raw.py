@@ -50,9 +50,9 @@ class RawData:
     @cached_property
     def _members(self) -> dict[str, str]:
         """Names in the archive, as other systems write them, and what the archive calls them."""
-        names = {own.replace("\\", "/"): own for own in self._archive.namelist()}
-        files = {name: own for name, own in names.items() if not name.endswith("/")}
-        return {name: own for name, own in files.items() if not any(map(is_foreign, name.split("/")))}
+        names = {own: own.replace("\\", "/") for own in self._archive.namelist()}
+        files = {PurePosixPath(name): own for own, name in names.items() if not name.endswith("/")}  # ./a.csv is a.csv
+        return {str(name): own for name, own in files.items() if not any(map(is_foreign, name.parts))}
 
     @property
     def _again(self) -> str:

@@ -359,7 +359,7 @@ def test_what_a_mac_adds_is_no_data_wherever_files_are_found(tmp_path):
     names = ["kdd/a.csv", "__MACOSX/kdd/._a.csv", "kdd/._a.csv", "kdd/.DS_Store", "._b.csv", "kdd/.hidden/c.csv"]
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as stream:
         for name in names:
-            stream.writestr(name, name)
+            stream.writestr(f"./{name}", name)  # as bsdtar writes them
             (tmp_path / "mac" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "mac" / name).write_text(name)
     for path in (tmp_path / "mac.zip", tmp_path / "mac"):
