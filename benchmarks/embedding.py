@@ -174,7 +174,6 @@ def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, 
         add("co-occurrence probability, mean over the given", hits(given @ shared.astype(np.float32)))
         variants = {
             "PMI of the blog": {"kind": "pmi"},
-            "PPMI without diagonal": {"diagonal": False},
             "PPMI, plain": {"smoothing": 0.0, "least_images": 1},
             "PPMI, smoothed 3": {"least_images": 1},
             "PPMI, smoothed 3, labels of few images out (default)": {},

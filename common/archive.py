@@ -10,7 +10,7 @@ import stat
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,8 +24,9 @@ LARGEST_RATIO = 200
 HARMLESS_BYTES = 64 << 20  # archives that unpack to less than this may have any ratio
 DEEPEST_NESTING = 4
 LONGEST_PART, LONGEST_NAME, DEEPEST_FOLDER = 255, 1024, 64  # bytes, bytes, folders: within what file systems take
-# Truncated, of a wrong checksum, or (RuntimeError) encrypted or packed in a way that zipfile does not know.
-DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+# Truncated, of a wrong checksum, (RuntimeError) encrypted or packed in a way that zipfile does not know, or
+# (ValueError) with a name that is not UTF-8.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 SHOWN = 100  # characters of a name in an error
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
 THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all run outside Python's lock
@@ -189,7 +190,7 @@ def opened(archive: Path, shown: str) -> zipfile.ZipFile:
     """The archive; raises Damaged when it is not a whole one."""
     try:
         return zipfile.ZipFile(archive)
-    except (zipfile.BadZipFile, UnicodeDecodeError, ValueError) as error:
+    except DAMAGED as error:
         raise Damaged(f"{shown} is not a whole zip archive ({error})") from error
 
 
@@ -240,15 +241,22 @@ def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sho
     """Write one file; raises Damaged when its length or checksum is not the packed one."""
     digest, size = hashlib.sha256(), 0
     try:
-        with stream.open(member) as source, open(target, "xb") as out:
-            while chunk := source.read(CHUNK_BYTES):
+        with open(target, "xb") as out:
+            for chunk in _chunks(stream, member, shown):
                 size += len(chunk)
                 digest.update(chunk)
                 out.write(chunk)
-    except DAMAGED as error:
-        raise Damaged(f"{shown}: {member.filename} is damaged ({error})") from error
     except FileExistsError as error:
         raise Unsafe(f"{shown}: {member.filename} is there twice") from error
     if size != member.file_size:
         raise Damaged(f"{shown}: {member.filename} has {size} bytes, expected {member.file_size}")
     return Entry(size, digest.hexdigest())
+
+
+def _chunks(stream: zipfile.ZipFile, member: zipfile.ZipInfo, shown: str) -> Iterator[bytes]:
+    try:
+        with stream.open(member) as source:
+            while chunk := source.read(CHUNK_BYTES):
+                yield chunk
+    except (*DAMAGED, OSError) as error:  # OSError: of bz2, and a seek to where no file can begin
+        raise Damaged(f"{shown}: {member.filename} is damaged ({error})") from error

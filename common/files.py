@@ -131,6 +131,8 @@ def locked(path: Path, busy: str = "") -> IO[str]:
     except BlockingIOError as error:
         stream.close()
         raise UserError(busy) from error
+    except OSError:  # file systems without locks
+        pass
     return stream
 
 

@@ -42,7 +42,7 @@ class RawData:
             return zipfile.ZipFile(self.path)
         except PermissionError as error:
             raise _forbidden(self.path, error) from error
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except (*DAMAGED, OSError) as error:
             raise UserError(
                 f"{self.path} is not a whole zip archive ({error}): {self._again}, or pass DATA=/path/to/folder-or-zip"
             ) from error
@@ -50,9 +50,9 @@ class RawData:
     @cached_property
     def _members(self) -> dict[str, str]:
         """Names in the archive, as other systems write them, and what the archive calls them."""
-        names = {own.replace("\\", "/"): own for own in self._archive.namelist()}
-        files = {name: own for name, own in names.items() if not name.endswith("/")}
-        return {name: own for name, own in files.items() if not any(map(is_foreign, name.split("/")))}
+        names = {own: own.replace("\\", "/") for own in self._archive.namelist()}
+        files = {PurePosixPath(name): own for own, name in names.items() if not name.endswith("/")}  # ./a.csv is a.csv
+        return {str(name): own for name, own in files.items() if not any(map(is_foreign, name.parts))}
 
     @property
     def _again(self) -> str:

@@ -109,6 +109,7 @@ def test_every_recipe_of_a_template_is_allowed(here, kind):
     new.new("lynx", kind)
     recipes = competition.load("lynx").recipes
     assert {"default", "demo", "smoke"} <= set(recipes)
+    assert kind == "table" or recipes["default"].cache_gb, "the flag that the messages of ImageStore advise"
     for name, recipe in recipes.items():
         assert config.checked(recipe) == recipe and folds_to_train(recipe), name
 
@@ -123,7 +124,9 @@ def test_the_table_is_boosted_by_one_flag(here):
     file.unlink()
     assert cli.main(["predict", "lynx", "--run", "a"]) == 0 and file.read_bytes() == before
     kept = np.mean([np.load(run / f"fold-{fold}" / "test.npy") for fold in range(5)], axis=0)
-    assert np.allclose(kept, [float(row["price"]) for row in rows])
+    assert np.allclose(kept[:, 0], [float(row["price"]) for row in rows])
+    assert cli.main(["train", "lynx", "--recipe", "smoke", "--run", "b", "--fold", "all"]) == 0
+    assert cli.main(["blend", "lynx", "--run", "a,b"]) == 0, "with the network"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class ImageStore:
             )
             return
         key = fingerprint(self.images, of_place=True)[:16] + ("" if upright else "-as-stored")
-        self._file = cache / f"images-{key}-{size[0]}x{size[1]}x{channels}.npy"
+        self._file = cache / f"images-{key}-{len(self.images)}x{size[0]}x{size[1]}x{channels}.npy"
 
     @classmethod
     def of(

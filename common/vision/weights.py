@@ -114,12 +114,13 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{FLAG} {path} holds no weights that can be read without running code ({type(error).__name__}): expected "
             f"a whole {' or '.join(FILES)} file of tensors"
         ) from error
-    while isinstance(found, dict) and not any(isinstance(value, Tensor) for value in found.values()):
+    while isinstance(found, dict):
+        tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
         inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
+        if tensors and not inner:  # PyTorch's example of a training keeps its accuracy as a tensor beside the weights
+            return tensors
         found = (inner or [value for value in found.values() if isinstance(value, dict)] or [None])[0]
-    if not isinstance(found, dict):
-        raise UserError(f"{FLAG} {path} holds no tensors with names: expected a state_dict")
-    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    raise UserError(f"{FLAG} {path} holds no tensors with names: expected a state_dict")
 
 
 def match(own: dict[str, Tensor], found: dict[str, Tensor], extra: Extra = "mean") -> dict[str, str]:

@@ -146,8 +146,8 @@ def tune(
     part = np.arange(table.shape[1]) % PARTS
     held_out = np.zeros(table.shape[1])
     for number in range(PARTS):
-        rest = table[:, part != number] if table.shape[1] > PARTS else table
-        held_out[part == number] = table[chosen(rest), part == number]
+        own = part == number
+        held_out[own] = table[0 if own.all() else chosen(table[:, ~own]), own]
     return {"rule": asdict(rules[chosen(table)]), "score": float(held_out.mean())}
 
 

@@ -43,15 +43,13 @@ class LabelEmbedding:
         labels: csr_matrix,
         dim: int,
         kind: Literal["ppmi", "pmi"] = "ppmi",
-        diagonal: bool = True,
-        shift: float = 0.0,
         smoothing: float = 3.0,
         least_images: int | None = None,
         seed: int = 0,
     ) -> "LabelEmbedding":
         """Factor the co-occurrence of `labels` [n, m] (0 and 1) into vectors of `dim` numbers.
 
-        kind "ppmi" factors max(0, ln((C + smoothing) / (expected + smoothing)) - shift) by its positive eigenvalues;
+        kind "ppmi" factors max(0, ln((C + smoothing) / (expected + smoothing))) by its positive eigenvalues;
         "pmi" is the factorisation that the competition's blog describes: diagonal 0, negative values kept, pairs
         never seen 0, singular value decomposition, all labels that occur (the other settings do not apply).
         `least_images` defaults to log10(n), rounded down, and 1 at least: 6 for the competition's 1.7 million.
@@ -73,12 +71,10 @@ class LabelEmbedding:
                 f"no label has {least_images} of the {labels.shape[0]} images (the most frequent has {counts.max()}): "
                 f"add labels, or train without the embedding head, --embedding 0 --clusters 0"
             )
-        matrix = torch.from_numpy(
-            pmi(labels[:, seen]) if kind == "pmi" else ppmi(labels[:, seen], diagonal, shift, smoothing)
-        )
+        matrix = torch.from_numpy(pmi(labels[:, seen]) if kind == "pmi" else ppmi(labels[:, seen], smoothing))
         if not bool(matrix.any()):
             raise UserError(
-                "the labels hold no mutual information (all images alike, or a shift above all of it): "
+                "the labels hold no mutual information (all images alike): "
                 "train without the embedding head, --embedding 0 --clusters 0"
             )
         lengths = np.zeros(len(counts), np.float32)
@@ -121,17 +117,15 @@ def co_occurrence(labels: csr_matrix) -> csr_matrix:
     return ones.T.tocsr() @ ones
 
 
-def ppmi(labels: csr_matrix, diagonal: bool = True, shift: float = 0.0, smoothing: float = 0.0) -> np.ndarray:
-    """max(0, ln((C + s) / (c_i c_j / n + s)) - shift), float32 [m, m], dense because the products are faster so."""
+def ppmi(labels: csr_matrix, smoothing: float = 0.0) -> np.ndarray:
+    """max(0, ln((C + s) / (c_i c_j / n + s))), float32 [m, m], dense because the products are faster so."""
     shared = co_occurrence(labels)
     counts = shared.diagonal()
     rows = np.repeat(np.arange(len(counts)), np.diff(shared.indptr))
     # Only pairs that were seen can be above chance, so everything stays sparse up to the last line.
     expected = counts[rows] * (counts / np.float32(labels.shape[0]))[shared.indices]
-    values = np.log((shared.data + np.float32(smoothing)) / (expected + np.float32(smoothing))) - np.float32(shift)
+    values = np.log((shared.data + np.float32(smoothing)) / (expected + np.float32(smoothing)))
     np.maximum(values, 0, out=values)
-    if not diagonal:
-        values[rows == shared.indices] = 0
     return _symmetric(csr_matrix((values, shared.indices, shared.indptr), shape=shared.shape).toarray())
 
 

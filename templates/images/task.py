@@ -33,8 +33,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     table = tables.read(raw, "train.csv", columns, id=ID)
     targets = table[list(LABELS)].to_numpy(np.float32)  # [n, labels]
     # CHANGE: the folders of the images; an id is a file's name, with or without its ending.
-    train = ImageStore.of(raw, "train", table[ID], "train.csv", size=config.size, announce=log)
-    test = ImageStore.of(raw, "test", Sample.read(raw).ids, "sample_submission.csv", size=config.size, announce=log)
+    stored = partial(ImageStore.of, raw, size=config.size, limit_gb=config.cache_gb, announce=log)
+    train, test = stored("train", table[ID], "train.csv"), stored("test", Sample.read(raw).ids, "sample_submission.csv")
     # CHANGE: what leaves the label as it is. Its random numbers are keyed by seed, epoch and row.
     augment = A.Compose(
         [A.HorizontalFlip(), A.Affine(scale=(0.8, 1.2), rotate=(-15, 15)), A.RandomBrightnessContrast()]

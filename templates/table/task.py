@@ -42,7 +42,7 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         # CHANGE: common.loading.folds.grouped where rows belong together (of one customer, of one day)
         folds=kfold(table[ID].tolist(), config.folds, config.seed),
         # --pseudo RUN trains on the test rows too, with predictions, those of boosting too, as their targets
-        pseudo=lambda soft: TableDataset(test_rows, soft.reshape(-1, len(TARGETS))),
+        pseudo=lambda soft: TableDataset(test_rows, soft),
     )
     score = (rmse(),)  # CHANGE: common.metrics has Kaggle's; the first one is the score
     if config.model == "boosting":
@@ -75,6 +75,7 @@ def boosting(
     both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take blanks
     size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr}
     same = {"random_state": config.seed, "n_jobs": config.threads or 1, "deterministic": True, "force_row_wise": True}
-    model = LGBMRegressor(**size, **same, verbose=-1).fit(both.iloc[train], targets[train, 0])
-    parts = valid, np.arange(len(table), len(both))
-    return [model.predict(both.iloc[part]) if len(part) else np.empty(0) for part in parts]
+    models = [LGBMRegressor(**size, **same, verbose=-1).fit(both.iloc[train], column) for column in targets[train].T]
+    rows = both.iloc[[*valid, *range(len(table), len(both))]]
+    found = np.stack([model.predict(rows) for model in models], 1)  # [m, targets] as the network's, to be blended
+    return [found[: len(valid)], found[len(valid) :]]

@@ -1,6 +1,7 @@
 """Files are replaced as a whole; what a killed writer left goes; tables hold no formulas."""
 
 import csv
+import errno
 import os
 import resource
 import select
@@ -106,6 +107,17 @@ def test_damaged_json_is_one_line(tmp_path, text):
         files.read_json(tmp_path / "run.json", "data")
     (tmp_path / "run.json").write_text('{"data": 1}')
     assert files.read_json(tmp_path / "run.json", "data") == {"data": 1}
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    files.locked(tmp_path / "run" / "lock", "busy").close()
+    files.write_text(tmp_path / "run" / "a.json", "{}")
+    with files.alone_in(tmp_path) as alone:
+        assert not alone
 
 
 def test_one_process_at_a_time_is_in_a_folder(tmp_path):

@@ -128,6 +128,21 @@ def test_unpacking_refuses_what_is_malicious(tmp_path, kind):
     assert not Path("/tmp/kaggle-starter-kit-evil.txt").exists()
 
 
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_whatever_byte_is_damaged_the_archive_is_named(tmp_path, kind):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", kind) as out:
+        out.writestr("ü.csv", "a,b\n" * 20)
+    for place in range(len(packed.getvalue())):
+        content = bytearray(packed.getvalue())
+        content[place] ^= 0xFF
+        (tmp_path / "in.zip").write_bytes(content)
+        try:
+            unpack(tmp_path / "in.zip", tmp_path / f"out{place}")
+        except (archives.Damaged, archives.Unsafe):  # any other UserError blames the folder or the disk
+            assert not (tmp_path / f"out{place}").exists()
+
+
 def test_a_member_that_lies_about_its_size(tmp_path):
     """The header says 10 bytes, the data unpack to 10 MB: reading stops there, and the checksum tells."""
     content = bytearray(archive({"train.csv": bytes(10 << 20)}))

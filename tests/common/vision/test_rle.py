@@ -43,7 +43,8 @@ def test_encode_then_decode_is_the_mask(mask):
     assert (slow_decode(text, *mask.shape) == mask).all()
     assert rle.problem_of_text(text, mask.size) is None
     assert rle.encode(np.asfortranarray(mask)) == text
-    assert rle.encode(mask.astype(np.uint8)) == text
+    for kind in (np.uint8, np.int64, np.float32):
+        assert rle.encode(mask.astype(kind)) == text
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
@@ -53,6 +54,12 @@ def test_corners_are_pixels_1_height_and_the_last(corner):
     expected = {(0, 0): "1 1", (-1, 0): "350 1", (0, -1): f"{524 * 350 + 1} 1", (-1, -1): f"{350 * 525} 1"}[corner]
     assert rle.encode(mask) == expected
     assert (rle.decode(rle.parse(expected), 350, 525) == mask).all()
+
+
+def test_pixels_beyond_seven_digits():
+    mask = np.zeros((3000, 4000), bool)
+    mask[1:3, -1] = True
+    assert rle.encode(mask) == f"{3000 * 3999 + 2} 2"
 
 
 def test_empty_and_full():

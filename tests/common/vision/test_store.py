@@ -42,6 +42,11 @@ def counted(monkeypatch) -> list:
     return decoded
 
 
+def test_files_as_channels_and_as_images_have_caches_of_their_own(paths, cache):
+    ImageStore([tuple(paths[:3]), tuple(paths[3:])], (30, 40), cache)[1]
+    assert np.array_equal(ImageStore(paths, (30, 40), cache)[1], decode(paths[1], (30, 40)))
+
+
 @pytest.mark.parametrize("channels", [3, 1, 4])
 def test_images_are_resized_once_up_to_a_limit(paths, cache, monkeypatch, channels):
     images = paths if channels == 3 else [(path,) * channels for path in paths]

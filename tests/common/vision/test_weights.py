@@ -147,6 +147,7 @@ def test_checkpoints_of_trainers_are_opened(tmp_path):
     state = {"a.weight": torch.ones(2)}
     for found in (
         {"state_dict": state, "args": argparse.Namespace(lr=0.1), "epoch": 1},
+        {"best_acc1": torch.tensor(76.3), "state_dict": state},
         {"optimizer": {"state": {0: torch.zeros(1)}}, "model": state},
         {"teacher": {"backbone": state}},
         {"module.a.weight": torch.ones(2)},
@@ -178,8 +179,9 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path, capsys, ending):
     torch.save({"model": Odd()}, file)
     refused("holds no weights")
     if ending != ".safetensors":
-        torch.save([1, 2], file)
-        refused("holds no tensors with names")
+        for found in ([1, 2], {0: torch.zeros(1)}):
+            torch.save(found, file)
+            refused("holds no tensors with names")
     assert "code was run" not in capsys.readouterr().out
 
 

@@ -147,3 +147,20 @@ def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
         labels = decision.apply(torch.from_numpy(scores), found, Rule(), PRIOR, ALONE)["labels"]
         optimism.append(float(decision.f2(labels, torch.from_numpy(truth.toarray())).mean()) - found["score"])
     assert np.mean(optimism) > 0.01, optimism
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_is_scored_by_the_default_and_two_by_the_rules_of_each_other(count):
+    scores, truth = np.eye(30, dtype=np.float32)[[3, 4]][:count], csr_matrix(np.eye(30, dtype=np.uint8)[[3, 9]][:count])
+    default = Rule("threshold", 2.0)  # keeps nothing: the prior's labels
+    found = decision.tune(scores, truth, PRIOR, ALONE, (0,), default, seed=0)["score"]
+    alone = [
+        decision.tune(scores[[row]], truth[row], PRIOR, ALONE, (0,), default, seed=0)["rule"]
+        for row in reversed(range(count))
+    ]
+    rules = [{"rule": rule} for rule in alone] if count > 1 else [{}]
+    labels = [
+        decision.apply(torch.from_numpy(scores[[row]]), rule, default, PRIOR, ALONE)["labels"]
+        for row, rule in enumerate(rules)
+    ]
+    assert found == pytest.approx(float(decision.f2(torch.cat(labels), torch.from_numpy(truth.toarray())).mean()))

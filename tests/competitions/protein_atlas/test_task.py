@@ -150,7 +150,7 @@ def test_channels_are_red_green_blue_yellow_and_kept_in_a_mapped_file(folder):
     name = data.ids[7]
     planes = [cv2.imread(str(folder / "train" / f"{name}_{c}.png"), cv2.IMREAD_GRAYSCALE) for c in task.COLOURS]
     assert torch.equal(data.valid[7][0], torch.from_numpy(np.stack(planes)))
-    (kept,) = [file for file in (folder / "cache").glob("images-*-128x128x4.npy") if len(np.load(file)) == 60]
+    (kept,) = [file for file in (folder / "cache").glob("images-*x128x128x4.npy") if len(np.load(file)) == 60]
     assert isinstance(data.valid.images[7].base, np.memmap) and np.load(kept, mmap_mode="r").dtype == np.uint8
     assert data.train[7][1].nonzero().flatten().tolist() == sorted(
         int(label) for label in (folder / "train.csv").read_text().splitlines()[8].split(",")[1].split()
