@@ -174,7 +174,7 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     started = time.monotonic()
     seed_all(config, fold)
     found = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
-    if not isinstance(found, tuple) or len(found) != 2:
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise UserError(
             f"fit_predict returned {type(found).__name__}: expected two, predictions of the {len(valid_rows)} "
             f"validation rows and of the {len(task.data.test)} test rows"

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 
+import cv2
 import numpy as np
 
 from common.errors import UserError
+
+LOOKED_UP = 10**7  # numbers below it, of seven digits at the most
 
 
 def parse(text: str) -> np.ndarray:
@@ -110,15 +114,23 @@ def _within_columns(runs: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarr
     return columns, tops, np.minimum(ends[which] - columns * height, height)
 
 
+@cache
+def _written(bits: int) -> np.ndarray:
+    """Numbers of so many bits as eight bytes each, a space behind: looked up ten times as fast as formatted."""
+    return np.char.add(np.arange(min(1 << bits, LOOKED_UP)).astype("S7"), b" ").view(np.uint64)
+
+
 def encode(mask: np.ndarray) -> str:
     """The cell for a mask [height, width] of any type: what is not 0 is set; nothing set is the empty cell."""
     height, width = mask.shape
-    padded = np.zeros(height * width + 2, bool)
-    np.not_equal(mask.T, 0, out=padded[1:-1].reshape(width, height))
+    padded = np.zeros(height * width + 2, np.uint8)
+    cv2.transpose((mask != 0).view(np.uint8), padded[1:-1].reshape(width, height))
     runs = np.flatnonzero(padded[1:] != padded[:-1])
     runs[1::2] -= runs[::2]
     runs[::2] += 1
-    return " ".join(map(str, runs.tolist()))
+    if height * width >= LOOKED_UP:
+        return " ".join(map(str, runs.tolist()))
+    return _written((height * width).bit_length())[runs].tobytes().translate(None, b"\0").rstrip().decode()
 
 
 class RunMasks:
