@@ -63,11 +63,6 @@ class Forecasters:
 
     def apply(self, predictions: Predictions, tuned: Tuned) -> Tensor:
         network, names = self.known.network, tuned.get("models") or models.names_of(self.config)
-        if (stations := tuple(tuned.get("stations", network.stations))) != network.stations:
-            raise UserError(
-                f"the run was fitted on {len(stations)} stations, and the sample submission asks for others: forecast "
-                f"a day with make predict and --last-day {self.day}, or fit a run on these files"
-            )
         weights = tuned.get("blend") or blend.equal(names, network.groups)
         return torch.from_numpy(blend.apply(weights, {n: np.asarray(predictions[n]) for n in names}, network.groups))
 

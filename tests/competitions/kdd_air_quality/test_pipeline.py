@@ -330,7 +330,7 @@ def test_the_kept_forecasts_are_not_those_of_other_stations(here, capsys):
     facts = here / "runs" / "kdd_air_quality" / "a" / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"data": str(here / "files")}))
     assert main(["predict", "kdd_air_quality", "--run", "a"]) == 1
-    assert "fitted on 8 stations" in capsys.readouterr().err
+    assert "keeps predictions for" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_trained_again(here, capsys):
