@@ -260,7 +260,7 @@ def test_no_word_of_the_template_is_left(here, kind):
         ("images", "loss=BCE()", "loss=CrossEntropy()", ["CrossEntropy of a single class", "use BCE"]),
         ("images", "outputs.sigmoid()", "outputs.sigmoid()[:, 0].expand(9, 2)",
          ["predictions of 2 samples", "expected [B, ...]"]),
-        ("images", 'raw, "test",', 'raw, "tests",', ["tests is missing", "make data COMP=lynx"]),
+        ("images", 'stored("test",', 'stored("tests",', ["tests is missing", "make data COMP=lynx"]),
         ("masks", "FULL = (96, 128)", "FULL = (48, 64)", ["the mask of image_001", "out of range", "48x64"]),
         ("masks", "yield name, rle.encode", "yield rle.encode", ["a row of the submission would be", "id,rle"]),
     ],
