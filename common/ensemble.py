@@ -194,10 +194,10 @@ def least_squares(targets: np.ndarray) -> Choose:
             raise UserError(f"least squares: predictions {members.shape[1:]} do not fit targets {truth.shape}")
         flat, wanted = members.reshape(len(members), -1).astype(np.float64), truth.reshape(-1).astype(np.float64)
         known = ~np.isnan(wanted)
-        orthogonal, triangle = np.linalg.qr(flat[:, known].T)
-        weights, _ = nnls(triangle, orthogonal.T @ wanted[known])
         if not wanted[known].any():  # a label that none of these rows has
             return equal()(members, rows)
+        orthogonal, triangle = np.linalg.qr(flat[:, known].T)
+        weights, _ = nnls(triangle, orthogonal.T @ wanted[known])
         if not weights.any():
             raise UserError("least squares: no run has a positive weight, they predict the opposite: leave them out")
         return Weighted(weights / weights.sum())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # make's own checks run before anything is installed
 # What the disk or its permissions can say to a write; any other OSError comes from whoever makes the content.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without them answer
 NO_ROOM = 2**20  # bytes
 NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")  # what ndarray.tofile says to a full disk, without a number
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet would compute, quoted or not
@@ -116,6 +117,16 @@ def sha256(file: Path | BinaryIO) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def expanded(given: str | Path, told: str) -> Path:
+    """The path, ~ as the home folder; raises UserError, for `told`, for nobody's home and for links in a circle."""
+    try:
+        path = Path(given).expanduser()
+        path.resolve()
+        return path
+    except RuntimeError as error:
+        raise UserError(f"{told} leads nowhere ({error}): give a path that exists") from error
+
+
 def locked(path: Path, busy: str = "") -> IO[str]:
     """`path`, opened and locked; the lock goes when it is closed, or with the process, however that ends.
 
@@ -131,8 +142,11 @@ def locked(path: Path, busy: str = "") -> IO[str]:
     except BlockingIOError as error:
         stream.close()
         raise UserError(busy) from error
-    except OSError:  # file systems without locks
-        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            stream.close()
+            raise UserError(f"{path} cannot be locked ({error.strerror or error}): repeat the same command") from error
+        print(f"note: {path.parent} is on a file system without locks: start no command twice at once there")
     return stream
 
 

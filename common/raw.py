@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from common.archive import DAMAGED, Damaged, refuse_bomb, unpack
 from common.errors import UserError
-from common.files import alone_in, is_foreign, not_written, sha256
+from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the folder beside the data that is the kit's own
@@ -213,10 +213,10 @@ def find(competition: str, given: str | None, write_demo: Callable[[Path], None]
 
     Raises UserError for a path that is missing, may not be read, or is not UTF-8: no run could note where its data are.
     """
-    for name in (_expanded(given or DATA).absolute(), _expanded(given or DATA).resolve()):
+    path = expanded(given or DATA, f"DATA={given}")
+    for name in (path.absolute(), path.resolve()):
         _refuse_bytes(str(name))
     if given:
-        path = _expanded(given)
         try:
             if not path.exists():
                 raise UserError(
@@ -235,20 +235,10 @@ def find(competition: str, given: str | None, write_demo: Callable[[Path], None]
     return RawData(_demo(competition, write_demo), competition, is_demo=True)
 
 
-def _expanded(given: str | Path) -> Path:
-    """Raises UserError for the home of a user who is none, and for links in a circle."""
-    try:
-        path = Path(given).expanduser()
-        path.resolve()
-        return path
-    except RuntimeError as error:
-        raise UserError(f"DATA={given} leads nowhere ({error}): pass the folder or zip of the files") from error
-
-
 def would_be_demo(competition: str, given: str | None) -> bool:
     """Whether `find` would take demo data."""
     if given:
-        return _expanded(given).resolve().is_relative_to((DATA / "demo").resolve())
+        return expanded(given, f"DATA={given}").resolve().is_relative_to((DATA / "demo").resolve())
     return not visible(DATA / competition)
 
 

@@ -156,14 +156,9 @@ def completed(task: Task, raw: RawData) -> Task:
         valid=task.data.train if task.data.valid is None else task.data.valid,
     )
     weights = getattr(data.train, "weights", None)
-    by_row = {
-        "ids": data.ids,
-        "folds": data.folds,
-        "valid": data.valid,
-        "weights": data.train if weights is None else weights,
-    }
+    by_row = {"ids": data.ids, "folds": data.folds, "valid": data.valid, "weights": weights}
     for name, rows in by_row.items():
-        if len(rows) != len(data.train):
+        if rows is not None and len(rows) != len(data.train):
             raise UserError(
                 f"the data's {name} have {len(rows)} rows and train has {len(data.train)}: expected as many"
             )

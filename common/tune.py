@@ -84,7 +84,7 @@ def tune(competition: Competition, config: Config, recipe: str, search: str, tri
         raise UserError(f"TRIALS={trials}: expected at least 1")
     space, home = space_of(search, config), runs.RUNS / competition.name
     given = [f"--recipe={recipe}", *given]
-    name = hashlib.sha256(shlex.join([*given, search, configs.to_json(config)]).encode()).hexdigest()[:6]
+    name = hashlib.sha256(shlex.join([*sorted(given), search, configs.to_json(config)]).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with locked(home / f"tune-{name}.lock", f"this search of {competition.name} runs already, in another process"):
         storage = optuna.storages.RDBStorage(f"sqlite:///{home / 'tune.db'}")

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -76,11 +76,11 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
     way; raises UserError when there is nothing to wrap.
     """
     if hasattr(model, "set_grad_checkpointing") and not any(isinstance(m, _BatchNorm) for m in model.modules()):
-        try:
+        # timm's models have the method where it is not supported too: an assertion says so, which python -O leaves out.
+        with suppress(AssertionError, NotImplementedError):
             model.set_grad_checkpointing(True)
+        if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
             return []
-        except (AssertionError, NotImplementedError):  # timm's models have the method even where it is not supported
-            model.set_grad_checkpointing(False)
     largest = max(2, math.isqrt(_layers(model)))
     names = []
     for name, module in list(_blocks(model, "", largest)):

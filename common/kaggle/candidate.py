@@ -8,7 +8,7 @@ from common import raw, submission
 from common import run as runs
 from common.competition import Competition
 from common.errors import UserError
-from common.files import read_json, sha256
+from common.files import expanded, read_json, sha256
 from common.kaggle.source import Source
 from common.runs_table import best_run
 from common.submission import SUBMISSIONS
@@ -42,7 +42,7 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
     """
     written = _written(competition)
     if file:
-        path = Path(file).expanduser()
+        path = expanded(file, f"FILE={file}")
         if not path.is_file():
             names = ", ".join(str(one.path) for one in written) or "none yet"
             raise UserError(f"FILE={file} does not exist (submissions: {names}): make predict COMP={competition}")

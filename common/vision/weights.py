@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, some
+from common.files import expanded
 from common.raw import files_under
 from common.vision.backbones import Extra
 
@@ -71,7 +72,7 @@ def start_from(
     if weights == "none":
         return f"{name} starts from scratch"
     published = weights == "imagenet"
-    found = _published(fetch, name, scratch).state_dict() if published else read(Path(weights).expanduser())
+    found = _published(fetch, name, scratch).state_dict() if published else read(expanded(weights, f"{FLAG} {weights}"))
     own = network.state_dict()
     places = match(own, found, extra)
     missing = [key for key in own if key not in places and not key.endswith(UNTRAINED)]

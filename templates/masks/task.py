@@ -35,8 +35,7 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     table = tables.read(raw, "train.csv", {ID: str, RUNS: tables.text(blank=True)}, id=ID)
     ids = table[ID].tolist()
     # CHANGE: the folders of the images; an id is a file's name, with or without its ending.
-    settings = {"size": config.size, "limit_gb": config.cache_gb, "upright": False, "announce": log}
-    stored = partial(ImageStore.of, raw, **settings)
+    stored = partial(ImageStore.of, raw, size=config.size, limit_gb=config.cache_gb, upright=False, announce=log)
     train, test = stored("train", ids, "train.csv"), stored("test", Sample.read(raw).ids, "sample_submission.csv")
     # CHANGE: K masks an image are cells [n][K] here, and K outputs of MaskNet. Masks in PNG files of 0 and 255 instead:
     # masks = stored("masks", ids, "train.csv", gray=True), and of_mask=lambda mask: channels_first(mask // 128) below

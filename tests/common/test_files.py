@@ -109,15 +109,21 @@ def test_damaged_json_is_one_line(tmp_path, text):
     assert files.read_json(tmp_path / "run.json", "data") == {"data": 1}
 
 
-def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, capsys):
+    answer = errno.ENOLCK
+
     def flock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(answer, os.strerror(answer))
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     files.locked(tmp_path / "run" / "lock", "busy").close()
+    assert "run is on a file system without locks: start no command twice" in capsys.readouterr().out
     files.write_text(tmp_path / "run" / "a.json", "{}")
     with files.alone_in(tmp_path) as alone:
         assert not alone
+    answer = errno.EIO
+    with pytest.raises(UserError, match="lock cannot be locked .*repeat the same command"):
+        files.locked(tmp_path / "run" / "lock", "busy")
 
 
 def test_one_process_at_a_time_is_in_a_folder(tmp_path):

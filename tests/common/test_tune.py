@@ -133,12 +133,15 @@ def test_a_search_is_known_by_its_settings(monkeypatch):
     monkeypatch.setattr(tune, "_search", lambda study, *_: names.append(study.study_name))
     monkeypatch.setattr(tune, "_tell", lambda *_: None)
     usual = toy.RECIPES["default"]
-    for config, given in (
+    for recipe, given in (
         (usual, ["--folds", "3", "--epochs", "7"]),
         (usual, ["--folds", "7", "--epochs", "3"]),
         (replace(usual, ema=0.5), ["--folds", "3", "--epochs", "7"]),  # the recipe was edited
-        (usual, ["--folds", "3", "--epochs", "7"]),
+        (usual, ["--epochs", "7", "--folds", "3"]),
     ):
+        parser = Parser()
+        add_flags(parser, recipe)
+        config = with_flags(recipe, parser.parse_args(given))
         tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
     assert len(set(names)) == 3 and names[0] == names[3]
 

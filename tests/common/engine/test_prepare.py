@@ -153,6 +153,13 @@ def test_timm_models(name):
     assert relative_error(gradients[1], gradients[0]) <= 1e-12
 
 
+def test_a_way_of_its_own_that_does_nothing_is_not_relied_on():
+    """As the refusals of timm's models under python -O, which leaves out assertions."""
+    model = deep()
+    model.set_grad_checkpointing = lambda enable: None
+    assert len(enable_checkpointing(model)) == 6
+
+
 def test_depthwise_convolutions_train_in_float32_where_the_rest_is_bf16():
     """As if they stood outside of autocast; a copy has its own, and nothing changes in evaluation."""
     torch.manual_seed(0)
