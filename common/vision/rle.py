@@ -124,7 +124,8 @@ def encode(mask: np.ndarray) -> str:
     """The cell for a mask [height, width] of any type: what is not 0 is set; nothing set is the empty cell."""
     height, width = mask.shape
     padded = np.zeros(height * width + 2, np.uint8)
-    cv2.transpose((mask != 0).view(np.uint8), padded[1:-1].reshape(width, height))
+    is_set = mask if mask.dtype == bool else mask != 0
+    cv2.transpose(is_set.view(np.uint8), padded[1:-1].reshape(width, height))
     runs = np.flatnonzero(padded[1:] != padded[:-1])
     runs[1::2] -= runs[::2]
     runs[::2] += 1
