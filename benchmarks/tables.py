@@ -74,7 +74,12 @@ def _key(line: dict[str, Any]) -> tuple:
 
 
 def scores(lines: Rows) -> list[str]:
-    """A line for every competition, recipe and kind of rows; the score is the mean over the seeds."""
+    """A line for every competition, recipe and kind of rows; the score is the mean over the seeds.
+
+    Machines have letters, which are told below the table.
+    """
+    machines = dict.fromkeys(line["machine"] for line in lines if line["machine"])
+    letters = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
     rows = []
     for line in lines:
         seeds, error, seconds = line["scores"], line["error"], line["seconds"]
@@ -85,11 +90,11 @@ def scores(lines: Rows) -> list[str]:
             "seeds": ", ".join(seeds),
             "on": f"{line['on']}, {line['rows']:,} rows" if line["rows"] else line["on"],
             "training": f"{seconds:,.0f} s" if seconds else "",
-            "hardware, versions, commit": f"{line['machine']}, {line['commit']}",
+            "machine, commit": f"{letters[line['machine']]}, {line['commit']}" if line["machine"] else "not recorded",
             "note": line["note"],
         }
         rows.append(row)
-    return figures.table(rows)
+    return [*figures.table(rows), "", "Machines: " + "; ".join(f"{letter} = {name}" for name, letter in letters.items()) + "."]
 
 
 def engine(found: dict[str, Any]) -> list[str]:
