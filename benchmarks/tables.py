@@ -94,7 +94,8 @@ def scores(lines: Rows) -> list[str]:
             "note": line["note"],
         }
         rows.append(row)
-    return [*figures.table(rows), "", "Machines: " + "; ".join(f"{letter} = {name}" for name, letter in letters.items()) + "."]
+    told = "; ".join(f"{letter} = {machine}" for machine, letter in letters.items())
+    return [*figures.table(rows), "", f"Machines: {told}."]
 
 
 def engine(found: dict[str, Any]) -> list[str]:
