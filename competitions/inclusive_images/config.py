@@ -120,8 +120,18 @@ RECIPES: dict[str, TagConfig] = {
     ),
     # RECIPE=small: a few thousand small photographs on a CPU. Three networks, each of which leaves out a third of the
     # tuning images, so that the rule is tuned on all of those by networks that have not seen them
-    "small": replace(SMALL, rows="both", fold="all", folds=3, epochs=32, embedding=2.0, mix="both", detail=2.0),
-    # what it is made of, one network each, for comparison at equal budget
+    "small": replace(
+        SMALL,
+        backbone="ese_vovnet19b_slim",
+        rows="both",
+        fold="all",
+        folds=3,
+        epochs=32,
+        embedding=2.0,
+        mix="both",
+        detail=2.0,
+    ),
+    # what it is made of, one ResNet-10 each, for comparison at equal budget
     "small-both": replace(SMALL, embedding=2.0),
     "small-bce": replace(SMALL, embedding=0.0),
     "small-f2": replace(SMALL, embedding=0.0, loss="f2"),
