@@ -124,9 +124,10 @@ def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only
             f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
             f"as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
         )
-    if there is None or (there.part != "all" and not labels_only):
+    names = source.labels if labels_only else None
+    if there is None or (there.part != "all" and not labels_only) or set(names or ()) - there.files.keys():
         return False
-    if problems := there.damage(home, source.labels if labels_only else None):
+    if problems := there.damage(home, names):
         print(f"{home} is damaged ({some(problems, by='; ')}): fetching it again")
     return not problems
 
@@ -259,17 +260,20 @@ def size_of(folder: Path) -> int:
 
 
 def _label_files(job: Job) -> dict[str, Entry]:
-    """Download the label files one by one."""
-    job.draft.mkdir(parents=True)
+    """Download the label files one by one, each to its place."""
     found: dict[str, Entry] = {}
     for name in job.site.source.labels:
-        target = job.work / Path(name).name
+        target, place = job.work / Path(name).name, Path(name).parent
         _download(job, target, ["-f", name])
+        (job.draft / place).mkdir(parents=True, exist_ok=True)
         if _zip_of(target).is_file():
-            found |= archive.unpack_into(_zip_of(target), job.draft)
-            continue
-        with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
-            if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
-                raise Damaged(f"{target.name} is a web page, expected the competition's file")
-        found |= archive.copy_into(target, job.draft)
+            files = archive.unpack_into(_zip_of(target), job.draft / place)
+        else:
+            with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
+                if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                    raise Damaged(f"{target.name} is a web page, expected the competition's file")
+            files = archive.copy_into(target, job.draft / place)
+        for file in (target, _zip_of(target)):  # it may be the user's from now on, and the next one may have its name
+            file.unlink(missing_ok=True)
+        found |= {str(place / own): entry for own, entry in files.items()}
     return found
