@@ -182,7 +182,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV, by the names of its columns."""
-    with open(path, newline="", encoding="utf-8") as stream:
+    with open(path, newline="", encoding="utf-8-sig") as stream:
         yield from csv.DictReader(stream)
 
 

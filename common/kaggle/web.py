@@ -11,6 +11,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -27,22 +28,23 @@ from common.progress import Progress
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 3  # without progress
 AT_ONCE = 16  # small files
+OTHER = ', or name another address with ARGS="--url ..."'
 BROKEN_LINE = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
-def open_url(address: str, headers: dict[str, str] | None = None):
+def open_url(address: str, headers: Mapping[str, str] = {}, other: str = OTHER):
     """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY.
 
     Waits for a part of the patience alone: there are several attempts, and servers with several addresses to try.
     """
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
+        request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **headers})
         return urllib.request.build_opener().open(request, timeout=patience() / ATTEMPTS)  # reads the proxies of now
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
-        said = f"{address} answers {error.code} {error.reason}: open it in a browser, or name another address with "
-        raise UserError(hide_addresses(said) + 'ARGS="--url ..."') from error
+        said = f"{address} answers {error.code} {error.reason}: open it in a browser{other}"
+        raise UserError(hide_addresses(said)) from error
     except ValueError as error:
         said = f"--url {address}: expected an address like https://host/path ({error})"
         raise UserError(hide_addresses(said)) from error
@@ -183,7 +185,7 @@ def fetch_images(home: Path, images: Images, count: int) -> None:
         try:
             if shutil.disk_usage(folder).free < SPARE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with open_url(images.url.format(id=name)) as answer, open(draft, "wb") as out:
+            with open_url(images.url.format(id=name), other="") as answer, open(draft, "wb") as out:
                 expected = answer.headers.get("Content-Length")
                 shutil.copyfileobj(answer, out)
             if expected is not None and draft.stat().st_size != int(expected):

@@ -159,7 +159,9 @@ IMAGES = Images("http://images.example/{id}.jpg", "train.csv", "ImageID", "train
 
 
 def test_images_from_elsewhere_by_number(kaggle, source, capfd):
-    kaggle.files["train.csv"] = b"ImageID,LabelName\n" + b"".join(b"im%d,/m/1\n" % (n // 2) for n in range(60))
+    kaggle.files["train.csv"] = b"\xef\xbb\xbfImageID,LabelName\n" + b"".join(
+        b"im%d,/m/1\n" % (n // 2) for n in range(60)
+    )
     kaggle.listing["train.csv"] = len(kaggle.files["train.csv"])
     kaggle.archive = archive(kaggle.files)
     for n in range(30):
@@ -183,7 +185,9 @@ def test_missing_images_are_counted_and_named(kaggle, source):
     for n in range(19):
         kaggle.blobs[f"/train/im{n}.jpg"] = b"jpeg"
     images = Images(f"{kaggle.address}/train/{{id}}.jpg", "train.csv", "ImageID", "train_images", "20")
-    with pytest.raises(UserError, match="1 of 20 images could not be read.*im19.jpg.*404"):
+    with pytest.raises(
+        UserError, match="1 of 20 images.*im19.jpg answers 404 Not Found: open it in a browser.: repeat"
+    ):
         fetch(replace(source, images=images), labels_only=True, images=20)
     assert len(list((HOME / "train_images").iterdir())) == 19
 
