@@ -138,10 +138,13 @@ def test_a_blip_while_the_notebook_runs_is_waited_out(kaggle, source):
         ({"GetKernelSessionStatus": Reply(503)}, "asking for the notebook someone/kit-toy: Kaggle itself fails", 1),
         ({"GetKernelSessionStatus": Reply(401)}, "Kaggle refuses it", 60),
         ({"ListKernelSessionOutput": Reply(503)}, "fetching the output of someone/kit-toy: Kaggle itself fails", 60),
+        ({"GET": Reply(503, "odd")}, "kit-state.json of someone/kit-toy cannot be read", 60),
+        ({"GET": [Reply(body=b'{"checkpoint": ""}'), Reply(503)]}, "kit-output.zip is not a whole zip archive", 60),
     ],
 )
 def test_failures_after_the_push_name_the_command_that_pushes_nothing(kaggle, source, fault, message, wait):
     kaggle.on = fault
+    kaggle.kernel_files[STATE] = b'{"checkpoint": ""}'
     with pytest.raises(UserError, match=f"{message}.*go on with make kernel COMP=toy ARGS=--fetch") as raised:
         kernel(source, wait=wait)
     assert "same command" not in str(raised.value)
