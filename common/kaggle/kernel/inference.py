@@ -18,6 +18,7 @@ from common.kaggle.kernel.push import (
     OUTAGE_SECONDS,
     WAIT_SECONDS,
     follow_notebook,
+    name_of,
     push_files,
     push_notebook,
     submit_version,
@@ -125,7 +126,7 @@ def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence
     given.run, start = ",".join(run.name for run in chosen), time.monotonic()
     table = predict.predict(competition, given)
     _print_budget(table, time.monotonic() - start, given.limit)
-    title = f"kit-{name}-predict".replace("_", "-").lower()[:40]
+    title = name_of(name, "predict")
     reference = f"{username(site)}/{title}"
     metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
     with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slugify import slugify
 
 from common.errors import UserError
 from common.kaggle.client import Site
@@ -340,6 +341,14 @@ def test_data_from_elsewhere_has_no_notebook(kaggle, source):
     with pytest.raises(UserError, match="toy is not on Kaggle"):
         kernel(replace(source, slug=""))
     assert kaggle.asked == []
+
+
+@pytest.mark.parametrize("name", ["toy", "human_protein_atlas_image_classification", "Lynx__2_", f"a{'_' * 40}b"])
+def test_the_notebooks_of_a_competition_have_names_of_their_own(name):
+    """And those that Kaggle makes of their titles, and of the title of the data set with their code."""
+    names = [kernels.name_of(name), kernels.name_of(name, "predict")]
+    assert len(set(names)) == 2 and max(map(len, names)) <= 40
+    assert [slugify(f"{one} code") for one in names] == [f"{one}-code" for one in names]
 
 
 def test_the_code_is_packed_to_the_same_bytes(tmp_path):
