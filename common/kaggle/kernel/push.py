@@ -10,7 +10,17 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.kaggle import ledger
 from common.kaggle.client import Answer, Site, Transient, go_on_with, kaggle, until
-from common.kaggle.kernel.notebook import ACCELERATOR, ARCHIVE, SESSION_HOURS, code, needed, notebook, pack, wheels
+from common.kaggle.kernel.notebook import (
+    ACCELERATOR,
+    ARCHIVE,
+    MARGIN_SECONDS,
+    SESSION_HOURS,
+    code,
+    needed,
+    notebook,
+    pack,
+    wheels,
+)
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
@@ -45,6 +55,11 @@ def kernel(
     if not source.slug:
         raise UserError(
             f"{competition} is not on Kaggle, so no notebook there can read its files: make train COMP={competition}"
+        )
+    if 3600 * hours < 2 * MARGIN_SECONDS:
+        raise UserError(
+            f"--hours {hours:g}: the last {MARGIN_SECONDS // 60} minutes of a session are for packing the run, so give "
+            f"it --hours {2 * MARGIN_SECONDS / 3600:g} or more"
         )
     record = runs.RUNS / competition / "kernel.json"
     site = Site.announced(competition, source)
