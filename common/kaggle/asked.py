@@ -28,7 +28,7 @@ def submissions(api, slug: str) -> dict:
     while len(found) == PAGE:
         found = api.competition_submissions(slug, page_number=len(rows) // PAGE + 1, page_size=PAGE) or []
         for row in found:
-            told = {column: str(getattr(row, name) or "") for column, name in COLUMNS.items()}
+            told = {column: " ".join(str(getattr(row, name) or "").split()) for column, name in COLUMNS.items()}
             rows.append(told | {"time": row.date.isoformat() if row.date else "", "status": row.status.name})
     try:
         left = api.competition_get_submission_limits(slug).num_allowed_now

@@ -229,7 +229,7 @@ def test_scoring_that_takes_too_long_is_left_to_the_board(kaggle, module, capfd)
 
 def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module):
     written()
-    kaggle.outcome, kaggle.reason = "ERROR", "Submission must have 3 rows"
+    kaggle.outcome, kaggle.reason = "ERROR", "Submission must\n\thave 3 rows"
     with pytest.raises(UserError, match="could not score 001-best.csv: Submission must have 3 rows.*/submissions"):
         submit(module)
     assert (ledger()[0]["status"], ledger()[0]["reason"]) == ("ERROR", "Submission must have 3 rows")
