@@ -107,10 +107,10 @@ def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage:
 def patience() -> float:
     """Seconds without progress until a program is stopped: KIT_PATIENCE, for lines that are slower than most."""
     given = os.environ.get("KIT_PATIENCE") or PATIENCE_SECONDS
-    try:
-        return float(given)
-    except ValueError as error:
-        raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120") from error
+    with suppress(ValueError):
+        if 0 < float(given) < 1e6:
+            return float(given)
+    raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120")
 
 
 def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:

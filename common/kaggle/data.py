@@ -52,9 +52,14 @@ def fetch(
     `checksum` name another copy of data that is not on Kaggle: where `source` has any. Raises UserError and leaves the
     data as it was.
     """
+    if not (source.slug or source.url):
+        raise UserError(
+            f"{competition} is not on Kaggle, and its SOURCE has no url: put the files into {DATA / competition}, or "
+            f"name them: make train COMP={competition} DATA=/path/to/folder-or-zip"
+        )
     home = DATA / competition
-    with _locked(home) as lock:
-        place = home.resolve() if home.is_symlink() else home  # to a folder on another disk
+    place = home.resolve() if home.is_symlink() else home  # a folder on another disk, where all of it happens
+    with _locked(home, place) as lock:
         kept = source.images.folder if source.images else ""
         manifest.settle(place, kept)
         there = manifest.read(home)
@@ -84,7 +89,7 @@ def _draft(home: Path) -> Path:
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[IO]:
+def _locked(home: Path, place: Path) -> Iterator[IO]:
     """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
     for path in (home.parent, home):
         if os.path.lexists(path) and not path.is_dir():
@@ -92,7 +97,7 @@ def _locked(home: Path) -> Iterator[IO]:
                 f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link, "
                 "then repeat the same command"
             )
-    work = home.with_name(f".{home.name}.download")
+    work = place.with_name(f".{place.name}.download")
     busy = f"{home} is being downloaded by another process: wait for it, then repeat the command"
     try:
         lock = locked(work / "lock", busy)
@@ -105,7 +110,7 @@ def _locked(home: Path) -> Iterator[IO]:
         try:
             yield lock
         finally:
-            shutil.rmtree(_draft(home.resolve()), ignore_errors=True)
+            shutil.rmtree(_draft(place), ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
 
@@ -159,8 +164,11 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             else:
                 files = _whole_archive(job, again=last, as_it_is=force)
             if absent := [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in files)]:
-                found = ", ".join(sorted(files)[:5]) or "nothing"
-                raise Damaged(f"{provenance}: the download has no {', '.join(absent)} (found: {found})")
+                found = some(sorted(files), 5) or "nothing"
+                raise UserError(  # it is whole, so a second one would be no better
+                    f"{provenance}: the download has no {', '.join(absent)} (found: {found}): correct `expected` in "
+                    "SOURCE of its config.py, then repeat the same command; the archive is kept"
+                )
             return manifest.made(draft, "labels" if labels_only else "all", files, provenance)
         except Damaged as error:
             _clear(lock)

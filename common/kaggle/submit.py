@@ -62,8 +62,9 @@ def submit(
 
 
 def refuse_nowhere(competition: str, source: Source) -> None:
-    if source.nowhere_to_submit:
-        raise UserError(f"{competition}: there is nowhere to submit ({source.nowhere_to_submit})")
+    if source.nowhere_to_submit or not source.slug:
+        why = source.nowhere_to_submit or "it is not on Kaggle"
+        raise UserError(f"{competition}: there is nowhere to submit ({why})")
 
 
 def deliver(

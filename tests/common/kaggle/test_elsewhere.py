@@ -143,6 +143,20 @@ def test_a_silent_server_is_left_within_the_patience(kaggle, elsewhere, monkeypa
     assert sum(waited) <= 9 and len(waited) > 1
 
 
+@pytest.mark.parametrize("patience", ["0", "-1", "nan", "inf", "1e12", "two"])
+def test_a_patience_that_is_none(kaggle, elsewhere, monkeypatch, patience):
+    monkeypatch.setenv("KIT_PATIENCE", patience)
+    with pytest.raises(UserError, match=f"KIT_PATIENCE={patience}: expected a number of seconds"):
+        fetch(elsewhere, url=kaggle.address)
+    assert kaggle.asked == []
+
+
+def test_a_competition_that_is_nowhere(kaggle):
+    with pytest.raises(UserError, match="its SOURCE has no url: put the files into data/toy, or name them: make train"):
+        fetch(Source("", (), True))
+    assert kaggle.asked == [] and leftovers() == set()
+
+
 def test_a_line_that_breaks_often_but_goes_on_is_followed(kaggle, elsewhere):
     kaggle.cut_after = [10**9, *[300_000] * 6]  # the record, then more cuts than attempts
     fetch(elsewhere, url=kaggle.address)

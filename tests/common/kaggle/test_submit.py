@@ -178,6 +178,10 @@ def test_nowhere_to_submit(kaggle, module):
         submit(module)
     with pytest.raises(UserError, match="there is nowhere to submit"):
         boards.board("toy", module.source)
+    module.source = Source("", (), True)
+    for command in (lambda: submit(module), lambda: boards.board("toy", module.source)):
+        with pytest.raises(UserError, match="there is nowhere to submit .it is not on Kaggle"):
+            command()
 
 
 # What is sent and what comes back.
