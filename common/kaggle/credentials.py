@@ -114,12 +114,10 @@ def _first_line(file: str | Path) -> str:
     """The token in a file, where editors leave byte order marks and people a comment below it."""
     try:
         return Path(file).read_text(encoding="utf-8-sig").strip().splitlines()[0].strip()
-    except IndexError:
-        raise UserError(f"{file} is empty, expected a Kaggle token: {RECIPE}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file} cannot be read as text in UTF-8 ({type(error).__name__}), expected a Kaggle token: {RECIPE}"
-        ) from None
+    except (IndexError, OSError, UnicodeDecodeError) as error:
+        name = type(error).__name__
+        why = "is empty" if isinstance(error, IndexError) else f"cannot be read as text in UTF-8 ({name})"
+        raise UserError(f"{file} {why}, expected a Kaggle token: {RECIPE}") from None
 
 
 def _legacy(file: Path) -> tuple[str, str]:
@@ -142,10 +140,9 @@ def _tokens(login: Path) -> tuple[str, ...]:
     """The secrets in what `kaggle auth login` has saved; a broken file is the kaggle program's to report."""
     try:
         content = json.loads(login.read_text(encoding="utf-8"))
-        tokens = content.get("access_token"), content.get("refresh_token")
+        return tuple(str(content[name]) for name in ("access_token", "refresh_token") if content.get(name))
     except (ValueError, OSError, AttributeError):
         return ()
-    return tuple(token for token in tokens if isinstance(token, str))
 
 
 def _of_key(name: str, key: str) -> tuple[str, str]:

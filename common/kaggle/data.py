@@ -205,11 +205,10 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
     if not as_it_is:
         with archive.opened(target, target.name) as stream:
             packed = {member.filename: member.file_size for member in stream.infolist()}
-        problems = [f"{name} is missing" for name in sizes if name not in packed]
-        problems += [
-            f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}"
+        problems = [
+            f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}" if name in packed else f"{name} is missing"
             for name, size in sizes.items()
-            if name in packed and packed[name] != size
+            if packed.get(name) != size
         ]
         if problems:
             raise Damaged(f"{target.name}: {some(problems, by='; ')} (FORCE=1 keeps it as it is)")
