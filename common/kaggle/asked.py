@@ -38,21 +38,19 @@ def submissions(api, slug: str) -> dict:
     return {"submissions": rows, "left": left}
 
 
-def main(what: str, slug: str) -> int:
+def main(what: str, slug: str) -> str | None:
+    """Print the answer; why there is none comes back, as the one line that `sys.exit` prints on stderr."""
     from kaggle import api
 
     try:
         if not api._authenticated:  # once more, for its reason: without a network a token is not known either
             api.authenticate()
-        print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
-        return 0
+        return print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
     except SystemExit:
-        print("401 Authentication required", file=sys.stderr)
-    except Exception as error:  # the kit explains it: any failure is one line here
+        return "401 Authentication required"
+    except Exception as error:  # the kit explains it, whatever it is
         status = getattr(getattr(error, "response", None), "status_code", None)
-        known = f"({status}) " if status else ""
-        print(f"{known}{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
-    return 1
+        return f"{f'({status}) ' if status else ''}{type(error).__name__}: {error}".replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -82,21 +82,12 @@ def table(rows: list[Row], scores: list[float], source: Source) -> str:
     lines = [("time", "run", "validation", "public", "private", "rank", "status")]
     for row in rows:
         place = rank(row.public, scores, source.higher_is_better) if scores else None
-        lines.append(
-            (
-                row.time[:16].replace("T", " "),
-                row.run or Path(row.file).name,
-                f"{float(row.validation):.5f}" if row.validation else "-",
-                row.public or "-",
-                row.private or "-",
-                f"{place} of {len(scores)}" if place else "-",
-                row.status + (f": {row.reason}" if row.reason else ""),
-            )
-        )
+        validation = f"{float(row.validation):.5f}" if row.validation else ""
+        cells = (row.time[:16].replace("T", " "), row.run or Path(row.file).name, validation, row.public, row.private)
+        cells += (f"{place} of {len(scores)}" if place else "", row.status + (row.reason and f": {row.reason}"))
+        lines.append(tuple(cell or "-" for cell in cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def draw(rows: list[Row], source: Source, path: Path) -> None:

@@ -64,8 +64,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
         return _with_token(token, "the token in KAGGLE_API_TOKEN", child)
     name, key = (environment.get(variable, "").strip() for variable in ("KAGGLE_USERNAME", "KAGGLE_KEY"))
     if name and key:
-        child |= {"KAGGLE_USERNAME": name, "KAGGLE_KEY": _sendable(key, "KAGGLE_KEY")}
-        return _isolated(f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", "key", child, _of_key(name, key))
+        return _with_key(name, _sendable(key, "KAGGLE_KEY"), f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", child)
     if name or key:
         given, absent = ("KAGGLE_USERNAME", "KAGGLE_KEY") if name else ("KAGGLE_KEY", "KAGGLE_USERNAME")
         raise UserError(f"{given} is set but {absent} is not: export both, or unset {given} to use a file")
@@ -82,7 +81,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
     legacy = Path(environment.get("KAGGLE_CONFIG_DIR") or folder) / "kaggle.json"
     if isfile(legacy):
         name, key = _legacy(legacy)
-        return Account(f"the key of {name} in {legacy}", "key", child, _of_key(name, key))
+        return _with_key(name, key, f"the key of {name} in {legacy}", child)
     login = home / ".kaggle/credentials.json"
     if isfile(login):
         return Account(f"the login in {login}", "oauth", child, _tokens(login))
@@ -92,6 +91,12 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
 def _with_token(token: str, where: str, child: dict[str, str]) -> Account:
     """The account of a token; the kaggle program gets it from here, as it shows one with a stray character in full."""
     return _isolated(where, "token", child | {"KAGGLE_API_TOKEN": _sendable(token, where)}, (token,))
+
+
+def _with_key(name: str, key: str, where: str, child: dict[str, str]) -> Account:
+    """The account of a key, which basic authentication sends as name:key in base64."""
+    secrets = key, base64.b64encode(f"{name}:{key}".encode()).decode()
+    return _isolated(where, "key", child | {"KAGGLE_USERNAME": name, "KAGGLE_KEY": key}, secrets)
 
 
 def _sendable(secret: str, where: str) -> str:
@@ -143,8 +148,3 @@ def _tokens(login: Path) -> tuple[str, ...]:
         return tuple(str(content[name]) for name in ("access_token", "refresh_token") if content.get(name))
     except (ValueError, OSError, AttributeError):
         return ()
-
-
-def _of_key(name: str, key: str) -> tuple[str, str]:
-    """The key as it is and as it travels: basic authentication holds name:key in base64."""
-    return key, base64.b64encode(f"{name}:{key}".encode()).decode()

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
@@ -24,6 +23,7 @@ from common.kaggle.source import Source
 from common.progress import Progress
 from common.raw import DATA, visible
 
+GO_ON = "repeat the same command, it goes on where it stopped"
 FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
 
 
@@ -179,7 +179,6 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
                     "DATA=/path/to/folder-or-zip"
                 ) from error
             print(f"{error}: fetching it once more")
-    raise AssertionError("unreachable")
 
 
 def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
@@ -215,41 +214,34 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
     return files
 
 
-def _refuse_what_cannot_end_well(job: Job, listing: Future | None) -> None:
-    """Raise UserError where the disk is full, or will be, or the competition cannot be listed.
-
-    The kaggle program takes a full disk for a broken line, and tries again for a minute.
-    """
-    slug, home = job.site.source.slug, job.work.parent
-    if shutil.disk_usage(home).free < FULL_BYTES:
-        raise UserError(
-            f"downloading {slug}: the disk is full ({home}): free some space, then repeat the same command; it goes on "
-            "where it stopped"
-        )
-    if listing is not None and listing.done():  # what is needed is the archive and what comes of it
-        need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
-        require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
-
-
 def _download(job: Job, target: Path, more: list[str], listing: Future | None = None) -> None:
-    """Run the kaggle program's download, quietly, until `target` or its zip is there; shows how the folder grows."""
+    """Run the kaggle program's download, quietly, until `target` or its zip is there; shows how the folder grows.
+
+    Raises UserError where the disk is full, or will be, or the competition cannot be listed: the kaggle program takes a
+    full disk for a broken line, and tries again for a minute.
+    """
+    slug, home, what = job.site.source.slug, job.work.parent, f"downloading {target.name}"
 
     def measure() -> int:
-        is_listed = listing is not None and listing.done() and not listing.exception()
-        done = size_of(job.work)
+        done, is_listed = size_of(job.work), listing is not None and listing.done() and not listing.exception()
         progress.update(done // 10**6, total=sum(listing.result().values()) // 10**6 if is_listed else 0)
         return done
 
-    stop = partial(_refuse_what_cannot_end_well, job, listing)
-    command = ("competitions", "download", job.site.source.slug, "-p", str(job.work), "-q", *more)
-    what = f"downloading {target.name}"
+    def stop() -> None:
+        if shutil.disk_usage(home).free < FULL_BYTES:
+            raise UserError(f"downloading {slug}: the disk is full ({home}): free some space, then {GO_ON}")
+        if listing is not None and listing.done():  # what is needed is the archive and what comes of it
+            need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
+            require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
+
+    command = ("competitions", "download", slug, "-p", str(job.work), "-q", *more)
     with Progress(what, unit="MB") as progress:
         answer = kaggle(job.site.account, *command, measure=measure, stop=stop, lock=job.lock)
     if answer.status != 0 or not (target.is_file() or _zip_of(target).is_file()):
         stop()
         raise job.site.explained(answer, what)
     if list(job.work.glob("*.kaggle-partial")):  # it exits 0 when interrupted, and half a file has its final name
-        raise UserError(f"{what}: interrupted: repeat the same command, it goes on where it stopped")
+        raise UserError(f"{what}: interrupted: {GO_ON}")
 
 
 def _zip_of(file: Path) -> Path:

@@ -44,10 +44,9 @@ def open_url(address: str, headers: Mapping[str, str] = {}, other: str = OTHER):
         if error.code in (416, 429) or error.code >= 500:
             raise
         said = f"{address} answers {error.code} {error.reason}: open it in a browser{other}"
-        raise UserError(hide_addresses(said)) from error
     except ValueError as error:
         said = f"--url {address}: expected an address like https://host/path ({error})"
-        raise UserError(hide_addresses(said)) from error
+    raise UserError(hide_addresses(said))
 
 
 def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> tuple[str, dict[str, Entry]]:

@@ -18,7 +18,6 @@ import pytest
 from common import run as runs
 from common.errors import UserError
 from common.kaggle import board as boards
-from common.kaggle import candidate as candidates
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
@@ -90,7 +89,7 @@ def sent(kaggle) -> list[str]:
 
 
 def choice(module, **options):
-    return candidates.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
+    return submits.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
 
 
 def test_the_newest_file_of_the_best_run_is_chosen(module):
@@ -152,10 +151,10 @@ def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, mo
     Path("data/toy/stage_2.csv").write_text("id,label\n8,0\n")
     for run, text, rows in (("one", GOOD, 2), ("two", "id,label\n8,1\n", 1)):
         written(run, text=text)
-        assert candidates.check(candidates.choose("toy", module.source, run, None), "toy", module, None) == rows
+        assert submits.check(submits.choose("toy", module.source, run, None), "toy", module, None) == rows
     written("three", text="id,label\n9,1\n")
     with pytest.raises(UserError, match="id 9, expected 1"):
-        candidates.check(candidates.choose("toy", module.source, "three", None), "toy", module, None)
+        submits.check(submits.choose("toy", module.source, "three", None), "toy", module, None)
 
 
 def test_a_copy_of_a_demo_file_is_still_one(kaggle, module):
