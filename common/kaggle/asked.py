@@ -1,7 +1,6 @@
-"""A program of its own: asks Kaggle for what its command line does not print, or page by page; answers in JSON.
+"""`python -P common/kaggle/asked.py submissions|files SLUG`: what the kaggle program does not print, as JSON.
 
-`python -P common/kaggle/asked.py submissions|files SLUG`. The kaggle library prints and makes folders when it is
-imported, so no process of the kit itself ever imports it.
+The kaggle library prints and makes folders when it is imported, so no process of the kit itself ever imports it.
 """
 
 import json
@@ -39,13 +38,14 @@ def submissions(api, slug: str) -> dict:
 
 
 def main(what: str, slug: str) -> str | None:
-    """Print the answer; why there is none comes back, as the one line that `sys.exit` prints on stderr."""
+    """Print the answer, or return why there is none, the line that `sys.exit` prints on stderr."""
     from kaggle import api
 
     try:
         if not api._authenticated:  # once more, for its reason: without a network a token is not known either
             api.authenticate()
-        return print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
+        print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
+        return None
     except SystemExit:
         return "401 Authentication required"
     except Exception as error:  # the kit explains it, whatever it is

@@ -18,12 +18,9 @@ from common.submission import SUBMISSIONS
 
 
 def board(competition: str, source: Source) -> None:
-    """Refresh the ledger from Kaggle, print it with ranks and draw board.png.
-
-    Where Kaggle cannot be asked, shows what the ledger knows and then raises that UserError.
-    """
+    """Refresh the ledger from Kaggle, print it with ranks and draw board.png; a UserError of Kaggle's comes last."""
     refuse_nowhere(competition, source)
-    rows, failure, scores, no_rank = ledger.read(competition), None, [], ""
+    rows, failure, scores = ledger.read(competition), None, []
     try:
         site = Site(competition, source, find())
         submissions = ledger.submissions(site)[0]
@@ -32,7 +29,7 @@ def board(competition: str, source: Source) -> None:
         try:
             scores = leaderboard(site)
         except UserError as error:
-            no_rank = str(error)
+            print(f"no ranks: {error}")
     except UserError as error:
         failure = error
     if not rows and failure is None:
@@ -40,8 +37,6 @@ def board(competition: str, source: Source) -> None:
         return
     if rows:
         print(table(rows, scores, source))
-        if no_rank:
-            print(f"no ranks: {no_rank}")
         path = SUBMISSIONS / competition / "board.png"
         draw(rows, source, path)
         print(f"plot: {path}")

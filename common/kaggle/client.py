@@ -70,10 +70,9 @@ def go_on_with(command: str) -> Iterator[None]:
 
 
 def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage: float = math.inf) -> Any:
-    """Call `look` until it returns something true, which is returned, at most for `wait` seconds; None then.
+    """What `look` returns once that is true, None after `wait` seconds; `poll` is the first pause.
 
-    `poll` is the first pause. Raises `look`'s Transient error when that lasts for `outage` seconds without a break, or
-    until the end.
+    Raises its Transient error when that lasts for `outage` seconds without a break, or until the end.
     """
     start = answered = time.monotonic()
     with Progress(label, int(wait), "s") as progress:
@@ -229,9 +228,8 @@ class Site:
         try:
             return json.loads(answer.out.strip().splitlines()[-1])
         except (ValueError, IndexError) as error:
-            raise Transient(
-                f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command"
-            ) from error
+            said = f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command"
+            raise Transient(said) from error
 
     def explained(self, answer: Answer, what: str) -> UserError:
         """The failure as one line with the value, the expectation and the next step."""

@@ -21,7 +21,6 @@ RECIPE = (
 LEAKING = ("KAGGLE_COMPETITION", "KAGGLE_PATH", "VERBOSE", "VERBOSE_OUTPUT")
 # In a Kaggle notebook these make the kaggle program prefer the notebook's own token to any account it is given.
 NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
-SHORTEST_SECRET = 5  # shorter ones cannot be told from ordinary text
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Account:
     def hide(self, text: str) -> str:
         """`text` without secrets: keys, tokens, passwords of proxies, signatures in addresses."""
         for secret in sorted(self.secrets, key=len, reverse=True):
-            if len(secret) >= SHORTEST_SECRET:
+            if len(secret) > 4:  # shorter ones cannot be told from ordinary text
                 text = text.replace(secret, "***")
         return hide_addresses(text)
 
@@ -49,10 +48,7 @@ def hide_addresses(text: str) -> str:
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Account:
-    """The account, in the kaggle program's order except that the environment always wins over files.
-
-    Raises UserError with the recipe when there is none, or when one is only half there.
-    """
+    """The account, in the kaggle program's order except that the environment always wins over files."""
     left_out = {*LEAKING, *NOTEBOOK, "KAGGLE_API_TOKEN"}
     child = {name: value for name, value in environment.items() if name not in left_out}
     child |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}

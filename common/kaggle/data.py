@@ -46,17 +46,14 @@ def fetch(
     url: str = "",
     checksum: str = "",
 ) -> Path:
-    """Bring data/<competition> to what `source` says and return it; does nothing when it is complete already.
+    """Bring data/<competition> to what `source` says and return it; a UserError leaves the data as they were.
 
     `labels_only` fetches the label files alone, `images` so many training images from outside Kaggle, `url` and
-    `checksum` name another copy of data that is not on Kaggle: where `source` has any. Raises UserError and leaves the
-    data as it was.
+    `checksum` name another copy of data that is not on Kaggle: where `source` has any.
     """
     if not (source.slug or source.url):
-        raise UserError(
-            f"{competition} is not on Kaggle, and its SOURCE has no url: put the files into {DATA / competition}, or "
-            f"name them: make train COMP={competition} DATA=/path/to/folder-or-zip"
-        )
+        said = f"{competition} is not on Kaggle, and its SOURCE has no url: put the files into {DATA / competition}, or"
+        raise UserError(f"{said} make train COMP={competition} DATA=/path/to/folder-or-zip")
     home = DATA / competition
     place = home.resolve() if home.is_symlink() else home  # a folder on another disk, where all of it happens
     with _locked(home, place) as lock:
@@ -93,10 +90,8 @@ def _locked(home: Path, place: Path) -> Iterator[IO]:
     """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
     for path in (home.parent, home):
         if os.path.lexists(path) and not path.is_dir():
-            raise UserError(
-                f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link, "
-                "then repeat the same command"
-            )
+            said = f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link"
+            raise UserError(f"{said}, then repeat the same command")
     work = place.with_name(f".{place.name}.download")
     busy = f"{home} is being downloaded by another process: wait for it, then repeat the command"
     try:
@@ -147,13 +142,12 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
             + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
-    draft, work = _draft(home), Path(lock.name).parent
+    draft, work, provenance = _draft(home), Path(lock.name).parent, source.page
     job = Job(Site.announced(home.name, source), work, draft, lock) if source.slug else None
     elsewhere = f"{source.images.folder}/" if source.images else "\0"
     expected = source.labels if labels_only else [name for name in source.expected if not name.startswith(elsewhere)]
     for last in (False, True):
         shutil.rmtree(draft, ignore_errors=True)
-        provenance = source.page
         try:
             if job is None:
                 from common.kaggle import web  # what it needs for https takes longer to import than all the rest
@@ -182,10 +176,9 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
 
 
 def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
-    """Download all files of a competition and unpack them into the draft.
+    """Download all files of a competition, afresh where `again`, and unpack them into the draft.
 
-    The listing is read, and compared with the free disk space, beside that: image sets have hundreds of pages of it.
-    `again` starts afresh, `as_it_is` does not compare the archive with the listing.
+    Beside that their listing is read: image sets have hundreds of pages of it. What it denies is damage, or `as_it_is`.
     """
     target, over = job.work / f"{job.site.source.slug}.zip", threading.Event()
 
@@ -201,16 +194,17 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
             sizes = listing.result()
         finally:
             over.set()
-    if not as_it_is:
-        with archive.opened(target, target.name) as stream:
-            packed = {member.filename: member.file_size for member in stream.infolist()}
-        problems = [
-            f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}" if name in packed else f"{name} is missing"
-            for name, size in sizes.items()
-            if packed.get(name) != size
-        ]
-        if problems:
-            raise Damaged(f"{target.name}: {some(problems, by='; ')} (FORCE=1 keeps it as it is)")
+    with archive.opened(target, target.name) as stream:
+        packed = {member.filename: member.file_size for member in stream.infolist()}
+    problems = [
+        f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}" if name in packed else f"{name} is missing"
+        for name, size in sizes.items()
+        if packed.get(name) != size
+    ]
+    if problems and not as_it_is:
+        raise Damaged(f"{target.name}: {some(problems, by='; ')} (FORCE=1 keeps it as it is)")
+    if problems:
+        print(f"note: {target.name} is kept as it is: {some(problems, by='; ')}")
     return files
 
 

@@ -1,7 +1,4 @@
-"""`make submit`: the best checked submission to Kaggle, believed only when Kaggle lists it, and its score back.
-
-`choose` says which file is sent, `check` all that can be known against it before it is, `deliver` sends it.
-"""
+"""`make submit`: the best checked submission to Kaggle, believed only when Kaggle lists it, and its score back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +33,7 @@ def submit(
     wait: float = WAIT_SECONDS,
     poll: float = 4.0,
 ) -> None:
-    """Check, show, send, wait for the score and write the ledger. Raises UserError when it did not arrive or failed.
+    """Choose, check, show, send, wait for the score and write the ledger; raises UserError when any of it fails.
 
     `wait` and `poll` are seconds: how long the score is waited for, and the first pause between two looks.
     """
@@ -90,10 +87,7 @@ class Candidate:
 
 
 def choose(competition: str, source: Source, run: str | None, file: str | None) -> Candidate:
-    """FILE= as it is, else the newest file of RUN=, else of the run that `best_run` names, and says why.
-
-    Raises UserError where there is none; files made from demo data are chosen only by their names.
-    """
+    """FILE= as it is, else the newest file of RUN=, else of the run that `best_run` names (never of demo data)."""
     written = _written(competition)
     if file:
         path = expanded(file, f"FILE={file}")
@@ -118,12 +112,11 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
             f"{SUBMISSIONS / competition} holds {why}: train on the real data first: make data COMP={competition}, "
             f"then make train COMP={competition}"
         )
-    sign = 1 if source.higher_is_better else -1
     scored = [candidate for candidate in reversed(real) if candidate.score is not None]
     if best := best_run(competition, [candidate.run for candidate in scored], source.higher_is_better):
         print(best[1])
         return next(candidate for candidate in scored if candidate.run == best[0])
-    return max(scored, key=lambda candidate: sign * candidate.score, default=real[-1])
+    return max(scored, key=lambda one: one.score if source.higher_is_better else -one.score, default=real[-1])
 
 
 def _written(competition: str) -> list[Candidate]:
@@ -134,8 +127,7 @@ def _written(competition: str) -> list[Candidate]:
 
 
 def check(candidate: Candidate, competition: str, module: Competition, data: str | None) -> int:
-    """The rows of the file; raises UserError for one from demo data, a changed or stale one, or one that no sample
-    submission allows."""
+    """The rows of the file; raises UserError for whatever can be known against it before it is sent."""
     again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
     if candidate.provenance.get("demo"):
         raise UserError(
@@ -185,8 +177,7 @@ def deliver(
     """Send with the kaggle program's `arguments`, wait for the score, keep the ledger up to date, print the scores.
 
     A row that has the same `column` in the ledger is returned, and nothing is sent. Else `row` is claimed there and
-    leaves it only when nothing was submitted for certain: otherwise the file is not sent again unasked. Raises
-    UserError when it did not arrive or could not be scored.
+    leaves it only when nothing was submitted for certain. Raises UserError when it did not arrive or has no score.
     """
     competition, source = site.competition, site.source
     if before := ledger.newest(ledger.read(competition), column, row):
@@ -246,9 +237,8 @@ def _follow(site: Site, row: ledger.Row, wait: float, poll: float) -> None:
         print(f"{name} is sent but not scored after {wait:.0f} s: make board COMP={competition} shows the score later")
         return
     if row.status == FAILED:
-        raise UserError(
-            f"Kaggle could not score {name}: {row.reason or 'it gives no reason'}. See {source.page}/submissions"
-        )
+        why = row.reason or "it gives no reason"
+        raise UserError(f"Kaggle could not score {name}: {why}. See {source.page}/submissions")
     scores = f"public {row.public or '-'}, private {row.private or 'not shown yet'}"
     print(f"score of {name}: {scores}" + (f", validation {float(row.validation):.5f}" if row.validation else ""))
     print(f"kept in {ledger.path_of(competition)}")

@@ -69,10 +69,11 @@ def test_a_whole_archive_without_what_is_expected_is_fetched_once(kaggle, source
     assert contents() == kaggle.files and leftovers() == {"toy"}
 
 
-def test_force_keeps_what_the_listing_denies(kaggle, source):
+def test_force_keeps_what_the_listing_denies(kaggle, source, capfd):
     kaggle.listing["train.csv"] = 99
     fetch(source, force=True)
     assert contents() == kaggle.files
+    assert "is kept as it is: train.csv has 13 bytes, Kaggle lists 99" in capfd.readouterr().out
 
 
 def link(target: str) -> bytes:

@@ -152,7 +152,9 @@ def test_a_patience_that_is_none(kaggle, elsewhere, monkeypatch, patience):
 
 
 def test_a_competition_that_is_nowhere(kaggle):
-    with pytest.raises(UserError, match="its SOURCE has no url: put the files into data/toy, or name them: make train"):
+    with pytest.raises(
+        UserError, match="its SOURCE has no url: put the files into data/toy, or make train COMP=toy DATA="
+    ):
         fetch(Source("", (), True))
     assert kaggle.asked == [] and leftovers() == set()
 
