@@ -63,7 +63,7 @@ def kernel(
         )
     record = runs.RUNS / competition / "kernel.json"
     site = Site.announced(competition, source)
-    facts = read_json(record) if record.is_file() else {}
+    facts = read_record(record) if record.is_file() else {}
     if fetch and not facts:
         raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
     is_done = False
@@ -138,6 +138,11 @@ def push(
     print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}: {words}{going}")
     more = {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
     return facts | more | {"pushed": runs.now()}
+
+
+def read_record(record: Path) -> dict:
+    """What was written down of a notebook that was pushed; it lies beside the runs, which nobody should delete."""
+    return read_json(record, "kernel", "version", again=f"delete {record} and push the notebook again")
 
 
 def name_of(competition: str, *purpose: str) -> str:

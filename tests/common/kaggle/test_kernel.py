@@ -83,6 +83,13 @@ def test_a_second_time_is_a_new_version_and_replaces_nothing(kaggle, source):
     assert provenance["run"] == "001-best-kaggle" and Path("runs/toy/001-best-kaggle/run.json").is_file()
 
 
+def test_a_damaged_record_costs_no_runs(kaggle, source):
+    Path("runs/toy").mkdir(parents=True)
+    Path("runs/toy/kernel.json").write_text('{"kernel": "some')
+    with pytest.raises(UserError, match="kernel.json cannot be read .*delete runs/toy/kernel.json and push the noteb"):
+        kernel(source, fetch=True)
+
+
 def test_fetching_later(kaggle, source, capfd):
     with pytest.raises(UserError, match="--fetch: no notebook of toy was pushed from here: make kernel COMP=toy"):
         kernel(source, fetch=True)
