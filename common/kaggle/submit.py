@@ -14,7 +14,7 @@ from common.kaggle import ledger
 from common.kaggle.client import Site, Transient, go_on_with, until
 from common.kaggle.ledger import FAILED, SCORED
 from common.kaggle.source import Source
-from common.runs_table import best_run
+from common.runs_table import best_run, score_of
 from common.submission import SUBMISSIONS
 
 WAIT_SECONDS = 900  # for the score; some competitions take an hour, which `make board` then shows
@@ -78,7 +78,7 @@ class Candidate:
 
     @property
     def score(self) -> float | None:  # of the validation
-        return self.provenance.get("score")
+        return score_of(self.provenance)
 
     def facts(self, competition: str, name: str) -> list[dict]:
         """What the file `name` of each of its runs says, of those that are still there."""

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -104,6 +105,14 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     assert choice(module) == "001-a"
     assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
     assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
+
+
+def test_no_score_is_not_the_best_one_where_the_runs_are_gone(module):
+    written("001-a", 0.95)
+    written("002-b", 0.9)
+    written("003-none", float("nan"), created="2026-01-03T00:00:00Z")
+    shutil.rmtree("runs")
+    assert choice(module) == "001-a"
 
 
 def test_a_lucky_fold_is_not_sent_and_the_choice_is_explained(module, capfd):
