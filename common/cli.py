@@ -1,6 +1,7 @@
 """The command line: `python -m common VERB COMPETITION [--flags]`. The only place where a name becomes an import."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
@@ -15,10 +16,12 @@ SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # 
 NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
 
 
-def verb_parser(verb: str, competition: str, description: str) -> Parser:
-    """A parser for `python -m common VERB COMPETITION` with the flag that every verb has."""
+def verb_parser(verb: str, competition: str, description: str, data: bool = True) -> Parser:
+    """A parser for `python -m common VERB COMPETITION`, with the flag of the verbs that read the `data`."""
     parser = Parser(prog=f"python -m common {verb} {competition}", description=description, allow_abbrev=False)
-    parser.add_argument("--data", metavar="PATH", help="folder or zip archive with the competition's files [data/COMP]")
+    if data:
+        what = "folder or zip archive with the competition's files [data/COMP]"
+        parser.add_argument("--data", metavar="PATH", help=what)
     return parser
 
 
@@ -102,7 +105,7 @@ def tune(name: str, argv: list[str]) -> None:
 
 def runs(name: str, argv: list[str]) -> None:
     """all runs side by side, the best first: a table, runs/COMPETITION/runs.csv and the page runs.html"""
-    verb_parser("runs", name, runs.__doc__).parse_args(argv)
+    verb_parser("runs", name, runs.__doc__, data=False).parse_args(argv)
     from common import runs_table
 
     runs_table.show(competitions.load(name))
@@ -172,7 +175,7 @@ def submit(name: str, argv: list[str]) -> None:
 
 def board(name: str, argv: list[str]) -> None:
     """validation against leaderboard for every submission of the ledger, as a table and a plot"""
-    verb_parser("board", name, board.__doc__).parse_args(argv)
+    verb_parser("board", name, board.__doc__, data=False).parse_args(argv)
     from common.kaggle import board as boards
 
     boards.board(name, competitions.load(name).source)
@@ -238,14 +241,14 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    if not (value := float(text)) >= 0:
+    if not 0 <= (value := float(text)) < math.inf:
         raise ValueError
     return value
 
 
 def duration(text: str) -> float:
     """9h, 30m or 45s in seconds."""
-    if text[-1:] not in ("h", "m", "s") or not (value := float(text[:-1])) > 0:
+    if text[-1:] not in ("h", "m", "s") or not (value := seconds(text[:-1])):
         raise ValueError
     return value * {"h": 3600, "m": 60, "s": 1}[text[-1]]
 
@@ -259,11 +262,10 @@ VERBS = {
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
     """The verb that `word` names, of the core or of the competition; raises UserError saying who has it."""
     there = competitions.names()
-    own = {one: competitions.load(one).verbs for one in there}
-    found = VERBS | own.get(competition, {})
+    found = VERBS | (competitions.load(competition).verbs if competition in there else {})
     if word in found:
         return found[word]
-    if having := [one for one in there if word in own[one]]:
+    if having := [one for one in there if word in competitions.load(one).verbs]:
         raise UserError(
             f"COMP={competition} has no {word}: only {', '.join(having)} has. Try: make {word} COMP={having[0]}"
         )

@@ -156,8 +156,11 @@ def remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`."""
+def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
+    """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`.
+
+    `again` says how it is made anew, where that is not by training the run whose folder it is in.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -165,9 +168,8 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it has no {', '.join(missing)}")
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): put a whole copy back, or delete {path.parent} and train again"
-        ) from error
+        again = again or f"delete {path.parent} and train again"
+        raise UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}") from error
     return found
 
 
@@ -182,7 +184,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV, by the names of its columns."""
-    with open(path, newline="", encoding="utf-8") as stream:
+    with open(path, newline="", encoding="utf-8-sig") as stream:
         yield from csv.DictReader(stream)
 
 

@@ -243,11 +243,16 @@ def would_be_demo(competition: str, given: str | None) -> bool:
 
 
 def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[Path], None]) -> RawData:
-    """The data for predicting with a run: `given` (DATA=), else those it was trained on, demo data included."""
-    competition = provenance["competition"]
+    """The data for predicting with a run: `given` (DATA=), else those it was trained on, demo data included.
+
+    A run that another machine has trained takes those in data/<competition>.
+    """
+    competition, known = provenance["competition"], provenance["data"]
     if provenance["demo"] and not given:
         return RawData(_demo(competition, write_demo), competition, is_demo=True)
-    return find(competition, given or provenance["data"], write_demo)
+    if not os.path.exists(known) and visible(DATA / competition):
+        known = str(DATA / competition)
+    return find(competition, given or known, write_demo)
 
 
 def _forbidden(path: Path, error: OSError) -> UserError:

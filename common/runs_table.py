@@ -63,7 +63,7 @@ def _line(run: Run, recipes: Mapping[str, Config], board: dict[str, float | None
     return Line(
         run=run.name,
         state=_state(run),
-        score=_score(result),
+        score=score_of(result),
         error=result.get("errors", {}).get(result["monitor"]),
         mean=result.get("mean"),
         std=result.get("std"),
@@ -91,7 +91,8 @@ def _state(run: Run) -> str:
     return "stopped" if run.result is None else "not submitted"
 
 
-def _score(result: dict[str, Any]) -> float | None:
+def score_of(result: dict[str, Any]) -> float | None:
+    """The score of a run's result or of a submission's provenance; None where it is none, or not finite."""
     score = result.get("score")
     return score if isinstance(score, (int, float)) and math.isfinite(score) else None
 
@@ -165,7 +166,7 @@ class _Scored:
 
 def _scored(run: Run) -> _Scored | None:
     result = run.result
-    if result is None or (score := _score(result)) is None:
+    if result is None or (score := score_of(result)) is None:
         return None
     error, by_fold = result.get("errors", {}).get(result["monitor"]), result.get("fold_scores") or {}
     by_fold = {fold: value for fold, value in by_fold.items() if math.isfinite(value)}

@@ -1,7 +1,6 @@
-"""A program of its own: asks Kaggle for what its command line does not print, or page by page; answers in JSON.
+"""`python -P common/kaggle/asked.py submissions|files SLUG`: what the kaggle program does not print, as JSON.
 
-`python -P common/kaggle/asked.py submissions|files SLUG`. The kaggle library prints and makes folders when it is
-imported, so no process of the kit itself ever imports it.
+The kaggle library prints and makes folders when it is imported, so no process of the kit itself ever imports it.
 """
 
 import json
@@ -28,7 +27,7 @@ def submissions(api, slug: str) -> dict:
     while len(found) == PAGE:
         found = api.competition_submissions(slug, page_number=len(rows) // PAGE + 1, page_size=PAGE) or []
         for row in found:
-            told = {column: str(getattr(row, name) or "") for column, name in COLUMNS.items()}
+            told = {column: " ".join(str(getattr(row, name) or "").split()) for column, name in COLUMNS.items()}
             rows.append(told | {"time": row.date.isoformat() if row.date else "", "status": row.status.name})
     try:
         left = api.competition_get_submission_limits(slug).num_allowed_now
@@ -38,21 +37,20 @@ def submissions(api, slug: str) -> dict:
     return {"submissions": rows, "left": left}
 
 
-def main(what: str, slug: str) -> int:
+def main(what: str, slug: str) -> str | None:
+    """Print the answer, or return why there is none, the line that `sys.exit` prints on stderr."""
     from kaggle import api
 
     try:
         if not api._authenticated:  # once more, for its reason: without a network a token is not known either
             api.authenticate()
         print(json.dumps({"files": files, "submissions": submissions}[what](api, slug)))
-        return 0
+        return None
     except SystemExit:
-        print("401 Authentication required", file=sys.stderr)
-    except Exception as error:  # the kit explains it: any failure is one line here
+        return "401 Authentication required"
+    except Exception as error:  # the kit explains it, whatever it is
         status = getattr(getattr(error, "response", None), "status_code", None)
-        known = f"({status}) " if status else ""
-        print(f"{known}{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
-    return 1
+        return f"{f'({status}) ' if status else ''}{type(error).__name__}: {error}".replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,9 @@ from common.submission import SUBMISSIONS
 
 
 def board(competition: str, source: Source) -> None:
-    """Refresh the ledger from Kaggle, print it with ranks and draw board.png.
-
-    Where Kaggle cannot be asked, shows what the ledger knows and then raises that UserError.
-    """
+    """Refresh the ledger from Kaggle, print it with ranks and draw board.png; a UserError of Kaggle's comes last."""
     refuse_nowhere(competition, source)
-    rows, failure, scores, no_rank = ledger.read(competition), None, [], ""
+    rows, failure, scores = ledger.read(competition), None, []
     try:
         site = Site(competition, source, find())
         submissions = ledger.submissions(site)[0]
@@ -32,7 +29,7 @@ def board(competition: str, source: Source) -> None:
         try:
             scores = leaderboard(site)
         except UserError as error:
-            no_rank = str(error)
+            print(f"no ranks: {error}")
     except UserError as error:
         failure = error
     if not rows and failure is None:
@@ -40,8 +37,6 @@ def board(competition: str, source: Source) -> None:
         return
     if rows:
         print(table(rows, scores, source))
-        if no_rank:
-            print(f"no ranks: {no_rank}")
         path = SUBMISSIONS / competition / "board.png"
         draw(rows, source, path)
         print(f"plot: {path}")
@@ -82,21 +77,12 @@ def table(rows: list[Row], scores: list[float], source: Source) -> str:
     lines = [("time", "run", "validation", "public", "private", "rank", "status")]
     for row in rows:
         place = rank(row.public, scores, source.higher_is_better) if scores else None
-        lines.append(
-            (
-                row.time[:16].replace("T", " "),
-                row.run or Path(row.file).name,
-                f"{float(row.validation):.5f}" if row.validation else "-",
-                row.public or "-",
-                row.private or "-",
-                f"{place} of {len(scores)}" if place else "-",
-                row.status + (f": {row.reason}" if row.reason else ""),
-            )
-        )
+        validation = f"{float(row.validation):.5f}" if row.validation else ""
+        cells = (row.time[:16].replace("T", " "), row.run or Path(row.file).name, validation, row.public, row.private)
+        cells += (f"{place} of {len(scores)}" if place else "", row.status + (row.reason and f": {row.reason}"))
+        lines.append(tuple(cell or "-" for cell in cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def draw(rows: list[Row], source: Source, path: Path) -> None:

@@ -25,14 +25,10 @@ PATIENCE_SECONDS = 45.0  # longer than the longest pause (33 s) between the prog
 # Not .venv/bin/kaggle, whose first line names the folder of its installation: a checkout may have been moved since.
 KAGGLE = (sys.executable, "-P", "-m", "kaggle")
 ASKED = Path(__file__).with_name("asked.py")
-UNREACHABLE = (
-    r"Max retries exceeded|Name or service not known|NameResolution|Connection refused|ProxyError|Connection aborted|"
-    r"RemoteDisconnected|Network is unreachable|Connection reset|timed out|Failed to resolve|IncompleteRead"
-)
-# The reason inside requests' nested messages, without object addresses.
-REASON = (
-    r"Failed to resolve '[^']+'|Name or service not known|Connection refused|Remote end closed connection without "
-    r"response|Network is unreachable|Cannot connect to proxy|timed out|Connection reset by peer"
+UNREACHABLE = (  # of requests' nested messages the last one is the reason
+    r"Max retries exceeded|NameResolution|ProxyError|Connection aborted|RemoteDisconnected|IncompleteRead|"
+    r"Failed to resolve '[^']+'|Name or service not known|Cannot connect to proxy|Connection (?:refused|reset)|"
+    r"Remote end closed connection without response|Network is unreachable|timed out"
 )
 
 
@@ -60,10 +56,6 @@ class Transient(UserError):
     """A failure that is over by itself: worth another look while something is waited for."""
 
 
-class Silent(Transient):
-    """The program made no progress and was stopped."""
-
-
 @contextmanager
 def go_on_with(command: str) -> Iterator[None]:
     """For what follows a step that must not be taken twice: errors and Ctrl-C name `command`, not the same command."""
@@ -78,10 +70,9 @@ def go_on_with(command: str) -> Iterator[None]:
 
 
 def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage: float = math.inf) -> Any:
-    """Call `look` until it returns something true, which is returned, at most for `wait` seconds; None then.
+    """What `look` returns once that is true, None after `wait` seconds; `poll` is the first pause.
 
-    `poll` is the first pause. Raises `look`'s Transient error when that lasts for `outage` seconds without a break, or
-    until the end.
+    Raises its Transient error when that lasts for `outage` seconds without a break, or until the end.
     """
     start = answered = time.monotonic()
     with Progress(label, int(wait), "s") as progress:
@@ -107,10 +98,10 @@ def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage:
 def patience() -> float:
     """Seconds without progress until a program is stopped: KIT_PATIENCE, for lines that are slower than most."""
     given = os.environ.get("KIT_PATIENCE") or PATIENCE_SECONDS
-    try:
-        return float(given)
-    except ValueError as error:
-        raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120") from error
+    with suppress(ValueError):
+        if 0 < float(given) < 1e6:
+            return float(given)
+    raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120")
 
 
 def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:
@@ -129,7 +120,7 @@ def watched(
     stop: Callable[[], None] = lambda: None,
     lock: IO | None = None,
 ) -> Answer:
-    """Run a program until it ends, is silent for too long (Silent), or `stop()` raises.
+    """Run a program until it ends, is silent for too long (Transient), or `stop()` raises.
 
     Progress is a change of `measure()` (of its output by default), or computing: on a busy machine the start alone
     takes seconds. The program holds the file `lock` with its number too: where the kit is killed, `end_orphan` ends it.
@@ -160,7 +151,7 @@ def watched(
                 if now != last:
                     last, since = now, time.monotonic()
                 elif child.returncode is None and time.monotonic() - since > limit:
-                    raise Silent(
+                    raise Transient(
                         f"no answer from Kaggle for {limit:.0f} s: check the network (and HTTPS_PROXY where there is "
                         "a proxy), then repeat the same command; on a slow line set KIT_PATIENCE=300"
                     )
@@ -222,7 +213,7 @@ class Site:
         """Run `kaggle ARGUMENTS`; raises UserError (Transient where that may pass) that says why `what` failed."""
         try:
             answer = kaggle(self.account, *arguments)
-        except Silent as error:
+        except Transient as error:
             raise Transient(f"{what}: {error}") from error
         if answer.status != 0:
             raise self.explained(answer, what)
@@ -237,24 +228,20 @@ class Site:
         try:
             return json.loads(answer.out.strip().splitlines()[-1])
         except (ValueError, IndexError) as error:
-            raise Transient(
-                f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command"
-            ) from error
+            said = f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command"
+            raise Transient(said) from error
 
     def explained(self, answer: Answer, what: str) -> UserError:
         """The failure as one line with the value, the expectation and the next step."""
         account, source, said = self.account, self.source, answer.last_line
         where, rules = account.where, f"{source.page}/rules"
-        reason = re.search(REASON, said)
+        reason = ([said[:150]] + re.findall(UNREACHABLE, said))[-1]
         hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
         shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""
-
-        def status(number: str) -> str:
-            """As the program writes it; a mere number may count the rows of a submission."""
-            return rf"\b{number} (Client|Server) Error|^\({number}\)"
-
+        # A status as the program writes it, or asked.py: a mere number may count the rows of a submission.
+        text = re.sub(r"\b(\d{3}) (Client|Server) Error|^\((\d{3})\)", r"HTTP\1\3", answer.text, flags=re.M)
         cases = (
-            (f"{status('401')}|Authentication required|Unauthorized|Invalid credentials", UserError,
+            ("HTTP401|Authentication required|Unauthorized|Invalid credentials", UserError,
              f"Kaggle does not accept {where} (401){shadow}. Create a new token at "
              "https://www.kaggle.com/settings/api, then repeat the same command"),
             (r"accepts submissions from (notebooks|kernels)", UserError,
@@ -266,21 +253,20 @@ class Site:
             (r"No space left on device|Errno 28\b|Disk quota exceeded", UserError,
              "the disk is full: free some space, then repeat the same command; it goes on there"),
             (UNREACHABLE, Transient,
-             f"Kaggle cannot be reached ({reason.group() if reason else said[:150]}): check the network, and "
+             f"Kaggle cannot be reached ({reason}): check the network, and "
              "HTTPS_PROXY where there is a proxy, then repeat the same command"),
-            (f"{status('429')}|Too Many Requests", Transient,
+            ("HTTP429|Too Many Requests", Transient,
              "Kaggle asks to slow down (429): repeat the same command in some minutes"),
-            (status(r"5\d\d") + "|Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out", Transient,
+            (r"HTTP5\d\d|Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time-?out", Transient,
              f"Kaggle itself fails ({said}): repeat the same command in some minutes"),
-            (f"{status('403')}|Forbidden|Permission", UserError,
+            ("HTTP403|Forbidden|Permission", UserError,
              f"Kaggle refuses it ({said}). Most often the rules are not accepted: open {rules} in a browser as the "
              f"owner of {where}, then repeat the same command"),
-            (f"{status('404')}|Not Found", UserError,
+            ("HTTP404|Not Found", UserError,
              f"Kaggle does not find it ({said}): check that {source.page} opens in a browser, then repeat the same "
              "command"),
             ("", UserError,
              f"{said}. Repeat the same command; {source.page} shows whether the competition is open"),
         )  # fmt: skip
-        flags = re.IGNORECASE | re.MULTILINE
-        kind, told = next((kind, told) for pattern, kind, told in cases if re.search(pattern, answer.text, flags))
+        kind, told = next((kind, told) for pattern, kind, told in cases if re.search(pattern, text, re.I | re.M))
         return kind(f"{what}: {told}")

@@ -21,7 +21,6 @@ RECIPE = (
 LEAKING = ("KAGGLE_COMPETITION", "KAGGLE_PATH", "VERBOSE", "VERBOSE_OUTPUT")
 # In a Kaggle notebook these make the kaggle program prefer the notebook's own token to any account it is given.
 NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
-SHORTEST_SECRET = 5  # shorter ones cannot be told from ordinary text
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Account:
     def hide(self, text: str) -> str:
         """`text` without secrets: keys, tokens, passwords of proxies, signatures in addresses."""
         for secret in sorted(self.secrets, key=len, reverse=True):
-            if len(secret) >= SHORTEST_SECRET:
+            if len(secret) > 4:  # shorter ones cannot be told from ordinary text
                 text = text.replace(secret, "***")
         return hide_addresses(text)
 
@@ -49,10 +48,7 @@ def hide_addresses(text: str) -> str:
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Account:
-    """The account, in the kaggle program's order except that the environment always wins over files.
-
-    Raises UserError with the recipe when there is none, or when one is only half there.
-    """
+    """The account, in the kaggle program's order except that the environment always wins over files."""
     left_out = {*LEAKING, *NOTEBOOK, "KAGGLE_API_TOKEN"}
     child = {name: value for name, value in environment.items() if name not in left_out}
     child |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
@@ -64,8 +60,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
         return _with_token(token, "the token in KAGGLE_API_TOKEN", child)
     name, key = (environment.get(variable, "").strip() for variable in ("KAGGLE_USERNAME", "KAGGLE_KEY"))
     if name and key:
-        child |= {"KAGGLE_USERNAME": name, "KAGGLE_KEY": _sendable(key, "KAGGLE_KEY")}
-        return _isolated(f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", "key", child, _of_key(name, key))
+        return _with_key(name, _sendable(key, "KAGGLE_KEY"), f"KAGGLE_USERNAME and KAGGLE_KEY of {name}", child)
     if name or key:
         given, absent = ("KAGGLE_USERNAME", "KAGGLE_KEY") if name else ("KAGGLE_KEY", "KAGGLE_USERNAME")
         raise UserError(f"{given} is set but {absent} is not: export both, or unset {given} to use a file")
@@ -82,7 +77,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
     legacy = Path(environment.get("KAGGLE_CONFIG_DIR") or folder) / "kaggle.json"
     if isfile(legacy):
         name, key = _legacy(legacy)
-        return Account(f"the key of {name} in {legacy}", "key", child, _of_key(name, key))
+        return _with_key(name, key, f"the key of {name} in {legacy}", child)
     login = home / ".kaggle/credentials.json"
     if isfile(login):
         return Account(f"the login in {login}", "oauth", child, _tokens(login))
@@ -92,6 +87,12 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
 def _with_token(token: str, where: str, child: dict[str, str]) -> Account:
     """The account of a token; the kaggle program gets it from here, as it shows one with a stray character in full."""
     return _isolated(where, "token", child | {"KAGGLE_API_TOKEN": _sendable(token, where)}, (token,))
+
+
+def _with_key(name: str, key: str, where: str, child: dict[str, str]) -> Account:
+    """The account of a key, which basic authentication sends as name:key in base64."""
+    secrets = key, base64.b64encode(f"{name}:{key}".encode()).decode()
+    return _isolated(where, "key", child | {"KAGGLE_USERNAME": name, "KAGGLE_KEY": key}, secrets)
 
 
 def _sendable(secret: str, where: str) -> str:
@@ -114,12 +115,10 @@ def _first_line(file: str | Path) -> str:
     """The token in a file, where editors leave byte order marks and people a comment below it."""
     try:
         return Path(file).read_text(encoding="utf-8-sig").strip().splitlines()[0].strip()
-    except IndexError:
-        raise UserError(f"{file} is empty, expected a Kaggle token: {RECIPE}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file} cannot be read as text in UTF-8 ({type(error).__name__}), expected a Kaggle token: {RECIPE}"
-        ) from None
+    except (IndexError, OSError, UnicodeDecodeError) as error:
+        name = type(error).__name__
+        why = "is empty" if isinstance(error, IndexError) else f"cannot be read as text in UTF-8 ({name})"
+        raise UserError(f"{file} {why}, expected a Kaggle token: {RECIPE}") from None
 
 
 def _legacy(file: Path) -> tuple[str, str]:
@@ -142,12 +141,6 @@ def _tokens(login: Path) -> tuple[str, ...]:
     """The secrets in what `kaggle auth login` has saved; a broken file is the kaggle program's to report."""
     try:
         content = json.loads(login.read_text(encoding="utf-8"))
-        tokens = content.get("access_token"), content.get("refresh_token")
+        return tuple(str(content[name]) for name in ("access_token", "refresh_token") if content.get(name))
     except (ValueError, OSError, AttributeError):
         return ()
-    return tuple(token for token in tokens if isinstance(token, str))
-
-
-def _of_key(name: str, key: str) -> tuple[str, str]:
-    """The key as it is and as it travels: basic authentication holds name:key in base64."""
-    return key, base64.b64encode(f"{name}:{key}".encode()).decode()

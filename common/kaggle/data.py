@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
@@ -24,6 +23,7 @@ from common.kaggle.source import Source
 from common.progress import Progress
 from common.raw import DATA, visible
 
+GO_ON = "repeat the same command, it goes on where it stopped"
 FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
 
 
@@ -46,15 +46,17 @@ def fetch(
     url: str = "",
     checksum: str = "",
 ) -> Path:
-    """Bring data/<competition> to what `source` says and return it; does nothing when it is complete already.
+    """Bring data/<competition> to what `source` says and return it; a UserError leaves the data as they were.
 
     `labels_only` fetches the label files alone, `images` so many training images from outside Kaggle, `url` and
-    `checksum` name another copy of data that is not on Kaggle: where `source` has any. Raises UserError and leaves the
-    data as it was.
+    `checksum` name another copy of data that is not on Kaggle: where `source` has any.
     """
+    if not (source.slug or source.url):
+        said = f"{competition} is not on Kaggle, and its SOURCE has no url: put the files into {DATA / competition}, or"
+        raise UserError(f"{said} make train COMP={competition} DATA=/path/to/folder-or-zip")
     home = DATA / competition
-    with _locked(home) as lock:
-        place = home.resolve() if home.is_symlink() else home  # to a folder on another disk
+    place = home.resolve() if home.is_symlink() else home  # a folder on another disk, where all of it happens
+    with _locked(home, place) as lock:
         kept = source.images.folder if source.images else ""
         manifest.settle(place, kept)
         there = manifest.read(home)
@@ -84,15 +86,13 @@ def _draft(home: Path) -> Path:
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[IO]:
+def _locked(home: Path, place: Path) -> Iterator[IO]:
     """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
     for path in (home.parent, home):
         if os.path.lexists(path) and not path.is_dir():
-            raise UserError(
-                f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link, "
-                "then repeat the same command"
-            )
-    work = home.with_name(f".{home.name}.download")
+            said = f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link"
+            raise UserError(f"{said}, then repeat the same command")
+    work = place.with_name(f".{place.name}.download")
     busy = f"{home} is being downloaded by another process: wait for it, then repeat the command"
     try:
         lock = locked(work / "lock", busy)
@@ -105,7 +105,7 @@ def _locked(home: Path) -> Iterator[IO]:
         try:
             yield lock
         finally:
-            shutil.rmtree(_draft(home.resolve()), ignore_errors=True)
+            shutil.rmtree(_draft(place), ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
 
@@ -124,9 +124,10 @@ def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only
             f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
             f"as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
         )
-    if there is None or (there.part != "all" and not labels_only):
+    names = source.labels if labels_only else None
+    if there is None or (there.part != "all" and not labels_only) or set(names or ()) - there.files.keys():
         return False
-    if problems := there.damage(home, source.labels if labels_only else None):
+    if problems := there.damage(home, names):
         print(f"{home} is damaged ({some(problems, by='; ')}): fetching it again")
     return not problems
 
@@ -141,13 +142,12 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
             + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
-    draft, work = _draft(home), Path(lock.name).parent
+    draft, work, provenance = _draft(home), Path(lock.name).parent, source.page
     job = Job(Site.announced(home.name, source), work, draft, lock) if source.slug else None
     elsewhere = f"{source.images.folder}/" if source.images else "\0"
     expected = source.labels if labels_only else [name for name in source.expected if not name.startswith(elsewhere)]
     for last in (False, True):
         shutil.rmtree(draft, ignore_errors=True)
-        provenance = source.page
         try:
             if job is None:
                 from common.kaggle import web  # what it needs for https takes longer to import than all the rest
@@ -158,8 +158,11 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             else:
                 files = _whole_archive(job, again=last, as_it_is=force)
             if absent := [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in files)]:
-                found = ", ".join(sorted(files)[:5]) or "nothing"
-                raise Damaged(f"{provenance}: the download has no {', '.join(absent)} (found: {found})")
+                found = some(sorted(files), 5) or "nothing"
+                raise UserError(  # it is whole, so a second one would be no better
+                    f"{provenance}: the download has no {', '.join(absent)} (found: {found}): correct `expected` in "
+                    "SOURCE of its config.py, then repeat the same command; the archive is kept"
+                )
             return manifest.made(draft, "labels" if labels_only else "all", files, provenance)
         except Damaged as error:
             _clear(lock)
@@ -170,14 +173,12 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
                     "DATA=/path/to/folder-or-zip"
                 ) from error
             print(f"{error}: fetching it once more")
-    raise AssertionError("unreachable")
 
 
 def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
-    """Download all files of a competition and unpack them into the draft.
+    """Download all files of a competition, afresh where `again`, and unpack them into the draft.
 
-    The listing is read, and compared with the free disk space, beside that: image sets have hundreds of pages of it.
-    `again` starts afresh, `as_it_is` does not compare the archive with the listing.
+    Beside that their listing is read: image sets have hundreds of pages of it. What it denies is damage, or `as_it_is`.
     """
     target, over = job.work / f"{job.site.source.slug}.zip", threading.Event()
 
@@ -193,55 +194,48 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
             sizes = listing.result()
         finally:
             over.set()
-    if not as_it_is:
-        with archive.opened(target, target.name) as stream:
-            packed = {member.filename: member.file_size for member in stream.infolist()}
-        problems = [f"{name} is missing" for name in sizes if name not in packed]
-        problems += [
-            f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}"
-            for name, size in sizes.items()
-            if name in packed and packed[name] != size
-        ]
-        if problems:
-            raise Damaged(f"{target.name}: {some(problems, by='; ')} (FORCE=1 keeps it as it is)")
+    with archive.opened(target, target.name) as stream:
+        packed = {member.filename: member.file_size for member in stream.infolist()}
+    problems = [
+        f"{name} has {packed[name]:,} bytes, Kaggle lists {size:,}" if name in packed else f"{name} is missing"
+        for name, size in sizes.items()
+        if packed.get(name) != size
+    ]
+    if problems and not as_it_is:
+        raise Damaged(f"{target.name}: {some(problems, by='; ')} (FORCE=1 keeps it as it is)")
+    if problems:
+        print(f"note: {target.name} is kept as it is: {some(problems, by='; ')}")
     return files
 
 
-def _refuse_what_cannot_end_well(job: Job, listing: Future | None) -> None:
-    """Raise UserError where the disk is full, or will be, or the competition cannot be listed.
-
-    The kaggle program takes a full disk for a broken line, and tries again for a minute.
-    """
-    slug, home = job.site.source.slug, job.work.parent
-    if shutil.disk_usage(home).free < FULL_BYTES:
-        raise UserError(
-            f"downloading {slug}: the disk is full ({home}): free some space, then repeat the same command; it goes on "
-            "where it stopped"
-        )
-    if listing is not None and listing.done():  # what is needed is the archive and what comes of it
-        need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
-        require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
-
-
 def _download(job: Job, target: Path, more: list[str], listing: Future | None = None) -> None:
-    """Run the kaggle program's download, quietly, until `target` or its zip is there; shows how the folder grows."""
+    """Run the kaggle program's download, quietly, until `target` or its zip is there; shows how the folder grows.
+
+    Raises UserError where the disk is full, or will be, or the competition cannot be listed: the kaggle program takes a
+    full disk for a broken line, and tries again for a minute.
+    """
+    slug, home, what = job.site.source.slug, job.work.parent, f"downloading {target.name}"
 
     def measure() -> int:
-        is_listed = listing is not None and listing.done() and not listing.exception()
-        done = size_of(job.work)
+        done, is_listed = size_of(job.work), listing is not None and listing.done() and not listing.exception()
         progress.update(done // 10**6, total=sum(listing.result().values()) // 10**6 if is_listed else 0)
         return done
 
-    stop = partial(_refuse_what_cannot_end_well, job, listing)
-    command = ("competitions", "download", job.site.source.slug, "-p", str(job.work), "-q", *more)
-    what = f"downloading {target.name}"
+    def stop() -> None:
+        if shutil.disk_usage(home).free < FULL_BYTES:
+            raise UserError(f"downloading {slug}: the disk is full ({home}): free some space, then {GO_ON}")
+        if listing is not None and listing.done():  # what is needed is the archive and what comes of it
+            need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
+            require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
+
+    command = ("competitions", "download", slug, "-p", str(job.work), "-q", *more)
     with Progress(what, unit="MB") as progress:
         answer = kaggle(job.site.account, *command, measure=measure, stop=stop, lock=job.lock)
     if answer.status != 0 or not (target.is_file() or _zip_of(target).is_file()):
         stop()
         raise job.site.explained(answer, what)
     if list(job.work.glob("*.kaggle-partial")):  # it exits 0 when interrupted, and half a file has its final name
-        raise UserError(f"{what}: interrupted: repeat the same command, it goes on where it stopped")
+        raise UserError(f"{what}: interrupted: {GO_ON}")
 
 
 def _zip_of(file: Path) -> Path:
@@ -259,17 +253,20 @@ def size_of(folder: Path) -> int:
 
 
 def _label_files(job: Job) -> dict[str, Entry]:
-    """Download the label files one by one."""
-    job.draft.mkdir(parents=True)
+    """Download the label files one by one, each to its place."""
     found: dict[str, Entry] = {}
     for name in job.site.source.labels:
-        target = job.work / Path(name).name
+        target, place = job.work / Path(name).name, Path(name).parent
         _download(job, target, ["-f", name])
+        (job.draft / place).mkdir(parents=True, exist_ok=True)
         if _zip_of(target).is_file():
-            found |= archive.unpack_into(_zip_of(target), job.draft)
-            continue
-        with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
-            if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
-                raise Damaged(f"{target.name} is a web page, expected the competition's file")
-        found |= archive.copy_into(target, job.draft)
+            files = archive.unpack_into(_zip_of(target), job.draft / place)
+        else:
+            with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
+                if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                    raise Damaged(f"{target.name} is a web page, expected the competition's file")
+            files = archive.copy_into(target, job.draft / place)
+        for file in (target, _zip_of(target)):  # it may be the user's from now on, and the next one may have its name
+            file.unlink(missing_ok=True)
+        found |= {str(place / own): entry for own, entry in files.items()}
     return found

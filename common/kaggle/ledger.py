@@ -65,7 +65,7 @@ def path_of(competition: str) -> Path:
 
 
 def read(competition: str) -> list[Row]:
-    """All lines, oldest first; columns that were added by hand are left out.
+    """All lines, oldest first, without columns that were added by hand.
 
     Raises UserError for what a spreadsheet may have made of it: rows that are not understood would be sent again.
     """
@@ -104,9 +104,9 @@ def changing(competition: str) -> Iterator[list[Row]]:
 
 
 def claim(competition: str, row: Row, column: str = "") -> Row | None:
-    """Append what is about to be sent: a kill on the way cannot hide it, and of two commands at once only one sends it.
+    """Append what is about to be sent, or return the newest line that has the same `column` already.
 
-    Where a line has the same `column` already, nothing is appended and the newest such line is returned.
+    A kill on the way cannot hide it, and of two commands at once only one sends it.
     """
     with changing(competition) as rows:
         if (before := newest(rows, column, row)) is None:

@@ -94,10 +94,10 @@ def install(made: Manifest, draft: Path, home: Path, kept: str) -> None:
 
 
 def settle(home: Path, kept: str) -> None:
-    """Deal with the old folder of an `install`, also of one that was stopped: nothing that is not ours is deleted.
+    """Deal with the old folder of an `install`, also of one that was stopped: nothing of the user's is deleted.
 
-    It comes back where no new one is. What the new manifest names, and all below the folder `kept`, moves on to the new
-    one, and whatever else `make data` has not brought to <home>.before.
+    It comes back where no new one is. What the new manifest names, and all below `kept`, moves on to the new one, and
+    whatever else `make data` has not brought to <home>.before.
     """
     aside = home.with_name(f".{home.name}.old")
     if not aside.is_dir():

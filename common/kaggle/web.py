@@ -11,6 +11,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -27,39 +28,35 @@ from common.progress import Progress
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 3  # without progress
 AT_ONCE = 16  # small files
+OTHER = ', or name another address with ARGS="--url ..."'
 BROKEN_LINE = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
-def open_url(address: str, headers: dict[str, str] | None = None):
+def open_url(address: str, headers: Mapping[str, str] = {}, other: str = OTHER):
     """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY.
 
     Waits for a part of the patience alone: there are several attempts, and servers with several addresses to try.
     """
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **(headers or {})})
+        request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **headers})
         return urllib.request.build_opener().open(request, timeout=patience() / ATTEMPTS)  # reads the proxies of now
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
-        said = f"{address} answers {error.code} {error.reason}: open it in a browser, or name another address with "
-        raise UserError(hide_addresses(said) + 'ARGS="--url ..."') from error
+        said = f"{address} answers {error.code} {error.reason}: open it in a browser{other}"
     except ValueError as error:
         said = f"--url {address}: expected an address like https://host/path ({error})"
-        raise UserError(hide_addresses(said)) from error
+    raise UserError(hide_addresses(said))
 
 
 def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> tuple[str, dict[str, Entry]]:
     """The archive at a plain address, checked against the checksum given, known or published; (address, files).
 
-    The address comes back as it may be shown and kept: without a signature in its query. Raises UserError where there
-    is no checksum, or one that cannot be one.
+    The address comes back as it may be shown and kept: without a signature in its query.
     """
     wanted = checksum.strip().lower()
     if wanted and not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", wanted):
-        raise UserError(
-            f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256: and 64: "
-            'ARGS="--url ... --checksum sha256:..."'
-        )
+        raise UserError(f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256: and 64")
     if "@" in urlsplit(url).netloc:
         raise UserError(
             "--url: the address has a user name or a password before its host, which is not sent: leave them out, or "
@@ -73,10 +70,8 @@ def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> t
     if name == Path(urlsplit(source.url).path).name and not wanted:
         wanted = source.checksum or (published_checksum(record, name) if record else "")
     if not wanted:
-        raise UserError(
-            f"--url {hide_addresses(url)}: no checksum is known for {name}: add one, "
-            'ARGS="--url ... --checksum md5:..."'
-        )
+        said = f"--url {hide_addresses(url)}: no checksum is known for {name}: add one, "
+        raise UserError(said + 'ARGS="--url ... --checksum md5:..."')
     target = work / name
     if not target.is_file() or digest(target, wanted) != wanted:  # of a call that failed later
         download(address, target, wanted)
@@ -169,8 +164,7 @@ def published_checksum(record: str, name: str) -> str:
 def fetch_images(home: Path, images: Images, count: int) -> None:
     """Fetch `count` training images, several at a time: the same ones everywhere, and a larger count adds to them.
 
-    Raises UserError for those that cannot be read, at once when many in a row all fail, for the network is down then,
-    and when the disk is full or cannot be written.
+    Raises UserError for those that cannot be read, at once when many in a row all fail: then the network is down.
     """
     ids = {row[images.ids_column] for row in read_table(home / images.ids_file)}
     chosen = heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -183,10 +177,9 @@ def fetch_images(home: Path, images: Images, count: int) -> None:
         try:
             if shutil.disk_usage(folder).free < SPARE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with open_url(images.url.format(id=name)) as answer, open(draft, "wb") as out:
-                expected = answer.headers.get("Content-Length")
+            with open_url(images.url.format(id=name), other="") as answer, open(draft, "wb") as out:
                 shutil.copyfileobj(answer, out)
-            if expected is not None and draft.stat().st_size != int(expected):
+            if draft.stat().st_size < int(answer.headers.get("Content-Length", 0)):
                 raise ConnectionError("cut")
             draft.rename(target)
         except (*BROKEN_LINE, UserError) as error:

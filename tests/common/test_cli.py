@@ -45,6 +45,12 @@ def _here(tmp_path, monkeypatch):
         (["train", "clouds", "--bce", "nan"], ["--bce nan"]),
         (["train", "kdd_air_quality", "--jobs", "0"], ["--jobs 0", "-1 for one per core"]),
         (["train", "kdd_air_quality", "--lr", "0"], ["--lr 0", "above 0"]),
+        (["board", "digit_recognizer", "--data", "x"], ["unknown flag --data"]),
+        (["runs", "digit_recognizer", "--data", "x"], ["unknown flag --data"]),
+        (["submit", "digit_recognizer", "--wait", "inf"], ["--wait", "'inf'"]),
+        (["kernel", "digit_recognizer", "--hours", "inf"], ["--hours", "'inf'"]),
+        (["kernel", "digit_recognizer", "--hours", "0.4"], ["--hours 0.4", "15 minutes", "--hours 0.5 or more"]),
+        (["notebook", "digit_recognizer", "--limit", "infh"], ["--limit", "'infh'"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_value_and_leaves_no_run(argv, words, capsys, tmp_path):
@@ -52,6 +58,15 @@ def test_a_mistake_is_one_line_with_the_value_and_leaves_no_run(argv, words, cap
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and all(word in told for word in words), told
     assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_broken_competition_stops_no_other(tmp_path, monkeypatch):
+    """Half of a config.py, as it is while it is edited."""
+    for name in ("digit_recognizer", "lynx"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.py").write_text("SOURCE = (")
+    monkeypatch.setattr(competitions, "COMPETITIONS", tmp_path)
+    assert cli.verb_of("runs", "digit_recognizer") is cli.runs
 
 
 def test_without_the_packages_the_next_command_is_named(monkeypatch, capsys):

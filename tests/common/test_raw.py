@@ -208,6 +208,17 @@ def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
     assert raw.of_run(provenance | {"demo": False, "data": str(home)}, None, sample).read("train.csv") == b"real"
 
 
+def test_a_run_of_another_machine_takes_the_data_of_this_one(tmp_path):
+    """Those of Kaggle are noted as /kaggle/input/...; demo data never stand in for them."""
+    provenance = {"competition": "toy", "demo": False, "data": "/kaggle/input/competitions/toy"}
+    with pytest.raises(UserError, match="DATA=/kaggle/input/competitions/toy does not exist"):
+        raw.of_run(provenance, None, sample)
+    home = tmp_path / "data" / "toy"
+    home.mkdir(parents=True)
+    (home / "train.csv").write_text("real")
+    assert raw.of_run(provenance, None, sample).read("train.csv") == b"real"
+
+
 def test_a_disk_without_room_for_the_sample(tmp_path):
     def full(folder):
         (folder / "train.csv").write_text("half")

@@ -10,7 +10,7 @@ from common import predict
 from common import run as runs
 from common.competition import Competition
 from common.errors import UserError
-from common.files import read_json, read_table, write_json
+from common.files import read_table, write_json
 from common.kaggle.client import Site, go_on_with
 from common.kaggle.kernel.notebook import MARGIN_SECONDS, START, code, needed, wheels, written
 from common.kaggle.kernel.output import fetched
@@ -18,8 +18,10 @@ from common.kaggle.kernel.push import (
     OUTAGE_SECONDS,
     WAIT_SECONDS,
     follow_notebook,
+    name_of,
     push_files,
     push_notebook,
+    read_record,
     submit_version,
     username,
 )
@@ -96,7 +98,7 @@ def publish(competition: Competition, given: argparse.Namespace, words: Sequence
     record, site = runs.RUNS / name / "notebook.json", Site.announced(name, source)
     if given.fetch and not record.is_file():
         raise UserError(f"--fetch: no such notebook of {name} was pushed from here: make notebook COMP={name}")
-    facts = read_json(record) if given.fetch else _pushed(competition, given, words, site, poll)
+    facts = read_record(record) if given.fetch else _pushed(competition, given, words, site, poll)
     write_json(record, facts)
     flags = "'--fetch --submit'" if given.submit else "--fetch"
     with go_on_with(f"make notebook COMP={name} ARGS={flags}"):
@@ -125,7 +127,7 @@ def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence
     given.run, start = ",".join(run.name for run in chosen), time.monotonic()
     table = predict.predict(competition, given)
     _print_budget(table, time.monotonic() - start, given.limit)
-    title = f"kit-{name}-predict".replace("_", "-").lower()[:40]
+    title = name_of(name, "predict")
     reference = f"{username(site)}/{title}"
     metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
     with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:

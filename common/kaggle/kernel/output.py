@@ -31,7 +31,7 @@ def unfinished(site: Site, reference: str) -> str:
         try:
             return str(json.loads(state.read_text())["checkpoint"]) if state else ""
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{STATE} of {reference} cannot be read ({error}): push the notebook again") from error
+            raise UserError(f"{STATE} of {reference} cannot be read ({error}): repeat the same command") from error
 
 
 def fetch_output(site: Site, reference: str) -> Path:
@@ -43,7 +43,10 @@ def fetch_output(site: Site, reference: str) -> Path:
             raise UserError(
                 f"{reference} has no {OUTPUT} among its outputs: see https://www.kaggle.com/code/{reference}"
             )
-        archive.unpack(packed, folder / "output")
+        try:
+            archive.unpack(packed, folder / "output")
+        except archive.Damaged as error:  # the kaggle program keeps the page of an error as the file
+            raise UserError(f"{reference}: {error}: repeat the same command") from error
         tables = _place(folder / "output", site.competition)
     for table in tables:
         print(f"submission: {table}")

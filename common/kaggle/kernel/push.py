@@ -10,7 +10,17 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.kaggle import ledger
 from common.kaggle.client import Answer, Site, Transient, go_on_with, kaggle, until
-from common.kaggle.kernel.notebook import ACCELERATOR, ARCHIVE, SESSION_HOURS, code, needed, notebook, pack, wheels
+from common.kaggle.kernel.notebook import (
+    ACCELERATOR,
+    ARCHIVE,
+    MARGIN_SECONDS,
+    SESSION_HOURS,
+    code,
+    needed,
+    notebook,
+    pack,
+    wheels,
+)
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
@@ -20,6 +30,7 @@ from common.submission import sidecar
 WAIT_SECONDS = 12 * 3600  # with the time in the queue
 OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
 READY_SECONDS = 600  # until a new version of the code can be used by a notebook
+LONGEST = 28  # characters of a competition's name in that of its notebooks: those of Kaggle are short
 ENDED = {"COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"}
 
 
@@ -45,9 +56,14 @@ def kernel(
         raise UserError(
             f"{competition} is not on Kaggle, so no notebook there can read its files: make train COMP={competition}"
         )
+    if 3600 * hours < 2 * MARGIN_SECONDS:
+        raise UserError(
+            f"--hours {hours:g}: the last {MARGIN_SECONDS // 60} minutes of a session are for packing the run, so give "
+            f"it --hours {2 * MARGIN_SECONDS / 3600:g} or more"
+        )
     record = runs.RUNS / competition / "kernel.json"
     site = Site.announced(competition, source)
-    facts = read_json(record) if record.is_file() else {}
+    facts = read_record(record) if record.is_file() else {}
     if fetch and not facts:
         raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
     is_done = False
@@ -103,25 +119,35 @@ def push(
     Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
     """
     source, competition = site.source, site.competition
-    owner, name = username(site), f"kit-{competition}".replace("_", "-").lower()[:40]
+    reference = f"{username(site)}/{name_of(competition)}"
     files: dict[str, bytes | Path] = code(competition)
     pins, version = needed(files), before.get("code")
     if not before:
         files |= {} if internet else wheels(pins.values(), folder / "wheels")
-        version = push_files(site, f"{owner}/{name}", files, folder, poll)
+        version = push_files(site, reference, files, folder, poll)
     metadata = {
         "machine_shape": accelerator,
         "enable_gpu": "true",
         "enable_internet": str(internet).lower(),
         "kernel_sources": [before["kernel"]] if before else [],
     }
-    text = notebook(name, source.slug, competition, arguments, version, pins, internet, 3600 * hours)
-    facts = push_notebook(site, f"{owner}/{name}", text, metadata, 3600 * hours, folder)
+    text = notebook(name_of(competition), source.slug, competition, arguments, version, pins, internet, 3600 * hours)
+    facts = push_notebook(site, reference, text, metadata, 3600 * hours, folder)
     words = " ".join(("python -m common train", competition, *arguments))
     going = f", going on with version {before['version']}" if before else ""
-    print(f"notebook: https://www.kaggle.com/code/{owner}/{name} version {facts['version']}: {words}{going}")
+    print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}: {words}{going}")
     more = {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
     return facts | more | {"pushed": runs.now()}
+
+
+def read_record(record: Path) -> dict:
+    """What was written down of a notebook that was pushed; it lies beside the runs, which nobody should delete."""
+    return read_json(record, "kernel", "version", again=f"delete {record} and push the notebook again")
+
+
+def name_of(competition: str, *purpose: str) -> str:
+    """The name of the competition's notebook for a purpose: what Kaggle itself makes of such a title."""
+    return "-".join(("kit", re.sub("[^a-z0-9]+", "-", competition.lower())[:LONGEST].strip("-"), *purpose))
 
 
 def username(site: Site) -> str:

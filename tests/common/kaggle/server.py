@@ -250,8 +250,9 @@ class Handler(BaseHTTPRequestHandler):
             return server.blobs[path]
         if path.endswith("/archive.zip"):
             return server.archive
-        name = path.rsplit("/", 1)[-1]
-        return server.kernel_files.get(name) if "/kernel/" in path else server.files.get(name)
+        if "/kernel/" in path:
+            return server.kernel_files.get(path.rsplit("/", 1)[-1])
+        return server.files.get(path.partition("/files/")[2])
 
     def storage(self, body: dict) -> Reply | None:
         """A file with Range and If-Range, cut or stalled as the server says."""

@@ -50,10 +50,6 @@ def test_twice_corrupt_is_refused(kaggle, source):
         (lambda k: setattr(k, "archive", b"<html>please log in</html>"), "not a whole zip archive"),
         (lambda k: k.listing.update({"train.csv": 99}), "train.csv has 13 bytes, Kaggle lists 99 .FORCE=1 keeps"),
         (lambda k: k.listing.update({"more.csv": 1}), "more.csv is missing"),
-        (
-            lambda k: (setattr(k, "archive", archive({"other.csv": b"1"})), k.listing.clear()),
-            r"no train.csv, sample_submission.csv \(found: other.csv\)",
-        ),
     ],
 )
 def test_incomplete_archives(kaggle, source, spoil, message):
@@ -63,10 +59,21 @@ def test_incomplete_archives(kaggle, source, spoil, message):
     assert leftovers() == set()
 
 
-def test_force_keeps_what_the_listing_denies(kaggle, source):
+def test_a_whole_archive_without_what_is_expected_is_fetched_once(kaggle, source):
+    """The config.py of a new competition names files that it does not have: no second download mends that."""
+    wrong = replace(source, expected=("train.csv", "train/*.jpg"))
+    with pytest.raises(UserError, match=r"has no train/\*.jpg .found: sample_submission.csv, train.csv.: correct `exp"):
+        fetch(wrong)
+    assert kaggle.counts["GET"] == 1 and leftovers() == {".toy.download"}
+    fetch(source)
+    assert contents() == kaggle.files and leftovers() == {"toy"}
+
+
+def test_force_keeps_what_the_listing_denies(kaggle, source, capfd):
     kaggle.listing["train.csv"] = 99
     fetch(source, force=True)
     assert contents() == kaggle.files
+    assert "is kept as it is: train.csv has 13 bytes, Kaggle lists 99" in capfd.readouterr().out
 
 
 def link(target: str) -> bytes:

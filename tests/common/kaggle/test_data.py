@@ -84,6 +84,28 @@ def test_labels_alone(kaggle, source, capfd):
     assert contents() == kaggle.files
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_labels_that_were_changed_in_place_are_fetched_again(kaggle, source, force):
+    """No copy is left that is the same file under another name."""
+    fetch(source, labels_only=True)
+    with open(HOME / "train.csv", "ab") as stream:
+        stream.write(b"2,1\n")
+    fetch(source, labels_only=True, force=force)
+    assert contents() == {"train.csv": kaggle.files["train.csv"]} and leftovers() == {"toy"}
+
+
+def test_further_labels_and_labels_in_folders(kaggle, source):
+    """A competition's SOURCE may name more of them since the last call; two may differ by their folders alone."""
+    more = {"old/train.csv": b"id,label\n3,1\n"}
+    kaggle.files |= more
+    fetch(source, labels_only=True)
+    source = replace(source, labels=(*source.labels, *more))
+    for _ in range(2):
+        fetch(source, labels_only=True)
+        assert contents() == {"train.csv": kaggle.files["train.csv"]} | more
+    assert len(kaggle.calls("DownloadDataFile")) == 3
+
+
 def test_labels_alone_on_complete_data_replace_nothing_else(kaggle, source, capfd):
     with_images(kaggle)
     fetch(source)

@@ -143,6 +143,22 @@ def test_a_silent_server_is_left_within_the_patience(kaggle, elsewhere, monkeypa
     assert sum(waited) <= 9 and len(waited) > 1
 
 
+@pytest.mark.parametrize("patience", ["0", "-1", "nan", "inf", "1e12", "two"])
+def test_a_patience_that_is_none(kaggle, elsewhere, monkeypatch, patience):
+    monkeypatch.setenv("KIT_PATIENCE", patience)
+    with pytest.raises(UserError, match=f"KIT_PATIENCE={patience}: expected a number of seconds"):
+        fetch(elsewhere, url=kaggle.address)
+    assert kaggle.asked == []
+
+
+def test_a_competition_that_is_nowhere(kaggle):
+    with pytest.raises(
+        UserError, match="its SOURCE has no url: put the files into data/toy, or make train COMP=toy DATA="
+    ):
+        fetch(Source("", (), True))
+    assert kaggle.asked == [] and leftovers() == set()
+
+
 def test_a_line_that_breaks_often_but_goes_on_is_followed(kaggle, elsewhere):
     kaggle.cut_after = [10**9, *[300_000] * 6]  # the record, then more cuts than attempts
     fetch(elsewhere, url=kaggle.address)
@@ -159,7 +175,9 @@ IMAGES = Images("http://images.example/{id}.jpg", "train.csv", "ImageID", "train
 
 
 def test_images_from_elsewhere_by_number(kaggle, source, capfd):
-    kaggle.files["train.csv"] = b"ImageID,LabelName\n" + b"".join(b"im%d,/m/1\n" % (n // 2) for n in range(60))
+    kaggle.files["train.csv"] = b"\xef\xbb\xbfImageID,LabelName\n" + b"".join(
+        b"im%d,/m/1\n" % (n // 2) for n in range(60)
+    )
     kaggle.listing["train.csv"] = len(kaggle.files["train.csv"])
     kaggle.archive = archive(kaggle.files)
     for n in range(30):
@@ -183,7 +201,9 @@ def test_missing_images_are_counted_and_named(kaggle, source):
     for n in range(19):
         kaggle.blobs[f"/train/im{n}.jpg"] = b"jpeg"
     images = Images(f"{kaggle.address}/train/{{id}}.jpg", "train.csv", "ImageID", "train_images", "20")
-    with pytest.raises(UserError, match="1 of 20 images could not be read.*im19.jpg.*404"):
+    with pytest.raises(
+        UserError, match="1 of 20 images.*im19.jpg answers 404 Not Found: open it in a browser.: repeat"
+    ):
         fetch(replace(source, images=images), labels_only=True, images=20)
     assert len(list((HOME / "train_images").iterdir())) == 19
 

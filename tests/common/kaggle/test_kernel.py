@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slugify import slugify
 
 from common.errors import UserError
 from common.kaggle.client import Site
@@ -82,6 +83,13 @@ def test_a_second_time_is_a_new_version_and_replaces_nothing(kaggle, source):
     assert provenance["run"] == "001-best-kaggle" and Path("runs/toy/001-best-kaggle/run.json").is_file()
 
 
+def test_a_damaged_record_costs_no_runs(kaggle, source):
+    Path("runs/toy").mkdir(parents=True)
+    Path("runs/toy/kernel.json").write_text('{"kernel": "some')
+    with pytest.raises(UserError, match="kernel.json cannot be read .*delete runs/toy/kernel.json and push the noteb"):
+        kernel(source, fetch=True)
+
+
 def test_fetching_later(kaggle, source, capfd):
     with pytest.raises(UserError, match="--fetch: no notebook of toy was pushed from here: make kernel COMP=toy"):
         kernel(source, fetch=True)
@@ -138,10 +146,13 @@ def test_a_blip_while_the_notebook_runs_is_waited_out(kaggle, source):
         ({"GetKernelSessionStatus": Reply(503)}, "asking for the notebook someone/kit-toy: Kaggle itself fails", 1),
         ({"GetKernelSessionStatus": Reply(401)}, "Kaggle refuses it", 60),
         ({"ListKernelSessionOutput": Reply(503)}, "fetching the output of someone/kit-toy: Kaggle itself fails", 60),
+        ({"GET": Reply(503, "odd")}, "kit-state.json of someone/kit-toy cannot be read", 60),
+        ({"GET": [Reply(body=b'{"checkpoint": ""}'), Reply(503)]}, "kit-output.zip is not a whole zip archive", 60),
     ],
 )
 def test_failures_after_the_push_name_the_command_that_pushes_nothing(kaggle, source, fault, message, wait):
     kaggle.on = fault
+    kaggle.kernel_files[STATE] = b'{"checkpoint": ""}'
     with pytest.raises(UserError, match=f"{message}.*go on with make kernel COMP=toy ARGS=--fetch") as raised:
         kernel(source, wait=wait)
     assert "same command" not in str(raised.value)
@@ -337,6 +348,14 @@ def test_data_from_elsewhere_has_no_notebook(kaggle, source):
     with pytest.raises(UserError, match="toy is not on Kaggle"):
         kernel(replace(source, slug=""))
     assert kaggle.asked == []
+
+
+@pytest.mark.parametrize("name", ["toy", "human_protein_atlas_image_classification", "Lynx__2_", f"a{'_' * 40}b"])
+def test_the_notebooks_of_a_competition_have_names_of_their_own(name):
+    """And those that Kaggle makes of their titles, and of the title of the data set with their code."""
+    names = [kernels.name_of(name), kernels.name_of(name, "predict")]
+    assert len(set(names)) == 2 and max(map(len, names)) <= 40
+    assert [slugify(f"{one} code") for one in names] == [f"{one}-code" for one in names]
 
 
 def test_the_code_is_packed_to_the_same_bytes(tmp_path):

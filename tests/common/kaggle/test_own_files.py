@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,15 +160,17 @@ def test_a_folder_that_cannot_be_moved_stays_as_it_is(kaggle, source, monkeypatc
     assert contents() == old and leftovers() <= {"toy", ".toy.download"}
 
 
-def test_a_link_to_a_folder_on_a_larger_disk(kaggle, source):
-    """Everything happens beside the folder that it leads to."""
+def test_a_link_to_a_folder_on_a_larger_disk(kaggle, source, monkeypatch):
+    """Everything happens beside the folder that it leads to; the small disk has no room for the archive either."""
+    small, usage = Path("data").absolute(), shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0) if path == small else usage(path))
     Path("large/toy").mkdir(parents=True)
     Path("data").mkdir()
     HOME.symlink_to(Path("large/toy").absolute())
     for _ in range(2):
         fetch(source, force=True)
         assert HOME.is_symlink() and contents(Path("large/toy")) == kaggle.files
-        assert [path.name for path in Path("large").iterdir()] == ["toy"]
+        assert [path.name for path in Path("large").iterdir()] == ["toy"] and leftovers() == {"toy"}
 
 
 def test_files_that_others_hold_keep_their_content(kaggle, source):

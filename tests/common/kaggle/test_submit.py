@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,6 @@ import pytest
 from common import run as runs
 from common.errors import UserError
 from common.kaggle import board as boards
-from common.kaggle import candidate as candidates
 from common.kaggle import ledger as ledgers
 from common.kaggle import submit as submits
 from common.kaggle.asked import PAGE
@@ -90,7 +90,7 @@ def sent(kaggle) -> list[str]:
 
 
 def choice(module, **options):
-    return candidates.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
+    return submits.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
 
 
 def test_the_newest_file_of_the_best_run_is_chosen(module):
@@ -105,6 +105,14 @@ def test_the_newest_file_of_the_best_run_is_chosen(module):
     assert choice(module) == "001-a"
     assert choice(module, run="004-d") == "004-d" and choice(module, run="005-everything") == "005-everything"
     assert choice(module, file="submissions/toy/002-b.csv") == "002-b"
+
+
+def test_no_score_is_not_the_best_one_where_the_runs_are_gone(module):
+    written("001-a", 0.95)
+    written("002-b", 0.9)
+    written("003-none", float("nan"), created="2026-01-03T00:00:00Z")
+    shutil.rmtree("runs")
+    assert choice(module) == "001-a"
 
 
 def test_a_lucky_fold_is_not_sent_and_the_choice_is_explained(module, capfd):
@@ -152,10 +160,10 @@ def test_any_stage_of_a_competition_is_checked_against_its_own_sample(kaggle, mo
     Path("data/toy/stage_2.csv").write_text("id,label\n8,0\n")
     for run, text, rows in (("one", GOOD, 2), ("two", "id,label\n8,1\n", 1)):
         written(run, text=text)
-        assert candidates.check(candidates.choose("toy", module.source, run, None), "toy", module, None) == rows
+        assert submits.check(submits.choose("toy", module.source, run, None), "toy", module, None) == rows
     written("three", text="id,label\n9,1\n")
     with pytest.raises(UserError, match="id 9, expected 1"):
-        candidates.check(candidates.choose("toy", module.source, "three", None), "toy", module, None)
+        submits.check(submits.choose("toy", module.source, "three", None), "toy", module, None)
 
 
 def test_a_copy_of_a_demo_file_is_still_one(kaggle, module):
@@ -178,6 +186,10 @@ def test_nowhere_to_submit(kaggle, module):
         submit(module)
     with pytest.raises(UserError, match="there is nowhere to submit"):
         boards.board("toy", module.source)
+    module.source = Source("", (), True)
+    for command in (lambda: submit(module), lambda: boards.board("toy", module.source)):
+        with pytest.raises(UserError, match="there is nowhere to submit .it is not on Kaggle"):
+            command()
 
 
 # What is sent and what comes back.
@@ -229,7 +241,7 @@ def test_scoring_that_takes_too_long_is_left_to_the_board(kaggle, module, capfd)
 
 def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module):
     written()
-    kaggle.outcome, kaggle.reason = "ERROR", "Submission must have 3 rows"
+    kaggle.outcome, kaggle.reason = "ERROR", "Submission must\n\thave 3 rows"
     with pytest.raises(UserError, match="could not score 001-best.csv: Submission must have 3 rows.*/submissions"):
         submit(module)
     assert (ledger()[0]["status"], ledger()[0]["reason"]) == ("ERROR", "Submission must have 3 rows")

@@ -420,7 +420,7 @@ def test_submission_is_checked(raw, tmp_path):
 
 
 def test_submissions_of_both_stages_are_compared_with_their_own_sample(raw, tmp_path):
-    from common.kaggle import candidate as choose
+    from common.kaggle import submit as choose
 
     data = tmp_path / "data"
     shutil.copytree(raw.path, data, ignore=shutil.ignore_patterns("cache"))
