@@ -155,6 +155,17 @@ def test_predictions_of_other_data_are_not_kept_for_blends():
     assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
 
 
+def test_the_rows_of_the_csv_stand_in_the_order_of_the_sample(monkeypatch):
+    toy_train(fold="0")
+    rows = Path("submissions/toy/one-demo.csv").read_text().split()
+    Path("data/demo/toy/sample_submission.csv").write_text("\n".join([rows[0], *rows[:0:-1]]))
+    whole = toy.build
+    named = [f"t{row}" for row in range(toy.TEST_ROWS)]
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), test_ids=named))
+    predict_again("--run", "one")
+    assert Path("submissions/toy/one-demo.csv").read_text().split() == [rows[0], *rows[:0:-1]]
+
+
 def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
     whole = toy.build
     fitted = lambda train, valid, fold, run: (np.full((len(valid), 3), 0.3), np.full((30, 3), 0.3))  # noqa: E731
