@@ -17,7 +17,7 @@ from pandas.api.types import union_categoricals
 from common.archive import DAMAGED
 from common.errors import UserError, some
 from common.raw import RawData
-from common.tables.columns import NO_NUMBER, Column, as_column
+from common.tables.columns import NO_NUMBER, Column, as_column, numbers
 
 BYTES_AT_ONCE = 1 << 23  # few enough for the distinct cells to stay in the processor cache, and for the memory
 SHOWN = 30  # characters of a cell or a name in a message
@@ -242,11 +242,16 @@ class _File:
         blanks = {place: [] if column.is_text or column.is_whole else NO_NUMBER for place, column in typed.items()}
         blanks |= {place: NO_NUMBER for place in options["usecols"] if place not in typed}
         try:
-            frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+            try:
+                frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+            except ValueError:  # a column of numbers may hold True and False beside blanks
+                as_text |= {place: column for place, column in typed.items() if not column.is_text}
+                dtypes, blanks = dtypes | dict.fromkeys(as_text, "str"), blanks | dict.fromkeys(as_text, [])
+                frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
             for place, column in as_text.items():
                 if column.wrong_texts(frame[place]).any():
                     return None
-                frame[place] = frame[place].astype(column.dtype)
+                frame[place] = (frame[place] if column.is_whole else numbers(frame[place])).astype(column.dtype)
         except (ValueError, OverflowError):  # pandas does not say where
             return None
         return None if any(column.wrong(frame[place]).any() for place, column in typed.items()) else frame

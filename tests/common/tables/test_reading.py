@@ -173,6 +173,14 @@ def test_a_number_that_must_be_there(read, name):
     assert np.isnan(table["size"][1])
 
 
+def test_true_and_false_are_1_and_0_beside_blanks_too(read):
+    assert list(read("a,v\n1,True\n2,False\n", {"v": float})["v"]) == [1, 0]
+    table = read("a,v\n1,True\n2,\n3,false\n4,0.5\n", {"v": number(blank=True)})
+    np.testing.assert_array_equal(table["v"], [1, np.nan, 0, 0.5])
+    assert "line 3, column v: 'Maybe', expected a number" in fault(read, "v\nTrue\nMaybe\nFalse\n", {"v": float})
+    assert "line 3, column v: '', expected a number" in fault(read, 'v\nTrue\n""\nFalse\n', {"v": float})
+
+
 def test_ids_that_are_there_twice(read):
     message = fault(read, "id\nx\n\ny\nx\n", {"id": str}, id="id")
     assert "line 5: id 'x' is there twice, first in line 2" in message
