@@ -36,6 +36,11 @@ class Sample:
     @staticmethod
     def read(raw: RawData, name: str = "sample_submission.csv", text: Collection[str] = ()) -> "Sample":
         """The competition's sample file; it has no part in the data's fingerprint, as it trains nothing."""
+        if not raw.exists(name) and (others := raw.matching("*submission*.csv")):
+            raise UserError(
+                f"{raw.path} has no {name}, but {some(others)}: name it in build(), Sample.read(raw, {others[0]!r}) "
+                f"and Task(submission=Submission(sample={others[0]!r}))"
+            )
         return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text)
 
     @staticmethod

@@ -146,6 +146,8 @@ class _File:
 
     @property
     def again(self) -> str:
+        if self.raw.is_demo:
+            return f"mend competitions/{self.raw.competition}/demo.py"
         return f"mend the file, or get it again with make data COMP={self.raw.competition}"
 
     def decoded(self, block: bytes, encoding: str, line: int) -> str:
@@ -170,19 +172,20 @@ class _File:
         renamed = [f"{_cut(near[_plain(name)])!r} for {name}" for name in missing if _plain(name) in near]
         separator = next((mark for mark in (";", "\t") if len(found) == 1 and mark in found[0]), None)
         facts = [
-            f"{len(found)} columns, expected {len(self.columns)}" if extra or missing and len(found) > 9 else "",
+            f"{len(found)} columns, expected {len(self.columns)}" if extra or missing and len(found) > 9 and self.others == "refuse" else "",
             f"its cells are separated by {separator!r}, not by commas" if separator else "",
             f"missing: {_some(missing)}" if missing else "",
             f"spelt otherwise: {', '.join(renamed[:3])}" if renamed else "",
-            f"not expected: {_some(extra)}" if extra else "",
+            f"not expected: {_some(extra)}" if extra or missing and len(found) > 9 and self.others == "refuse" else "",
             f"there twice: {_some(twice)}" if twice else "",
         ]
         told = "; ".join(fact for fact in facts if fact)
         if not told and self.others == "refuse" and found != list(self.columns):
             told = "the columns stand in another order"
         if told:
+            build = f"name its own columns in competitions/{self.raw.competition}/task.py, or " * bool(missing)
             raise UserError(
-                f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {self.again}"
+                f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {build}{self.again}"
             )
         return found
 

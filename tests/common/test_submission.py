@@ -190,6 +190,13 @@ def test_a_sample_that_no_submission_could_follow_is_named(tmp_path, lines, told
         submission.Sample.read(RawData(tmp_path, "toy"))
 
 
+def test_a_sample_of_another_name_is_named(tmp_path):
+    (tmp_path / "gender_submission.csv").write_text("id,y\na,1\n")
+    with pytest.raises(UserError, match="but gender_submission.csv: .*Submission.sample='gender_submission.csv'"):
+        submission.Sample.read(RawData(tmp_path, "toy"))
+    assert submission.Sample.read(RawData(tmp_path, "toy"), "gender_submission.csv").ids == ("a",)
+
+
 @pytest.mark.parametrize(
     ("ids", "told"),
     [

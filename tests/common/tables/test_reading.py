@@ -187,6 +187,14 @@ def test_ids_that_are_there_twice(read):
     assert len(read("id\n1\n01\n", {"id": str}, id="id")) == 2, "texts, as they are written"
 
 
+def test_the_advice_fits_whose_file_it_is(tmp_path):
+    (tmp_path / "t.csv").write_text("a\n1\n")
+    for is_demo, advice in ((False, "mend the file, or get it"), (True, "mend competitions/toy/demo.py")):
+        words = f"missing: b.: name its own columns in competitions/toy/task.py, or {advice}"
+        with pytest.raises(UserError, match=words):
+            tables.read(RawData(tmp_path, "toy", is_demo), "t.csv", {"b": int})
+
+
 def test_refusing_others_refuses_another_order(read):
     assert "not expected: c" in fault(read, "a,b,c\n1,2,3\n", {"a": int, "b": int}, others="refuse")
     assert "another order" in fault(read, "b,a\n1,2\n", {"a": int, "b": int}, others="refuse")
