@@ -183,7 +183,7 @@ class _File:
         if not told and self.others == "refuse" and found != list(self.columns):
             told = "the columns stand in another order"
         if told:
-            build = f"name its own columns in competitions/{self.raw.competition}/task.py, or " * bool(missing)
+            build = "name its own columns in task.py, or " * bool(missing)
             raise UserError(
                 f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {build}{self.again}"
             )

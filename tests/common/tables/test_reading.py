@@ -190,7 +190,7 @@ def test_ids_that_are_there_twice(read):
 def test_the_advice_fits_whose_file_it_is(tmp_path):
     (tmp_path / "t.csv").write_text("a\n1\n")
     for is_demo, advice in ((False, "mend the file, or get it"), (True, "mend competitions/toy/demo.py")):
-        words = f"missing: b.: name its own columns in competitions/toy/task.py, or {advice}"
+        words = f"missing: b.: name its own columns in task.py, or {advice}"
         with pytest.raises(UserError, match=words):
             tables.read(RawData(tmp_path, "toy", is_demo), "t.csv", {"b": int})
 
