@@ -42,7 +42,8 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
                 f"columns of metrics.csv, {', '.join(OWN_COLUMNS)}"
             )
     check_direction(task.metrics[0], competition.source.higher_is_better)
-    if len(task.data.test_ids) == len(task.sample.ids) or task.submission.rows is a_row_each:  # else a row makes several
+    as_many = len(task.data.test_ids) == len(task.sample.ids)
+    if as_many or task.submission.rows is a_row_each:  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
     paths = image_paths(task.data.test) if every_image else []
     refuse_unreadable(unreadable(paths), len(paths), "test images")
@@ -167,10 +168,10 @@ def _check_rows(task: Task, decisions: object) -> None:
     asked = set(task.sample.ids)
     for row in task.submission.rows(ids, decisions):
         cells = [str(cell) for cell in row]
-        if cells and cells[0] not in asked:
-            problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
-        elif len(cells) != len(task.sample.columns):
+        if len(cells) != len(task.sample.columns):
             problem = f"{len(cells)} values, expected {len(task.sample.columns)} ({','.join(task.sample.columns)})"
+        elif cells[0] not in asked:
+            problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
         else:
             problem = task.sample.fault(cells[1:]) or (task.submission.valid and task.submission.valid(cells[1:]))
         if problem:

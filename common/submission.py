@@ -74,10 +74,12 @@ class Sample:
                     truths.discard(column)
         if not ids:
             raise UserError(f"{where} has a header and no rows, expected one for every id: {AGAIN}")
-        return Sample(where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank), frozenset(truths))
+        return Sample(
+            where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank), frozenset(truths)
+        )
 
     def check_ids(self, ids: Iterable[Any]) -> None:
-        """Raises UserError when the ids to predict, in any order, are not the sample's: before the training, if asked."""
+        """Raises UserError when the ids to predict, in any order, are not the sample's: asked before the training."""
         counts, asked = Counter(map(str, ids)), set(self.ids)
         found = [f"id {name} is there twice" for name, count in counts.items() if count > 1]
         found += [f"id {name} is not in the sample submission" for name in counts if name not in asked]

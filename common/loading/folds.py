@@ -112,7 +112,9 @@ def _filled(values: Sequence, what: str) -> np.ndarray:
 
     array = np.asarray(values)
     if (missing := np.argwhere(pd.isna(array))).size:
-        raise UserError(f"row {missing[0][0]} (of {len(array)}, the first is 0) has no {what}: give it one, with fillna")
+        raise UserError(
+            f"row {missing[0][0]} (of {len(array)}, the first is 0) has no {what}: give it one, with fillna"
+        )
     return array
 
 

@@ -75,7 +75,7 @@ def text(blank: bool = False, category: bool = False) -> Column:
 
 
 def number(low: float = -math.inf, high: float = math.inf, blank: bool = False, dtype: str = "float64") -> Column:
-    """Finite numbers from `low` to `high`, True and False for 1 and 0; NaN for a cell that is blank, where it may be."""
+    """Finite numbers from `low` to `high`, True and False as 1 and 0; NaN for a blank cell, where it may be."""
     return Column(dtype, low, high, blank)
 
 

@@ -171,8 +171,9 @@ class _File:
         near = {_plain(name): name for name in found}
         renamed = [f"{_cut(near[_plain(name)])!r} for {name}" for name in missing if _plain(name) in near]
         separator = next((mark for mark in (";", "\t") if len(found) == 1 and mark in found[0]), None)
+        many = self.others == "refuse" and len(found) > 9
         facts = [
-            f"{len(found)} columns, expected {len(self.columns)}" if extra or missing and len(found) > 9 and self.others == "refuse" else "",
+            f"{len(found)} columns, expected {len(self.columns)}" if extra or many and missing else "",
             f"its cells are separated by {separator!r}, not by commas" if separator else "",
             f"missing: {_some(missing)}" if missing else "",
             f"spelt otherwise: {', '.join(renamed[:3])}" if renamed else "",

@@ -35,7 +35,10 @@ class Heavy(toy.ToyRows):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"test_ids": [f"t{row + 1}" for row in range(30)]}, "the rows to predict are not those of .*t30 is not.*t0 is"),
+        (
+            {"test_ids": [f"t{row + 1}" for row in range(30)]},
+            "the rows to predict are not those of .*t30 is not.*t0 is",
+        ),
         ({"test": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3)), "test_ids": ["t0", "t1", "t2"]}, "id t3 is missing"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
         ({"test": None}, "0 test rows have 30 ids"),
