@@ -286,7 +286,7 @@ def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collect
         if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
             raise UserError(
                 f"--{name.replace('_', '-')} {_value_text(value)}: this task has no network that would use it. Leave "
-                f"this flag out, of a recipe too"
+                f"this flag out, of the recipe in config.py too"
             )
 
 

@@ -529,8 +529,8 @@ def _decided(name: str, decisions: Tensor, threshold: float | None) -> Tensor:
         return decisions
     if threshold is None:
         raise UserError(
-            f"metric {name} compares decisions, found scores ({decisions.dtype}): give it a threshold=, or decide in "
-            "postprocess"
+            f"metric {name} compares decisions, found scores ({decisions.dtype}): decide in postprocess, by `apply`, "
+            "as the CSV has to, or give it a threshold= where the CSV wants scores"
         )
     return decisions > threshold
 

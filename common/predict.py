@@ -88,6 +88,7 @@ def write_submission(
         rows_of_csv = _rows_of_csv(members, streams, predictors, keep, lost, fallback.until if fallback else None)
         provenance = _provenance(competition, members, is_demo)
         task = first.task
+        rows_of_csv = task.sample.in_order(rows_of_csv)
         if fallback:
             rows_of_csv = _filled(rows_of_csv, task.sample.ids, fallback, lost, provenance)
         else:

@@ -13,7 +13,7 @@ from common.device import device_of
 from common.engine import memory
 from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import require_room
 from common.fit import OWN_COLUMNS, fold_label, order_of, rows_of_fold
 from common.loading import orders
@@ -22,7 +22,7 @@ from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
 from common.predictions import leaves, pack
 from common.run import RUNS
-from common.task import Task
+from common.task import Task, a_row_each
 from common.vision.check import image_paths, refuse_unreadable, unreadable
 
 LARGE = 2_000_000  # numbers of a sample, of which one is tried out instead of two
@@ -42,7 +42,8 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
                 f"columns of metrics.csv, {', '.join(OWN_COLUMNS)}"
             )
     check_direction(task.metrics[0], competition.source.higher_is_better)
-    if len(task.data.test_ids) == len(task.sample.ids):  # else several rows of the CSV belong to one test row
+    as_many = len(task.data.test_ids) == len(task.sample.ids)
+    if as_many or task.submission.rows is a_row_each:  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
     paths = image_paths(task.data.test) if every_image else []
     refuse_unreadable(unreadable(paths), len(paths), "test images")
@@ -164,10 +165,13 @@ def _check_rows(task: Task, decisions: object) -> None:
     """The rows of the CSV that these decisions would make, under ids of test rows."""
     ids = [str(name) for name in task.data.test_ids][: len(tensors_of(decisions)[0])]
     decisions = map_tree(lambda x: x[: len(ids)], decisions)
+    asked = set(task.sample.ids)
     for row in task.submission.rows(ids, decisions):
         cells = [str(cell) for cell in row]
         if len(cells) != len(task.sample.columns):
             problem = f"{len(cells)} values, expected {len(task.sample.columns)} ({','.join(task.sample.columns)})"
+        elif cells[0] not in asked:
+            problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
         else:
             problem = task.sample.fault(cells[1:]) or (task.submission.valid and task.submission.valid(cells[1:]))
         if problem:

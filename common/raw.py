@@ -16,11 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from common.archive import DAMAGED, Damaged, refuse_bomb, unpack
+from common.competition import COMPETITIONS
 from common.errors import UserError
 from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the folder beside the data that is the kit's own
+MADE_BY = ".made-by"  # in demo data: the sha256 of the demo.py that made them
 
 
 @dataclass(frozen=True)
@@ -311,12 +313,19 @@ def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> 
 
 
 def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
-    """The demo data's folder, generated once; written beside and renamed, so that half of it is never read.
+    """The demo data's folder, generated once, and again after demo.py has changed.
 
+    Written beside and renamed, so that half of it is never read.
     Raises UserError when the disk is full or when `write_demo` writes nothing; whatever it raises, nothing stays.
     """
-    folder = DATA / "demo" / competition
-    if visible(folder):
+    folder, source = DATA / "demo" / competition, COMPETITIONS / competition / "demo.py"
+    made_by = sha256(source) if source.is_file() else ""
+
+    def is_there() -> bool:
+        stamp = folder / MADE_BY
+        return bool(visible(folder)) and made_by in ("", stamp.read_text() if stamp.is_file() else None)
+
+    if is_there():
         return folder
     draft = folder.with_name(f"{competition}.{os.getpid()}.part")
     try:
@@ -324,13 +333,14 @@ def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
         with alone_in(folder.parent) as alone:
             for left in folder.parent.glob(f"{competition}.*.part") if alone else ():  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            if visible(folder):  # another process was faster
+            if is_there():  # another process was faster
                 return folder
             draft.mkdir()
             write_demo(draft)
             if not visible(draft):
                 raise UserError(f"competitions/{competition}: write_demo has written no file, expected the demo data")
-            shutil.rmtree(folder, ignore_errors=True)  # an empty one
+            (draft / MADE_BY).write_text(made_by)
+            shutil.rmtree(folder, ignore_errors=True)  # an empty one, or of another demo.py
             draft.rename(folder)
     except OSError as error:
         if not visible(folder):  # without locks another process may have been faster

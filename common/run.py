@@ -234,7 +234,9 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
     changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
     labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a run that is gone may have labelled all
     changes += [f"run {name} was begun anew since" for name in labelling.keys() & then if labelling[name] != then[name]]
-    return settings, changes if run.result is None else []  # what is trained already is only predicted
+    if run.result is not None:  # what is trained already is only predicted: by its models, whatever the data are now
+        changes = [] if any(run.path.glob("fold-*/model.pt")) else [one for one in changes if one.startswith("data: ")]
+    return settings, changes
 
 
 def _resumed(run: Run) -> Run:

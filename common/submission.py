@@ -4,17 +4,19 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import NUMBER, replacing, sha256
 from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
+TRUTHS = ("true", "false")
 OFFENDERS = 5  # so many faults are named before the check gives up
 AGAIN = "mend the file, or get it again with make data"
 Validator = Callable[[Sequence[str]], str | None]
@@ -22,17 +24,23 @@ Validator = Callable[[Sequence[str]], str | None]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the sample submission asks for: its columns, its ids in their order, and which of its cells are numbers."""
+    """What the sample submission asks for: its columns, its ids in their order, and what its cells are."""
 
     where: str  # the file, for messages
     columns: tuple[str, ...]  # the id first
     ids: tuple[str, ...]
     numeric: frozenset[str]  # columns that hold nothing but finite numbers
     blank: frozenset[str]  # columns with empty cells
+    truths: frozenset[str]  # columns that hold nothing but True and False
 
     @staticmethod
     def read(raw: RawData, name: str = "sample_submission.csv", text: Collection[str] = ()) -> "Sample":
         """The competition's sample file; it has no part in the data's fingerprint, as it trains nothing."""
+        if not raw.exists(name) and (others := raw.matching("*submission*.csv")):
+            raise UserError(
+                f"{raw.path} has no {name}, but {some(others)}: name it in build(), Sample.read(raw, {others[0]!r}) "
+                f"and Task(submission=Submission(sample={others[0]!r}))"
+            )
         return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text)
 
     @staticmethod
@@ -49,7 +57,8 @@ class Sample:
                 f"one other, each with a name of its own: {AGAIN}"
             )
         ids: dict[str, int] = {}
-        numeric, filled, blank = set(header[1:]) - set(text), set(), set()
+        numeric, truths = (set(header[1:]) - set(text) for _ in range(2))
+        filled, blank = set(), set()
         for line, row in rows:
             if len(row) != len(header):
                 raise UserError(f"{where} line {line}: {len(row)} values, expected {len(header)}: {AGAIN}")
@@ -61,29 +70,46 @@ class Sample:
                 (filled if cell else blank).add(column)
                 if cell and not is_number(cell):
                     numeric.discard(column)
+                if cell.lower() not in TRUTHS:
+                    truths.discard(column)
         if not ids:
             raise UserError(f"{where} has a header and no rows, expected one for every id: {AGAIN}")
-        return Sample(where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank))
+        return Sample(
+            where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank), frozenset(truths)
+        )
 
     def check_ids(self, ids: Iterable[Any]) -> None:
-        """Raises UserError when the ids to predict are not the sample's in its order: before the training, if asked."""
-        found, seen = [], set()
-        for number, (name, expected) in enumerate(zip_longest(map(str, ids), self.ids)):
-            if problem := _misplaced(name, expected, seen):
-                found.append(f"row {number}: {problem}")
-            if len(found) == OFFENDERS:
-                break
+        """Raises UserError when the ids to predict, in any order, are not the sample's: asked before the training."""
+        counts, asked = Counter(map(str, ids)), set(self.ids)
+        found = [f"id {name} is there twice" for name, count in counts.items() if count > 1]
+        found += [f"id {name} is not in the sample submission" for name in counts if name not in asked]
+        found += [f"id {name} is missing" for name in self.ids if name not in counts]
         if found:
             raise UserError(
-                f"the rows to predict are not those of {self.where}: {'; '.join(found)}. Files of one download belong "
-                f"together: {AGAIN}"
+                f"the rows to predict are not those of {self.where}: {some(found, OFFENDERS)}. Files of one download "
+                f"belong together: {AGAIN}"
             )
 
+    def in_order(self, rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """The rows of a CSV in the order of the sample's ids. Those that are not the sample's go last, for the check.
+
+        They are passed on as they come, and held from the first one on that stands elsewhere in the sample.
+        """
+        rows, ids = iter(rows), iter(self.ids)
+        for row in rows:
+            if row and str(row[0]) == next(ids, None):
+                yield row
+                continue
+            places = {name: place for place, name in enumerate(self.ids)}
+            yield from sorted([row, *rows], key=lambda row: places.get(str(row[0]) if row else "", len(places)))
+
     def fault(self, values: Sequence[str]) -> str | None:
-        """What is wrong with the values of a row, its id left out: where the sample has numbers, finite ones belong."""
+        """What is wrong with a row's values, its id left out: finite numbers, or True and False, as the sample has."""
         for column, value in zip(self.columns[1:], values, strict=True):
             if column in self.numeric and not (is_number(value) or (not value and column in self.blank)):
                 return f"has the value {','.join(values)}, expected a finite number in {column} as in the sample"
+            if column in self.truths and value.lower() not in TRUTHS:
+                return f"has the value {','.join(values)}, expected True or False in {column} as in the sample"
             if not _is_finite(value):
                 return f"has the value {','.join(values)}, which is not finite in {column}"
         return None

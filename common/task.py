@@ -169,7 +169,7 @@ def completed(task: Task, raw: RawData) -> Task:
         )
     _check_ids("ids", data.ids)
     _check_ids("test_ids", data.test_ids)
-    submission = task.submission if task.submission.rows else replace(task.submission, rows=_a_row_each)
+    submission = task.submission if task.submission.rows else replace(task.submission, rows=a_row_each)
     digest = sha256(f"{raw.opened_fingerprint()} {fingerprint(image_paths(data.train))}".encode()).hexdigest()
     return replace(task, data=data, submission=submission, sample=sample, fingerprint=digest)
 
@@ -195,7 +195,7 @@ def needs_workers(task: Task) -> bool:
     return task.network is not None and not hasattr(task.data.train, "batch")
 
 
-def _a_row_each(ids: Sequence[str], decisions: Tensor | np.ndarray) -> Iterable[Sequence[Any]]:
+def a_row_each(ids: Sequence[str], decisions: Tensor | np.ndarray) -> Iterable[Sequence[Any]]:
     """id and decision [B], or id and the decisions [B, columns], as rows of the CSV."""
     for name, values in zip(ids, decisions.tolist(), strict=True):
         yield (name, *values) if isinstance(values, list) else (name, values)

@@ -24,7 +24,7 @@ def kfold(ids: Sequence, folds: int, seed: int) -> np.ndarray:
 def stratified(ids: Sequence, labels: Sequence, folds: int, seed: int) -> np.ndarray:
     """Folds of equal size that hold every class of `labels` [n] in equal number, both up to one row."""
     order = _shuffled(ids, folds, seed)
-    _, classes = np.unique(np.asarray(labels), return_inverse=True)
+    _, classes = np.unique(_filled(labels, "label"), return_inverse=True)
     return _dealt(order[np.argsort(classes[order], kind="stable")], folds)
 
 
@@ -49,7 +49,7 @@ def multilabel_stratified(ids: Sequence, labels: np.ndarray, folds: int, seed: i
 
 def grouped(groups: Sequence, folds: int, seed: int) -> np.ndarray:
     """Folds of about equal size that never share a group; `groups` [n] names the group of every row."""
-    names, number, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    names, number, counts = np.unique(_filled(groups, "group"), return_inverse=True, return_counts=True)
     order = _shuffled(names.tolist(), folds, seed, "groups")
     of_group, sizes = np.empty(len(names), np.int64), np.zeros(folds, np.int64)
     for group in order[np.argsort(-counts[order], kind="stable")]:  # the largest first, each to the smallest fold
@@ -65,11 +65,11 @@ def stratified_grouped(labels: Sequence, groups: Sequence, folds: int, seed: int
     ones first, to the fold that has least of what is in them. Then groups of like size change places wherever that
     makes the sum of squares over folds and classes smaller: it is least where all folds are equal.
     """
-    labels = np.asarray(labels)
+    labels = _filled(labels, "label")
     if labels.ndim == 1:
         classes, labels = np.unique(labels, return_inverse=True)
         labels = labels[:, None] == np.arange(len(classes))
-    names, number = np.unique(np.asarray(groups), return_inverse=True)
+    names, number = np.unique(_filled(groups, "group"), return_inverse=True)
     columns = np.column_stack([np.ones(len(labels)), labels])
     content = np.zeros((len(names), columns.shape[1]))  # part of all rows, and of every class, that a group has
     np.add.at(content, number, columns)
@@ -104,6 +104,18 @@ def fingerprint(folds: np.ndarray, ids: Sequence) -> str:
 def write_csv(path: Path, folds: np.ndarray, ids: Sequence) -> None:
     """Save the folds as `id,fold`, to share them among models."""
     files.write_csv(path, ("id", "fold"), zip(ids, np.asarray(folds).tolist(), strict=True))
+
+
+def _filled(values: Sequence, what: str) -> np.ndarray:
+    """`values` [n, ...] as an array; raises UserError where one is missing, which is no name of a class or group."""
+    import pandas as pd  # knows None, NaN and NA
+
+    array = np.asarray(values)
+    if (missing := np.argwhere(pd.isna(array))).size:
+        raise UserError(
+            f"row {missing[0][0]} (of {len(array)}, the first is 0) has no {what}: give it one, with fillna"
+        )
+    return array
 
 
 def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.ndarray:

@@ -8,6 +8,7 @@ import pandas as pd
 
 # How programs write that a number is missing.
 NO_NUMBER = ("", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None")
+TRUTHS = {"True": 1.0, "TRUE": 1.0, "true": 1.0, "False": 0.0, "FALSE": 0.0, "false": 0.0}
 TEXTS = ("str", "category")
 
 
@@ -55,11 +56,17 @@ class Column:
         """The same of cells as they are written: what is no number at all included."""
         if self.is_text:
             return self.wrong(texts.astype(self.dtype))
-        numbers = pd.to_numeric(texts.where(~texts.isin(NO_NUMBER)), errors="coerce").astype(float)
-        wrong = Column("float64", self.low, self.high, self.blank).wrong(numbers)
+        found = numbers(texts)
+        wrong = Column("float64", self.low, self.high, self.blank).wrong(found)
         if self.is_whole:
             return wrong | ~texts.str.fullmatch(r"-?[0-9]+").to_numpy(bool)
-        return wrong | (numbers.isna() & ~texts.isin(NO_NUMBER)).to_numpy(bool)
+        return wrong | (found.isna() & ~texts.isin(NO_NUMBER)).to_numpy(bool)
+
+
+def numbers(texts: pd.Series) -> pd.Series:
+    """float64 of cells as they are written: NaN for what is no number, 1 and 0 for True and False as pandas has it."""
+    kept = texts.where(~texts.isin(NO_NUMBER))
+    return kept.map(TRUTHS).fillna(pd.to_numeric(kept, errors="coerce")).astype(float)
 
 
 def text(blank: bool = False, category: bool = False) -> Column:
@@ -68,7 +75,7 @@ def text(blank: bool = False, category: bool = False) -> Column:
 
 
 def number(low: float = -math.inf, high: float = math.inf, blank: bool = False, dtype: str = "float64") -> Column:
-    """Finite numbers from `low` to `high`; NaN for a cell that is blank, where it may be."""
+    """Finite numbers from `low` to `high`, True and False as 1 and 0; NaN for a blank cell, where it may be."""
     return Column(dtype, low, high, blank)
 
 

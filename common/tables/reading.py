@@ -17,7 +17,7 @@ from pandas.api.types import union_categoricals
 from common.archive import DAMAGED
 from common.errors import UserError, some
 from common.raw import RawData
-from common.tables.columns import NO_NUMBER, Column, as_column
+from common.tables.columns import NO_NUMBER, Column, as_column, numbers
 
 BYTES_AT_ONCE = 1 << 23  # few enough for the distinct cells to stay in the processor cache, and for the memory
 SHOWN = 30  # characters of a cell or a name in a message
@@ -146,6 +146,8 @@ class _File:
 
     @property
     def again(self) -> str:
+        if self.raw.is_demo:
+            return f"mend competitions/{self.raw.competition}/demo.py"
         return f"mend the file, or get it again with make data COMP={self.raw.competition}"
 
     def decoded(self, block: bytes, encoding: str, line: int) -> str:
@@ -169,20 +171,22 @@ class _File:
         near = {_plain(name): name for name in found}
         renamed = [f"{_cut(near[_plain(name)])!r} for {name}" for name in missing if _plain(name) in near]
         separator = next((mark for mark in (";", "\t") if len(found) == 1 and mark in found[0]), None)
+        many = self.others == "refuse" and len(found) > 9
         facts = [
-            f"{len(found)} columns, expected {len(self.columns)}" if extra or missing and len(found) > 9 else "",
+            f"{len(found)} columns, expected {len(self.columns)}" if extra or many and missing else "",
             f"its cells are separated by {separator!r}, not by commas" if separator else "",
             f"missing: {_some(missing)}" if missing else "",
             f"spelt otherwise: {', '.join(renamed[:3])}" if renamed else "",
-            f"not expected: {_some(extra)}" if extra else "",
+            f"not expected: {_some(extra)}" if extra or missing and len(found) > 9 and self.others == "refuse" else "",
             f"there twice: {_some(twice)}" if twice else "",
         ]
         told = "; ".join(fact for fact in facts if fact)
         if not told and self.others == "refuse" and found != list(self.columns):
             told = "the columns stand in another order"
         if told:
+            build = "name its own columns in task.py, or " * bool(missing)
             raise UserError(
-                f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {self.again}"
+                f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {build}{self.again}"
             )
         return found
 
@@ -242,11 +246,16 @@ class _File:
         blanks = {place: [] if column.is_text or column.is_whole else NO_NUMBER for place, column in typed.items()}
         blanks |= {place: NO_NUMBER for place in options["usecols"] if place not in typed}
         try:
-            frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+            try:
+                frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+            except ValueError:  # a column of numbers may hold True and False beside blanks
+                as_text |= {place: column for place, column in typed.items() if not column.is_text}
+                dtypes, blanks = dtypes | dict.fromkeys(as_text, "str"), blanks | dict.fromkeys(as_text, [])
+                frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
             for place, column in as_text.items():
                 if column.wrong_texts(frame[place]).any():
                     return None
-                frame[place] = frame[place].astype(column.dtype)
+                frame[place] = (frame[place] if column.is_whole else numbers(frame[place])).astype(column.dtype)
         except (ValueError, OverflowError):  # pandas does not say where
             return None
         return None if any(column.wrong(frame[place]).any() for place, column in typed.items()) else frame

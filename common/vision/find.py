@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, some
-from common.raw import files_under
+from common.raw import CACHE, files_under
 from common.vision.decode import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -63,7 +63,9 @@ def images_of(
     missing file the path where it is not: whoever decodes it leaves its row out, as that of a damaged one.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing: {again}")
+        there = sorted(one.name for one in folder.parent.glob("*") if one.is_dir() and one.name != CACHE)
+        beside = f" (beside it: {some(there)})" if there else ""
+        raise UserError(f"{folder} is missing{beside}: name the folder in build(), or {again}")
     paths = match_images(folder, ids)
     if lenient:
         return [path or folder / str(name) for name, path in zip(ids, paths, strict=True)]

@@ -45,15 +45,18 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             valid=ImageDataset(train, targets),
             test=ImageDataset(test),
             ids=table[ID].tolist(),
-            # CHANGE: common.loading.folds.grouped where images belong together (of one patient, of one place)
+            # CHANGE: where images belong together, grouped(table["site"], config.folds, config.seed) of the same module
             folds=multilabel_stratified(table[ID].tolist(), targets, config.folds, config.seed),
             # --pseudo RUN trains on the test rows too, with predictions [m, labels] as their targets
             pseudo=lambda soft: ImageDataset(test, soft, transform=augment),
         ),
         network=Network(
             model=partial(Classifier, config.backbone, config.size, len(LABELS), dropout=config.dropout),
-            # CHANGE: for one class of several, targets are class numbers int64 [n], outputs as many as classes, the
-            # loss is CrossEntropy() and `predict` below outputs.softmax(1).
+            # CHANGE: for one class of several, targets are class numbers int64 [n] of a column tables.whole(0, C - 1),
+            # outputs as many as classes, the loss is CrossEntropy() and `predict` below outputs.softmax(1); where the
+            # CSV wants class numbers, apply=lambda predictions, tuned: predictions.argmax(1) beside it.
+            # CHANGE: for numbers, model=lambda: nn.Sequential(Classifier(...), ToUnits(targets)), the loss MSE(),
+            # model[0].backbone in `pretrain` and no `predict` below; ToUnits is in common.tables.numbers.
             loss=BCE(),
             tta=tuple(TTA(name, way.apply) for name, way in MIRRORED.items()),
             pretrain=lambda model: start_backbone(model.backbone, config.backbone, config.encoder_weights),
@@ -61,5 +64,5 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         # Outputs -> what is averaged over TTA, folds and runs. CHANGE: where the CSV wants decisions (a class, 0 or 1),
         # `apply` makes them of predictions, and `tune` finds thresholds on out-of-fold predictions.
         postprocess=Postprocess(predict=lambda outputs: outputs.sigmoid()),
-        metrics=(roc_auc(),),  # CHANGE: common.metrics has Kaggle's; the first one is the score
+        metrics=(roc_auc(),),  # CHANGE: of common.metrics, or a Metric of your own; the first one is the score
     )

@@ -56,9 +56,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             valid=ImageDataset(train, masks=masks),
             test=ImageDataset(test),
             ids=ids,
-            folds=stratified(
-                ids, table[RUNS] == "", config.folds, config.seed
-            ),  # CHANGE: grouped, where images are alike
+            # CHANGE: where images are alike, grouped(table["place"], config.folds, config.seed) of the same module
+            folds=stratified(ids, table[RUNS] == "", config.folds, config.seed),
             # --pseudo RUN trains on the test rows too, with predictions [m, K, H, W] as their masks
             pseudo=lambda soft: ImageDataset(test, masks=soft.permute(0, 2, 3, 1).numpy(), transform=augment),
         ),
@@ -74,5 +73,6 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             kept="uint8",
         ),
         submission=Submission(rows=rows, valid=lambda cells: rle.problem_of_text(cells[0], FULL[0] * FULL[1])),
-        metrics=(dice(),),  # CHANGE: common.metrics has Kaggle's; the first one is the score. Taken at --size
+        # CHANGE: of common.metrics, or a Metric of your own; the first one is the score. Taken at --size
+        metrics=(dice(),),
     )

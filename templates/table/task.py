@@ -19,7 +19,7 @@ from common.metrics import rmse
 from common.raw import RawData
 from common.run import Run
 from common.tables.numbers import TableDataset, ToUnits, standardised
-from common.task import Data, Network, Task
+from common.task import Data, Network, Postprocess, Task
 from competitions.my_competition.config import MyConfig
 
 ID, TARGETS = "id", ("price",)  # CHANGE: columns of train.csv; the targets in the order of the sample submission's
@@ -39,15 +39,17 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         test=TableDataset(test_rows),
         ids=table[ID].tolist(),
         test_ids=test_ids,
-        # CHANGE: common.loading.folds.grouped where rows belong together (of one customer, of one day)
+        # CHANGE: where rows belong together, grouped(table["owner"], config.folds, config.seed) of the same module
         folds=kfold(table[ID].tolist(), config.folds, config.seed),
         # --pseudo RUN trains on the test rows too, with predictions, those of boosting too, as their targets
         pseudo=lambda soft: TableDataset(test_rows, soft),
     )
-    score = (rmse(),)  # CHANGE: common.metrics has Kaggle's; the first one is the score
+    score = (rmse(),)  # CHANGE: of common.metrics, or a Metric of your own; the first one is the score
+    # CHANGE: where the CSV wants True or False, apply=lambda values, tuned: values > 0.5; .int() of it for 0 or 1
+    task = partial(Task, data, score, postprocess=Postprocess())
     if config.model == "boosting":
-        return Task(data, score, fit_predict=partial(boosting, config, train, targets, test))
-    return Task(data, score, network=Network(partial(network, config, rows, targets), loss=MSE()))
+        return task(fit_predict=partial(boosting, config, train, targets, test))
+    return task(network=Network(partial(network, config, rows, targets), loss=MSE()))
 
 
 def network(config: MyConfig, rows: np.ndarray, targets: np.ndarray) -> nn.Module:

@@ -187,7 +187,7 @@ def test_dice_of_images_and_of_the_set():
     assert metrics.dice("set").score(found, truth) == pytest.approx((2 * both.sum(0) / total.sum(0)).mean())
     flat = sk.f1_score(truth[:, 0].ravel(), found[:, 0].ravel())
     assert metrics.dice("set").score(found[:, :1], truth[:, 0]) == pytest.approx(flat)
-    with pytest.raises(UserError, match="give it a threshold="):
+    with pytest.raises(UserError, match="decide in postprocess, by `apply`"):
         metrics.dice().score(found * 0.4, truth)
 
 

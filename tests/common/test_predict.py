@@ -17,7 +17,7 @@ from common.errors import BadImage, UserError
 from common.files import replacing
 from common.inference import Predictor
 from common.predict import Member
-from common.task import AS_IS, TTA
+from common.task import AS_IS, TTA, Submission
 from common.train import train
 from tests.common import toy
 from tests.common.toy_runs import predict_again, toy_train
@@ -155,6 +155,17 @@ def test_predictions_of_other_data_are_not_kept_for_blends():
     assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
 
 
+def test_the_rows_of_the_csv_stand_in_the_order_of_the_sample(monkeypatch):
+    toy_train(fold="0")
+    rows = Path("submissions/toy/one-demo.csv").read_text().split()
+    Path("data/demo/toy/sample_submission.csv").write_text("\n".join([rows[0], *rows[:0:-1]]))
+    whole = toy.build
+    named = [f"t{row}" for row in range(toy.TEST_ROWS)]
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), test_ids=named))
+    predict_again("--run", "one")
+    assert Path("submissions/toy/one-demo.csv").read_text().split() == [rows[0], *rows[:0:-1]]
+
+
 def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
     whole = toy.build
     fitted = lambda train, valid, fold, run: (np.full((len(valid), 3), 0.3), np.full((30, 3), 0.3))  # noqa: E731
@@ -166,6 +177,22 @@ def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
     Path("other/seed.txt").write_text("2")
     with pytest.raises(UserError, match="one keeps predictions for .*data/demo/toy as that was, and has no network"):
         predict_again("--run", "one", "--data", "other")
+
+
+def test_what_was_fitted_on_data_that_are_mended_since_is_fitted_again(monkeypatch, capsys):
+    whole = toy.build
+    fitted = lambda train, valid, fold, run: (np.full((len(valid), 3), 0.3), np.full((30, 3), 0.3))  # noqa: E731
+    only = {"network": None, "fit_predict": fitted, "uses": ("ema", "epochs", "batch_size")}
+    refuse = Submission(valid=lambda values: "is refused")
+    again = lambda: train(toy.TOY, toy.RECIPES["default"], "default")  # noqa: E731
+    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), **only, submission=refuse))
+    with pytest.raises(UserError, match="is refused"):
+        again()
+    Path("data/demo/toy/seed.txt").write_text("2")
+    monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), **only))
+    again()
+    assert "001-default-demo does not go on (data: " in capsys.readouterr().out
+    assert [path.name for path in Path("submissions/toy").glob("*.csv")] == ["002-default-demo.csv"]
 
 
 def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):

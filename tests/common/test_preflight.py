@@ -35,7 +35,11 @@ class Heavy(toy.ToyRows):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"test_ids": [f"t{(row + 1) % 30}" for row in range(30)]}, "the rows to predict are not those of .* row 0"),
+        (
+            {"test_ids": [f"t{row + 1}" for row in range(30)]},
+            "the rows to predict are not those of .*t30 is not.*t0 is",
+        ),
+        ({"test": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3)), "test_ids": ["t0", "t1", "t2"]}, "id t3 is missing"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
         ({"test": None}, "0 test rows have 30 ids"),
         ({"lr_scales": {"head": 0.1}}, "lr_scales names 'head', which has no trainable parameter"),
@@ -66,6 +70,7 @@ class Heavy(toy.ToyRows):
         ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),
         ({"predict": lambda o: o - 9, "kept": "uint8"}, "predictions from -.* cannot be kept as uint8: expected prob"),
         ({"predict": lambda o: o + 1e5, "kept": "float16"}, "predictions from [19].* cannot be kept as float16"),
+        ({"rows": lambda ids, d: [(f"{name}.jpg", 1) for name in ids]}, "t0.jpg,1: the id is not in .* has t0, t1, t2"),
         ({"rows": lambda ids, d: [(name, torch.tensor(0.5)) for name in ids]}, "tensor.0.5.*finite number"),
     ],
 )

@@ -38,6 +38,16 @@ def test_without_data_the_sample_is_made_once_and_announced(tmp_path):
     assert again.path == found.path and list((tmp_path / "data" / "demo").iterdir()) == [tmp_path / found.path]
 
 
+def test_the_sample_is_made_again_when_its_code_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "COMPETITIONS", tmp_path)
+    (tmp_path / "toy").mkdir()
+    for code in ("first", "second", "second"):
+        (tmp_path / "toy" / "demo.py").write_text(code)
+        found = raw.find("toy", None, lambda folder, code=code: (folder / "train.csv").write_text(code), str)
+        assert found.read("train.csv") == code.encode() and found.names() == ["train.csv"]
+    raw.find("toy", None, lambda folder: pytest.fail("made again"), str)
+
+
 def test_a_sample_that_fails_half_way_is_not_taken_for_whole(tmp_path):
     def broken(folder):
         (folder / "train.csv").write_text("half")

@@ -190,19 +190,45 @@ def test_a_sample_that_no_submission_could_follow_is_named(tmp_path, lines, told
         submission.Sample.read(RawData(tmp_path, "toy"))
 
 
+def test_a_sample_of_another_name_is_named(tmp_path):
+    (tmp_path / "gender_submission.csv").write_text("id,y\na,1\n")
+    with pytest.raises(UserError, match="but gender_submission.csv: .*Submission.sample='gender_submission.csv'"):
+        submission.Sample.read(RawData(tmp_path, "toy"))
+    assert submission.Sample.read(RawData(tmp_path, "toy"), "gender_submission.csv").ids == ("a",)
+
+
 @pytest.mark.parametrize(
     ("ids", "told"),
     [
-        (["1", "2"], "row 2: id 3 is missing"),
-        (["1", "3", "2"], "row 1: id 3, expected 2 .same ids in the same order"),
-        (["1", "1", "3"], "row 1: id 1 is there twice"),
-        (["1", "2", "3", "4"], "row 3: id 4 is not in the sample submission"),
+        (["1", "2"], "id 3 is missing"),
+        (["1", "1", "3"], "id 1 is there twice, id 2 is missing"),
+        (["1", "2", "3", "4"], "id 4 is not in the sample submission"),
     ],
 )
 def test_ids_are_compared_before_there_is_anything_to_submit(ids, told):
     SAMPLE.check_ids([1, 2, 3])
+    SAMPLE.check_ids([3, 1, 2])
     with pytest.raises(UserError, match="the rows to predict are not those of the sample: .*" + told):
         SAMPLE.check_ids(ids)
+
+
+def test_rows_are_put_in_the_order_of_the_sample_and_what_is_not_of_it_goes_last():
+    def ordered(rows):
+        return [(int(row[0]), *row[1:]) for row in SAMPLE.in_order(iter(rows))]
+
+    assert ordered([(1, 7), (3, 9), (2, 8)]) == [(1, 7), (2, 8), (3, 9)]
+    assert ordered([(3, 9), (4, 0), (1, 7), (1, 6), (2, 8)]) == [(1, 7), (1, 6), (2, 8), (3, 9), (4, 0)]
+    passed = SAMPLE.in_order(iter([(1, 7), (2, 8), ()]))
+    assert next(passed) == (1, 7) and [*passed] == [(2, 8), ()]
+
+
+def test_where_the_sample_has_true_and_false_no_probability_is_taken_for_them(tmp_path):
+    sample = sample_of("id,alive,note", "a,False,", "b,TRUE,True")
+    check = lambda cell: submission.write(tmp_path / "x.csv", sample, [("a", True, 1), ("b", cell, 0.5)], None, {})  # noqa: E731
+    check(False)
+    for cell in (0.2, 1, ""):
+        with pytest.raises(UserError, match="line 3: id b has the value .*, expected True or False in alive"):
+            check(cell)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
 def test_a_recipe_with_settings_of_networks_is_refused_without_one(monkeypatch):
     other = replace(toy.RECIPES["default"], schedule="step", epochs=2)
     monkeypatch.setitem(toy.RECIPES, "other", other)
-    with pytest.raises(UserError, match="^--schedule step: .*of a recipe too"):
+    with pytest.raises(UserError, match="^--schedule step: .*of the recipe in config.py too"):
         train(toy.TOY, other, "other")
     train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # by another flag it may have no network
     with pytest.raises(UserError, match="^--tta false: "):

@@ -1,6 +1,7 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,6 +119,19 @@ def test_what_cannot_be_split_is_refused():
         folds.kfold(["a", "b"], 5, 0)
     with pytest.raises(UserError, match="of 0 and 1"):
         folds.multilabel_stratified(IDS, GROUPS, 5, 0)
+
+
+@pytest.mark.parametrize("groups", [["a", None, "b", "c"], [1.0, None, 2.0, 3.0]])
+def test_a_blank_is_no_group_and_no_class(groups):
+    groups = pd.Series(groups)
+    for split in (
+        lambda: folds.grouped(groups, 2, 0),
+        lambda: folds.stratified(list("abcd"), groups, 2, 0),
+        lambda: folds.stratified_grouped(groups, list("abcd"), 2, 0),
+        lambda: folds.stratified_grouped([0, 1, 0, 1], groups, 2, 0),
+    ):
+        with pytest.raises(UserError, match="row 1 .of 4, the first is 0. has no (group|label): give it one"):
+            split()
 
 
 def test_large_groups_are_dealt_first():

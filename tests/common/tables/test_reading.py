@@ -173,10 +173,26 @@ def test_a_number_that_must_be_there(read, name):
     assert np.isnan(table["size"][1])
 
 
+def test_true_and_false_are_1_and_0_beside_blanks_too(read):
+    assert list(read("a,v\n1,True\n2,False\n", {"v": float})["v"]) == [1, 0]
+    table = read("a,v\n1,True\n2,\n3,false\n4,0.5\n", {"v": number(blank=True)})
+    np.testing.assert_array_equal(table["v"], [1, np.nan, 0, 0.5])
+    assert "line 3, column v: 'Maybe', expected a number" in fault(read, "v\nTrue\nMaybe\nFalse\n", {"v": float})
+    assert "line 3, column v: '', expected a number" in fault(read, 'v\nTrue\n""\nFalse\n', {"v": float})
+
+
 def test_ids_that_are_there_twice(read):
     message = fault(read, "id\nx\n\ny\nx\n", {"id": str}, id="id")
     assert "line 5: id 'x' is there twice, first in line 2" in message
     assert len(read("id\n1\n01\n", {"id": str}, id="id")) == 2, "texts, as they are written"
+
+
+def test_the_advice_fits_whose_file_it_is(tmp_path):
+    (tmp_path / "t.csv").write_text("a\n1\n")
+    for is_demo, advice in ((False, "mend the file, or get it"), (True, "mend competitions/toy/demo.py")):
+        words = f"missing: b.: name its own columns in task.py, or {advice}"
+        with pytest.raises(UserError, match=words):
+            tables.read(RawData(tmp_path, "toy", is_demo), "t.csv", {"b": int})
 
 
 def test_refusing_others_refuses_another_order(read):

@@ -53,7 +53,7 @@ def test_missing_images_are_named(tmp_path):
     folder = touched(tmp_path / "train", "a.jpg")
     with pytest.raises(UserError, match="train.csv names b, c, d and 2 more, not in .*train .5 of 6 images.*or get it"):
         images_of(folder, [*"abcdef"], "train.csv", "get it")
-    with pytest.raises(UserError, match="other is missing: get it"):
+    with pytest.raises(UserError, match="other is missing .beside it: train.: name the folder in build.., or get it"):
         images_of(tmp_path / "other", ["a"], "train.csv", "get it")
     found = images_of(folder, [*"ab"], "train.csv", "get it", lenient=True)
     assert relative(folder, found) == ["a.jpg", "b"], "whoever decodes it is told"

@@ -144,5 +144,5 @@ def test_images_of_the_ids_of_a_table(paths, tmp_path):
     assert np.array_equal(gray[0], decode((paths[4],))) and gray[0].shape == (60, 80, 1)
     with pytest.raises(UserError, match=r"train.csv names 9, .*make data COMP=cats"):
         ImageStore.of(raw, "images", ["4", "9"], "train.csv")
-    with pytest.raises(UserError, match=r"photos is missing: .*make data COMP=cats"):
+    with pytest.raises(UserError, match=r"photos is missing .beside it: images.: .*make data COMP=cats"):
         ImageStore.of(raw, "photos", ["4"], "train.csv")
