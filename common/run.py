@@ -188,9 +188,9 @@ def open_run(
 ) -> Run:
     """The run to train: `name` if it is given, else an unfinished run of the same command, else a new one.
 
-    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ. `before_new`
-    is called before a new run is made, and may refuse it. Raises UserError when the named run was started differently,
-    listing what differs.
+    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ until it is
+    trained: what was fitted without a network predicts no other data. `before_new` is called before a new run is made,
+    and may refuse it. Raises UserError when the named run was started differently, listing what differs.
     """
     if name is not None and not (folder_of(competition, name) / "run.json").is_file():
         before_new()
@@ -198,8 +198,9 @@ def open_run(
     if name is not None:
         run = load(competition, name)
         settings, changes = _obstacles(run, config, provenance)
-        if settings or (changes and not insist):
-            remedy = "repeat its own command to resume it" if settings else "RESUME=1 goes on all the same"
+        final = settings or run.result is not None
+        if settings or changes and (final or not insist):
+            remedy = "repeat its own command to resume it" if final else "RESUME=1 goes on all the same"
             raise UserError(
                 f"RUN={name} was started differently ({'; '.join(settings + changes)}): {remedy}, or name another "
                 f"RUN=, or delete {run.path}"
@@ -209,12 +210,11 @@ def open_run(
         if run.is_finished or run.is_blend:
             continue
         settings, changes = _obstacles(run, config, provenance)
-        if not settings and (insist or not changes):
+        if not settings and (not changes or insist and run.result is None):
             return _resumed(run)
         if not settings:
-            print(
-                f"{run.path} does not go on ({'; '.join(changes)}): this is a new run; RESUME=1 goes on with that one"
-            )
+            way = "; RESUME=1 goes on with that one" * (run.result is None)
+            print(f"{run.path} does not go on ({'; '.join(changes)}): this is a new run{way}")
     before_new()
     return new_run(competition, None, config, provenance)
 

@@ -64,8 +64,8 @@ def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
     with pytest.raises(UserError, match="code of common/ changed since.*RESUME=1"):
         open_run(first.name, **changed)
     first.write_result({"score": 1.0})
-    with pytest.raises(UserError, match="started differently .data: "):
-        open_run(first.name, **changed)
+    with pytest.raises(UserError, match="started differently .data: .*: repeat its own command"):
+        runs.open_run("toy", first.name, Config(), PROVENANCE | changed, insist=True)
     first.fold_folder(0).mkdir()
     (first.fold_folder(0) / "model.pt").write_bytes(b"")
     assert open_run(first.name, **changed).name == first.name, "what is trained is only predicted"
