@@ -72,7 +72,7 @@ def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str
 
     The wheels are downloaded into the new `folder`. Raises UserError for a run without weights.
     """
-    files: dict[str, bytes | Path] = code(competition)
+    files = code(competition)
     pins = needed(files)
     for run in chosen:
         found = [file for pattern in RUN_FILES for file in sorted(run.path.glob(pattern))]

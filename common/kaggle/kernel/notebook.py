@@ -111,10 +111,10 @@ if status == 0:
 )
 
 
-def code(competition: str, root: Path = ROOT) -> dict[str, bytes]:
-    """The files of the code that a notebook of the competition needs, by their names in the checkout."""
+def code(competition: str, root: Path = ROOT) -> dict[str, bytes | Path]:
+    """The files that a notebook of the competition needs, by their names in the checkout: code, and what lies there."""
     others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
-    files = {}
+    files: dict[str, bytes | Path] = {}
     for name in PACKED:
         path = root / name
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -122,11 +122,11 @@ def code(competition: str, root: Path = ROOT) -> dict[str, bytes]:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in Path(own).parts)
             foreign = hidden or others.match(own) or (file.is_symlink() and file != path)  # links may lead anywhere
             if file.is_file() and not foreign:
-                files |= {own: file.read_bytes()} if file.suffix in (".py", ".txt", ".md") else {}
+                files[own] = file.read_bytes() if file.suffix in (".py", ".txt", ".md") else file
     return files
 
 
-def needed(files: Mapping[str, bytes]) -> dict[str, str]:
+def needed(files: Mapping[str, bytes | Path]) -> dict[str, str]:
     """What this code imports of requirements.txt, but for what is AT_HAND: pins by their import names."""
     source = b"\n".join(content for name, content in files.items() if name.endswith(".py"))
     imported = {name.decode() for name in re.findall(rb"^\s*(?:import|from) (\w+)", source, re.MULTILINE)}

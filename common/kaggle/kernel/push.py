@@ -120,7 +120,7 @@ def push(
     """
     source, competition = site.source, site.competition
     reference = f"{username(site)}/{name_of(competition)}"
-    files: dict[str, bytes | Path] = code(competition)
+    files = code(competition)
     pins, version = needed(files), before.get("code")
     if not before:
         files |= {} if internet else wheels(pins.values(), folder / "wheels")

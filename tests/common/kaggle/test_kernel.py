@@ -367,6 +367,19 @@ def test_the_code_is_packed_to_the_same_bytes(tmp_path):
         assert not [name for name in packed.namelist() if "__pycache__" in name or "/." in name]
 
 
+def test_what_lies_beside_the_code_of_a_competition_is_packed_too(tmp_path):
+    home = tmp_path / "competitions/toy/lib"
+    (home / ".hidden").mkdir(parents=True)
+    for name in ("helper.py", "classes.json", "../prices.csv", "start.pth", ".hidden/key.json"):
+        (home / name).write_text(name)
+    (tmp_path / "requirements.txt").touch()
+    version = pack(code("toy", tmp_path), tmp_path / "kit.zip")
+    with zipfile.ZipFile(tmp_path / "kit.zip") as packed:
+        found = {name.removeprefix("competitions/toy/"): packed.read(name).decode() for name in packed.namelist()}
+    files = {f"lib/{name}": name for name in ("classes.json", "helper.py", "start.pth")}
+    assert found == files | {"prices.csv": "../prices.csv", "requirements.txt": "", VERSION: version}
+
+
 STUB = """
 import json, pathlib, sys, time
 words = sys.argv[1:]
