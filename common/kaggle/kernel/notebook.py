@@ -89,7 +89,7 @@ except subprocess.TimeoutExpired:
             break
         except (subprocess.TimeoutExpired, ProcessLookupError):
             continue
-    status = None
+    status = 0 if training.returncode == 0 else None  # it may have ended just then
 assert status in (0, None), f"the training ended with status {{status}}"
 
 # %% The run and its submission, for `make kernel` to fetch.
@@ -124,6 +124,31 @@ def code(competition: str, root: Path = ROOT) -> dict[str, bytes | Path]:
             if file.is_file() and not foreign:
                 files[own] = file.read_bytes() if file.suffix in (".py", ".txt", ".md") else file
     return files
+
+
+def refuse_what_stays(competition: Competition, config: Config, internet: bool) -> None:
+    """Raise UserError for training images, runs or weights that the notebook would not find on Kaggle."""
+    name, images = competition.name, competition.source.images
+    if images:
+        raise UserError(f"the training images of {name} are not on Kaggle ({images.total}): make train COMP={name}")
+    for item in fields(config):
+        value, names = getattr(config, item.name), item.metadata.get("names")
+        given = f"--{item.name.replace('_', '-')} {value}"
+        if names == "runs" and value:
+            raise UserError(f"{given}: no run of this machine goes to Kaggle: make train COMP={name}")
+        if names != "weights" or value == "none" or value.startswith("/kaggle/"):
+            continue
+        home, path = f"competitions/{name}/", os.path.normpath(value)
+        if value == "imagenet" and not internet:
+            raise UserError(
+                f"{given} --internet off: these weights come from the internet: leave out --internet off, or put a "
+                f"file of them into {home} and give that"
+            )
+        if value != "imagenet" and not any(f"{one}/".startswith(f"{path}/") for one in code(name)):
+            raise UserError(
+                f"{given}: of this machine's files only those in {home} go to Kaggle: copy it there, and give its path "
+                f"from here, --{item.name.replace('_', '-')} {home}{Path(value).name}"
+            )
 
 
 def needed(files: Mapping[str, bytes | Path]) -> dict[str, str]:

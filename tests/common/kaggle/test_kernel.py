@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from slugify import slugify
 
+from common import archive as archiving
+from common import cli, errors, files
 from common.errors import UserError
 from common.kaggle.client import Site
 from common.kaggle.credentials import find
@@ -328,8 +331,6 @@ def test_sessions_without_a_checkpoint_end(kaggle, source, sessions):
     ],
 )
 def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
-    from common import cli
-
     pushed = []
     monkeypatch.setattr(kernels, "kernel", lambda *given, **more: pushed.append((given[2], more["accelerator"])))
     cli.kernel("digit_recognizer", words)
@@ -337,8 +338,6 @@ def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
 
 
 def test_pseudo_labels_of_runs_that_stay_here_are_refused_before_a_push(kaggle):
-    from common import cli
-
     with pytest.raises(UserError, match="--pseudo 003-best: no run of this machine goes to Kaggle: make train"):
         cli.kernel("digit_recognizer", ["--pseudo", "003-best"])
     assert not kaggle.asked
@@ -394,7 +393,8 @@ if "--slow" in words and epoch == 0:
         time.sleep(60)
     except KeyboardInterrupt:
         (run / "stopped.txt").write_text("by the notebook")
-        sys.exit(130)
+        if "--late" not in words:
+            sys.exit(130)
 pathlib.Path("submissions/toy").mkdir(parents=True)
 pathlib.Path("submissions/toy/1.csv").write_text("id\\n1\\n")
 """
@@ -406,6 +406,8 @@ def machine(tmp_path):
     kit = tmp_path / "kit-source"
     (kit / "common").mkdir(parents=True)
     (kit / "common" / "__main__.py").write_text(STUB)
+    for module in (archiving, errors, files):
+        shutil.copy(module.__file__, kit / "common")
     (kit / "requirements.txt").write_text("timm==1\n")
     inputs, working = tmp_path / "kaggle/input", tmp_path / "kaggle/working"
     (inputs / "competitions" / SLUG).mkdir(parents=True)
@@ -458,6 +460,27 @@ def test_a_session_ends_in_time_and_the_next_one_goes_on(machine):
     assert done.returncode == 0, done.stderr
     assert {"runs/toy/1/0.pt", "runs/toy/1/1.pt", "submissions/toy/1.csv"} <= set(packed(working))
     assert json.loads((working / STATE).read_text()) == {"checkpoint": ""}
+
+
+def test_a_training_that_ends_as_it_is_stopped_is_finished(machine):
+    """Or the next session would begin it anew."""
+    run, _, working = machine
+    done = run(words=("--slow", "--late"), seconds=MARGIN_SECONDS + 5.0)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((working / STATE).read_text()) == {"checkpoint": ""}
+    assert {"runs/toy/1/stopped.txt", "submissions/toy/1.csv"} <= set(packed(working))
+    assert (working / "submission.csv").read_text() == "id\n1\n"
+
+
+def test_archives_among_the_competitions_files_are_unpacked(machine):
+    """Kaggle mounts them as they are, where nothing can be written."""
+    run, inputs, _ = machine
+    home = inputs / "competitions" / SLUG
+    (home / "train.csv").unlink()
+    (home / "train.csv.zip").write_bytes(archive({"train.csv": b"id\n"}))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in home.iterdir()] == ["train.csv.zip"]
 
 
 def test_a_training_that_fails_fails_the_notebook(machine):
