@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.competition import Competition
+from common.config import Config
 from common.errors import UserError
 from common.files import sha256
 
@@ -55,6 +59,13 @@ found = (KIT / "{version_file}").read_text() if (KIT / "{version_file}").is_file
 assert found == "{version}", f"the code here is version {{found}}, expected {version}: push the notebook again"
 data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
 environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
+
+# %% The competition's own archives, unpacked as `make data` does at home; nothing can be written beside them.
+if any(data.rglob("*.zip")):
+    packed, data = data, KIT / "data" / "unpacked"
+    shutil.copytree(packed, data, copy_function=os.symlink)
+    unpack = "import sys, pathlib, common.archive as a; a.unpack_links(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", unpack, str(data)], cwd=KIT, env=environment, check=True)
 
 # %% What this image lacks, in the versions of requirements.txt.
 missing = [pin for module, pin in {needed}.items() if importlib.util.find_spec(module) is None]

@@ -11,17 +11,27 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from slugify import slugify
 
 from common import archive as archiving
-from common import cli, errors, files
+from common import cli, competition, errors, files
 from common.errors import UserError
 from common.kaggle.client import Site
 from common.kaggle.credentials import find
 from common.kaggle.kernel import push as kernels
-from common.kaggle.kernel.notebook import MARGIN_SECONDS, OUTPUT, STATE, VERSION, code, notebook, pack
+from common.kaggle.kernel.notebook import (
+    MARGIN_SECONDS,
+    OUTPUT,
+    STATE,
+    VERSION,
+    code,
+    notebook,
+    pack,
+    refuse_what_stays,
+)
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -337,10 +347,56 @@ def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
     assert pushed == [(trained, "NvidiaL4" if "NvidiaL4" in words else "NvidiaTeslaT4")]
 
 
-def test_pseudo_labels_of_runs_that_stay_here_are_refused_before_a_push(kaggle):
-    with pytest.raises(UserError, match="--pseudo 003-best: no run of this machine goes to Kaggle: make train"):
-        cli.kernel("digit_recognizer", ["--pseudo", "003-best"])
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("digit_recognizer", "--pseudo 003-best", "--pseudo 003-best: no run of this machine goes to Kaggle: make tra"),
+        ("clouds", "--encoder-weights /home/me/b3.pth", "in competitions/clouds/ go .* competitions/clouds/b3.pth$"),
+        ("clouds", "--encoder-weights competitions/clouds/none.pth", "files only those in competitions/clouds/ go to"),
+        ("clouds", "--internet off", "--encoder-weights imagenet --internet off: these weights come from the internet"),
+        ("inclusive_images", "--epochs 1", "training images of inclusive_images are not on Kaggle .1,743,042 images"),
+    ],
+)
+def test_what_stays_here_is_refused_before_a_push(kaggle, name, words, message):
+    with pytest.raises(UserError, match=message):
+        cli.kernel(name, words.split())
     assert not kaggle.asked
+
+
+def test_runs_to_start_from_are_refused_before_a_push():
+    elsewhere = replace(competition.load("inclusive_images").source, images=None)
+    one = competition.Competition("inclusive_images", SimpleNamespace(SOURCE=elsewhere))
+    config = replace(competition.load("inclusive_images").recipes["default"], start_from="002-a")
+    with pytest.raises(UserError, match="--start-from 002-a: no run of this machine goes to Kaggle"):
+        refuse_what_stays(one, config, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "--encoder-weights none --internet off", "--encoder-weights ./competitions/clouds/README.md --internet off"],
+)
+def test_what_is_on_kaggle_is_pushed(monkeypatch, words):
+    pushed = []
+    monkeypatch.setattr(kernels, "kernel", lambda *given, **more: pushed.append(given[0]))
+    cli.kernel("clouds", words.split())
+    assert pushed == ["clouds"]
+
+
+def test_a_run_that_was_begun_with_the_internet_goes_on_with_it(kaggle, source, sessions, offline):
+    """The data set of its code has no wheels, and stays as it is."""
+    sessions("abc", "")
+    kaggle.on["GetKernelSessionStatus"] = [{"status": "COMPLETE"}, {"status": "ERROR"}]
+    with pytest.raises(UserError, match="ended with ERROR"):
+        kernel(source)
+    record = Path("runs/toy/kernel.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"checkpoint": "abc"}))
+    with pytest.raises(UserError, match="--internet off: the run was begun with it on, so its code on Kaggle has no"):
+        kernel(source, internet=False)
+    record.unlink()
+    del kaggle.on["GetKernelSessionStatus"]
+    sessions("def", "")
+    kernel(source, internet=False)
+    assert len(kaggle.calls("SaveKernel")) == 4, "begun without it, it goes on without it"
 
 
 def test_data_from_elsewhere_has_no_notebook(kaggle, source):
