@@ -235,6 +235,14 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
     assert not Path("submissions").exists()
 
 
+# torchrun's and the notebook's own words after the training has said why it failed.
+NOTEBOOK = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+\x1b[0;31mAssertionError\x1b[0m                     Traceback (most recent call last)
+\x1b[0;31mAssertionError\x1b[0m: the training ended with status 1
+"""
+
+
 @pytest.mark.parametrize(
     ("answer", "end"),
     [
@@ -243,6 +251,9 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
              + '\n,{"stream_name":"stderr","time":5.7,"data":"CUDA error: no kernel image\\n"}\n]\n'},
             r"Traceback: \| CUDA error: no kernel image",
         ),
+        ({"log": f"fold 0\nerror: train.csv line 3: no number\n{NOTEBOOK}"}, "error: train.csv line 3: no number"),
+        ({"log": f"fold 0\n  raise\nKeyError: 'id'\n{NOTEBOOK}"}, "KeyError: 'id'"),
+        ({"log": NOTEBOOK}, r".* \| AssertionError: the training ended with status 1"),
         ({"log": ""}, "no log"),
         (Reply(503), "no log"),
         (HANG, "no log"),
