@@ -102,6 +102,15 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
     return entries
 
 
+def unpack_links(folder: Path) -> None:
+    """Put in the place of every link below `folder` that leads to an archive what that holds, as `unpack_into` does."""
+    for link in sorted(folder.rglob("*.zip")):
+        if link.is_symlink() and zipfile.is_zipfile(link):
+            archive, name = link.resolve(), PurePosixPath(link.name)
+            link.unlink()  # the content may have its name
+            unpack_into(archive, link.parent / _place(archive, name))
+
+
 def copy_into(file: Path, folder: Path) -> dict[str, Entry]:
     """A file that is no archive, hard-linked or copied into `folder`."""
     target = folder / file.name

@@ -10,7 +10,7 @@ from common import config as configs
 from common import raw
 from common.config import Config, Parser
 from common.errors import UserError, did_you_mean
-from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS
+from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
 
 SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make hands FORCE=1 on with its value
 NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
@@ -196,8 +196,7 @@ def kernel(name: str, argv: list[str]) -> None:
     config, checked = configured(parser, competition.recipes, training)  # the rest is handed on as it is
     if checked.data:
         raise UserError(f"DATA={checked.data}: on Kaggle the files of {competition.source.slug or name} are at hand")
-    if config.pseudo:
-        raise UserError(f"--pseudo {config.pseudo}: no run of this machine goes to Kaggle: make train COMP={name}")
+    refuse_what_stays(competition, config, given.internet == "on")
     if config.precision == "auto" and given.accelerator.startswith(NO_BF16):
         training = [*training, "--precision", "fp16"]
     from common.kaggle.kernel import push

@@ -27,13 +27,22 @@ ABOVE_0: Rule = lambda value: value > 0, "above 0"
 BELOW_1: Rule = lambda value: 0 <= value < 1, "0 up to, not including, 1"
 
 
-def flag(default: Any, help: str, unit: str = "", rule: Rule | None = None, predicts: bool = False) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    unit: str = "",
+    rule: Rule | None = None,
+    predicts: bool = False,
+    names: Literal["", "runs", "weights"] = "",
+) -> Any:
     """A field of a Config that is also a command-line flag: default, line of help, unit and which values it may have.
 
     A number has to be finite in any case, and a tuple's rule is for each of its numbers. One that `predicts` also is
-    a flag of `make predict`: it chooses what is predicted and has no part in the training.
+    a flag of `make predict`: it chooses what is predicted and has no part in the training. A value that `names` runs,
+    or weights (imagenet, none or a path), may be of this machine alone: `make kernel` asks.
     """
-    return field(default=default, metadata={"help": help, "unit": unit, "rule": rule, "predicts": predicts})
+    facts = {"help": help, "unit": unit, "rule": rule, "predicts": predicts, "names": names}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,9 @@ class Config:
     folds: int = flag(5, "number of folds", rule=at_least(2))
     seed: int = flag(0, "seed of the folds, the order, the augmentation, the weights and the dropout")
     pseudo: str = flag(
-        "", "finished runs, with commas: test rows with their predictions as targets train too (pseudo-labels)"
+        "",
+        "finished runs, with commas: test rows with their predictions as targets train too (pseudo-labels)",
+        names="runs",
     )
     pseudo_weight: float = flag(1.0, "weight of a test row's loss, where that of a training row is 1", rule=ABOVE_0)
     pseudo_min: float = flag(

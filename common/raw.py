@@ -252,7 +252,12 @@ def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[
     competition, known = provenance["competition"], provenance["data"]
     if provenance["demo"] and not given:
         return RawData(_demo(competition, write_demo), competition, is_demo=True)
-    if not os.path.exists(known) and visible(DATA / competition):
+    if not given and not os.path.exists(known):
+        if not visible(DATA / competition):
+            raise UserError(
+                f"the run was trained on {known}, which is not here, nor is anything in {DATA / competition}: "
+                f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
+            )
         known = str(DATA / competition)
     return find(competition, given or known, write_demo)
 

@@ -21,7 +21,7 @@ from common.batch import map_tree
 from common.competition import Competition
 from common.config import Config, folds_to_train, refuse_unused
 from common.device import device_of, use_threads
-from common.engine.ranks import Ranks
+from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.files import read_json, remove_drafts, write_npy, write_text
 from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts
@@ -72,6 +72,12 @@ def train(
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
         _refuse_unused(competition, task, config, recipe)
+        if task.fit_predict and ranks.world > 1:  # the notebook on Kaggle starts one process for every card
+            if not ranks.is_writer:
+                return
+            print(f"no network that {ranks.world} processes could train together: one of them does it all")
+            os.environ.pop("LOCAL_WORLD_SIZE", None)  # so all cores are its own
+            ranks = SINGLE
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
         if config.pseudo:
@@ -150,8 +156,6 @@ def provenance_of(competition: Competition, task: Task, recipe: str, found: RawD
 
 def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks, pseudo: Pseudo | None) -> None:
     """Every fold that --fold names, then their score."""
-    if task.fit_predict and ranks.world > 1:
-        raise UserError(f"NPROC={ranks.world}: this competition has no network to train together, leave out NPROC")
     if ranks.is_writer:
         folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
     wanted = folds_to_train(config)

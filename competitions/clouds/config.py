@@ -28,7 +28,9 @@ class CloudConfig(Config):
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
     decoder_width: float = flag(1.0, "channels of the decoder", "times the library's", between(0.1, 4))
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
-    encoder_weights: str = flag("imagenet", "where the encoder starts: imagenet, none, or a file or folder of weights")
+    encoder_weights: str = flag(
+        "imagenet", "where the encoder starts: imagenet, none, or a file or folder of weights", names="weights"
+    )
     encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr", at_least(0))
     class_head: Literal["pooled", "topk"] = flag(
         "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"

@@ -41,7 +41,9 @@ class TagConfig(Config):
         "the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "
         "images in folds; or the tuning images alone, in folds",
     )
-    start_from: str = flag("", "finished run whose weights to start from; heads that are absent here are dropped")
+    start_from: str = flag(
+        "", "finished run whose weights to start from; heads that are absent here are dropped", names="runs"
+    )
     trains: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
     size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels", at_least(32))
     detail: float = flag(
@@ -52,7 +54,9 @@ class TagConfig(Config):
     )
     backbone: str = flag("resnet50", "model of timm")
     encoder_weights: str = flag(
-        "none", "where the backbone starts: none, as the competition forbade others, imagenet, or a file of weights"
+        "none",
+        "where the backbone starts: none, as the competition forbade others, imagenet, or a file of weights",
+        names="weights",
     )
     dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
     augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")

@@ -25,7 +25,9 @@ class ProteinConfig(Config):
         20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
     )
     backbone: str = flag("resnet34", "model of timm")
-    encoder_weights: str = flag("imagenet", "where the backbone starts: imagenet, none, or a file of weights")
+    encoder_weights: str = flag(
+        "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"
+    )
     yellow: Literal["mean", "red", "green", "blue"] = flag(
         "mean", "what the fourth channel's weights start as: the mean of the three, or a copy of one"
     )

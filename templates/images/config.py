@@ -19,7 +19,9 @@ class MyConfig(Config):
     size: tuple[int, int] = flag((256, 256), "height and width of the images in the network", "pixels", at_least(32))
     cache_gb: float = flag(20.0, "resized images are kept in one file up to this size; 0: never", "GB", at_least(0))
     backbone: str = flag("convnext_nano", "model of timm")
-    encoder_weights: str = flag("imagenet", "where the backbone starts: imagenet, none, or a file of weights")
+    encoder_weights: str = flag(
+        "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"
+    )
     dropout: float = flag(0.2, "part of the last features that is left out in training", rule=between(0, 1))
 
 

@@ -19,7 +19,9 @@ class MyConfig(Config):
     size: tuple[int, int] = flag((256, 256), "height and width that the network works at", "pixels", at_least(32))
     cache_gb: float = flag(20.0, "resized images are kept in one file up to this size; 0: never", "GB", at_least(0))
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a model of timm")
-    encoder_weights: str = flag("imagenet", "where the encoder starts: imagenet, none, or a file of weights")
+    encoder_weights: str = flag(
+        "imagenet", "where the encoder starts: imagenet, none, or a file of weights", names="weights"
+    )
     threshold: float = flag(0.5, "probability from which a pixel is set", rule=between(0, 1), predicts=True)
 
 

@@ -221,7 +221,9 @@ def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
 def test_a_run_of_another_machine_takes_the_data_of_this_one(tmp_path):
     """Those of Kaggle are noted as /kaggle/input/...; demo data never stand in for them."""
     provenance = {"competition": "toy", "demo": False, "data": "/kaggle/input/competitions/toy"}
-    with pytest.raises(UserError, match="DATA=/kaggle/input/competitions/toy does not exist"):
+    with pytest.raises(
+        UserError, match="trained on /kaggle/input/competitions/toy, which is not here, .* make data COMP=toy"
+    ):
         raw.of_run(provenance, None, sample)
     home = tmp_path / "data" / "toy"
     home.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -119,6 +120,17 @@ def test_every_fold_of_a_task_without_a_network_tells_its_score(capsys):
         assert any(line.startswith(f"fold {fold}: accuracy {score:.5g}, fitted on 80 rows, ") for line in lines)
     assert toy_train("all", fold="none").is_dir()
     assert "all rows: fitted on 120 rows" in capsys.readouterr().out, "which holds nothing out"
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_of_several_processes_one_does_all_for_a_task_without_a_network(monkeypatch):
+    """As on Kaggle, where the notebook starts a process for every card; here any word to the others would fail."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setattr(Ranks, "from_environment", staticmethod(lambda rank=rank: Ranks(rank, 2, rank)))
+        folder = toy_train()
+        assert (folder / "result.json").is_file() == Path("submissions/toy/one-demo.csv").is_file() == (rank == 0)
+    assert "LOCAL_WORLD_SIZE" not in os.environ, "all cores are for this one"
 
 
 def test_a_task_without_a_network_that_predicts_nothing_is_told(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.competition import Competition
+from common.config import Config
 from common.errors import UserError
 from common.files import sha256
 
@@ -56,6 +60,13 @@ assert found == "{version}", f"the code here is version {{found}}, expected {ver
 data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
 environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
 
+# %% The competition's own archives, unpacked as `make data` does at home; nothing can be written beside them.
+if any(data.rglob("*.zip")):
+    packed, data = data, KIT / "data" / "unpacked"
+    shutil.copytree(packed, data, copy_function=os.symlink)
+    unpack = "import sys, pathlib, common.archive as a; a.unpack_links(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", unpack, str(data)], cwd=KIT, env=environment, check=True)
+
 # %% What this image lacks, in the versions of requirements.txt.
 missing = [pin for module, pin in {needed}.items() if importlib.util.find_spec(module) is None]
 install = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *{options}, *missing]
@@ -89,7 +100,7 @@ except subprocess.TimeoutExpired:
             break
         except (subprocess.TimeoutExpired, ProcessLookupError):
             continue
-    status = None
+    status = 0 if training.returncode == 0 else None  # it may have ended just then
 assert status in (0, None), f"the training ended with status {{status}}"
 
 # %% The run and its submission, for `make kernel` to fetch.
@@ -111,10 +122,10 @@ if status == 0:
 )
 
 
-def code(competition: str, root: Path = ROOT) -> dict[str, bytes]:
-    """The files of the code that a notebook of the competition needs, by their names in the checkout."""
+def code(competition: str, root: Path = ROOT) -> dict[str, bytes | Path]:
+    """The files that a notebook of the competition needs, by their names in the checkout: code, and what lies there."""
     others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
-    files = {}
+    files: dict[str, bytes | Path] = {}
     for name in PACKED:
         path = root / name
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -122,11 +133,36 @@ def code(competition: str, root: Path = ROOT) -> dict[str, bytes]:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in Path(own).parts)
             foreign = hidden or others.match(own) or (file.is_symlink() and file != path)  # links may lead anywhere
             if file.is_file() and not foreign:
-                files |= {own: file.read_bytes()} if file.suffix in (".py", ".txt", ".md") else {}
+                files[own] = file.read_bytes() if file.suffix in (".py", ".txt", ".md") else file
     return files
 
 
-def needed(files: Mapping[str, bytes]) -> dict[str, str]:
+def refuse_what_stays(competition: Competition, config: Config, internet: bool) -> None:
+    """Raise UserError for training images, runs or weights that the notebook would not find on Kaggle."""
+    name, images = competition.name, competition.source.images
+    if images:
+        raise UserError(f"the training images of {name} are not on Kaggle ({images.total}): make train COMP={name}")
+    for item in fields(config):
+        value, names = getattr(config, item.name), item.metadata.get("names")
+        given = f"--{item.name.replace('_', '-')} {value}"
+        if names == "runs" and value:
+            raise UserError(f"{given}: no run of this machine goes to Kaggle: make train COMP={name}")
+        if names != "weights" or value == "none" or value.startswith("/kaggle/"):
+            continue
+        home, path = f"competitions/{name}/", os.path.normpath(value)
+        if value == "imagenet" and not internet:
+            raise UserError(
+                f"{given} --internet off: these weights come from the internet: leave out --internet off, or put a "
+                f"file of them into {home} and give that"
+            )
+        if value != "imagenet" and not any(f"{one}/".startswith(f"{path}/") for one in code(name)):
+            raise UserError(
+                f"{given}: of this machine's files only those in {home} go to Kaggle: copy it there, and give its path "
+                f"from here, --{item.name.replace('_', '-')} {home}{Path(value).name}"
+            )
+
+
+def needed(files: Mapping[str, bytes | Path]) -> dict[str, str]:
     """What this code imports of requirements.txt, but for what is AT_HAND: pins by their import names."""
     source = b"\n".join(content for name, content in files.items() if name.endswith(".py"))
     imported = {name.decode() for name in re.findall(rb"^\s*(?:import|from) (\w+)", source, re.MULTILINE)}

@@ -15,6 +15,8 @@ from common.kaggle.client import Site, kaggle
 from common.kaggle.kernel.notebook import OUTPUT, STATE
 from common.submission import SUBMISSIONS, sidecar
 
+FOLLOWS = "ended with status"  # the notebook's own error, when what it started has failed and said why
+
 
 def fetched(site: Site, reference: str, name: str, folder: Path) -> Path | None:
     """The file `name` of the notebook's output, or None where there is none."""
@@ -86,12 +88,18 @@ def _free_name(name: str, competition: str) -> str:
 
 
 def end_of_log(site: Site, reference: str) -> str:
-    """The last lines of a notebook's log as one, which Kaggle gives as JSON; "no log" where it cannot be read."""
+    """Why the notebook ended, from its log, which Kaggle gives as JSON; "no log" where it cannot be read.
+
+    That is the kit's last error or another program's; tracebacks of torchrun and of the notebook follow it. Where
+    there is none, the last lines.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with suppress(UserError):  # the reason of the notebook's failure is worth more than that of this one
             kaggle(site.account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
         text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(folder).glob("*.log"))
     with suppress(ValueError, KeyError, TypeError):  # plain text, as it may be cut
         text = "".join(part["data"] for part in json.loads(text))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-3:])[-300:] or "no log"
+    lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines() if line.strip()]
+    reasons = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception): ", line)]
+    told = [line for line in reasons if line.startswith("error: ")] or [one for one in reasons if FOLLOWS not in one]
+    return told[-1][:300] if told else " | ".join(lines[-3:])[-300:] or "no log"

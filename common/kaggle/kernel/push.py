@@ -120,8 +120,13 @@ def push(
     """
     source, competition = site.source, site.competition
     reference = f"{username(site)}/{name_of(competition)}"
-    files: dict[str, bytes | Path] = code(competition)
+    files = code(competition)
     pins, version = needed(files), before.get("code")
+    if not internet and before.get("internet"):
+        raise UserError(
+            f"--internet off: the run was begun with it on, so its code on Kaggle has no wheels: go on with --internet "
+            f"on, or delete {runs.RUNS / competition / 'kernel.json'} to begin another run"
+        )
     if not before:
         files |= {} if internet else wheels(pins.values(), folder / "wheels")
         version = push_files(site, reference, files, folder, poll)
@@ -137,6 +142,7 @@ def push(
     going = f", going on with version {before['version']}" if before else ""
     print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}: {words}{going}")
     more = {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
+    more |= {"internet": before.get("internet", internet)}
     return facts | more | {"pushed": runs.now()}
 
 

@@ -5,20 +5,33 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from slugify import slugify
 
+from common import archive as archiving
+from common import cli, competition, errors, files
 from common.errors import UserError
 from common.kaggle.client import Site
 from common.kaggle.credentials import find
 from common.kaggle.kernel import push as kernels
-from common.kaggle.kernel.notebook import MARGIN_SECONDS, OUTPUT, STATE, VERSION, code, notebook, pack
+from common.kaggle.kernel.notebook import (
+    MARGIN_SECONDS,
+    OUTPUT,
+    STATE,
+    VERSION,
+    code,
+    notebook,
+    pack,
+    refuse_what_stays,
+)
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
 pytestmark = pytest.mark.usefixtures("no_secrets")
@@ -222,6 +235,14 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
     assert not Path("submissions").exists()
 
 
+# torchrun's and the notebook's own words after the training has said why it failed.
+NOTEBOOK = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+\x1b[0;31mAssertionError\x1b[0m                     Traceback (most recent call last)
+\x1b[0;31mAssertionError\x1b[0m: the training ended with status 1
+"""
+
+
 @pytest.mark.parametrize(
     ("answer", "end"),
     [
@@ -230,6 +251,9 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
              + '\n,{"stream_name":"stderr","time":5.7,"data":"CUDA error: no kernel image\\n"}\n]\n'},
             r"Traceback: \| CUDA error: no kernel image",
         ),
+        ({"log": f"fold 0\nerror: train.csv line 3: no number\n{NOTEBOOK}"}, "error: train.csv line 3: no number"),
+        ({"log": f"fold 0\n  raise\nKeyError: 'id'\n{NOTEBOOK}"}, "KeyError: 'id'"),
+        ({"log": NOTEBOOK}, r".* \| AssertionError: the training ended with status 1"),
         ({"log": ""}, "no log"),
         (Reply(503), "no log"),
         (HANG, "no log"),
@@ -328,20 +352,62 @@ def test_sessions_without_a_checkpoint_end(kaggle, source, sessions):
     ],
 )
 def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
-    from common import cli
-
     pushed = []
     monkeypatch.setattr(kernels, "kernel", lambda *given, **more: pushed.append((given[2], more["accelerator"])))
     cli.kernel("digit_recognizer", words)
     assert pushed == [(trained, "NvidiaL4" if "NvidiaL4" in words else "NvidiaTeslaT4")]
 
 
-def test_pseudo_labels_of_runs_that_stay_here_are_refused_before_a_push(kaggle):
-    from common import cli
-
-    with pytest.raises(UserError, match="--pseudo 003-best: no run of this machine goes to Kaggle: make train"):
-        cli.kernel("digit_recognizer", ["--pseudo", "003-best"])
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("digit_recognizer", "--pseudo 003-best", "--pseudo 003-best: no run of this machine goes to Kaggle: make tra"),
+        ("clouds", "--encoder-weights /home/me/b3.pth", "in competitions/clouds/ go .* competitions/clouds/b3.pth$"),
+        ("clouds", "--encoder-weights competitions/clouds/none.pth", "files only those in competitions/clouds/ go to"),
+        ("clouds", "--internet off", "--encoder-weights imagenet --internet off: these weights come from the internet"),
+        ("inclusive_images", "--epochs 1", "training images of inclusive_images are not on Kaggle .1,743,042 images"),
+    ],
+)
+def test_what_stays_here_is_refused_before_a_push(kaggle, name, words, message):
+    with pytest.raises(UserError, match=message):
+        cli.kernel(name, words.split())
     assert not kaggle.asked
+
+
+def test_runs_to_start_from_are_refused_before_a_push():
+    elsewhere = replace(competition.load("inclusive_images").source, images=None)
+    one = competition.Competition("inclusive_images", SimpleNamespace(SOURCE=elsewhere))
+    config = replace(competition.load("inclusive_images").recipes["default"], start_from="002-a")
+    with pytest.raises(UserError, match="--start-from 002-a: no run of this machine goes to Kaggle"):
+        refuse_what_stays(one, config, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "--encoder-weights none --internet off", "--encoder-weights ./competitions/clouds/README.md --internet off"],
+)
+def test_what_is_on_kaggle_is_pushed(monkeypatch, words):
+    pushed = []
+    monkeypatch.setattr(kernels, "kernel", lambda *given, **more: pushed.append(given[0]))
+    cli.kernel("clouds", words.split())
+    assert pushed == ["clouds"]
+
+
+def test_a_run_that_was_begun_with_the_internet_goes_on_with_it(kaggle, source, sessions, offline):
+    """The data set of its code has no wheels, and stays as it is."""
+    sessions("abc", "")
+    kaggle.on["GetKernelSessionStatus"] = [{"status": "COMPLETE"}, {"status": "ERROR"}]
+    with pytest.raises(UserError, match="ended with ERROR"):
+        kernel(source)
+    record = Path("runs/toy/kernel.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"checkpoint": "abc"}))
+    with pytest.raises(UserError, match="--internet off: the run was begun with it on, so its code on Kaggle has no"):
+        kernel(source, internet=False)
+    record.unlink()
+    del kaggle.on["GetKernelSessionStatus"]
+    sessions("def", "")
+    kernel(source, internet=False)
+    assert len(kaggle.calls("SaveKernel")) == 4, "begun without it, it goes on without it"
 
 
 def test_data_from_elsewhere_has_no_notebook(kaggle, source):
@@ -367,6 +433,19 @@ def test_the_code_is_packed_to_the_same_bytes(tmp_path):
         assert not [name for name in packed.namelist() if "__pycache__" in name or "/." in name]
 
 
+def test_what_lies_beside_the_code_of_a_competition_is_packed_too(tmp_path):
+    home = tmp_path / "competitions/toy/lib"
+    (home / ".hidden").mkdir(parents=True)
+    for name in ("helper.py", "classes.json", "../prices.csv", "start.pth", ".hidden/key.json"):
+        (home / name).write_text(name)
+    (tmp_path / "requirements.txt").touch()
+    version = pack(code("toy", tmp_path), tmp_path / "kit.zip")
+    with zipfile.ZipFile(tmp_path / "kit.zip") as packed:
+        found = {name.removeprefix("competitions/toy/"): packed.read(name).decode() for name in packed.namelist()}
+    files = {f"lib/{name}": name for name in ("classes.json", "helper.py", "start.pth")}
+    assert found == files | {"prices.csv": "../prices.csv", "requirements.txt": "", VERSION: version}
+
+
 STUB = """
 import json, pathlib, sys, time
 words = sys.argv[1:]
@@ -381,7 +460,8 @@ if "--slow" in words and epoch == 0:
         time.sleep(60)
     except KeyboardInterrupt:
         (run / "stopped.txt").write_text("by the notebook")
-        sys.exit(130)
+        if "--late" not in words:
+            sys.exit(130)
 pathlib.Path("submissions/toy").mkdir(parents=True)
 pathlib.Path("submissions/toy/1.csv").write_text("id\\n1\\n")
 """
@@ -393,6 +473,8 @@ def machine(tmp_path):
     kit = tmp_path / "kit-source"
     (kit / "common").mkdir(parents=True)
     (kit / "common" / "__main__.py").write_text(STUB)
+    for module in (archiving, errors, files):
+        shutil.copy(module.__file__, kit / "common")
     (kit / "requirements.txt").write_text("timm==1\n")
     inputs, working = tmp_path / "kaggle/input", tmp_path / "kaggle/working"
     (inputs / "competitions" / SLUG).mkdir(parents=True)
@@ -445,6 +527,27 @@ def test_a_session_ends_in_time_and_the_next_one_goes_on(machine):
     assert done.returncode == 0, done.stderr
     assert {"runs/toy/1/0.pt", "runs/toy/1/1.pt", "submissions/toy/1.csv"} <= set(packed(working))
     assert json.loads((working / STATE).read_text()) == {"checkpoint": ""}
+
+
+def test_a_training_that_ends_as_it_is_stopped_is_finished(machine):
+    """Or the next session would begin it anew."""
+    run, _, working = machine
+    done = run(words=("--slow", "--late"), seconds=MARGIN_SECONDS + 5.0)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((working / STATE).read_text()) == {"checkpoint": ""}
+    assert {"runs/toy/1/stopped.txt", "submissions/toy/1.csv"} <= set(packed(working))
+    assert (working / "submission.csv").read_text() == "id\n1\n"
+
+
+def test_archives_among_the_competitions_files_are_unpacked(machine):
+    """Kaggle mounts them as they are, where nothing can be written."""
+    run, inputs, _ = machine
+    home = inputs / "competitions" / SLUG
+    (home / "train.csv").unlink()
+    (home / "train.csv.zip").write_bytes(archive({"train.csv": b"id\n"}))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in home.iterdir()] == ["train.csv.zip"]
 
 
 def test_a_training_that_fails_fails_the_notebook(machine):

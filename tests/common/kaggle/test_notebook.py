@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 import venv
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -264,6 +265,26 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     assert missing.stem in told and "cannot be opened (No such file" in told
     assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words]) == 0
     assert found == Path(f"submissions/{name}/one.csv").read_text()
+
+
+@pytest.mark.parametrize("has_card", [False, True])
+def test_only_a_card_tells_that_kaggles_takes_too_long(monkeypatch, tmp_path, capsys, has_card):
+    table = tmp_path / "submission.csv"
+    table.write_text("id,label\n1,0\n2,0\n")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_card)
+    monkeypatch.setattr(runs, "machine", lambda: "a machine")
+    with pytest.raises(UserError, match="alone takes 100 s here") if has_card else nullcontext():
+        inference._print_budget(table, 100.0, 60.0)
+    said = capsys.readouterr().out
+    assert "time for 1 rows at this speed" in said and ("faster than this CPU" in said) is not has_card
+
+
+@pytest.mark.parametrize(("there", "same"), [("1,0\n2,0\n", 1), ("1,5\n2,5\n", 0)])
+def test_the_notebooks_file_is_compared_by_its_rows(tmp_path, capsys, there, same):
+    for name, rows in (("here", "1,0\n2,1\n"), ("there", there)):
+        (tmp_path / name).write_text(f"id,label\n{rows}")
+    inference._print_difference(tmp_path / "there", tmp_path / "here")
+    assert f"has 2 rows, {same} of its lines as in" in capsys.readouterr().out
 
 
 def test_a_competition_that_is_not_on_kaggle_has_no_notebook(kaggle, capfd):
