@@ -53,9 +53,10 @@ class Forecasters:
 
     def tune(self, predictions: Predictions, rows: np.ndarray) -> Tuned:
         names = models.names_of(self.config)
-        forecasts = {name: np.asarray(predictions[name]) for name in names}
+        given = {n: np.asarray(predictions[n]) for n in names}, self.known.truth(self.held), self.known.network
         return {
-            "blend": blend.tuned(forecasts, self.known.truth(self.held), self.known.network),
+            "blend": blend.tuned(*given),
+            "score": blend.honest(*given),
             "models": names,
             "stations": self.known.network.stations,
             "last_day": str(self.day),

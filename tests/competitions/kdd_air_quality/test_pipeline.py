@@ -123,6 +123,11 @@ def test_short_ids_come_back_as_they_were(here):
     assert rows[49][0] == "aotizhongx_aq#0" and float(rows[49][1]) > 0
 
 
+def test_the_score_is_of_days_that_the_blend_was_not_tuned_on(here):
+    result = json.loads((here / "runs" / "kdd_air_quality" / "a" / "result.json").read_text())
+    assert result["score"] == result["tuned"]["score"] > result["metrics"]["smape"]
+
+
 def test_the_order_of_the_sample_moves_rows_and_no_forecast(here):
     """The rows in another order, and London alone: every id keeps the value it had."""
     words = ["predict", "kdd_air_quality", "--run", "a", "--first-day", "2018-03-31"]
@@ -171,7 +176,8 @@ def test_one_station_alone(here):
     assert main(["train", "kdd_air_quality", *SMALL, "--models", "medians", "--data", "files", "--run", "alone"]) == 0
     run = here / "runs" / "kdd_air_quality" / "alone"
     figures = pd.read_csv(run / "metrics.csv").set_index("model")
-    assert json.loads((run / "result.json").read_text())["score"] == pytest.approx(figures["mean"]["blend"], abs=1e-6)
+    found = json.loads((run / "result.json").read_text())["metrics"]["smape"]
+    assert found == pytest.approx(figures["mean"]["blend"], abs=1e-6)
     assert len(rows_of(here / "submissions" / "kdd_air_quality" / "alone.csv")) == 49
 
 
