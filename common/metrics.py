@@ -275,7 +275,7 @@ def f_beta(
     """F of 0/1 labels [B, L] or [B]: of all entries together, the mean over labels, or the mean over samples.
 
     With `classes` decisions and targets are class numbers [B] (or scores [B, C]). `empty` is the F of a label or sample
-    that neither has nor gets anything.
+    that neither has nor gets anything, or of which nothing is known.
     """
     name = f"f{beta:g}_{average}"
 
@@ -283,6 +283,8 @@ def f_beta(
         if classes is not None:
             decisions = decisions.argmax(1) if _of_classes(decisions, targets) else decisions
             _same_shape(name, decisions, targets)
+            if targets.is_floating_point():
+                decisions = decisions.where(~targets.isnan(), -1)
             decisions, targets = (
                 x.long()[:, None] == torch.arange(classes, device=x.device) for x in (decisions, targets)
             )
@@ -296,7 +298,7 @@ def f_beta(
 def dice(average: Literal["images", "set"] = "images", empty: float = 1.0, threshold: float | None = None) -> Metric:
     """Dice 2 |A and B| / (|A| + |B|) of masks [B, ..., H, W]: the mean over images and classes, or pooled over the set.
 
-    `empty` is the Dice of two empty masks. Pooled, it is the mean over classes.
+    `empty` is the Dice of two empty masks, and of one that nobody knows. Pooled, it is the mean over classes.
     """
 
     def counts(decisions: Tensor, targets: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def best_f_beta(scores: np.ndarray, truth: np.ndarray, beta: float = 1.0) -> np.
     ranked, hits = (np.take_along_axis(values, order, 0) for values in (np.asarray(scores, np.float64), truth > 0))
     found, true = np.arange(1, len(scores) + 1)[:, None], hits.sum(0)
     f = (1 + beta**2) * hits.cumsum(0) / (beta**2 * true + found)  # of the k best rows, [n, L]
-    below = np.concatenate([ranked[1:], np.zeros_like(ranked[:1])])
+    least = ranked[-1:]
+    below = np.concatenate([ranked[1:], np.where(least > 0, 0, least - 1)])  # scores of 0 and logits may be above too
     f[ranked == below] = -1  # between equal scores there is no threshold
     best = f.argmax(0)[None]
     middle = (np.take_along_axis(ranked, best, 0) + np.take_along_axis(below, best, 0))[0] / 2

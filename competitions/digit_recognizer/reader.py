@@ -55,7 +55,7 @@ def _pixels(raw: RawData, name: str) -> np.ndarray:
     if cached.is_file():
         try:
             return np.load(cached)
-        except (ValueError, EOFError, OSError):  # a damaged copy of what is at hand: parsed and written again
+        except Exception:  # a damaged copy of what is at hand, whatever numpy says of it: parsed and written again
             pass
     # A blank line would move the ids of the rows after it.
     numbers = tables.read(raw, name, FILES[name], others="refuse", blank_lines=False).to_numpy()

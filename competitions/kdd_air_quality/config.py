@@ -99,7 +99,9 @@ def predict(competition: str, argv: list[str]) -> None:
 
     parser = verb_parser("predict", competition, predict.__doc__)
     parser.add_argument("--run", metavar="NAME[,NAME]", help="finished run, or runs to average [the newest]")
-    parser.add_argument("--first-day", metavar="DATE", default="", help="first submit day [the last of the data]")
+    parser.add_argument(
+        "--first-day", metavar="DATE", default="", help="first submit day [the last: of DATA, or the run's]"
+    )
     parser.add_argument("--last-day", metavar="DATE", default="", help="last submit day [the first]")
     given = parser.parse_args(argv)
     from competitions.kdd_air_quality import pipeline

@@ -30,13 +30,14 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     """
     chosen = [_finished(competition, name) for name in (given.run or "").split(",")]
     if not (given.first_day or given.last_day or given.data):
+        _refuse_unlike(chosen)
         given.run = ",".join(run.name for run in chosen)
         return predicting.predict(competitions.load(competition), given)
     if len(chosen) > 1:
         raise UserError(f"RUN={given.run}: days and other data are forecast with one run: name one, or leave them out")
     run = chosen[0]
     asked, observations, demo = _opened(run, given.data)
-    first = given.first_day or given.last_day or run.result["tuned"]["last_day"]
+    first = given.first_day or given.last_day or observations.last_day
     days = days_between(first, given.last_day or first)
     known_before(observations, days[-1])  # before anything is forecast
     warnings = [*observations.warnings, *short_history(known_before(observations, days[0]), run.config(Config))]
@@ -78,6 +79,18 @@ def _finished(competition: str, name: str | None) -> Run:
     if not there:
         raise UserError(f"no finished run of {competition}: make train COMP={competition}")
     return there[-1]
+
+
+def _refuse_unlike(chosen: list[Run]) -> None:
+    """Raise UserError for runs whose forecasts have no mean: each model is averaged, station by station."""
+    first = chosen[0]
+    for run, what in ((run, what) for run in chosen[1:] for what in ("models", "stations")):
+        found, expected = (one.result["tuned"][what] for one in (run, first))
+        if found != expected:
+            raise UserError(
+                f"RUN={first.name},{run.name}: the first has the {what} {','.join(expected)}, the second "
+                f"{','.join(found)}: average runs of the same {what}"
+            )
 
 
 def _has_models(run: Run) -> bool:

@@ -4,6 +4,7 @@ Whatever the mix of files, the result is one grid, hour x station x pollutant, i
 """
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -150,8 +151,9 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
 
 
 def _pollutant(column: str) -> str | None:
-    """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)' and 'PM25_Concentration'; None of other columns."""
-    short = re.sub(r"(_concentration|\(ug/m3\))$", "", column.strip().lower()).strip().replace("pm25", "pm2.5").upper()
+    """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)', 'PM2.5 (µg/m³)' and 'PM25_Concentration'; None of other columns."""
+    plain = unicodedata.normalize("NFKC", column).strip().lower()  # both signs for micro are μ, ³ is 3
+    short = re.sub(r"(_concentration|\([uμm]g/m3\))$", "", plain).strip().replace("pm25", "pm2.5").upper()
     return short if short in ALL_POLLUTANTS else None
 
 
@@ -199,8 +201,10 @@ def _hours(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     codes, distinct = pd.factorize(texts)
     distinct = pd.Series(distinct, dtype=object)
     given = _year_first(distinct.astype(str))
+    given = given.str.replace(r"\s*(UTC|GMT)(?=[+-]\d)", "", regex=True)  # after these pandas turns the sign round
     dated = given.str.contains(r"\d{4}") & pd.to_numeric(distinct, errors="coerce").isna()
-    times = pd.to_datetime(given.where(dated), errors="coerce", format="mixed", utc=True).dt.floor("h")
+    times = pd.to_datetime(given.where(dated), errors="coerce", format="mixed", utc=True)
+    times = times.dt.round("min").dt.floor("h")  # a spreadsheet's 05:00 may come as 04:59:59.999997
     hours = times.dt.tz_localize(None).to_numpy("datetime64[ns]")
     has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # a month may be a word
     return np.append(hours, np.datetime64("NaT", "ns"))[codes], np.append(has_hour, True)[codes]  # a blank's code is -1
@@ -274,7 +278,7 @@ def _warn_of_local_time(name: str, table: pd.DataFrame, warnings: list[str]) -> 
 
 
 def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawData) -> Observations:
-    table["station"] = table["station"].astype(str)
+    table["station"] = table["station"].astype(str).str.strip()
     if unknown := sorted(set(table["station"].unique()) - set(LONDON_OTHER) - set(FULL_NAME)):
         warnings.append(f"{len(unknown)} unknown stations are left out: {', '.join(unknown[:5])}")
     table["station"] = table["station"].map(FULL_NAME)

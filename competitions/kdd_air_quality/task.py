@@ -53,9 +53,10 @@ class Forecasters:
 
     def tune(self, predictions: Predictions, rows: np.ndarray) -> Tuned:
         names = models.names_of(self.config)
-        forecasts = {name: np.asarray(predictions[name]) for name in names}
+        given = {n: np.asarray(predictions[n]) for n in names}, self.known.truth(self.held), self.known.network
         return {
-            "blend": blend.tuned(forecasts, self.known.truth(self.held), self.known.network),
+            "blend": blend.tuned(*given),
+            "score": blend.honest(*given),
             "models": names,
             "stations": self.known.network.stations,
             "last_day": str(self.day),
@@ -83,7 +84,9 @@ def smape(network: Network) -> Metric:
     """The score of every day, its mean over the days that have one; of forecasts [B, 48, S]."""
 
     def stats(forecasts: Tensor, truth: Tensor) -> Tensor:
-        scores = metric.daily(truth.numpy(), table.grid(forecasts.numpy(), network), network.stations)
+        shape = *forecasts.shape[:2], len(network.stations), -1  # metrics drop the axis of a single station
+        truth = truth.reshape(shape).numpy()
+        scores = metric.daily(truth, table.grid(forecasts.numpy(), network), network.stations)
         return torch.from_numpy(np.stack([np.nan_to_num(scores), np.isfinite(scores)], axis=1))
 
     return Metric("smape", stats, higher_is_better=False)

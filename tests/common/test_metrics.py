@@ -204,6 +204,9 @@ def test_unknown_targets_do_not_count_and_unknown_decisions_spoil_the_score():
     assert metrics.roc_auc().score(P[:, :3], labels) == pytest.approx(np.mean(each))
     expected = sk.f1_score(Y[:, :3][known], P[:, :3][known] > 0.5)
     assert metrics.f_beta(1, "micro", threshold=0.5).score(P[:, :3], labels) == pytest.approx(expected)
+    classes = np.where(unknown[:, 0], np.nan, RATING)
+    expected = sk.f1_score(RATING[known[:, 0]], RATED[known[:, 0]], average="macro")
+    assert metrics.f_beta(1, "macro", classes=RATING.max() + 1).score(RATED, classes) == pytest.approx(expected)
     expected = sk.cohen_kappa_score(RATED[known[:, 0]], RATING[known[:, 0]], weights="quadratic")
     assert metrics.quadratic_kappa().score(RATED, np.where(unknown[:, 0], np.nan, RATING)) == pytest.approx(expected)
     for metric, decisions, targets, _ in CASES.values():

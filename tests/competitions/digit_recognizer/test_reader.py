@@ -106,11 +106,12 @@ def test_other_line_ends_and_blank_last_lines_of_the_sample_submission(folder):
     assert read(raw).test_ids == ["1", "3", "2", "4"]
 
 
-def test_a_damaged_cache_is_made_again(folder):
+@pytest.mark.parametrize("spoilt", [lambda copy: copy[:-100], lambda copy: copy.replace(b"}", b"(", 1)])
+def test_a_damaged_cache_is_made_again(folder, spoilt):
     raw = write(folder)
     straight = read(raw)
     for file in raw.cache.glob("*.npy"):
-        file.write_bytes(file.read_bytes()[:-100])
+        file.write_bytes(spoilt(file.read_bytes()))
     assert np.array_equal(read(raw).images, straight.images)
     assert all(len(np.load(file)) in (4, 6) for file in raw.cache.glob("*.npy"))
 

@@ -12,7 +12,7 @@ from common.engine.ranks import SINGLE
 from common.errors import UserError
 from common.fit import fit
 from common.run import Run
-from competitions.kdd_air_quality import blend, boosting, features, impute, linear, metric, mlp, models
+from competitions.kdd_air_quality import blend, boosting, features, impute, linear, metric, mlp, models, table
 from competitions.kdd_air_quality.backtest import periods_of
 from competitions.kdd_air_quality.config import RECIPES
 from competitions.kdd_air_quality.origins import HOUR, days_between, first_hour
@@ -423,6 +423,24 @@ def test_the_blend_s_level_mends_forecasts_that_are_too_low():
     low = {name: 0.9 * truth * np.exp(random.normal(0, 0.3, truth.shape)) for name in ("one", "two")}
     fitted = blend.fit(low, truth, np.ones(truth.shape, bool), network.groups)
     assert 1.05 < fitted["level"] < 1 / 0.9
+
+
+def test_the_honest_score_of_a_day_is_by_weights_that_share_no_hour_with_it():
+    rng, network = np.random.default_rng(0), Network(("CD1", "BL0"))
+    days, shape = 5, (5, 48, len(network.series))
+    truth = np.full((days, 48, 2, 3), np.nan)
+    truth[..., :2] = rng.lognormal(3, 0.5, (days, 48, 2, 2)) * rng.lognormal(0, 0.5, (days, 1, 1, 1))
+    forecasts = {name: rng.lognormal(3, 0.5, shape) for name in ("one", "other")}
+
+    def scores(rows, by):
+        weights = blend.tuned({name: values[by] for name, values in forecasts.items()}, truth[by], network)
+        found = blend.apply(weights, {name: values[rows] for name, values in forecasts.items()}, network.groups)
+        return metric.daily(truth[rows], table.grid(found, network), network.stations)
+
+    expected = [scores([day], [other for other in range(days) if abs(other - day) >= 2])[0] for day in range(days)]
+    found = blend.honest(forecasts, truth, network)
+    assert found == pytest.approx(np.mean(expected)) and found > scores(range(days), range(days)).mean()
+    assert np.isfinite(blend.honest({name: values[:1] for name, values in forecasts.items()}, truth[:1], network))
 
 
 def test_the_blend_s_gradient_finds_the_minimum_of_a_grid():

@@ -68,10 +68,11 @@ def test_the_run_holds_its_scores_and_its_page(here):
     result = json.loads((home / "result.json").read_text())
     metrics = pd.read_csv(home / "metrics.csv").set_index("model")
     assert set(metrics.index) == {"medians", "boosting", "blend"}
-    assert result["score"] == result["metrics"]["smape"] == pytest.approx(metrics["mean"]["blend"], abs=1e-6)
+    assert result["metrics"]["smape"] == pytest.approx(metrics["mean"]["blend"], abs=1e-6)
+    assert result["score"] > result["metrics"]["smape"], "of days that the blend was not tuned on"
     scores = pd.read_csv(home / "scores.csv")
     assert list(scores["day"]) == ["2018-03-26", "2018-03-27", "2018-03-28", "2018-03-29"]
-    assert scores["blend"].mean() == pytest.approx(result["score"], abs=1e-5)
+    assert scores["blend"].mean() == pytest.approx(result["metrics"]["smape"], abs=1e-5)
     parts = pd.read_csv(home / "breakdown.csv")
     assert set(parts["by"]) == {"city", "pollutant", "station type", "station", "hour band", "hour ahead"}
     page = (home / "report.html").read_text()
@@ -160,6 +161,47 @@ def test_one_city_alone(here):
     assert main(["train", "kdd_air_quality", *words, "--data", "files", "--run", "london"]) == 0
     rows = rows_of(here / "submissions" / "kdd_air_quality" / "london.csv")
     assert [row[0] for row in rows[1:]] == [line.split(",")[0] for line in kept]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_one_station_alone(here):
+    """Three series of one station: metrics drop sizes of one, and the truth then looks like the forecasts."""
+    path = here / "files" / "sample_submission.csv"
+    kept = [line for line in path.read_text().splitlines() if line.startswith(("test_id", "dongsi_aq"))]
+    path.write_text("\n".join(kept) + "\n")
+    assert main(["train", "kdd_air_quality", *SMALL, "--models", "medians", "--data", "files", "--run", "alone"]) == 0
+    run = here / "runs" / "kdd_air_quality" / "alone"
+    figures = pd.read_csv(run / "metrics.csv").set_index("model")
+    found = json.loads((run / "result.json").read_text())["metrics"]["smape"]
+    assert found == pytest.approx(figures["mean"]["blend"], abs=1e-6)
+    assert len(rows_of(here / "submissions" / "kdd_air_quality" / "alone.csv")) == 49
+
+
+def test_newer_data_are_forecast_from_their_own_end(here):
+    """A day's new files in DATA=, and no day named: its help says the last of the data."""
+    for name in ("bj_aq_2018.csv", "ld_aq_2018.csv"):
+        frame = pd.read_csv(here / "files" / name)
+        frame["time"] = (pd.to_datetime(frame["time"]) + pd.Timedelta(days=2)).astype(str)
+        frame[frame["time"] >= "2018-04-01"].to_csv(here / "files" / f"later_{name}", index=False)
+    assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "files"]) == 0
+    facts = json.loads((here / "submissions" / "kdd_air_quality" / "a-2018-04-02.json").read_text())
+    assert facts["first_hour"] == "2018-04-03T00" and not facts["series_without_recent_values"]
+
+
+@pytest.mark.parametrize("what, other", [("models", ["medians"]), ("stations", [*demo.BEIJING, "CD1", "BL0", "KF1"])])
+def test_runs_without_a_common_mean_are_not_averaged(here, capsys, what, other):
+    """Also where the shapes are the same: the mean of two stations is the forecast of none."""
+    home = here / "runs" / "kdd_air_quality"
+    shutil.copytree(home / "a", home / "b")
+    result = json.loads((home / "b" / "result.json").read_text())
+    result["tuned"][what] = other
+    (home / "b" / "result.json").write_text(json.dumps(result))
+    before = sorted((here / "submissions").rglob("*.csv"))
+    for runs in ("a,b", "b,a"):
+        assert main(["predict", "kdd_air_quality", "--run", runs]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: RUN={runs}: ") and f"average runs of the same {what}" in error
+    assert sorted((here / "submissions").rglob("*.csv")) == before
 
 
 def test_what_is_missing_stands_beside_the_file(here, capsys):

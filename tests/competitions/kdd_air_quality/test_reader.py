@@ -106,6 +106,19 @@ def test_spelling_of_columns_and_endings_does_not_matter(files, renamed):
     assert not observations.warnings
 
 
+@pytest.mark.parametrize(
+    "file, column, renamed",
+    [(LONDON, "PM10 (ug/m3)", "PM10 (\u00b5g/m\u00b3)"), (LONDON, "NO2 (ug/m3)", "NO2 (\u03bcg/m3)")]
+    + [(HISTORY, "CO", "CO (mg/m3)")],
+)
+def test_a_unit_spelt_otherwise_loses_no_column(files, file, column, renamed):
+    expected = load(files).values
+    pd.read_csv(files / file).rename(columns={column: renamed}).to_csv(files / file, index=False)
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected)
+    assert not observations.warnings
+
+
 def test_columns_of_the_weather_beside_the_pollutants_hide_nothing(files):
     expected = load(files).values
     pd.read_csv(files / HISTORY).assign(temperature=3, humidity=40).to_csv(files / HISTORY, index=False)
@@ -251,6 +264,28 @@ def test_times_in_other_layouts_are_the_same_hours(files, layout):
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected)
     assert not observations.warnings
+
+
+@pytest.mark.parametrize(
+    "away, layout",
+    [("-3us", "%Y-%m-%d %H:%M:%S.%f"), ("8h", "%Y-%m-%d %H:%M UTC+8")]
+    + [("1h", "%a %b %d %Y %H:%M:%S GMT+0100 (BST)"), ("-3h", "%Y-%m-%d %H:%M GMT-3")],
+)
+def test_hours_are_not_moved_by_a_rest_of_a_second_or_the_sign_of_a_zone(files, away, layout):
+    expected = load(files).values
+    frame = pd.read_csv(files / LONDON)
+    hours = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed") + pd.Timedelta(away)
+    frame.assign(MeasurementDateGMT=hours.dt.strftime(layout)).to_csv(files / LONDON, index=False)
+    observations = load(files)
+    np.testing.assert_array_equal(observations.values, expected)
+    assert not observations.warnings
+
+
+def test_spaces_around_a_station_hide_nothing(files):
+    expected = load(files).values
+    frame = pd.read_csv(files / LONDON)
+    frame.assign(station_id=frame["station_id"] + " ").to_csv(files / LONDON, index=False)
+    np.testing.assert_array_equal(load(files).values, expected)
 
 
 def test_times_with_and_without_a_zone_stand_side_by_side(files):
