@@ -265,7 +265,7 @@ def nested(
     if len(np.unique(parts)) < 2:
         raise UserError(
             "a blend is scored on folds that had no part in choosing its weights, and these runs hold out a single "
-            "one: train them with --fold all"
+            "one: train them with --fold all, where the competition has folds"
         )
     if parts.shape != rows.shape or not np.isfinite(members).all():
         raise UserError(
