@@ -1,7 +1,9 @@
 """What the cells of a column hold, and which of them hold something else."""
 
+import io
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,11 @@ class Column:
     @property
     def is_whole(self) -> bool:
         return not self.is_text and np.dtype(self.dtype).kind in "iu"
+
+    @property
+    def read_as(self) -> str:
+        """The dtype to read, whose range is that of `wrong` at least."""
+        return "int64" if self.is_whole and np.dtype(self.dtype).itemsize < 8 and wraps() else self.dtype
 
     def __str__(self) -> str:
         """What is expected of a cell, in words."""
@@ -61,6 +68,15 @@ class Column:
         if self.is_whole:
             return wrong | ~texts.str.fullmatch(r"-?[0-9]+").to_numpy(bool)
         return wrong | (found.isna() & ~texts.isin(NO_NUMBER)).to_numpy(bool)
+
+
+@cache
+def wraps() -> bool:
+    """Whether this pandas takes 256 for a 0 of uint8, as 2.2 does, and later versions do not."""
+    try:
+        return len(pd.read_csv(io.StringIO("cell\n256\n"), dtype="uint8")) == 1
+    except (ValueError, OverflowError):
+        return False
 
 
 def numbers(texts: pd.Series) -> pd.Series:

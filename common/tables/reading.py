@@ -242,7 +242,7 @@ class _File:
         if only_whole and not IN_WHOLE_NUMBERS[np.frombuffer(block, np.uint8)].all():
             return None  # pandas would take 7.0, +7 and 1e2 for whole numbers
         as_text = {} if only_whole else {place: column for place, column in typed.items() if column.is_whole}
-        dtypes = {place: "str" if place in as_text else column.dtype for place, column in typed.items()}
+        dtypes = {place: "str" if place in as_text else column.read_as for place, column in typed.items()}
         blanks = {place: [] if column.is_text or column.is_whole else NO_NUMBER for place, column in typed.items()}
         blanks |= {place: NO_NUMBER for place in options["usecols"] if place not in typed}
         try:
@@ -258,7 +258,10 @@ class _File:
                 frame[place] = (frame[place] if column.is_whole else numbers(frame[place])).astype(column.dtype)
         except (ValueError, OverflowError):  # pandas does not say where
             return None
-        return None if any(column.wrong(frame[place]).any() for place, column in typed.items()) else frame
+        if any(column.wrong(frame[place]).any() for place, column in typed.items()):
+            return None
+        narrow = {place: column.dtype for place, column in typed.items() if frame[place].dtype != column.dtype}
+        return frame.astype(narrow) if narrow else frame
 
     def _fault(
         self, block: bytes, typed: Mapping[int, Column], names: list[str], lines: np.ndarray, options: dict

@@ -10,7 +10,7 @@ import pytest
 from common import tables
 from common.errors import UserError
 from common.raw import RawData
-from common.tables import number, reading, text, whole
+from common.tables import columns, number, reading, text, whole
 
 COLUMNS = {"id": str, "count": whole(0, 9), "size": number(0, 100, blank=True), "name": text(blank=True)}
 CSV = 'id,count,size,name,more\na,1,2.5,"x, y",7\nb,2,,NA,8\nc,3,1e1,,9\n'
@@ -179,6 +179,19 @@ def test_true_and_false_are_1_and_0_beside_blanks_too(read):
     np.testing.assert_array_equal(table["v"], [1, np.nan, 0, 0.5])
     assert "line 3, column v: 'Maybe', expected a number" in fault(read, "v\nTrue\nMaybe\nFalse\n", {"v": float})
     assert "line 3, column v: '', expected a number" in fault(read, 'v\nTrue\n""\nFalse\n', {"v": float})
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_small_whole_numbers_never_wrap_whatever_the_version_of_pandas(read, monkeypatch, wraps):
+    known = columns.wraps()
+    monkeypatch.setattr(columns, "wraps", lambda: wraps or known)
+    pixels = {"a": whole(0, 255, "uint8"), "b": whole(-5, 5, "int8")}
+    found = read("a,b\n255,-5\n0,5\n", pixels)
+    assert found.to_numpy().tolist() == [[255, -5], [0, 5]]
+    assert list(map(str, found.dtypes)) == ["uint8", "int8"]
+    for cell in ("256,0", "-1,0", "0,251"):
+        with pytest.raises(UserError, match="line 3, column"):
+            read(f"a,b\n255,-5\n{cell}\n", pixels)
 
 
 def test_ids_that_are_there_twice(read):
