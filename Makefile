@@ -22,13 +22,13 @@ tune: ## search for settings of COMP with Optuna: ARGS="--search lr=1e-4:1e-2:lo
 runs: ## all runs of COMP side by side, the best first
 blend: ## combine COMP's runs on their out-of-fold predictions (RUN=a,b), never predicting again
 backtest: ## forecast past days with models that know nothing of them, where COMP has that
-check: ## look for unreadable images in COMP's data
+check: ## check COMP's images, ids, shapes and a row of the CSV, without training
 data: ## download COMP's files into data/COMP
 submit: ## send COMP's best checked submission to Kaggle and wait for the score
 board: ## validation against leaderboard for every submission of COMP
 kernel: ## train COMP on Kaggle's GPUs and fetch the run
 notebook: ## push RUN=a,b with a notebook that predicts offline on Kaggle (ARGS=--submit submits it)
-test: ## the whole test suite on all cores; with ARGS="tests/common -k x" the tests that pytest is told
+test: ## the whole test suite on up to four cores, or what ARGS="tests/common -k x" tells pytest
 bench: ## side-by-side measurements: BENCH=engine, loaders ...
 lint: ## style of the code
 

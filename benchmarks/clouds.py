@@ -116,10 +116,8 @@ def inference(data: RawData, encoder: str) -> None:
         encoder_weights="none",
         encoder_lr=1.0,
         tta=False,
-        device="cpu",
         workers=1,
     )
-    config = replace(config, device="auto", micro_batch=1)
     built = completed(task.build(config, data, print), data)
     test, ids, form = built.data.test, built.data.test_ids, built.submission
     network = built.network.model().eval()

@@ -130,7 +130,7 @@ def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
     least = {name: {key: min(turn[key] for turn in turns) for key in turns[0]} for name, turns in taken.items()}
     images = IMAGES * labels // LABELS
     print(f"{images:,} x {labels:,}, {topics or 'no'} topics, {DIM} numbers; minima of {rounds} turns")
-    print(f"| | seconds | of this kit's | processor time | peak GB (before) | sine to {exact}: largest | mean |")
+    print(f"| | seconds | of this kit's | processor time | peak GB (before) | sine to {exact}: largest | RMS |")
     print("|---|---|---|---|---|---|---|")
     for name, facts in least.items():
         largest, mean = sines(bases[exact].astype(np.float64), bases[name])
@@ -140,7 +140,7 @@ def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
         )
 
 
-def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, ...] = (0, 1)) -> None:
+def quality(folder: Path, seeds: tuple[int, ...]) -> None:
     """Hide one label of every held-out image, rank the others by what is left: how often is it among the first ten?"""
     raw = RawData(folder, "inclusive_images")
     index = reader.read_index(raw)
@@ -180,7 +180,7 @@ def quality(folder: Path, dims: tuple[int, ...] = (128, 512), seeds: tuple[int, 
             "PPMI, smoothed 10, labels of few images out": {"smoothing": 10.0},
         }
         for name, settings in variants.items():
-            for dim in dims:
+            for dim in (128, 512):
                 found = LabelEmbedding.fit(train, dim, **settings)
                 outputs = given @ found.vectors
                 outputs /= np.maximum(np.linalg.norm(outputs, axis=1, keepdims=True), 1e-12)
@@ -274,7 +274,7 @@ def main() -> None:
     if given.part in ("quality", "training") and not given.data:
         parser.error(f"--part {given.part} needs --data")
     if given.part == "quality":
-        quality(given.data, seeds=given.seeds)
+        quality(given.data, given.seeds)
     if given.part == "training":
         training(given.data, given.seeds, given.epochs, given.recipes, given.more)
 

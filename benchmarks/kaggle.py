@@ -1,4 +1,4 @@
-"""What `make data` costs beside a plain download and unzip of the same archive: at most 5 % is the aim.
+"""What `make data` costs beside a plain download and unzip of the same archive.
 
 make bench BENCH=kaggle [ARGS="--megabytes 200 --rounds 5"]
 

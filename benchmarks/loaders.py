@@ -357,7 +357,7 @@ def versions() -> str:
 
 
 def peers() -> dict[str, Any]:
-    """The systems by name; a line of text for one that is not installed."""
+    """The systems by name; None for one that is not installed."""
 
     def seed_all(rank: int) -> None:
         random.seed(0)
@@ -365,19 +365,18 @@ def peers() -> dict[str, Any]:
         torch.manual_seed(0)
 
     found: dict[str, Any] = {"torch DataLoader": Peer(seed_all)}
-    missing = "not installed: pip install -r requirements-peers.txt"
     try:
         stateful = importlib.import_module("torchdata.stateful_dataloader").StatefulDataLoader
         found["torchdata StatefulDataLoader"] = Peer(seed_all, stateful=stateful)
     except ImportError:
-        found["torchdata StatefulDataLoader"] = missing
+        found["torchdata StatefulDataLoader"] = None
     try:
         seed = importlib.import_module("lightning.fabric.utilities.seed")
         found["Lightning seed_everything(workers=True)"] = Peer(
             lambda rank: seed.seed_everything(0, workers=True, verbose=False), seed.pl_worker_init_function
         )
     except ImportError:
-        found["Lightning seed_everything(workers=True)"] = missing
+        found["Lightning seed_everything(workers=True)"] = None
     return found | {"this kit's Loader": Ours()}
 
 
@@ -396,9 +395,11 @@ def guarantees(data: Path | None) -> list[dict]:
     rows = []
     for name, system in peers().items():
         for source in ("globals", "albumentations"):
-            found = isinstance(system, str) or guarantees_of(system, source)
-            cells = {"skipped": system} if found is True else dict(zip(GUARANTEES, found, strict=True))
-            rows.append({"loader": name, "draws from": source} | cells)
+            row = {"loader": name, "draws from": source}
+            if system is None:
+                rows.append(row | {"skipped": "not installed"})
+            else:
+                rows.append(row | dict(zip(GUARANTEES, guarantees_of(system, source), strict=True)))
     return rows
 
 

@@ -58,7 +58,7 @@ def train(name: str, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     parser.add_argument("--resume", **SWITCH, help="go on though code or data have changed")
     recipes = competition.recipes
-    parser.add_argument("--no-submission", action="store_true", help="leave the test rows for make predict")
+    parser.add_argument("--no-submission", action="store_true", help="train only; make predict writes it later")
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
     from common import train as training
 
@@ -77,7 +77,7 @@ def predict(name: str, argv: list[str]) -> None:
         action="store_true",
         help="give rows of unreadable images the sample submission's own values, and name them",
     )
-    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="then --fallback for what is left")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="after these, --fallback for all rows left")
     given = parser.parse_args(argv)
     from common import predict as predicting
 
@@ -89,7 +89,7 @@ def tune(name: str, argv: list[str]) -> None:
     competition = competitions.load(name)
     own = verb_parser("tune", name, tune.__doc__)
     own.add_argument("--search", metavar="SPACE", help="lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
-    own.add_argument("--trials", type=int, default=30, help="trials that the search has in the end [30]")
+    own.add_argument("--trials", type=int, default=30, help="trials in all, those of before included [30]")
     mine = Parser(add_help=False, allow_abbrev=False)
     mine.add_argument("--search")
     mine.add_argument("--trials")
@@ -118,8 +118,8 @@ def blend(name: str, argv: list[str]) -> None:
     parser.add_argument("--by", default="hill", choices=("hill", "nnls", "optimum", "mean", "stack"),
         help="hill climbing, non-negative least squares, the metric's own optimum, equal weights, or a linear model "
         "[hill]")  # fmt: skip
-    parser.add_argument("--space", default="plain", help="mean of plain predictions, of rank, or of power:P [plain]")
-    parser.add_argument("--per-class", action="store_true", help="weights of their own for every class")
+    parser.add_argument("--space", default="plain", help="what is averaged: plain, rank or power:P [plain]")
+    parser.add_argument("--per-class", action="store_true", help="separate weights for every class")
     parser.add_argument("--oof", metavar="FILE[,FILE]", help="CSV of an id and out-of-fold predictions made elsewhere")
     parser.add_argument("--test", metavar="FILE[,FILE]", help="the predictions of test rows that belong to --oof")
     parser.add_argument("--name", metavar="NAME", help="name of the new run [next number and blend]")
@@ -141,7 +141,7 @@ def check(name: str, argv: list[str]) -> None:
 def data(name: str, argv: list[str]) -> None:
     """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
     source, parser = competitions.load(name).source, verb_parser("data", name, data.__doc__)
-    parser.add_argument("--force", **SWITCH, help="fetch again, and keep an archive that Kaggle's list denies")
+    parser.add_argument("--force", **SWITCH, help="fetch again; keep an archive that differs from Kaggle's list")
     if source.labels:
         parser.add_argument("--labels-only", action="store_true", help=f"fetch only {', '.join(source.labels)}")
     if source.images:
@@ -220,7 +220,7 @@ def notebook(name: str, argv: list[str]) -> None:
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
         one.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
-        one.add_argument("--limit", type=duration, default=duration("9h"), help="of the notebook: 9h, 30m [9h]")
+        one.add_argument("--limit", type=duration, default=duration("9h"), help="of the notebook's time: 9h, 30m [9h]")
         one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
         one.add_argument("--fetch", action="store_true", help="push nothing: follow the notebook pushed last")
         one.add_argument("--submit", action="store_true", help="submit this version of the notebook")

@@ -83,8 +83,8 @@ def test_runs_become_lines_of_the_scores(tmp_path):
         ("fast", {"0": 0.5, "1": 0.25}, "on real data"),
         ("fast, epochs: 2 -> 9", {"0": 0.75}, ""),
     ]
-    *_, line, _ = tables.scores(lines)
+    *_, line, _, _, machines = tables.scores(lines)
     assert line.startswith("| digit_recognizer `fast` | accuracy 0.375 ± 0.01 (0.5, 0.25) | 0, 1 | CV, 90 rows | 7 s |")
-    assert line.endswith("| 1 CPU, abc | on real data |")
+    assert line.endswith("| A, abc | on real data |") and machines == "Machines: A = 1 CPU."
     with pytest.raises(UserError, match="expected a finished run with a score"):
         tables.score_of(finished(tmp_path / "d", 0, None))

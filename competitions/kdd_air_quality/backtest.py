@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Backtest(Competition):
             ),
             metrics=(smape(observations.network),),
             report=rolling.report,
-            sample=asked.sample,
+            sample=replace(asked.sample, ids=()),  # no rows to predict are asked for
         )
 
 
