@@ -44,16 +44,21 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     if not data:
         raise BadImage(path, "is empty")
     flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
-    flags |= 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
+    if not upright:
+        flags, data = flags | cv2.IMREAD_IGNORE_ORIENTATION, _without_orientation(data)
+    reduced = 0
     if size is not None and data[:2] == b"\xff\xd8":
         height, width = jpeg_size(data)
         if height * width >= PIXELS:  # at 1/8 it would be decoded, and be grey: two bytes of it were damaged
             raise BadImage(path, TOO_LARGE)
         factor = min(height // size[0], width // size[1])
         if factor >= 2:
-            flags |= REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
+            reduced = REDUCED[8 if factor >= 8 else 4 if factor >= 4 else 2]
+    buffer = np.frombuffer(data, np.uint8)
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        pixels = cv2.imdecode(buffer, flags | reduced)
+        if reduced and pixels is not None and (pixels.shape[0] < size[0] or pixels.shape[1] < size[1]):
+            pixels = cv2.imdecode(buffer, flags)  # it was turned onto its side, where it is too small
     except Exception as error:  # a decoder that gives up, over a size of more than 2^30 pixels for example
         reason = " ".join((getattr(error, "err", None) or str(error) or type(error).__name__).split())
         too_large = "MAX_IMAGE_PIXELS" in reason
@@ -64,6 +69,18 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
         smaller = pixels.shape[0] > size[0] or pixels.shape[1] > size[1]
         pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
     return pixels
+
+
+def _without_orientation(data: bytes) -> bytes:
+    """A TIFF marked as upright: OpenCV turns TIFFs whatever its flags say. Other files stay as they are."""
+    order = {b"II*\0": "little", b"MM\0*": "big"}.get(data[:4])
+    if order is not None:
+        place = int.from_bytes(data[4:8], order)
+        entries = int.from_bytes(data[place : place + 2], order)
+        for entry in range(place + 2, place + 2 + 12 * entries, 12):
+            if int.from_bytes(data[entry : entry + 2], order) == 0x112:
+                return data[: entry + 8] + (1).to_bytes(2, order) + data[entry + 10 :]
+    return data
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:

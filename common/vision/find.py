@@ -11,7 +11,7 @@ from common.errors import UserError, some
 from common.raw import CACHE, files_under
 from common.vision.decode import Image
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -102,15 +102,16 @@ def files_of(images: Iterable[Image]) -> Iterator[Path]:
 def fingerprint(images: Iterable[Image], *, of_place: bool = False) -> str:
     """sha256 over folders, names and sizes of the files: reading gigabytes would take minutes.
 
-    `of_place` takes the whole path and the time of the last change instead: the key of a cache on this machine.
+    `of_place` takes the whole path and the times of the last changes instead: the key of a cache on this machine. That
+    of the file's record tells a replaced file whose size and time are those of the old one: archives set the other.
     """
     digest = hashlib.sha256()
     for path in files_of(images):
         try:
             found = path.stat()
-            size, time = found.st_size, found.st_mtime_ns
+            size, times = found.st_size, f"{found.st_mtime_ns} {found.st_ctime_ns}"
         except OSError:  # a link that leads nowhere
-            size, time = -1, 0
-        line = f"{os.path.realpath(path)} {size} {time}" if of_place else f"{path.parent.name}/{path.name} {size}"
+            size, times = -1, 0
+        line = f"{os.path.realpath(path)} {size} {times}" if of_place else f"{path.parent.name}/{path.name} {size}"
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()

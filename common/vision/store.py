@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class ImageStore:
     def __getitem__(self, row: int) -> np.ndarray:
         """uint8 [H, W, C], which may be read-only; raises BadImage when the file cannot be read."""
         if self._rows is None and self._file is not None:
-            self._make()
-            self._rows = np.load(self._file, mmap_mode="r")
+            self._rows = self._made()
         if self._rows is None or not self._rows[row, -1]:
             return decode(self.images[row], self.size, self.upright)
         return self._rows[row, :-1].reshape(self._shape)
@@ -84,19 +84,26 @@ class ImageStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows": None}
 
-    def _make(self) -> None:
-        """Write the file, unless it is there: one process resizes, and the others find what it made."""
-        if self._file.is_file():
-            return
+    def _made(self) -> np.ndarray:
+        """The rows of the file, written unless it is there: one process resizes, and the others find what it made."""
+        if (rows := self._found()) is not None:
+            return rows
         try:
             with alone_in(self._file.parent) as alone:
-                if not self._file.is_file():
+                if self._found() is None:
                     self._resize(alone)
         except OSError as error:
             raise UserError(
                 f"{self._file} cannot be written ({error.strerror or error}): free disk space, or train with "
                 f"--cache-gb 0"
             ) from error
+        return np.load(self._file, mmap_mode="r")
+
+    def _found(self) -> np.ndarray | None:
+        """The rows of the file; None where there is none, or a part of one, as a copy that was broken off leaves it."""
+        with suppress(FileNotFoundError, ValueError, EOFError):
+            return np.load(self._file, mmap_mode="r")
+        return None
 
     def _resize(self, alone: bool) -> None:
         """uint8 [n, H * W * C + 1]: pixels, and 1 where the image could be read.

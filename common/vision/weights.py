@@ -9,7 +9,7 @@ import logging
 import threading
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -66,8 +66,8 @@ def start_from(
 
     Weights of three channels fit any number: a further channel starts as the mean of the three or a copy of one
     (`extra`). Returns a line for the log, with what the file holds besides. Raises UserError when the network would
-    not be filled wholly, when the file cannot be read, and when published weights are neither in the cache nor can be
-    fetched.
+    not be filled wholly, when the file is of a deeper one or cannot be read, and when published weights are neither in
+    the cache nor can be fetched.
     """
     if weights == "none":
         return f"{name} starts from scratch"
@@ -86,8 +86,13 @@ def start_from(
             f"{FLAG} {weights} fills {len(places)} of the {len(own)} tensors of {name}, and {some(missing)} would stay "
             f"random: give weights of that very network (and size, for a transformer), or {scratch}"
         )
-    network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
     unused = [key for key in found if key not in set(places.values()) and not key.endswith(UNTRAINED)]
+    if between := left_out(places, unused):
+        raise UserError(
+            f"{FLAG} {weights} is of a deeper network than {name}: {some(between)} would be left out between layers "
+            f"that are used: give weights of that very network, or {scratch}"
+        )
+    network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
     return f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else "")
 
 
@@ -138,6 +143,28 @@ def match(own: dict[str, Tensor], found: dict[str, Tensor], extra: Extra = "mean
             fits = {a: b for a, b in pairs.items() if fitted(found[b], own[a], extra) is not None}
             best = max(best, fits, key=len)
     return best
+
+
+def left_out(places: dict[str, str], unused: Iterable[str]) -> list[str]:
+    """The `unused` tensors of further blocks in rows of which the network has some, and other layers after them.
+
+    ResNet-34 fills ResNet-18 wholly: its layer1.2 comes before layer2. What comes after all that is used, such as the
+    stages that a decoder does without, may be left out. `places` are in the order of the computation.
+    """
+    blocks, last = defaultdict(set), {}
+    for source in places.values():
+        for row, number in _rows(source):
+            blocks[row].add(number)
+            last[row] = source
+    end = next(reversed(places.values()))
+    closed = {row for row in blocks if last[row] != end}
+    return [key for key in unused if any(row in closed and number not in blocks[row] for row, number in _rows(key))]
+
+
+def _rows(name: str) -> list[tuple[str, str]]:
+    """Every number in a name, after what stands before it: layer1.0.downsample.1.weight has two."""
+    words = name.split(".")
+    return [(".".join(words[:depth]), word) for depth, word in enumerate(words) if word.isdecimal()]
 
 
 def _named(names: Iterable[str], naming: Callable[[list[str], int], dict[str, str]], part: float) -> list[dict]:

@@ -47,6 +47,26 @@ def test_masks_belong_to_the_pixels_as_they_are_stored(tmp_path, jpeg, size):
     assert size or np.array_equal(decode(path), np.rot90(stored, -1))
 
 
+@pytest.mark.parametrize("order, mark", [("<", b"II*\0"), (">", b"MM\0*")])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_are_turned_only_where_that_is_asked_for(tmp_path, picture, order, mark, orientation):
+    """OpenCV turns them whatever its flags say."""
+    place = 8 + 2 + 10 * 12 + 4  # of the pixels: behind the head, ten facts and the end of their list
+    facts = {256: WIDTH, 257: HEIGHT, 258: 8, 259: 1, 262: 1, 273: place, 274: orientation, 277: 1}
+    facts |= {278: HEIGHT, 279: HEIGHT * WIDTH}
+    head = mark + struct.pack(f"{order}IH", 8, len(facts))
+    entries = b"".join(struct.pack(f"{order}HHIH2x", tag, 3, 1, value) for tag, value in facts.items())
+    plane = picture[:, :, 1]
+    data = head + entries + bytes(4) + plane.tobytes()
+    (tmp_path / "a.tif").write_bytes(data)
+    assert np.array_equal(decode((tmp_path / "a.tif",), upright=False)[:, :, 0], plane)
+    assert np.array_equal(decode(tmp_path / "a.tif", upright=False)[:, :, 2], plane)
+    upright = plane.T if orientation > 4 else plane
+    for axis in {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, []):
+        upright = np.flip(upright, axis)
+    assert np.array_equal(decode((tmp_path / "a.tif",))[:, :, 0], upright)
+
+
 def with_thumbnail(jpeg: bytes) -> bytes:
     """The JPEG with another JPEG, end marker and all, inside its header, as cameras write it."""
     thumbnail = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
@@ -123,6 +143,14 @@ def test_an_image_is_never_decoded_smaller_than_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(cv2, "resize", lambda image, *a, **k: seen.append(image.shape[:2]) or resize(image, *a, **k))
     decode(tmp_path / "a.jpg", (150, 100))
     assert seen == [(160, 800)]
+
+
+def test_a_turned_image_is_never_decoded_smaller_than_asked(tmp_path):
+    stripes = np.zeros((160, 800), np.uint8)
+    stripes[::2] = 255  # 160 columns once it is turned
+    data = cv2.imencode(".jpg", stripes, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    (tmp_path / "a.jpg").write_bytes(turned(data))
+    assert decode(tmp_path / "a.jpg", (80, 160)).std() > 100
 
 
 def png_of(width: int, height: int, bits: int, color: int, body: bytes) -> bytes:

@@ -1,8 +1,12 @@
 """Image files by their ids: subfolders, links, hidden files, two files of one name."""
 
+import cv2
+import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.vision.check import unreadable
+from common.vision.decode import decode
 from common.vision.find import find_images, fingerprint, images_of, match_images
 
 
@@ -40,6 +44,17 @@ def test_ids_with_and_without_endings_and_folders(tmp_path):
         match_images(folder, ["001"])
     touched(folder, "001.png")  # the nearest one is meant
     assert relative(folder, match_images(folder, ["001"])) == ["001.png"]
+
+
+@pytest.mark.parametrize("ending", [".bmp", ".webp", ".gif"])
+def test_whatever_a_decoder_reads_is_found(tmp_path, ending):
+    file = tmp_path / f"a{ending}"
+    try:
+        cv2.imwrite(str(file), np.full((8, 8, 3), 255, np.uint8))
+    except cv2.error:
+        pytest.skip(f"this OpenCV writes no {ending}")
+    assert match_images(tmp_path, ["a", file.name]) == [file, file]
+    assert (decode(file) > 250).all() and unreadable([file], few=0) == []
 
 
 def test_two_files_of_one_name_are_an_error_unless_the_id_says_which(tmp_path):

@@ -75,6 +75,23 @@ def test_another_size_another_turn_and_changed_files_are_other_stores(paths, cac
     assert len(decoded) == 24
 
 
+def test_files_replaced_by_others_of_the_same_size_and_time_are_another_store(tmp_path, cache):
+    path = tmp_path / "a.bmp"
+    for value in (10, 200):
+        cv2.imwrite(str(path), np.full((40, 40, 3), value, np.uint8))
+        os.utime(path, (1e9, 1e9))  # as an archive sets it
+        assert (ImageStore([path], (32, 32), cache)[0] == value).all()
+
+
+@pytest.mark.parametrize("left", [0, 60, -100])
+def test_a_part_of_a_store_is_made_again(paths, cache, left):
+    whole = ImageStore(paths, (32, 32), cache)[1].copy()
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:left])
+    assert np.array_equal(ImageStore(paths, (32, 32), cache)[1], whole)
+    assert list(cache.iterdir()) == [file]
+
+
 def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monkeypatch):
     """Pages of a mapped file for which there is no room kill the process, so the room is taken first."""
     (cache / "images-old-64x64x3.part").write_bytes(b"left by a killed process")

@@ -17,7 +17,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.vision import weights
 from common.vision.backbones import Classifier, MaskNet, Normalize
-from common.vision.weights import fitted, match, read, start_backbone, start_encoder
+from common.vision.weights import fitted, left_out, match, read, start_backbone, start_encoder
 
 
 def filled(network: nn.Module, seed: int = 3) -> nn.Module:
@@ -201,6 +201,36 @@ def test_weights_of_another_network_are_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             start_encoder(network, own, str(tmp_path / "a.pth"))
         assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("own", "deeper", "block"),
+    [
+        ("resnet18", "resnet34", "layer1.2"),
+        ("convnext_tiny", "convnext_small", "stages.2.blocks.9"),
+        ("efficientnet_b0", "efficientnet_b1", "blocks.0.1"),
+    ],
+)
+def test_weights_of_a_deeper_network_are_refused_though_they_fill_it(tmp_path, own, deeper, block):
+    with torch.device("meta"):
+        network, source = (timm.create_model(name, num_classes=0) for name in (own, deeper))
+    places = match(network.state_dict(), source.state_dict())
+    assert len(places) == len(network.state_dict())
+    found = left_out(places, [key for key in source.state_dict() if key not in places.values()])
+    assert found and found[0].startswith(block)
+    if own == "resnet18":
+        torch.save({f"module.{key}": value for key, value in timms(deeper).state_dict().items()}, tmp_path / "a.pth")
+        with pytest.raises(
+            UserError, match="of a deeper network than resnet18: module.layer1.2.conv1.weight, .*that v"
+        ):
+            start_backbone(timm.create_model(own, num_classes=0), own, str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("name", ["tu-convnext_atto", "tu-resnet18", "efficientnet-b0", "vgg11"])
+def test_a_decoder_that_does_without_the_last_stages_takes_weights_of_all(tmp_path, name):
+    source = encoder(name) if not name.startswith("tu-") else timms(name.removeprefix("tu-"))
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert name in start_encoder(encoder(name, depth=3), name, str(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize("extra, like", [("mean", None), ("red", 0), ("blue", 2)])
