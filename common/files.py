@@ -61,9 +61,7 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, mode, **options) as stream:
-            with suppress(OSError):  # file systems without locks
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _own_draft(draft, mode, options) as stream:
             _remove_dead_drafts(path)
             yield stream
             stream.flush()
@@ -80,12 +78,34 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
             draft.unlink(missing_ok=True)
 
 
+def _own_draft(draft: Path, mode: str, options: dict[str, Any]) -> IO:
+    """A new draft, opened and locked. Until it is locked another writer may take it for a dead one and delete it."""
+    while True:
+        stream = open(draft, mode, **options)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if _is_at(draft, stream):
+                return stream
+        except OSError:  # file systems without locks
+            return stream
+        stream.close()
+
+
 def _remove_dead_drafts(path: Path) -> None:
     """A living writer, of this or another machine, holds a lock on its draft."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(OSError), open(draft, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            draft.unlink()
+            if _is_at(draft, stream):  # its writer may have put it in place, and have begun the next one
+                draft.unlink()
+
+
+def _is_at(path: Path, stream: IO) -> bool:
+    """Whether the open file is still the one that has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -118,12 +138,17 @@ def sha256(file: Path | BinaryIO) -> str:
 
 
 def expanded(given: str | Path, told: str) -> Path:
-    """The path, ~ as the home folder; raises UserError, for `told`, for nobody's home and for links in a circle."""
+    """The path, ~ as the home folder.
+
+    Raises UserError, for `told`, for nobody's home, for links in a circle and for names longer than a file's may be.
+    """
     try:
         path = Path(given).expanduser()
         path.resolve()
+        with suppress(PermissionError):  # is told by who opens it
+            path.exists()
         return path
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(f"{told} leads nowhere ({error}): give a path that exists") from error
 
 

@@ -65,6 +65,37 @@ def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a[1].json"]
 
 
+def test_a_draft_that_another_writer_took_for_a_dead_one_before_it_was_locked_is_opened_again(tmp_path, monkeypatch):
+    flock, taken = files.fcntl.flock, []
+
+    def deleted_first(stream, how):
+        if not taken:
+            taken.append(Path(stream.name))
+            taken[0].unlink()
+        flock(stream, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", deleted_first)
+    files.write_text(tmp_path / "a.json", "{}")
+    assert taken and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_a_draft_that_has_become_the_file_is_not_a_dead_one(tmp_path, monkeypatch):
+    """Between the look and the lock its writer may put it in place and begin another of the same name."""
+    flock, draft = files.fcntl.flock, tmp_path / ".a.json.4711.part"
+    draft.write_text("first")
+
+    def finished_first(stream, how):
+        if Path(stream.name) == draft and not (tmp_path / "a.json").exists():
+            os.replace(draft, tmp_path / "a.json")
+            draft.write_text("second")
+        flock(stream, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", finished_first)
+    files._remove_dead_drafts(tmp_path / "a.json")
+    assert draft.read_text() == "second"
+
+
 def test_room_is_checked_before_it_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000_000))
     files.require_room(tmp_path / "not" / "there" / "yet.npy", 1_500_000_000, "predictions")

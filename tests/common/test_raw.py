@@ -291,7 +291,7 @@ def test_errors_name_the_path_and_the_next_command(tmp_path):
     with pytest.raises(UserError, match="DATA=/nowhere does not exist"):
         raw.find("toy", "/nowhere", sample, str)
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    for given in ("~nobody-of-that-name/data", "circle"):
+    for given in ("~nobody-of-that-name/data", "circle", "long" * 99):
         with pytest.raises(UserError, match=f"DATA={given} (leads nowhere|does not exist)"):
             raw.find("toy", given, sample, str)
     path = archive(tmp_path / "toy.zip", train="x" * 10_000)
