@@ -38,6 +38,12 @@ def not_written(path: Path, error: OSError) -> UserError:
     )
 
 
+def not_read(path: Path, error: Exception, again: str = "") -> UserError:
+    """`again` says how the file is made anew, where that is not by training the run whose folder it is in."""
+    again = again or f"delete {path.parent} and train again"
+    return UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}")
+
+
 def require_room(path: Path, size: float, what: str) -> None:
     """Raises UserError when the disk of `path`, which need not exist yet, has no room for `size` bytes of `what`."""
     place = path.absolute()
@@ -182,10 +188,7 @@ def remove_drafts(folder: Path) -> None:
 
 
 def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
-    """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`.
-
-    `again` says how it is made anew, where that is not by training the run whose folder it is in.
-    """
+    """The object that `path` holds; raises UserError, with `again` as in `not_read`, where it is damaged or lacks a key."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -193,8 +196,7 @@ def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it has no {', '.join(missing)}")
     except (ValueError, RecursionError, OSError) as error:
-        again = again or f"delete {path.parent} and train again"
-        raise UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}") from error
+        raise not_read(path, error, again) from error
     return found
 
 
@@ -207,10 +209,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_table(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a CSV, by the names of its columns."""
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        yield from csv.DictReader(stream)
+def read_table(path: Path, *columns: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV by the names of its columns; raises UserError as `read_json` does: spreadsheets change files."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            table = csv.DictReader(stream)
+            if missing := [name for name in columns if name not in (table.fieldnames or ())]:
+                raise ValueError(f"it has no column {', '.join(missing)}")
+            yield from table
+    except (ValueError, csv.Error, OSError) as error:
+        raise not_read(path, error) from error
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -247,3 +255,13 @@ def write_npy(path: Path, array: "np.ndarray") -> None:
     import numpy as np
 
     write_with(path, lambda stream: np.save(stream, array, allow_pickle=False))
+
+
+def read_npy(path: Path) -> "np.ndarray":
+    """An array in the folder of a run, memory-mapped; raises UserError when it is damaged."""
+    import numpy as np
+
+    try:
+        return np.lib.format.open_memmap(path, "r")  # numpy.load would advise to unpickle what is no array
+    except (ValueError, EOFError, OSError) as error:
+        raise not_read(path, error) from error

@@ -23,7 +23,7 @@ from common.config import Config, folds_to_train, refuse_unused
 from common.device import device_of, use_threads
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
-from common.files import read_json, remove_drafts, write_npy, write_text
+from common.files import read_json, read_npy, remove_drafts, write_npy, write_text
 from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts
 from common.inference import decided
 from common.loading import folds, orders
@@ -261,7 +261,7 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
     if (tables := [folder / "metrics.csv" for folder in folders])[0].is_file():
         write_text(run.path / "metrics.csv", joined_metrics(tables))
     if read_predictions(folders[0], "oof") is not None:
-        rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
+        rows = np.concatenate([read_npy(folder / "oof_rows.npy") for folder in folders])
         join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
         result |= score_oof(run, task, config, rows)
     if task.fit_predict and len(task.data.test):

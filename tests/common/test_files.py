@@ -140,6 +140,15 @@ def test_damaged_json_is_one_line(tmp_path, text):
     assert files.read_json(tmp_path / "run.json", "data") == {"data": 1}
 
 
+@pytest.mark.parametrize("content", [b"fold;id\n0;a\n", b"fold,id\n0,\xe4\n", b""])
+def test_a_table_that_a_spreadsheet_changed_is_one_line(tmp_path, content):
+    (tmp_path / "folds.csv").write_bytes(content)
+    with pytest.raises(UserError, match="folds.csv cannot be read .*put a whole copy back"):
+        list(files.read_table(tmp_path / "folds.csv", "fold"))
+    (tmp_path / "folds.csv").write_text("\ufefffold,id\r\n0,a\r\n", encoding="utf-8")
+    assert list(files.read_table(tmp_path / "folds.csv", "fold")) == [{"fold": "0", "id": "a"}]
+
+
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, capsys):
     answer = errno.ENOLCK
 
