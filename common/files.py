@@ -188,7 +188,10 @@ def remove_drafts(folder: Path) -> None:
 
 
 def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
-    """The object that `path` holds; raises UserError, with `again` as in `not_read`, where it is damaged or lacks a key."""
+    """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`.
+
+    `again` is that of `not_read`.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -210,7 +213,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_table(path: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV by the names of its columns; raises UserError as `read_json` does: spreadsheets change files."""
+    """The rows of a CSV by the names of its columns; raises UserError as `read_json` does: a spreadsheet changes it."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream)

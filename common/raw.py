@@ -52,9 +52,15 @@ class RawData:
     @cached_property
     def _members(self) -> dict[str, str]:
         """Names in the archive, as other systems write them, and what the archive calls them."""
-        names = {own: own.replace("\\", "/") for own in self._archive.namelist()}
-        files = {PurePosixPath(name): own for own, name in names.items() if not name.endswith("/")}  # ./a.csv is a.csv
-        return {str(name): own for name, own in files.items() if not any(map(is_foreign, name.parts))}
+        found: dict[str, str] = {}
+        for own in self._archive.namelist():
+            name = PurePosixPath(own.replace("\\", "/"))  # ./a.csv is a.csv
+            if own.endswith(("/", "\\")) or any(map(is_foreign, name.parts)):
+                continue
+            if str(name) in found:
+                raise UserError(f"{self.path} holds {name} twice, expected one file of a name: {self._again}")
+            found[str(name)] = own
+        return found
 
     @property
     def _again(self) -> str:
@@ -81,7 +87,10 @@ class RawData:
         return [name for name in self.names() if fnmatchcase(PurePosixPath(name).name.lower(), pattern.lower())]
 
     def exists(self, name: str) -> bool:
-        return self._own_name(name) is not None
+        try:
+            return self._own_name(name) is not None
+        except PermissionError as error:
+            raise _forbidden(self.path / name, error) from error
 
     def _own_name(self, name: str) -> str | None:
         """What the data call the file: `name`, or the one that differs from it in case alone."""
@@ -285,8 +294,11 @@ def _only_archive(path: Path) -> Path:
 
 def visible(folder: Path) -> list[Path]:
     """What somebody put there: neither hidden, nor of a Mac, nor the cache. Nothing where there is no folder."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return [file for file in there if file.name != CACHE and not is_foreign(file.name)]
+    try:
+        there = folder.iterdir() if folder.is_dir() else ()
+        return [file for file in there if file.name != CACHE and not is_foreign(file.name)]
+    except PermissionError as error:
+        raise _forbidden(folder, error) from error
 
 
 def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> Iterator[str]:

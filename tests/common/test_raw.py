@@ -2,6 +2,7 @@
 
 import errno
 import os
+import warnings
 import zipfile
 from types import SimpleNamespace
 
@@ -285,6 +286,22 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(raw.Path, "exists", forbidden)
     with pytest.raises(UserError, match="Permission denied"):
         raw.find("toy", str(path), sample, pytest.fail)
+    monkeypatch.setattr(raw.Path, "is_file", forbidden)
+    with pytest.raises(UserError, match="train.csv cannot be read .Permission denied"):
+        raw.RawData(folder, "toy").exists("train.csv")
+    monkeypatch.setattr(raw.Path, "iterdir", forbidden)
+    (raw.DATA / "toy").mkdir(parents=True)
+    with pytest.raises(UserError, match="toy cannot be read .Permission denied"):
+        raw.find("toy", None, sample, pytest.fail)
+
+
+@pytest.mark.parametrize("other", ["./train.csv", "train.csv"])
+def test_a_name_that_an_archive_has_twice_is_refused(tmp_path, other):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as stream, warnings.catch_warnings(action="ignore"):
+        stream.writestr("train.csv", "1")
+        stream.writestr(other, "2")
+    with pytest.raises(UserError, match="a.zip holds train.csv twice"):
+        raw.RawData(tmp_path / "a.zip", "toy").read("train.csv")
 
 
 def test_errors_name_the_path_and_the_next_command(tmp_path):
