@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the folder beside the data that is the kit's own
+END = "\0end"  # a last line, that a CSV with an open quote takes for the rest of its cell
 MADE_BY = ".made-by"  # in demo data: the sha256 of the demo.py that made them
 
 
@@ -163,9 +165,28 @@ class RawData:
             ) from error
 
     def rows(self, name: str) -> Iterator[tuple[int, list[str]]]:
-        """The rows of a CSV and the lines they end in; blank lines are left out."""
-        reader = csv.reader(io.StringIO(self.text(name), newline=""))  # a quoted cell may hold the end of a line
-        return ((reader.line_num, row) for row in reader if row)
+        """The rows of a CSV and the lines they end in; blank lines are left out.
+
+        Raises UserError, once it is reached, for a quote that is not closed: its cell takes all rows behind it.
+        """
+        lines = io.StringIO(self.text(name), newline="")  # a quoted cell may hold the end of a line
+        reader = csv.reader(chain(lines, [END]))
+
+        def found() -> Iterator[tuple[int, list[str]]]:
+            line = 1
+            for row in reader:
+                if row == [END]:
+                    return
+                if row and row[-1].endswith(END):
+                    raise UserError(
+                        f"{self.path}/{name} line {line}: a quote opens here and is not closed: mend the file, or get "
+                        f"it again with make data COMP={self.competition}"
+                    )
+                if row:
+                    yield reader.line_num, row
+                line = reader.line_num + 1
+
+        return found()
 
     def folder(self) -> Path:
         """A folder that holds the files; an archive is unpacked once into the cache."""
