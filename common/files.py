@@ -66,7 +66,7 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         with _own_draft(draft, mode, options) as stream:
             _remove_dead_drafts(path)
             yield stream
@@ -82,6 +82,16 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     finally:
         with suppress(OSError):  # a read-only disk refuses this too, and must not hide what was raised above
             draft.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{folder} cannot be a folder: it, or one above it, is a file or a link that leads nowhere. Move it away "
+            f"or mend the link, and repeat the same command"
+        ) from error
 
 
 def _own_draft(draft: Path, mode: str, options: dict[str, Any]) -> IO:
@@ -164,7 +174,7 @@ def locked(path: Path, busy: str = "") -> IO[str]:
     Waits for another process that holds it, or raises UserError(busy) at once where that is given.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         stream = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise not_written(path, error) from error

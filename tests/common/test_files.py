@@ -96,6 +96,15 @@ def test_a_draft_that_has_become_the_file_is_not_a_dead_one(tmp_path, monkeypatc
     assert draft.read_text() == "second"
 
 
+@pytest.mark.parametrize("write", [lambda path: files.write_text(path, ""), files.locked])
+def test_a_folder_that_is_a_file_or_a_link_to_a_disk_that_is_gone_is_one_line(tmp_path, write):
+    (tmp_path / "runs").symlink_to(tmp_path / "unplugged")
+    (tmp_path / "submissions").write_text("")
+    for path in (tmp_path / "runs/lock", tmp_path / "submissions/toy/one.csv"):
+        with pytest.raises(UserError, match="cannot be a folder: .* a file or a link that leads nowhere"):
+            write(path)
+
+
 def test_room_is_checked_before_it_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000_000))
     files.require_room(tmp_path / "not" / "there" / "yet.npy", 1_500_000_000, "predictions")
