@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from common.archive import DAMAGED
 from common.errors import UserError
 from common.files import write_with
 
@@ -34,7 +35,7 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
             raise EOFError(f"it has no {', '.join(missing)}")
     except pickle.UnpicklingError as error:  # whose own text advises to run what the file says
         raise _refused(path, "it holds more than plain types and tensors, or is damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, OSError, LookupError) as error:
         raise _refused(path, str(error)) from error
     return found
 

@@ -38,6 +38,12 @@ def not_written(path: Path, error: OSError) -> UserError:
     )
 
 
+def not_read(path: Path, error: Exception, again: str = "") -> UserError:
+    """`again` says how the file is made anew, where that is not by training the run whose folder it is in."""
+    again = again or f"delete {path.parent} and train again"
+    return UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}")
+
+
 def require_room(path: Path, size: float, what: str) -> None:
     """Raises UserError when the disk of `path`, which need not exist yet, has no room for `size` bytes of `what`."""
     place = path.absolute()
@@ -60,10 +66,8 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, mode, **options) as stream:
-            with suppress(OSError):  # file systems without locks
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _make_folder(path.parent)
+        with _own_draft(draft, mode, options) as stream:
             _remove_dead_drafts(path)
             yield stream
             stream.flush()
@@ -80,12 +84,44 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
             draft.unlink(missing_ok=True)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{folder} cannot be a folder: it, or one above it, is a file or a link that leads nowhere. Move it away "
+            f"or mend the link, and repeat the same command"
+        ) from error
+
+
+def _own_draft(draft: Path, mode: str, options: dict[str, Any]) -> IO:
+    """A new draft, opened and locked. Until it is locked another writer may take it for a dead one and delete it."""
+    while True:
+        stream = open(draft, mode, **options)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if _is_at(draft, stream):
+                return stream
+        except OSError:  # file systems without locks
+            return stream
+        stream.close()
+
+
 def _remove_dead_drafts(path: Path) -> None:
     """A living writer, of this or another machine, holds a lock on its draft."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(OSError), open(draft, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            draft.unlink()
+            if _is_at(draft, stream):  # its writer may have put it in place, and have begun the next one
+                draft.unlink()
+
+
+def _is_at(path: Path, stream: IO) -> bool:
+    """Whether the open file is still the one that has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -118,12 +154,17 @@ def sha256(file: Path | BinaryIO) -> str:
 
 
 def expanded(given: str | Path, told: str) -> Path:
-    """The path, ~ as the home folder; raises UserError, for `told`, for nobody's home and for links in a circle."""
+    """The path, ~ as the home folder.
+
+    Raises UserError, for `told`, for nobody's home, for links in a circle and for names longer than a file's may be.
+    """
     try:
         path = Path(given).expanduser()
         path.resolve()
+        with suppress(PermissionError):  # is told by who opens it
+            path.exists()
         return path
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(f"{told} leads nowhere ({error}): give a path that exists") from error
 
 
@@ -133,7 +174,7 @@ def locked(path: Path, busy: str = "") -> IO[str]:
     Waits for another process that holds it, or raises UserError(busy) at once where that is given.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         stream = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise not_written(path, error) from error
@@ -159,7 +200,7 @@ def remove_drafts(folder: Path) -> None:
 def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
     """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`.
 
-    `again` says how it is made anew, where that is not by training the run whose folder it is in.
+    `again` is that of `not_read`.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -168,8 +209,7 @@ def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it has no {', '.join(missing)}")
     except (ValueError, RecursionError, OSError) as error:
-        again = again or f"delete {path.parent} and train again"
-        raise UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}") from error
+        raise not_read(path, error, again) from error
     return found
 
 
@@ -182,10 +222,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_table(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a CSV, by the names of its columns."""
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        yield from csv.DictReader(stream)
+def read_table(path: Path, *columns: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV by the names of its columns; raises UserError as `read_json` does: a spreadsheet changes it."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            table = csv.DictReader(stream)
+            if missing := [name for name in columns if name not in (table.fieldnames or ())]:
+                raise ValueError(f"it has no column {', '.join(missing)}")
+            yield from table
+    except (ValueError, csv.Error, OSError) as error:
+        raise not_read(path, error) from error
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -222,3 +268,13 @@ def write_npy(path: Path, array: "np.ndarray") -> None:
     import numpy as np
 
     write_with(path, lambda stream: np.save(stream, array, allow_pickle=False))
+
+
+def read_npy(path: Path) -> "np.ndarray":
+    """An array in the folder of a run, memory-mapped; raises UserError when it is damaged."""
+    import numpy as np
+
+    try:
+        return np.lib.format.open_memmap(path, "r")  # numpy.load would advise to unpickle what is no array
+    except (ValueError, EOFError, OSError) as error:
+        raise not_read(path, error) from error

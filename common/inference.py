@@ -225,7 +225,7 @@ def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:
 def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -> None:
     """Add the rows that were left out as unreadable to the fold's skipped.csv, and say so once for each."""
     file, ids = folder / "skipped.csv", task.data.ids
-    known = {read_cell(row["id"]): row["reason"] for row in read_table(file)} if file.is_file() else {}
+    known = {read_cell(row["id"]): row["reason"] for row in read_table(file, "id", "reason")} if file.is_file() else {}
     new = {str(ids[row]): reason for row, reason in skipped.items() if str(ids[row]) not in known}
     if new:
         write_csv(file, ("id", "reason"), sorted((known | new).items()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import replacing, write_text
+from common.files import not_read, read_npy, replacing, write_text
 
 Predictions = Any  # a tensor or array [n, ...], or a flat dict of them
 
@@ -18,6 +18,16 @@ Predictions = Any  # a tensor or array [n, ...], or a flat dict of them
 def leaves(predictions: Predictions) -> dict[str, Any]:
     """The tensors or arrays of predictions by name; a single one has the name ''."""
     return predictions if isinstance(predictions, dict) else {"": predictions}
+
+
+def check_names(predictions: Predictions) -> None:
+    """Raises UserError for names that the files of the predictions cannot have."""
+    for name in leaves(predictions):
+        if not isinstance(name, str) or "/" in name:
+            raise UserError(
+                f"predictions are named {name!r}: expected a text without /, as in {{'masks': ...}}, in the "
+                f"dict that build()'s Postprocess or fit_predict gives"
+            )
 
 
 def rebuilt(parts: dict[str, Any]) -> Predictions:
@@ -102,7 +112,14 @@ class PredictionWriter:
                 stream = self._stack.enter_context(replacing(file))
                 self._streams[leaf] = stream, packed.dtype, packed.shape[1:]
                 write_npy_header(stream, packed.dtype, (self.rows, *packed.shape[1:]))
-            self._streams[leaf][0].write(np.ascontiguousarray(packed).data)
+            stream, _, shape = self._streams[leaf]
+            if packed.shape[1:] != shape:
+                raise UserError(
+                    f"the {self.name} predictions{' ' * bool(leaf)}{leaf} of a row have the shape "
+                    f"{list(packed.shape[1:])}, those of the rows before {list(shape)}, and one array keeps them all: "
+                    f"give them one shape in build(), in the dataset or in Postprocess's `predict`"
+                )
+            stream.write(np.ascontiguousarray(packed).data)
         self.done += len(packed)
 
     def __enter__(self) -> "PredictionWriter":
@@ -118,6 +135,7 @@ class PredictionWriter:
 
 def write_predictions(folder: Path, name: str, predictions: Predictions, count: int, kept: str | dict) -> None:
     """Keep predictions [count, ...] that are there as a whole; raises UserError when they are not as many."""
+    check_names(predictions)
     for leaf, values in leaves(predictions).items():
         if len(values) != count:
             raise UserError(f"{name} predictions{' ' * bool(leaf)}{leaf}: {len(values)} rows, expected {count}")
@@ -133,8 +151,15 @@ def write_ids(folder: Path, name: str, ids: Iterable[Any]) -> None:
 
 
 def read_ids(folder: Path, name: str) -> list[str]:
-    """What `write_ids` was given: an id may hold what other programs take for the end of a line."""
-    return (folder / f"{name}_ids.txt").read_bytes().decode().split("\n")[:-1]
+    """What `write_ids` was given; raises UserError when it is damaged, or not of as many rows as the predictions."""
+    file, kept = folder / f"{name}_ids.txt", read_predictions(folder, name)
+    try:
+        found = file.read_bytes().decode().split("\n")[:-1]  # an id may hold what other programs take for a line's end
+        if kept is not None and len(found) != count_of(kept):
+            raise ValueError(f"{len(found)} ids, expected {count_of(kept)} for the predictions beside it")
+    except (ValueError, OSError) as error:
+        raise not_read(file, error) from error
+    return found
 
 
 def row_numbers(folder: Path, name: str, ids: Iterable[Any]) -> np.ndarray:
@@ -145,8 +170,8 @@ def row_numbers(folder: Path, name: str, ids: Iterable[Any]) -> np.ndarray:
 
 def read_predictions(folder: Path, name: str) -> Predictions | None:
     """What was kept under `name`, as memory-mapped arrays [n, ...]; None where nothing was."""
-    files = {file.name[len(name) + 1 : -4].rstrip("."): file for file in folder.glob(f"{name}.*npy")}
-    return rebuilt({leaf: np.load(file, mmap_mode="r") for leaf, file in sorted(files.items())}) if files else None
+    files = {file.name[len(name) + 1 : -4]: file for file in folder.glob(f"{name}.*npy")}
+    return rebuilt({leaf: read_npy(file) for leaf, file in sorted(files.items())}) if files else None
 
 
 def remove_predictions(folder: Path, name: str) -> None:

@@ -20,7 +20,7 @@ from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
-from common.predictions import leaves, pack
+from common.predictions import check_names, leaves, pack
 from common.run import RUNS
 from common.task import Task, a_row_each
 from common.vision.check import image_paths, refuse_unreadable, unreadable
@@ -92,6 +92,7 @@ def _try_out(task: Task, config: Config, world: int) -> None:
         for loss in {id(loss): loss for loss in of_epochs}.values():
             _check_loss(own_copy(loss, device), outputs, batch.targets)
         predictions = post.predict(outputs)
+        check_names(predictions)
         shapes = {name: list(values.shape) for name, values in leaves(predictions).items()}
         if any(shape[:1] != [len(batch)] for shape in shapes.values()):
             raise UserError(f"predictions of {len(batch)} samples have the shapes {shapes}: expected [B, ...]")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the folder beside the data that is the kit's own
+END = "\0end"  # a last line, that a CSV with an open quote takes for the rest of its cell
 MADE_BY = ".made-by"  # in demo data: the sha256 of the demo.py that made them
 
 
@@ -52,9 +54,15 @@ class RawData:
     @cached_property
     def _members(self) -> dict[str, str]:
         """Names in the archive, as other systems write them, and what the archive calls them."""
-        names = {own: own.replace("\\", "/") for own in self._archive.namelist()}
-        files = {PurePosixPath(name): own for own, name in names.items() if not name.endswith("/")}  # ./a.csv is a.csv
-        return {str(name): own for name, own in files.items() if not any(map(is_foreign, name.parts))}
+        found: dict[str, str] = {}
+        for own in self._archive.namelist():
+            name = PurePosixPath(own.replace("\\", "/"))  # ./a.csv is a.csv
+            if own.endswith(("/", "\\")) or any(map(is_foreign, name.parts)):
+                continue
+            if str(name) in found:
+                raise UserError(f"{self.path} holds {name} twice, expected one file of a name: {self._again}")
+            found[str(name)] = own
+        return found
 
     @property
     def _again(self) -> str:
@@ -81,7 +89,10 @@ class RawData:
         return [name for name in self.names() if fnmatchcase(PurePosixPath(name).name.lower(), pattern.lower())]
 
     def exists(self, name: str) -> bool:
-        return self._own_name(name) is not None
+        try:
+            return self._own_name(name) is not None
+        except PermissionError as error:
+            raise _forbidden(self.path / name, error) from error
 
     def _own_name(self, name: str) -> str | None:
         """What the data call the file: `name`, or the one that differs from it in case alone."""
@@ -154,9 +165,28 @@ class RawData:
             ) from error
 
     def rows(self, name: str) -> Iterator[tuple[int, list[str]]]:
-        """The rows of a CSV and the lines they end in; blank lines are left out."""
-        reader = csv.reader(io.StringIO(self.text(name), newline=""))  # a quoted cell may hold the end of a line
-        return ((reader.line_num, row) for row in reader if row)
+        """The rows of a CSV and the lines they end in; blank lines are left out.
+
+        Raises UserError, once it is reached, for a quote that is not closed: its cell takes all rows behind it.
+        """
+        lines = io.StringIO(self.text(name), newline="")  # a quoted cell may hold the end of a line
+        reader = csv.reader(chain(lines, [END]))
+
+        def found() -> Iterator[tuple[int, list[str]]]:
+            line = 1
+            for row in reader:
+                if row == [END]:
+                    return
+                if row and row[-1].endswith(END):
+                    raise UserError(
+                        f"{self.path}/{name} line {line}: a quote opens here and is not closed: mend the file, or get "
+                        f"it again with make data COMP={self.competition}"
+                    )
+                if row:
+                    yield reader.line_num, row
+                line = reader.line_num + 1
+
+        return found()
 
     def folder(self) -> Path:
         """A folder that holds the files; an archive is unpacked once into the cache."""
@@ -285,8 +315,11 @@ def _only_archive(path: Path) -> Path:
 
 def visible(folder: Path) -> list[Path]:
     """What somebody put there: neither hidden, nor of a Mac, nor the cache. Nothing where there is no folder."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return [file for file in there if file.name != CACHE and not is_foreign(file.name)]
+    try:
+        there = folder.iterdir() if folder.is_dir() else ()
+        return [file for file in there if file.name != CACHE and not is_foreign(file.name)]
+    except PermissionError as error:
+        raise _forbidden(folder, error) from error
 
 
 def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> Iterator[str]:

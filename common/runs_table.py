@@ -147,7 +147,7 @@ _known_folds: dict[str, set[str]] = {}  # by fingerprint: many runs have the sam
 def _folds_of(run: Run) -> set[str]:
     name = run.provenance.get("folds_fingerprint", run.path)
     if name not in _known_folds:
-        _known_folds[name] = {row["fold"] for row in read_table(run.path / "folds.csv")} - {"-1"}
+        _known_folds[name] = {row["fold"] for row in read_table(run.path / "folds.csv", "fold")} - {"-1"}
     return _known_folds[name]
 
 

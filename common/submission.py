@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, some
-from common.files import NUMBER, replacing, sha256
+from common.files import NUMBER, replacing, sha256, write_json
 from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
@@ -209,23 +209,17 @@ def write(
 
     Nothing is left behind, and an older file stays, when anything is wrong (UserError).
     """
-    draft = path.with_suffix(".csv.part")
-    try:
-        with replacing(draft, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(sample.columns)
-            writer.writerows(rows)
+    with replacing(path, "w", newline="", encoding="utf-8") as stream:
+        draft = Path(stream.name)
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(sample.columns)
+        writer.writerows(rows)
+        stream.flush()
         try:
             check(draft, sample, valid)
         except UserError as error:
             told = str(error).replace(draft.name, path.name, 1)
             raise UserError(f"{told}, then train or predict again: this file was not kept") from error
-        digest = sha256(draft)
-        with replacing(path.with_suffix(".json"), "w", encoding="utf-8") as stream:
-            stream.write(json.dumps({**provenance, "sha256": digest}, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())  # on a full disk both files stay as they were
-            draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+        os.fsync(stream.fileno())  # on a full disk both files stay as they were
+        write_json(path.with_suffix(".json"), {**provenance, "sha256": sha256(draft)})
     return path

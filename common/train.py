@@ -23,8 +23,8 @@ from common.config import Config, folds_to_train, refuse_unused
 from common.device import device_of, use_threads
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
-from common.files import read_json, remove_drafts, write_npy, write_text
-from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts
+from common.files import read_json, read_npy, read_table, remove_drafts, write_npy
+from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts, write_metrics
 from common.inference import decided
 from common.loading import folds, orders
 from common.loading.loader import in_order
@@ -259,9 +259,9 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
         "folds": facts,
     }
     if (tables := [folder / "metrics.csv" for folder in folders])[0].is_file():
-        write_text(run.path / "metrics.csv", joined_metrics(tables))
+        write_metrics(run.path, [row for table in tables for row in read_table(table)])
     if read_predictions(folders[0], "oof") is not None:
-        rows = np.concatenate([np.load(folder / "oof_rows.npy") for folder in folders])
+        rows = np.concatenate([read_npy(folder / "oof_rows.npy") for folder in folders])
         join([read_predictions(folder, "oof") for folder in folders], run.path, len(rows))
         result |= score_oof(run, task, config, rows)
     if task.fit_predict and len(task.data.test):
@@ -320,12 +320,6 @@ def score_kept(
             scores.add(*(map_tree(lambda x: x[own.to(x.device)], tree) for tree in (decisions, targets)))  # noqa: B023
         position += len(batch)
     return whole, by_fold
-
-
-def joined_metrics(files: list[Path]) -> str:
-    """The folds' metrics.csv as one table."""
-    tables = [file.read_text().splitlines() for file in files]
-    return "\n".join([tables[0][0], *(line for table in tables for line in table[1:])]) + "\n"
 
 
 def check(competition: Competition, config: Config, recipe: str, data: str | None) -> None:

@@ -12,13 +12,15 @@ from common.loading.collate import as_tensors
 from common.loading.keys import Keys
 
 MANY = 1000  # different texts: rather an id or a sentence than a category
+ROUNDING = 1e-12  # of the mean: a smaller deviation is that of equal numbers, as 0.1, 0.1, 0.1 have one of 1e-17
 
 
 def standardised(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]:
     """Every table as float32 [rows, F], by the columns of `train` and with the statistics of all its rows.
 
-    Numbers get the mean 0 and the deviation 1, and a column of texts becomes a 0/1 column for each of them: a text that
-    only others have is none. A blank is 0; where `train` has blanks, a further 0/1 column says which they are.
+    Numbers get the mean 0 and the deviation 1. Those that are all the same in `train` become 0 in every table: what
+    another number means was not to be learnt. A column of texts becomes a 0/1 column for each of them: a text that only
+    others have is none. A blank is 0; where `train` has blanks, a further 0/1 column says which they are.
     Raises UserError for a column that another table lacks, one that is numbers in one table and texts in another, and
     texts that hardly repeat.
     """
@@ -56,9 +58,8 @@ def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
 
 def _of_numbers(columns: list[pd.Series]) -> list[np.ndarray]:
     mean, deviation = columns[0].mean(), columns[0].std(ddof=0)
-    return [
-        ((column - mean) / (deviation if deviation > 0 else 1.0)).fillna(0).to_numpy()[:, None] for column in columns
-    ]
+    scale = deviation if deviation > ROUNDING * abs(mean) else np.inf
+    return [((column - mean) / scale).fillna(0).to_numpy()[:, None] for column in columns]
 
 
 def _of_texts(columns: list[pd.Series]) -> list[np.ndarray]:
@@ -92,9 +93,9 @@ class ToUnits(nn.Module):
 
     def __init__(self, targets: np.ndarray):
         super().__init__()
-        deviation = torch.as_tensor(targets.std(0, dtype=np.float64))
-        self.register_buffer("mean", torch.as_tensor(targets.mean(0, dtype=np.float64)).float())
-        self.register_buffer("deviation", torch.where(deviation > 0, deviation, 1.0).float())
+        mean, deviation = (torch.as_tensor(f(0, dtype=np.float64)) for f in (targets.mean, targets.std))
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", torch.where(deviation > ROUNDING * mean.abs(), deviation, 1.0).float())
 
     def forward(self, outputs: Tensor) -> Tensor:
         return outputs * self.deviation + self.mean

@@ -270,6 +270,8 @@ class _File:
         try:
             texts = pd.read_csv(io.BytesIO(block), dtype="str", na_filter=False, **options)
         except ValueError as error:
+            if "EOF inside string" in str(error):  # the cell takes the rest of the file, so its row is the last
+                return f"{self.where} line {lines[-1]}: a quote opens here and is not closed: {self.again}"
             return f"{self.where} cannot be read ({str(error).strip()}): {self.again}"
         first = None
         for place, column in typed.items():

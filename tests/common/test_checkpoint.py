@@ -39,8 +39,15 @@ def flipped(data: bytes) -> bytes:
     return data[:at] + b"\1" + data[at + 1 :]
 
 
+def packed_otherwise(data: bytes) -> bytes:
+    """A flipped bit of the table of contents calls the first part deflated."""
+    at = data.index(b"PK\1\2") + 10
+    return data[:at] + b"\10" + data[at + 1 :]
+
+
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"junk" * 9, flipped]
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"junk" * 9, flipped, packed_otherwise],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "a.pt"

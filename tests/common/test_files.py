@@ -65,6 +65,46 @@ def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a[1].json"]
 
 
+def test_a_draft_that_another_writer_took_for_a_dead_one_before_it_was_locked_is_opened_again(tmp_path, monkeypatch):
+    flock, taken = files.fcntl.flock, []
+
+    def deleted_first(stream, how):
+        if not taken:
+            taken.append(Path(stream.name))
+            taken[0].unlink()
+        flock(stream, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", deleted_first)
+    files.write_text(tmp_path / "a.json", "{}")
+    assert taken and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_a_draft_that_has_become_the_file_is_not_a_dead_one(tmp_path, monkeypatch):
+    """Between the look and the lock its writer may put it in place and begin another of the same name."""
+    flock, draft = files.fcntl.flock, tmp_path / ".a.json.4711.part"
+    draft.write_text("first")
+
+    def finished_first(stream, how):
+        if Path(stream.name) == draft and not (tmp_path / "a.json").exists():
+            os.replace(draft, tmp_path / "a.json")
+            draft.write_text("second")
+        flock(stream, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", finished_first)
+    files._remove_dead_drafts(tmp_path / "a.json")
+    assert draft.read_text() == "second"
+
+
+@pytest.mark.parametrize("write", [lambda path: files.write_text(path, ""), files.locked])
+def test_a_folder_that_is_a_file_or_a_link_to_a_disk_that_is_gone_is_one_line(tmp_path, write):
+    (tmp_path / "runs").symlink_to(tmp_path / "unplugged")
+    (tmp_path / "submissions").write_text("")
+    for path in (tmp_path / "runs/lock", tmp_path / "submissions/toy/one.csv"):
+        with pytest.raises(UserError, match="cannot be a folder: .* a file or a link that leads nowhere"):
+            write(path)
+
+
 def test_room_is_checked_before_it_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000_000))
     files.require_room(tmp_path / "not" / "there" / "yet.npy", 1_500_000_000, "predictions")
@@ -107,6 +147,15 @@ def test_damaged_json_is_one_line(tmp_path, text):
         files.read_json(tmp_path / "run.json", "data")
     (tmp_path / "run.json").write_text('{"data": 1}')
     assert files.read_json(tmp_path / "run.json", "data") == {"data": 1}
+
+
+@pytest.mark.parametrize("content", [b"fold;id\n0;a\n", b"fold,id\n0,\xe4\n", b""])
+def test_a_table_that_a_spreadsheet_changed_is_one_line(tmp_path, content):
+    (tmp_path / "folds.csv").write_bytes(content)
+    with pytest.raises(UserError, match="folds.csv cannot be read .*put a whole copy back"):
+        list(files.read_table(tmp_path / "folds.csv", "fold"))
+    (tmp_path / "folds.csv").write_text("\ufefffold,id\r\n0,a\r\n", encoding="utf-8")
+    assert list(files.read_table(tmp_path / "folds.csv", "fold")) == [{"fold": "0", "id": "a"}]
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, capsys):

@@ -221,7 +221,7 @@ def test_the_runs_of_an_average_name_its_file_as_long_as_a_file_system_takes_it(
     told = name(*long)
     assert told.startswith(f"{long[0]}+4-more-") and told != name(*long[:4], long[0]) and told == name(*long)
     for path in (tmp_path / f"{told}.csv", tmp_path / f"{name(*long[:2])}.csv"):
-        with replacing(path.with_suffix(".csv.part"), "w") as stream:  # the longest name on the way there
+        with replacing(path, "w") as stream:  # the longest name on the way there
             stream.write("")
 
 

@@ -63,6 +63,10 @@ class Heavy(toy.ToyRows):
             {"model": lambda: nn.Linear(16, 3, bias=False), "predict": lambda o: o.sum(0)},
             "have the shapes .*expected .B",
         ),
+        (
+            {"predict": lambda o: {0: o}, "apply": lambda p, tuned: p[0].argmax(1)},
+            "predictions are named 0: expected a",
+        ),
         ({"pretrain": lambda model: read(Path("gone.pth"))}, "--encoder-weights gone.pth cannot be read"),
         ({"tta": (TTA("as is"), TTA("halved", lambda x: x[:1]))}, "the TTA 'halved' gives predictions of"),
         ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy compares decisions, found scores"),

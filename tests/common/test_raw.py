@@ -1,14 +1,17 @@
 """Where the data comes from: the given path, data/<competition>, or the sample, with folder and archive alike."""
 
+import csv
 import errno
+import io
 import os
+import warnings
 import zipfile
 from types import SimpleNamespace
 
 import pytest
 
 from common import archive as common_archive
-from common import raw
+from common import raw, tables
 from common.errors import UserError
 
 
@@ -285,13 +288,47 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(raw.Path, "exists", forbidden)
     with pytest.raises(UserError, match="Permission denied"):
         raw.find("toy", str(path), sample, pytest.fail)
+    monkeypatch.setattr(raw.Path, "is_file", forbidden)
+    with pytest.raises(UserError, match="train.csv cannot be read .Permission denied"):
+        raw.RawData(folder, "toy").exists("train.csv")
+    monkeypatch.setattr(raw.Path, "iterdir", forbidden)
+    (raw.DATA / "toy").mkdir(parents=True)
+    with pytest.raises(UserError, match="toy cannot be read .Permission denied"):
+        raw.find("toy", None, sample, pytest.fail)
+
+
+@pytest.mark.parametrize("other", ["./train.csv", "train.csv"])
+def test_a_name_that_an_archive_has_twice_is_refused(tmp_path, other):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as stream, warnings.catch_warnings(action="ignore"):
+        stream.writestr("train.csv", "1")
+        stream.writestr(other, "2")
+    with pytest.raises(UserError, match="a.zip holds train.csv twice"):
+        raw.RawData(tmp_path / "a.zip", "toy").read("train.csv")
+
+
+@pytest.mark.parametrize("cut", ['2,"0\n3,0\n', '2,"0', '2,"', '2,"0\n\n"", ""\n'])
+def test_a_quote_that_is_not_closed_is_refused_by_its_line(tmp_path, cut):
+    """Its cell would take all the rows behind it: a file that was cut off there has lost as many."""
+    (tmp_path / "a.csv").write_text(f'id,y\n\n1,"0\n"\n{cut}')
+    data = raw.RawData(tmp_path, "toy")
+    with pytest.raises(UserError, match=r"a.csv line 5: a quote opens here and is not closed: mend the file"):
+        list(data.rows("a.csv"))
+    with pytest.raises(UserError, match=r"a.csv line 5: a quote opens here and is not closed: mend the file"):
+        tables.read(data, "a.csv")
+
+
+@pytest.mark.parametrize("text", ["", "a", 'a,b\r\n1,"2"', 'a,"b""c"\r\n\r\n"x\ny",2\r\n', 'a "b" c,"d"e\n'])
+def test_rows_are_those_of_the_file(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    expected = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    assert [row for _, row in raw.RawData(tmp_path, "toy").rows("a.csv")] == expected
 
 
 def test_errors_name_the_path_and_the_next_command(tmp_path):
     with pytest.raises(UserError, match="DATA=/nowhere does not exist"):
         raw.find("toy", "/nowhere", sample, str)
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    for given in ("~nobody-of-that-name/data", "circle"):
+    for given in ("~nobody-of-that-name/data", "circle", "long" * 99):
         with pytest.raises(UserError, match=f"DATA={given} (leads nowhere|does not exist)"):
             raw.find("toy", given, sample, str)
     path = archive(tmp_path / "toy.zip", train="x" * 10_000)

@@ -133,7 +133,7 @@ def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits(page):
         "test.npy",
         "result.json",
         "report.html",
-        "broken-demo.csv.part",
+        "broken-demo.csv",
     } <= names
     for number, place in enumerate(places):
         code, _ = in_a_child(killed_at=place, before=number % 2 == 0, **changes)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -103,17 +104,33 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]
 
 
-def test_a_disk_that_is_full_for_the_sidecar_keeps_both_old_files(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_for_the_sidecar_keeps_both_old_files(tmp_path):
     path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
     before = path.read_bytes(), path.with_suffix(".json").read_bytes()
-    monkeypatch.setattr(submission.json, "dumps", lambda *a, **k: full())
-
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(UserError, match="run.json could not be written"):
-        write(path, [(1, 1), (2, 1), (3, 1)])
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, allowed[1]))
+    try:
+        with pytest.raises(UserError, match="run.json could not be written"):
+            submission.write(path, SAMPLE, [(1, 1), (2, 1), (3, 1)], digit, {"note": "x" * 9000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
     assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
+
+
+def test_two_that_write_the_same_submission_at_once_each_write_a_whole_one(tmp_path):
+    path = tmp_path / "run.csv"
+
+    def other_writes(values):
+        if not path.exists():
+            child = os.fork()
+            if not child:
+                os._exit(write(path, [(1, 2), (2, 2), (3, 2)]) != path)
+            assert os.waitpid(child, 0)[1] == 0
+
+    submission.write(path, SAMPLE, [(1, 7), (2, 0), (3, 9)], other_writes, {})
+    assert path.read_text() == "ImageId,Label\n1,7\n2,0\n3,9\n"
+    assert submission.sidecar(path)["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]
 
 
 def test_a_disk_that_is_full_when_the_sidecar_reaches_it_keeps_both_old_files(tmp_path, monkeypatch):

@@ -273,6 +273,17 @@ def test_a_missing_fold_is_named_and_trained_again(fold):
     assert same(straight, toy_train(fold="all"))
 
 
+def test_a_damaged_table_of_a_finished_fold_is_one_line():
+    run = toy_train(epochs=1)
+    (run / "result.json").unlink()
+    (run / "fold-0/metrics.csv").write_bytes(b"\xff" * 9)
+    with pytest.raises(UserError, match="metrics.csv cannot be read .*delete runs/toy/one/fold-0 and train again"):
+        toy_train(epochs=1)
+    shutil.rmtree(run / "fold-0")
+    toy_train(epochs=1)
+    assert (run / "result.json").is_file()
+
+
 def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
     toy_train("one")
     sidecar = Path("submissions/toy/one-demo.json")

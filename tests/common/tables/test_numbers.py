@@ -25,7 +25,11 @@ def test_numbers_have_mean_0_and_deviation_1_of_the_first_table():
 
 
 def test_a_column_that_is_always_the_same_is_0():
-    assert not standardised(pd.DataFrame({"a": [3.0, 3.0]}))[0].any()
+    """0.1 three times has a deviation of 1e-17, by which another number would become 7e15."""
+    for same in ([3.0, 3.0], [0.1, 0.1, 0.1], [0.1, np.nextafter(0.1, 1)], [1e9 + 0.1] * 1001, [np.nan, np.nan], [7]):
+        train, test = standardised(pd.DataFrame({"a": same}), pd.DataFrame({"a": [0.2, 1e9]}))
+        assert not train[:, 0].any() and not test[:, 0].any()
+    assert ToUnits(np.full((3, 1), 0.1))(torch.ones(1, 1)).item() == pytest.approx(1.1)
 
 
 def test_a_text_is_a_column_and_one_that_only_others_have_is_none():
