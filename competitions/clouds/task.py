@@ -31,6 +31,8 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read and check the files, and put the competition together; raises UserError for what is wrong with either."""
     if not (config.bce or config.dice or config.lovasz or config.present):
         raise UserError("all weights of the pixels' loss are 0: give --bce, --dice, --lovasz or --present one above 0")
+    if not config.classes and config.class_head == "pooled":
+        raise UserError("--classes 0 leaves the class head untrained: give it a weight, or --class-head topk")
     if raw.is_demo and config.encoder_weights == "imagenet":
         log("demo: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)

@@ -214,7 +214,7 @@ SHAPES = {"pixels": (16, 24), "classes": ()}
     ({"bce": 0, "dice": 0, "lovasz": 1, "present": 1, "classes": 0}, "whole_batch"),
 ])  # fmt: skip
 def test_the_loss_is_made_of_the_flags(folder, weights, expected):
-    loss = build(folder, **weights).network.loss
+    loss = build(folder, class_head="topk", **weights).network.loss
     outputs = {name: torch.randn(3, 4, *size, requires_grad=True) for name, size in SHAPES.items()}
     masks = (torch.rand(3, 4, 16, 24) > 0.6).to(torch.uint8)
     masks[0, 2] = 0
@@ -258,6 +258,7 @@ def test_cutmix_pastes_images_with_their_masks_and_counts_presence_afterwards(fo
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"bce": 0, "dice": 0}, "--bce, --dice, --lovasz or --present"),
+    ({"classes": 0.0}, "--classes 0 leaves the class head untrained: give it a weight, or --class-head topk"),
     ({"dice": -1.0}, "--dice -1.0: expected at least 0"),
     ({"blackout": 1.5}, "--blackout 1.5: expected 0 to 1"),
     ({"size": (32, 96)}, "--size 32,96"),
