@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -75,12 +75,8 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
     deep nets with sublinear memory cost", 2016). Returns the names of what was wrapped, nothing for the model's own
     way; raises UserError when there is nothing to wrap.
     """
-    if hasattr(model, "set_grad_checkpointing") and not any(isinstance(m, _BatchNorm) for m in model.modules()):
-        # timm's models have the method where it is not supported too: an assertion says so, which python -O leaves out.
-        with suppress(AssertionError, NotImplementedError):
-            model.set_grad_checkpointing(True)
-        if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-            return []
+    if _checkpoints_itself(model):
+        return []
     largest = max(2, math.isqrt(_layers(model)))
     names = []
     for name, module in list(_blocks(model, "", largest)):
@@ -95,6 +91,21 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
             f"modules of that size, or train without"
         )
     return names
+
+
+def _checkpoints_itself(model: nn.Module) -> bool:
+    """Turn on the model's own way, where it has one that may be used; whether it is on now."""
+    if not hasattr(model, "set_grad_checkpointing") or any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return False
+    try:
+        model.set_grad_checkpointing(True)
+    except NotImplementedError:
+        return False
+    except AssertionError as error:  # how timm's models that have the method alone refuse
+        if "not supported" not in str(error):
+            raise
+        return False
+    return any(getattr(module, "grad_checkpointing", False) for module in model.modules())  # python -O asserts nothing
 
 
 def _layers(module: nn.Module) -> int:

@@ -151,9 +151,10 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
 
 
 def _pollutant(column: str) -> str | None:
-    """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)', 'PM2.5 (µg/m³)' and 'PM25_Concentration'; None of other columns."""
+    """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)', 'PM2.5 (µg/m³)' and 'PM25_Concentration'; None of others and other units."""
     plain = unicodedata.normalize("NFKC", column).strip().lower()  # both signs for micro are μ, ³ is 3
-    short = re.sub(r"(_concentration|\([uμm]g/m3\))$", "", plain).strip().replace("pm25", "pm2.5").upper()
+    name = re.sub(r"(_concentration|\([uμ]g/m3\)|(?<=co)\s*\(mg/m3\))$", "", plain)
+    short = name.strip().replace("pm25", "pm2.5").upper()
     return short if short in ALL_POLLUTANTS else None
 
 

@@ -5,6 +5,7 @@ import pickle
 import random
 import re
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -155,9 +156,23 @@ def test_timm_models(name):
 
 def test_a_way_of_its_own_that_does_nothing_is_not_relied_on():
     """As the refusals of timm's models under python -O, which leaves out assertions."""
-    model = deep()
+    model = unusual()
     model.set_grad_checkpointing = lambda enable: None
     assert len(enable_checkpointing(model)) == 6
+
+
+@pytest.mark.parametrize("refusal", [NotImplementedError(), AssertionError("gradient checkpointing not supported")])
+def test_a_way_of_its_own_that_is_refused_is_replaced_and_one_that_fails_is_not(refusal):
+    model = unusual()
+    model.set_grad_checkpointing = partial(fail, refusal)
+    assert len(enable_checkpointing(model)) == 6
+    model.set_grad_checkpointing = partial(fail, AssertionError("depth must be even"))
+    with pytest.raises(AssertionError, match="depth must be even"):
+        enable_checkpointing(model)
+
+
+def fail(error, enable):
+    raise error
 
 
 def test_depthwise_convolutions_train_in_float32_where_the_rest_is_bf16():

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from common.raw import RawData
-from competitions.kdd_air_quality import demo, table
+from competitions.kdd_air_quality import demo, reader, table
 from competitions.kdd_air_quality.origins import HOUR
 from competitions.kdd_air_quality.reader import known_before, read
 from competitions.kdd_air_quality.stations import Network
@@ -117,6 +117,10 @@ def test_a_unit_spelt_otherwise_loses_no_column(files, file, column, renamed):
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected)
     assert not observations.warnings
+
+
+def test_another_unit_is_not_taken_for_the_files_own():
+    assert reader._pollutant("CO (mg/m3)") == "CO" and reader._pollutant("PM10 (mg/m3)") is None
 
 
 def test_columns_of_the_weather_beside_the_pollutants_hide_nothing(files):
