@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without them answer
 NO_ROOM = 2**20  # bytes
+NOT_NPY = ValueError, EOFError, SyntaxError, tokenize.TokenError  # what numpy raises for a damaged .npy file
 NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")  # what ndarray.tofile says to a full disk, without a number
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet would compute, quoted or not
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -276,5 +278,5 @@ def read_npy(path: Path) -> "np.ndarray":
 
     try:
         return np.lib.format.open_memmap(path, "r")  # numpy.load would advise to unpickle what is no array
-    except (ValueError, EOFError, OSError) as error:
+    except (*NOT_NPY, OSError) as error:
         raise not_read(path, error) from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import BadImage, UserError
-from common.files import alone_in
+from common.files import NOT_NPY, alone_in
 from common.progress import progress
 from common.raw import RawData
 from common.vision.decode import Image, decode
@@ -101,7 +101,7 @@ class ImageStore:
 
     def _found(self) -> np.ndarray | None:
         """The rows of the file; None where there is none, or a part of one, as a copy that was broken off leaves it."""
-        with suppress(FileNotFoundError, ValueError, EOFError):
+        with suppress(FileNotFoundError, *NOT_NPY):
             return np.load(self._file, mmap_mode="r")
         return None
 

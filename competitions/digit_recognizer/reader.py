@@ -7,7 +7,7 @@ import numpy as np
 
 from common import tables
 from common.errors import UserError, some
-from common.files import write_npy
+from common.files import NOT_NPY, write_npy
 from common.raw import RawData
 from common.tables import text, whole
 
@@ -55,7 +55,7 @@ def _pixels(raw: RawData, name: str) -> np.ndarray:
     if cached.is_file():
         try:
             return np.load(cached)
-        except Exception:  # a damaged copy of what is at hand, whatever numpy says of it: parsed and written again
+        except (*NOT_NPY, OSError):  # a damaged copy of what is at hand: parsed and written again
             pass
     # A blank line would move the ids of the rows after it.
     numbers = tables.read(raw, name, FILES[name], others="refuse", blank_lines=False).to_numpy()

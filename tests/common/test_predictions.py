@@ -32,7 +32,9 @@ def test_names_are_read_back(tmp_path):
     assert found.keys() == parts.keys() and all((found[name] == part).all() for name, part in parts.items())
 
 
-@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-4], lambda whole: b"PK" + whole])
+@pytest.mark.parametrize("damage", [
+    lambda whole: b"", lambda whole: whole[:-4], lambda whole: b"PK" + whole, lambda whole: whole.replace(b"}", b"(", 1),
+])  # fmt: skip
 def test_damaged_predictions_are_one_line(tmp_path, damage):
     write_npy(tmp_path / "oof.npy", np.ones((2, 3)))
     (tmp_path / "oof.npy").write_bytes(damage((tmp_path / "oof.npy").read_bytes()))
