@@ -33,7 +33,8 @@ def test_names_are_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda whole: b"", lambda whole: whole[:-4], lambda whole: b"PK" + whole, lambda whole: whole.replace(b"}", b"(", 1),
+    lambda whole: b"", lambda whole: whole[:-4], lambda whole: b"PK" + whole,
+    lambda whole: whole.replace(b"}", b"(", 1),
 ])  # fmt: skip
 def test_damaged_predictions_are_one_line(tmp_path, damage):
     write_npy(tmp_path / "oof.npy", np.ones((2, 3)))
