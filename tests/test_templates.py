@@ -151,18 +151,15 @@ def test_masks_of_the_template_may_be_files(here):
     new.new("lynx", "masks")
     task = here / "competitions" / "lynx" / "task.py"
     text = task.read_text()
-    assert (
-        'masks = stored("masks", ids, "train.csv", gray=True), and of_mask=lambda mask: channels_first(mask // 128)'
-        in text
-    )
+    assert 'masks = stored("masks", ids, "train.csv", gray=True), and of_mask=binary below' in text
     start = text.index("    masks = rle.RunMasks(")
     text = (
         text[:start]
         + '    masks = stored("masks", ids, "train.csv", gray=True)\n'
         + text[text.index("\n", start) + 1 :]
     )
-    text = text.replace("masks=masks", "masks=masks, of_mask=lambda mask: channels_first(mask // 128)")
-    text = text.replace("import ImageDataset", "import ImageDataset, channels_first")
+    text = text.replace("masks=masks", "masks=masks, of_mask=binary")
+    text = text.replace("import ImageDataset", "import ImageDataset, binary")
     task.write_text(text)
     from competitions.lynx import demo  # made now, of this text
 

@@ -16,6 +16,11 @@ def channels_first(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))
 
 
+def binary(mask: np.ndarray) -> Tensor:
+    """A mask [H, W, K] uint8 of 0 and 255, or of 0 and 1, blurred by resizing or not -> 0 and 1 [K, H, W]."""
+    return channels_first(mask if mask.max(initial=0) <= 1 else mask // 128)
+
+
 class ImageDataset:
     """Samples (uint8 [C, H, W], target) of the images of a store.
 

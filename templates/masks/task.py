@@ -37,9 +37,9 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     # CHANGE: the folders of the images; an id is a file's name, with or without its ending.
     stored = partial(ImageStore.of, raw, size=config.size, limit_gb=config.cache_gb, upright=False, announce=log)
     train, test = stored("train", ids, "train.csv"), stored("test", Sample.read(raw).ids, "sample_submission.csv")
-    # CHANGE: K masks an image are cells [n][K] here, and K outputs of MaskNet. Masks in PNG files of 0 and 255 instead:
-    # masks = stored("masks", ids, "train.csv", gray=True), and of_mask=lambda mask: channels_first(mask // 128) below
-    # beside masks=masks, with channels_first from common.vision.datasets.
+    # CHANGE: K masks an image are cells [n][K] here, and K outputs of MaskNet. Masks in PNG files instead, of 0 and 255
+    # or of 0 and 1: masks = stored("masks", ids, "train.csv", gray=True), and of_mask=binary below beside masks=masks,
+    # with binary from common.vision.datasets.
     masks = rle.RunMasks(table[[RUNS]].to_numpy(), FULL, config.size, ids, f"{raw.path}/train.csv")
     # CHANGE: what images and masks may undergo. Its random numbers are keyed by seed, epoch and row.
     augment = A.Compose(

@@ -8,7 +8,7 @@ import torch
 
 from common.loading import orders
 from common.loading.loader import Loader
-from common.vision.datasets import ImageDataset
+from common.vision.datasets import ImageDataset, binary
 from common.vision.store import ImageStore
 
 
@@ -43,6 +43,22 @@ def test_images_and_masks_move_together(paths, tmp_path):
         assert all(torch.equal(a.flip(-1), b) for a, b in zip(plain[row], flipped[row], strict=True))
     packed = ImageDataset(images, masks=masks, of_mask=lambda mask: torch.from_numpy(mask.max(2)))
     assert torch.equal(packed[0][1], plain[0][1].amax(0))
+
+
+@pytest.mark.parametrize("high", [1, 255])
+@pytest.mark.parametrize("size", [None, (10, 15), (40, 60)])
+def test_masks_of_files_are_on_where_they_are_not_black(tmp_path, high, size):
+    """0 and 1 as well as 0 and 255; with 128 as the only threshold the first kind would be empty in silence."""
+    mask = np.zeros((20, 30), np.uint8)
+    mask[4:12, 8:20] = 1
+    for name, drawn in (("thing", mask), ("empty", mask * 0)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), drawn * np.uint8(high))
+    files = ImageStore([(tmp_path / "thing.png",), (tmp_path / "empty.png",)], size, upright=False)
+    dataset = ImageDataset(files, masks=files, of_mask=binary)
+    height, width = size or mask.shape
+    expected = torch.zeros(1, height, width, dtype=torch.uint8)
+    expected[0, height // 5 : height * 3 // 5, width * 4 // 15 : width * 2 // 3] = 1
+    assert torch.equal(dataset[0][1], expected) and not dataset[1][1].any()
 
 
 def test_a_row_of_a_store_is_never_written_to(paths, tmp_path):
