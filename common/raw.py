@@ -121,11 +121,7 @@ class RawData:
         try:
             own = self._own_name(name)
             if own is None:
-                found = ", ".join(self.names()[:8]) or "nothing"
-                raise UserError(
-                    f"{self.path} has no {name} (found: {found}): get the files with "
-                    f"make data COMP={self.competition}, or pass DATA=/path/to/folder-or-zip"
-                )
+                raise self._missing(name)
             if self._archive is None:
                 return open(self.path / own, "rb")
             member = self._archive.getinfo(self._members[own])
@@ -135,6 +131,17 @@ class RawData:
             raise _forbidden(self.path / name, error) from error
         except (*DAMAGED, OSError) as error:
             raise UserError(f"{self.path}: {name} cannot be read ({error}): {self._again}") from error
+
+    def _missing(self, name: str) -> UserError:
+        names = self.names()
+        pass_it = "or pass DATA=/path/to/folder-or-zip"
+        if deeper := [own for own in names if own.lower().endswith(f"/{name.lower()}")]:
+            top = deeper[0][: -len(name) - 1]  # somebody packed or unpacked the folder and not what is in it
+            pass_it = f"or pass DATA={self.path / top}" if self._archive is None else f"or unpack it and pass its {top}"
+        return UserError(
+            f"{self.path} has no {name} (found: {', '.join(names[:8]) or 'nothing'}): get the files with "
+            f"make data COMP={self.competition}, {pass_it}"
+        )
 
     def read(self, name: str) -> bytes:
         """The whole file; raises UserError when the archive is truncated or its checksum is wrong."""

@@ -93,8 +93,10 @@ class ImageStore:
                 if self._found() is None:
                     self._resize(alone)
         except OSError as error:
+            kept = sum(file.stat().st_size for file in self._file.parent.glob("images-*.npy"))
+            older = f" (images kept there at other sizes take {kept / GIGABYTE:.1f} GB: delete them)" * (kept > 0)
             raise UserError(
-                f"{self._file} cannot be written ({error.strerror or error}): free disk space, or train with "
+                f"{self._file} cannot be written ({error.strerror or error}): free disk space{older}, or train with "
                 f"--cache-gb 0"
             ) from error
         return np.load(self._file, mmap_mode="r")

@@ -136,6 +136,9 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
             only = ", ".join(frame.columns[:8])
             warnings.append(f"{name} was not read: it has no {' and no '.join(missing)}, only {only}")
         return None
+    for column in frame.columns:
+        if (pollutant := _pollutant(column)) and column != pollutants[pollutant]:
+            raise ValueError(f"{column} and {pollutants[pollutant]} both say {pollutant}: remove or rename one")
     values = {pollutant: _numbers(name, frame[column], warnings) for pollutant, column in pollutants.items()}
     hours, has_hour = _hours(frame[time])
     table = pd.DataFrame({"station": frame[station], "hour": hours, **values})

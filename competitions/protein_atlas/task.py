@@ -47,6 +47,8 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
     """Read and check the files and fill in the Task; raises UserError for anything wrong in them."""
     if config.size[0] != config.size[1]:
         raise UserError(f"--size {config.size[0]},{config.size[1]}: expected a square, as images are turned")
+    if config.alternate and config.then == "none":
+        raise UserError("--alternate true --then none: expected a second loss to take turns with, such as --then bce")
     ids, labels, paths = _train(raw)
     train, test = (ImageStore(of, config.size, raw.cache, config.cache_gb, announce=log) for of in (paths, _test(raw)))
     targets, there = torch.from_numpy(labels).float(), np.flatnonzero(labels.any(0)).tolist()

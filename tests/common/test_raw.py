@@ -334,6 +334,13 @@ def test_errors_name_the_path_and_the_next_command(tmp_path):
     path = archive(tmp_path / "toy.zip", train="x" * 10_000)
     with pytest.raises(UserError, match=r"has no test.csv \(found: train.csv\).*make data COMP=toy"):
         raw.RawData(path, "toy").open("test.csv")
+    deep = archive(tmp_path / "deep.zip", **{"toy/files/train": "x"})
+    with pytest.raises(UserError, match="or unpack it and pass its toy/files$"):
+        raw.RawData(deep, "toy").open("Train.csv")
+    (tmp_path / "home" / "toy").mkdir(parents=True)
+    (tmp_path / "home" / "toy" / "train.csv").write_text("x")
+    with pytest.raises(UserError, match=f"or pass DATA={tmp_path}/home/toy$"):
+        raw.RawData(tmp_path / "home", "toy").open("train.csv")
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="not a whole zip archive.*make data COMP=toy"):
         raw.RawData(path, "toy").read("train.csv")

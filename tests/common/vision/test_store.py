@@ -103,9 +103,14 @@ def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monk
     with monkeypatch.context() as full:
         full.setattr(os, "posix_fallocate", no_room, raising=False)
         full.setattr(stores, "decode", lambda *_: pytest.fail("decoded without room"))
-        with pytest.raises(UserError, match="No space left on device.*--cache-gb 0"):
+        with pytest.raises(UserError, match=r"No space left on device\): free disk space, or.*--cache-gb 0"):
             ImageStore(paths, (32, 32), cache)[0]
-    assert not list(cache.iterdir())
+        assert not list(cache.iterdir())
+        with open(cache / "images-older.npy", "wb") as older:
+            older.truncate(2**27)
+        with pytest.raises(UserError, match="free disk space .images kept there at other sizes take 0.1 GB: delete"):
+            ImageStore(paths, (32, 32), cache)[0]
+    assert [file.name for file in cache.iterdir()] == ["images-older.npy"]
     ImageStore(paths, (32, 32), cache)[0]
     assert not list(cache.glob("*.part"))
 

@@ -123,6 +123,14 @@ def test_another_unit_is_not_taken_for_the_files_own():
     assert reader._pollutant("CO (mg/m3)") == "CO" and reader._pollutant("PM10 (mg/m3)") is None
 
 
+def test_a_file_with_two_columns_of_a_pollutant_is_left_out(files):
+    """One of them may be a correction, or of another unit: nobody can tell which counts."""
+    frame = pd.read_csv(files / HISTORY).assign(PM25_Concentration=1.0)
+    frame.to_csv(files / HISTORY, index=False)
+    warning = load(files).warnings[0]
+    assert f"{HISTORY} was not read: PM2.5 and PM25_Concentration both say PM2.5" in warning
+
+
 def test_columns_of_the_weather_beside_the_pollutants_hide_nothing(files):
     expected = load(files).values
     pd.read_csv(files / HISTORY).assign(temperature=3, humidity=40).to_csv(files / HISTORY, index=False)

@@ -162,6 +162,11 @@ def test_only_squares_are_turned(folder):
         built(folder, size=(32, 64))
 
 
+def test_taking_turns_needs_a_second_loss(folder):
+    with pytest.raises(UserError, match="--alternate true --then none: expected a second loss"):
+        built(folder, alternate=True, then="none")
+
+
 # The network and its losses.
 
 
