@@ -28,7 +28,7 @@ from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
 from common.loading import folds
 from common.loading.loader import in_order
-from common.metrics import Metric
+from common.metrics import Metric, without_ones
 from common.predict import Member, write_submission
 from common.predictions import (
     Predictions,
@@ -258,6 +258,8 @@ def _way(
     if needs_targets and not isinstance(targets, torch.Tensor):
         raise UserError(f"--by {given.by}: the targets are a tree, use --by hill without --per-class")
     truth = targets.numpy() if isinstance(targets, torch.Tensor) else None
+    if truth is not None and without_ones(truth.shape) == without_ones(members.shape[1:]):
+        truth = truth.reshape(members.shape[1:])  # a column [m, 1] beside numbers [m], as metrics take it
     by_number = truth is not None and members.ndim == truth.ndim + 2  # class numbers
     if given.by == "stack":
         from sklearn.linear_model import LogisticRegression, Ridge

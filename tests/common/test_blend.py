@@ -15,7 +15,7 @@ from common import blend as blending
 from common import ensemble, predict, runs_table
 from common.blend import Kept, as_tree, blend, write_combined
 from common.errors import UserError
-from common.metrics import accuracy, f_beta
+from common.metrics import accuracy, f_beta, rmse
 from tests.common import toy
 from tests.common.toy_runs import predict_again, toy_train
 
@@ -247,3 +247,22 @@ def test_a_tree_is_combined_leaf_by_leaf(tmp_path):
         np.testing.assert_allclose(np.load(tmp_path / f"oof.{leaf}.npy"), expected[[4, 1, 0]], rtol=1e-6)
     back = as_tree(members[0].rows(slice(None)), members[0].shapes)
     assert all(torch.allclose(back[leaf].double(), torch.from_numpy(trees[0][leaf])) for leaf in "ab")
+
+
+@pytest.mark.parametrize(("shape", "wanted"), [((90, 1), (90,)), ((90,), (90, 1))])
+@pytest.mark.parametrize("by", ["nnls", "stack"])
+def test_a_column_and_its_numbers_are_the_same_targets(shape, wanted, by):
+    """As for metrics: predictions [m, 1] of targets [m] are no single class of class numbers."""
+    random = np.random.default_rng(0)
+    truth = random.normal(size=90).astype(np.float32)
+    members = np.stack([truth + random.normal(0, off, 90).astype(np.float32) for off in (0.1, 1)])
+    given = argparse.Namespace(by=by, per_class=False)
+
+    def predicted(members, targets):
+        way = blending._way(given, None, torch.from_numpy(targets), members, rmse(), ensemble.PLAIN)
+        return way(members, np.arange(90))(members)
+
+    found = predicted(members.reshape(2, *shape), truth.reshape(wanted))
+    assert found.shape == shape
+    np.testing.assert_array_equal(found.ravel(), predicted(members, truth))
+    assert rmse().score(found, truth) < 0.11
