@@ -130,7 +130,8 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     """Combine the runs that --run names, all comparable ones without it; writes a run and its submission."""
     started, space = time.monotonic(), _space(given)
     name = competition.name
-    if given.name and (runs.folder_of(name, given.name) / "run.json").is_file():
+    there = given.name and (runs.folder_of(name, given.name) / "run.json").is_file()
+    if there and not runs.load(name, given.name).is_unfinished_blend:
         raise UserError(f"--name {given.name} is there already: give the blend another name")
     members = _members(competition, given.run)
     base, config = members[0], members[0].config(competition.config_class)
@@ -150,9 +151,9 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     chosen, sampled = choose(task, config, oof, rows, given, space)
 
     provenance = provenance_of(competition, task, "blend", found) | {"demo": base.provenance["demo"]}
-    run = runs.new_run(name, given.name, config, provenance)
     names = [one.name for one in oof]
-    run.write_json("blend.json", {"by": given.by, "space": given.space, "members": names})
+    told = {"by": given.by, "space": given.space, "members": names}
+    run = runs.new_run(name, given.name, config, provenance, told)
     folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
     kept = task.postprocess.kept
     if given.by == "stack" or (space is RANKS and kept == "float16"):

@@ -13,6 +13,7 @@ import torch
 
 from common import blend as blending
 from common import ensemble, predict, runs_table
+from common import run as runs
 from common.blend import Kept, as_tree, blend, write_combined
 from common.errors import UserError
 from common.metrics import accuracy, f_beta, rmse
@@ -222,6 +223,26 @@ def test_what_does_not_go_together_is_refused(request):
         with pytest.raises(UserError, match=words):
             blended(**{"name": "refused"} | given)
     assert not Path("runs/toy/refused").exists()
+
+
+def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypatch):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    for part in (runs, blending):  # while run.json is written, and while it is scored
+        with monkeypatch.context() as patch:
+            if part is runs:
+                patch.setattr(runs.Run, "log", stop)
+            patch.setattr(blending, "score_oof", stop)
+            with pytest.raises(KeyboardInterrupt):
+                blended("stopped")
+        assert runs.load("toy", "stopped").is_unfinished_blend
+    with pytest.raises(UserError, match="stopped is not finished"):
+        runs.finished("toy", "stopped")
+    _, result = blended("stopped")
+    assert result["score"] == blended("unstopped")[1]["score"]
+    with pytest.raises(UserError, match="is there already"):
+        blended("stopped", by="mean")
 
 
 def test_large_predictions_are_combined_block_by_block(monkeypatch):
