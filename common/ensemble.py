@@ -237,7 +237,7 @@ def stacked(model: Any, targets: np.ndarray) -> Choose:
         classes = fitted.classes_.astype(int)
         if not 0 <= classes[0] <= classes[-1] < members.shape[2]:
             raise UserError(
-                f"a stack of {members.shape[2]} classes: the targets have {classes[0]} to {classes[-1]}, use another --by"
+                f"a stack of {members.shape[2]} classes: the targets have {classes[0]} to {classes[-1]}, use --by hill"
             )
 
         def chances(others: np.ndarray) -> np.ndarray:
