@@ -57,11 +57,16 @@ RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are those 
 
 
 def power(exponent: float) -> Space:
-    """The mean of powers of predictions that are not negative: 1 is the plain mean, 0 geometric, -1 harmonic."""
-    if exponent == 0:
-        return Space(lambda x: np.log(np.maximum(x, SMALLEST)), np.exp)
-    least = SMALLEST if exponent < 0 else 0.0
-    return Space(lambda x: np.maximum(x, least) ** exponent, lambda x: x ** (1 / exponent))
+    """The mean of powers of predictions: 1 is the plain mean, 0 geometric, -1 harmonic. Negative ones are refused."""
+    least = SMALLEST if exponent <= 0 else 0.0
+
+    def there(members: np.ndarray) -> np.ndarray:
+        if members.size and members.min() < 0:
+            raise UserError(f"power:{exponent:g} has no place for a prediction of {members.min():.5g}: use --space plain")
+        members = np.maximum(members, least)
+        return members**exponent if exponent else np.log(members)
+
+    return Space(there, lambda x: x ** (1 / exponent) if exponent else np.exp(x))
 
 
 @dataclass(frozen=True)

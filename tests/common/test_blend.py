@@ -153,9 +153,10 @@ def test_every_label_on_its_own_needs_a_metric_of_one(monkeypatch):
 
 def test_ranks_are_kept_as_exactly_as_they_are(monkeypatch):
     whole = toy.build
-    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), kept="float16"))
-    assert kept(blended("ranks", by="mean", space="rank")[0].name)[1].dtype == np.float32
-    assert kept(blended("halves", by="mean")[0].name)[1].dtype == np.float16
+    for kind in ("float16", "uint8"):
+        monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), kept=kind))  # noqa: B023
+        assert kept(blended(f"ranks-{kind}", by="mean", space="rank")[0].name)[1].dtype == np.float32
+        assert kept(blended(f"means-{kind}", by="mean")[0].name)[1].dtype == kind
 
 
 def test_a_blend_predicts_no_other_data_and_takes_no_flag_of_networks(tmp_path):
@@ -201,6 +202,33 @@ def test_files_of_other_programs_join_by_their_ids():
     assert not Path("runs/toy/refused").exists()
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(monkeypatch):
+    ids, oof = kept("one")
+    test_ids, test = kept("one", "test")
+    for name in ("lgbm", "xgb"):
+        Path(name).mkdir()
+        foreign(f"{name}/one.csv", ids, oof)
+        foreign(f"{name}/test.csv", test_ids, test)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    _, result = blended("same", "one", oof="~/lgbm/one.csv,xgb/one.csv", test="~/lgbm/test.csv,xgb/test.csv", by="mean")
+    assert set(result["blend"]["weights"]) == {"one", f"{Path.cwd()}/lgbm/one.csv", "xgb/one.csv"}
+    with pytest.raises(UserError, match="xgb/one.csv is there twice"):
+        blended("refused", "one", oof="xgb/one.csv,xgb/one.csv", test="xgb/test.csv,lgbm/test.csv")
+    foreign("negative.csv", ids, oof - 0.5)
+    with pytest.raises(UserError, match="power:0 has no place for a prediction of -0.[345].*: use --space plain"):
+        blended("refused", "one", oof="negative.csv", test="xgb/test.csv", space="power:0")
+    assert not Path("runs/toy/refused").exists()
+
+
+def test_ids_that_the_code_names_otherwise_now_are_refused(monkeypatch):
+    whole = toy.build
+    renamed = lambda *given: toy.changed(whole(*given), ids=[f"r{row}/0" for row in range(120)])  # noqa: E731
+    monkeypatch.setattr(toy, "build", renamed)
+    with pytest.raises(UserError, match="one had other folds or ids than competitions/toy makes of the same data now"):
+        blended("refused")
+    assert not Path("runs/toy/refused").exists()
+
+
 def test_what_does_not_go_together_is_refused(request):
     for name, change in (("folds", "folds_fingerprint"), ("rows", "data_fingerprint"), ("unpredicted", "")):
         folder = Path(shutil.copytree("runs/toy/weak", f"runs/toy/{name}"))
@@ -216,6 +244,7 @@ def test_what_does_not_go_together_is_refused(request):
         ({"run": "one,one"}, "twice"),
         ({"by": "nnls", "space": "rank"}, "leave --space out"),
         ({"space": "power:x"}, "power:P"),
+        ({"space": "power:nan"}, "power:P"),
         ({"name": "one"}, "one is there already"),
         ({"name": "one,two"}, "bytes without / and ,"),
     ]
