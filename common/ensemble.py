@@ -62,7 +62,9 @@ def power(exponent: float) -> Space:
 
     def there(members: np.ndarray) -> np.ndarray:
         if members.size and members.min() < 0:
-            raise UserError(f"power:{exponent:g} has no place for a prediction of {members.min():.5g}: use --space plain")
+            raise UserError(
+                f"power:{exponent:g} has no place for a prediction of {members.min():.5g}: use --space plain"
+            )
         members = np.maximum(members, least)
         return members**exponent if exponent else np.log(members)
 
