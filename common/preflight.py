@@ -177,7 +177,10 @@ def _check_rows(task: Task, decisions: object) -> None:
         elif cells[0] in told:
             problem = f"the id {cells[0]} has a row before it, expected one row for each id of {task.sample.where}"
         else:
-            problem = task.sample.fault(cells[1:]) or (task.submission.valid and task.submission.valid(cells[1:]))
+            problem = task.sample.fault(cells[1:])
+            if words := problem and task.sample.words(cells[1:]):
+                problem += f", or build()'s Submission(text={words})"
+            problem = problem or (task.submission.valid and task.submission.valid(cells[1:]))
         if problem:
             raise UserError(f"a row of the submission would be {','.join(cells)[:200]}: {problem}. See build()'s Task")
         told.add(cells[0])
