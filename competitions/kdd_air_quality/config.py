@@ -90,7 +90,9 @@ def refuse_folds(config: Config) -> None:
     """Raise UserError for --fold and --folds, which have no meaning here."""
     for name in ("fold", "folds"):
         if (value := getattr(config, name)) != getattr(DEFAULT, name):
-            raise UserError(f"--{name} {value}: the last days are held out, by time: --last-day and --backtest-days")
+            raise UserError(
+                f"--{name} {value}: the last days are held out instead of folds: set --last-day and --backtest-days"
+            )
 
 
 def predict(competition: str, argv: list[str]) -> None:

@@ -122,9 +122,9 @@ def _forecasts(run: Run, observations: Observations, days: np.ndarray) -> dict[s
     tuned, last = run.result["tuned"], parse_day(run.result["tuned"]["last_day"])
     if days[0] < last:
         print(
-            f"warning: {run.path} was fitted on everything before {first_hour(last)}: its forecasts of earlier days "
-            f"({days[0]} ...) know too much. Honest ones: make backtest COMP={run.provenance['competition']} without "
-            f"--run"
+            f"warning: {run.path} was fitted on everything before {first_hour(last)}, so its forecasts of earlier days "
+            f"({days[0]} ...) are too good. For a fair score: make backtest COMP={run.provenance['competition']} "
+            f"without --run"
         )
     fitted = models.Models(run.config(Config), run.inside(run.fold_folder(0)))
     found = {name: fitted.forecast(name, observations, days) for name in tuned["models"]}
@@ -151,8 +151,8 @@ def _score(run: Run, given: argparse.Namespace) -> None:
     free = {"first_day": "", "last_day": "", "jobs": own.jobs}
     if others := differences(own, replace(config, **free)):
         raise UserError(
-            f"{'; '.join(others)}: {run.path} is fitted otherwise, and --run scores it as it is: leave these flags "
-            f"out, or leave out --run to fit models with them"
+            f"{'; '.join(others)}: {run.path} was fitted with other settings, and --run scores it as it is: leave "
+            f"these flags out, or leave out --run to fit models with them"
         )
     observations = _opened(run, given.data)[1]
     days = days_to_score(config, observations)

@@ -212,7 +212,7 @@ def _hours(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     times = pd.to_datetime(given.where(dated), errors="coerce", format="mixed", utc=True)
     times = times.dt.round("min").dt.floor("h")  # a spreadsheet may write 05:00 as 04:59:59.999997
     hours = times.dt.tz_localize(None).to_numpy("datetime64[ns]")
-    has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # month names are no numbers
+    has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # a month may be a name, not a number
     return np.append(hours, np.datetime64("NaT", "ns"))[codes], np.append(has_hour, True)[codes]  # blanks have code -1
 
 

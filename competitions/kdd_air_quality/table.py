@@ -55,8 +55,8 @@ def asked_by(lines: Iterable[str], where: str) -> Asked:
     draft = csv_rows(result, np.zeros((HORIZON_HOURS, len(result.network.series))), result.network)
     if fault := next(iter(submission.faults([COLUMNS, *draft], sample, valid)), None):
         raise UserError(
-            f"{where} cannot be followed, {fault}: expected London's O3 blank or a number from 0 up. Mend it, or "
-            f"remove it for the official ids"
+            f"no valid CSV can be written for {where}, {fault}: expected London's O3 blank or a number from 0 up. Mend "
+            f"it, or remove it for the official ids"
         )
     return result
 

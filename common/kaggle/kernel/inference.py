@@ -79,8 +79,8 @@ def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str
         found = [file for pattern in RUN_FILES for file in sorted(run.path.glob(pattern))]
         if not any(file.name == "model.pt" for file in found):
             raise UserError(
-                f"{run.path} keeps no weights, so it predicts no test rows but those it was trained beside: name a "
-                f"run of a network, RUN="
+                f"{run.path} has no saved weights, so it cannot predict the test set that Kaggle mounts: name a run "
+                f"of a network with RUN="
             )
         files |= {f"runs/{competition}/{run.name}/{file.relative_to(run.path)}": file for file in found}
     return files | wheels(pins.values(), folder), pins
