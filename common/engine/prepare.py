@@ -69,8 +69,8 @@ def check_compile(device_type: str) -> None:
 def enable_checkpointing(model: nn.Module) -> list[str]:
     """Recompute activations in the backward pass: their memory falls to about its square root, time rises by a third.
 
-    The gradient stays the same, dropout included. A model's own method (timm's `set_grad_checkpointing`) is used if
-    it has no BatchNorm, whose statistics that method would update twice. Otherwise every module of up to sqrt(number
+    The gradient stays the same, dropout included. A model's own method (timm's `set_grad_checkpointing`) is used if the
+    model has no BatchNorm, whose statistics it would update twice. Otherwise every module of up to sqrt(number
     of layers) layers keeps only its inputs, and so does every run of as many layers in a longer nn.Sequential (Chen et
     al., "Training deep nets with sublinear memory cost", 2016). Returns the names of the wrapped blocks, an empty list
     for the model's own method. Raises UserError if there is nothing to wrap.

@@ -220,7 +220,7 @@ def _take_gradients(parameters: list[Tensor], flat: Tensor) -> None:
 
 
 def _weighted(tensors: list[Tensor], weight: float | None) -> Tensor:
-    """The tensors as one vector, multiplied by `weight` and followed by it; neither of these if it is None."""
+    """The tensors as one vector, multiplied by `weight` and followed by it; just the vector if it is None."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return flat if weight is None else torch.cat((flat * weight, flat.new_tensor([weight])))
 

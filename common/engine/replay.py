@@ -257,7 +257,7 @@ def _copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def _put_back(groups: list[list[Tensor]], copies: list[list[Tensor]]) -> None:
-    for group, copied in zip(groups, copies, strict=False):  # the copies may end with a report's, which stay out
+    for group, copied in zip(groups, copies, strict=False):  # numbers of a report, at the end, stay out
         memory.copy_(group, copied)
 
 

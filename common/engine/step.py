@@ -122,7 +122,7 @@ class Engine:
         self._writes: bool | None = None  # whether model or loss change their inputs in place; None: not yet known
         self._draws = False  # whether they have drawn from Python's generators
         self._watching, self._epoch, self._capturing = True, -1, False
-        self._sent = NOTHING_SENT  # by the last per-sample pass; the next one can often reuse it
+        self._sent = NOTHING_SENT  # back by the last per-sample pass; often reused by the next one
         self._new_batch(0)
 
     def run_ahead(self) -> None:
@@ -723,7 +723,7 @@ def joined(parts: tuple[Tree, ...], sizes: tuple[int, ...]) -> tuple[list[bool],
 
 
 def refuse_collectives(model: nn.Module) -> None:
-    """Raise UserError for modules with collectives, in which the others would wait for a process without memory."""
+    """Raise UserError for modules that communicate between processes: out of memory in one would hang the others."""
     parallel = (nn.SyncBatchNorm, nn.parallel.DistributedDataParallel, nn.DataParallel)
     for name, module in model.named_modules():
         if isinstance(module, parallel):
