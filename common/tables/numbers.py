@@ -89,7 +89,7 @@ class TableDataset:
 
 
 class ToUnits(nn.Module):
-    """The last layer of a regression: outputs [B, T] of mean 0 and deviation 1 get those of `targets` [n, T]."""
+    """The last layer of a regression: gives standardised outputs [B, T] the mean and deviation of `targets` [n, T]."""
 
     def __init__(self, targets: np.ndarray):
         super().__init__()

@@ -257,7 +257,7 @@ class _File:
                 if column.wrong_texts(frame[place]).any():
                     return None
                 frame[place] = (frame[place] if column.is_whole else numbers(frame[place])).astype(column.dtype)
-        except (ValueError, OverflowError):  # pandas does not say where
+        except (ValueError, OverflowError):  # pandas does not report where
             return None
         if any(column.wrong(frame[place]).any() for place, column in typed.items()):
             return None
