@@ -1,4 +1,4 @@
-"""Clouds beside the usual ways: masks to the working size, masks to run lengths, images to the CSV, and memory.
+"""Clouds beside the usual code: masks to the working size, masks to run lengths, images to the CSV, and memory.
 
 make bench BENCH=clouds                                        masks and inference
 make bench BENCH=clouds ARGS="--part memory"                   peak memory of a full-resolution step (minutes)
@@ -45,7 +45,7 @@ MASKS, ROUNDS = 40, 9
 
 
 def usual_decode(text: str) -> np.ndarray:
-    """The decoder of many a notebook: a float mask of the full size, filled run by run."""
+    """The decoder of many notebooks: a float mask of the full size, filled run by run."""
     numbers = text.split()
     starts, lengths = (np.asarray(part, dtype=int) for part in (numbers[0::2], numbers[1::2]))
     starts -= 1
@@ -56,7 +56,7 @@ def usual_decode(text: str) -> np.ndarray:
 
 
 def usual_encode(mask: np.ndarray) -> str:
-    """The diff-and-join idiom."""
+    """The encoder of many notebooks: np.where on neighbours that differ, then join."""
     pixels = np.concatenate([[0], mask.T.flatten(), [0]])
     runs = np.where(pixels[1:] != pixels[:-1])[0] + 1
     runs[1::2] -= runs[::2]
@@ -64,7 +64,7 @@ def usual_encode(mask: np.ndarray) -> str:
 
 
 def coco_decode(text: str) -> np.ndarray:
-    """pycocotools wants the lengths of gaps and runs in turn, and fills bytes."""
+    """Decode by pycocotools, which takes the lengths of gaps and runs in turn and fills bytes."""
     runs = rle.parse(text)
     edges = np.append(np.stack((runs[:, 0], runs.sum(1)), 1).reshape(-1), MASK_SIZE[0] * MASK_SIZE[1])
     packed = coco.frPyObjects({"size": list(MASK_SIZE), "counts": np.diff(edges, prepend=0).tolist()}, *MASK_SIZE)
@@ -153,7 +153,7 @@ def inference(data: RawData, encoder: str) -> None:
 
 
 def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> float | None:
-    """Peak GiB of a process that makes one optimizer step, None where the memory does not suffice."""
+    """Peak GiB of a process that makes one optimizer step, None if it runs out of memory."""
     words = [sys.executable, "-m", "benchmarks.clouds", "--part", "step", "--batch", str(batch), "--micro", str(micro)]
     words += ["--size", f"{size[0]},{size[1]}", "--encoder", encoder, *(["--checkpointing"] if checkpointing else [])]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -165,7 +165,7 @@ def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
 
 
 def is_out_of_memory(returncode: int, stderr: str) -> bool:
-    """Whether the system killed a process (a shell says 128 + 9) or its last error is an allocation that failed."""
+    """Whether the system killed a process (a shell returns 128 + 9) or its last error is an allocation that failed."""
     if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return True
     error = [line for line in stderr.rpartition("Traceback")[2].splitlines() if not line.startswith(" ")]
@@ -195,7 +195,7 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     pixels[:, : size[0] // 2] = 0b1111
     inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
     done = engine.step(Batch(inputs, pixels, torch.arange(batch), total=batch), 0)
-    if done.micro_batch < micro:  # the engine survives what is asked about here
+    if done.micro_batch < micro:  # the engine recovers, but the question is whether it fits
         raise MemoryError(f"micro-batches of {micro} did not fit, the engine went on with {done.micro_batch}")
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)

@@ -1,4 +1,4 @@
-"""Label vectors: their cost beside scipy and the dense decompositions, what they know, and their worth in training.
+"""Label vectors: their cost beside scipy and dense decompositions, their quality, and their use in training.
 
     make bench BENCH=embedding                                        half an hour on two cores
     make bench BENCH=embedding ARGS="--part scale --no-reference"     without the dense float64 decompositions
@@ -6,8 +6,8 @@
     make bench BENCH=embedding ARGS="--part quality --data path/to/labels_only"
     make bench BENCH=embedding ARGS="--part training --data path/to/corel5k --epochs 20 --seeds 0,1 -- --precision bf16"
 
-`training` trains the recipes named below, one after the other, with the same backbone, epochs and order; a run that is
-there already is not trained again. --epochs sets the budget; further flags of `make train` follow a lone --.
+`training` trains the recipes of --recipes one after the other, with the same backbone, epochs and order; finished runs
+are not trained again. --epochs sets the budget. Further flags of `make train` follow after --.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def peak_gb() -> float:
 
 
 def zipf_labels(labels: int, topics: int, seed: int = 0) -> csr_matrix:
-    """`labels` labels on as many images, and as often, as in the competition; label r with probability ~ 1 / r.
+    """A matrix of `labels` labels in the competition's proportions; label r has a probability ~ 1 / r.
 
-    With `topics` above 0 three labels of five come from the image's topic, as in photographs; with 0 all are
-    independent, which is harder: nothing but noise separates one eigenvalue from the next.
+    With `topics` above 0 three labels of five come from the image's topic, as in photographs. With 0 all are
+    independent, which is harder: only noise separates the eigenvalues.
     """
     images, given = IMAGES * labels // LABELS, GIVEN * labels // LABELS
     rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def by_eigh(labels: csr_matrix) -> np.ndarray:
 
 def by_svd(labels: csr_matrix) -> np.ndarray:
     left, _, right = np.linalg.svd(ppmi(labels, smoothing=3.0).astype(np.float64))
-    return left[:, np.flatnonzero((left * right.T).sum(0) > 0)[:DIM]]  # the others belong to negative eigenvalues
+    return left[:, np.flatnonzero((left * right.T).sum(0) > 0)[:DIM]]  # other vectors belong to negative eigenvalues
 
 
 # Every solver makes its own matrix and returns an orthonormal basis of the leading eigenvectors, [labels, DIM].
@@ -89,7 +89,7 @@ SOLVERS: dict[str, Callable[[csr_matrix], np.ndarray]] = {
     "numpy eigh, float64": by_eigh,
     "numpy svd, float64 (the blog)": by_svd,
 }
-DENSE = ("numpy eigh, float64", "numpy svd, float64 (the blog)")  # they find the whole spectrum
+DENSE = ("numpy eigh, float64", "numpy svd, float64 (the blog)")  # they compute all eigenvalues
 
 
 def worker(solver: str, labels: int, topics: int, folder: Path) -> None:
@@ -141,7 +141,7 @@ def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
 
 
 def quality(folder: Path, seeds: tuple[int, ...]) -> None:
-    """Hide one label of every held-out image, rank the others by what is left: how often is it among the first ten?"""
+    """Hide one label of every held-out image, rank all labels by the remaining ones: how often is it in the top ten?"""
     raw = RawData(folder, "inclusive_images")
     index = reader.read_index(raw)
     matrix = reader.read_train(raw, index).matrix
@@ -184,7 +184,7 @@ def quality(folder: Path, seeds: tuple[int, ...]) -> None:
                 found = LabelEmbedding.fit(train, dim, **settings)
                 outputs = given @ found.vectors
                 outputs /= np.maximum(np.linalg.norm(outputs, axis=1, keepdims=True), 1e-12)
-                # PMI is what chance does not explain: a share of the labels' own frequency goes back in.
+                # PMI leaves the labels' own frequency out: a share of it is added again.
                 rates = np.log(counts[found.known], dtype=np.float32) / 16
                 for way, rows, rate in (
                     ("cosine", found.unit_vectors, 0),

@@ -4,11 +4,11 @@
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory
     make bench BENCH=engine ARGS="--json benchmarks/figures/engine.json"      and writes the figures of the README
 
-Every loop has a process of its own, because merely importing some of the peers slows every torch call around it.
-They are measured in turn, and the quickest step of each counts: the one that nothing else disturbed. All train the same
-network on the same batches, made before the clock starts. The others get their micro-batches ready cut, as views of
-these batches; the kit cuts them on the clock. The C allocator keeps its memory: otherwise the ratios show where glibc
-happens to give pages back. requirements-peers.txt lists the peers.
+Every loop has a process of its own, because merely importing some of the peers slows every later torch call. The loops
+are measured in turn, and the quickest step of each counts: the one that nothing else disturbed. All train the same
+network on the same batches, made before the clock starts. The peers get micro-batches that are cut before, as views of
+these batches; for the kit the cutting is timed too. The C allocator keeps freed memory: otherwise the ratios depend on
+when glibc returns pages to the system. requirements-peers.txt lists the peers.
 """
 
 import argparse
@@ -40,7 +40,7 @@ STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "100000000", "MALLOC_TRIM_THRESHOL
 
 
 def silent(message: str) -> None:
-    """The engine's log, which nobody reads here."""
+    """Discard a line of the engine's log."""
 
 
 def mlp() -> nn.Module:
@@ -73,7 +73,7 @@ def one_hot(batches: list[Batch], dtype: torch.dtype) -> list[Batch]:
 
 
 def hand_written(work: Work) -> None:
-    """The loop that everybody writes: a mean loss over the number of micro-batches, a step every few of them."""
+    """The usual loop: the mean loss divided by the number of micro-batches, and a step every few of them."""
     model, optimizer, last = work.model, work.optimizer(work.model), len(work.micro_batches) - 1
     for number, (inputs, targets) in enumerate(work.micro_batches):
         if number % ACCUMULATE == 0:
@@ -86,7 +86,7 @@ def hand_written(work: Work) -> None:
 
 
 def naive_soft_f1(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Macro soft F1 of a batch as its users write it, equal to SoftFBeta(1, "macro") there."""
+    """Macro soft F1 as it is usually written; for a single batch it is equal to SoftFBeta(1, "macro")."""
     probabilities = outputs.sigmoid()
     hits = (probabilities * targets).sum(0)
     return 1 - ((2 * hits + 1) / (probabilities.sum(0) + targets.sum(0) + 1)).mean()
@@ -121,7 +121,7 @@ def quickest(turns: list[list[float]]) -> float:
 
 
 class Contestant:
-    """One of CONTESTANTS in a process of its own: what a peer changes by being imported slows nobody else."""
+    """One of CONTESTANTS in a process of its own, so that the import of a peer does not slow the others."""
 
     def __init__(self, name: str, network: str):
         command = [sys.executable, "-m", "benchmarks.engine", "child", "trainings", name, network]
@@ -141,7 +141,7 @@ class Contestant:
 
 
 def train_on_demand(name: str, network: str) -> None:
-    """The child's side of Contestant: a training for every line of the input, whatever the peers print."""
+    """The child process of Contestant: one training for every line of input; what the peers print goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     make, shape = NETWORKS[network]
     batches = batches_of(shape, [32 * ACCUMULATE] * STEPS[network])

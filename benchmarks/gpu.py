@@ -4,8 +4,8 @@
     python -m benchmarks.gpu steps memory         some parts, with whatever torch and packages are there
     python -m benchmarks.gpu --json card.json     where the figures go [gpu.json]
 
-A package that is missing is named and left out, and so is what no time is left for. Steps are timed as they stream: the
-clock stops when the card has done the last of them.
+Missing packages, and measurements for which no time is left, are reported and skipped. Steps are timed many in a row:
+the clock stops when the card has done the last of them.
 """
 
 import argparse
@@ -53,12 +53,12 @@ def package(name: str) -> Any:
 
 
 def silent(message: str) -> None:
-    """The engine's log, which nobody reads here."""
+    """Discard a line of the engine's log."""
 
 
 @dataclass
 class Clock:
-    """What is left of the time that the whole benchmark may take."""
+    """The time that the whole benchmark may take, and what is left of it."""
 
     end: float
 
@@ -88,7 +88,7 @@ class Network:
         return inputs.pin_memory(), targets.pin_memory()
 
     def losses(self) -> tuple[Callable, Any]:
-        """The loss of the loops, a mean over the micro-batch, and the kit's."""
+        """The loss of the other loops, a mean over the micro-batch, and the loss of the kit."""
         if self.masks:
             return (
                 F.binary_cross_entropy_with_logits,
@@ -227,7 +227,7 @@ def seconds_of(step: Step, inputs: Tensor, targets: Tensor, least: float = 0.5) 
 
 
 def steps_part(clock: Clock) -> list[dict]:
-    """Seconds of a step and their ratio to the loop by hand, data on the card and pinned on the host."""
+    """Time of a step and its ratio to the hand-written loop, with data on the card and pinned on the host."""
     rows = []
     for name, network in NETWORKS.items():
         for where in ("card", "host"):
@@ -257,7 +257,7 @@ def steps_part(clock: Clock) -> list[dict]:
 def memory_part(clock: Clock) -> list[dict]:
     """The micro-batch that the engine finds in 11, 16 and 80 GiB, its peak and its speed, with and without checkpoints.
 
-    Where the batch does not fit whole, an out-of-memory error of the card has been survived.
+    Where the batch does not fit whole, the engine has recovered from an out-of-memory error of the card.
     """
     rows, total = [], torch.cuda.get_device_properties(CARD).total_memory / GIB
     for name, network in LARGE.items():
@@ -274,7 +274,7 @@ def memory_part(clock: Clock) -> list[dict]:
 
 
 def settled(network: Network, checkpointing: bool) -> dict:
-    """Two steps of a batch after the engine has found its micro-batch."""
+    """Measure two steps of a batch after the engine has found its micro-batch."""
     inputs, targets = network.data()
     model = network.make().to(CARD, memory_format=torch.channels_last)
     batch = Batch(inputs, targets, torch.arange(len(inputs)))
@@ -337,7 +337,7 @@ def trainings_part(clock: Clock) -> list[dict]:
 
 
 def tried(work: Callable[[], dict], clock: Clock, seconds: float) -> dict:
-    """What `work` measures, or why there is nothing: no time, a missing package, no room on the card."""
+    """The result of `work`, or the reason for skipping it: no time, a missing package, no memory on the card."""
     if clock.left() < seconds:
         return {"skipped": "no time left"}
     try:

@@ -79,7 +79,7 @@ def main() -> None:
         def timed(*commands: list[str]) -> float:
             for old in ("raw", "data"):
                 shutil.rmtree(folder / old, ignore_errors=True)
-            os.sync()  # what the other side has written must not be paid for here
+            os.sync()  # so that writes of the other side are not timed here
             start = time.perf_counter()
             for command in commands:
                 subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)

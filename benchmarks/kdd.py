@@ -1,4 +1,4 @@
-"""KDD air quality: medians against pandas, all imputers, and if asked for the whole train and predict.
+"""KDD air quality: medians beside pandas, all imputers and, with --train, the whole train and predict.
 
 make bench BENCH=kdd ARGS="--data path/to/kdd_cup_2018"    the real files
 make bench BENCH=kdd                                       generated values of the same size
@@ -54,14 +54,14 @@ def by_long_table(series: np.ndarray, end: int) -> list[np.ndarray]:
 
 
 def by_wide_table(series: np.ndarray, end: int) -> list[np.ndarray]:
-    """The same with a column per series, the least that pandas can do."""
+    """The same with a column per series, the least work for pandas."""
     frame = pd.DataFrame(series[: end * 24])
     hours = np.arange(len(frame)) % 24
     return [frame.iloc[-24 * n :].groupby(hours[-24 * n :]).median().to_numpy() for n in medians.FIB_DAYS]
 
 
 class Timed:
-    """Seconds of a with block: on the clock, and of the processors, which others at work hardly change."""
+    """Seconds of a `with` block: on the clock, and of the processor, which other processes hardly change."""
 
     def __enter__(self) -> "Timed":
         self.clock, self.work = time.perf_counter(), time.process_time()
@@ -120,7 +120,7 @@ def time_imputers(observations: Observations, jobs: int) -> None:
 
 
 def time_train(data: Path) -> None:
-    """In a folder of its own: where a finished run of the name lies already, train has nothing to do."""
+    """Time train and predict in a new folder, because train does nothing where a finished run has the same name."""
     command = [sys.executable, "-m", "common"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with tempfile.TemporaryDirectory(prefix="kit-bench-") as folder:

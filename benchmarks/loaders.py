@@ -5,7 +5,7 @@
     make bench BENCH=loaders ARGS="--data path/to/clouds"      real images instead of generated ones
     make bench BENCH=loaders ARGS="--json benchmarks/figures/loaders.json"      and writes the figures of the README
 
-torchdata and Lightning come from requirements-peers.txt; without them their rows say so.
+torchdata and Lightning come from requirements-peers.txt; if they are not installed, their rows say so.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def drain(items: Iterable) -> None:
 
 
 class Rows:
-    """The least that a dataset can do."""
+    """The cheapest dataset: rows of two tensors."""
 
     def __init__(self, rows: int):
         self.inputs, self.targets = torch.zeros(rows, 16), torch.zeros(rows, dtype=torch.int64)
@@ -58,7 +58,7 @@ class Rows:
 
 
 class Augmented:
-    """Ready images [384, 576, 3] and masks of four classes through a pipeline whose every step always runs."""
+    """An image [384, 576, 3] and its masks of four classes, augmented by a pipeline whose steps all have p=1."""
 
     def __init__(self, rows: int):
         self.rows = rows
@@ -117,7 +117,7 @@ def overhead(data: Path | None) -> list[dict]:
 
 
 class Slow(Rows):
-    """A sample takes 20 ms, in which it does not need a core."""
+    """A dataset whose samples take 20 ms, without using a core."""
 
     seconds = 0.02
 
@@ -127,7 +127,7 @@ class Slow(Rows):
 
 
 def first(data: Path | None) -> list[dict]:
-    """The first batch of an epoch: batches of 16, two workers, 20 ms a sample; in samples' times."""
+    """Wait for the first batch of an epoch, in samples of 20 ms: batches of 16, two workers."""
     names = ["first epoch, with the workers' start", "next epoch", "next, after 1 s of validation"]
     rows, dataset = [], Slow(128)
     plain = DataLoader(dataset, 16, shuffle=True, num_workers=2, persistent_workers=True)
@@ -149,9 +149,9 @@ def first(data: Path | None) -> list[dict]:
 
 
 class BareLoops:
-    """Two processes with nothing but the loop over the rows, each taking the next row: all that two cores can do.
+    """Two processes that only loop over the rows, each taking the next row: the most that two cores can do.
 
-    They live as long as the Loader's workers, so that nobody pays for the start of processes.
+    They live as long as the Loader's workers, so that the start of processes is not timed.
     """
 
     def __init__(self, dataset: Any, rows: np.ndarray):
@@ -163,7 +163,7 @@ class BareLoops:
             self.ports.append(here)
             self.processes.append(context.Process(target=self._serve, args=(dataset, rows, there), daemon=True))
             self.processes[-1].start()
-            there.close()  # else the death of the process would not end the wait for it
+            there.close()  # else recv would wait for ever if the process dies
 
     def _serve(self, dataset: Any, rows: np.ndarray, port: Any) -> None:
         while port.recv():
@@ -231,7 +231,7 @@ def clouds(data: Path | None) -> list[dict]:
 
 
 class Flips:
-    """Three flips and a number of every sample, from the global generators or from an albumentations pipeline."""
+    """Three flips and a number for every sample, from the global generators or from an albumentations pipeline."""
 
     def __init__(self, source: str, rows: int):
         self.source, self.rows = source, rows
@@ -257,7 +257,7 @@ BATCH = 8
 
 
 class Peer:
-    """A way to load: `batches` are (index [B], numbers [B, 4]) of an epoch, resumed after `start` batches."""
+    """A way to load: `epochs` returns the (index [B], numbers [B, 4]) of epochs, resumed after `start` batches."""
 
     def __init__(
         self, seed: Callable[[int], Any], init: Callable[[int], Any] | None = None, stateful: type | None = None
@@ -351,7 +351,7 @@ def guarantees_of(system: Any, source: str) -> list[bool]:
 
 
 def versions() -> str:
-    """Of the peers that are installed, in one line."""
+    """The versions of the peers that are installed, in one line."""
     there = [name for name in ("torchdata", "lightning") if importlib.util.find_spec(name)]
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in there) or "none installed"
 

@@ -1,10 +1,10 @@
 """Writes the tables of the READMEs from benchmarks/figures/*.json, between <!-- figures: NAME --> and <!-- end -->.
 
     make bench BENCH=tables
-    make bench BENCH=tables ARGS="runs/clouds/003-small"      takes the score of this finished run first
+    make bench BENCH=tables ARGS="runs/clouds/003-small"      first adds the score of this finished run
 
-Runs of one recipe that differ in the seed alone become one line when they are named together. A line replaces that of
-the same competition and recipe in scores.json, but keeps its `note`: what the data are, what to compare the score with.
+Runs of one recipe that differ in the seed alone become one line when they are named together. A new line replaces the
+one of the same competition and recipe in scores.json, but keeps its `note` about the data and comparable scores.
 engine.json, loaders.json and gpu.json are written by the benchmarks of these names: ARGS="--json PATH".
 """
 
@@ -56,7 +56,7 @@ def score_of(folder: Path) -> dict[str, Any]:
 
 
 def with_runs(lines: Rows, runs: list[Path]) -> Rows:
-    """`lines` of scores.json with those of `runs` added, or in the place of the old ones."""
+    """`lines` of scores.json with the lines of `runs`, which replace old ones of the same recipe."""
     found = {_key(line): line for line in lines}
     fresh: dict[tuple, dict[str, Any]] = {}
     for line in map(score_of, runs):
@@ -76,7 +76,7 @@ def _key(line: dict[str, Any]) -> tuple:
 def scores(lines: Rows) -> list[str]:
     """A line for every competition, recipe and kind of rows; the score is the mean over the seeds.
 
-    Machines have letters, which are told below the table.
+    Machines have letters, which are explained below the table.
     """
     machines = dict.fromkeys(line["machine"] for line in lines if line["machine"])
     letters = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
@@ -110,7 +110,7 @@ def loaders(found: dict[str, Any]) -> list[str]:
 
 
 def gpu(found: dict[str, Any]) -> list[str]:
-    """The step's time as a part of the hand-written loop's, a column for each loop; memory; whole trainings."""
+    """Step times relative to the hand-written loop, a column for each loop; then memory and whole trainings."""
     steps: dict[tuple, dict[str, Any]] = {}
     for row in (row for row in found.get("steps", ()) if "ratio" in row):
         line = steps.setdefault((row["network"], row["data"]), {"network": row["network"], "data on the": row["data"]})
@@ -128,7 +128,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {"scores": scores, "engine": eng
 
 
 def written(readme: str) -> str:
-    """A README's text with the tables that the files give."""
+    """A README's text with its tables renewed from the JSON files."""
 
     def block(found: re.Match) -> str:
         if found[2] not in TABLES:

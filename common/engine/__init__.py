@@ -1,1 +1,1 @@
-"""One optimizer step over a batch of samples, exact whatever fits into the memory."""
+"""One exact optimizer step over a batch of samples, however little of it fits into memory at once."""

@@ -1,4 +1,4 @@
-"""An optimizer for other people's loops: one real update for every few small batches."""
+"""Gradient accumulation for any training loop: an optimizer wrapper that updates once every few small batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor
 class AccumulatingOptimizer(torch.optim.Optimizer):
     """Wraps any optimizer so that `accum_iters` calls of `step()` make one real update along their mean gradient.
 
-    The loop around it stays as it is: zero_grad, backward, step, on every small batch. Moments, weight decay and step
-    counts move once per real update, as with one batch of all the samples; call `flush()` after the last batch of an
-    epoch, so that a shorter rest is an update too. Give `step(weight=len(batch))` when the batches are of different
-    sizes. `updates` counts the real ones: step a scheduler when it has changed.
+    The training loop stays as it is: zero_grad, backward and step on every small batch. Moments, weight decay and step
+    counts advance once per real update, as with one batch of all the samples. Call `flush()` after the last batch of
+    an epoch, so that the remaining small batches make an update too. Call `step(weight=len(batch))` when the batch
+    sizes differ. `updates` counts the real updates: step a scheduler only when it has changed.
 
-    The mean of batch means is the gradient of the whole only for losses that are means over samples; the engine
-    (common.engine.step) has no such limit.
+    The mean of the small batches' gradients is the gradient of the whole batch only for losses that are means over
+    samples; the engine (common.engine.step) has no such limit.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, accum_iters: int):
@@ -36,7 +36,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:
-        """Take the gradient of a small batch in; the last of `accum_iters` updates the weights. Returns closure()."""
+        """Add the gradient of a small batch; the last of `accum_iters` calls updates the weights. Returns closure()."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -57,9 +57,10 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def flush(self) -> bool:
-        """Update along the mean of the batches since the last update; False when there were none.
+        """Update with the mean gradient of the batches since the last update; False if there were none.
 
-        Leaves every .grad as it was: a loop that zeroes after its step, not before, would add to the mean otherwise.
+        Every .grad is restored afterwards. Otherwise, in a loop that calls zero_grad after its step and not before
+        backward, the next backward would add to the mean.
         """
         if not self._count:
             return False
@@ -78,7 +79,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the wrapped optimizer and the sums: torch's own know nothing of a subclass."""
+        """Include the wrapped optimizer and the sums in copies and pickles; torch's own method leaves them out."""
         mine = ("optimizer", "accum_iters", "updates", "_sums", "_count", "_weight")
         return super().__getstate__() | {name: self.__dict__[name] for name in mine}
 
@@ -87,7 +88,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, in the middle of a batch too."""
+        """Plain types and tensors; it may be called between the small batches of an update."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "sums": [self._sums.get(parameter) for parameter in self._parameters()],

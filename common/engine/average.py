@@ -1,4 +1,4 @@
-"""Averages of the weights over the steps, and BatchNorm statistics that belong to them."""
+"""Averages of the weights over the training steps, and BatchNorm statistics that match them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from common.batch import Tree, map_tree, tensors_of
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, a shared one once; the model's own tensors, not copies."""
+    """Parameters and saved buffers by name; a shared tensor is listed once. They are no copies."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), (name, tensor))
@@ -20,10 +20,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Average:
-    """The mean of a model's weights over the steps: exponential with `decay`, or of equal weights with None.
+    """The mean of a model's weights over the steps: an exponential moving average, or the plain mean with decay None.
 
-    Step t of T counts decay^(T-t), divided by the sum of these: the first step is not the initial weights' but its
-    own, so no warm-up is needed. BatchNorm's running statistics are averaged alike, integers copied.
+    Step t of T has the share decay^(T-t), divided by the sum of all shares. The initial weights have none, so no
+    warm-up is needed. BatchNorm's running statistics are averaged in the same way; integer buffers are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float | None):
@@ -32,7 +32,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the model's weights in; once per optimizer step."""
+        """Add the model's current weights to the average; call it once per optimizer step."""
         self.updates += 1
         share = 1 / self.updates if self.decay is None else (1 - self.decay) / (1 - self.decay**self.updates)
         current = named_tensors(model)
@@ -43,7 +43,7 @@ class Average:
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """The averaged weights in the model, for the time of the block; nothing is copied."""
+        """Put the averaged weights into the model inside the `with` block; nothing is copied."""
         self._swap(model)
         try:
             yield
@@ -65,10 +65,10 @@ class Average:
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, inputs: Iterable[Tree]) -> None:
-    """Set BatchNorm's running statistics to those of the model's present weights, over batches of inputs.
+    """Compute BatchNorm's running statistics again, for the model's present weights, from batches of inputs.
 
-    Forward passes only; the mean over samples, whatever the sizes of the batches. Everything but BatchNorm stays in
-    evaluation mode: what it will see then has no dropout either.
+    It runs forward passes only, and weights each batch by its size. All modules but BatchNorm are in evaluation mode,
+    because BatchNorm's inputs have no dropout at prediction time either.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:

@@ -1,4 +1,4 @@
-"""Is the step a finite one? Told at once on a CPU; on a card a few steps later, so that no step waits for it."""
+"""Checks that every step is finite: at once on a CPU, a few steps later on a card, so that no step waits for it."""
 
 import math
 from collections import deque
@@ -14,7 +14,7 @@ STEPS_BEHIND = 8  # how many steps the host may be ahead of the card
 
 
 class Place(NamedTuple):
-    """A step by its numbers, counted from 0."""
+    """The position of a step in the training; all numbers count from 0."""
 
     step: int
     epoch: int
@@ -22,16 +22,19 @@ class Place(NamedTuple):
 
 
 def total_norm(gradients: list[Tensor], on_device: bool) -> float | Tensor:
-    """The norm of all gradients together: torch.nn.utils.get_total_norm in a fraction of its time.
+    """The norm of all gradients together, as torch.nn.utils.get_total_norm computes it, in a fraction of its time.
 
-    `on_device` it stays there, 0-d; else it is a number, which is cheaper on a CPU than two more operations.
+    With `on_device` it is a 0-d tensor on the device. Otherwise it is a float, which is cheaper on a CPU.
     """
     norms = torch._foreach_norm(gradients)
     return torch.linalg.vector_norm(torch.stack(norms)) if on_device else math.hypot(*map(float, norms))
 
 
 def judge(place: Place, value: float, norm: float, factor: float | None = None) -> bool:
-    """Whether the step is finite. Raises UserError where it is not, and no smaller fp16 `factor` could mend that."""
+    """Whether the loss `value` and the gradient `norm` of a step are finite.
+
+    Raises UserError if they are not, unless a smaller fp16 loss scale than `factor` may help.
+    """
     known = math.isfinite(value)
     if known and math.isfinite(norm):
         return True
@@ -45,9 +48,9 @@ def judge(place: Place, value: float, norm: float, factor: float | None = None) 
 
 
 class Outcomes:
-    """What became of the last steps on a card: numbers that travel to the host behind them.
+    """Losses and gradient norms of the last steps on a card, which are copied to the host without waiting for them.
 
-    The card itself leaves the update out when they are not finite; the host learns of it up to STEPS_BEHIND later.
+    The card itself skips an update that is not finite; the host learns of it up to STEPS_BEHIND steps later.
     """
 
     def __init__(self, device: torch.device, with_factor: bool):
@@ -60,14 +63,14 @@ class Outcomes:
         self._count = 0
 
     def measured(self, numbers: list[Tensor]) -> Tensor:
-        """The batch value, the norm and the fp16 factor as one tensor; sets `overflow`."""
+        """The batch value, the norm and the fp16 factor as one tensor; sets `overflow` if one of them is not finite."""
         outcome = torch.stack(numbers)
         self.overflow.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_([outcome], self.overflow, self._unit)
         return outcome
 
     def note(self, place: Place, outcome: Tensor) -> None:
-        """Send the outcome of a step to the host, and judge the steps whose outcome is there by now."""
+        """Send the outcome of a step to the host, and judge all steps whose outcome has arrived."""
         if len(self._waiting) == STEPS_BEHIND:
             self._judge_oldest()
         at = self._count % STEPS_BEHIND
@@ -79,7 +82,7 @@ class Outcomes:
             self._judge_oldest()
 
     def settle(self) -> None:
-        """Wait for every step and judge it: before weights are kept or used."""
+        """Wait for all steps and judge them; call it before weights are saved or used."""
         while self._waiting:
             self._judge_oldest()
 

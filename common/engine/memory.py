@@ -1,4 +1,4 @@
-"""Memory: what the CPU's allocator does with freed blocks, telling out of memory from other errors, starting again."""
+"""Memory: the CPU allocator's settings, recognising out-of-memory errors, and buffers to restore before a retry."""
 
 import ctypes
 import gc
@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 Result = TypeVar("Result")
 
-# What the allocators of CUDA, ROCm, MPS and the CPU say, and what cuDNN and cuBLAS say instead when it is their
-# workspace that did not fit. Not all of them raise torch.OutOfMemoryError.
+# Error texts of the allocators of CUDA, ROCm, MPS and the CPU, and of cuDNN and cuBLAS when their workspace does not
+# fit. Not all of them raise torch.OutOfMemoryError.
 TEXTS = (
     "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -31,11 +31,12 @@ KEEP_BYTES, GIVE_BACK_BYTES = 1 << 30, 1 << 20
 
 
 def keep_freed(keep: bool) -> None:
-    """Tell glibc to keep freed blocks up to 1 GiB for the next step, or to give back every one above 1 MiB at once.
+    """Make glibc keep freed blocks up to 1 GiB for the next step, or return every block above 1 MiB at once.
 
-    Left alone it gives large blocks back and gets them again in every step, cleared page by page, while those below a
-    threshold that moves up to 32 MiB leave holes. Kept, a training step is 5 to 14 % faster; given back, the peak does
-    not grow with the number of micro-batches. Other C libraries have no such choice, and nothing changes there.
+    By default it returns large blocks to the system and gets them again in every step, cleared page by page. Smaller
+    blocks, below a threshold that grows up to 32 MiB, fragment the heap. Keeping blocks makes a training step 5 to
+    14 % faster; returning them keeps the peak from growing with the number of micro-batches. Other C libraries do not
+    have this setting, and nothing changes there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -44,15 +45,15 @@ def keep_freed(keep: bool) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch can mend the error; a CUDA context broken by anything else must not be used again."""
+    """Whether a smaller batch can mend the error. After any other CUDA error the context must not be used again."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
 
 
 def release() -> None:
-    """Give cached memory back. Call it outside `except`: the traceback there keeps every activation alive."""
-    gc.collect()  # cycles through autograd nodes outlive their last name
+    """Release cached memory. Call it outside `except`, where the traceback keeps every activation alive."""
+    gc.collect()  # reference cycles through autograd nodes are freed by nothing else
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
@@ -60,10 +61,10 @@ def release() -> None:
 
 
 def attempt(work: Callable[[], Result]) -> tuple[Result | None, bool]:
-    """(what `work` returns, True), or (None, False) when it ran out of memory, which is free again by then.
+    """Return (result of `work`, True), or (None, False) if it ran out of memory; its memory is then free again.
 
-    The only place where an out-of-memory error is caught: a smaller attempt belongs behind it, not into an `except`,
-    where the traceback would keep the memory of the failed one.
+    Out-of-memory errors are caught only here. Make a smaller attempt after this call and not inside an `except`, where
+    the traceback would keep the memory of the failed one.
     """
     try:
         return work(), True
@@ -75,19 +76,19 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, bool]:
 
 
 def sizes(count: int, largest: int) -> list[int]:
-    """Cut `count` samples into the fewest parts of at most `largest`, as equal as they can be.
+    """Cut `count` samples into the fewest parts of at most `largest`, as equal as possible.
 
-    Equal parts leave no last part of one sample, over which BatchNorm could not normalise.
+    Equal parts avoid a last part of one sample, which BatchNorm could not normalise.
     """
     parts = -(-count // largest)
     return [count * (part + 1) // parts - count * part // parts for part in range(parts)]
 
 
 class Buffers:
-    """The buffers of modules (BatchNorm's running statistics) as they were before the batch, for repeated passes.
+    """A copy of a module's buffers (BatchNorm's running statistics) from before the batch, for repeated passes.
 
-    Copied without looking for changes: batch norm writes to its statistics behind the back of autograd's version
-    counters. Costs a second copy of the buffers, nothing for modules without any.
+    It is always made, because autograd's version counters do not show that batch norm has changed its statistics.
+    It costs the memory of a second set of buffers.
     """
 
     def __init__(self, module: object, apart_from: "Buffers | None" = None):
@@ -104,11 +105,11 @@ class Buffers:
         return bool(self._owners)
 
     def new_batch(self) -> None:
-        """The next pass is the first over another batch."""
+        """Declare that the next pass is the first one over another batch."""
         self._kept = False
 
     def begin_pass(self) -> None:
-        """Every pass over a batch, repeated or not, starts from the same buffers."""
+        """Save the buffers before the first pass over a batch, and restore them before every further pass."""
         if self._owners:
             present = self.present()
             copy_(self._copies, present) if not self._kept else copy_(present, self._copies)
@@ -116,14 +117,14 @@ class Buffers:
 
     @contextmanager
     def left_as_they_are(self) -> Iterator[None]:
-        """A pass in the block starts from the buffers before the batch and leaves those of now."""
+        """Put the present buffers back after the block; a pass inside starts from those before the batch."""
         of_now = self._clones()
         yield
         if of_now:
             copy_(self.present(), of_now)
 
     def statistics(self) -> list[Tensor]:
-        """The running statistics of normalisation: what differs between ranks, which see different samples."""
+        """The running statistics of normalisation layers: they differ between ranks, which see different samples."""
         return [owner[name] for owner, name in self._owners if id(owner) in self._normalising]
 
     def present(self) -> list[Tensor]:
@@ -135,7 +136,7 @@ class Buffers:
 
 @torch.no_grad()
 def copy_(to: list[Tensor], values: list[Tensor]) -> None:
-    """One operation for all tensors of a type: they are many, and small."""
+    """Copy `values` into `to`, with one operation per dtype because buffers are many and small."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in to):
         alike = [pair for pair in zip(to, values, strict=True) if pair[0].dtype == dtype]
         torch._foreach_copy_([tensor for tensor, _ in alike], [value for _, value in alike])

@@ -1,4 +1,4 @@
-"""Optimizers: parameters in groups with a learning rate and a decay each, and their memory taken in advance."""
+"""Optimizers: parameter groups with their own learning rate and weight decay, and state allocated in advance."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,11 +11,10 @@ from common.errors import UserError
 
 
 def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """`values` as a gradient of `parameter`, in the same order in memory.
+    """`values` as a gradient of `parameter`, with the same memory layout.
 
-    The fused kernels walk the memory of both without looking at strides: a contiguous gradient of a channels_last
-    weight would move the wrong elements, without an error on a CPU. backward() takes care of that itself, a gradient
-    that is put there by hand has to.
+    The fused kernels ignore strides: a contiguous gradient of a channels_last weight would update the wrong elements,
+    on a CPU without an error. backward() matches the layout itself; gradients that are assigned by hand need this.
     """
     return torch.empty_like(parameter, requires_grad=False).copy_(values)
 
@@ -23,16 +22,16 @@ def laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, lr_scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group: by learning rate, and with or without decay.
+    """Put every trainable parameter into exactly one group, by learning rate and by whether it has weight decay.
 
-    `lr_scales` maps the name of a module (`encoder`, `encoder.layer1`) to the factor on its learning rate; the longest
-    name that fits a parameter counts, 0 freezes. Vectors and scalars (biases, normalisation) get no decay.
-    Raises UserError for a name that fits no parameter, and where none is trainable.
+    `lr_scales` maps the name of a module (`encoder`, `encoder.layer1`) to a factor on its learning rate. The longest
+    name that matches a parameter counts, and 0 freezes it. Vectors and scalars (biases, normalisation) get no decay.
+    Raises UserError for a name that matches no parameter, and if no parameter is trainable.
     """
     scales = dict(lr_scales or {})
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     used: set[str] = set()
-    for name, parameter in model.named_parameters():  # a parameter shared by two modules comes once
+    for name, parameter in model.named_parameters():  # lists a parameter shared by two modules once
         if not parameter.requires_grad:
             continue
         fitting = [prefix for prefix in scales if name == prefix or name.startswith(prefix.removesuffix(".") + ".")]
@@ -56,9 +55,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of `config` (.optimizer, .lr, .weight_decay, .momentum) over the model's parameter groups.
 
-    adamw and radam shrink the weights themselves (Loshchilov and Hutter, 2019); sgd and adam add weight_decay * weight
-    to the gradient, as in their papers. `momentum` is sgd's, with Nesterov's look-ahead, and beta1 of the others.
-    The fused kernels read every weight once; on small models they halve the time of the update.
+    adamw and radam use decoupled weight decay (Loshchilov and Hutter, 2019); sgd and adam add weight_decay * weight to
+    the gradient, as in their papers. `momentum` is Nesterov momentum for sgd and beta1 for the others. The fused
+    kernels read every weight once; on small models they halve the time of the update.
     """
     groups = parameter_groups(model, config.lr, config.weight_decay, lr_scales)
     betas = (config.momentum, 0.999)
@@ -77,9 +76,9 @@ def build_optimizer(
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate moments and counters now, so that the first step needs no memory that the first batch did not leave.
+    """Allocate moments and counters now, so that the first update cannot run out of memory.
 
-    A step of rate 0 along a gradient of 0 leaves weights and moments as they are; the counters go back to 0.
+    It takes a step with learning rate 0 and gradient 0, which changes no weight, and resets the counters to 0.
     """
     kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

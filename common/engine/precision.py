@@ -1,4 +1,4 @@
-"""Low precision: autocast around the forward pass alone, float32 from the loss on, and the loss scale of fp16."""
+"""Mixed precision: autocast around the forward pass alone, float32 from the loss on, and the loss scale of fp16."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +12,13 @@ from common.losses.protocol import full_precision
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SMALLEST_FACTOR = 2.0**-14  # of the loss scale: gradients of a billion would overflow with it
+SMALLEST_FACTOR = 2.0**-14  # of the loss scale: only gradients above a billion overflow with it
 
 
 def best_precision(device: torch.device) -> Precision:
-    """What the hardware multiplies quickest: bf16 where that is native, fp16 on Volta and Turing (T4), else fp32."""
+    """The hardware's fastest precision: bf16 where that is native, fp16 on Volta and Turing (T4), else fp32."""
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not tell
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 lacks it
         return "bf16" if capabilities.get("amx_bf16") else "fp32"
     if device.type != "cuda":
         return "fp32"
@@ -30,8 +30,8 @@ def best_precision(device: torch.device) -> Precision:
 def autocast(precision: Precision, device_type: str) -> AbstractContextManager:
     """A region in which the model computes in `precision`.
 
-    One for every forward pass: autocast keeps the weights that it has cast until the region ends, and those cast in a
-    pass without gradients would have none in the next.
+    Open a new region for every forward pass. Autocast caches the weights that it has cast until the region ends, and
+    weights cast in a pass without gradients would get none in the next pass.
     """
     return nullcontext() if precision == "fp32" else torch.autocast(device_type, dtype=DTYPES[precision])
 
@@ -55,11 +55,11 @@ def forward_in(precision: Precision, model: nn.Module, device_type: str) -> Call
 
 
 class LossScale:
-    """The factor that keeps small fp16 gradients from vanishing: the rule of torch.amp.GradScaler, by its operation.
+    """The factor that keeps small fp16 gradients from vanishing, with the update rule of torch.amp.GradScaler.
 
-    A gradient that is not finite means an overflow: this step is left out and the factor halved. It doubles after
-    2000 steps without one. Always a power of two, so scaling rounds nothing. The factor lies on the device, where the
-    decision falls too, so that no step has to wait for it; without fp16 it is the number 1.
+    A gradient that is not finite means an overflow: the step is skipped and the factor halved. After 2000 steps
+    without an overflow the factor doubles. It is always a power of two, so scaling does not round. The factor is kept
+    on the device, where overflows are found too, so that no step waits for it. Without fp16 it is the number 1.
     """
 
     def __init__(self, precision: Precision, device: torch.device | str = "cpu", growth_steps: int = 2000):
@@ -76,7 +76,7 @@ class LossScale:
             torch._foreach_mul_(gradients, 1 / self.factor)
 
     def update(self, overflow: Tensor | bool) -> None:
-        """After every step; a tensor is 1 or 0 in float32, on the device."""
+        """Call it after every step. `overflow` is a bool, or a float32 tensor of 1 or 0 on the device."""
         if self.enabled:
             found = overflow if isinstance(overflow, Tensor) else self._found.fill_(overflow)
             torch._amp_update_scale_(self.factor, self.good_steps, found, 2.0, 0.5, self.growth_steps)

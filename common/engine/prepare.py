@@ -1,4 +1,4 @@
-"""What changes how a model is computed, but not what: checkpointing, torch.compile, float32 where bf16 is slow."""
+"""Faster or smaller ways to compute the same model: checkpointing, torch.compile, float32 where bf16 is slow."""
 
 import importlib.util
 import math
@@ -42,10 +42,10 @@ def prepare(
 
 
 def train_depthwise_in_float32(model: nn.Module) -> None:
-    """Leave the depthwise convolutions out of a CPU's bf16 while the model trains.
+    """Compute depthwise convolutions in float32 while a model trains in bf16 on a CPU.
 
-    Their backward pass takes oneDNN three times as long in bf16 as in float32: more than half of the step of an
-    EfficientNet. What is around them stays in bf16.
+    Their backward pass takes oneDNN three times as long in bf16 as in float32: more than half of an EfficientNet's
+    step. All other layers stay in bf16.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
@@ -53,7 +53,7 @@ def train_depthwise_in_float32(model: nn.Module) -> None:
 
 
 def check_compile(device_type: str) -> None:
-    """Raise UserError when --compile lacks a compiler on this machine; to be asked before a run is opened."""
+    """Raise UserError if this machine has no compiler for --compile; call it before a run is opened."""
     card = device_type == "cuda"  # Triton builds its launchers in C
     named = os.environ.get("CC" if card else "CXX")
     wanted = [named] if named else ["gcc", "clang", "cc"] if card else ["g++", "clang++", "c++"]
@@ -69,11 +69,11 @@ def check_compile(device_type: str) -> None:
 def enable_checkpointing(model: nn.Module) -> list[str]:
     """Recompute activations in the backward pass: their memory falls to about its square root, time rises by a third.
 
-    The gradient stays the same, dropout included. Takes the model's own way (timm's `set_grad_checkpointing`) where it
-    has one and no BatchNorm, whose statistics that way would move twice; else every module of up to sqrt(number of
-    layers) layers keeps its inputs only, and as many layers in a row of a longer nn.Sequential (Chen et al., "Training
-    deep nets with sublinear memory cost", 2016). Returns the names of what was wrapped, nothing for the model's own
-    way; raises UserError when there is nothing to wrap.
+    The gradient stays the same, dropout included. A model's own method (timm's `set_grad_checkpointing`) is used if the
+    model has no BatchNorm, whose statistics it would update twice. Otherwise every module of up to sqrt(number
+    of layers) layers keeps only its inputs, and so does every run of as many layers in a longer nn.Sequential (Chen et
+    al., "Training deep nets with sublinear memory cost", 2016). Returns the names of the wrapped blocks, an empty list
+    for the model's own method. Raises UserError if there is nothing to wrap.
     """
     if _checkpoints_itself(model):
         return []
@@ -94,18 +94,18 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
 
 
 def _checkpoints_itself(model: nn.Module) -> bool:
-    """Turn on the model's own way, where it has one that may be used; whether it is on now."""
+    """Turn on the model's own checkpointing if it may be used; return whether it is on."""
     if not hasattr(model, "set_grad_checkpointing") or any(isinstance(m, _BatchNorm) for m in model.modules()):
         return False
     try:
         model.set_grad_checkpointing(True)
     except NotImplementedError:
         return False
-    except AssertionError as error:  # how timm's models that have the method alone refuse
+    except AssertionError as error:  # raised by timm's models that have the method and do not support it
         if "not supported" not in str(error):
             raise
         return False
-    return any(getattr(module, "grad_checkpointing", False) for module in model.modules())  # python -O asserts nothing
+    return any(getattr(module, "grad_checkpointing", False) for module in model.modules())  # python -O drops asserts
 
 
 def _layers(module: nn.Module) -> int:
@@ -115,7 +115,7 @@ def _layers(module: nn.Module) -> int:
 def _blocks(module: nn.Module, name: str, largest: int) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules of 2 to `largest` layers, and every longer nn.Sequential.
 
-    Lists and dicts of modules have no forward pass of their own.
+    nn.ModuleList and nn.ModuleDict are only searched, because they have no forward pass.
     """
     if type(module) is nn.Sequential:
         yield name, module
@@ -128,7 +128,7 @@ def _blocks(module: nn.Module, name: str, largest: int) -> Iterator[tuple[str, n
 
 
 def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
-    """Recompute up to `largest` single layers in a row at a time; larger members are blocks, or have them inside."""
+    """Recompute runs of up to `largest` single layers in a row; larger members are blocks or contain some."""
     names, runs, members = [], [], list(sequential)
     start = 0
     while start < len(members):
@@ -145,14 +145,14 @@ def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
     return names
 
 
-# Objects, and no closures: a copy or a pickle of the model has them hold its own modules. torch's checkpoint_wrapper
-# would put a module of its own around each block: other names of parameters, other types for the code around them.
+# Objects instead of closures, so that in a copy or a pickle of the model they refer to its own modules. torch's
+# checkpoint_wrapper would put another module around each block, which changes parameter names and module types.
 
 
 @dataclass(eq=False)
 class _Whole:
     module: nn.Module
-    writes: dict[int, bool] = field(default_factory=dict)  # whether the block writes to its inputs, once that is known
+    writes: dict[int, bool] = field(default_factory=dict)  # whether the block changes its inputs, once that is known
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         forward = MethodType(type(self.module).forward, self.module)
@@ -203,19 +203,19 @@ def _recomputed(
     before = [value._version for value in inputs if isinstance(value, Tensor)]
     drawn = random.getstate(), np.random.get_state()
     contexts = {"context_fn": lambda: (nullcontext(), _once_more(modules, *drawn))}
-    given = [inputs]  # to which the first computation may write, as a block does that begins in place
+    given = [inputs]  # for the first computation, which may change them as without checkpointing
 
     def run(*kept: Any, **named: Any) -> Any:
         return forward(*(given.pop() if given else kept), **named)
 
     outputs = checkpoint(run, *kept, use_reentrant=False, **contexts, **named)
-    # One that begins to write later is told by torch: what it keeps has changed.
+    # If a block changes its inputs only later, torch raises an error: a saved tensor was modified.
     writes.setdefault(place, before != [value._version for value in inputs if isinstance(value, Tensor)])
     return outputs
 
 
 def _kept(value: Any) -> Any:
-    """A copy of a tensor, but for views that no copy is laid out like: other kernels would save other things."""
+    """A copy of a tensor; the tensor itself if a copy has other strides, for which kernels may save other tensors."""
     if not isinstance(value, Tensor):
         return value
     copy = value.clone()
@@ -224,7 +224,7 @@ def _kept(value: Any) -> Any:
 
 @contextmanager
 def _once_more(modules: list[nn.Module], state: tuple, numpy_state: tuple) -> Iterator[None]:
-    """The second computation draws what the first one drew, and leaves BatchNorm's statistics, which have moved."""
+    """Repeat the first computation's random numbers, and do not update BatchNorm's statistics a second time."""
     kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
         with kept_global_state():

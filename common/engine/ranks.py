@@ -1,7 +1,7 @@
-"""The processes of one training: who they are, and the few things that they tell each other.
+"""The processes of one training, and the collectives that they use.
 
-torchrun starts them and its environment names them. Votes and other small things travel on the CPU (gloo), so that
-they work when a card is full and never wait for it; gradients on CUDA cards travel by nccl.
+torchrun starts the processes and numbers them by environment variables. Votes and other small messages go through the
+CPU (gloo), so that they work when a card is full and never wait for it. Gradients on CUDA cards go through nccl.
 """
 
 import os
@@ -19,7 +19,7 @@ from common.batch import Tree, map_tree, tensors_of
 from common.engine.optimizers import laid_out_like
 from common.errors import UserError
 
-PATIENCE_MINUTES = 60.0  # the others wait that long, for example while the first process predicts the held-out rows
+PATIENCE_MINUTES = 60.0  # timeout of a collective, for example while the first process predicts the held-out rows
 
 
 def alone(work: Callable[[], Any]) -> Any:
@@ -28,19 +28,19 @@ def alone(work: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` processes; alone, every call below returns at once.
+    """This process among `world` processes. In a single process every method below returns at once.
 
-    Calls that need memory take `together`, through which they run whatever may fail in one process only: all of them
-    learn of it before the next message.
+    Methods that allocate memory take `together` and run through it every part that may fail in one process only: all
+    processes then fail together, before the next collective.
     """
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0  # the number among the processes of this computer: the card it uses
+    local_rank: int = 0  # rank among the processes of this computer: it selects the card
 
     @staticmethod
     def from_environment(patience_minutes: float = PATIENCE_MINUTES) -> "Ranks":
-        """Meet the other processes that torchrun started; without torchrun there are none. Close it at the end."""
+        """Connect to the other processes that torchrun started; SINGLE without torchrun. Call close() at the end."""
         if not _is_launched():
             return SINGLE
         ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -55,7 +55,7 @@ class Ranks:
 
     @property
     def is_writer(self) -> bool:
-        """Only the first process writes files and speaks."""
+        """Whether this is the first process, the only one that writes files and logs."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -77,7 +77,7 @@ class Ranks:
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's `value`, in every process; the others' is ignored."""
+        """Return the first process's `value` in every process."""
         if self.world == 1:
             return value
         box = [value]
@@ -86,7 +86,7 @@ class Ranks:
         return box[0]
 
     def union(self, entries: dict) -> dict:
-        """The entries of every process's dictionary, in every process."""
+        """Merge the dictionaries of all processes, in every process."""
         if self.world == 1:
             return entries
         found: list[dict] = [{}] * self.world
@@ -95,9 +95,10 @@ class Ranks:
         return {key: value for part in found for key, value in part.items()}
 
     def gather(self, tree: Tree | None, together: Callable = alone) -> tuple[Tree, int]:
-        """The rows of all processes in the order of their ranks, and the number of this process's first row.
+        """The rows of all processes in the order of their ranks, and the position of this process's first row.
 
-        The processes may have different numbers of rows; one that has none and does not know the tree passes None.
+        Processes may have different numbers of rows. A process that has none, and no tree to show the shapes, passes
+        None.
         """
         if self.world == 1:
             return tree, 0
@@ -111,7 +112,8 @@ class Ranks:
         device = torch.device(where) if where == "cpu" else torch.device(where, torch.cuda.current_device())
 
         def joined(like: Tensor) -> Tensor:
-            # Collectives want one size, so padded to the longest share; and as bytes, gloo knows no bool.
+            # all_gather needs equal sizes, so shares are padded to the longest; they are sent as bytes, because gloo
+            # does not support bool.
             def padded() -> tuple[Tensor, list[Tensor]]:
                 sent = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=device)
                 sent[: rows[self.rank]] = next(own, sent[:0])
@@ -125,10 +127,10 @@ class Ranks:
         return map_tree(joined, template), sum(rows[: self.rank])
 
     def sum_gradients(self, parameters: Sequence[Tensor], together: Callable = alone) -> None:
-        """Sum every parameter's gradient over the processes: one message per type of number.
+        """Sum every parameter's gradient over the processes, with one message per dtype.
 
-        A parameter without a gradient in any process keeps none, so that the optimizer leaves it alone as it would
-        in a single process.
+        A parameter without a gradient in any process keeps none, so that the optimizer skips it as it would in a
+        single process.
         """
         if self.world == 1:
             return
@@ -138,9 +140,9 @@ class Ranks:
             together(partial(_take_gradients, alike, flat))
 
     def average_(self, tensors: Sequence[Tensor], weight: float, together: Callable = alone) -> None:
-        """Replace every tensor by its mean over the processes, each of which counts `weight` times.
+        """Replace every tensor by its mean over the processes, weighted by each process's `weight`.
 
-        Integers are counts and become the largest of any process. One message per type of number.
+        Integer tensors are counters and become the largest of any process. Sends one message per dtype.
         """
         if self.world == 1:
             return
@@ -163,7 +165,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        if kind is None:  # after an error the end of the process tells the others, a farewell could wait for them
+        if kind is None:  # after an error close() could wait for the others, who notice the end of this process
             self.close()
 
     @contextmanager
@@ -181,8 +183,8 @@ class Ranks:
 def _is_launched() -> bool:
     """Whether torchrun started this process among others.
 
-    Clusters and notebooks set some of its variables too. Those are ignored, with a line, and removed, so that nothing
-    else in this process takes them for a launch.
+    Clusters and notebooks set some of torchrun's variables too. An incomplete set is ignored, printed and removed from
+    the environment, so that no library takes it for a launch.
     """
     numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     given = {name: os.environ.get(name, "") for name in (*numbers, "MASTER_ADDR", "MASTER_PORT")}
@@ -202,7 +204,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _flat_gradients(parameters: list[Tensor]) -> Tensor:
-    """All gradients of a type in a row, zeros where there is none, and at the end who has one."""
+    """All gradients as one vector, zeros for missing ones, then a 1 or 0 per parameter: whether it has a gradient."""
     present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([*(part.reshape(-1) for part in parts), present.to(parts[0])])
@@ -218,13 +220,13 @@ def _take_gradients(parameters: list[Tensor], flat: Tensor) -> None:
 
 
 def _weighted(tensors: list[Tensor], weight: float | None) -> Tensor:
-    """The tensors in a row, times `weight`, and behind them the weight; as they are for None."""
+    """The tensors as one vector, multiplied by `weight` and followed by it; just the vector if it is None."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return flat if weight is None else torch.cat((flat * weight, flat.new_tensor([weight])))
 
 
 def _spread(flat: Tensor, tensors: list[Tensor]) -> None:
-    """Put a row back into the tensors; sums with a weight behind them as their mean."""
+    """Copy a vector back into the tensors; if a sum of weights follows the values, divide by it."""
     sizes = [tensor.numel() for tensor in tensors]
     if len(flat) > sum(sizes):
         flat = flat[:-1] / flat[-1]

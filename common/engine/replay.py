@@ -1,8 +1,8 @@
-"""Steps of one shape replayed from a CUDA graph: the host launches one thing instead of some hundred.
+"""Steps of one shape replayed from a CUDA graph: the host launches one graph instead of hundreds of kernels.
 
-Captured are forward, loss, backward, clipping and the fused update of a batch that fits whole. What cannot be replayed
-is found out by looking on at two eager steps, not guessed, and goes on as before, with one line in the log. So does a
-graph whose first step is not the one that the engine takes from the same weights.
+The graph holds forward, loss, backward, clipping and the fused update of a batch that fits whole. Two eager steps are
+recorded first, to find operations that cannot be replayed. If there are some, or if the first step of the graph
+differs from the eager step from the same weights, the training stays eager and the log has a line with the reason.
 """
 
 import random
@@ -23,27 +23,27 @@ from common.engine import memory
 if TYPE_CHECKING:
     from common.engine.step import Engine, StepReport
 
-EAGER_STEPS = 3  # of a shape before it is captured; the last two are looked at
-TOLERANCE = 0.02  # of the size of a step, beside what two eager ones differ by; a wrong mask, rate or batch is farther
+EAGER_STEPS = 3  # of a shape before it is captured; the last two are recorded
+TOLERANCE = 0.02  # of the length of a step, plus the noise of eager steps; a wrong mask, rate or batch exceeds it
 
 
 class CudaGraph:
-    """torch.cuda.CUDAGraph whose failed capture leaves the device's generator and the current stream as they were."""
+    """A torch.cuda.CUDAGraph; a failed capture leaves the device's generator and the current stream unchanged."""
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, None
 
     def capture(self, work: Callable[[], None]) -> None:
-        # The stream once more: torch.cuda.graph does not go back to it when the end of the capture raises.
+        # Enters the current stream too, since torch.cuda.graph does not restore it if the end of the capture raises.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
             spare = generator.clone_state()
             try:
-                # Other threads of the process, a loader's, may go on as they like meanwhile.
+                # thread_local: other threads of the process, such as a loader's, may use the card meanwhile.
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     work()
             except BaseException:
-                generator.graphsafe_set_state(spare)  # else it would wait for the end of the capture for ever
+                generator.graphsafe_set_state(spare)  # else it would stay in capture mode for ever
                 raise
             self._graph = graph
 
@@ -52,11 +52,11 @@ class CudaGraph:
 
 
 class Replay:
-    """Takes the engine's steps: eagerly at first, then, for the shape that keeps coming, from a graph."""
+    """Takes the engine's steps: eagerly at first, then from a graph once batches of one shape follow each other."""
 
     def __init__(self, engine: "Engine", graph: Callable[[torch.device], Any] = CudaGraph):
         self._engine, self._make = engine, graph
-        self._key: tuple | None = None  # what the last steps had in common, and the graph stands for
+        self._key: tuple | None = None  # of the last steps, and of the graph (see _key_of)
         self._alike, self._seen, self._graph = 0, [], None
         self._refused = False
 
@@ -79,12 +79,12 @@ class Replay:
         return self._captured(batch, step_number)
 
     def give_up(self, why: str) -> None:
-        """Drop the graph, and go on eagerly."""
+        """Drop the graph, log the reason and stay eager."""
         self._refused, self._graph, self._results, self._batch, self._held = True, None, None, None, None
         self._engine.log(f"steps are not replayed: {why}")
 
     def make_room(self) -> bool:
-        """Give the memory of the graph back; whether there was one."""
+        """Free the memory of the graph; return whether there was one."""
         if self._graph is None:
             return False
         self.give_up("the graph leaves too little memory for the rest")
@@ -105,12 +105,12 @@ class Replay:
         return report
 
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
-        """The step twice eagerly and once from the new graph, always from the same weights."""
+        """Take the step twice eagerly and once from the new graph, always from the same weights, and compare."""
         engine, state = self._engine, self._written()
         start, fits = memory.attempt(partial(_copies, state))
         report = engine.eager_step(batch, step_number)
         if not (engine.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
-            return report  # fp16 begins with a factor that may be too large: the next step is taken for it
+            return report  # fp16 may begin with too large a factor: try again with the next step
         once, fits = memory.attempt(partial(_copies, [*state, _told(report)])) if fits else (None, False)
         if not fits:
             self.give_up("there is no memory left for comparing them with the eager ones")
@@ -126,13 +126,16 @@ class Replay:
             found = _distances([*state, [value, norm]], once)
             if all(far <= TOLERANCE * size + 4 * noise for far, size, noise in zip(found, sizes, noises, strict=True)):
                 return engine.noted(batch, step_number, value, norm, outcome)
-            self.give_up(f"step {step_number + 1} is another one from the graph than without it")
+            self.give_up(f"step {step_number + 1} of the graph differs from the same step without it")
         _put_back(state, once)
         memory.release()
         return report
 
     def _failed_capture(self, batch: Batch) -> str:
-        """Capture a step over a batch of zeros, with rates of zero: a graph that holds on to them will be found out."""
+        """Capture a step; return why that failed, or an empty text.
+
+        The batch and the learning rates are zeros, so that a graph which keeps them fails the comparison later.
+        """
         engine, device = self._engine, self._engine.device
         given = (batch.inputs, batch.targets, batch.weights)
         inputs, targets, weights = map_tree(lambda x: torch.zeros_like(x, device=device), given)
@@ -143,7 +146,7 @@ class Replay:
         try:
             graph.capture(self._work)
             self._graph = graph
-        except Exception as error:  # whatever it is, the same step has just been taken without a capture
+        except Exception as error:  # of any kind: the same step has just worked without a capture
             told = [*str(error).splitlines(), type(error).__name__]
             return f"the capture failed ({told[0][:200]})"
         finally:
@@ -151,7 +154,7 @@ class Replay:
         return ""
 
     def _work(self) -> None:
-        """What the graph holds: a step over the batch that lies in its memory."""
+        """The work that is captured: a step over the batch in the graph's own memory."""
         engine = self._engine
         engine.forget_gradients()
         with engine.capturing(), self._rates_on_the_device():
@@ -159,7 +162,7 @@ class Replay:
             engine.update_ahead()
 
     def _launched(self, batch: Batch, step_number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, norm and outcome of the step that the graph has taken over the batch."""
+        """Replay the graph over the batch; returns value, norm and outcome of the step."""
         engine = self._engine
         own, fresh = ((b.inputs, b.targets, b.weights) for b in (self._batch, batch))
         for held, given in zip(tensors_of(own), tensors_of(fresh), strict=True):
@@ -174,7 +177,7 @@ class Replay:
         return value.clone(), norm.clone(), outcome
 
     def _written(self) -> list[list[Tensor]]:
-        """What a step writes to: the weights, the buffers, the optimizer's state, the factor of fp16."""
+        """The tensors that a step changes: weights, buffers, optimizer state, fp16 factor."""
         engine = self._engine
         states = [value for state in engine.optimizer.state.values() for value in state.values()]
         return [
@@ -186,7 +189,7 @@ class Replay:
 
     @contextmanager
     def _rates_on_the_device(self) -> Iterator[None]:
-        """Learning rates as tensors, for a number would be captured for ever."""
+        """Turn learning rates into tensors inside the block, because the graph would fix plain numbers for ever."""
         groups = self._engine.optimizer.param_groups
         kept = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
         try:
@@ -200,7 +203,7 @@ class Replay:
                 group.update(values)
 
     def _key_of(self, batch: Batch) -> tuple:
-        """All that a graph takes for granted."""
+        """Everything that must stay the same for a graph to be valid."""
         engine = self._engine
         shapes = [(x.shape, x.dtype) for x in tensors_of((batch.inputs, batch.targets, batch.weights))]
         weights = [(parameter.data_ptr(), parameter.requires_grad) for parameter in engine.parameters]
@@ -212,7 +215,7 @@ class Replay:
 
 
 class Watch(TorchDispatchMode):
-    """Looks on at an eager step: what it does, and why that could not be replayed."""
+    """Records the operations of an eager step (`seen`), and why they cannot be replayed (`why`, empty if they can)."""
 
     def __init__(self, engine: "Engine"):
         super().__init__()
@@ -254,34 +257,34 @@ def _copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def _put_back(groups: list[list[Tensor]], copies: list[list[Tensor]]) -> None:
-    for group, copied in zip(groups, copies, strict=False):  # of a report there is nothing to put back
+    for group, copied in zip(groups, copies, strict=False):  # numbers of a report, at the end, stay out
         memory.copy_(group, copied)
 
 
 def _distances(groups: list[list[Tensor]], others: list[list[Tensor]]) -> list[float]:
-    """The Euclidean distance of each group of tensors from its like; NaN where one of them has a NaN."""
+    """The Euclidean distance of each group of tensors from that in `others`; NaN if one of them has a NaN."""
 
     def square(one: Tensor, other: Tensor) -> Tensor:
         one, other = one.double(), other.double()
-        return torch.where(one == other, 0.0, one - other).square().sum()  # infinities that are meant
+        return torch.where(one == other, 0.0, one - other).square().sum()  # equal infinities: 0
 
     pairs = [zip(group, other, strict=True) for group, other in zip(groups, others, strict=True)]
     return [float(sum(square(one, other) for one, other in pair)) ** 0.5 for pair in pairs]
 
 
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-TO_THE_DEVICE = (torch.ops.aten._to_copy, torch.ops.aten.copy_)  # of the batch; in a graph it is there already
+TO_THE_DEVICE = (torch.ops.aten._to_copy, torch.ops.aten.copy_)  # copy the batch, which a graph holds already
 
 
 def reads_the_device(operation: Any, inputs: tuple) -> bool:
-    """Whether the operation returns a number to the host, or a shape that depends on values: indexing does by masks."""
+    """Whether the host reads a number back, or the result's shape depends on values, as in indexing by a mask."""
     if operation._schema.name in INDEXING:
         return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in inputs[1])
     return torch.Tag.data_dependent_output in operation.tags or torch.Tag.dynamic_output_shape in operation.tags
 
 
 def _described(value: Any) -> Any:
-    """A tensor by its shape, anything else by itself."""
+    """Shape and dtype of a tensor, the text of anything else; lists item by item."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     return [_described(one) for one in value] if isinstance(value, (list, tuple)) else str(value)

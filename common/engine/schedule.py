@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step: there is nothing to save, and a resumed run cannot get it wrong."""
+"""Learning rates as pure functions of the step, so that there is no scheduler state to save and restore."""
 
 import math
 
@@ -15,7 +15,7 @@ def learning_rate_factor(
 ) -> float:
     """The factor on the peak learning rate in optimizer step `step` of 0..total_steps-1.
 
-    The first `warmup_fraction` of the steps rises linearly to 1, beginning above 0. What follows runs over the rest:
+    Over the first `warmup_fraction` of the steps it rises linearly to 1, starting above 0. Then it follows `schedule`:
 
         constant   1
         cosine     half a cosine from 1 towards 0 (Loshchilov and Hutter, 2017)

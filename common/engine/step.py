@@ -1,7 +1,7 @@
-"""The engine: exactly one optimizer step over one batch, whatever part of it fits into the memory at once.
+"""The engine: one exact optimizer step over a batch, however little of it fits into memory at once.
 
-The batch value is one of three kinds (common.losses.protocol), and so are the ways to its gradient: `_per_sample`,
-`_sums` and `_whole_batch`. In their formulas, i runs over the samples of the batch.
+A loss is of one of three kinds (common.losses.protocol), and each kind has its own way to the gradient: `_per_sample`,
+`_sums` or `_whole_batch`. In their formulas, i runs over the samples of the batch.
 """
 
 import random
@@ -42,9 +42,9 @@ from common.losses.protocol import (
 Result = TypeVar("Result")
 
 NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
-NOBODY = nullcontext()  # watches a step
-SMALL_BYTES = 1 << 18  # of outputs that are kept between the passes of a loss over sums
-WATCH_EVERY = 32  # steps, and the first of every epoch: whether the model draws from Python's generators by now
+NOBODY = nullcontext()  # for a step that no Watch records
+SMALL_BYTES = 1 << 18  # outputs and targets up to this size are kept between the two passes of a loss over sums
+WATCH_EVERY = 32  # steps, and in the first of an epoch, check whether the model draws from Python's generators
 
 
 class StepReport(NamedTuple):
@@ -56,7 +56,7 @@ class StepReport(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Outputs of a whole batch, their statistics [B, ...] with the graph between, weights, sizes of micro-batches."""
+    """Outputs of a whole batch, statistics [B, ...] with their graph, sample weights, sizes of the micro-batches."""
 
     outputs: Tensor
     stats: Tensor
@@ -71,18 +71,18 @@ class DoesNotFit(MemoryError):
 class Engine:
     """Steps `optimizer` along the exact gradient of `loss` over a batch, in micro-batches of `micro_batch` samples.
 
-    "auto" begins with the whole batch and halves when the memory does not hold it; so does a given size. A batch
-    that failed starts again from its first sample, so nothing is lost or counted twice, and the smaller size is kept.
-    Whatever the model, the loss or the optimizer holds gets its gradient, wherever in the loss it is used.
+    "auto" begins with the whole batch. Any size is halved when it does not fit into memory. A batch that failed starts
+    again from its first sample, so that no sample is lost or counted twice, and the smaller size is kept. Every
+    parameter of the model, the loss or the optimizer gets its gradient, wherever the loss uses it.
 
-    Dropout, and what a model draws from `random` and `np.random`, starts from a function of (seed, step, rank) in
-    every pass. BatchNorm normalises over micro-batches, which no accumulation can undo; its running statistics move
-    once a micro-batch. So with several processes batches, orders and gradients equal those of one process for
-    networks without BatchNorm and dropout. With them each process normalises over its own samples (the running
-    statistics are averaged after every step) and draws its own masks: another function, as with another micro-batch.
+    In every pass, dropout and the model's draws from `random` and `np.random` are seeded by (seed, step, rank).
+    BatchNorm normalises over micro-batches, which no accumulation can change; its running statistics are updated once
+    per micro-batch. For networks without BatchNorm and dropout, several processes have the batches, orders and
+    gradients of a single one. With them each process normalises over its own samples (the running statistics are
+    averaged after every step) and draws its own masks, so results differ, as they do with another micro-batch.
 
-    On a CUDA card with a fused optimizer the host never waits for a step: one that is not finite leaves the weights
-    alone, and a later `step`, or `settle`, raises. `graph` has steps of one shape replayed (common.engine.replay).
+    On a CUDA card with a fused optimizer the host never waits for a step. A step that is not finite does not change
+    the weights, and a later `step`, or `settle`, raises. `graph` replays steps of one shape (common.engine.replay).
     """
 
     def __init__(
@@ -109,30 +109,30 @@ class Engine:
         self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision, self.device)
         self.asked, self.micro_batch = micro_batch, 1 if micro_batch == "auto" else micro_batch
-        self.limited = micro_batch != "auto"  # until the memory has shown a limit, "auto" grows with the batch
+        self.limited = micro_batch != "auto"  # "auto" grows with the batch until memory has run out once
         self.buffers = memory.Buffers(model)
         self._take(loss)
-        self.outcomes: Outcomes | None = None  # None: the host looks at every step before the update
+        self.outcomes: Outcomes | None = None  # None: the host checks every step before the update
         if self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
             self.run_ahead()
         self._first_seed = keyed_seed(seed, ranks.rank)
         self.log = log if ranks.is_writer else lambda message: None
         self.replay = Replay(self) if graph and self.outcomes and ranks.world == 1 else None
         self._told = False
-        self._writes: bool | None = None  # whether model or loss write to what they are given; None: not yet known
+        self._writes: bool | None = None  # whether model or loss change their inputs in place; None: not yet known
         self._draws = False  # whether they have drawn from Python's generators
         self._watching, self._epoch, self._capturing = True, -1, False
-        self._sent = NOTHING_SENT  # by the last per-sample pass: often the next one sends the same
+        self._sent = NOTHING_SENT  # back by the last per-sample pass; often reused by the next one
         self._new_batch(0)
 
     def run_ahead(self) -> None:
-        """From now on the device itself leaves out an update that is not finite. The optimizer must be a fused one."""
+        """Let the device itself skip updates that are not finite, from now on. The optimizer must be a fused one."""
         self.outcomes = Outcomes(self.device, with_factor=self.scale.enabled)
-        if not self.optimizer.state:  # a momentum that is first made in a step which is left out would be never set
+        if not self.optimizer.state:  # momentum first allocated in a skipped step would never be initialised
             allocate_state(self.optimizer)
 
     def use(self, loss: Any) -> None:
-        """Go on with another loss; raises UserError for one with parameters, which the optimizer would not know."""
+        """Go on with another loss; raises UserError if it has parameters, which the optimizer would not know."""
         if isinstance(loss, nn.Module):
             if any(True for _ in loss.parameters()):
                 raise UserError(f"{loss} has parameters: a loss that takes the place of another must have none")
@@ -143,10 +143,10 @@ class Engine:
         self.loss, self.kind = loss, kind(loss)
         self.loss_buffers = memory.Buffers(loss, apart_from=self.buffers)
         self.samples_alike = not has_mass(loss) and columns_of(loss) == 1
-        self.single_sum: bool | None = None  # of a loss over sums: whether it has just one
+        self.single_sum: bool | None = None  # for a loss over sums: whether it has just one
 
     def step(self, batch: Batch, step_number: int) -> StepReport:
-        """One optimizer step over the batch. Raises UserError when it is not a finite one, and leaves the weights."""
+        """Take one optimizer step over the batch. If it is not finite, raises UserError and keeps the weights."""
         return (self.replay.step if self.replay else self.eager_step)(batch, step_number)
 
     def eager_step(self, batch: Batch, step_number: int, watch: AbstractContextManager = NOBODY) -> StepReport:
@@ -166,13 +166,13 @@ class Engine:
         return self.noted(batch, step_number, value, norm, outcome)
 
     def noted(self, batch: Batch, step_number: int, value: Tensor, norm: float | Tensor, outcome: Any) -> StepReport:
-        """The report of a step that is done, or on its way."""
+        """The report of a step, which may still be running on the card."""
         if self.outcomes:
             self.outcomes.note(Place(step_number, batch.epoch, batch.number), outcome)
         return StepReport(value, norm, self.micro_batch)
 
     def settle(self) -> None:
-        """Wait for all steps and raise UserError if one was not finite: before weights are saved, used or compared."""
+        """Wait for all steps; raise UserError if one was not finite. Call it before weights are saved or used."""
         if self.outcomes:
             self.outcomes.settle()
 
@@ -183,16 +183,16 @@ class Engine:
         """
         return self._until_it_fits(batch, step_number, self._summed_gradients)
 
-    # From the first operation of a batch to the last before the update: what starts again when the memory is full.
+    # Below is the work up to the update of a batch, which starts again when memory runs out.
 
     def update_ahead(self, step_number: int = 0) -> None:
-        """The update, which the device itself leaves out when the step is not a finite one."""
+        """Launch the update, which the device itself skips if the step is not finite."""
         self._update_weights(step_number, self.outcomes.overflow)
         self.scale.update(self.outcomes.overflow)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Around a step that is captured: nothing is seeded or put back in there, for no replay can fail."""
+        """Surround a step that is captured: it seeds and restores nothing, since seeds are set before each replay."""
         self._capturing = True
         try:
             yield
@@ -200,7 +200,7 @@ class Engine:
             self._capturing = False
 
     def forget_gradients(self) -> tuple:
-        """Drop what a capture has left in .grad and elsewhere; returns what the graph needs to be kept."""
+        """Drop the gradients that a capture has left; returns the tensors that must live as long as the graph."""
         self._drop_gradients()
         held, self._sent = self._sent, NOTHING_SENT
         return held
@@ -236,7 +236,7 @@ class Engine:
         self.loss_buffers.new_batch()
 
     def prepared(self, batch: Batch) -> tuple[Tensor, float | Tensor, Any]:
-        """Fill .grad with what the optimizer is to see. Returns value, norm, and what tells if they are finite."""
+        """Fill .grad for the optimizer. Returns batch value, norm, and the numbers to check for being finite."""
         value = self._summed_gradients(batch)
         return self.together(partial(self._clipped, value))
 
@@ -258,12 +258,12 @@ class Engine:
         if self.scale.enabled:
             found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             self.together(partial(self.scale.unscale_, found))
-        # Every rank continues, and is restored, with the same statistics; one without samples has seen nothing new.
+        # All ranks go on, and resume, with the same statistics; a rank without samples has weight 0.
         self.ranks.average_(self.buffers.statistics(), len(batch), self.together)
         return value
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Run `work`, then vote: DoesNotFit is raised on every rank if any ran out of memory. No collectives inside."""
+        """Run `work` (without collectives), then vote: raises DoesNotFit on every rank if any ran out of memory."""
         if self.ranks.world == 1:
             return work()
         result, fits = memory.attempt(work)
@@ -273,7 +273,7 @@ class Engine:
         return result
 
     def begin_pass(self) -> None:
-        """Every pass over a batch sees the same dropout and the same buffers."""
+        """Seed the generators and restore the buffers, so that all passes over a batch see the same."""
         if self._capturing:
             return
         self._passes += 1
@@ -285,7 +285,7 @@ class Engine:
         self.loss_buffers.begin_pass()
 
     def seed_torch(self, step_number: int) -> None:
-        """Start torch's generators at the step's key, as every pass does."""
+        """Seed torch's generators for the step, as at the beginning of every pass."""
         seed = self._seed_of(step_number)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times longer
         if self.device.type == "cuda":
@@ -299,12 +299,12 @@ class Engine:
         np.random.seed(seed)
 
     def _seed_of(self, step_number: int) -> int:
-        return (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
+        return (self._first_seed + step_number) % 2**32  # torch's CPU generator takes no more bits
 
     def parts(self, batch: Batch, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
         """(inputs, targets, weights, size) of each micro-batch, on the device.
 
-        Views of the batch, unless they have to move or model or loss write to what they are given.
+        They are views of the batch, and copies only if they must move or the model or the loss changes its inputs.
         """
         sizes = memory.sizes(len(batch), self.micro_batch)
         inputs = self._cut(batch.inputs, sizes) if with_inputs else repeat(None)
@@ -335,13 +335,13 @@ class Engine:
         """Whether the batch is a single micro-batch of a single rank."""
         return self.ranks.world == 1 and len(batch) <= self.micro_batch
 
-    # The three ways.
+    # The way to the gradient for each kind of loss.
 
     def _per_sample(self, batch: Batch) -> Tensor:
         """value = sum_i w_i l_i / sum_i w_i m_i. One pass: the normaliser needs only the targets, so it comes first."""
         loss, count = self.loss, len(batch)
         if count and self.samples_alike and batch.weights is None and self.ranks.world == 1:
-            total = float(count)  # a tiny model's step would feel every operation on a tensor
+            total = float(count)  # a float: tensor operations take long beside a tiny model
         else:
             total = self._normaliser(batch)
 
@@ -371,8 +371,8 @@ class Engine:
     def _sums(self, batch: Batch) -> Tensor:
         """value = g(S), S = sum_i w_i s_i. The gradient is <g'(S), sum_i w_i grad s_i>, and g'(S) needs all samples.
 
-        With a single sum g'(S) is one factor on the whole gradient and comes last; else a first pass finds S.
-        Only S is kept between the passes, and outputs of no more than SMALL_BYTES.
+        With a single sum, g'(S) is one factor on the whole gradient and is applied last. Otherwise a first pass
+        computes S. Between the passes only S is kept, and outputs of no more than SMALL_BYTES.
         """
         count = self._normaliser(batch)
         if self.single_sum:
@@ -382,7 +382,7 @@ class Engine:
         else:
             total, kept = self.together(partial(self._found_sums, batch))
             value, slope, direct = self._value_and_slope(total, count)
-            self.single_sum = slope.numel() == 1  # known from now on; the first batch may take two passes all the same
+            self.single_sum = slope.numel() == 1  # for the next batches; this first one takes two passes
             self.together(lambda: self._second_pass(batch, kept, self.scale.factor * slope))
         self._add(direct)
         return value
@@ -395,16 +395,16 @@ class Engine:
                 self._add_up(batch, slope, False)
 
     def _found_sums(self, batch: Batch) -> tuple[Tensor | None, Kept | None]:
-        """The sums of this rank's samples, and the graph of all statistics if the outputs are small.
+        """The sums of this rank's samples and, if the outputs are small, the graph of all statistics.
 
-        The loss is then called once and not in both passes: it costs a small network as much as its layers.
+        With the graph, the loss is computed once and not in both passes: it costs as much as a small network's layers.
         """
         found, total, small = [], None, None
         self.begin_pass()
         with torch.no_grad():
             for inputs, targets, weights, size in self.parts(batch):
                 outputs = self.forward(inputs)
-                if small is None:  # a loss with buffers may write to what the graph needs by the time that it is used
+                if small is None:  # a loss with buffers may change what the graph needs before the second pass
                     small = not self.loss_buffers and is_small(outputs, targets, len(batch) / size)
                 if small:
                     found.append((outputs, targets, weights, size))
@@ -420,7 +420,7 @@ class Engine:
         return weighted_sums(stats.detach(), weights), Kept(outputs, stats, weights, sizes)
 
     def _send_through(self, batch: Batch, kept: Kept, slope: Tensor) -> None:
-        """A second pass that sends the slope of the kept statistics through the outputs of the first."""
+        """The second pass with kept outputs: `slope` of the statistics goes back to them, and then into the model."""
         if kept.stats.requires_grad:
             send([kept.stats], [sent_back(kept.stats, slope, kept.weights)])
         if kept.outputs.grad is None:
@@ -432,7 +432,7 @@ class Engine:
                 send([outputs], [sent])
 
     def _add_up(self, batch: Batch, sent: Tensor, keep_sums: bool) -> Tensor | None:
-        """A pass that sends `sent` back into the statistics and returns their sums on this rank, if asked for."""
+        """A pass that backpropagates `sent` from the statistics; returns their sums on this rank if `keep_sums`."""
         total = None
         self.begin_pass()
         for inputs, targets, weights, _ in self.parts(batch):
@@ -445,9 +445,9 @@ class Engine:
         return total
 
     def _value_and_slope(self, total: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """g(S) and dg/dS for the sums of all ranks, and, on one of them, the slopes along the engine's parameters.
+        """g(S) and dg/dS for the sums of all ranks and, on one rank only, the gradient along the engine's parameters.
 
-        A rank without samples (None) never saw the statistics: it is told.
+        A rank without samples (total None) does not know the shape of the statistics and gets both from the others.
         """
         everything, first = self.ranks.gather(None if total is None else total[None], self.together)
 
@@ -464,7 +464,7 @@ class Engine:
         return values[0], slopes[0], direct
 
     def _whole_batch(self, batch: Batch) -> Tensor:
-        """value = L(z_1 ... z_n) without any structure: keep the outputs z, take dL/dz, send it in a second pass."""
+        """value = L(z_1 ... z_n), any function: keep the outputs z, compute dL/dz, send it back in a second pass."""
         rows: list[bool] = []  # which of the outputs have a row for every sample
 
         def forward() -> dict[str, Tree] | None:
@@ -493,13 +493,13 @@ class Engine:
         return value
 
     def _send_slopes(self, batch: Batch, slopes: list[Tensor | None], rows: list[bool], first: int) -> None:
-        """The second pass: dL/dz of every output, from row `first` on, into the graph of every micro-batch."""
+        """The second pass: send dL/dz, from row `first` on, back through the graph of every micro-batch."""
         start = first
         self.begin_pass()
         for inputs, _, _, size in self.parts(batch):
             leaves, sent = [], []
             for leaf, slope, by_row in zip(tensors_of(self.forward(inputs)), slopes, rows, strict=True):
-                # What is the same in every micro-batch depends on the weights alone: its slope is sent once.
+                # An output that is the same in every micro-batch depends on the weights alone: it is sent once.
                 if slope is not None and leaf.requires_grad and (by_row or start == first):
                     leaves.append(leaf)
                     sent.append(slope[start : start + size] if by_row else slope)
@@ -508,19 +508,19 @@ class Engine:
             start += size
 
     def _loss_of_outputs(self, kept: dict[str, Tree]) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss of the outputs of all ranks and its slope along every tensor of them."""
+        """The loss of the outputs of all ranks, and its gradient along every output tensor."""
         outputs = map_tree(lambda x: x.requires_grad_() if has_slope(x) else x, kept["outputs"])
         leaves = tensors_of(outputs)
         wanted = [leaf for leaf in leaves if has_slope(leaf)]
         value = self.loss(outputs, kept["targets"], kept.get("weights"))
         found = self._slopes(self.scale.scaled(value), wanted)
-        if self.ranks.is_writer:  # every rank has done the same: what the loss itself uses gets its gradient once
+        if self.ranks.is_writer:  # all ranks compute the same: parameters inside the loss get their gradient once
             self._add(found[len(wanted) :], scaled=True)
         slopes = iter(found)
         return value.detach(), [next(slopes) if has_slope(leaf) else None for leaf in leaves]
 
     def _whole(self, batch: Batch) -> Tensor:
-        """One graph for a batch that is not cut: nothing has to be found out by a first pass."""
+        """One graph for a batch that is not cut, without a first pass."""
         self.begin_pass()
         for inputs, targets, weights, _ in self.parts(batch):
             value = batch_value(self.loss, self.forward(inputs), targets, weights)
@@ -548,14 +548,14 @@ class Engine:
         return self.together(lambda: divisor(total))
 
     def _slopes(self, value: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
-        """The gradient of `value` along the leaves and, after them, along every parameter that it uses itself."""
+        """The gradients of `value` along the leaves, then along all trainable parameters; None for unused ones."""
         wanted = leaves + [parameter for parameter in self.parameters if parameter.requires_grad]
         if not value.requires_grad:
             return [None] * len(wanted)
         return list(torch.autograd.grad(value, wanted, allow_unused=True))
 
     def _add(self, direct: list[Tensor | None], scaled: bool = False) -> None:
-        """Add to .grad what a loss says of the parameters that it uses itself, beside the outputs."""
+        """Add to .grad the gradients of parameters that a loss uses directly and not through the outputs."""
         wanted = [parameter for parameter in self.parameters if parameter.requires_grad] if direct else []
         for parameter, slope in zip(wanted, direct, strict=True):
             if slope is None:
@@ -571,7 +571,7 @@ class Engine:
         if gradients:
             torch._foreach_mul_(gradients, factor)
 
-    # What is kept, and what is told.
+    # State, checks after a step, and log lines.
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -583,14 +583,17 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the micro-batch that was found to fit, unless another one is asked for by now."""
+        """Go on with the micro-batch that was found to fit, unless the setting has changed since."""
         if state["asked"] == self.asked:
             self.micro_batch, self.limited = state["micro_batch"], state["limited"]
         self.single_sum = state["single_sum"]
         self.scale.load_state_dict(state)
 
     def _learn(self, batch: Batch, versions: list[int], step_number: int) -> None:
-        """What the batch has shown of the model and the loss; raises UserError where that came too late."""
+        """Note whether the model or the loss changes its inputs or draws from Python's generators.
+
+        Raises UserError if inputs were first changed in a later batch whose second pass has seen other numbers.
+        """
         if self._writes is None:
             self._writes = False
         elif versions_of(batch) != versions:
@@ -607,7 +610,7 @@ class Engine:
 
     @staticmethod
     def _drawn() -> tuple:
-        """Where Python's generators stand."""
+        """The states of the generators of `random` and `np.random`."""
         _, words, *rest = np.random.get_state()
         return random.getstate(), words.tobytes(), rest
 
@@ -616,7 +619,7 @@ class Engine:
             parameter.grad = None
 
     def _update_weights(self, step_number: int, overflow: Tensor | None = None) -> None:
-        """optimizer.step(), which the device leaves out where `overflow` is 1."""
+        """optimizer.step(), which the device skips if `overflow` is 1."""
         if overflow is not None:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, overflow
         try:
@@ -634,7 +637,7 @@ class Engine:
                 del self.optimizer.grad_scale, self.optimizer.found_inf
 
     def _halve(self, count: int) -> None:
-        """Half of the largest micro-batch of any rank, for all ranks; raises UserError when that was one sample."""
+        """Set every rank's micro-batch to half of the largest one; raises UserError if that was one sample."""
         largest = max(memory.sizes(count, self.micro_batch), default=0)
         largest = int(self.ranks.max_(torch.tensor(largest)))
         if largest <= 1:
@@ -675,16 +678,16 @@ def has_slope(output: Tensor) -> bool:
 
 
 def send(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """torch.autograd.backward(values, gradients) without its checks: a tenth of the step of a tiny network."""
+    """torch.autograd.backward(values, gradients) without its checks, a tenth of a tiny network's step."""
     _engine_run_backward(
         tuple(values), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
 def is_small(outputs: Tree, targets: Tree, micro_batches: float) -> bool:
-    """Whether outputs and targets of a whole batch are a few numbers, given those of a micro-batch.
+    """Whether outputs and targets of a whole batch take at most SMALL_BYTES, estimated from those of a micro-batch.
 
-    Several outputs are not: one of them, a temperature, may have no row for each sample.
+    False for several outputs, because one of them, such as a temperature, may have no row for each sample.
     """
     if not isinstance(outputs, Tensor) or not has_slope(outputs):
         return False
@@ -701,10 +704,10 @@ def sent_back(values: Tensor, slope: Tensor | float, weights: Tensor | None) -> 
 
 
 def joined(parts: tuple[Tree, ...], sizes: tuple[int, ...]) -> tuple[list[bool], Tree]:
-    """Trees of consecutive samples as one, and which of its tensors have a row for every sample.
+    """Concatenate trees of consecutive samples; also returns which of their tensors have a row for every sample.
 
-    A tensor that has none (a temperature, say) must be the same in every micro-batch: it stays what it is. Raises
-    UserError for any other.
+    A tensor without such rows (a temperature, say) must be the same in every micro-batch and is kept as it is. Raises
+    UserError if it is not.
     """
     rows, tensors = [], []
     for column in zip(*map(tensors_of, parts), strict=True):
@@ -720,7 +723,7 @@ def joined(parts: tuple[Tree, ...], sizes: tuple[int, ...]) -> tuple[list[bool],
 
 
 def refuse_collectives(model: nn.Module) -> None:
-    """Raise UserError for modules that talk to other processes: one that is out of memory would leave them waiting."""
+    """Raise UserError for modules that communicate between processes: out of memory in one would hang the others."""
     parallel = (nn.SyncBatchNorm, nn.parallel.DistributedDataParallel, nn.DataParallel)
     for name, module in model.named_modules():
         if isinstance(module, parallel):

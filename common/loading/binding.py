@@ -1,8 +1,8 @@
-"""Finds the random generators that a dataset holds and starts them afresh for every sample.
+"""Finds the random generators that a dataset holds and restarts them for every sample.
 
 A worker process gets a copy of every generator, so without this all workers draw the same numbers. albumentations
-2.0.8 does so in every worker and every epoch, and gives all transforms of a Compose(seed=...) one seed; its transforms
-take one shared pair of generators instead, once per process.
+2.0.8 repeats them in every worker and every epoch, and gives all transforms of a Compose(seed=...) one seed. Here its
+transforms get one shared pair of generators, once per process.
 """
 
 import dis
@@ -44,12 +44,12 @@ LEAVES = (
 )
 LIBRARIES = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
 REPLACED = (".random_generator", ".py_random")  # attributes that set_random_state overwrites
-KEYED = KeyedGenerator()  # one for all loaders of a process: the datasets of two of them may share a transform
+KEYED = KeyedGenerator()  # shared by all loaders of a process, whose datasets may share a transform
 SEED_WORDS = 4  # of a sample's stream: three for the global generators, one spare to fill the block
 
 
 class Binding:
-    """A dataset's generators, bound to the key of the sample that is loaded; made once in every process.
+    """Binds a dataset's generators to the key of the sample that is loaded; made once in every process.
 
     Raises UserError naming the attribute when the dataset holds a generator that cannot be restarted.
     """
@@ -64,7 +64,7 @@ class Binding:
                 self._restart.append(_restarter(path, found))
 
     def rekey(self, epoch: int, index: int, draw: int = 0) -> np.random.Generator:
-        """Start all randomness of the process at the sample's key; returns the generator to hand to the dataset."""
+        """Restart all generators of the process at the sample's key; returns the one to pass to the dataset."""
         generator = KEYED.jump(self._seed, epoch, index, draw)
         words = KEYED.words(SEED_WORDS)
         GLOBAL_RANDOM.seed(words[0])
@@ -77,7 +77,7 @@ class Binding:
 
 @contextmanager
 def kept_global_state() -> Iterator[None]:
-    """Whatever the block draws or seeds, `random`, `np.random` and torch go on as if it had not been there."""
+    """Restore the global generators of `random`, `np.random` and torch after the block."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -90,15 +90,15 @@ def kept_global_state() -> Iterator[None]:
 def held_generators(dataset: Any) -> list[tuple[str, Any]]:
     """Every generator or albumentations transform reachable from the dataset, with its path ("dataset.noise[2].rng").
 
-    Looks into attributes, containers, partials, bound methods and, for functions outside of installed libraries,
-    their closures, defaults and the variables that they name, of their own module and of those they import.
+    Looks into attributes, containers, partials and bound methods. For functions outside of installed libraries it
+    also looks into closures, defaults, and the variables that they use of their own module and of imported ones.
     """
     found, seen, waiting = [], {}, [("dataset", dataset)]
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, LEAVES) or id(value) in seen or any(value is known for known in GLOBAL_GENERATORS):
             continue
-        seen[id(value)] = value  # held, so that no other object gets its id meanwhile
+        seen[id(value)] = value  # kept alive, so that no other object gets its id
         if isinstance(value, GENERATORS):
             found.append((path, value))
         elif _takes_generators(value):
@@ -180,7 +180,7 @@ def _parts_of_function(path: str, function: types.FunctionType) -> Iterable[tupl
 
 
 def _reached(path: str, value: Any, names: set[str], seen: set[str]) -> Iterable[tuple[str, Any]]:
-    """The value; of a module that is not an installed one, its variables among `names`, through its modules too."""
+    """The value itself; for a module outside of installed libraries its variables in `names`, nested modules too."""
     if not isinstance(value, types.ModuleType):
         yield path, value
     elif value.__name__ not in seen and not _is_library(getattr(value, "__file__", None)):
@@ -190,7 +190,7 @@ def _reached(path: str, value: Any, names: set[str], seen: set[str]) -> Iterable
 
 
 def _is_library(file: str | None) -> bool:
-    """Whether the source is the interpreter's or an installed package's."""
+    """Whether a source file belongs to Python or to an installed package."""
     return file is None or file.startswith((*LIBRARIES, "<frozen"))
 
 
@@ -200,7 +200,7 @@ def _takes_generators(value: Any) -> bool:
 
 
 def _restarter(path: str, generator: Any):
-    """A function that restarts `generator` from four 64-bit words; raises UserError when there is no way to."""
+    """A function that restarts `generator` from four 64-bit words; raises UserError if that is impossible."""
     if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
         return lambda words: generator.seed(words[0])
     if isinstance(generator, torch.Generator) and generator.device.type == "cpu":

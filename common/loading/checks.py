@@ -1,10 +1,10 @@
-"""Whether a dataset gives the same sample under the same key: some are loaded more than once and compared.
+"""Checks that a dataset returns the same sample for the same key: some samples are loaded twice and compared.
 
-This finds randomness that no search for generators can: one that is made for every sample, a counter of calls, and,
-where two workers load the same rows, what belongs to a process (its number, `hash` of a text) or was kept at first
-use. Not found: what shows in few samples only, what one process keeps for ever (a cache of random crops with fewer
-than two workers), what all processes of one run agree on (`hash` of a text where workers are forked) and what changes
-slowly with the number of calls in `batch`. Such samples are others after a restart.
+This finds randomness that a search for generators cannot: a generator made for every sample, a counter of calls and,
+where two workers load the same rows, values that differ between processes (the process id, `hash` of a text) or are
+kept from the first use. It does not find effects in few samples only, values that one process keeps for ever (a cache
+of random crops with fewer than two workers), values that all processes of a run share (`hash` of a text in forked
+workers), and slow changes with the number of calls of `batch`. Such samples change after a restart.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from common.loading.binding import kept_global_state
 from common.loading.collate import as_tensors, join
 from common.loading.keys import Keys
 
-CHECKED_SAMPLES = 8  # of the first batch; a flip in half of the loads escapes them once in 256
-CHECKED_BATCHES = 2  # of a dataset of batches
-ROUNDING = 1e-4  # of the largest value: a product of matrices rounds otherwise in a smaller batch
+CHECKED_SAMPLES = 8  # of the first batch; a flip that is not keyed is missed once in 256 times
+CHECKED_BATCHES = 2  # of a dataset that makes batches
+ROUNDING = 1e-4  # of the largest value: matrix products round differently in a smaller batch
 
 
 def digest(sample: Any) -> bytes:
@@ -45,7 +45,7 @@ def digest(sample: Any) -> bytes:
 
 
 def compare_samples(dataset: Any, one: dict[int, bytes], other: dict[int, bytes]) -> None:
-    """Raises UserError naming the first row with two digests; rows that could not be read have none."""
+    """Raises UserError naming the first row whose two digests differ; unreadable rows have no digest."""
     for row in one:
         if one[row] != other.get(row, one[row]):
             raise UserError(

@@ -11,11 +11,11 @@ from torch.utils.data import default_collate
 from common.batch import Tree
 from common.errors import UserError
 
-SMALL_BYTES = 2**20  # of a tensor: below it, a second copy is cheaper than a tensor for every sample
+SMALL_BYTES = 2**20  # of a tensor: below it, a second copy is cheaper than making a tensor of every sample
 
 
 def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: False) -> Tree:
-    """Samples to one tree; dtypes stay. A tensor for whose bytes `shared` says yes goes straight to shared memory."""
+    """Stack samples to one tree; dtypes stay. A tensor whose size `shared` accepts goes straight to shared memory."""
     first = samples[0]
     if isinstance(first, dict):
         return {name: collate([sample[name] for sample in samples], shared) for name in first}
@@ -33,7 +33,7 @@ def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: F
 
 
 def join(trees: list[Tree], pinned: bool = False) -> Tree:
-    """Trees of tensors [n, ...] one after the other; `pinned` makes page-locked memory of them on the way."""
+    """Concatenate trees of tensors [n, ...]; with `pinned`, several trees go directly to page-locked memory."""
     first = trees[0]
     if isinstance(first, dict):
         return {name: join([tree[name] for tree in trees], pinned) for name in first}
@@ -55,7 +55,7 @@ def _check_alike(parts: list[Any], shapes: list[tuple[int, ...]]) -> None:
 
 
 def as_tensors(tree: Tree) -> Tree:
-    """The tree that a `batch` returned, with its arrays as tensors."""
+    """The tree with its arrays converted to tensors."""
     if isinstance(tree, dict):
         return {name: as_tensors(part) for name, part in tree.items()}
     if isinstance(tree, (tuple, list)):
@@ -64,7 +64,7 @@ def as_tensors(tree: Tree) -> Tree:
 
 
 def as_tensor(array: np.ndarray | np.generic) -> Tensor:
-    """The array's memory as a tensor where torch takes it; a copy of read-only arrays and of mirrored views.
+    """The array as a tensor in the same memory; read-only and non-contiguous arrays are copied.
 
     Raises UserError for texts, dates and objects.
     """

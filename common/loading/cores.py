@@ -1,4 +1,4 @@
-"""How many cores a process has. Needs no package: make asks before anything is installed."""
+"""How many cores a process may use. It needs no package, because make runs it before anything is installed."""
 
 import math
 import os
@@ -8,7 +8,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # what `docker run --cpus` and Kaggle's 
 
 
 def cores() -> int:
-    """The cores for this process: by affinity and by a container's quota, divided among torchrun's processes here."""
+    """This process's cores, by affinity and container quota, divided among torchrun's processes on this computer."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         allowed, period = QUOTA.read_text().split()

@@ -1,6 +1,6 @@
-"""Folds: int arrays [n] with the fold of every row, functions of ids, labels and seed that do not see the file order.
+"""Folds: int arrays [n] with the fold of every row, which depend on ids, labels and seed.
 
-Rows are first put into the order of a hash of (seed, id): the same ids get the same folds however the file is sorted.
+Rows are first sorted by a hash of (seed, id), so the same ids get the same folds however the file is sorted.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from common import files
 from common.errors import UserError
 from common.loading.keys import keyed_seed
 
-EXCHANGES, NEAR = 3, 100  # how often every group is asked, and how many groups of like size on either side
+EXCHANGES, NEAR = 3, 100  # how often every group is tried, and with how many groups of similar size on either side
 
 
 def kfold(ids: Sequence, folds: int, seed: int) -> np.ndarray:
-    """Folds of equal size, up to one row."""
+    """Folds whose sizes differ by at most one row."""
     return _dealt(_shuffled(ids, folds, seed), folds)
 
 
 def stratified(ids: Sequence, labels: Sequence, folds: int, seed: int) -> np.ndarray:
-    """Folds of equal size that hold every class of `labels` [n] in equal number, both up to one row."""
+    """Folds whose sizes, and numbers of rows of every class in `labels` [n], differ by at most one."""
     order = _shuffled(ids, folds, seed)
     _, classes = np.unique(_filled(labels, "label"), return_inverse=True)
     return _dealt(order[np.argsort(classes[order], kind="stable")], folds)
@@ -31,7 +31,7 @@ def stratified(ids: Sequence, labels: Sequence, folds: int, seed: int) -> np.nda
 def multilabel_stratified(ids: Sequence, labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Folds with the same rate of every label; `labels` [n, L] is 0 or 1.
 
-    Iterative stratification (Sechidis, Tsoumakas, Vlahavas, ECML PKDD 2011) of the iterative-stratification library.
+    Iterative stratification (Sechidis, Tsoumakas, Vlahavas, ECML PKDD 2011) by the iterative-stratification library.
     """
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold  # brings scikit-learn: two seconds
 
@@ -59,11 +59,11 @@ def grouped(groups: Sequence, folds: int, seed: int) -> np.ndarray:
 
 
 def stratified_grouped(labels: Sequence, groups: Sequence, folds: int, seed: int) -> np.ndarray:
-    """Folds of about equal size and about equal number of every class that never share a group.
+    """Folds of about equal size and with about equal numbers of every class, which never share a group.
 
-    `labels` are classes [n], or 0 and 1 [n, L]; `groups` [n] names the group of every row. Groups are dealt, the large
-    ones first, to the fold that has least of what is in them. Then groups of like size change places wherever that
-    makes the sum of squares over folds and classes smaller: it is least where all folds are equal.
+    `labels` are classes [n], or 0 and 1 [n, L]; `groups` [n] names the group of every row. Each group, large ones
+    first, goes to the fold that has least of its classes. Then groups of similar size are exchanged wherever that
+    lowers the sum of squares over folds and classes, which is least when all folds are equal.
     """
     labels = _filled(labels, "label")
     if labels.ndim == 1:
@@ -71,7 +71,7 @@ def stratified_grouped(labels: Sequence, groups: Sequence, folds: int, seed: int
         labels = labels[:, None] == np.arange(len(classes))
     names, number = np.unique(_filled(groups, "group"), return_inverse=True)
     columns = np.column_stack([np.ones(len(labels)), labels])
-    content = np.zeros((len(names), columns.shape[1]))  # part of all rows, and of every class, that a group has
+    content = np.zeros((len(names), columns.shape[1]))  # each group's share of all rows, and of every class
     np.add.at(content, number, columns)
     content /= np.maximum(content.sum(0), 1)
     order = _shuffled(names.tolist(), folds, seed, "groups")
@@ -107,7 +107,7 @@ def write_csv(path: Path, folds: np.ndarray, ids: Sequence) -> None:
 
 
 def _filled(values: Sequence, what: str) -> np.ndarray:
-    """`values` [n, ...] as an array; raises UserError where one is missing, which is no name of a class or group."""
+    """`values` [n, ...] as an array; raises UserError if one is missing, since a blank is no class or group."""
     import pandas as pd  # knows None, NaN and NA
 
     array = np.asarray(values)
@@ -119,7 +119,7 @@ def _filled(values: Sequence, what: str) -> np.ndarray:
 
 
 def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.ndarray:
-    """Positions of the ids in the order of their hash; raises UserError on ids that repeat or are too few."""
+    """Positions of the ids in the order of their hash; raises UserError if ids repeat or are fewer than folds."""
     hashes = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest() for name in ids]
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     for before, after in zip(order, order[1:], strict=False):

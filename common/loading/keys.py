@@ -6,7 +6,7 @@ numbers: as easy as 1, 2, 3", SC 2011) in the variant of numpy, laid out as
     key     = (seed, epoch)
     counter = (block, draw, index, stream)        each block is four 64-bit words
 
-so a sample's numbers do not depend on who draws them, in what order, or together with which other samples.
+so a sample's numbers do not depend on the process that draws them, the order, or the other samples of the batch.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ class KeyedGenerator:
         self._key, self._counter = self._state["state"]["key"], self._state["state"]["counter"]
 
     def jump(self, seed: int, epoch: int, index: int, draw: int = 0, stream: int = 0) -> np.random.Generator:
-        """The generator, at the start of the stream; what it drew before has no influence."""
+        """Return the generator at the start of the stream; earlier draws have no influence."""
         self._key[0], self._key[1] = seed % WORD, epoch
         self._counter[1], self._counter[2], self._counter[3] = draw, index, stream
         self._philox.state = self._state
@@ -49,8 +49,8 @@ class KeyedGenerator:
 class Keys:
     """The random numbers of a batch of B samples, drawn for all of them at once.
 
-    Row b of every result depends on sample b's key alone, so the numbers are the same for any batching. Calls without
-    a `stream` take a fresh one each; give numbers to the streams when not every batch makes the same calls.
+    Row b of every result depends on sample b's key alone, so the numbers are the same for any batching. Every call
+    without a `stream` takes the next unused one; number the streams when not every batch makes the same calls.
     The results are numpy arrays [B, *shape]; `torch.from_numpy` shares their memory.
     """
 
@@ -75,7 +75,7 @@ class Keys:
             return rows.reshape(len(self), *shape)
         blocks = -(-count // 4)
         counter = np.empty((4, len(self), blocks), np.uint64)
-        counter[0] = np.arange(1, blocks + 1)  # numpy's Philox counts before it draws
+        counter[0] = np.arange(1, blocks + 1)  # numpy's Philox increments before it draws
         counter[1], counter[2], counter[3] = self.draw[:, None], self.index[:, None], stream
         rows = philox(self.seed % WORD, self.epoch, counter).transpose(1, 2, 0).reshape(len(self), 4 * blocks)
         return rows[:, :count].reshape(len(self), *shape)

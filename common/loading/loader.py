@@ -7,9 +7,9 @@ A dataset is any object with `__len__` and one of
     __getitem__(index) -> (input, target)           one sample, drawing from generators that it holds, or global ones
 
 Inputs and targets are arrays, tensors or numbers, or tuples and dicts of them. An optional attribute `weights` [n]
-gives every row a weight. Images stay uint8 until they are on the device. A dataset of batches may have `to(device)`,
-which moves its tensors and returns it, as modules do: its batches are then made on the card. What a dataset may not
-do, and what of it is found, is told in common.loading.checks.
+gives every row a weight. Images stay uint8 until they are on the device. A dataset with `batch` may have `to(device)`,
+which moves its tensors and returns it, as modules do: its batches are then made on the card. Samples must be
+reproducible; common.loading.checks describes which violations are found.
 """
 
 import math
@@ -32,11 +32,11 @@ from common.loading.stream import Stream, Workers
 from common.loading.transfer import beside, to_card
 from common.loading.worker import CheckKey, PieceKey, Reader, joined
 
-SAMPLES_AT_ONCE = 1024  # of small batches that are made on a card: their kernels cost more to start than to run
+SAMPLES_AT_ONCE = 1024  # small batches are made together on a card, where launching a kernel costs more than its run
 
 
 def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: Any) -> Iterator[Batch]:
-    """The batches of `rows`, once and as they follow each other, made in this process; `settings` are the Loader's."""
+    """The batches of `rows`, once and in the given order; `settings` are the Loader's."""
     with Loader(dataset, sequential(rows), batch_size, seed=seed, **settings) as loader:
         yield from loader.epoch(0)
 
@@ -45,10 +45,10 @@ class Loader:
     """Yields this process's shard of every batch; `order` (common.loading.orders) decides what the batches are.
 
     The shard of rank r of `world` is a contiguous block of whole pairs. `mix` (common.loading.mixing) blends pairs.
-    `bad_images="skip"` leaves unreadable images out of their batches and lists them in `skipped`. Batch.total is then
-    what this rank knows of; the true size over all ranks is the sum of their lengths, which the engine forms anyway.
-    Workers load a batch together, and when an epoch ends they begin the next one, up to `epochs` (None: always).
-    On a CUDA `device` batches are copied while the model works; otherwise they stay where they were made.
+    `bad_images="skip"` leaves unreadable images out of their batches and lists them in `skipped`. Batch.total then
+    excludes only those of this rank; the true size is the sum over all ranks, which the engine computes anyway.
+    All workers load parts of the same batch. At the end of an epoch they begin the next one, up to `epochs` (None:
+    without end). On a CUDA `device` batches are copied to it while the model works; otherwise they stay as made.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Loader:
             self._is_checked = True
         while several := list(islice(keys, self._batches_at_once)):
             index, draw = (np.concatenate([getattr(key, name) for key in several]) for name in ("index", "draw"))
-            if not len(index):  # a shard of no samples still has the shapes of one, for the engine
+            if not len(index):  # an empty shard needs tensors of the right shapes too, for the engine
                 index = draw = np.zeros(1, np.int64)
             made, done = as_tensors(self.dataset.batch(index, Keys(self.seed, epoch, index, draw))), 0
             for key in several:
@@ -163,13 +163,13 @@ class Loader:
             self._skipped |= skipped
             batch, parts = self._finished(key, inputs, targets, index, place, key.total - len(skipped)), []
             stream.position = (epoch + 1, 0) if key.is_last else None
-            if len(batch) or self.world > 1:  # with others, the engine waits for every shard
+            if len(batch) or self.world > 1:  # with several ranks the engine needs empty shards too
                 yield batch
             if key.is_last:
                 return
 
     def _stream_at(self, epoch: int, start: int) -> Stream:
-        """What the workers are at, if they went on to this epoch; else they begin with it."""
+        """The workers' present stream if it has gone on to this epoch, else a new one."""
         stream = self._workers.stream
         if stream is None or stream.position != (epoch, start) or epoch >= self.epochs:
             stream = self._workers.begin(Loader._pieces(weakref.proxy(self), epoch, start))  # its workers end with it
@@ -177,15 +177,15 @@ class Loader:
         return stream
 
     def _pieces(self, epoch: int, start: int) -> Iterator[PieceKey | CheckKey]:
-        """The keys of an epoch and of those after it, a piece for every worker; two checks of the first rows."""
+        """The keys of an epoch and all later ones, each batch in a piece per worker; and two checks of some rows."""
         unchecked = not self._is_checked
         while True:
-            for key in Loader._keys(self, epoch, start):  # a bound method would hold the loader itself
+            for key in Loader._keys(self, epoch, start):  # a bound method would keep the loader alive
                 pieces, checks = key.split(self.workers or 1), []
                 if unchecked:
                     rows, unchecked = key.index[:CHECKED_SAMPLES].tolist(), False
                     checks = [CheckKey(epoch, rows, turned) for turned in (False, True)]
-                # Nobody waits for a check to get the first batch, but an epoch ends with a batch.
+                # Checks come second, so that the first batch need not wait, but an epoch must end with a batch.
                 yield from checks + pieces if key.is_last else pieces + checks
             epoch, start = epoch + 1, 0
             if epoch >= self.epochs:

@@ -22,7 +22,7 @@ class MixUp:
     """x = l x + (1 - l) x', the same for the targets, l from Beta(alpha, alpha) (Zhang et al., ICLR 2018).
 
     `probability` is the part of the pairs that is blended; `classes` turns integer targets [B] into one-hot rows
-    [B, classes]. Images stay uint8, rounded; targets become float32. Raises UserError on integer targets without it.
+    [B, classes]. Images stay uint8, rounded; targets become float32. Integer targets without it raise UserError.
     """
 
     alpha: float = 0.4
@@ -30,7 +30,7 @@ class MixUp:
     classes: int | None = None
 
     def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
-        """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
+        """`partner` [B] holds the row of every sample's partner, `keys` the key of every sample's pair."""
         part = _own_part(partner, keys, stream, self)
         targets = map_tree(lambda tensor: _as_amounts(tensor, self.classes), targets)
         return (
@@ -41,10 +41,10 @@ class MixUp:
 
 @dataclass(frozen=True)
 class CutMix:
-    """Pastes a box of the partner's image, 1 - l of the area, l from Beta(alpha, alpha) (Yun et al., ICCV 2019).
+    """Pastes a box with the share 1 - l of the partner's image, l from Beta(alpha, alpha) (Yun et al., ICCV 2019).
 
-    Tensors as large as the images [B, ..., H, W] are pasted, masks among the targets too; other targets are blended by
-    the area that is left of the box inside the image. Other arguments are MixUp's.
+    The box is pasted in all tensors of the images' size [B, ..., H, W], also in masks among the targets. Other targets
+    are blended by the area of the box inside the image. The other arguments are MixUp's.
     """
 
     alpha: float = 1.0
@@ -52,7 +52,7 @@ class CutMix:
     classes: int | None = None
 
     def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
-        """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
+        """`partner` [B] holds the row of every sample's partner, `keys` the key of every sample's pair."""
         sizes = {tuple(tensor.shape[-2:]) if tensor.ndim >= 4 else None for tensor in tensors_of(inputs)}
         if len(sizes) != 1 or None in sizes:
             raise UserError(f"CutMix needs images [B, C, H, W] of one size as inputs, found {sizes}: use MixUp")
@@ -62,7 +62,7 @@ class CutMix:
         first = np.rint(centre - half).clip(0, None)
         last = np.minimum(np.rint(centre + half), size)
         left = 1 - (last - first).prod(1) / size.prod()
-        # Only the edges travel: a mask of every pixel would be as large as the images.
+        # Only the edges are copied to the device: a mask of every pixel would be as large as the images.
         edges = to_device(np.stack([first, last], 1).astype(np.float32), tensors_of(inputs)[0].device)
         rows, columns = (
             (places >= edges[:, 0, axis, None]) & (places < edges[:, 1, axis, None])
@@ -90,7 +90,7 @@ class OneOf:
     second: MixUp | CutMix
 
     def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
-        """`partner` [B] is the row of every sample's partner, `keys` the pair's key of every sample."""
+        """`partner` [B] holds the row of every sample's partner, `keys` the key of every sample's pair."""
         chosen = keys.uniform(stream=stream + 3) < 0.5  # the mixes draw from the three streams before
         found, other = (mix(inputs, targets, partner, keys, stream) for mix in (self.first, self.second))
 
@@ -102,9 +102,9 @@ class OneOf:
 
 
 def mix_pairs(mix: MixUp | CutMix | OneOf, batch: Batch, place: np.ndarray, seed: int) -> Batch:
-    """The batch with its pairs blended, their weights like their targets.
+    """The batch with its pairs blended; sample weights are blended like targets.
 
-    `place` [B] are the places of its samples in the batch over all ranks.
+    `place` [B] holds the positions of its samples in the batch over all ranks.
     """
     local = {position: row for row, position in enumerate(place.tolist())}
     partner = [local.get(position ^ 1, row) for position, row in local.items()]  # alone: a pair with itself
@@ -115,7 +115,7 @@ def mix_pairs(mix: MixUp | CutMix | OneOf, batch: Batch, place: np.ndarray, seed
 
 
 def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> np.ndarray:
-    """What every sample keeps of itself, float64 [B]: l of its pair, or 1 where it is left alone."""
+    """The share of itself that every sample keeps, float64 [B]: l of its pair, or 1 where nothing is blended."""
     if not mix.alpha > 0:
         raise UserError(f"{mix}: expected an alpha above 0; to blend nothing, leave out Data.mix")
     part = betaincinv(mix.alpha, mix.alpha, keys.uniform(stream=stream))  # by inversion: one draw a pair

@@ -18,7 +18,7 @@ class Plan:
     """The samples of an epoch in their global order.
 
     `index` [m] are rows of the dataset, `draw` [m] counts how often the row came before in this epoch (zeros unless
-    rows repeat), `sizes` are the samples of every batch where the order decides it, else the batch size does.
+    rows repeat), `sizes` are the sizes of the batches if the order decides them, None if the batch size does.
     """
 
     index: np.ndarray
@@ -38,7 +38,7 @@ Order = Callable[[int, int], Plan]
 def shard(size: int, rank: int, world: int) -> tuple[int, int]:
     """The samples start..stop of a batch of `size` that `rank` loads: contiguous, and never half of a pair.
 
-    Samples 2k and 2k + 1 of a batch are a pair for MixUp and CutMix, which so never need another process.
+    Samples 2k and 2k + 1 of a batch are a pair for MixUp and CutMix, which therefore never need another process.
     """
     pairs = (size + 1) // 2
     return min(pairs * rank // world * 2, size), min(pairs * (rank + 1) // world * 2, size)
@@ -51,7 +51,7 @@ def sequential(rows: Rows) -> Order:
 
 
 def shuffled(rows: Rows) -> Order:
-    """Every row once, in an order of its own for every epoch."""
+    """Every row once, in a different order in every epoch."""
     rows = _row_numbers(rows)
     return lambda seed, epoch: _once(rows[_generator(seed, epoch).permutation(len(rows))])
 
@@ -59,8 +59,8 @@ def shuffled(rows: Rows) -> Order:
 def weighted(weights: np.ndarray, samples_per_epoch: int | None = None, rows: np.ndarray | None = None) -> Order:
     """`samples_per_epoch` draws with replacement, row i with probability weights[i] / sum(weights).
 
-    `rows` are the row numbers that `weights` [n] belong to (default 0..n-1). Every further draw of a row in an epoch
-    has a key of its own, hence another augmentation. Raises UserError on weights that are no probabilities.
+    `rows` are the row numbers that `weights` [n] belong to (default 0..n-1). A row that is drawn again in an epoch has
+    another key, hence another augmentation. Raises UserError for negative, infinite, NaN or only zero weights.
     """
     weights, rows = np.asarray(weights, np.float64), _row_numbers(len(weights) if rows is None else rows)
     if len(rows) != len(weights) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.sum() > 0:
@@ -80,10 +80,10 @@ def weighted(weights: np.ndarray, samples_per_epoch: int | None = None, rows: np
 
 
 def by_rarity(labels: Any) -> np.ndarray:
-    """Weights [n] for `weighted`: that of the rarest label of a row, clip(ln(total / (2 count)), 1, 10).
+    """Weights [n] for `weighted` by the rarest label of each row: clip(ln(total / (2 count)), 1, 10).
 
-    Rare labels come more often, but never more than ten times so (Human Protein Atlas). `labels` [n, L] of 0 and 1, an
-    array or a sparse one in rows; every row needs a label.
+    Rows with rare labels come more often, but at most ten times (Human Protein Atlas). `labels` [n, L] of 0 and 1 is a
+    dense or sparse array; every row needs a label.
     """
     labels = csr_matrix(labels)
     if len(bare := np.flatnonzero(np.diff(labels.indptr) == 0)):
@@ -94,9 +94,9 @@ def by_rarity(labels: Any) -> np.ndarray:
 
 
 def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_batch: int = 1) -> Order:
-    """Every batch is all rows of a group (or of a few groups), the groups in an order of their own for every epoch.
+    """Every batch is all rows of a group (or of a few groups); the groups are shuffled in every epoch.
 
-    `groups` [n] names the group of each of `rows` (default 0..n-1). The batch size has no say.
+    `groups` [n] names the group of each of `rows` (default 0..n-1). The batch size is ignored.
     """
     groups = np.asarray(groups)
     rows = _row_numbers(len(groups) if rows is None else rows)
@@ -114,8 +114,10 @@ def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_batch
 
 
 def joined(order: Order, rows: np.ndarray) -> Order:
-    """The samples of `order` as they follow each other, and among them every one of `rows` once, at other places in
-    every epoch. Raises UserError for an order that decides the batches itself."""
+    """Insert each of `rows` once between the samples of `order`, at different places in every epoch.
+
+    Raises UserError for an order that decides the batches itself.
+    """
 
     def both(seed: int, epoch: int) -> Plan:
         plan = order(seed, epoch)
@@ -149,6 +151,6 @@ def _generator(seed: int, epoch: int) -> np.random.Generator:
 
 def _repeats(index: np.ndarray) -> np.ndarray:
     """How often each entry came before: [5, 7, 5, 5] gives [0, 0, 1, 2]."""
-    import pandas as pd  # half a second, for those who draw with replacement
+    import pandas as pd  # half a second, only when drawing with replacement
 
     return pd.Series(index).groupby(index).cumcount().to_numpy()

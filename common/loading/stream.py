@@ -1,4 +1,4 @@
-"""Keys go out, pieces come back in the same order: from worker processes that live through all epochs, or from here."""
+"""Sends keys to worker processes, which live through all epochs, or to this one; pieces come back in the same order."""
 
 import threading
 from collections import deque
@@ -15,7 +15,7 @@ from common.loading.worker import CheckKey, Piece, PieceKey, Reader
 
 Key = PieceKey | CheckKey
 Answer = Piece | dict[int, bytes]
-PIECES_AHEAD = 3  # of every worker: two batches ready and one in the making
+PIECES_AHEAD = 3  # per worker: two batches ready and one being loaded
 CROWDED = (
     "shared memory (/dev/shm) is too small for these samples, which go through slower pipes: give the container more "
     "(docker run --shm-size 1g), or use --workers 0"
@@ -23,10 +23,10 @@ CROWDED = (
 
 
 class Stream:
-    """Keys as they are taken, and the answers to them; `position` is the (epoch, batch) where the next epoch begins.
+    """Keys in the order they are sent, and the answers to them; `position` is where the next epoch begins.
 
-    Whoever takes the `keys` knows nothing of the answers: a circle of references would leave the workers to the
-    garbage collector, which takes their queues away first, so that each is waited for in vain.
+    It is (epoch, batch). The iterator `keys` has no reference to the answers: a reference cycle would leave the workers
+    to the garbage collector, which deletes their queues first, so that joining each worker would time out.
     """
 
     def __init__(self, keys: Iterable[Key], log: Callable[[str], Any] = print):
@@ -40,7 +40,7 @@ class Stream:
         return self
 
     def receive(self) -> tuple[Key, Answer]:
-        """The next key and its answer; raises the worker's UserError, and one for a worker that was killed."""
+        """The next key and its answer; raises UserError if a worker answered with one or was killed."""
         try:
             answer = next(self._answers)
         except RuntimeError as error:
@@ -50,7 +50,7 @@ class Stream:
             if "Bus error" in reason:
                 remedy = "shared memory is full: use --workers 0, or a container with a larger --shm-size"
             raise UserError(
-                f"a worker process was ended from outside, mostly for want of memory: {remedy} ({reason})"
+                f"a worker process was killed, usually because memory ran out: {remedy} ({reason})"
             ) from error
         if isinstance(answer, UserError):
             raise answer
@@ -60,13 +60,13 @@ class Stream:
 
 
 class Workers:
-    """`count` processes that load what a Reader reads, or this process for 0; `begin` gives them other keys."""
+    """`count` processes that load samples with a Reader, or this process for 0; `begin` sends them new keys."""
 
     def __init__(self, reader: Reader, count: int, start_method: str | None, log: Callable[[str], Any]):
         self._reader, self._count, self._start_method = reader, count, start_method
-        self._log = cache(log)  # the same line once
+        self._log = cache(log)  # every line only once
         self._torch_loader: torch.utils.data.DataLoader | None = None
-        self.stream: Stream | None = None  # what they are at
+        self.stream: Stream | None = None  # of the epoch that they load
 
     def begin(self, keys: Iterable[Key]) -> Stream:
         stream = Stream(keys, self._log)
@@ -80,7 +80,7 @@ class Workers:
     def close(self) -> None:
         iterator = None if self._torch_loader is None else self._torch_loader._iterator
         if iterator is not None:
-            with suppress(RuntimeError):  # a spawned worker may abort while it ends, which torch tells as a failure
+            with suppress(RuntimeError):  # a spawned worker may abort while it ends, which torch reports as a failure
                 iterator._shutdown_workers()
         self._torch_loader = self.stream = None
 
@@ -102,7 +102,7 @@ class Workers:
             prefetch_factor=PIECES_AHEAD,
             persistent_workers=True,
             multiprocessing_context=context,
-            # Its own: the DataLoader draws a base seed, which must not come from the training's stream.
+            # Its own generator: the DataLoader draws a base seed, which must not change the training's numbers.
             generator=torch.Generator(),
         )
 

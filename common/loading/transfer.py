@@ -1,4 +1,4 @@
-"""Batches on their way to the card: through page-locked memory, on a stream of their own, beside the model's work."""
+"""Copies batches to the card: through page-locked memory, on a CUDA stream of their own, while the model works."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.batch import Batch, map_tree, tensors_of
 
-PREFETCH_LIMIT = 0.1  # of a card's memory: larger batches wait on the host, and travel in micro-batches
+PREFETCH_LIMIT = 0.1  # of a card's memory: larger batches stay on the host and are copied in micro-batches
 
 
 def to_device(array: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
@@ -19,9 +19,9 @@ def to_device(array: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
 
 
 def to_card(batch: Batch, device: torch.device) -> Batch:
-    """Inputs, targets and weights on the card, unless they would take too much of it: then pinned on the host.
+    """Move inputs, targets and weights to the card; if they would take too much of it, only pin them on the host.
 
-    `index` stays on the host: nothing on the card asks for it, and reading it back would wait for the card.
+    `index` stays on the host: the card does not need it, and reading it back would wait for the card.
     """
     nbytes = sum(tensor.nbytes for tensor in tensors_of((batch.inputs, batch.targets)) if not tensor.is_cuda)
     fits = nbytes <= PREFETCH_LIMIT * torch.cuda.get_device_properties(device).total_memory
@@ -41,9 +41,9 @@ def to_card(batch: Batch, device: torch.device) -> Batch:
 
 
 def beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Makes and copies every batch on a stream of its own, while the card works on the one before it.
+    """Make and copy every batch on a CUDA stream of their own, while the card works on the previous batch.
 
-    A batch is asked for when the step before it has been launched, so nothing waits for a batch that is not needed.
+    A batch is requested after the previous step has been launched, so no step waits for the batch after it.
     """
     copies = torch.cuda.Stream(device)
     copies.wait_stream(torch.cuda.current_stream(device))  # data that lives on the card may still be on its way

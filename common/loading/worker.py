@@ -1,4 +1,4 @@
-"""What happens inside a worker process: a few samples at a time are loaded, each under its own key."""
+"""The work of a worker process: loading a few samples at a time, each under its own key."""
 
 import ctypes
 import multiprocessing
@@ -27,11 +27,11 @@ from common.loading.collate import collate, join
 PIPE_BYTES = 2**16
 SHARED_MEMORY = "/dev/shm"  # Docker's default has 64 MB
 PR_SET_PDEATHSIG = 1
-LARGE_PICKLE = 2**30  # bytes that all workers together are sent when they start
+LARGE_PICKLE = 2**30  # bytes sent to all workers together when they start
 
 
 class PieceKey(NamedTuple):
-    """Everything that decides a piece: a few consecutive samples of this rank's shard of a batch."""
+    """Everything that determines a piece, a few consecutive samples of this rank's shard of a batch."""
 
     epoch: int
     number: int  # of the batch
@@ -43,7 +43,7 @@ class PieceKey(NamedTuple):
     is_last: bool  # whether the batch is the last of its epoch
 
     def split(self, count: int) -> "list[PieceKey]":
-        """At most `count` pieces of one size, the last may be smaller; one of a shard of no samples."""
+        """Split into at most `count` pieces of one size, the last may be smaller; an empty shard gives one piece."""
         size = max(1, -(-len(self.index) // count))
         cuts = [slice(first, first + size) for first in range(0, len(self.index) or 1, size)]
         return [
@@ -55,7 +55,7 @@ class PieceKey(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The samples that could be read, their positions in the key, and the (row, reason) of the others."""
+    """The samples that could be read, their positions in the key, and (row, reason) of the unreadable ones."""
 
     inputs: Tree
     targets: Tree
@@ -65,7 +65,7 @@ class Piece(NamedTuple):
 
 
 class CheckKey(NamedTuple):
-    """Rows whose digests a process is asked for; `turned`: in another order, after the same rows of another epoch."""
+    """Rows to load and digest; `turned` loads them in reverse order, after the same rows of another epoch."""
 
     epoch: int
     rows: list[int]
@@ -85,7 +85,7 @@ def joined(
 class Reader(torch.utils.data.Dataset):
     """A dataset of single samples: `reader[PieceKey]` is a Piece, `reader[CheckKey]` the digests by row.
 
-    Errors that a user can mend are returned instead of raised, so that they cross the process border as they are.
+    A UserError is returned instead of raised, so that it reaches the main process unchanged.
     """
 
     def __init__(self, dataset: Any, seed: int, skip_bad_images: bool):
@@ -117,7 +117,7 @@ class Reader(torch.utils.data.Dataset):
                     raise
                 skipped.append((index, str(error)))
         inputs, targets = collate(samples or [self._any_sample()], has_room)
-        if not samples:  # no samples still have the shapes of one, for the engine
+        if not samples:  # an empty piece needs tensors of the right shapes too, for the engine
             inputs, targets = map_tree(lambda tensor: tensor[:0].clone(), (inputs, targets))
         tensors = tensors_of((inputs, targets))
         crowded = bool(get_worker_info()) and not all(t.is_shared() or has_room(t.nbytes) for t in tensors)
@@ -158,9 +158,9 @@ class Reader(torch.utils.data.Dataset):
 
 
 def start_worker(tied: bool, worker: int) -> None:
-    """One thread a process: the processes are the parallelism, more threads would only fight over the cores.
+    """Set up a worker process. It uses one thread, since more would only compete with other workers for the cores.
 
-    `tied` workers are those of the main thread: the kernel ends them with the thread that made them.
+    `tied` workers are those started by the main thread: the kernel ends them with the thread that made them.
     """
     import cv2
 
@@ -174,7 +174,7 @@ def start_worker(tied: bool, worker: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process end as soon as the one that started it has: that one may be killed, and tell nobody."""
+    """End this process as soon as the one that started it has ended, which may be killed without notice."""
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])
@@ -184,7 +184,7 @@ def end_with_parent() -> None:
 
 
 def has_room(nbytes: int) -> bool:
-    """Whether shared memory takes `nbytes`, and as much from every other worker at the same time, twice over."""
+    """Whether shared memory has room for `nbytes` of every worker at the same time, twice over."""
     info = get_worker_info()
     if info is None:
         return False
@@ -207,7 +207,7 @@ def _received(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Ten
 
 
 def send_generators_whole() -> None:
-    """Let torch generators travel to spawned processes: torch 2.14 sends their state as shared memory, which fails."""
+    """Make torch generators picklable for spawned processes: torch 2.14 sends them by shared memory, which fails."""
     ForkingPickler.register(torch.Generator, lambda g: (_generator, (g.device, g.get_state().numpy().tobytes())))
 
 
@@ -234,7 +234,7 @@ class _Measure(pickle.Pickler):
 
 
 def is_large_pickle(reader: Reader, workers: int) -> bool:
-    """Whether workers that are not forked are sent more than a gigabyte; raises UserError when they cannot be."""
+    """Whether copies of `reader` for all workers take more than a gigabyte; raises UserError if it has no pickle."""
     try:
         _Measure(LARGE_PICKLE // workers).dump(reader)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Losses that say what their value over a batch is made of; see common.losses.protocol."""
+"""Losses that declare how their value over a batch is computed; see common.losses.protocol."""
 
 from common.losses.classification import BCE, CosineProximity, CrossEntropy, Focal, PositivesVersusNegatives, SoftFBeta
 from common.losses.combine import Heads, Weighted

@@ -11,16 +11,16 @@ from common.losses.missing import OfEntries, filled, known, masked_mean, sample_
 from common.losses.overlap import mean_of_present, overlap_loss, overlap_sums, sigmoid_pair
 from common.losses.protocol import Kind, full_precision, most_precise
 
-NO_CLASS = -(2**31)  # torch ignores -100 unless it is told to ignore something else
+NO_CLASS = -(2**31)  # for torch's ignore_index, which is -100 by default: a number that no target has
 
 
 class CrossEntropy(nn.Module):
     """-sum_c q_c log softmax(z)_c with q the target, smoothed to (1 - s) q + s / C (Szegedy et al. 2016). Per sample.
 
     outputs [B, C, ...], targets [B, ...] class numbers, or [B, C, ...] probabilities (MixUp). Positions are averaged.
-    With class numbers the normaliser is the sum of the class weights of the targets, as in torch; targets equal to
-    `ignore_index` weigh nothing, and a batch of nothing else has value 0. With probabilities every position weighs 1.
-    With `ignore_index` None a target outside 0..C-1 is an error, and the targets need not be counted.
+    With class numbers the normaliser is the sum of the class weights of the targets, as in torch. Targets equal to
+    `ignore_index` weigh nothing, and a batch of only these has value 0. With probabilities every position weighs 1.
+    With `ignore_index` None a target outside 0..C-1 is an error, and counting the valid targets is saved.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CrossEntropy(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = full_precision(outputs)
         if outputs.shape[1] == 1:
-            raise ValueError("CrossEntropy of a single class is 0 whatever the model says: for one label use BCE")
+            raise ValueError("CrossEntropy of a single class is 0 for any output of the model: for one label use BCE")
         if targets.is_floating_point():
             targets = targets.to(outputs.dtype)
         weight = self.class_weights
@@ -67,8 +67,8 @@ class BCE(nn.Module):
     """-(a t log p + (1 - t) log(1 - p)), p = sigmoid(z), t smoothed to (1 - s) t + s / 2, a = pos_weight. Per sample.
 
     outputs, targets [B, ...], the mean over all entries; pos_weight [C] belongs to axis 1. NaN targets weigh nothing.
-    With `present_only` ([B, C, ...] masks) channels whose mask is empty weigh nothing either: the pixels of the
-    classes that are there (Understanding Clouds, 1st place). Otherwise empty targets are the background they are.
+    With `present_only` (masks [B, C, ...]) channels with an empty mask weigh nothing either, so that only the pixels of
+    classes in the image count (Understanding Clouds, 1st place). Otherwise empty masks are background.
     """
 
     def __init__(
@@ -108,8 +108,9 @@ class BCE(nn.Module):
 class Focal(OfEntries):
     """a t (1-p)^g (-log p) + (1-a)(1-t) p^g (-log(1-p)), p = sigmoid(z) (Lin et al. 2017). Per sample.
 
-    outputs, targets [B, ...], the mean over entries; alpha None leaves both factors a out. NaN targets weigh nothing.
-    Empty targets leave the second term. p^g is taken as exp(g log p): no infinite slope at p = 0 for g < 1.
+    outputs, targets [B, ...], the mean over entries; alpha None sets both factors a to 1. NaN targets weigh nothing.
+    With empty targets only the second term remains. p^g is computed as exp(g log p), whose gradient at p = 0 is not
+    infinite for g < 1.
     """
 
     gamma: float = 2.0
@@ -130,9 +131,9 @@ class SoftFBeta:
 
     outputs, targets [B, C, ...]. "samples": TP, P, T of each sample over its labels, mean over samples (per sample).
     "macro": of each class over the batch, mean over classes (sums, 3C of them). "micro": of everything (3 sums).
-    Hard 0/1 predictions give 1 - sklearn.metrics.fbeta_score for s = 0, where 0/0 counts as F = 1. Empty targets: the
-    loss is P / (P + s), so false positives cost something unless s = 0; no clamp that would take the slope away.
-    `present_only` ("macro") averages over the classes with a positive in the batch; with none of them it is 0.
+    Hard 0/1 predictions give 1 - sklearn.metrics.fbeta_score for s = 0, where 0/0 counts as F = 1. With empty targets
+    the loss is P / (P + s), so false positives cost something unless s = 0, and no clamp removes the gradient.
+    `present_only` ("macro") averages over the classes with a positive in the batch; without any the loss is 0.
     """
 
     beta: float = 1.0
@@ -187,8 +188,8 @@ class PositivesVersusNegatives:
     """mean over positives k of -log(exp z_k / (exp z_k + sum over negatives j of exp z_j)). Per sample.
 
     Softmax in which the positives of an image do not compete (Inclusive Images, 4th place); with one positive it is
-    the cross-entropy. outputs, targets [B, C]: targets above 0.5 are positive, NaN neither. Images without a positive
-    weigh nothing. Equal to softplus(logsumexp over negatives - z_k): memory B x C, never positives x C.
+    the cross-entropy. outputs, targets [B, C]: targets above 0.5 are positive, others negative, NaN neither. Images
+    without a positive weigh nothing. Computed as the mean of softplus(logsumexp over negatives - z_k), in memory B x C.
     """
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several losses as one: a weighted sum, exact however the batch is cut, whatever kinds its parts are of."""
+"""A weighted sum of losses of any kinds, exact however the batch is cut into micro-batches."""
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ KINDS: tuple[Kind, ...] = ("per_sample", "sums", "whole_batch")  # from the leas
 class Combined(nn.Module):
     """sum_p c_p times the batch value of part p. Build it with `Heads` or `Weighted`.
 
-    Its kind is the most demanding one of its parts. Every part keeps a normaliser of its own (a column), because
-    sums of losses with different masses have no common one:
-    per sample, the columns are c_p l_p and m_p; over sums, the statistics of all parts lie side by side, those of a
-    per-demo part being its l_p; over the whole batch, every part is evaluated on all the outputs.
+    Its kind is the most demanding kind of its parts. Every part keeps its own normaliser (a column), because losses
+    with different masses have no common one. A "per_sample" combination has the columns c_p l_p and m_p. One over
+    "sums" has the statistics of all parts side by side, where those of a per-sample part are its l_p. A "whole_batch"
+    combination evaluates every part on all outputs.
     """
 
     def __init__(self, parts: list[tuple[str | None, Loss, float]]):

@@ -1,4 +1,4 @@
-"""Means over the entries of a sample, some of which may be unknown: NaN stands for a target nobody knows."""
+"""Means over the entries of a sample, some of which may be unknown: their targets are NaN."""
 
 import torch
 from torch import Tensor
@@ -12,20 +12,20 @@ def sample_mean(values: Tensor) -> Tensor:
 
 
 def known(targets: Tensor) -> Tensor | None:
-    """Where targets are given; None, at no cost, for the integer types, which cannot say otherwise. [B, ...]"""
+    """Mask of the targets that are not NaN; None, at no cost, for integer types, which have no NaN. [B, ...]"""
     return ~targets.isnan() if targets.is_floating_point() else None
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over the entries of the mask divided by the number of all: goes with the mass `share`. [B, ...] -> [B]
+    """Sum over entries in the mask, divided by the number of all; its mass is `share`. [B, ...] -> [B]
 
-    `values` must have finite gradients outside the mask too: fill the targets there before they meet the outputs.
+    `values` must have finite gradients outside the mask too: fill the targets there before computing the loss.
     """
     return sample_mean(values if mask is None else torch.where(mask, values, 0.0))
 
 
 def share(mask: Tensor | None, targets: Tensor) -> Tensor:
-    """Share of the entries of every sample that count: a sum over some entries needs it as its mass. [B, ...] -> [B]"""
+    """The share of every sample's entries that are in the mask: the mass of `masked_mean`. [B, ...] -> [B]"""
     if mask is None:
         return torch.ones(len(targets), device=targets.device)
     count = mask if mask.ndim == 1 else mask.flatten(1).sum(1)

@@ -6,7 +6,7 @@ from torch import Tensor
 from common.losses.missing import filled, known
 from common.losses.protocol import full_precision
 
-IGNORED = -100  # class number of a pixel that counts nowhere, torch's own
+IGNORED = -100  # class number of an ignored pixel, torch's default
 
 
 def sigmoid_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def softmax_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def overlap_sums(probabilities: Tensor, targets: Tensor) -> Tensor:
     """TP = sum p t, P = sum p and T = sum t over the pixels of every sample and class. [B, C, ...] -> [B, 3, C]"""
     sums = [probabilities * targets, probabilities, targets]
-    if probabilities.ndim > 2:  # labels of an image have nothing to add up, and a small step feels every operation
+    if probabilities.ndim > 2:  # labels of an image need no sum, and a small network's step saves the operation
         sums = [part.flatten(2).sum(2) for part in sums]
     return torch.stack(sums, 1)
 
@@ -37,8 +37,8 @@ def overlap_sums(probabilities: Tensor, targets: Tensor) -> Tensor:
 def overlap_loss(sums: Tensor, false_positive: float, false_negative: float, smooth: float) -> Tensor:
     """1 - (TP + s) / (TP + a FP + b FN + s), FP = P - TP, FN = T - TP, axis 1 = (TP, P, T). [N, 3, ...] -> [N, ...]
 
-    Where nothing is predicted, nothing wanted and s = 0, the loss is 0 and so is its gradient. So it is where the sum
-    below is a denormal, which would make the gradient infinite.
+    Loss and gradient are 0 where prediction, target and s are 0, and also where the denominator is a denormal number,
+    which would make the gradient infinite.
     """
     hits, predicted, wanted = sums.unbind(1)
     total = hits + false_positive * (predicted - hits) + false_negative * (wanted - hits) + smooth

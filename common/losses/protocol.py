@@ -1,27 +1,28 @@
-"""What a loss must say of itself so that a batch can be cut into micro-batches and its gradient stay exact.
+"""What a loss must declare so that a batch can be cut into micro-batches with an exact gradient.
 
-A loss is one of three kinds. `kind(loss)` tells them apart by what they have; nothing is registered, nothing inherited.
-Below w_i is the weight of sample i (1 when the batch has none).
+A loss is of one of three kinds. `kind(loss)` finds it from the loss's attributes; there is no registry and no base
+class. Below, w_i is the weight of sample i (1 when the batch has none).
 
 "per_sample"   Any callable `loss(outputs, targets) -> [B]`. One pass.
                batch value = sum_i w_i l_i / sum_i w_i m_i, where m = `loss.mass(targets)` [B] if the loss has that
-               attribute, else 1. With a mass, l_i is the sum over the sample and not its mean: class weights, ignored
-               and missing targets. The mass reads the targets only, so that the normaliser is known before any forward.
-               A loss of several normalisers (several heads) sets `loss.columns = K` and returns [B, K] from both calls:
+               attribute, else 1. A mass is for class weights, ignored and missing targets; l_i is then a sum over the
+               sample and not a mean. The mass depends on the targets only, so that the normaliser is known before any
+               forward pass. A loss with several normalisers (several heads) sets `loss.columns = K` and returns [B, K]
+               from both calls:
                batch value = sum_k (sum_i w_i l_ik / sum_i w_i m_ik).
 "sums"         An object with `stats(outputs, targets) -> [B, ...]`, additive over samples, and
                `value(sums, count) -> scalar`: sums = sum_i w_i stats_i has the shape of stats without B, count is the
                normaliser of the kind above: sum_i w_i m_i, a scalar, or [K] when the loss has columns.
                One pass when sums has a single element, else two that keep the sums only.
-               `stats` has run in this process before `value` does: a combination learns its layout there.
+               `stats` always runs before `value` in the same process: a combination learns its layout there.
 "whole_batch"  A callable with the attribute `whole_batch = True`: `loss(outputs, targets, weights) -> scalar` with
                weights [B] or None. Two passes that keep the outputs.
 
-An object which can be several kinds, by its settings, names the one it is in the attribute `kind`.
-Losses turn bfloat16 and float16 outputs into float32 themselves and leave float64 alone. One that holds tensors or
-parameters is an nn.Module, for the engine to move; the parameters get their gradient once per batch, like the model's.
-Sums over samples go through `normaliser`, `linear_value` and `weighted_sums`, for the engine and the reference
-`batch_value` alike: they divide by 1 where nothing weighs anything, so a batch of ignored targets has value 0.
+A loss whose kind depends on its settings names it in the attribute `kind`.
+Losses turn bfloat16 and float16 outputs into float32 themselves and keep float64. A loss that holds tensors or
+parameters is an nn.Module, so that the engine can move it; the parameters get their gradient once per batch, like the
+model's. The engine and the reference `batch_value` both compute sums over samples by `normaliser`, `linear_value` and
+`weighted_sums`. They divide by 1 if the normaliser is 0, so a batch of ignored targets has value 0.
 """
 
 import inspect
@@ -40,7 +41,7 @@ Loss = Any  # one of the three shapes above
 
 
 def kind(loss: Loss) -> Kind:
-    """The kind of a loss: what it names itself, else what its attributes show."""
+    """The kind of a loss: its attribute `kind`, or else derived from its other attributes."""
     named = getattr(loss, "kind", None)
     if named is not None:
         return named
@@ -50,7 +51,7 @@ def kind(loss: Loss) -> Kind:
 
 
 class WholeBatch(nn.Module):
-    """A scalar loss together with the promise that it is called once with all the outputs of a batch."""
+    """A scalar loss that is called once with all the outputs of a batch."""
 
     whole_batch = True
 
@@ -77,17 +78,17 @@ def whole_batch(function: Callable[..., Tensor]) -> WholeBatch:
 
 
 def own_copy(loss: Loss, device: torch.device) -> Loss:
-    """The loss on the device: of a module a copy, so that nobody else moves its weights and statistics."""
+    """The loss on the device; a module is copied, so that its weights and statistics are not shared."""
     return deepcopy(loss).to(device) if isinstance(loss, nn.Module) else loss
 
 
 def full_precision(outputs: Tensor) -> Tensor:
-    """bfloat16 and float16 as float32: a sum of a thousand exponentials has no place in 8 bits of mantissa."""
+    """bfloat16 and float16 as float32: 8 bits of mantissa are too few for a sum of a thousand exponentials."""
     return outputs.float() if outputs.itemsize < 4 and outputs.is_floating_point() else outputs
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on the one device that has no more."""
+    """float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -101,7 +102,7 @@ def columns_of(loss: Loss) -> int:
 
 
 def has_mass(loss: Loss) -> bool:
-    """Whether samples may weigh anything but 1: the attribute is missing, or None, where they do not."""
+    """Whether samples may weigh anything but 1: if not, the attribute `mass` is missing or None."""
     return getattr(loss, "mass", None) is not None
 
 
@@ -131,20 +132,20 @@ def weighted_sums(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def linear_value(values: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:
-    """The share of these samples in the batch value: values [B] or [B, K], total = the batch's normaliser."""
+    """What these samples contribute to the batch value: values [B] or [B, K], total = the batch's normaliser."""
     return (weighted_sums(values, weights) / divisor(total)).sum()
 
 
 def divisor(total: Tensor) -> Tensor:
-    """A normaliser that can be divided by: 1 where nothing weighs anything (the sum above it is 0 as well).
+    """The normaliser with 1 in place of 0, to divide by (the numerator is then 0 as well).
 
-    One below 0, of weights that are, divides like any other.
+    A negative normaliser, from negative weights, stays.
     """
     return torch.where(total != 0, total, torch.ones_like(total))
 
 
 def check_per_sample(values: Tensor, batch: int, loss: Loss = None) -> Tensor:
-    """Return `values` if they are one per sample. Raises UserError that shows how to declare anything else."""
+    """Return `values` if there is one per sample. Otherwise raise UserError, which shows how to declare the loss."""
     columns = columns_of(loss)
     if values.shape == ((batch,) if columns == 1 else (batch, columns)):
         return values

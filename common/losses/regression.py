@@ -28,7 +28,7 @@ class MSE(OfEntries):
 class RMSE:
     """sqrt(mean (y - t)^2), the mean over all known entries of the batch. One sum, so one pass.
 
-    outputs, targets [B, ...]. The square root has slope 0, not infinity, where every error is 0.
+    outputs, targets [B, ...]. The square root has gradient 0, not infinity, if every error is 0.
     """
 
     def stats(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -60,15 +60,15 @@ class SMAPE(OfEntries):
     """2 |y - t| / (|y| + |t|), from 0 to 2, the mean over entries (KDD Cup 2018). Per sample. Both are [B, ...].
 
     0/0 is 0 with gradient 0. For an output of the wrong sign, and for every output when t = 0, the formula is the
-    constant 2: there is nothing to learn from. A `floor` above 0 bounds the denominator from below, which gives those
-    near 0 a slope again; a model with outputs in logarithms is better served by LogSMAPE.
+    constant 2, which has no gradient. A `floor` above 0 bounds the denominator from below, so that errors near 0 have a
+    gradient again. For a model whose outputs are logarithms use LogSMAPE.
     """
 
     floor: float = 0.0
 
     def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:
         below = (outputs.abs() + targets.abs()).clamp(min=self.floor)
-        empty = below < torch.finfo(below.dtype).tiny  # a denormal denominator would have an infinite slope
+        empty = below < torch.finfo(below.dtype).tiny  # a denormal denominator would have an infinite gradient
         return torch.where(empty, 0.0, 2 * (outputs - targets).abs() / torch.where(empty, 1.0, below))
 
 
@@ -76,8 +76,8 @@ class SMAPE(OfEntries):
 class LogSMAPE(OfEntries):
     """2 tanh(|d| / 2), d = y - t with y and t logarithms: the SMAPE of exp y and exp t, exactly. Per sample.
 
-    outputs, targets [B, ...], the mean over entries; log1p of counts gives the SMAPE of the counts plus one. No 0/0,
-    no dead zone in the sign, and a slope which fades as exp(-|d|) for outliers.
+    outputs, targets [B, ...], the mean over entries; log1p of counts gives the SMAPE of the counts plus one. It has no
+    0/0 and no range without a gradient; for outliers the gradient decays as exp(-|d|).
     """
 
     def entries(self, outputs: Tensor, targets: Tensor) -> Tensor:

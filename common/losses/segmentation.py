@@ -18,12 +18,12 @@ class Tversky:
     """1 - (TP + s) / (TP + a FP + b FN + s), the mean over classes (Salehi et al. 2017).
 
     a = false_positive, b = false_negative, s = smooth.
-    outputs [B, C, ...]; "sigmoid": targets [B, C, ...] of 0 and 1, NaN counts nowhere (integer types save the search);
-    "softmax": targets [B, ...] class numbers, -100 counts nowhere.
+    outputs [B, C, ...]; "sigmoid": targets [B, C, ...] of 0 and 1, NaN is ignored (integer types skip this check);
+    "softmax": targets [B, ...] class numbers, -100 is ignored.
     average "image": TP, FP, FN of every image, then the mean over images (per sample). "batch": TP, FP, FN of the whole
-    batch (sums, 3C of them), which large objects dominate. They are different losses, not two ways to one.
-    Empty targets: the loss is a P / (a P + s), so false positives cost something as long as smooth > 0.
-    `present_only` averages over the (image, class) pairs, or the classes of the batch, which have a target at all.
+    batch (sums, 3C of them), which large objects dominate. The two averages are different losses.
+    With empty targets the loss is a P / (a P + s), so false positives cost something as long as smooth > 0.
+    `present_only` averages only over the (image, class) pairs, or the classes of the batch, that have a target.
     """
 
     false_positive: float = 0.5
@@ -71,7 +71,7 @@ def Dice(average: Literal["image", "batch"] = "image", smooth: float = 1.0, **se
     """1 - (2 TP + s) / (P + T + s), P = sum p, T = sum t (Milletari et al. 2016, with P and T not squared).
 
     The Tversky loss with a = b = 1/2 and half the smoothing; its docstring has shapes, kinds and further settings.
-    segmentation_models_pytorch 0.6 adds its smooth twice to both sides: half of it there is the same loss.
+    segmentation_models_pytorch 0.6 adds its smooth twice to numerator and denominator: half of it is the same loss.
     """
     return Tversky(0.5, 0.5, average, smooth / 2, **settings)
 
@@ -93,7 +93,7 @@ def BCEDice(
 ) -> Combined:
     """bce BCE + dice Dice over the pixels of masks [B, C, ...]; the winners of Understanding Clouds took .75 and .25.
 
-    `present_only` leaves out every mask that is empty, from both: another head then has to say what is there.
+    `present_only` leaves empty masks out of both: another head must then predict which classes are present.
     """
     return Weighted((BCE(present_only=present_only), bce), (Dice(average, smooth, present_only=present_only), dice))
 
@@ -102,9 +102,9 @@ def BCEDice(
 class LovaszHinge:
     """Lovasz extension of the Jaccard loss, at the errors max(0, 1 - z (2t - 1)) (Berman et al. 2018), mean over C.
 
-    outputs, targets [B, C, ...], targets 0 or 1; NaN counts nowhere. A class without a target leaves the largest
-    hinge error of its background. Whole batch: the pixels of the batch are sorted together, each weighing what its
-    sample weighs. `per_image` sorts every image by itself and takes the mean over images (per sample).
+    outputs, targets [B, C, ...], targets 0 or 1; NaN is ignored. A class without a target adds the largest hinge error
+    of its background. Whole batch: the pixels of the batch are sorted together, each with the weight of its sample.
+    `per_image` sorts every image by itself and takes the mean over images (per sample).
     """
 
     per_image: bool = False
@@ -125,9 +125,9 @@ class LovaszHinge:
 class LovaszSoftmax:
     """Lovasz extension of the Jaccard loss, at the errors |1(t = c) - softmax(z)_c| (Berman et al. 2018).
 
-    outputs [B, C, ...], targets [B, ...] class numbers, -100 counts nowhere. The mean over the classes that occur, in
-    the batch (whole batch) or in each image with `per_image` (per sample); 0 where none does. `present_only=False`
-    takes the mean over all C, where an absent class leaves its largest probability.
+    outputs [B, C, ...], targets [B, ...] class numbers, -100 is ignored. The mean over the classes that occur, in the
+    batch (whole batch) or in each image with `per_image` (per sample); 0 where none does. `present_only=False` takes
+    the mean over all C, where an absent class adds its largest probability.
     """
 
     per_image: bool = False
@@ -147,7 +147,7 @@ class LovaszSoftmax:
 
 
 def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-    """What every pixel counts: the weight of its sample, 0 outside the mask. [B, C, ...], views where it can be."""
+    """The weight of every pixel: that of its sample, 0 outside the mask. [B, C, ...], a view where possible."""
     measure = torch.ones_like(like[:1, :1]) if mask is None else mask.to(like.dtype)
     if weights is not None:
         measure = measure * weights.to(like).reshape(-1, *[1] * (like.ndim - 1))
@@ -157,12 +157,12 @@ def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> 
 def lovasz(errors: Tensor, targets: Tensor, measure: Tensor) -> tuple[Tensor, Tensor]:
     """The Lovasz extension of 1 - intersection / union, and whether there is a target at all. 3 x [..., N] -> 2 x [...]
 
-    Pixels in falling order of error; a pixel's factor is what it adds to the Jaccard loss of the set of pixels before
-    it. With a measure w the sets are measured by it: a pixel of weight 2 counts like two pixels.
+    Pixels are sorted by falling error; a pixel's factor is what it adds to the Jaccard loss of the pixels before it.
+    `measure` holds the weights of the pixels: a pixel of weight 2 counts like two pixels.
     """
     order = errors.argsort(-1, descending=True)
     counted = (measure * targets).gather(-1, order), (measure * (1 - targets)).gather(-1, order)
-    if errors.device.type != "mps" and errors.shape[-1] >= 2**24:  # float32 counts no further than this
+    if errors.device.type != "mps" and errors.shape[-1] >= 2**24:  # float32 cannot count further than this
         counted = counted[0].double(), counted[1].double()
     hits, misses = counted[0].cumsum(-1), counted[1].cumsum(-1)
     wanted = hits[..., -1:]

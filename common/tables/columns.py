@@ -1,4 +1,4 @@
-"""What the cells of a column hold, and which of them hold something else."""
+"""The kinds of columns in a CSV file, and the search for invalid cells."""
 
 import io
 import math
@@ -33,7 +33,7 @@ class Column:
 
     @property
     def read_as(self) -> str:
-        """The dtype to read, whose range is that of `wrong` at least."""
+        """The dtype to parse as, wide enough for `wrong` to see numbers out of range."""
         return "int64" if self.is_whole and np.dtype(self.dtype).itemsize < 8 and wraps() else self.dtype
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Column:
         return f"a{' whole' if self.is_whole else ''} number{between}{', or nothing' if self.blank else ''}"
 
     def wrong(self, cells: pd.Series) -> np.ndarray:
-        """Which cells, of this column's dtype, may not stand there: bool [n]."""
+        """Which cells, parsed to this column's dtype, are invalid: bool [n]."""
         if self.is_text:
             if self.blank:
                 return np.zeros(len(cells), bool)
@@ -60,7 +60,7 @@ class Column:
         return ~inside & ~missing if self.blank else ~inside
 
     def wrong_texts(self, texts: pd.Series) -> np.ndarray:
-        """The same of cells as they are written: what is no number at all included."""
+        """Which cells, as texts, are invalid, including those that are no numbers at all: bool [n]."""
         if self.is_text:
             return self.wrong(texts.astype(self.dtype))
         found = numbers(texts)
@@ -72,7 +72,7 @@ class Column:
 
 @cache
 def wraps() -> bool:
-    """Whether this pandas takes 256 for a 0 of uint8, as 2.2 does, and later versions do not."""
+    """Whether this pandas reads 256 as 0 in uint8: 2.2 does, later versions do not."""
     try:
         return len(pd.read_csv(io.StringIO("cell\n256\n"), dtype="uint8")) == 1
     except (ValueError, OverflowError):
@@ -80,18 +80,18 @@ def wraps() -> bool:
 
 
 def numbers(texts: pd.Series) -> pd.Series:
-    """float64 of cells as they are written: NaN for what is no number, 1 and 0 for True and False as pandas has it."""
+    """Parse texts to float64: NaN if a text is no number, 1 and 0 for True and False as in pandas."""
     kept = texts.where(~texts.isin(NO_NUMBER))
     return kept.map(TRUTHS).fillna(pd.to_numeric(kept, errors="coerce")).astype(float)
 
 
 def text(blank: bool = False, category: bool = False) -> Column:
-    """Texts as they are written, "NA" included; a `category` keeps each distinct one once."""
+    """Texts as they are written, "NA" included; a `category` stores each distinct text once."""
     return Column("category" if category else "str", blank=blank)
 
 
 def number(low: float = -math.inf, high: float = math.inf, blank: bool = False, dtype: str = "float64") -> Column:
-    """Finite numbers from `low` to `high`, True and False as 1 and 0; NaN for a blank cell, where it may be."""
+    """Finite numbers from `low` to `high`, True and False as 1 and 0; a blank cell is NaN if `blank` allows it."""
     return Column(dtype, low, high, blank)
 
 

@@ -1,4 +1,4 @@
-"""Tables to numbers for a network: columns standardised, batches cut from arrays, outputs in the target's units."""
+"""Tables as inputs of a network: standardised columns, batches cut from arrays, outputs in the target's units."""
 
 from collections.abc import Iterator
 
@@ -14,17 +14,17 @@ from common.loading.collate import as_tensors
 from common.loading.keys import Keys
 
 MANY = 1000  # different texts: rather an id or a sentence than a category
-ROUNDING = 1e-12  # of the mean: a smaller deviation is that of equal numbers, as 0.1, 0.1, 0.1 have one of 1e-17
+ROUNDING = 1e-12  # of the mean: a smaller deviation is a rounding error of equal numbers (1e-17 for 0.1, 0.1, 0.1)
 
 
 def standardised(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]:
-    """Every table as float32 [rows, F], by the columns of `train` and with the statistics of all its rows.
+    """Every table as float32 [rows, F], with the columns of `train` and the statistics of all its rows.
 
-    Numbers get the mean 0 and the deviation 1. Those that are all the same in `train` become 0 in every table: what
-    another number means was not to be learnt. A column of texts becomes a 0/1 column for each of them: a text that only
-    others have is none. A blank is 0; where `train` has blanks, a further 0/1 column says which they are.
-    Raises UserError for a column that another table lacks, one that is numbers in one table and texts in another, and
-    texts that hardly repeat.
+    Numbers get mean 0 and deviation 1. A column that is constant in `train` becomes 0 in every table, because the
+    effect of other values cannot be learnt. A text column becomes a 0/1 column for each text in `train`; a text that
+    only `others` have is 0 in all of them. A blank is 0; where `train` has blanks, a further 0/1 column marks them.
+    Raises UserError for a column that another table lacks, one with numbers in one table and texts in another, and one
+    with too many different texts.
     """
     parts: list[list[np.ndarray]] = [[] for _ in (train, *others)]
     for name, cells in _columns(train, *others):
@@ -52,7 +52,7 @@ def _columns(train: pd.DataFrame, *others: pd.DataFrame) -> Iterator[tuple[str, 
 
 
 def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
-    """A column, the numbers as float64."""
+    """A column after the checks, numbers as float64."""
     if name not in table:
         raise UserError(f"column {name} is not in every table: leave it out of the features")
     column = table[name]
@@ -88,7 +88,7 @@ def _of_texts(columns: list[pd.Series]) -> list[np.ndarray]:
 class TableDataset:
     """Rows of arrays or tensors [n, ...], cut a batch at a time; inputs and targets may be tuples and dicts of them.
 
-    Without targets (test rows) every target is an empty tensor. Raises UserError when there are not as many.
+    Without targets (test rows) every target is an empty tensor. Raises UserError unless there is one for every row.
     """
 
     def __init__(self, inputs: Tree, targets: Tree = None):
@@ -106,7 +106,7 @@ class TableDataset:
 
 
 class ToUnits(nn.Module):
-    """The last layer of a regression: outputs [B, T] of mean 0 and deviation 1 in the units of `targets` [n, T]."""
+    """The last layer of a regression: gives standardised outputs [B, T] the mean and deviation of `targets` [n, T]."""
 
     def __init__(self, targets: np.ndarray):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Reading: a block of lines at a time is counted cell by cell, parsed by pandas and checked by column.
+"""Reads CSV files in blocks of lines: counts the cells of every row, parses with pandas and checks every column.
 
-Pandas alone takes longer rows for rows with an index, and does not say where a cell is wrong.
+pandas alone takes the first cells of too long rows for an index, and does not report where a cell is invalid.
 """
 
 import csv
@@ -40,21 +40,22 @@ def read(
     blank_lines: bool = True,
     lines: bool = False,
 ) -> pd.DataFrame:
-    """The CSV `name` of the data with the `columns` it must have, in their order, and what they hold.
+    """The CSV `name` of the data; `columns` are those that it must have, with their kinds, in the order of the result.
 
-    `id` is a column whose cells differ from each other. Other columns of the file are kept behind these, with the types
-    that pandas finds, dropped, or refused together with another order. Without a `header` the columns are named by
-    their places. Blank lines are passed over, or refused. With `lines` the index says in which line a row begins.
+    `id` is a column of unique cells. `others` are further columns of the file: "keep" appends them with the types that
+    pandas infers, "drop" drops them, "refuse" raises for them and for another order of the columns. Without a `header`
+    the file's columns are those of `columns`, in this order. Blank lines are skipped, or refused if `blank_lines` is
+    off. With `lines` the index holds the line in which each row begins.
 
     Accepts a byte order mark, UTF-16 with one, any line ends, quotes, and a comma at the end of every row. Raises
-    UserError naming file, line, column and value of the first fault: no row, columns that are missing or there twice,
-    cells too few or too many, a text among numbers, NaN, infinite, out of range, blank, or an id that is there twice.
+    UserError naming file, line, column and value of the first fault: no rows, missing or repeated columns, too few or
+    too many cells, a text among numbers, NaN, infinite, out of range, blank, or a repeated id.
     """
     found = list(parts(raw, name, columns, others=others, header=header, blank_lines=blank_lines))
     again = _File(raw, name).again
     if not found:
         raise UserError(f"{raw.path}/{name} has no rows: {again}")
-    for column in found[0].columns[found[0].dtypes == "category"]:  # pandas would join them as texts
+    for column in found[0].columns[found[0].dtypes == "category"]:  # else pd.concat would make texts of them
         every = union_categoricals([part[column] for part in found], sort_categories=True).categories
         for part in found:
             part[column] = part[column].cat.set_categories(every)
@@ -78,11 +79,11 @@ def parts(
     header: bool = True,
     blank_lines: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """The rows of `read` by their lines, in pieces of BYTES_AT_ONCE: of files larger than the memory; any ids."""
+    """`read` in pieces of BYTES_AT_ONCE, for files larger than the memory; the index is the line, ids may repeat."""
     wanted = {column: as_column(kind) for column, kind in (columns or {}).items()}
     file = _File(raw, name, wanted, others, blank_lines)
     with raw.open(name) as stream:
-        at_once = -1 if others == "keep" else BYTES_AT_ONCE  # pandas must see a whole column to find its type
+        at_once = -1 if others == "keep" else BYTES_AT_ONCE  # pandas must see a whole column to infer its type
         line, names = 1, None if header else list(wanted)
         for block in _blocks(file, stream, at_once):
             if names is None:
@@ -98,7 +99,7 @@ def parts(
 
 
 def _blocks(file: "_File", stream: BinaryIO, at_once: int) -> Iterator[bytes]:
-    """The file in UTF-8 with plain line ends, cut between lines; in one piece from the first quote on."""
+    """The file as blocks of whole lines, in UTF-8 with line feeds; from the first quote on it is one block."""
 
     def taken(size: int) -> bytes:
         try:
@@ -132,7 +133,7 @@ def _blocks(file: "_File", stream: BinaryIO, at_once: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class _File:
-    """Where a table lies, and what is expected of it."""
+    """The file of a table, and the columns that are expected in it."""
 
     raw: RawData
     name: str
@@ -161,7 +162,7 @@ class _File:
                             f"as UTF-8, {self.again}") from error  # fmt: skip
 
     def header(self, head: bytes) -> list[str]:
-        """The names of the columns; raises UserError for one that is missing, twice or not expected."""
+        """The names of the columns; raises UserError for missing, repeated or unexpected ones."""
         found = next(csv.reader([head.decode()]), [])
         if not any(found):
             raise UserError(f"{self.where} is empty or begins with a blank line; expected {self._header}: {self.again}")
@@ -219,9 +220,9 @@ class _File:
         return frame
 
     def _counted(self, block: bytes, expected: int, line: int) -> tuple[np.ndarray, int]:
-        """The lines of the rows [n], and how many blank cells each has beyond the header: 1 where all end in a comma.
+        """The line of every row [n], and the number of extra blank cells in each: 1 if all rows end in a comma, else 0.
 
-        Raises UserError for a row with other cells.
+        Raises UserError for a row with any other number of cells.
         """
         if (rows := _equal_rows(block, expected)) is not None:
             return line + np.arange(rows), 0
@@ -237,7 +238,7 @@ class _File:
         return lines, 0
 
     def _parsed(self, block: bytes, typed: Mapping[int, Column], options: dict) -> pd.DataFrame | None:
-        """The block as pandas reads it, or None where a cell is not what its column holds."""
+        """The block parsed by pandas, or None if a cell is invalid in its column."""
         only_whole = len(typed) == len(options["usecols"]) and all(column.is_whole for column in typed.values())
         if only_whole and not IN_WHOLE_NUMBERS[np.frombuffer(block, np.uint8)].all():
             return None  # pandas would take 7.0, +7 and 1e2 for whole numbers
@@ -256,7 +257,7 @@ class _File:
                 if column.wrong_texts(frame[place]).any():
                     return None
                 frame[place] = (frame[place] if column.is_whole else numbers(frame[place])).astype(column.dtype)
-        except (ValueError, OverflowError):  # pandas does not say where
+        except (ValueError, OverflowError):  # pandas does not report where
             return None
         if any(column.wrong(frame[place]).any() for place, column in typed.items()):
             return None
@@ -266,7 +267,7 @@ class _File:
     def _fault(
         self, block: bytes, typed: Mapping[int, Column], names: list[str], lines: np.ndarray, options: dict
     ) -> str:
-        """The first cell that is not what its column holds, as a message; reads the block once more, as texts."""
+        """The error message for the first invalid cell; parses the block once more, as texts."""
         try:
             texts = pd.read_csv(io.BytesIO(block), dtype="str", na_filter=False, **options)
         except ValueError as error:
@@ -289,7 +290,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # cells, is blank,
 
 
 def _equal_rows(block: bytes, cells: int) -> int | None:
-    """The number of rows of a block without quotes and blank lines that all have so many cells; None of any other."""
+    """The number of rows, if all have `cells` cells and there are no quotes or blank lines; otherwise None."""
     if b'"' in block or cells < 2:
         return None
     text = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
@@ -316,7 +317,7 @@ def _plain_rows(block: bytes) -> Rows:
 
 
 def _quoted_rows(block: bytes) -> Rows:
-    """The same with quotes, in which commas and line ends are text."""
+    """The rows of a block with quotes, in which commas and line ends are text."""
     rows, found = csv.reader(io.StringIO(block.decode(), newline="")), []
     line = 0
     for row in rows:

@@ -24,10 +24,10 @@ Extra = Literal["mean", "red", "green", "blue"]  # what a channel beyond the thi
 
 
 class Normalize(nn.Module):
-    """uint8 [B, C, H, W] to floats of mean 0 and deviation 1, on the device; no part of the weights' file.
+    """Normalises uint8 [B, C, H, W] to floats of mean 0 and deviation 1, on the device; not part of checkpoints.
 
-    `name` is the backbone: each was trained on inputs of its own mean and deviation, three numbers each. A channel
-    beyond the third has those of one of the three, or their mean (`extra`); fewer than three channels have the mean.
+    Every backbone `name` was trained with its own mean and deviation of three channels. A channel beyond the third
+    uses those of one of the three, or their mean (`extra`). Fewer than three channels use the mean.
     """
 
     def __init__(self, name: str, channels: int = 3, extra: Extra = "mean"):
@@ -44,7 +44,7 @@ class Normalize(nn.Module):
 
 
 def input_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that a backbone of timm (or tu- and its name) expects; ImageNet's where it says none."""
+    """Mean and deviation that a timm backbone (also with tu- before its name) expects; ImageNet's if unknown."""
     name = name.removeprefix("tu-")
     if "efficientnet_lite" in name:
         return LITE
@@ -53,10 +53,10 @@ def input_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def timm_backbone(name: str, size: tuple[int, int], channels: int = 3) -> tuple[nn.Module, int]:
-    """A model of timm for images of `size`, from scratch, and the number of pooled features that it gives to a head.
+    """A timm model for images of `size`, from scratch, and the number of pooled features that it outputs.
 
-    `num_features` is another number where a hidden layer follows, so an image is passed through. Raises UserError when
-    there is no such model, or when it does not take images of this size.
+    timm's `num_features` is wrong where a hidden layer follows, so the number is taken from the output for an image of
+    zeros. Raises UserError when there is no such model, or when it does not take images of this size.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -64,8 +64,8 @@ def timm_backbone(name: str, size: tuple[int, int], channels: int = 3) -> tuple[
     create = partial(timm.create_model, name, pretrained=False, num_classes=0, in_chans=channels)
     try:
         try:
-            backbone = create(img_size=size)  # transformers have to know it
-        except TypeError:  # convolutions take any, and no such argument
+            backbone = create(img_size=size)  # transformers need the size
+        except TypeError:  # convolutional networks take any size and not this argument
             backbone = create()
         with torch.no_grad():
             width = backbone.eval()(torch.zeros(1, channels, *size)).shape[1]
@@ -105,8 +105,8 @@ class Classifier(nn.Module):
 class MaskNet(nn.Module):
     """uint8 [B, C, H, W] -> logits of masks [B, K, H, W], for any H and W: an encoder and a decoder of smp.
 
-    With `pooled` outputs `maps` gives logits [B, pooled] too, of a head on the deepest features. The decoder has
-    `decoder_width` times the library's channels: on a CPU the decoder of a small encoder takes half of the time.
+    With `pooled` above 0, `maps` also returns logits [B, pooled] of a head on the deepest features. The decoder has
+    `decoder_width` times the library's channels: on a CPU, half of the time of a small network goes into the decoder.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class MaskNet(nn.Module):
 
 
 def _widths(architecture: str, factor: float) -> dict[str, Any]:
-    """The library's numbers of decoder channels times `factor`, in steps of 8."""
+    """The library's numbers of decoder channels times `factor`, rounded to multiples of 8."""
     known = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
     channels = {name: of.default for name, of in known.items() if name.endswith("channels") and name != "in_channels"}
     if not channels:
@@ -174,17 +174,17 @@ def _widths(architecture: str, factor: float) -> dict[str, Any]:
 
 
 class Sum(nn.Module):
-    """The sum of maps of one shape, without the library's copy of all of them: a tenth of an FPN's step on a CPU."""
+    """Sums maps of one shape without stacking them first, which takes the library a tenth of an FPN's step on a CPU."""
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         return sum(maps[1:], maps[0])
 
 
 class OneValue:
-    """What a BatchNorm does with a single value per channel: leaves it to the running statistics.
+    """A BatchNorm that uses its running statistics if there is a single value per channel.
 
-    The library raises an error, since the value minus its own mean would be 0. Layers that normalise pooled features
-    (squeeze and excite, pyramids, the last stage of small images) meet that in micro-batches of one image.
+    torch raises an error then, since the value minus its own mean would be 0. Layers that normalise pooled features
+    (squeeze and excite, pyramids, the last stage of small images) get such inputs in micro-batches of one image.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -209,8 +209,8 @@ def spare_single_values(network: nn.Module) -> None:
 def probe(build: Callable[[], nn.Module], size: tuple[int, int], channels: int, flags: str) -> None:
     """Raises UserError naming `flags` when the network that `build` makes cannot train on one image of `size`.
 
-    Shapes are computed without their numbers (torch's meta device), which takes a second and no memory at any size;
-    only a network that this cannot follow is tried for real. Called before a run is opened.
+    Only shapes are computed (torch's meta device), which takes a second and no memory at any size. A network that fails
+    there is run on the CPU. Called before a run is opened.
     """
     for device in ("meta", "cpu"):
         try:

@@ -1,4 +1,4 @@
-"""Which image files cannot be read: looked for before a training, and by `make check`."""
+"""Finds image files that cannot be read, before a training and in `make check`."""
 
 import os
 import tempfile
@@ -17,13 +17,13 @@ from common.progress import progress
 from common.vision.decode import PIXELS, decode, jpeg_size
 from common.vision.find import ENDINGS
 
-FEW = 2000  # images of 1400x2100 are decoded in half a minute on two cores
-ENDS = 2**16  # bytes of a file's beginning and end that tell whether it is whole
+FEW = 2000  # images of 1400x2100 take half a minute on two cores
+ENDS = 2**16  # bytes at a file's beginning and end that show whether it is whole
 NAMED = 5
 
 
 def image_paths(dataset: Any) -> list[Path]:
-    """The image files of any dataset: its `paths`, or else the first list that it holds of names of images."""
+    """The image files of any dataset: its `paths`, or else its first attribute that is a list of image files."""
     for held in (getattr(dataset, "paths", None), *getattr(dataset, "__dict__", {}).values()):
         if isinstance(held, (list, tuple)) and held and all(map(_is_image, held)):
             return [Path(item) for item in held]
@@ -35,7 +35,7 @@ def _is_image(item: Any) -> bool:
 
 
 def refuse_unreadable(bad: Sequence[BadImage], total: int, what: str) -> None:
-    """Raises UserError when there are `bad` ones among `total` images that the submission needs, `what` are they."""
+    """Raises UserError if some of the `total` images that the submission needs are `bad`; `what` names the images."""
     if bad:
         named = "; ".join(f"{error.path} {error.reason}" for error in bad[:NAMED])
         raise UserError(
@@ -45,10 +45,11 @@ def refuse_unreadable(bad: Sequence[BadImage], total: int, what: str) -> None:
 
 
 def unreadable(paths: Sequence[str | PathLike], few: int = FEW) -> list[BadImage]:
-    """The images of `paths` that cannot be read, in their order, soon enough to be asked before every training.
+    """The images of `paths` that cannot be read, in their order; fast enough to run before every training.
 
-    Up to `few` are decoded in full. Of more, those are whose beginning or end is not that of a whole JPEG or PNG: this
-    finds what was cut off, emptied or is something else, at 50 microseconds a file, but no damage in the middle.
+    Up to `few` images are all decoded in full. Of more, only those are whose beginning or end is not that of a whole
+    JPEG or PNG. This takes 50 microseconds a file and finds truncated files, empty ones and other formats, but no
+    damage in the middle.
     """
     rows = range(len(paths))
     if len(paths) > few:
@@ -71,7 +72,7 @@ def _looks_odd(path: str | PathLike) -> bool:
     if head[:4] == b"\x89PNG":
         height, width, end = int.from_bytes(head[20:24]), int.from_bytes(head[16:20]), b"IEND"
     else:
-        (height, width), end = jpeg_size(head), b"\xff\xd9"  # neither of them: no size, so it is decoded
+        (height, width), end = jpeg_size(head), b"\xff\xd9"  # other formats get no size, so they are decoded
     return end not in tail or not 0 < height * width < PIXELS
 
 
@@ -83,7 +84,7 @@ def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImag
 
 
 def _start() -> None:
-    """Send the terminal output of this process to a file: libjpeg names damaged data there and nowhere else."""
+    """Redirect this process's stderr to a file: libjpeg reports damaged data there and nowhere else."""
     end_with_parent()
     cv2.setNumThreads(0)
     with tempfile.TemporaryFile() as file:

@@ -17,17 +17,17 @@ def channels_first(array: np.ndarray) -> Tensor:
 
 
 def binary(mask: np.ndarray) -> Tensor:
-    """A mask [H, W, K] uint8 of 0 and 255, or of 0 and 1, blurred by resizing or not -> 0 and 1 [K, H, W]."""
+    """A uint8 mask [H, W, K] of 0 and 255 (also if blurred by resizing), or of 0 and 1 -> 0 and 1 [K, H, W]."""
     return channels_first(mask if mask.max(initial=0) <= 1 else mask // 128)
 
 
 class ImageDataset:
     """Samples (uint8 [C, H, W], target) of the images of a store.
 
-    `targets` and `masks` give something for a row: arrays, lists, or objects that make it when they are asked. The
-    target is `targets[row]`, or without any (test images) an empty tensor. With `masks`, whose row is an array
-    [H, W, K] at the images' size, `transform` changes image and mask alike, and the target is `of_mask(mask)`.
-    `transform` is a pipeline of albumentations or a function like one: the loader keys the generators that it holds.
+    `targets` and `masks` are arrays, lists, or objects that compute `[row]` on demand. The target is `targets[row]`, or
+    an empty tensor without targets (test images). With `masks`, whose rows are arrays [H, W, K] of the images' size,
+    `transform` changes image and mask together, and the target is `of_mask(mask)`. `transform` is an albumentations
+    pipeline or a function with the same arguments; the loader keys the generators that it holds.
     """
 
     def __init__(

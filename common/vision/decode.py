@@ -1,4 +1,4 @@
-"""Image files to arrays: decoded fast, at a reduced size where that is enough, refused by name when they are broken."""
+"""Decodes image files to arrays, at a reduced size where that is enough; raises BadImage naming a broken file."""
 
 from os import PathLike
 from pathlib import Path
@@ -19,10 +19,10 @@ Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one grey file 
 def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = True) -> np.ndarray:
     """The image as uint8 [H, W, C], resized to `size` (height, width) where given.
 
-    One file is RGB, also where it holds grey; a tuple of files is stacked, each of them one channel in grey. 16 bits
-    become eight (65535 is 255), and transparency is dropped. `upright` turns the image as its EXIF orientation says;
-    where masks belong to the pixels as they are stored it must not. A JPEG at least twice as large as `size` is
-    decoded at 1/2, 1/4 or 1/8: that skips most of its inverse transform. Raises BadImage whatever is wrong with a file.
+    A single file becomes RGB, even if it is grey; a tuple of files is stacked, one grey channel each. 16 bits become
+    eight (65535 becomes 255), and transparency is dropped. `upright` turns the image by its EXIF orientation; it must
+    be off if masks belong to the pixels as stored. A JPEG at least twice as large as `size` is decoded at 1/2, 1/4 or
+    1/8, which skips most of the inverse transform. Raises BadImage for any fault of a file.
     """
     if not isinstance(image, tuple):
         return _decode(image, size, upright, gray=False)
@@ -49,7 +49,7 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     reduced = 0
     if size is not None and data[:2] == b"\xff\xd8":
         height, width = jpeg_size(data)
-        if height * width >= PIXELS:  # at 1/8 it would be decoded, and be grey: two bytes of it were damaged
+        if height * width >= PIXELS:  # two damaged bytes; at 1/8 OpenCV would decode it, to a grey area
             raise BadImage(path, TOO_LARGE)
         factor = min(height // size[0], width // size[1])
         if factor >= 2:
@@ -58,7 +58,7 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     try:
         pixels = cv2.imdecode(buffer, flags | reduced)
         if reduced and pixels is not None and (pixels.shape[0] < size[0] or pixels.shape[1] < size[1]):
-            pixels = cv2.imdecode(buffer, flags)  # it was turned onto its side, where it is too small
+            pixels = cv2.imdecode(buffer, flags)  # turned onto its side, it is too small
     except Exception as error:  # a decoder that gives up, over a size of more than 2^30 pixels for example
         reason = " ".join((getattr(error, "err", None) or str(error) or type(error).__name__).split())
         too_large = "MAX_IMAGE_PIXELS" in reason
@@ -72,7 +72,7 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
 
 
 def _without_orientation(data: bytes) -> bytes:
-    """A TIFF marked as upright: OpenCV turns TIFFs whatever its flags say. Other files stay as they are."""
+    """Mark a TIFF as upright, because OpenCV ignores the flag for TIFFs. Other files stay as they are."""
     order = {b"II*\0": "little", b"MM\0*": "big"}.get(data[:4])
     if order is not None:
         place = int.from_bytes(data[4:8], order)
@@ -84,7 +84,7 @@ def _without_orientation(data: bytes) -> bytes:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of a JPEG, (0, 0) when the file ends before they come.
+    """(height, width) of a JPEG, (0, 0) when the file ends before its size.
 
     Walks from marker to marker: a thumbnail inside the header has markers of its own, which must not count.
     """

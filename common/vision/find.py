@@ -15,9 +15,9 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every image file under `folder`, sorted: linked subfolders too; hidden files (`._` of a Mac's archive) are not.
+    """Every image file under `folder`, sorted, also in linked subfolders; no hidden files (`._` of a Mac's archive).
 
-    A link that leads nowhere is there: whoever decodes it is told so.
+    A broken link is included: decoding it raises BadImage.
     """
     names = files_under(folder, dangling=True) if folder.is_dir() else ()
     return sorted(folder / name for name in names if name.lower().endswith(ENDINGS))
@@ -26,8 +26,8 @@ def find_images(folder: Path) -> list[Path]:
 def match_images(folder: Path, ids: Iterable[Any]) -> list[Path | None]:
     """The file under `folder` of every id, None where there is none.
 
-    An id is a name with or without its ending, alone or with subfolders in front ("cats/001"). Raises UserError when
-    two files have the name, such as x.png beside x.jpg.
+    An id is a file name with or without its ending, alone or with subfolders in front ("cats/001"). Raises UserError
+    when two files fit, such as x.png beside x.jpg.
     """
     by_stem = defaultdict(list)
     for path in find_images(folder):
@@ -57,10 +57,10 @@ def images_of(
     lines: Sequence[int] | None = None,
     lenient: bool = False,
 ) -> list[Path]:
-    """`match_images` where every id needs its file; raises UserError naming what is missing, `table` and `again`.
+    """`match_images` where every id needs its file; raises UserError naming missing ids, `table` and the fix `again`.
 
-    `lines` are those of the ids in the table, to name the first of them too. `lenient` (that of RawData) gives a
-    missing file the path where it is not: whoever decodes it leaves its row out, as that of a damaged one.
+    `lines` are the lines of the ids in the table, to name the first missing one. With `lenient` (that of RawData) a
+    missing file gets the path where it should be, so that its row is left out later, like that of a damaged file.
     """
     if not folder.is_dir():
         there = sorted(one.name for one in folder.parent.glob("*") if one.is_dir() and one.name != CACHE)
@@ -87,7 +87,7 @@ def channels_of(
     lines: Sequence[int],
     lenient: bool = False,
 ) -> list[tuple[Path, ...]]:
-    """The files <id>_<channel> of every id, in the order of `channels`; else as `images_of`."""
+    """The files <id>_<channel> of every id, in the order of `channels`; otherwise like `images_of`."""
     names = [f"{name}_{channel}" for name in ids for channel in channels]
     paths = iter(images_of(folder, names, table, again, [line for line in lines for _ in channels], lenient))
     return list(zip(*[paths] * len(channels), strict=True))
@@ -100,10 +100,10 @@ def files_of(images: Iterable[Image]) -> Iterator[Path]:
 
 
 def fingerprint(images: Iterable[Image], *, of_place: bool = False) -> str:
-    """sha256 over folders, names and sizes of the files: reading gigabytes would take minutes.
+    """sha256 over folders, names and sizes of the files, because reading gigabytes would take minutes.
 
-    `of_place` takes the whole path and the times of the last changes instead: the key of a cache on this machine. That
-    of the file's record tells a replaced file whose size and time are those of the old one: archives set the other.
+    `of_place` uses the whole path, mtime and ctime too, as the key of a cache on this machine. ctime reveals a
+    replaced file with the old size and mtime, which archives restore.
     """
     digest = hashlib.sha256()
     for path in files_of(images):

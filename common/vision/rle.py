@@ -1,4 +1,4 @@
-"""Run lengths, Kaggle's masks: `start length` pairs, column by column from the top left, the first pixel is 1."""
+"""Kaggle's run-length encoded masks: `start length` pairs, column by column from the top left, the first pixel is 1."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import UserError
 
-LOOKED_UP = 10**7  # numbers below it, of seven digits at the most
+LOOKED_UP = 10**7  # numbers below it, at most seven digits, are written by a look-up
 
 
 def parse(text: str) -> np.ndarray:
@@ -75,8 +75,8 @@ def _between(edges: np.ndarray, size: int) -> np.ndarray:
 def decode_to_size(runs: np.ndarray, height: int, width: int, target_height: int, target_width: int) -> np.ndarray:
     """The mask of a height x width image at another size, bool [target_height, target_width].
 
-    A target pixel is set when the mask covers at least half of its area, exactly (integers): that is the full mask
-    reduced by cv2.INTER_AREA and compared with 0.5, without ever making the full mask.
+    A target pixel is set when the mask covers at least half of its area, computed exactly in integers. The result is
+    the full mask reduced by cv2.INTER_AREA and compared with 0.5, but the full mask is never made.
     """
     if (height, width) == (target_height, target_width):
         return decode(runs, height, width)
@@ -102,7 +102,7 @@ def decode_to_size(runs: np.ndarray, height: int, width: int, target_height: int
 
 
 def _within_columns(runs: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs cut where they go on in the next column: column, first row, row after the last, each int64 [m]."""
+    """Runs cut at the ends of columns: column, first row, row after the last, each int64 [m]."""
     starts, ends = runs[:, 0], runs[:, 0] + runs[:, 1]
     first, last = starts // height, (ends - 1) // height
     if (first == last).all():
@@ -116,12 +116,12 @@ def _within_columns(runs: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarr
 
 @cache
 def _written(bits: int) -> np.ndarray:
-    """Numbers of so many bits as eight bytes each, a space behind: looked up ten times as fast as formatted."""
+    """All numbers of `bits` bits as text, eight bytes with a space: a look-up is ten times as fast as formatting."""
     return np.char.add(np.arange(min(1 << bits, LOOKED_UP)).astype("S7"), b" ").view(np.uint64)
 
 
 def encode(mask: np.ndarray) -> str:
-    """The cell for a mask [height, width] of any type: what is not 0 is set; nothing set is the empty cell."""
+    """The cell for a mask [height, width] of any type: nonzero pixels are set; an empty mask is an empty cell."""
     height, width = mask.shape
     padded = np.zeros(height * width + 2, np.uint8)
     is_set = mask if mask.dtype == bool else mask != 0
@@ -137,8 +137,8 @@ def encode(mask: np.ndarray) -> str:
 class RunMasks:
     """The masks of n images for an ImageDataset: row -> uint8 of 0 and 1 [H, W, K] at `size` (height, width).
 
-    `cells` [n][K] are run lengths in masks of the size `full`, `ids` [n] and `table` name them in messages. Raises
-    UserError for the first cell that is none in a mask of that size.
+    `cells` [n][K] are run lengths in masks of the size `full`; `ids` [n] and `table` name them in messages. Raises
+    UserError for the first cell that is invalid in a mask of that size.
     """
 
     def __init__(

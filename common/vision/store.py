@@ -1,4 +1,4 @@
-"""Images at one size: decoded and resized once into a memory-mapped file where there is room, else at every use."""
+"""Images at one size: decoded and resized once into a memory-mapped file if it is not too large, else at every use."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ GIGABYTE = 1 << 30
 
 
 class ImageStore:
-    """n images, `store[row]` uint8 [H, W, C]: rows of a file in `cache` that is made once, else decoded at every use.
+    """n images; `store[row]` is uint8 [H, W, C], read from a file in `cache` that is made once or decoded at every use.
 
-    The file is made when `size` (height, width) is given and all images take at most `limit_gb` at that size; otherwise
-    `announce` is told so. It is made at the first use, so a prediction resizes no training images, and found again by
-    the files' names, sizes and times. Worker processes get its name only.
+    The file is made when `size` (height, width) is given and all images take at most `limit_gb` at that size; if they
+    take more, `announce` gets a message. It is made at the first use, so a prediction resizes no training images. Its
+    name depends on the images' paths, sizes and times, so it is found again. Worker processes get its name only.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class ImageStore:
     def of(
         cls, raw: RawData, folder: str, ids: Sequence[Any], table: str, gray: bool = False, **settings: Any
     ) -> "ImageStore":
-        """The images of the ids in a folder of the data, for messages also of the `table` that the ids stand in.
+        """The images of `ids` in `folder` of the data, RGB or one channel for `gray`.
 
-        RGB, or one channel for `gray`. Raises UserError naming the ids that have no file, or two.
+        Raises UserError naming the ids that have no file, or two; `table` is the file of the ids in this message.
         """
         again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
         paths = images_of(raw.folder() / folder, ids, table, again, lenient=raw.lenient)
@@ -85,7 +85,7 @@ class ImageStore:
         return self.__dict__ | {"_rows": None}
 
     def _made(self) -> np.ndarray:
-        """The rows of the file, written unless it is there: one process resizes, and the others find what it made."""
+        """The rows of the file, which is made if it is missing: one process resizes, the others wait for its file."""
         if (rows := self._found()) is not None:
             return rows
         try:
@@ -102,15 +102,15 @@ class ImageStore:
         return np.load(self._file, mmap_mode="r")
 
     def _found(self) -> np.ndarray | None:
-        """The rows of the file; None where there is none, or a part of one, as a copy that was broken off leaves it."""
+        """The rows of the file; None if it is missing or incomplete, as after an interrupted copy."""
         with suppress(FileNotFoundError, *NOT_NPY):
             return np.load(self._file, mmap_mode="r")
         return None
 
     def _resize(self, alone: bool) -> None:
-        """uint8 [n, H * W * C + 1]: pixels, and 1 where the image could be read.
+        """Write the file, uint8 [n, H * W * C + 1]: the pixels, and 1 where the image could be read.
 
-        Where this process is alone, any draft that is there was left by a killed one.
+        If this process is `alone`, existing drafts were left by killed processes and are deleted.
         """
         for left in self._file.parent.glob("images-*.part") if alone else ():
             left.unlink()
@@ -119,7 +119,7 @@ class ImageStore:
             shape = (len(self.images), int(np.prod(self._shape)) + 1)
             rows = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                with open(draft, "r+b") as stream:  # a disk that fills up under a mapped file kills by SIGBUS
+                with open(draft, "r+b") as stream:  # a full disk under a mapped file would kill by SIGBUS
                     os.posix_fallocate(stream.fileno(), 0, draft.stat().st_size)
 
             def put(row: int) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Flip:
-    """One of the eight ways to lay a rectangle [..., H, W] down: transposed first if so, then mirrored along `sides`.
+    """One of the eight flips and turns of an image [..., H, W]: transposed first (or not), then mirrored along `sides`.
 
-    Predictions that have no places, such as labels, need no `undo`.
+    Predictions without pixels, such as labels, need no `undo`.
     """
 
     sides: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Weights that a backbone starts from: published ones from the hub, a file of whichever library, or none.
+"""Weights that a backbone starts from: published ones from the hub, a file of any library, or none.
 
 `--encoder-weights imagenet|none|PATH`, where PATH is a .safetensors, .pth or .bin file, a run's model.pt, or a folder
 with one of them, such as a snapshot of the Hugging Face hub.
@@ -27,10 +27,10 @@ from common.raw import files_under
 from common.vision.backbones import Extra
 
 FLAG = "--encoder-weights"
-REACHABLE_SECONDS = 15.0  # to answer once; a download that then stalls is tried again after as many seconds
+REACHABLE_SECONDS = 15.0  # to wait for the hub's first answer, and before a stalled download is retried
 FILES = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")  # what trainers keep weights under
-# Layers of EfficientNet and its relatives in the order of the computation, by timm's and efficientnet_pytorch's names.
+# Names of EfficientNet's and its relatives' layers in timm and efficientnet_pytorch, in the order of computation.
 LAYERS = (
     *("conv_stem", "_conv_stem", "features", "conv_pw", "_expand_conv", "bn1", "_bn0", "conv_dw", "_depthwise_conv"),
     *("blocks", "_blocks", "conv_head", "_conv_head", "bn2", "_bn1", "se", "_se_reduce", "conv_reduce", "fc1"),
@@ -62,11 +62,11 @@ def start_from(
     scratch: str = f"{FLAG} none",
     extra: Extra = "mean",
 ) -> str:
-    """Put `weights` ("imagenet", "none" or a path) into a fresh network; `fetch` makes one with the published weights.
+    """Load `weights` ("imagenet", "none" or a path) into a new network; `fetch` makes one with the published weights.
 
     Weights of three channels fit any number: a further channel starts as the mean of the three or a copy of one
-    (`extra`). Returns a line for the log, with what the file holds besides. Raises UserError when the network would
-    not be filled wholly, when the file is of a deeper one or cannot be read, and when published weights are neither in
+    (`extra`). Returns a line for the log, which lists unused tensors. Raises UserError if a tensor of the network
+    would stay random, if the file is of a deeper network or cannot be read, and if published weights are neither in
     the cache nor can be fetched.
     """
     if weights == "none":
@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer keeps its flags so
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer saves its flags in one
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(
@@ -123,16 +123,16 @@ def read(path: Path) -> dict[str, Tensor]:
     while isinstance(found, dict):
         tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
         inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
-        if tensors and not inner:  # PyTorch's example of a training keeps its accuracy as a tensor beside the weights
+        if tensors and not inner:  # PyTorch's training example saves the accuracy as a tensor beside the weights
             return tensors
         found = (inner or [value for value in found.values() if isinstance(value, dict)] or [None])[0]
     raise UserError(f"{FLAG} {path} holds no tensors with names: expected a state_dict")
 
 
 def match(own: dict[str, Tensor], found: dict[str, Tensor], extra: Extra = "mean") -> dict[str, str]:
-    """For every name of `own` the name in `found` of the tensor that belongs there, whichever library named them.
+    """Map the names of `own` to those of the same tensors in `found`, whichever library named them.
 
-    Wrappers' prefixes (module., model., net.encoder.) do not count. Names are compared as they are, or, for
+    Prefixes of wrappers (module., model., net.encoder.) are ignored. Names are compared as they are or, for
     EfficientNet and the MobileNets of timm, torchvision and efficientnet_pytorch, by the numbers of their layers.
     """
     best: dict[str, str] = {}
@@ -146,10 +146,11 @@ def match(own: dict[str, Tensor], found: dict[str, Tensor], extra: Extra = "mean
 
 
 def left_out(places: dict[str, str], unused: Iterable[str]) -> list[str]:
-    """The `unused` tensors of further blocks in rows of which the network has some, and other layers after them.
+    """The `unused` tensors of blocks that lie between used layers, which shows that the file is of a deeper network.
 
-    ResNet-34 fills ResNet-18 wholly: its layer1.2 comes before layer2. What comes after all that is used, such as the
-    stages that a decoder does without, may be left out. `places` are in the order of the computation.
+    For example, ResNet-34 fills every tensor of ResNet-18, but its block layer1.2 would be skipped before layer2.
+    Layers after all used ones, such as stages that a decoder does not need, may be left out. `places` are in the order
+    of computation.
     """
     blocks, last = defaultdict(set), {}
     for source in places.values():
@@ -162,18 +163,18 @@ def left_out(places: dict[str, str], unused: Iterable[str]) -> list[str]:
 
 
 def _rows(name: str) -> list[tuple[str, str]]:
-    """Every number in a name, after what stands before it: layer1.0.downsample.1.weight has two."""
+    """(words before it, number) for every number in a name: layer1.0.downsample.1.weight has two."""
     words = name.split(".")
     return [(".".join(words[:depth]), word) for depth, word in enumerate(words) if word.isdecimal()]
 
 
 def _named(names: Iterable[str], naming: Callable[[list[str], int], dict[str, str]], part: float) -> list[dict]:
-    """The names in the words of `naming`, without each of their prefixes in turn."""
+    """The results of `naming` for the names, once without each of their common prefixes."""
     return [naming([name for name in names if name.startswith(cut)], len(cut)) for cut in _prefixes(names, part)]
 
 
 def _prefixes(names: Iterable[str], part: float) -> list[str]:
-    """Nothing, and every prefix of up to three words that at least a `part` of the names have, the shortest first."""
+    """The empty prefix, and each of up to three words that at least a `part` of the names have; shortest first."""
     words = [name.split(".") for name in names]
     count = Counter(".".join([*of[:n], ""]) for of in words for n in range(1, min(4, len(of))))
     return ["", *sorted((prefix for prefix, n in count.items() if n >= part * len(words)), key=len)]
@@ -185,7 +186,7 @@ def _plain(names: list[str], cut: int) -> dict[str, str]:
 
 
 def _numbered(names: list[str], cut: int) -> dict[str, str]:
-    """The layer of every name, counted along the computation, and the last word; nothing for other families."""
+    """Every name as its layer's number in the order of computation and its last word; empty for other families."""
     short = {name: name[cut:].split(".") for name in names}
     stems = {"conv_stem.weight", "_conv_stem.weight", "features.0.0.weight"}
     if stems.isdisjoint(name[cut:] for name in names):
@@ -206,10 +207,10 @@ def _numbered(names: list[str], cut: int) -> dict[str, str]:
 
 
 def fitted(source: Tensor, own: Tensor, extra: Extra = "mean") -> Tensor | None:
-    """`source` in the shape of `own`, or None: further axes of length 1, or another number of input channels.
+    """`source` in the shape of `own`, or None; axes of length 1 and the number of input channels may differ.
 
-    Three input channels become more by their mean or a copy; they become fewer by their sum in equal parts, so that
-    a grey image in every channel gives what it gave as RGB.
+    `source` has three input channels then. Further channels get their mean or a copy of one of them. Fewer channels
+    get equal parts of their sum, so that a grey image in every channel gives the same output as in RGB.
     """
     if source.shape == own.shape:
         return source
@@ -241,7 +242,7 @@ def _published(fetch: Callable[[], nn.Module], name: str, scratch: str) -> nn.Mo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without timm's words about the classifier's weights, which nobody asked for."""
+    """Silence timm's warnings about the classifier's weights, which are not used."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -253,10 +254,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _cache_only_unless_reachable() -> Iterator[None]:
-    """Let the hub's library look into its cache only when the hub does not answer, instead of retrying for minutes."""
+    """If the hub does not answer, restrict the hub's library to its cache instead of retrying for minutes."""
     from huggingface_hub import constants
 
-    names = ("HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")  # read from these, once imported
+    names = ("HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")  # what the imported library reads
     before = {name: getattr(constants, name) for name in names}
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = REACHABLE_SECONDS
@@ -268,7 +269,7 @@ def _cache_only_unless_reachable() -> Iterator[None]:
 
 
 def _answers(url: str) -> bool:
-    """Whether a server replies with anything; asked in a thread, because looking up a name knows no timeout."""
+    """Whether a server replies with anything; runs in a thread, because a DNS look-up has no timeout."""
     answered = threading.Event()
 
     def ask() -> None:
