@@ -235,9 +235,11 @@ def _filled(
     """`rows`, and in the places of those that are `lost` the sample submission's own; they are named."""
     values, filled, row = None, [], next(rows, None)
     for name in ids:
-        if row is not None and str(row[0]) == name:
+        there = row is not None and str(row[0]) == name
+        while row is not None and str(row[0]) == name:
             yield row
             row = next(rows, None)
+        if there:
             continue
         values = fallback.values() if values is None else values
         filled.append(name)
@@ -288,6 +290,7 @@ def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> d
         "data_fingerprint": task.fingerprint,
         "demo": is_demo,
         "text_columns": list(task.submission.text),
+        "several_rows": task.submission.several,
         "created": runs.now(),
         **task.submission.facts,
     }

@@ -174,8 +174,11 @@ def _check_rows(task: Task, decisions: object) -> None:
             problem = f"{len(cells)} values, expected {len(task.sample.columns)} ({','.join(task.sample.columns)})"
         elif cells[0] not in asked:
             problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
-        elif cells[0] in told:
-            problem = f"the id {cells[0]} has a row before it, expected one row for each id of {task.sample.where}"
+        elif cells[0] in told and not task.sample.several:
+            problem = (
+                f"the id {cells[0]} has a row before it, expected one row for each id of {task.sample.where}, or "
+                f"Submission(several=True)"
+            )
         else:
             problem = task.sample.fault(cells[1:])
             if words := problem and task.sample.words(cells[1:]):

@@ -32,20 +32,27 @@ class Sample:
     numeric: frozenset[str]  # columns that hold nothing but finite numbers
     blank: frozenset[str]  # columns with empty cells
     truths: frozenset[str]  # columns that hold nothing but True and False
+    several: bool = False  # whether an id may have several rows, one after the other
 
     @staticmethod
-    def read(raw: RawData, name: str = "sample_submission.csv", text: Collection[str] = ()) -> "Sample":
+    def read(
+        raw: RawData, name: str = "sample_submission.csv", text: Collection[str] = (), several: bool = False
+    ) -> "Sample":
         """The competition's sample file; it has no part in the data's fingerprint, as it trains nothing."""
         if not raw.exists(name) and (others := raw.matching("*submission*.csv")):
             raise UserError(
                 f"{raw.path} has no {name}, but {some(others)}: name it in build(), Sample.read(raw, {others[0]!r}) "
                 f"and Task(submission=Submission(sample={others[0]!r}))"
             )
-        return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text)
+        return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text, several)
 
     @staticmethod
-    def of(rows: Iterable[tuple[int, Sequence[str]]], where: str, text: Collection[str] = ()) -> "Sample":
+    def of(
+        rows: Iterable[tuple[int, Sequence[str]]], where: str, text: Collection[str] = (), several: bool = False
+    ) -> "Sample":
         """From (line, cells), the header first. `text` names columns whose numbers in the sample only hold a place.
+
+        With `several` an id may be there more than once; it keeps the place of its first row.
 
         Raises UserError naming the line that no submission could follow.
         """
@@ -62,10 +69,11 @@ class Sample:
         for line, row in rows:
             if len(row) != len(header):
                 raise UserError(f"{where} line {line}: {len(row)} values, expected {len(header)}: {AGAIN}")
-            if not row[0] or row[0] in ids:
-                problem = f"id {row[0]} is there twice, first in line {ids[row[0]]}" if row[0] else "the id is empty"
+            if not row[0] or (row[0] in ids and not several):
+                twice = f"id {row[0]} is there twice, first in line {ids.get(row[0])}, expected it once or build()'s "
+                problem = f"{twice}Submission(several=True)" if row[0] else "the id is empty"
                 raise UserError(f"{where} line {line}: {problem}: {AGAIN}")
-            ids[row[0]] = line
+            ids.setdefault(row[0], line)
             for column, cell in zip(header[1:], row[1:], strict=True):
                 (filled if cell else blank).add(column)
                 if cell and not is_number(cell):
@@ -75,7 +83,7 @@ class Sample:
         if not ids:
             raise UserError(f"{where} has a header and no rows, expected one for every id: {AGAIN}")
         return Sample(
-            where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank), frozenset(truths)
+            where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank), frozenset(truths), several
         )
 
     def check_ids(self, ids: Iterable[Any]) -> None:
@@ -95,13 +103,28 @@ class Sample:
 
         They are passed on as they come, and held from the first one on that stands elsewhere in the sample.
         """
-        rows, ids = iter(rows), iter(self.ids)
+        rows, ids, last = iter(rows), iter(self.ids), None
         for row in rows:
-            if row and str(row[0]) == next(ids, None):
+            name = str(row[0]) if row else ""
+            if (self.several and name == last) or name == next(ids, None):
+                last = name
                 yield row
                 continue
             places = {name: place for place, name in enumerate(self.ids)}
             yield from sorted([row, *rows], key=lambda row: places.get(str(row[0]) if row else "", len(places)))
+
+    def beside(self, rows: Iterable[Sequence[str]]) -> Iterator[tuple[Sequence[str] | None, str | None]]:
+        """Every row of a CSV with the id that belongs in its place; None for what has no counterpart."""
+        if not self.several:
+            yield from zip_longest(rows, self.ids)
+            return
+        ids, expected = iter(self.ids), None
+        for row in rows:
+            if expected is None or not row or row[0] != expected:
+                expected = next(ids, None)
+            yield row, expected
+        for name in ids:
+            yield None, name
 
     def words(self, values: Sequence[str]) -> tuple[str, ...]:
         """The columns in which the sample has numbers, or True and False, and these values are neither."""
@@ -166,11 +189,12 @@ def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | Non
     if tuple(header) != sample.columns:
         yield f"line 1: the header is {','.join(header)!r}, expected {','.join(sample.columns)!r}"
         return
-    for line, (row, expected) in enumerate(zip_longest(rows, sample.ids), start=2):
+    for line, (row, expected) in enumerate(sample.beside(rows), start=2):
         if row is not None and len(row) != len(sample.columns):
             yield f"line {line}: {len(row)} values, expected {len(sample.columns)}"
             continue
-        if problem := _misplaced(row and row[0], expected, seen):
+        again = sample.several and row and row[0] == expected and expected in seen
+        if not again and (problem := _misplaced(row and row[0], expected, seen)):
             yield f"line {line}: {problem}"
         if row is None:
             continue

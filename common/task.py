@@ -108,6 +108,7 @@ class Submission:
     rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]] | None = None  # ids, decisions; None: a row each
     valid: Callable[[Sequence[str]], str | None] | None = None  # a row without its id -> what is wrong with it
     sample: str = "sample_submission.csv"  # name of the sample submission in the data
+    several: bool = False  # an id may have several rows, as the instances or classes of an image; each has at least one
     text: tuple[str, ...] = ()  # columns that hold words, though the sample has nothing but numbers in them
     facts: dict[str, Any] = field(default_factory=dict)  # what else stands in the file beside the CSV
 
@@ -147,7 +148,7 @@ def completed(task: Task, raw: RawData) -> Task:
         raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
     if not task.metrics:
         raise UserError("a Task needs a metric, the first one is its score: give `metrics` one in build()")
-    sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text)
+    sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text, task.submission.several)
     data = replace(
         task.data,  # by places from here on: a column of pandas would look up its own index
         ids=list(task.data.ids),

@@ -154,13 +154,14 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
     found = raw.find(competition, data, lambda _: None)
     # A file that the kit wrote passed the competition's check of values then, and is unchanged.
     valid, text = None, candidate.provenance.get("text_columns", ())
+    several = candidate.provenance.get("several_rows", False)
     if not candidate.provenance:
         asked = module.build(module.recipes["default"], found, print).submission
-        valid, text = asked.valid, asked.text
+        valid, text, several = asked.valid, asked.text, asked.several
     pattern, failure = module.source.sample_submission, None
     for name in found.matching(pattern) or [pattern]:
         try:
-            return submission.check(candidate.path, submission.Sample.read(found, name, text), valid)
+            return submission.check(candidate.path, submission.Sample.read(found, name, text, several), valid)
         except UserError as error:
             failure = failure or error
     raise failure

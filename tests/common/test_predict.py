@@ -281,6 +281,25 @@ def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
     assert "2 of 30 rows have the sample submission's own values (t0, t17" in capsys.readouterr().out
 
 
+def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
+    """As kinds of damage of an image; a row that falls back has the sample's one."""
+    build = toy.build
+
+    def rows(ids, decisions):
+        return [(name, label) for name, last in zip(ids, decisions.tolist(), strict=True) for label in range(last + 1)]
+
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(build(*given), rows=rows, several=True))
+    toy_train("one")
+    whole = lines("one")
+    per_id = {name: [line for line in whole if line.startswith(f"{name},")] for name in (f"t{n}" for n in range(30))}
+    assert [line for name in per_id for line in per_id[name]] == whole and 30 < len(whole) <= 90
+    assert all(found == [f"{name},{label}" for label in range(len(found))] for name, found in per_id.items())
+    assert json.loads(Path("submissions/toy/one-demo.json").read_text())["several_rows"] is True
+    fill(monkeypatch, {0, 17})
+    predict_again("--run", "one", "--fallback")
+    assert lines("one") == [line for name in per_id for line in ([f"{name},2"] if name in ("t0", "t17") else per_id[name])]
+
+
 def test_runs_that_read_different_images_are_averaged_where_both_can(monkeypatch):
     toy_train("one")
     toy_train("two", seed=1)

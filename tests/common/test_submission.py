@@ -19,9 +19,9 @@ from common.raw import RawData
 LINES = ["ImageId,Label\n", "1,0\n", "2,0\n", "3,0\n"]
 
 
-def sample_of(*lines: str) -> submission.Sample:
+def sample_of(*lines: str, several: bool = False) -> submission.Sample:
     reader = csv.reader(lines)
-    return submission.Sample.of(((reader.line_num, row) for row in reader if row), "the sample")
+    return submission.Sample.of(((reader.line_num, row) for row in reader if row), "the sample", several=several)
 
 
 SAMPLE = sample_of(*LINES)
@@ -237,6 +237,37 @@ def test_rows_are_put_in_the_order_of_the_sample_and_what_is_not_of_it_goes_last
     assert ordered([(3, 9), (4, 0), (1, 7), (1, 6), (2, 8)]) == [(1, 7), (1, 6), (2, 8), (3, 9), (4, 0)]
     passed = SAMPLE.in_order(iter([(1, 7), (2, 8), ()]))
     assert next(passed) == (1, 7) and [*passed] == [(2, 8), ()]
+
+
+SEVERAL = sample_of("id,runs", "a,1 1", "b,1 1", "b,", "c,1 1", several=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (["a 1 2", "b 3 1", "b 5 2", "b 9 1", "c "], None),
+        (["a 1 2", "b ", "c 1 1", "c 4 4"], None),
+        (["a 1 2", "a 3 3", "c 1 1"], "line 4: id c, expected b"),
+        (["a 1 2", "b 3 3"], "line 4: id c is missing"),
+        (["a 1 2", "b 3 3", "a 4 4", "c 1 1"], "line 4: id a is there twice"),
+        (["a 1 2", "b 3 3", "c 4 4", "d 1 1"], "line 5: id d is not in the sample"),
+    ],
+)
+def test_an_id_has_several_rows_where_the_task_says_so(tmp_path, rows, told):
+    """As the ships of an image, or its kinds of damage: the rows of an id follow each other, none is left out."""
+    assert SEVERAL.ids == ("a", "b", "c")
+    path, cells = tmp_path / "x.csv", [row.split(" ", 1) for row in rows]
+    if told is None:
+        submission.write(path, SEVERAL, cells, None, {})
+        assert list(csv.reader(open(path)))[1:] == cells and submission.check(path, SEVERAL) == len(cells)
+        shuffled = sorted(cells, key=lambda row: "bca".index(row[0]))
+        assert list(SEVERAL.in_order(iter(shuffled))) == list(SEVERAL.in_order(iter(cells))) == cells
+    else:
+        with pytest.raises(UserError, match=told):
+            submission.write(path, SEVERAL, cells, None, {})
+        assert not path.exists()
+    with pytest.raises(UserError, match="id b is there twice, first in line 3, .*Submission.several=True"):
+        sample_of("id,runs", "a,1 1", "b,1 1", "b,")
 
 
 def test_where_the_sample_has_true_and_false_no_probability_is_taken_for_them(tmp_path):

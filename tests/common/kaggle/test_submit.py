@@ -612,6 +612,19 @@ def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, m
     assert len(kaggle.submissions) == 2
 
 
+def test_ids_may_have_several_rows_where_the_task_says_so(kaggle, module):
+    text = "id,label\n1,5\n1,6\n2,7\n"
+    written(text=text)
+    with pytest.raises(UserError, match="id 1 is there twice"):
+        submit(module)
+    written("002-best", text=text, several_rows=True)
+    Path("mine.csv").write_text(text.replace("7", "8"))
+    module.build = lambda *_: SimpleNamespace(submission=Submission(several=True))
+    submit(module)
+    submit(module, file="mine.csv")
+    assert len(kaggle.submissions) == 2
+
+
 # The board.
 
 
