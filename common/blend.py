@@ -9,6 +9,7 @@ memory, weights are chosen on evenly spaced rows, and the predictions are combin
 
 import argparse
 import csv
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,10 @@ from common.config import Config
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
+from common.files import expanded
 from common.loading import folds
 from common.loading.loader import in_order
-from common.metrics import Metric
+from common.metrics import Metric, without_ones
 from common.predict import Member, write_submission
 from common.predictions import (
     Predictions,
@@ -130,7 +132,8 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     """Combine the runs that --run names, or else all comparable runs; writes a new run and its submission."""
     started, space = time.monotonic(), _space(given)
     name = competition.name
-    if given.name and (runs.folder_of(name, given.name) / "run.json").is_file():
+    there = given.name and (runs.folder_of(name, given.name) / "run.json").is_file()
+    if there and not runs.load(name, given.name).is_unfinished_blend:
         raise UserError(f"--name {given.name} is there already: give the blend another name")
     members = _members(competition, given.run)
     base, config = members[0], members[0].config(competition.config_class)
@@ -139,6 +142,11 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     task = completed(competition.build(config, found, print), found)
     if task.fingerprint != base.provenance["data_fingerprint"]:
         raise UserError(f"{found.path} is not what {base.name} was trained on: pass its files, DATA=folder-or-zip")
+    if folds.fingerprint(task.data.folds, task.data.ids) != base.provenance["folds_fingerprint"]:
+        raise UserError(
+            f"{base.name} had other folds or ids than competitions/{name} makes of the same data now: blend with the "
+            f"code of its training (commit {base.provenance['commit']}), or train the runs again"
+        )
     oof = _aligned([Kept.of_run(run, "oof") for run in members], given.oof)
     row_of = {str(one): row for row, one in enumerate(task.data.ids)}
     rows = np.array([row_of[one] for one in oof[0].ids], int)
@@ -150,13 +158,13 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     chosen, sampled = choose(task, config, oof, rows, given, space)
 
     provenance = provenance_of(competition, task, "blend", found) | {"demo": base.provenance["demo"]}
-    run = runs.new_run(name, given.name, config, provenance)
     names = [one.name for one in oof]
-    run.write_json("blend.json", {"by": given.by, "space": given.space, "members": names})
+    told = {"by": given.by, "space": given.space, "members": names}
+    run = runs.new_run(name, given.name, config, provenance, told)
     folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
     kept = task.postprocess.kept
-    if given.by == "stack" or (space is RANKS and kept == "float16"):
-        kept = "float32"  # a ridge regression may leave 0..1, and in float16 the highest of many ranks would tie
+    if given.by == "stack" or space is RANKS:
+        kept = "float32"  # a ridge regression may leave 0..1, and the highest of many ranks would tie
     parts = {int(fold): np.flatnonzero(task.data.folds[rows] == fold) for fold in np.unique(task.data.folds[rows])}
     write_combined(run.path, "oof", oof, [(parts[fold], chosen.by_part[fold]) for fold in parts], space, kept)
     write_combined(run.path, "test", test, [(np.arange(len(test[0].ids)), chosen.fitted)], space, kept)
@@ -180,7 +188,7 @@ def _space(given: argparse.Namespace) -> Space:
     if word in ("plain", "rank") and not exponent:
         return {"plain": PLAIN, "rank": RANKS}[word]
     try:
-        if word == "power":
+        if word == "power" and math.isfinite(float(exponent)):
             return power(float(exponent))
     except ValueError:
         pass
@@ -220,7 +228,10 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
     if ids is None:
         common = set(found[0].ids).intersection(*(one.ids for one in found))
         ids = [name for name in found[0].ids if name in common]
-    found = found + [Kept.of_file(Path(name), found[0]) for name in (files or "").split(",") if name]
+    paths = [expanded(name, name) for name in (files or "").split(",") if name]
+    added = [Kept.of_file(path, found[0]) for path in paths]
+    stems = [one.name for one in found + added]  # lgbm/oof.csv and xgb/oof.csv differ only in their path
+    found = found + [replace(one, name=one.where) if stems.count(one.name) > 1 else one for one in added]
     names = [one.name for one in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{twice[0]} is there twice: name every run, and every file, once")
@@ -258,6 +269,8 @@ def _way(
     if needs_targets and not isinstance(targets, torch.Tensor):
         raise UserError(f"--by {given.by}: the targets are a tree, use --by hill without --per-class")
     truth = targets.numpy() if isinstance(targets, torch.Tensor) else None
+    if truth is not None and without_ones(truth.shape) == without_ones(members.shape[1:]):
+        truth = truth.reshape(members.shape[1:])  # [m, 1] is the same as [m], as for metrics
     by_number = truth is not None and members.ndim == truth.ndim + 2  # class numbers
     if given.by == "stack":
         from sklearn.linear_model import LogisticRegression, Ridge

@@ -101,7 +101,7 @@ def tune(name: str, argv: list[str]) -> None:
         raise UserError(f'--search is missing: make tune COMP={name} ARGS="--search lr=1e-4:1e-2:log"')
     from common import tune as tuning
 
-    tuning.tune(competition, config, given.recipe, given.search, given.trials, rest)
+    tuning.tune(competition, config, given.recipe, given.search, given.trials, rest, given.data)
 
 
 def runs(name: str, argv: list[str]) -> None:

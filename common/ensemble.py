@@ -58,11 +58,18 @@ RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are among 
 
 
 def power(exponent: float) -> Space:
-    """The power mean of non-negative predictions: 1 is the plain mean, 0 geometric, -1 harmonic."""
-    if exponent == 0:
-        return Space(lambda x: np.log(np.maximum(x, SMALLEST)), np.exp)
-    least = SMALLEST if exponent < 0 else 0.0
-    return Space(lambda x: np.maximum(x, least) ** exponent, lambda x: x ** (1 / exponent))
+    """The power mean: 1 is the plain mean, 0 geometric, -1 harmonic. Raises UserError for negative predictions."""
+    least = SMALLEST if exponent <= 0 else 0.0
+
+    def there(members: np.ndarray) -> np.ndarray:
+        if members.size and members.min() < 0:
+            raise UserError(
+                f"power:{exponent:g} has no place for a prediction of {members.min():.5g}: use --space plain"
+            )
+        members = np.maximum(members, least)
+        return members**exponent if exponent else np.log(members)
+
+    return Space(there, lambda x: x ** (1 / exponent) if exponent else np.exp(x))
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,7 @@ def per_class(choose_of: Callable[[int], Choose]) -> Choose:
 def stacked(model: Any, targets: np.ndarray) -> Choose:
     """A scikit-learn model on the predictions of all runs side by side: Ridge(), or LogisticRegression() for classes.
 
-    It is fitted to `targets` [m] or [m, T]. If these are class numbers, every class must occur in every part.
+    It is fitted to `targets` [m] or [m, T]. A class that is absent from the rows of a fit gets the probability 0.
     """
 
     def features(members: np.ndarray) -> np.ndarray:
@@ -227,9 +234,26 @@ def stacked(model: Any, targets: np.ndarray) -> Choose:
     def choose(members: np.ndarray, rows: np.ndarray) -> Fitted:
         from sklearn.base import clone
 
-        fitted = clone(model).fit(features(members), np.asarray(targets)[rows])
-        predict = getattr(fitted, "predict_proba", fitted.predict)
-        return lambda others: predict(features(others)).reshape(others.shape[1:])
+        try:
+            fitted = clone(model).fit(features(members), np.asarray(targets)[rows])
+        except ValueError as error:  # one class alone, or targets that nobody knows
+            reason = str(error).splitlines()[0]
+            raise UserError(f"a stack cannot be fitted to these targets ({reason}): use another --by") from error
+        if not hasattr(fitted, "predict_proba"):
+            return lambda others: fitted.predict(features(others)).reshape(others.shape[1:])
+
+        classes = fitted.classes_.astype(int)
+        if not 0 <= classes[0] <= classes[-1] < members.shape[2]:
+            raise UserError(
+                f"a stack of {members.shape[2]} classes: the targets have {classes[0]} to {classes[-1]}, use --by hill"
+            )
+
+        def chances(others: np.ndarray) -> np.ndarray:
+            result = np.zeros(others.shape[1:], np.float32)
+            result[:, classes] = fitted.predict_proba(features(others))
+            return result
+
+        return chances
 
     return choose
 
@@ -244,7 +268,7 @@ class Blend:
     score: float  # of `predictions`
     mean: float  # score of the plain mean of the runs
     members: np.ndarray  # [runs] score of each run alone
-    without: np.ndarray | None  # [runs] score of the blend without each run
+    without: np.ndarray | None  # [runs] score of the blend without each run, NaN where the blend needs the run
     correlation: np.ndarray  # [runs, runs] of the runs' predictions
 
     @property
@@ -277,7 +301,7 @@ def nested(
     without = None
     if leave_out:
         rest = (np.delete(members, run, axis=0) for run in range(len(members)))
-        without = np.array([score(_by_parts(others, parts, choose)[1]) for others in rest])
+        without = np.array([_score_or_nan(others, parts, choose, score) for others in rest])
     flat = members.reshape(len(members), -1)
     return Blend(
         choose(members, rows),
@@ -289,6 +313,16 @@ def nested(
         without,
         np.corrcoef(flat[:, :: max(1, flat.shape[1] // CORRELATED)]),
     )
+
+
+def _score_or_nan(
+    members: np.ndarray, parts: np.ndarray, choose: Choose, score: Callable[[np.ndarray], float]
+) -> float:
+    """The nested score of these runs; NaN if they cannot be combined, as the blend may need the run left out."""
+    try:
+        return score(_by_parts(members, parts, choose)[1])
+    except UserError:
+        return math.nan
 
 
 def _by_parts(members: np.ndarray, parts: np.ndarray, choose: Choose) -> tuple[dict[int, Fitted], np.ndarray]:

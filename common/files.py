@@ -68,7 +68,7 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _make_folder(path.parent)
+        make_folder(path.parent)
         with _own_draft(draft, mode, options) as stream:
             _remove_dead_drafts(path)
             yield stream
@@ -86,7 +86,8 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
             draft.unlink(missing_ok=True)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it; raises UserError where one of them is something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -176,7 +177,7 @@ def locked(path: Path, busy: str = "") -> IO[str]:
     While another process holds the lock it waits or, if `busy` is given, raises UserError(busy) at once.
     """
     try:
-        _make_folder(path.parent)
+        make_folder(path.parent)
         stream = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise not_written(path, error) from error

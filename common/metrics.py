@@ -141,7 +141,7 @@ def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
     """The values that the metric compares; axes of size one are dropped where the shapes differ in nothing else."""
     found, truth, *rest = metric.pick(decisions, targets)
     if isinstance(found, Tensor) and isinstance(truth, Tensor) and found.shape != truth.shape:
-        plain, expected = (_without_ones(tensor.shape) for tensor in (found, truth))
+        plain, expected = (without_ones(tensor.shape) for tensor in (found, truth))
         if plain == expected:
             found, truth = found.reshape(plain), truth.reshape(expected)
     sizes = {len(tensor) for tensor in tensors_of((found, truth, *rest))}
@@ -150,7 +150,8 @@ def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
     return found, truth, *rest
 
 
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape [B, ...] without its axes of size one: tensors that then have the same shape match."""
     return *shape[:1], *(size for size in shape[1:] if size != 1)
 
 

@@ -137,14 +137,19 @@ def _test_rows(
 
 def _kept_batches(member: Member, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Predictions]]:
     kept = read_predictions(member.run.path, "test")
-    if kept is None or read_ids(member.run.path, "test") != [str(name) for name in member.task.data.test_ids]:
-        raise _no_other_data(member.run)
+    if kept is None or not keeps_test_rows(member.run, member.task):
+        raise no_other_data(member.run)
     for start in range(0, len(rows), member.config.batch_size):
         part = slice(start, start + member.config.batch_size)
         yield rows[part], unpack(part_of(kept, part))
 
 
-def _no_other_data(run: Run) -> UserError:
+def keeps_test_rows(run: Run, task: Task) -> bool:
+    """Whether the run has kept predictions of the task's test rows, in their order."""
+    return read_ids(run.path, "test") == [str(name) for name in task.data.test_ids]
+
+
+def no_other_data(run: Run) -> UserError:
     return UserError(
         f"{run.path} keeps predictions for {run.provenance['data']} as that was, and has no network to predict other "
         f"data with: train a run on these"
@@ -308,7 +313,7 @@ def predict(
         if task.fit_predict or run.is_blend:  # its predictions are kept
             refuse_unused(replace(config, bad_images=trained.bad_images), trained, trained, ())
             if task.fingerprint != run.provenance["data_fingerprint"]:
-                raise _no_other_data(run)
+                raise no_other_data(run)
         use_threads(config, with_workers=needs_workers(task))
         check_before(task, competition, every_image=not is_filled)
         members.append(Member(run, task, config))

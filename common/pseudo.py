@@ -35,7 +35,7 @@ from common.loading.collate import as_tensors, collate, join
 from common.loading.keys import Keys
 from common.loading.loader import in_order
 from common.loading.transfer import to_device
-from common.predict import Member
+from common.predict import Member, keeps_test_rows, no_other_data
 from common.predictions import Predictions, count_of, leaves, mean_of, read_predictions, unpack
 from common.raw import RawData
 from common.run import Run
@@ -108,6 +108,9 @@ class Pseudo:
                     f"--pseudo {run.name} predicts {len(task.data.test_ids)} test rows that are not the "
                     f"{len(self.task.data.test_ids)} of this run: name runs with the same test rows"
                 )
+            same = task.fingerprint == run.provenance["data_fingerprint"]
+            if task.network is None and not (same and keeps_test_rows(run, task)):
+                raise no_other_data(run)  # its labels are kept predictions, matched row by row
             members.append(Member(run, task, config))
         return members
 
@@ -137,7 +140,7 @@ class Pseudo:
             if any(form != forms[0] for form in forms):
                 raise UserError(f"--pseudo {self.config.pseudo}: the runs predict {forms}, expected one form of all")
             for member in self.members:
-                if fold is not None and member.config.keep == "best":
+                if fold is not None and member.task.network and member.config.keep == "best":
                     run.log(
                         f"{member.run.name} kept its best epoch by the score on {fold_label(fold)}, so much its labels "
                         f"know of it (--keep last knows nothing)"

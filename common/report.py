@@ -144,7 +144,7 @@ def score_line(result: dict[str, Any]) -> str:
         return f"{metric} {value:.5f}" + (f" ± {errors[metric]:.5f}" if metric in errors else "")
 
     words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
-    if result["score"] != values[name]:
+    if result["score"] != values[name] and not math.isnan(values[name]):
         words += f", by rules that were tuned without them ({values[name]:.5f} by rules that were tuned on them)"
     others = ", ".join(told(metric, value) for metric, value in values.items() if metric != name)
     return words + (f"; {others}" if others else "") + "."

@@ -15,7 +15,7 @@ from typing import Any
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import locked, not_written, read_json, write_json, write_text
+from common.files import locked, make_folder, not_written, read_json, write_json, write_text
 from common.progress import say
 
 RUNS = Path("runs")
@@ -45,6 +45,11 @@ class Run:
     def is_blend(self) -> bool:
         """Whether it is a blend of other runs, which has predictions but no models."""
         return (self.path / "blend.json").is_file()
+
+    @property
+    def is_unfinished_blend(self) -> bool:
+        """Whether it is a blend without a result, which may be started anew without loss."""
+        return self.is_blend and self.result is None
 
     @property
     def is_finished(self) -> bool:
@@ -246,11 +251,21 @@ def _resumed(run: Run) -> Run:
     return run
 
 
-def new_run(competition: str, name: str | None, config: Config, provenance: dict[str, Any]) -> Run:
-    """Make a run with its folder; a generated name begins with the next number among the competition's runs."""
+def new_run(
+    competition: str,
+    name: str | None,
+    config: Config,
+    provenance: dict[str, Any],
+    blend: dict[str, Any] | None = None,
+) -> Run:
+    """Make a run with its folder; a generated name begins with the next number among the competition's runs.
+
+    `blend`, the content of blend.json, makes it a blend; an unfinished blend of that name is started anew. Raises
+    UserError when another process has made a run of that name.
+    """
     home = RUNS / competition
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
     except OSError as error:
         raise not_written(home, error) from error
     number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
@@ -258,7 +273,7 @@ def new_run(competition: str, name: str | None, config: Config, provenance: dict
         demo = "-demo" * (provenance["demo"] and provenance["recipe"] != "demo")
         path = home / (name or f"{number:03d}-{provenance['recipe']}{demo}")
         try:
-            path.mkdir(exist_ok=name is not None)
+            make_folder(path) if name else path.mkdir()
             break
         except FileExistsError:
             number += 1
@@ -266,6 +281,10 @@ def new_run(competition: str, name: str | None, config: Config, provenance: dict
             raise not_written(path, error) from error
     run = Run(path, {"format": FORMAT, "run": path.name, **provenance, "created": now()})
     run.lock()
+    if (path / "run.json").is_file() and not (blend and run.is_unfinished_blend):
+        raise UserError(f"another process has made {path} meanwhile: repeat the command, or name another run")
+    if blend:
+        run.write_json("blend.json", blend)  # before run.json, so that no training resumes it
     write_text(path / "config.json", configs.to_json(config) + "\n")
     run.write_json("run.json", run.provenance)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")

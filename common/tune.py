@@ -9,19 +9,23 @@ import argparse
 import hashlib
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from common import config as configs
+from common import raw
 from common import run as runs
 from common.competition import Competition
 from common.config import Config
@@ -76,17 +80,30 @@ def command(competition: str, flags: list[str], run: str) -> list[str]:
     return [sys.executable, "-m", "common", "train", competition, *flags, f"--run={run}", "--no-submission"]
 
 
-def tune(competition: Competition, config: Config, recipe: str, search: str, trials: int, given: list[str]) -> None:
-    """Run the search until `trials` trials have ended; `given` are the flags of all trials."""
+def tune(
+    competition: Competition,
+    config: Config,
+    recipe: str,
+    search: str,
+    trials: int,
+    given: list[str],
+    data: str | None = None,
+) -> None:
+    """Run the search until `trials` trials have ended; `given` are the flags of all trials.
+
+    `data` is the value of DATA=: a search on demo data is kept apart from one on the real data.
+    """
     if config.fold == "none":
         raise UserError("--fold none holds nothing out, so no trial has a score: give --fold 0 or --fold all")
     if trials < 1:
         raise UserError(f"TRIALS={trials}: expected at least 1")
     space, home = space_of(search, config), runs.RUNS / competition.name
     given = [f"--recipe={recipe}", *given]
-    name = hashlib.sha256(shlex.join([*sorted(given), search, configs.to_json(config)]).encode()).hexdigest()[:6]
+    words = [*sorted(given), search, configs.to_json(config), *["demo"] * raw.would_be_demo(competition.name, data)]
+    name = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with locked(home / f"tune-{name}.lock", f"this search of {competition.name} runs already, in another process"):
+    busy = f"this search of {competition.name} runs already, in another process"
+    with locked(home / f"tune-{name}.lock", busy), _told_of(home / "tune.db"):
         storage = optuna.storages.RDBStorage(f"sqlite:///{home / 'tune.db'}")
         direction = "maximize" if competition.source.higher_is_better else "minimize"
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
@@ -94,7 +111,20 @@ def tune(competition: Competition, config: Config, recipe: str, search: str, tri
         study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
         study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED, n_warmup_steps=1)
         _search(study, space, competition.name, given, trials)
-    _tell(study, competition.name, given, search)
+        _tell(study, competition.name, given, search)
+
+
+@contextmanager
+def _told_of(database: Path) -> Iterator[None]:
+    """Inside the block, errors of the database or its disk are raised as UserError."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(
+            f"{database} cannot be read or written ({reason}): free disk space and repeat the same command, put a "
+            f"whole copy back, or delete it, which begins its searches anew"
+        ) from error
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:
@@ -104,7 +134,11 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _search(study: optuna.Study, space: Space, competition: str, given: list[str], trials: int) -> None:
-    for trial in study.get_trials(states=[TrialState.RUNNING]):  # of a search that was stopped
+    stopped = study.get_trials(states=[TrialState.RUNNING])  # of a search that was stopped
+    for run in (trial.user_attrs["run"] for trial in stopped if "run" in trial.user_attrs):
+        busy = f"{run} is still trained by a process that a killed search has left: wait for it, or end it"
+        locked(runs.RUNS / competition / run / "lock", busy).close()
+    for trial in stopped:
         study.tell(trial.number, state=TrialState.FAIL)
         if "run" in trial.user_attrs:  # it goes on as a new trial with the same run
             study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
@@ -124,6 +158,7 @@ def _search(study: optuna.Study, space: Space, competition: str, given: list[str
 def _one(trial: Trial, competition: str, flags: list[str], run: str) -> tuple[TrialState, float | None, str]:
     """Train one trial; returns its state, its score, and both in words."""
     folder, reported = runs.RUNS / competition / run, 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # its default would leave the trial running
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command(competition, flags, run), stdout=subprocess.DEVNULL, stderr=errors)
         try:
@@ -137,6 +172,7 @@ def _one(trial: Trial, competition: str, flags: list[str], run: str) -> tuple[Tr
                     return TrialState.PRUNED, None, f"stopped after {reported} validations, at {curve[-1]:.5f}"
         finally:
             _stop(child)
+            signal.signal(signal.SIGTERM, before)
         errors.seek(0)
         last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
     result = folder / "result.json"
@@ -158,7 +194,7 @@ def _stop(child: subprocess.Popen) -> None:
 
 def _curve(folder: Path) -> Iterator[float]:
     """The metric of every validation so far, fold by fold: it is the column after the validation loss."""
-    for table in sorted(folder.glob("fold-*/metrics.csv")):
+    for table in sorted(folder.glob("fold-*/metrics.csv"), key=lambda file: int(file.parent.name[5:])):
         for row in read_table(table):
             names = list(row)
             metric = row.get(names[names.index("valid_loss") + 1]) if "valid_loss" in names else None

@@ -13,9 +13,10 @@ import torch
 
 from common import blend as blending
 from common import ensemble, predict, runs_table
+from common import run as runs
 from common.blend import Kept, as_tree, blend, write_combined
 from common.errors import UserError
-from common.metrics import accuracy, f_beta
+from common.metrics import accuracy, f_beta, rmse
 from tests.common import toy
 from tests.common.toy_runs import predict_again, toy_train
 
@@ -152,9 +153,10 @@ def test_every_label_on_its_own_needs_a_metric_of_one(monkeypatch):
 
 def test_ranks_are_kept_as_exactly_as_they_are(monkeypatch):
     whole = toy.build
-    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), kept="float16"))
-    assert kept(blended("ranks", by="mean", space="rank")[0].name)[1].dtype == np.float32
-    assert kept(blended("halves", by="mean")[0].name)[1].dtype == np.float16
+    for kind in ("float16", "uint8"):
+        monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), kept=kind))  # noqa: B023
+        assert kept(blended(f"ranks-{kind}", by="mean", space="rank")[0].name)[1].dtype == np.float32
+        assert kept(blended(f"means-{kind}", by="mean")[0].name)[1].dtype == kind
 
 
 def test_a_blend_predicts_no_other_data_and_takes_no_flag_of_networks(tmp_path):
@@ -200,6 +202,33 @@ def test_files_of_other_programs_join_by_their_ids():
     assert not Path("runs/toy/refused").exists()
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(monkeypatch):
+    ids, oof = kept("one")
+    test_ids, test = kept("one", "test")
+    for name in ("lgbm", "xgb"):
+        Path(name).mkdir()
+        foreign(f"{name}/one.csv", ids, oof)
+        foreign(f"{name}/test.csv", test_ids, test)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    _, result = blended("same", "one", oof="~/lgbm/one.csv,xgb/one.csv", test="~/lgbm/test.csv,xgb/test.csv", by="mean")
+    assert set(result["blend"]["weights"]) == {"one", f"{Path.cwd()}/lgbm/one.csv", "xgb/one.csv"}
+    with pytest.raises(UserError, match="xgb/one.csv is there twice"):
+        blended("refused", "one", oof="xgb/one.csv,xgb/one.csv", test="xgb/test.csv,lgbm/test.csv")
+    foreign("negative.csv", ids, oof - 0.5)
+    with pytest.raises(UserError, match="power:0 has no place for a prediction of -0.[345].*: use --space plain"):
+        blended("refused", "one", oof="negative.csv", test="xgb/test.csv", space="power:0")
+    assert not Path("runs/toy/refused").exists()
+
+
+def test_ids_that_the_code_names_otherwise_now_are_refused(monkeypatch):
+    whole = toy.build
+    renamed = lambda *given: toy.changed(whole(*given), ids=[f"r{row}/0" for row in range(120)])  # noqa: E731
+    monkeypatch.setattr(toy, "build", renamed)
+    with pytest.raises(UserError, match="one had other folds or ids than competitions/toy makes of the same data now"):
+        blended("refused")
+    assert not Path("runs/toy/refused").exists()
+
+
 def test_what_does_not_go_together_is_refused(request):
     for name, change in (("folds", "folds_fingerprint"), ("rows", "data_fingerprint"), ("unpredicted", "")):
         folder = Path(shutil.copytree("runs/toy/weak", f"runs/toy/{name}"))
@@ -215,6 +244,7 @@ def test_what_does_not_go_together_is_refused(request):
         ({"run": "one,one"}, "twice"),
         ({"by": "nnls", "space": "rank"}, "leave --space out"),
         ({"space": "power:x"}, "power:P"),
+        ({"space": "power:nan"}, "power:P"),
         ({"name": "one"}, "one is there already"),
         ({"name": "one,two"}, "bytes without / and ,"),
     ]
@@ -222,6 +252,26 @@ def test_what_does_not_go_together_is_refused(request):
         with pytest.raises(UserError, match=words):
             blended(**{"name": "refused"} | given)
     assert not Path("runs/toy/refused").exists()
+
+
+def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypatch):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    for part in (runs, blending):  # while run.json is written, and while it is scored
+        with monkeypatch.context() as patch:
+            if part is runs:
+                patch.setattr(runs.Run, "log", stop)
+            patch.setattr(blending, "score_oof", stop)
+            with pytest.raises(KeyboardInterrupt):
+                blended("stopped")
+        assert runs.load("toy", "stopped").is_unfinished_blend
+    with pytest.raises(UserError, match="stopped is not finished"):
+        runs.finished("toy", "stopped")
+    _, result = blended("stopped")
+    assert result["score"] == blended("unstopped")[1]["score"]
+    with pytest.raises(UserError, match="is there already"):
+        blended("stopped", by="mean")
 
 
 def test_large_predictions_are_combined_block_by_block(monkeypatch):
@@ -247,3 +297,22 @@ def test_a_tree_is_combined_leaf_by_leaf(tmp_path):
         np.testing.assert_allclose(np.load(tmp_path / f"oof.{leaf}.npy"), expected[[4, 1, 0]], rtol=1e-6)
     back = as_tree(members[0].rows(slice(None)), members[0].shapes)
     assert all(torch.allclose(back[leaf].double(), torch.from_numpy(trees[0][leaf])) for leaf in "ab")
+
+
+@pytest.mark.parametrize(("shape", "wanted"), [((90, 1), (90,)), ((90,), (90, 1))])
+@pytest.mark.parametrize("by", ["nnls", "stack"])
+def test_a_column_and_its_numbers_are_the_same_targets(shape, wanted, by):
+    """As for metrics: predictions [m, 1] of targets [m] are no single class of class numbers."""
+    random = np.random.default_rng(0)
+    truth = random.normal(size=90).astype(np.float32)
+    members = np.stack([truth + random.normal(0, off, 90).astype(np.float32) for off in (0.1, 1)])
+    given = argparse.Namespace(by=by, per_class=False)
+
+    def predicted(members, targets):
+        way = blending._way(given, None, torch.from_numpy(targets), members, rmse(), ensemble.PLAIN)
+        return way(members, np.arange(90))(members)
+
+    found = predicted(members.reshape(2, *shape), truth.reshape(wanted))
+    assert found.shape == shape
+    np.testing.assert_array_equal(found.ravel(), predicted(members, truth))
+    assert rmse().score(found, truth) < 0.11

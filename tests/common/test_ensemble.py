@@ -166,6 +166,26 @@ def test_stack_of_logistic_regression():
     assert blend.weights is None and blend.score > blend.members.max()
 
 
+def test_a_stack_knows_the_classes_that_a_part_lacks():
+    """The third class is in part 0 alone, so nothing fitted without part 0 has heard of it."""
+    rare = np.where((CLASS == 2) & (PARTS != 0), 0, CLASS)
+    predictions = nested(MEMBERS, PARTS, ensemble.stacked(LogisticRegression(), rare), LOSS, False).predictions
+    assert (predictions[PARTS == 0, 2] == 0).all() and (predictions[PARTS != 0, 2] > 0).all()
+    np.testing.assert_allclose(predictions.sum(1), 1, rtol=1e-5)
+    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "have -1 to 1"), (CLASS * np.nan, "NaN")):
+        with pytest.raises(UserError, match=words):
+            ensemble.stacked(LogisticRegression(), targets)(MEMBERS, ROWS)
+
+
+def test_a_blend_may_need_a_run():
+    """The other one predicts the opposite: no blend without the first, and its cost is not known."""
+    truth = RNG.normal(size=M)
+    objective = maximise(metrics.rmse(), truth)
+    blend = nested(np.stack([truth, -truth]), PARTS, ensemble.least_squares(truth), objective)
+    assert blend.weights.tolist() == [1, 0] and blend.score == 0
+    assert np.isnan(blend.without[0]) and blend.without[1] == 0
+
+
 def test_objectives_grow_and_see_the_rows_they_are_asked_for():
     assert LOSS(MEMBERS[0], ROWS) == -metrics.log_loss().score(MEMBERS[0], CLASS)
     tree = {"y": torch.from_numpy(CLASS), "w": (CLASS, np.ones(M))}

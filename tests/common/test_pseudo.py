@@ -134,6 +134,16 @@ def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatc
     np.testing.assert_array_equal(joined(2, pseudo="trees", fold="2").data.train.test.targets, given[2])
     with pytest.raises(UserError, match="--pseudo trees: this task has no network"):
         toy_train("more", epochs=1, pseudo="trees")
+    assert "kept its best epoch" not in Path("student/log.txt").read_text(), "it has no epochs"
+    shutil.rmtree("student")
+    reversed_ids = [f"t{row}" for row in reversed(range(30))]
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(build(*given), test_ids=reversed_ids))
+    with pytest.raises(UserError, match="trees keeps predictions for .* as that was, .* train a run on these"):
+        joined(2, pseudo="trees", fold="2")
+    monkeypatch.setattr(toy, "build", build)
+    Path("data/demo/toy/seed.txt").write_text("2")  # other contents under the same ids
+    with pytest.raises(UserError, match="trees keeps predictions for .* as that was"):
+        joined(2, pseudo="trees", fold="2")
 
 
 # Refusals.

@@ -138,6 +138,9 @@ def test_a_run_of_rules_names_both_of_its_scores():
         "CV score: f2 0.50000 on 10 rows, by rules that were tuned without them (0.60000 by rules that were "
         "tuned on them)."
     )
+    nan = float("nan")
+    told = score_line({"monitor": "auc", "score": nan, "metrics": {"auc": nan}, "rows": 9})
+    assert told == "CV score: auc nan on 9 rows.", "nothing was tuned"
     assert score_line({"score": None}) == "No CV score: no rows were held out."
 
 

@@ -131,6 +131,28 @@ def test_folders_that_cannot_be_made_are_named(monkeypatch):
         run.lock()
 
 
+def test_a_name_that_is_no_folder_is_refused_at_once(tmp_path):
+    """A run moved to a disk that is gone, a file: the search for a free number would never end."""
+    Path("runs/toy").mkdir(parents=True)
+    Path("runs/toy/moved").symlink_to(tmp_path / "gone")
+    Path("runs/toy/runs.csv").write_text("")
+    for name in ("moved", "runs.csv"):
+        with pytest.raises(UserError, match=f"runs/toy/{name} cannot be a folder"):
+            open_run(name)
+    Path("runs/other").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="runs/other cannot be a folder"):
+        runs.new_run("other", None, Config(), PROVENANCE)
+
+
+def test_what_another_process_has_made_meanwhile_is_not_made_again():
+    def other():
+        open_run("mine", Config(lr=0.25)).write_result({"score": 1.0})
+
+    with pytest.raises(UserError, match="another process has made runs/toy/mine meanwhile"):
+        runs.open_run("toy", "mine", Config(), PROVENANCE, before_new=other)
+    assert runs.load("toy", "mine").config(Config).lr == 0.25
+
+
 def test_the_config_and_origin_are_read_back():
     run = open_run("mine", Config(lr=0.25))
     again = runs.load("toy", "mine")

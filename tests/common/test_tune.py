@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from common import tune
 from common.config import Parser, add_flags, with_flags
 from common.errors import UserError
+from common.files import locked
 from tests.common import toy
 
 # A trial without torch: its curve grows to 1 - |lr - 0.03|, an epoch in 0.1 seconds. It notes how often it was begun.
@@ -143,7 +145,10 @@ def test_a_search_is_known_by_its_settings(monkeypatch):
         add_flags(parser, recipe)
         config = with_flags(recipe, parser.parse_args(given))
         tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
-    assert len(set(names)) == 3 and names[0] == names[3]
+    Path("data/toy").mkdir(parents=True)
+    Path("data/toy/seed.txt").write_text("1")
+    tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
+    assert len(set(names)) == 4 and names[0] == names[3] != names[4], "demo data have trials of their own"
 
 
 def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):
@@ -214,3 +219,51 @@ def test_trials_are_runs_of_the_kit_without_submissions(monkeypatch, tmp_path, c
     assert trial.value == result["score"] and list(trial.intermediate_values) in ([], [0])
     assert config["optimizer"] == trial.params["optimizer"] and config["lr"] == float(f"{trial.params['lr']:.6g}")
     assert not Path("submissions").exists() and not (folder / "unfinished").exists()
+
+
+def test_a_search_that_is_terminated_ends_its_trial(trainer, monkeypatch):
+    """What a killed search leaves behind would hold the run that the next one goes on with."""
+    children, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *of, **how: children.append(popen(*of, **how)) or children[-1])
+    monkeypatch.setattr(tune, "time", SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM)))
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *of: heard.append(of) or pytest.fail("the search goes on"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search("lr=0.01:0.1", 1, "--tick=60")
+        assert children[0].returncode == -signal.SIGTERM and not heard
+        with pytest.raises(pytest.fail.Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_trial_that_a_killed_search_has_left_is_waited_for(trainer, monkeypatch):
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "_one", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search("lr=0.01:0.1", 1)
+    (trial,) = study().trials
+    with locked(Path("runs/toy") / trial.user_attrs["run"] / "lock"):
+        with pytest.raises(UserError, match="-000 is still trained by a process that a killed search has left"):
+            search("lr=0.01:0.1", 1)
+        assert [one.state.name for one in study().trials] == ["RUNNING"]
+    search("lr=0.01:0.1", 1)
+    assert [one.state.name for one in study().trials] == ["FAIL", "COMPLETE"]
+
+
+def test_a_damaged_database_is_a_line(trainer):
+    Path("runs/toy").mkdir(parents=True)
+    Path("runs/toy/tune.db").write_text("no database" * 99)
+    with pytest.raises(UserError, match=r"runs/toy/tune.db cannot be read .*not a database.*or delete it"):
+        search("lr=0.01:0.1", 1)
+
+
+def test_curves_are_in_the_order_of_the_folds(tmp_path):
+    for fold in range(12):
+        (tmp_path / f"fold-{fold}").mkdir()
+        (tmp_path / f"fold-{fold}" / "metrics.csv").write_text(f"valid_loss,accuracy\n0.5,{fold}\n")
+    assert list(tune._curve(tmp_path)) == list(range(12))
