@@ -166,14 +166,26 @@ def _check_rows(task: Task, decisions: object) -> None:
     """Check the CSV rows that these decisions would make, with ids of test rows."""
     ids = [str(name) for name in task.data.test_ids][: len(tensors_of(decisions)[0])]
     decisions = map_tree(lambda x: x[: len(ids)], decisions)
-    asked = set(task.sample.ids)
+    asked, one_each = set(task.sample.ids), len(task.data.test_ids) == len(task.sample.ids)
+    told: set[str] = set()
     for row in task.submission.rows(ids, decisions):
         cells = [str(cell) for cell in row]
         if len(cells) != len(task.sample.columns):
             problem = f"{len(cells)} values, expected {len(task.sample.columns)} ({','.join(task.sample.columns)})"
         elif cells[0] not in asked:
             problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
+        elif cells[0] in told:
+            problem = f"the id {cells[0]} has a row before it, expected one row for each id of {task.sample.where}"
         else:
-            problem = task.sample.fault(cells[1:]) or (task.submission.valid and task.submission.valid(cells[1:]))
+            problem = task.sample.fault(cells[1:])
+            if words := problem and task.sample.words(cells[1:]):
+                problem += f", or build()'s Submission(text={words})"
+            problem = problem or (task.submission.valid and task.submission.valid(cells[1:]))
         if problem:
             raise UserError(f"a row of the submission would be {','.join(cells)[:200]}: {problem}. See build()'s Task")
+        told.add(cells[0])
+    if missing := [name for name in ids if one_each and name not in told]:
+        raise UserError(
+            f"the submission would have no row for the id {missing[0]}, expected one for each of {task.sample.where}, "
+            f"also where the decision is that nothing is there. See `rows` in build()'s Submission"
+        )

@@ -103,6 +103,14 @@ class Sample:
             places = {name: place for place, name in enumerate(self.ids)}
             yield from sorted([row, *rows], key=lambda row: places.get(str(row[0]) if row else "", len(places)))
 
+    def words(self, values: Sequence[str]) -> tuple[str, ...]:
+        """The columns in which the sample has numbers, or True and False, but these values have words."""
+        return tuple(
+            column
+            for column, value in zip(self.columns[1:], values, strict=True)
+            if column in self.numeric | self.truths and value and _is_word(value)
+        )
+
     def fault(self, values: Sequence[str]) -> str | None:
         """What is wrong with a row's `values` (no id); they must be finite, numbers or True/False as in the sample."""
         for column, value in zip(self.columns[1:], values, strict=True):
@@ -110,7 +118,7 @@ class Sample:
                 return f"has the value {','.join(values)}, expected a finite number in {column} as in the sample"
             if column in self.truths and value.lower() not in TRUTHS:
                 return f"has the value {','.join(values)}, expected True or False in {column} as in the sample"
-            if not _is_finite(value):
+            if not _is_word(value) and not math.isfinite(float(value)):
                 return f"has the value {','.join(values)}, which is not finite in {column}"
         return None
 
@@ -129,11 +137,13 @@ def is_number(cell: str) -> bool:
     return NUMBER.fullmatch(cell.strip(" ")) is not None and math.isfinite(float(cell))
 
 
-def _is_finite(value: str) -> bool:
+def _is_word(value: str) -> bool:
+    """Whether the value is neither a number nor NaN: then the competition's own check decides about it."""
     try:
-        return math.isfinite(float(value))
+        float(value)
     except ValueError:
-        return True  # no number: left to the competition's own check
+        return True
+    return False
 
 
 def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | None:

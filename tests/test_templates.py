@@ -129,6 +129,19 @@ def test_the_table_is_boosted_by_one_flag(here):
     assert cli.main(["blend", "lynx", "--run", "a,b"]) == 0, "with the network"
 
 
+def test_lightgbm_takes_a_column_of_more_texts_than_a_network(here, capsys):
+    new.new("lynx", "table")
+    demo = here / "competitions" / "lynx" / "demo.py"
+    text = demo.read_text()
+    assert '"town": town,' in text
+    demo.write_text(
+        text.replace('"town": town,', '"town": town, "seller": [f"s{row % 1200}" for row in range(count)],')
+    )
+    assert len(trained("lynx", "--model", "boosting")[1]) == 300
+    assert cli.main(["train", "lynx", "--recipe", "smoke"]) == 1
+    assert "column seller has 1,200 different texts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "flags"), [("images", ()), ("masks", ("--pseudo-min", "0.5")), ("table", ()), ("table", ("boosting",))]
 )

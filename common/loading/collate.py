@@ -60,10 +60,18 @@ def as_tensors(tree: Tree) -> Tree:
         return {name: as_tensors(part) for name, part in tree.items()}
     if isinstance(tree, (tuple, list)):
         return tuple(as_tensors(part) for part in tree)
-    return as_tensor(tree) if isinstance(tree, np.ndarray) else tree
+    return as_tensor(tree) if isinstance(tree, (np.ndarray, str)) else tree
 
 
 def as_tensor(array: np.ndarray | np.generic) -> Tensor:
-    """The array's memory as a tensor where torch takes it; a copy of read-only arrays and of mirrored views."""
+    """The array's memory as a tensor where torch takes it; a copy of read-only arrays and of mirrored views.
+
+    Raises UserError for texts, dates and objects.
+    """
     array = np.asarray(array)
+    if array.dtype.kind not in "biufc":
+        raise UserError(
+            f"an array of {array.dtype}, the first is {str(next(array.flat, ''))[:30]!r}: expected numbers. In "
+            f"build(), make class numbers of names for dataset and metric, and names of them in Submission's `rows`"
+        )
     return torch.from_numpy(array if array.flags.writeable and array.flags.forc else array.copy())

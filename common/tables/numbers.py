@@ -1,5 +1,7 @@
 """Tables to numbers for a network: columns standardised, batches cut from arrays, outputs in the target's units."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import torch
@@ -25,13 +27,28 @@ def standardised(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]
     texts that hardly repeat.
     """
     parts: list[list[np.ndarray]] = [[] for _ in (train, *others)]
-    for name in train.columns:
-        cells = [_cells(table, name, is_numeric_dtype(train[name])) for table in (train, *others)]
+    for name, cells in _columns(train, *others):
         made = _of_numbers(cells) if is_numeric_dtype(train[name]) else _of_texts(cells)
         has_blanks = cells[0].isna().any()
         for part, column, numbers in zip(parts, cells, made, strict=True):
             part += [numbers, column.isna().to_numpy()[:, None]] if has_blanks else [numbers]
     return [np.concatenate(part, axis=1, dtype=np.float32) for part in parts]
+
+
+def row_numbers(train: pd.DataFrame, *others: pd.DataFrame) -> list[np.ndarray]:
+    """The row numbers [rows] of every table, for a model that takes the tables themselves, any number of texts too.
+
+    Raises UserError as `standardised` for a column that another table lacks, or has of another kind.
+    """
+    for _ in _columns(train, *others):
+        pass
+    return [np.arange(len(table)) for table in (train, *others)]
+
+
+def _columns(train: pd.DataFrame, *others: pd.DataFrame) -> Iterator[tuple[str, list[pd.Series]]]:
+    """Every column of `train` by its name, in all tables and of one kind."""
+    for name in train.columns:
+        yield name, [_cells(table, name, is_numeric_dtype(train[name])) for table in (train, *others)]
 
 
 def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
@@ -48,11 +65,6 @@ def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
         raise UserError(
             f"column {name} is infinite somewhere: give tables.read {name!r}: number(), which names the line"
         )
-    if not numeric and (count := column.nunique()) > MANY:
-        raise UserError(
-            f"column {name} has {count:,} different texts, at most {MANY:,} can become 0/1 columns: leave it out of "
-            f"the features, or make numbers of it"
-        )
     return column.astype(np.float64) if numeric else column
 
 
@@ -63,6 +75,11 @@ def _of_numbers(columns: list[pd.Series]) -> list[np.ndarray]:
 
 
 def _of_texts(columns: list[pd.Series]) -> list[np.ndarray]:
+    if (count := max(column.nunique() for column in columns)) > MANY:
+        raise UserError(
+            f"column {columns[0].name} has {count:,} different texts, at most {MANY:,} can become 0/1 columns: leave "
+            f"it out of the features, or make numbers of it"
+        )
     texts = sorted(columns[0].dropna().unique())
     codes = [pd.Index(texts, dtype=object).get_indexer(column.astype(object)) for column in columns]
     return [code[:, None] == np.arange(len(texts)) for code in codes]

@@ -18,7 +18,7 @@ from common.losses import MSE
 from common.metrics import rmse
 from common.raw import RawData
 from common.run import Run
-from common.tables.numbers import TableDataset, ToUnits, standardised
+from common.tables.numbers import TableDataset, ToUnits, row_numbers, standardised
 from common.task import Data, Network, Postprocess, Task
 from competitions.my_competition.config import MyConfig
 
@@ -33,7 +33,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     targets = table[list(TARGETS)].to_numpy(np.float32)  # [n, targets]
     # CHANGE: add your own features here, as columns of both tables.
     train, test_ids = table.drop(columns=[ID, *TARGETS]), test.pop(ID).tolist()
-    rows, test_rows = standardised(train, test)  # [n, F], [m, F]
+    # [n, F], [m, F]; LightGBM takes the tables themselves
+    rows, test_rows = (standardised if config.model == "network" else row_numbers)(train, test)
     data = Data(
         train=TableDataset(rows, targets),
         test=TableDataset(test_rows),

@@ -76,6 +76,15 @@ class Heavy(toy.ToyRows):
         ({"predict": lambda o: o + 1e5, "kept": "float16"}, "predictions from [19].* cannot be kept as float16"),
         ({"rows": lambda ids, d: [(f"{name}.jpg", 1) for name in ids]}, "t0.jpg,1: the id is not in .* has t0, t1, t2"),
         ({"rows": lambda ids, d: [(name, torch.tensor(0.5)) for name in ids]}, "tensor.0.5.*finite number"),
+        ({"rows": lambda ids, d: [(name, "0 2") for name in ids]}, r"t0,0 2: .*finite.*Submission.text=.'label',"),
+        (
+            {"rows": lambda ids, d: [(name, "nan") for name in ids]},
+            "t0,nan: .*finite number in label as in the sample. See",
+        ),
+        ({"apply": lambda p, tuned: np.array(["cat", "dog", "owl"])[p.argmax(1)]}, "array of <U3, .*names.*`rows`"),
+        ({"apply": lambda p, tuned: ["cat"] * len(p)}, "array of <U3, the first is 'cat': expected numbers"),
+        ({"rows": lambda ids, d: [(name, 1) for name in ids * 2]}, "would be t0,1: the id t0 has a row before it"),
+        ({"rows": lambda ids, d: [(name, 1) for name in ids[1:]]}, "no row for the id t0, expected one for each"),
     ],
 )
 def test_it_is_told_before_the_training(changes, words, monkeypatch):

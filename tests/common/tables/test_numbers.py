@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
-from common.tables.numbers import MANY, TableDataset, ToUnits, standardised
+from common.tables.numbers import MANY, TableDataset, ToUnits, row_numbers, standardised
 
 RNG = np.random.default_rng(0)
 NUMBERS = pd.DataFrame({"a": RNG.normal(5, 3, 40), "b": RNG.integers(0, 9, 40), "c": RNG.random(40) < 0.5})
@@ -66,6 +66,14 @@ def test_a_blank_is_0_and_a_column_says_so():
 def test_what_makes_no_numbers_is_named(train, test, words):
     with pytest.raises(UserError, match=words):
         standardised(pd.DataFrame(train), pd.DataFrame(test))
+
+
+def test_tables_that_stay_as_they_are_may_have_any_texts_but_one_kind_of_cells():
+    sellers = pd.DataFrame({"a": [f"{n}" for n in range(MANY + 1)]})
+    train, test = row_numbers(sellers, sellers[:2])
+    assert train.tolist() == list(range(MANY + 1)) and test.tolist() == [0, 1]
+    with pytest.raises(UserError, match="column a has numbers in one table and texts in another"):
+        row_numbers(sellers, pd.DataFrame({"a": [1, 2]}))
 
 
 def test_batches_are_the_rows():
