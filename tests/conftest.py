@@ -1,18 +1,18 @@
-"""Settings of the whole suite: no network, no surprises, real data only where it is at hand."""
+"""Settings of the whole suite: no network, no variables from outside, real data only if it is there."""
 
 import os
 from pathlib import Path
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations asks the package index for news when imported
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else albumentations asks the package index for updates when imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # a weight download then fails at once instead of after retries
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ["OMP_NUM_THREADS"] = "1"  # some tests fork a process that trains, which a pool of threads does not survive
+os.environ["OMP_NUM_THREADS"] = "1"  # some tests fork a process that trains; a thread pool does not survive a fork
 os.environ.setdefault("KIT_CARDS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # for tests/gpu
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is of CPUs, and its forks could not share a card
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, and its forks could not share a GPU
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # a suite started by torchrun would wait for the others
 
-# `make test` hands its own variables to every program below it, and some tests call make.
+# `make test` exports its variables to all child processes, and some tests call make.
 MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "COMP", "DATA", "RECIPE", "RUN", "FOLD", "ARGS")
 for name in (*MAKE, "GIVEN", "RESUME", "TRIALS", "FILE", "MSG", "FORCE", "NPROC", "NNODES", "MASTER", "BENCH"):
     os.environ.pop(name, None)
@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# What the trainings of the competitions import that is not the kit's.
+# Third-party modules that the trainings of the competitions import.
 LIBRARIES = (
     "albumentations", "cv2", "iterstrat.ml_stratifiers", "lightgbm", "matplotlib.backends.backend_agg",
     "matplotlib.figure", "pandas", "scipy.cluster.hierarchy", "scipy.optimize", "scipy.signal", "scipy.stats",
@@ -29,7 +29,8 @@ LIBRARIES = (
     "torch._dynamo", "torch.utils.data", "torchvision",
 )  # fmt: skip
 
-settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine fails nothing, and runs are equal
+# no deadline, so that a busy machine fails no test; derandomised, so that every run tests the same examples
+settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 from tests.forks import forks  # noqa: E402
@@ -37,7 +38,7 @@ from tests.forks import forks  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
-# The files whose tests take longest: begun first, none of them is left to one process while the others are done.
+# The files with the slowest tests. They start first, so that no process has to finish them alone at the end.
 LONGEST = ("test_competitions.py", "test_templates.py", "test_notebook.py")
 
 
@@ -48,25 +49,25 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Two cores are faster with one thread a test, and sums keep their order."""
+    """Use one thread per test: faster with parallel tests on two cores, and sums keep their order."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def page():
-    """A test that asks for this lets its runs write their report, under `no_page` too."""
+    """Request this fixture to let runs write their report in spite of `no_page`."""
 
 
 @pytest.fixture
 def no_page(request, monkeypatch):
-    """No run in this process writes its report, which takes longer than a small training."""
+    """Keep the runs of this process from writing their report, which takes longer than a small training."""
     if "page" not in request.fixturenames:
         monkeypatch.setattr("common.train.write_report", lambda *given: None)
 
 
 @pytest.fixture(scope="session")
 def trainers():
-    """Starts of `python -m common` without the seconds that its libraries take to load; its own code is loaded anew."""
+    """Start `python -m common` without the seconds for loading libraries; the kit's own code is loaded anew."""
     with forks(*LIBRARIES) as found:
         yield found
 

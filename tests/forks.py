@@ -1,7 +1,7 @@
-"""Programs in Python as forks of a process that has loaded their libraries, which is most of the time of a start.
+"""Run Python programs as forks of a process that has already loaded their libraries, most of their start-up time.
 
-A fork is the program as it is: a process and a session of its own, with the words, the environment, the folder and the
-streams that it was given, and its own code loaded from its own path.
+Apart from that a fork is like a new process: it has its own session, the given arguments, environment, working folder
+and streams, and it loads its own code from its own path.
 """
 
 import gc
@@ -21,8 +21,10 @@ from typing import IO, Any
 
 
 class Forks:
-    """Stands for the module subprocess where that starts [sys.executable, "-P" or nothing, "-m" and a module, or a
-    file, ...]: `Popen` with the part of its methods that the kit uses, and `run`."""
+    """Replaces the module subprocess for commands [sys.executable, optionally "-P", "-m" and a module, or a file, ...].
+
+    It has `run`, and `Popen` with the methods that the kit uses.
+    """
 
     DEVNULL, TimeoutExpired = subprocess.DEVNULL, subprocess.TimeoutExpired
 
@@ -47,7 +49,7 @@ class Forks:
         return Fork(self.line, command, facts, [stdout.fileno(), stderr.fileno(), *pass_fds])
 
     def run(self, command: Sequence[str], *, cwd: Any, env: Mapping[str, str], timeout: float):
-        """subprocess.run(..., capture_output=True, text=True)."""
+        """Like subprocess.run(..., capture_output=True, text=True)."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             child = self.Popen(command, stdout=out, stderr=err, env=env, cwd=cwd)
             try:
@@ -60,7 +62,7 @@ class Forks:
 
 
 class Fork:
-    """The part of subprocess.Popen that is needed."""
+    """The part of subprocess.Popen that the kit uses."""
 
     def __init__(self, line: socket.socket, command: Sequence[str], facts: dict, streams: Sequence[int]):
         self.args, self.returncode = command, None
@@ -93,7 +95,7 @@ class Fork:
 
 @contextmanager
 def forks(*modules: str) -> Iterator[Forks]:
-    """Forks of a process that has loaded `modules`, which must not read the environment or the working folder then."""
+    """Fork from a process that has loaded `modules`, whose import must not read the environment or working folder."""
     ours, theirs = socket.socketpair()
     with theirs:
         server = subprocess.Popen(
@@ -113,7 +115,7 @@ def forks(*modules: str) -> Iterator[Forks]:
 
 
 def forked(line: socket.socket) -> list[str]:
-    """Fork for every request on `line`; returns in the forks, with the words of their program."""
+    """Fork for every request on the socket `line`; returns only in the forks, with the program's arguments."""
     answers: dict[int, socket.socket] = {}
     while True:
         if select.select([line], [], [], 0.005 if answers else None)[0]:
@@ -132,7 +134,7 @@ def forked(line: socket.socket) -> list[str]:
 
 
 def become(request: int, answer: int, out: int, err: int, *kept: int) -> list[str]:
-    """Make this process that of the request, whose words it returns; `kept` stays open, as Popen's pass_fds."""
+    """Turn this process into the requested one and return its arguments; `kept` stay open, like Popen's pass_fds."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(out, 1)
@@ -149,7 +151,7 @@ def become(request: int, answer: int, out: int, err: int, *kept: int) -> list[st
 
 
 def main(words: list[str]) -> None:
-    """Run the program as the interpreter does."""
+    """Run the program as the interpreter would; `words` are its arguments after sys.executable."""
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if words[0] == "-P":
         words = words[1:]
@@ -167,7 +169,7 @@ def main(words: list[str]) -> None:
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         __import__(name)
-    gc.freeze()  # what is loaded is neither copied nor collected in a fork
+    gc.freeze()  # keep the loaded objects out of garbage collection, which would copy their memory in every fork
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         asked = forked(requests)
     main(asked)

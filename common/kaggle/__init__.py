@@ -1,1 +1,1 @@
-"""The round trip with Kaggle: data in, submission out, score back; the kaggle program does the talking."""
+"""The round trip with Kaggle through the kaggle program: data in, submission out, score back."""

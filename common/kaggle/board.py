@@ -1,4 +1,4 @@
-"""`make board`: validation against leaderboard for everything that was sent, as a table and a plot."""
+"""`make board`: validation against leaderboard scores of all submissions, as a table and a plot."""
 
 import csv
 import io
@@ -18,13 +18,16 @@ from common.submission import SUBMISSIONS
 
 
 def board(competition: str, source: Source) -> None:
-    """Refresh the ledger from Kaggle, print it with ranks and draw board.png; a UserError of Kaggle's comes last."""
+    """Refresh the ledger from Kaggle, print it with ranks and draw board.png.
+
+    If Kaggle fails, the ledger as it was is printed and drawn first; then UserError is raised.
+    """
     refuse_nowhere(competition, source)
     rows, failure, scores = ledger.read(competition), None, []
     try:
         site = Site(competition, source, find())
         submissions = ledger.submissions(site)[0]
-        with ledger.changing(competition) as rows:  # read again: a submission may have come in between
+        with ledger.changing(competition) as rows:  # read again: a submission may have been added meanwhile
             rows[:] = refreshed(rows, submissions)
         try:
             scores = leaderboard(site)
@@ -45,14 +48,14 @@ def board(competition: str, source: Source) -> None:
 
 
 def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:
-    """The rows with Kaggle's newest scores, and a row for every submission that was not sent from here."""
+    """The rows with Kaggle's newest scores, plus a row for every submission that was not sent from this machine."""
     found = [row.listed(submissions) or row for row in rows]
     refs = {row.ref for row in found}
     return sorted([*found, *(one for one in submissions if one.ref not in refs)], key=lambda row: row.time)
 
 
 def leaderboard(site: Site) -> list[float]:
-    """Public scores of all teams; raises UserError where the leaderboard is not public or cannot be read."""
+    """Public scores of all teams; raises UserError if the leaderboard is not public or cannot be read."""
     source = site.source
     what = f"reading the leaderboard of {source.slug}"
     with tempfile.TemporaryDirectory() as folder:
@@ -66,14 +69,14 @@ def leaderboard(site: Site) -> list[float]:
 
 
 def rank(score: str, scores: list[float], higher_is_better: bool) -> int | None:
-    """Place of a public score among all teams: one more than there are better ones."""
+    """Rank of a public score among all teams: one more than the number of better scores."""
     if (own := _number(score)) is None:
         return None
     return 1 + sum(other > own if higher_is_better else other < own for other in scores)
 
 
 def table(rows: list[Row], scores: list[float], source: Source) -> str:
-    """Rows as aligned text; the rank is that of the public score among all teams of today."""
+    """Rows as aligned text, with the rank of the public score on today's leaderboard."""
     lines = [("time", "run", "validation", "public", "private", "rank", "status")]
     for row in rows:
         place = rank(row.public, scores, source.higher_is_better) if scores else None
@@ -86,7 +89,7 @@ def table(rows: list[Row], scores: list[float], source: Source) -> str:
 
 
 def draw(rows: list[Row], source: Source, path: Path) -> None:
-    """A point per submission with a validation score; the diagonal is where validation told the truth."""
+    """Plot a point per submission with a validation score; on the diagonal validation and leaderboard agree."""
     from common.report import subplots, without_markup
 
     figure, axes = subplots(7, 6)
@@ -96,7 +99,7 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
         if not points:
             continue
         axes.scatter([x for _, x, _ in points], [y for _, _, y in points], marker=marker, label=name)
-        for run, x, y in points:  # a run's name may hold what matplotlib takes for a formula
+        for run, x, y in points:  # matplotlib would take a $ in a run's name for a formula
             axes.annotate(run, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, parse_math=False)
     if axes.collections:
         low, high = (pick(*axes.get_xlim(), *axes.get_ylim()) for pick in (min, max))

@@ -1,4 +1,4 @@
-"""The kaggle program as a watched subprocess: it can hang for ever, and exit 0 on a failure."""
+"""Run the kaggle program as a watched subprocess, because it can hang forever and exit 0 after a failure."""
 
 import json
 import math
@@ -22,10 +22,10 @@ from common.kaggle.source import Source
 from common.progress import Progress
 
 PATIENCE_SECONDS = 45.0  # longer than the longest pause (33 s) between the program's own five attempts at a download
-# Not .venv/bin/kaggle, whose first line names the folder of its installation: a checkout may have been moved since.
+# Not .venv/bin/kaggle: its first line holds the path of the .venv, which is wrong once the checkout was moved.
 KAGGLE = (sys.executable, "-P", "-m", "kaggle")
 ASKED = Path(__file__).with_name("asked.py")
-UNREACHABLE = (  # of requests' nested messages the last one is the reason
+UNREACHABLE = (  # requests nests its messages: the last match is the reason
     r"Max retries exceeded|NameResolution|ProxyError|Connection aborted|RemoteDisconnected|IncompleteRead|"
     r"Failed to resolve '[^']+'|Name or service not known|Cannot connect to proxy|Connection (?:refused|reset)|"
     r"Remote end closed connection without response|Network is unreachable|timed out"
@@ -34,7 +34,7 @@ UNREACHABLE = (  # of requests' nested messages the last one is the reason
 
 @dataclass(frozen=True)
 class Answer:
-    """What the kaggle program said, without secrets."""
+    """Exit status and output of the kaggle program, without secrets."""
 
     status: int
     out: str
@@ -46,19 +46,19 @@ class Answer:
 
     @property
     def last_line(self) -> str:
-        """The line that says most: the last one on stderr, or else on stdout."""
+        """The most informative line: the last one of stderr, or of stdout when stderr is empty."""
         lines = [line.strip() for line in (self.err.strip() or self.out.strip()).splitlines()]
         lines = [line for line in lines if line and not re.match(r"\d+%\|", line)]
         return lines[-1][:300] if lines else f"it said nothing, exit status {self.status}"
 
 
 class Transient(UserError):
-    """A failure that is over by itself: worth another look while something is waited for."""
+    """A failure that may pass by itself, so a waiting loop tries again."""
 
 
 @contextmanager
 def go_on_with(command: str) -> Iterator[None]:
-    """For what follows a step that must not be taken twice: errors and Ctrl-C name `command`, not the same command."""
+    """Make errors and Ctrl-C advise `command`, not the same command: for code after a step that must not run twice."""
     try:
         yield
     except UserError as error:
@@ -70,9 +70,10 @@ def go_on_with(command: str) -> Iterator[None]:
 
 
 def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage: float = math.inf) -> Any:
-    """What `look` returns once that is true, None after `wait` seconds; `poll` is the first pause.
+    """Call `look` until its result is true and return that result, or None after `wait` seconds.
 
-    Raises its Transient error when that lasts for `outage` seconds without a break, or until the end.
+    `poll` is the first pause in seconds. A Transient error of `look` is raised only when such errors last for `outage`
+    seconds without a break, or when the last call still fails.
     """
     start = answered = time.monotonic()
     with Progress(label, int(wait), "s") as progress:
@@ -96,7 +97,7 @@ def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage:
 
 
 def patience() -> float:
-    """Seconds without progress until a program is stopped: KIT_PATIENCE, for lines that are slower than most."""
+    """Seconds without progress after which a program is stopped; KIT_PATIENCE raises them for slow connections."""
     given = os.environ.get("KIT_PATIENCE") or PATIENCE_SECONDS
     with suppress(ValueError):
         if 0 < float(given) < 1e6:
@@ -108,7 +109,7 @@ def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:
     """Run `kaggle ARGUMENTS` as `watched` does; raises UserError when it is not installed."""
     if find_spec("kaggle") is None:
         raise UserError("kaggle is not installed: .venv/bin/python -m pip install -r requirements.txt")
-    # -W: a hint on stdout that a newer version exists would mix with the answers
+    # -W: no hint on stdout that a newer version exists, as it would mix with the answers
     return watched([*KAGGLE, "-W", *arguments], account, **watching)
 
 
@@ -120,10 +121,11 @@ def watched(
     stop: Callable[[], None] = lambda: None,
     lock: IO | None = None,
 ) -> Answer:
-    """Run a program until it ends, is silent for too long (Transient), or `stop()` raises.
+    """Run a program until it ends, makes no progress for too long (raises Transient), or `stop()` raises.
 
-    Progress is a change of `measure()` (of its output by default), or computing: on a busy machine the start alone
-    takes seconds. The program holds the file `lock` with its number too: where the kit is killed, `end_orphan` ends it.
+    Progress is a change of `measure()` (by default the size of the output), or processor time: on a busy machine the
+    start alone takes seconds. The file `lock` stays open in the program too and holds its process id, so that
+    `end_orphan` can end the program after the kit was killed.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(
@@ -164,7 +166,7 @@ def watched(
 
 
 def _ticks(process: int) -> str:
-    """Processor time of a process so far; "" where the system does not tell."""
+    """Processor time of a process so far; "" if the system does not report it."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return f"{fields[11]} {fields[12]}"
@@ -173,7 +175,7 @@ def _ticks(process: int) -> str:
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Stop the program and whatever it started: first politely, so that a download keeps its resume marker."""
+    """Stop the program and its children, first with SIGTERM so that a download keeps its resume marker."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if child.poll() is None:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -182,7 +184,7 @@ def _end(child: subprocess.Popen) -> None:
 
 
 def end_orphan(lock: Path) -> bool:
-    """End the program that holds `lock` when the kit that started it is dead; whether there was one."""
+    """End the program that holds `lock` if the kit that started it is dead; returns whether it ended one."""
     try:
         kit, program = (int(word) for word in lock.read_text().split())
         if Path(f"/proc/{kit}").exists() or b"kaggle" not in Path(f"/proc/{program}/cmdline").read_bytes():
@@ -204,13 +206,13 @@ class Site:
 
     @staticmethod
     def announced(competition: str, source: Source) -> "Site":
-        """With the account that is found, and a line that names it."""
+        """The site with the account that `find` returns; prints which account it is."""
         site = Site(competition, source, find())
         print(f"Kaggle account: {site.account.where}")
         return site
 
     def told(self, what: str, *arguments: str) -> Answer:
-        """Run `kaggle ARGUMENTS`; raises UserError (Transient where that may pass) that says why `what` failed."""
+        """Run `kaggle ARGUMENTS`; raises UserError (Transient if it may pass) with the reason why `what` failed."""
         try:
             answer = kaggle(self.account, *arguments)
         except Transient as error:
@@ -220,7 +222,7 @@ class Site:
         return answer
 
     def asked(self, what: str, **watching: Any) -> Any:
-        """What asked.py finds out of the competition (`submissions` or `files`); raises UserError when Kaggle fails."""
+        """The answer of asked.py to `submissions` or `files`; raises UserError when Kaggle fails."""
         answer = watched([sys.executable, "-P", str(ASKED), what, self.source.slug], self.account, **watching)
         doing = f"listing the {what} of {self.source.slug}"
         if answer.status != 0:
@@ -238,7 +240,7 @@ class Site:
         reason = ([said[:150]] + re.findall(UNREACHABLE, said))[-1]
         hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
         shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""
-        # A status as the program writes it, or asked.py: a mere number may count the rows of a submission.
+        # Only a status as the program or asked.py writes it: a bare number may be a count of rows.
         text = re.sub(r"\b(\d{3}) (Client|Server) Error|^\((\d{3})\)", r"HTTP\1\3", answer.text, flags=re.M)
         cases = (
             ("HTTP401|Authentication required|Unauthorized|Invalid credentials", UserError,

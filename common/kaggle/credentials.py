@@ -1,4 +1,4 @@
-"""Which Kaggle account is used: found before anything is asked of Kaggle, named without its secret."""
+"""Find the Kaggle account before the first request to Kaggle, and name it without its secret."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ RECIPE = (
     "~/.kaggle/access_token. KAGGLE_USERNAME with KAGGLE_KEY, a kaggle.json in ~/.kaggle, or `.venv/bin/kaggle auth "
     "login` work too"
 )
-# These give the kaggle program another competition or folder, or let it print every request with its password.
+# These make the kaggle program use another competition or folder, or print every request with its password.
 LEAKING = ("KAGGLE_COMPETITION", "KAGGLE_PATH", "VERBOSE", "VERBOSE_OUTPUT")
 # In a Kaggle notebook these make the kaggle program prefer the notebook's own token to any account it is given.
 NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TOKEN")
@@ -25,7 +25,7 @@ NOTEBOOK = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL", "KAGGLE_API_V1_TO
 
 @dataclass(frozen=True)
 class Account:
-    """Credentials that the kaggle program will use: where they are, its environment, and what must never be shown."""
+    """Credentials for the kaggle program: where they were found, its environment, and the secrets never to show."""
 
     where: str
     kind: str  # token, key or oauth
@@ -42,17 +42,17 @@ class Account:
 
 
 def hide_addresses(text: str) -> str:
-    """Without `user:password@` and without the query of every address, which holds signatures."""
+    """`text` with *** for `user:password@` and for the query, which may hold a signature, of every address."""
     text = re.sub(r"(\w+://)[^\s/@]+@", r"\1***@", text)
     return re.sub(r"((?:https?://|/)[^\s?'\"]+)\?[^\s'\")]+", r"\1?***", text)
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Account:
-    """The account, in the kaggle program's order except that the environment always wins over files."""
+    """Find the account in the kaggle program's order, except that environment variables always win over files."""
     left_out = {*LEAKING, *NOTEBOOK, "KAGGLE_API_TOKEN"}
     child = {name: value for name, value in environment.items() if name not in left_out}
     child |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    home = Path(environment.get("HOME") or os.path.expanduser("~"))  # "~" itself for a container's user without one
+    home = Path(environment.get("HOME") or os.path.expanduser("~"))  # stays "~" for a container user without a home
 
     if token := environment.get("KAGGLE_API_TOKEN", "").strip():
         if isfile(token):
@@ -85,7 +85,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
 
 
 def _with_token(token: str, where: str, child: dict[str, str]) -> Account:
-    """The account of a token; the kaggle program gets it from here, as it shows one with a stray character in full."""
+    """The account of a token. It is checked here, because the kaggle program prints a malformed token in full."""
     return _isolated(where, "token", child | {"KAGGLE_API_TOKEN": _sendable(token, where)}, (token,))
 
 
@@ -96,7 +96,7 @@ def _with_key(name: str, key: str, where: str, child: dict[str, str]) -> Account
 
 
 def _sendable(secret: str, where: str) -> str:
-    """The secret; raises UserError, without showing it, for what no token has and no header of a request can hold."""
+    """The secret; raises UserError, without showing it, if it has a character that no HTTP header can hold."""
     if not (secret.isascii() and secret.isprintable()):
         raise UserError(f"{where}: it holds a control character or an accented letter, no token does: {RECIPE}")
     return secret
@@ -105,14 +105,14 @@ def _sendable(secret: str, where: str) -> str:
 def _isolated(where: str, kind: str, child: dict[str, str], secrets: tuple[str, ...]) -> Account:
     """The account with an empty home folder of its own.
 
-    The kaggle program prefers a token in ~/.kaggle to KAGGLE_USERNAME, and fails where it cannot write to the home.
+    The kaggle program prefers a token in ~/.kaggle to KAGGLE_USERNAME, and fails if it cannot write to the home.
     """
     home = tempfile.TemporaryDirectory(prefix="kaggle-home-")
     return Account(where, kind, child | {"HOME": home.name, "KAGGLE_CONFIG_DIR": home.name}, secrets, home)
 
 
 def _first_line(file: str | Path) -> str:
-    """The token in a file, where editors leave byte order marks and people a comment below it."""
+    """The token in the first line of a file, without a byte order mark; the lines below may hold a comment."""
     try:
         return Path(file).read_text(encoding="utf-8-sig").strip().splitlines()[0].strip()
     except (IndexError, OSError, UnicodeDecodeError) as error:
@@ -122,7 +122,7 @@ def _first_line(file: str | Path) -> str:
 
 
 def _legacy(file: Path) -> tuple[str, str]:
-    """Name and key of a kaggle.json; the kaggle program passes over a broken one without a word."""
+    """Name and key of a kaggle.json; raises UserError for a broken one, which the kaggle program silently ignores."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         name, key = content["username"], content["key"]
@@ -138,7 +138,7 @@ def _legacy(file: Path) -> tuple[str, str]:
 
 
 def _tokens(login: Path) -> tuple[str, ...]:
-    """The secrets in what `kaggle auth login` has saved; a broken file is the kaggle program's to report."""
+    """The secrets in the file that `kaggle auth login` saved; a broken file is reported by the kaggle program."""
     try:
         content = json.loads(login.read_text(encoding="utf-8"))
         return tuple(str(content[name]) for name in ("access_token", "refresh_token") if content.get(name))

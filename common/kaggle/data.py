@@ -1,4 +1,4 @@
-"""`make data`: the competition's files in data/<competition>, whole and checked, or a message that says what to do."""
+"""`make data`: bring the competition's files into data/<competition>, complete and checked."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
 
 
 class Job(NamedTuple):
-    """A download from Kaggle: by whom, into which folders, and the lock that its programs hold too."""
+    """A download from Kaggle: the account, the folders, and the lock that the kaggle program holds too."""
 
     site: Site
     work: Path
@@ -46,16 +46,16 @@ def fetch(
     url: str = "",
     checksum: str = "",
 ) -> Path:
-    """Bring data/<competition> to what `source` says and return it; a UserError leaves the data as they were.
+    """Fetch the files of `source` into data/<competition> and return the folder; a UserError leaves the data as is.
 
-    `labels_only` fetches the label files alone, `images` so many training images from outside Kaggle, `url` and
-    `checksum` name another copy of data that is not on Kaggle: where `source` has any.
+    `labels_only` fetches only the label files. `images` is the number of training images to fetch from outside Kaggle.
+    `url` and `checksum` name another copy of data that is not on Kaggle.
     """
     if not (source.slug or source.url):
         said = f"{competition} is not on Kaggle, and its SOURCE has no url: put the files into {DATA / competition}, or"
         raise UserError(f"{said} make train COMP={competition} DATA=/path/to/folder-or-zip")
     home = DATA / competition
-    place = home.resolve() if home.is_symlink() else home  # a folder on another disk, where all of it happens
+    place = home.resolve() if home.is_symlink() else home  # the link's folder, maybe on another disk, is written to
     with _locked(home, place) as lock:
         kept = source.images.folder if source.images else ""
         manifest.settle(place, kept)
@@ -63,7 +63,7 @@ def fetch(
         if force or not _is_complete(home, there, source, labels_only):
             now = _obtain(place, source, labels_only, lock, url, checksum, force)
             if labels_only and there and any((home / name).is_file() for name in there.files.keys() - now.files):
-                now = replace(there, files=there.files | now.files)  # the others stay: deleted data are not asked for
+                now = replace(there, files=there.files | now.files)  # keep the other files, unless all were deleted
             manifest.install(now, _draft(place), place, kept)
             there = now
         if there.part == "all":
@@ -87,7 +87,7 @@ def _draft(home: Path) -> Path:
 
 @contextmanager
 def _locked(home: Path, place: Path) -> Iterator[IO]:
-    """The folder for downloads, for one process at a time; the lock outlives the kit while the kaggle program runs."""
+    """Lock the download folder for one process; the kaggle program holds the lock too, even when the kit is killed."""
     for path in (home.parent, home):
         if os.path.lexists(path) and not path.is_dir():
             said = f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link"
@@ -96,7 +96,7 @@ def _locked(home: Path, place: Path) -> Iterator[IO]:
     busy = f"{home} is being downloaded by another process: wait for it, then repeat the command"
     try:
         lock = locked(work / "lock", busy)
-    except UserError:  # a kaggle program that outlived its kit is ended, and its download goes on in this one
+    except UserError:  # end a kaggle program whose kit was killed, and go on with its download here
         if not end_orphan(work / "lock"):
             raise
         lock = locked(work / "lock", busy)
@@ -111,14 +111,14 @@ def _locked(home: Path, place: Path) -> Iterator[IO]:
 
 
 def _clear(lock: IO) -> None:
-    """Delete what was downloaded; the lock beside it is still held."""
+    """Delete the downloaded files, but not the lock file, which is still held."""
     for file in Path(lock.name).parent.iterdir():
         if file.name != "lock":
             file.unlink()
 
 
 def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only: bool) -> bool:
-    """Whether the data is what its manifest says. Raises UserError for files that somebody put there by hand."""
+    """Whether the data match their manifest. Raises UserError for files that were put there by hand."""
     if there is None and (found := sorted(path.name for path in visible(home))):
         raise UserError(
             f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
@@ -150,7 +150,7 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
         shutil.rmtree(draft, ignore_errors=True)
         try:
             if job is None:
-                from common.kaggle import web  # what it needs for https takes longer to import than all the rest
+                from common.kaggle import web  # its HTTPS modules take longer to import than everything else
 
                 provenance, files = web.plain(source, work, draft, url, checksum)
             elif labels_only:
@@ -159,7 +159,7 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
                 files = _whole_archive(job, again=last, as_it_is=force)
             if absent := [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in files)]:
                 found = some(sorted(files), 5) or "nothing"
-                raise UserError(  # it is whole, so a second one would be no better
+                raise UserError(  # the archive is intact, so a second download would be no better
                     f"{provenance}: the download has no {', '.join(absent)} (found: {found}): correct `expected` in "
                     "SOURCE of its config.py, then repeat the same command; the archive is kept"
                 )
@@ -176,9 +176,10 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
 
 
 def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
-    """Download all files of a competition, afresh where `again`, and unpack them into the draft.
+    """Download all files of a competition (from the start if `again`) and unpack them into the draft.
 
-    Beside that their listing is read: image sets have hundreds of pages of it. What it denies is damage, or `as_it_is`.
+    Kaggle's file listing, hundreds of pages for an image set, is read at the same time. Files that differ from it raise
+    Damaged, or are only reported if `as_it_is`.
     """
     target, over = job.work / f"{job.site.source.slug}.zip", threading.Event()
 
@@ -209,10 +210,10 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
 
 
 def _download(job: Job, target: Path, more: list[str], listing: Future | None = None) -> None:
-    """Run the kaggle program's download, quietly, until `target` or its zip is there; shows how the folder grows.
+    """Run the kaggle program's download until `target` or its zip is there, and show how the folder grows.
 
-    Raises UserError where the disk is full, or will be, or the competition cannot be listed: the kaggle program takes a
-    full disk for a broken line, and tries again for a minute.
+    Raises UserError if the disk is full or will be, or if the competition cannot be listed. The kaggle program itself
+    mistakes a full disk for a broken connection and retries for a minute.
     """
     slug, home, what = job.site.source.slug, job.work.parent, f"downloading {target.name}"
 
@@ -224,7 +225,7 @@ def _download(job: Job, target: Path, more: list[str], listing: Future | None = 
     def stop() -> None:
         if shutil.disk_usage(home).free < FULL_BYTES:
             raise UserError(f"downloading {slug}: the disk is full ({home}): free some space, then {GO_ON}")
-        if listing is not None and listing.done():  # what is needed is the archive and what comes of it
+        if listing is not None and listing.done():  # room for the archive and for the unpacked files
             need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
             require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
 
@@ -239,7 +240,7 @@ def _download(job: Job, target: Path, more: list[str], listing: Future | None = 
 
 
 def _zip_of(file: Path) -> Path:
-    """Kaggle packs large single files, which then arrive as NAME.zip."""
+    """The name under which a large single file arrives, because Kaggle zips it."""
     return file.with_name(f"{file.name}.zip")
 
 
@@ -262,11 +263,11 @@ def _label_files(job: Job) -> dict[str, Entry]:
         if _zip_of(target).is_file():
             files = archive.unpack_into(_zip_of(target), job.draft / place)
         else:
-            with open(target, "rb") as stream:  # the listing would tell by the size, after hundreds of pages of images
+            with open(target, "rb") as stream:  # comparing sizes would need the listing, hundreds of pages for images
                 if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
                     raise Damaged(f"{target.name} is a web page, expected the competition's file")
             files = archive.copy_into(target, job.draft / place)
-        for file in (target, _zip_of(target)):  # it may be the user's from now on, and the next one may have its name
+        for file in (target, _zip_of(target)):  # linked to the user's file, and another label file may have its name
             file.unlink(missing_ok=True)
         found |= {str(place / own): entry for own, entry in files.items()}
     return found

@@ -1,4 +1,4 @@
-"""submissions/<competition>/ledger.csv: a line for everything that was ever sent, with what became of it."""
+"""submissions/<competition>/ledger.csv: one row for every submission ever sent, with its status and scores."""
 
 import csv
 import re
@@ -14,13 +14,13 @@ from common.files import locked, read_cell, write_csv
 from common.kaggle.client import Site
 from common.submission import SUBMISSIONS
 
-LONGEST_MESSAGE = 500  # characters, with the tag
+LONGEST_MESSAGE = 500  # characters, including the tag
 SCORED, FAILED = "COMPLETE", "ERROR"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One submission: when and what was sent, what validation promised and what Kaggle said; scores are text."""
+    """One submission: when and what was sent, its validation score, and Kaggle's status and scores; scores are text."""
 
     time: str
     file: str
@@ -36,7 +36,7 @@ class Row:
     message: str = ""
 
     def listed(self, submissions: "list[Row]") -> "Row | None":
-        """This row with what Kaggle lists of it: by its number, or as long as it has none by its message's tag."""
+        """This row with the values that Kaggle lists for it, found by `ref` or, without one, by its message's tag."""
         tag = re.search(r"\[kit-[0-9a-f]{12}\]$", self.message)
         for one in submissions:
             if one.ref == self.ref if self.ref else tag and tag.group() in one.message:
@@ -49,13 +49,13 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 def tagged(message: str) -> str:
-    """The message, cut where Kaggle would cut it, with a tag that no other submission has."""
+    """The message, cut to Kaggle's limit, with a unique tag at its end."""
     tag = f" [kit-{secrets.token_hex(6)}]"
     return message[: LONGEST_MESSAGE - len(tag)] + tag
 
 
 def submissions(site: Site) -> tuple[list[Row], int | None]:
-    """The account's submissions at Kaggle, newest first, and how many are left today (None: Kaggle does not say)."""
+    """The account's submissions at Kaggle, newest first, and how many are left today (None if unknown)."""
     found = site.asked("submissions")
     return [Row(**row) for row in found["submissions"]], found["left"]
 
@@ -65,9 +65,10 @@ def path_of(competition: str) -> Path:
 
 
 def read(competition: str) -> list[Row]:
-    """All lines, oldest first, without columns that were added by hand.
+    """All rows, oldest first, without columns that were added by hand.
 
-    Raises UserError for what a spreadsheet may have made of it: rows that are not understood would be sent again.
+    Raises UserError for cells that cannot be read, for example after a spreadsheet changed them: their submissions
+    would be sent again.
     """
     path = path_of(competition)
     if not path.is_file():
@@ -88,15 +89,15 @@ def read(competition: str) -> list[Row]:
 
 
 def newest(rows: list[Row], column: str, like: Row) -> Row | None:
-    """The last line that has the same there as `like`, say the sha256 of a file; None for no column."""
+    """The last row with the same value in `column` (say sha256) as `like`; None without one, or if `column` is ""."""
     return next((row for row in reversed(rows) if column and getattr(row, column) == getattr(like, column)), None)
 
 
 @contextmanager
 def changing(competition: str) -> Iterator[list[Row]]:
-    """All lines, to be changed in place by one process at a time; written when nothing was raised."""
+    """All rows, for one process at a time to change in place; they are written if nothing was raised."""
     path = path_of(competition)
-    with locked(path.with_name(".ledger.lock")):  # not the ledger itself, which every writing replaces
+    with locked(path.with_name(".ledger.lock")):  # not the ledger itself, which is replaced at every write
         rows = read(competition)
         yield rows
         if rows or path.is_file():
@@ -104,9 +105,9 @@ def changing(competition: str) -> Iterator[list[Row]]:
 
 
 def claim(competition: str, row: Row, column: str = "") -> Row | None:
-    """Append what is about to be sent, or return the newest line that has the same `column` already.
+    """Append the row before it is sent, or return the newest row that already has the same value in `column`.
 
-    A kill on the way cannot hide it, and of two commands at once only one sends it.
+    So a killed command leaves a trace, and of two commands at the same time only one sends.
     """
     with changing(competition) as rows:
         if (before := newest(rows, column, row)) is None:
@@ -115,6 +116,6 @@ def claim(competition: str, row: Row, column: str = "") -> Row | None:
 
 
 def put(competition: str, row: Row, remove: bool = False) -> None:
-    """Let the row take the place of its claim, or take the claim back: nothing was sent."""
+    """Replace the claim by `row`, or remove the claim if nothing was sent."""
     with changing(competition) as rows:
         rows[:] = [*(other for other in rows if other.message != row.message), *([] if remove else [row])]

@@ -1,4 +1,4 @@
-"""The manifest of downloaded data, .manifest.json in their folder; one whole folder takes the place of another."""
+"""The manifest of downloaded data, .manifest.json in their folder, and the replacement of one folder by another."""
 
 import json
 import os
@@ -19,14 +19,14 @@ NAME = ".manifest.json"
 
 @dataclass(frozen=True)
 class File(Entry):
-    """A file that `make data` brought: one whose size and modification time are unchanged is not hashed again."""
+    """A file that `make data` fetched; it is hashed again only when its modification time has changed."""
 
     mtime_ns: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `make data` brought into a folder, from where: `part` "all", or "labels" for the label files alone."""
+    """The files that `make data` fetched and their source; `part` is "all", or "labels" for only the label files."""
 
     part: str
     files: dict[str, File]
@@ -36,7 +36,7 @@ class Manifest:
         write_text(home / NAME, json.dumps({"created": f"{datetime.now(UTC):%FT%TZ}", **asdict(self)}, indent=1) + "\n")
 
     def damage(self, home: Path, names: Iterable[str] | None = None) -> list[str]:
-        """What is wrong with the files (all, or `names`): missing, another size, or changed since."""
+        """One message for each of the files (all, or `names`) that is missing, has another size or was changed."""
         problems, moved = [], {}
         for name in self.files if names is None else names:
             file, path = self.files[name], home / name
@@ -50,19 +50,19 @@ class Manifest:
                         problems.append(f"{name} was changed")
             except OSError:
                 problems.append(f"{name} is missing")
-        if moved and not problems:  # copied, not damaged: hashed once and not again
+        if moved and not problems:  # copied, not damaged: keep the new times, so that they are hashed only once
             replace(self, files=self.files | moved).write(home)
         return problems
 
 
 def made(folder: Path, part: str, entries: dict[str, Entry], source: str) -> Manifest:
-    """The manifest of files that lie in `folder`."""
+    """The manifest of the files `entries` in `folder`."""
     files = {name: File(**asdict(one), mtime_ns=(folder / name).stat().st_mtime_ns) for name, one in entries.items()}
     return Manifest(part, files, source)
 
 
 def read(home: Path) -> Manifest | None:
-    """The manifest of `home`, or None where `make data` has made nothing yet or the manifest cannot be read."""
+    """The manifest of `home`, or None if there is none yet or it cannot be read."""
     try:
         facts = json.loads((home / NAME).read_text())
         return Manifest(facts["part"], {name: File(**file) for name, file in facts["files"].items()}, facts["source"])
@@ -82,7 +82,7 @@ def _placing(home: Path) -> Iterator[None]:
 
 
 def install(made: Manifest, draft: Path, home: Path, kept: str) -> None:
-    """Put the folder `draft` with its manifest in the place of `home`: two renames, then `settle`."""
+    """Replace `home` by the folder `draft` with its manifest: two renames, then `settle`."""
     made.write(draft)
     with _placing(home):
         try:
@@ -94,10 +94,10 @@ def install(made: Manifest, draft: Path, home: Path, kept: str) -> None:
 
 
 def settle(home: Path, kept: str) -> None:
-    """Deal with the old folder of an `install`, also of one that was stopped: nothing of the user's is deleted.
+    """Clear away the old folder of an `install`, also of an interrupted one; no file of the user is deleted.
 
-    It comes back where no new one is. What the new manifest names, and all below `kept`, moves on to the new one, and
-    whatever else `make data` has not brought to <home>.before.
+    Without a new folder the old one is put back. Else files that the new manifest names, and all below `kept`, move to
+    the new folder, and other files that `make data` did not fetch move to <home>.before.
     """
     aside = home.with_name(f".{home.name}.old")
     if not aside.is_dir():

@@ -1,4 +1,4 @@
-"""`make submit`: the best checked submission to Kaggle, believed only when Kaggle lists it, and its score back."""
+"""`make submit`: send the best checked submission to Kaggle, verify that Kaggle lists it, and fetch its score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from common.runs_table import best_run, score_of
 from common.submission import SUBMISSIONS
 
 WAIT_SECONDS = 900  # for the score; some competitions take an hour, which `make board` then shows
-LISTED_TRIES = 5  # how often the list is read until a submission that was sent must be there
+LISTED_TRIES = 5  # readings of Kaggle's list after which a submission that was sent must be in it
 
 
 def submit(
@@ -33,9 +33,10 @@ def submit(
     wait: float = WAIT_SECONDS,
     poll: float = 4.0,
 ) -> None:
-    """Choose, check, show, send, wait for the score and write the ledger; raises UserError when any of it fails.
+    """Choose, check, show and send a submission, wait for its score and write the ledger.
 
-    `wait` and `poll` are seconds: how long the score is waited for, and the first pause between two looks.
+    `wait` is the longest time to wait for the score, `poll` the first pause between two requests, both in seconds.
+    Raises UserError when any step fails.
     """
     source: Source = module.source
     refuse_nowhere(competition, source)
@@ -67,13 +68,13 @@ def submit(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A submission file and its sidecar: `provenance` is empty for a file that the kit did not write."""
+    """A submission file and its sidecar; `provenance` is empty for a file that the kit did not write."""
 
     path: Path
     provenance: dict[str, Any]
 
     @property
-    def run(self) -> str:  # or several, separated by commas; "" where that is not known
+    def run(self) -> str:  # or several, separated by commas; "" if unknown
         return self.provenance.get("run", "")
 
     @property
@@ -81,13 +82,13 @@ class Candidate:
         return score_of(self.provenance)
 
     def facts(self, competition: str, name: str) -> list[dict]:
-        """What the file `name` of each of its runs says, of those that are still there."""
+        """The content of the JSON file `name` of each of its runs that still exist."""
         files = [runs.RUNS / competition / run / name for run in filter(None, self.run.split(","))]
         return [{"run": file.parent.name, **read_json(file)} for file in files if file.is_file()]
 
 
 def choose(competition: str, source: Source, run: str | None, file: str | None) -> Candidate:
-    """FILE= as it is, else the newest file of RUN=, else of the run that `best_run` names (never of demo data)."""
+    """Choose FILE= as it is, else the newest file of RUN=, else that of the `best_run` (never one of demo data)."""
     written = _written(competition)
     if file:
         path = expanded(file, f"FILE={file}")
@@ -127,7 +128,7 @@ def _written(competition: str) -> list[Candidate]:
 
 
 def check(candidate: Candidate, competition: str, module: Competition, data: str | None) -> int:
-    """The rows of the file; raises UserError for whatever can be known against it before it is sent."""
+    """Number of rows of the file; raises UserError for every fault that can be found before it is sent."""
     again = f"make predict COMP={competition}" + (f" RUN={candidate.run}" if candidate.run else "")
     if candidate.provenance.get("demo"):
         raise UserError(
@@ -151,7 +152,7 @@ def check(candidate: Candidate, competition: str, module: Competition, data: str
             f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
         )
     found = raw.find(competition, data, lambda _: None)
-    # A file of the kit's own passed the competition's check of values when it was written, and has not changed since.
+    # A file that the kit wrote passed the competition's check of values then, and is unchanged.
     valid, text = None, candidate.provenance.get("text_columns", ())
     if not candidate.provenance:
         asked = module.build(module.recipes["default"], found, print).submission
@@ -176,8 +177,9 @@ def deliver(
 ) -> ledger.Row | None:
     """Send with the kaggle program's `arguments`, wait for the score, keep the ledger up to date, print the scores.
 
-    A row that has the same `column` in the ledger is returned, and nothing is sent. Else `row` is claimed there and
-    leaves it only when nothing was submitted for certain. Raises UserError when it did not arrive or has no score.
+    If the ledger has a row with the same value in `column`, it is returned and nothing is sent. Else `row` is added
+    before sending, and removed only if it is certain that nothing was submitted. Raises UserError if the submission did
+    not arrive or Kaggle could not score it.
     """
     competition, source = site.competition, site.source
     if before := ledger.newest(ledger.read(competition), column, row):
@@ -192,14 +194,14 @@ def deliver(
         return before
     what, failure, said, arrived = f"submitting {name}", None, "", False
     message = f"--message={row.message}"  # one word, as it may start with a dash
-    with go_on_with(f"make board COMP={competition}"):  # as long as it may have arrived
+    with go_on_with(f"make board COMP={competition}"):  # from here on it may have arrived
         try:
             answer = site.told(what, "competitions", "submit", source.slug, *arguments, message)
             said = "; ".join(line for line in answer.out.splitlines() if line.strip())[:300]
             arrived = "Successfully submitted" in answer.text
         except UserError as error:
             failure = error
-        # The program exits 0 when the upload fails. A line may break after the file has left: only the list can tell.
+        # The program exits 0 when the upload fails, and the connection may break after the upload: ask for the list.
         if not arrived and (failure is None or isinstance(failure, Transient)):
             look = lambda: row.listed(ledger.submissions(site)[0])  # noqa: E731
             arrived = until(look, f"looking for {name}", LISTED_TRIES * poll, poll)
@@ -215,7 +217,7 @@ def deliver(
 
 
 def _follow(site: Site, row: ledger.Row, wait: float, poll: float) -> None:
-    """Wait until the submission is listed and scored, and write down and print what Kaggle says."""
+    """Wait until the submission is listed and scored; keep Kaggle's answers in the ledger and print the score."""
     competition, source, name, looks = site.competition, site.source, Path(row.file).name, 0
 
     def look() -> bool:
@@ -223,7 +225,7 @@ def _follow(site: Site, row: ledger.Row, wait: float, poll: float) -> None:
         listed, looks = row.listed(ledger.submissions(site)[0]), looks + 1
         if listed:
             row = listed
-            ledger.put(competition, row)  # at once: interrupted now, nothing of it is lost
+            ledger.put(competition, row)  # at once, so that an interruption loses nothing
         elif not row.ref and looks >= LISTED_TRIES:
             raise UserError(f"Kaggle said that {name} was submitted but does not list it: look at "
                             f"{source.page}/submissions before sending it again")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Data that is not on Kaggle, by plain downloads over HTTPS: resumed, bounded, checked against a checksum."""
+"""Download data that is not on Kaggle over HTTPS: resumed, with a time limit, checked against a checksum."""
 
 import errno
 import hashlib
@@ -26,20 +26,20 @@ from common.kaggle.source import Images, Source
 from common.progress import Progress
 
 CHUNK_BYTES = 1 << 20
-ATTEMPTS = 3  # without progress
-AT_ONCE = 16  # small files
+ATTEMPTS = 3  # in a row without progress
+AT_ONCE = 16  # small files downloaded in parallel
 OTHER = ', or name another address with ARGS="--url ..."'
 BROKEN_LINE = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
 def open_url(address: str, headers: Mapping[str, str] = {}, other: str = OTHER):
-    """The answer to a GET; raises UserError for anything that a repetition cannot mend. Proxies: HTTPS_PROXY.
+    """The answer to a GET; raises UserError for errors that a retry cannot mend. The proxy is that of HTTPS_PROXY.
 
-    Waits for a part of the patience alone: there are several attempts, and servers with several addresses to try.
+    The timeout is only a part of `patience()`, because there are several attempts, and servers with several addresses.
     """
     try:
         request = urllib.request.Request(address, headers={"User-Agent": "kaggle-starter-kit", **headers})
-        return urllib.request.build_opener().open(request, timeout=patience() / ATTEMPTS)  # reads the proxies of now
+        return urllib.request.build_opener().open(request, timeout=patience() / ATTEMPTS)  # reads the current proxies
     except urllib.error.HTTPError as error:
         if error.code in (416, 429) or error.code >= 500:
             raise
@@ -50,9 +50,9 @@ def open_url(address: str, headers: Mapping[str, str] = {}, other: str = OTHER):
 
 
 def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> tuple[str, dict[str, Entry]]:
-    """The archive at a plain address, checked against the checksum given, known or published; (address, files).
+    """Download the archive at `url`, check it against the given, known or published checksum, unpack it into `draft`.
 
-    The address comes back as it may be shown and kept: without a signature in its query.
+    Returns the address, without its query, which may hold a signature, and the files.
     """
     wanted = checksum.strip().lower()
     if wanted and not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", wanted):
@@ -73,7 +73,7 @@ def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> t
         said = f"--url {hide_addresses(url)}: no checksum is known for {name}: add one, "
         raise UserError(said + 'ARGS="--url ... --checksum md5:..."')
     target = work / name
-    if not target.is_file() or digest(target, wanted) != wanted:  # of a call that failed later
+    if not target.is_file() or digest(target, wanted) != wanted:  # an earlier call may have left a good file
         download(address, target, wanted)
     if target.suffix.lower() == ".zip":
         return hide_addresses(address), unpack_into(target, draft)
@@ -82,9 +82,9 @@ def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> t
 
 
 def download(address: str, target: Path, checksum: str) -> None:
-    """Fetch `address` into `target`, going on where an earlier call stopped; `checksum` as md5:... or sha256:...
+    """Fetch `address` into `target`, resuming an earlier call; `checksum` is md5:... or sha256:...
 
-    Raises UserError when the server cannot be reached, the disk is full or the checksum differs (nothing is kept).
+    Raises UserError if the server cannot be reached, the disk is full or the checksum differs (then nothing is kept).
     """
     draft, etag = (target.with_name(f"{target.name}.{end}") for end in ("part", "etag"))
     with Progress(f"downloading {target.name}", unit="MB") as progress:
@@ -98,7 +98,7 @@ def download(address: str, target: Path, checksum: str) -> None:
                 if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
                     raise not_written(target, error) from error
                 if isinstance(error, urllib.error.HTTPError) and error.code == 416:
-                    draft.unlink(missing_ok=True)  # what is here is longer than the file there
+                    draft.unlink(missing_ok=True)  # the draft is longer than the server's file
                 attempts += 1
                 if size() > reached:
                     reached, attempts, since = size(), 0, time.monotonic()
@@ -124,7 +124,7 @@ def unreachable(address: str, failure: Exception) -> UserError:
 
 
 def _append(address: str, draft: Path, etag: Path, progress: Progress) -> None:
-    """Bring the draft to its full length; raises OSError or HTTPException when the line breaks."""
+    """Append to the draft until it is complete; raises OSError or HTTPException if the connection breaks."""
     have = draft.stat().st_size if draft.is_file() else 0
     known = etag.read_text() if have and etag.is_file() else ""
     with open_url(address, {"Range": f"bytes={have}-", "If-Range": known} if known else {}) as answer:
@@ -143,14 +143,14 @@ def _append(address: str, draft: Path, etag: Path, progress: Progress) -> None:
 
 
 def digest(file: Path, checksum: str) -> str:
-    """The file's checksum of the same kind as `checksum`, as md5:... or sha256:..."""
+    """The file's checksum as md5:... or sha256:..., of the same kind as `checksum`."""
     algorithm = checksum.partition(":")[0]
     with open(file, "rb") as stream:
         return f"{algorithm}:{hashlib.file_digest(stream, algorithm).hexdigest()}"
 
 
 def published_checksum(record: str, name: str) -> str:
-    """The checksum of the file `name` in a record as zenodo.org publishes it: {"files": [{"key", "checksum"}]}."""
+    """The checksum of the file `name` in a JSON record like zenodo.org's: {"files": [{"key", "checksum"}]}."""
     try:
         with open_url(record) as answer:
             files = json.load(answer)["files"]
@@ -162,9 +162,9 @@ def published_checksum(record: str, name: str) -> str:
 
 
 def fetch_images(home: Path, images: Images, count: int) -> None:
-    """Fetch `count` training images, several at a time: the same ones everywhere, and a larger count adds to them.
+    """Fetch `count` training images in parallel: the same on every machine, and a larger count adds to them.
 
-    Raises UserError for those that cannot be read, at once when many in a row all fail: then the network is down.
+    Raises UserError at the end if some cannot be read, and at once if a whole group fails: then the network is down.
     """
     ids = {row[images.ids_column] for row in read_table(home / images.ids_file)}
     chosen = heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -172,7 +172,7 @@ def fetch_images(home: Path, images: Images, count: int) -> None:
     folder.mkdir(exist_ok=True)
 
     def one(name: str) -> str | None:
-        """Why the image could not be fetched."""
+        """Fetch one image; returns the reason if that fails."""
         target, draft = folder / f"{name}.jpg", folder / f".{name}.jpg.part"
         try:
             if shutil.disk_usage(folder).free < SPARE_BYTES:
@@ -190,7 +190,7 @@ def fetch_images(home: Path, images: Images, count: int) -> None:
 
     wanted, failures, done = (name for name in chosen if not (folder / f"{name}.jpg").is_file()), [], 0
     with ThreadPoolExecutor(AT_ONCE) as pool, Progress(label, len(chosen), "files") as progress:
-        # The first ones alone: behind a line that is dead, those after them would keep everybody waiting once more.
+        # A small first group: without a network, a larger one would run into one timeout after the other.
         while names := list(islice(wanted, 16 * AT_ONCE if done else AT_ONCE)):
             failed = [failure for failure in pool.map(one, names) if failure]
             failures += failed

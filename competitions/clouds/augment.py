@@ -10,10 +10,10 @@ MIRROR = cv2.BORDER_REFLECT_101
 
 
 class Blackout(A.DualTransform):
-    """Paint the region of one present class black and take its pixels out of every mask.
+    """Paint the region of one present class black and remove its pixels from every mask.
 
-    The network then has to call the class absent although the rest of the image is as it was. The presence of the
-    classes is read from the masks afterwards, so an overlapping class that vanishes with it is absent too.
+    The network then has to predict the class as absent although the rest of the image is unchanged. The presence of
+    classes is computed from the masks afterwards, so an overlapping class that vanishes too counts as absent.
     """
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -31,9 +31,9 @@ class Blackout(A.DualTransform):
 
 
 def pipeline(strength: str, blackout: float) -> A.Compose:
-    """The augmentation by name: none, light (flips, shift, scale, turn) or strong (also warps, light and colour).
+    """The augmentation by name: none, light (flips, shift, scale, rotation) or strong (also warps, brightness, colour).
 
-    `blackout` is the part of the samples that lose a class.
+    `blackout` is the fraction of the samples that lose a class.
     """
     flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
     place = A.Affine(scale=(0.8, 1.25), translate_percent=(-0.1, 0.1), rotate=(-10, 10), border_mode=MIRROR, p=0.7)

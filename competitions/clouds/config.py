@@ -1,4 +1,4 @@
-"""Settings of clouds: what the flags are made of, the recipes, where the data come from."""
+"""Settings of clouds: the flags, the recipes and the source of the data."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,7 +20,7 @@ Architecture = Literal[
 
 @dataclass(frozen=True)
 class CloudConfig(Config):
-    """The settings of clouds: the network, the size it works at, the augmentation and the parts of the loss."""
+    """The settings of clouds: the network, its input size, the augmentation and the parts of the loss."""
 
     size: tuple[int, int] = flag(
         (384, 576), "height and width the network works at, up to 1400,2100", "pixels", at_least(64)
@@ -85,7 +85,7 @@ FULL = replace(
     batch_size=16,
     size=(1400, 2100),
     encoder="efficientnet-b3",
-    micro_batch=1,  # "auto" starts with all sixteen: a CPU's memory is not refused, the process is killed
+    micro_batch=1,  # "auto" would start with all sixteen, and on a CPU the process is killed when memory runs out
     checkpointing=True,
     keep_memory=False,
     lr=5e-4,
@@ -104,17 +104,17 @@ BEST = replace(
     clip_norm=1.0,
 )
 RECIPES: dict[str, CloudConfig] = {
-    # make train COMP=clouds: a card with 8 GB, some hours
+    # make train COMP=clouds: a GPU with 8 GB, some hours
     "default": DEFAULT,
     # make train COMP=clouds RECIPE=small: a laptop's CPU, 500 images
     "small": SMALL,
     # RECIPE=small-pretrained: the same from ImageNet weights; ARGS="--encoder-weights FILE" needs no network
     "small-pretrained": PRETRAINED,
-    # make train COMP=clouds RECIPE=full: every pixel, on a card with 11 GB
+    # make train COMP=clouds RECIPE=full: full resolution, on a GPU with 11 GB
     "full": FULL,
-    # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one card
+    # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one GPU
     "best": BEST,
-    # make train COMP=clouds, when there are no data: a laptop's CPU, generated images
+    # make train COMP=clouds without data: a laptop's CPU, generated images
     "demo": replace(
         SMALL,
         fold="0",
@@ -127,7 +127,7 @@ RECIPES: dict[str, CloudConfig] = {
         cutmix=0.0,
         evaluate_every=3,
     ),
-    # make train COMP=clouds RECIPE=smoke: seconds on the demo data, to see that everything works
+    # make train COMP=clouds RECIPE=smoke: seconds on the demo data, to check that everything works
     "smoke": replace(
         SMALL, fold="0", folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False
     ),

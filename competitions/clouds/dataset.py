@@ -1,4 +1,4 @@
-"""Images and masks as samples: decoded at the working size, augmented, uint8 until they are on the device."""
+"""Images and masks as samples: decoded at the network's input size, augmented, uint8 until they are on the device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from competitions.clouds.reader import SUBMISSION_SIZE, Runs
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a row at `size` as uint8 of 0 and 1: [H, W, 4] for the augmentation ..."""
+    """The masks of a row at `size` for the augmentation: uint8 [H, W, 4] of 0 and 1."""
 
     runs: Runs
     size: tuple[int, int]
@@ -27,7 +27,7 @@ class Masks:
 
 
 class Truth(Masks):
-    """... or {"masks": [4, 350, 525], "packed": [H, W]}: what is scored, and what the loss is of."""
+    """The masks of a row for validation: {"masks": [4, 350, 525], scored, "packed": [H, W], for the loss}, uint8."""
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         masks = torch.from_numpy(self.runs.masks(row, SUBMISSION_SIZE).view(np.uint8))
@@ -44,11 +44,11 @@ def cloud_images(
     runs: Runs | None = None,
     transform: Callable[..., dict[str, Any]] | None = None,
 ) -> ImageDataset:
-    """Samples of `size` (height, width): input uint8 [3, H, W] and a target that depends on what it is used for.
+    """Samples of `size` (height, width): input uint8 [3, H, W] and a target that depends on its use.
 
-    With `transform`: uint8 [H, W], one bit per class (see loss.pack).
-    With runs but without a transform: {"masks": uint8 [4, 350, 525], "packed": uint8 [H, W]}, the truth at the size
-    that is scored and at that of the loss.
+    With `transform` (training): uint8 [H, W], one bit per class (see loss.pack).
+    With runs but without a transform (validation): {"masks": uint8 [4, 350, 525], "packed": uint8 [H, W]}, the truth
+    at the size of the submission and at that of the loss.
     Without runs (test images): an empty tensor.
     """
     images = ImageStore(paths, size, upright=False)

@@ -1,10 +1,10 @@
-"""From probabilities to masks: is the class there at all, which regions count, and how far do they reach.
+"""From probabilities to masks: whether a class is present, which regions count, and how far they reach.
 
-Predictions are {"presence": [B, 4, 2], "pixels": [B, 4, 350, 525]}: how likely the class is there at all, by the class
-head and by the pixels, and the probability of every pixel. The mean over networks and TTA is taken of each: the
-presence of averaged pixels would be less than that of each network's, for which the gate is tuned.
-All comparisons happen in 255 steps, the resolution in which out-of-fold predictions are kept, so that a rule which
-was tuned on kept predictions decides the same on fresh ones.
+Predictions are {"presence": [B, 4, 2], "pixels": [B, 4, 350, 525]}: the probability that the class is present,
+estimated by the class head and from the pixels, and the probability of every pixel. Both are averaged over networks and
+TTA. Presence computed from averaged pixels would be lower than that of single networks, for which the gate is tuned.
+All comparisons use 255 steps, the resolution of the stored out-of-fold predictions, so that a rule tuned on stored
+predictions decides the same on fresh ones.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,25 +19,25 @@ from torch.nn.functional import interpolate
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE
 
 STEPS = 255
-SOURCES = ("head", "pixels")  # of the presence, in their order in the predictions
+SOURCES = ("head", "pixels")  # of the presence, in the order of the predictions
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one class is decided. Areas are pixels at 350x525, the rest are probabilities."""
+    """The decision rule of one class. `size` is in pixels at 350x525; gate, top and bottom are probabilities."""
 
-    gate: float = 0.5  # least presence; below it the class is absent
-    top: float = 0.5  # a region has pixels of at least this probability ...
-    size: int = 1  # ... at least so many, connected
-    bottom: float = 0.5  # and reaches as far as the probability stays above this
+    gate: float = 0.5  # lowest presence; below it the class is absent
+    top: float = 0.5  # a region needs connected pixels of at least this probability ...
+    size: int = 1  # ... at least this many of them
+    bottom: float = 0.5  # it extends over connected pixels of at least this probability
     hull: bool = False  # fill each region to its convex hull
 
 
 def predict(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Logits {"pixels" [B, 4, H, W], "classes" [B, 4]} -> predictions.
 
-    The presence by the pixels is the fourth root of their mean fourth power: large for few certain pixels as for many
-    likely ones.
+    The presence from the pixels is the fourth root of the mean of their fourth powers: a few certain pixels make it as
+    large as many likely ones.
     """
     pixels = outputs["pixels"].sigmoid()
     shrinks = pixels.shape[-2] > SUBMISSION_SIZE[0]
@@ -47,21 +47,21 @@ def predict(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_steps(values: Tensor | np.ndarray) -> np.ndarray:
-    """Probabilities, or what was kept of them -> uint8 of 0 to 255, of the same shape."""
+    """Probabilities -> uint8 of 0 to 255, of the same shape; stored predictions already are that."""
     if isinstance(values, Tensor):
         return (values * STEPS).round().to(torch.uint8).cpu().numpy()
     return values
 
 
 def force_best(presence: np.ndarray) -> np.ndarray:
-    """Presence [B, 4] with the likeliest class of every image certain: no image of this competition is empty."""
+    """Presence [B, 4] with every image's likeliest class set to certain, as no image of this competition is empty."""
     forced = presence.copy()
     np.put_along_axis(forced, presence.argmax(1)[:, None], STEPS, axis=1)
     return forced
 
 
 def region_mask(pixels: np.ndarray, rule: Rule) -> np.ndarray:
-    """The mask bool [H, W] of probabilities in steps uint8 [H, W], the gate left aside."""
+    """The mask bool [H, W] from probabilities in steps, uint8 [H, W]; ignores the gate."""
     top, bottom = round(rule.top * STEPS), round(rule.bottom * STEPS)
     mask = pixels >= top
     if rule.size > 1 and mask.any():
@@ -78,7 +78,7 @@ def region_mask(pixels: np.ndarray, rule: Rule) -> np.ndarray:
 
 
 def convex_hulls(mask: np.ndarray) -> np.ndarray:
-    """bool [H, W] with every region filled to its convex hull."""
+    """The mask bool [H, W] with every region filled to its convex hull."""
     contours, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     filled = mask.astype(np.uint8)
     for contour in contours:
@@ -87,7 +87,7 @@ def convex_hulls(mask: np.ndarray) -> np.ndarray:
 
 
 def apply(predictions: dict[str, Tensor], tuned: dict[str, Any]) -> Tensor:
-    """Predictions and what was tuned ({} before that) -> masks uint8 [B, 4, 350, 525]."""
+    """Predictions and tuned rules ({} before tuning) -> masks uint8 [B, 4, 350, 525]."""
     presence, pixels = in_steps(predictions["presence"]), in_steps(predictions["pixels"])
     presence = presence[:, :, SOURCES.index(tuned.get("presence", "head"))]
     if tuned.get("force_best", False):
@@ -101,19 +101,19 @@ def apply(predictions: dict[str, Tensor], tuned: dict[str, Any]) -> Tensor:
 
 
 def to_tuned(rules: list[Rule], force: bool, presence: str = "head") -> dict[str, Any]:
-    """Rules in plain types, as the run keeps them."""
+    """The rules in plain types, as they are stored with the run."""
     rules_of = {name: asdict(rule) for name, rule in zip(CLASSES, rules, strict=True)}
     return {"rules": rules_of, "presence": presence, "force_best": force}
 
 
 def dice_of_masks(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The competition's Dice of bool [..., H, W]: float64 [...], 1 where both are empty."""
+    """The competition's Dice of masks bool [..., H, W]: float64 [...], 1 where both masks are empty."""
     both, total = (masks & truth).sum((-2, -1)), masks.sum((-2, -1)) + truth.sum((-2, -1))
     return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
 
 
 def dice(masks: Tensor, truth: Tensor) -> Tensor:
-    """`dice_of_masks` uint8 masks [B, 4, H, W] on their device: float64 [B, 4]."""
+    """`dice_of_masks` for uint8 masks [B, 4, H, W], computed on their device: float64 [B, 4]."""
     both = (masks & truth).flatten(2).sum(2).double()
     total = masks.flatten(2).sum(2).double() + truth.flatten(2).sum(2).double()
     return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)

@@ -1,4 +1,4 @@
-"""A demo data in the competition's files: blue sea under four textures of cloud, with their masks."""
+"""Demo data in the competition's file format: blue sea under four textures of cloud, with their masks."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from competitions.clouds.reader import CLASSES, MASK_SIZE
 
 TRAIN_IMAGES, TEST_IMAGES = 24, 6
 SEED = 2019
-HALF = (MASK_SIZE[0] // 2, MASK_SIZE[1] // 2)  # where textures are drawn: seconds instead of a minute
+HALF = (MASK_SIZE[0] // 2, MASK_SIZE[1] // 2)  # textures are drawn at half size: seconds instead of a minute
 SEA = np.array((38, 58, 92), np.float32)  # RGB
 QUALITY = 85  # of the JPEGs, about 400 kB each
 
 
 def write_demo(folder: Path) -> None:
-    """train.csv, sample_submission.csv and the JPEGs under `folder`; the same bytes every time."""
+    """Write train.csv, sample_submission.csv and the JPEGs into `folder`; the same bytes every time."""
     rng = np.random.default_rng(SEED)
     rows = ["Image_Label,EncodedPixels"]
     names = [f"{number:07x}.jpg" for number in rng.choice(16**7, TRAIN_IMAGES + TEST_IMAGES, replace=False)]
@@ -35,7 +35,7 @@ def write_demo(folder: Path) -> None:
 
 
 def draw(rng: np.random.Generator, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image uint8 [1400, 2100, 3] in RGB with its masks bool [4, 1400, 2100]; class `first` is on it."""
+    """One RGB image uint8 [1400, 2100, 3] with its masks bool [4, 1400, 2100]; class `first` is always present."""
     masks = np.zeros((len(CLASSES), *MASK_SIZE), bool)
     cover = 0.25 * smooth(rng, 90) + 0.05 * smooth(rng, 4)  # haze over the whole image
     others = rng.permutation([label for label in range(len(CLASSES)) if label != first])
@@ -51,7 +51,7 @@ def draw(rng: np.random.Generator, first: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rectangles(rng: np.random.Generator) -> np.ndarray:
-    """bool HALF: one or two overlapping boxes, as the annotators drew them."""
+    """A region of one or two overlapping boxes, like those of the annotators: bool, of size HALF."""
     region = np.zeros(HALF, bool)
     height, width = (int(side * rng.uniform(0.4, 0.75)) for side in HALF)
     top, left = rng.integers(0, HALF[0] - height), rng.integers(0, HALF[1] - width)
@@ -62,8 +62,8 @@ def rectangles(rng: np.random.Generator) -> np.ndarray:
 
 
 def smooth(rng: np.random.Generator, scale: float, stretch: float = 1.0, angle: float = 0.0) -> np.ndarray:
-    """Noise HALF of mean 0 and deviation 1 with spots of about `scale` pixels, longer by `stretch` along `angle`."""
-    step = max(1, int(scale / 2))  # coarse noise is made small: a wide blur costs as much as its width
+    """Noise of size HALF, mean 0 and deviation 1: spots of about `scale` pixels, `stretch` times longer at `angle`."""
+    step = max(1, int(scale / 2))  # coarse noise is drawn smaller and enlarged, because a wide blur is slow
     height, width = (side // step + 4 for side in HALF)
     noise = cv2.GaussianBlur(rng.standard_normal((height, width)).astype(np.float32), (0, 0), scale / step)
     if stretch != 1:
@@ -75,7 +75,7 @@ def smooth(rng: np.random.Generator, scale: float, stretch: float = 1.0, angle: 
 
 
 def _fish(rng: np.random.Generator) -> np.ndarray:
-    """Bones: long bands with a fringe across."""
+    """Fish bones: long bands with fine stripes across."""
     angle = rng.uniform(-40, 40)
     bands = 1 - np.abs(smooth(rng, 16, 5, angle))
     return np.clip(bands, 0, 1) * (0.75 + 0.25 * smooth(rng, 3, 3, angle + 90))
@@ -92,7 +92,7 @@ def _gravel(rng: np.random.Generator) -> np.ndarray:
 
 
 def _sugar(rng: np.random.Generator) -> np.ndarray:
-    """Dust: the finest grains there are, none of them large."""
+    """Dust: only very fine grains."""
     return np.clip(0.35 + 0.4 * smooth(rng, 1.2), 0, 0.8)
 
 

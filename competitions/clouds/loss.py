@@ -1,4 +1,4 @@
-"""The loss of the flags, and the form in which masks travel to it: one byte per pixel, a bit per class."""
+"""The loss that the flags describe, and the packed masks that it takes: one byte per pixel, a bit per class."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pack(masks: np.ndarray) -> np.ndarray:
-    """Masks of 0 and 1, uint8 [H, W, 4] -> uint8 [H, W]: a batch of 16 full-size images then holds 50 MB, not 190."""
+    """Masks of 0 and 1, uint8 [H, W, 4] -> uint8 [H, W]; the masks of 16 full-size images then take 50 MB, not 190."""
     return np.packbits(masks, axis=2, bitorder="little")[:, :, 0]
 
 
@@ -26,12 +26,10 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class OfPackedMasks(nn.Module):
-    """A loss of {"pixels": masks [B, 4, H, W], "classes": presence [B, 4]}, given packed masks [B, H, W].
+    """Let a loss of {"pixels": masks [B, 4, H, W], "classes": presence [B, 4]} take packed masks [B, H, W] as targets.
 
-    (Or a dict with them as "packed": validation rows have the truth at the size that is scored besides.)
-
-    They are unpacked when a micro-batch is on the device, and a class is present where a pixel of it is left by then,
-    whatever a crop, a blackout or a pasted box has taken away.
+    It also takes a dict with the packed masks as "packed", because validation rows have the masks at the scored size
+    too. Masks are unpacked on the device. A class counts as present if any pixel of it is left after augmentation.
     """
 
     def __init__(self, loss: nn.Module):
@@ -57,7 +55,7 @@ def _targets(packed: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(config: "CloudConfig") -> OfPackedMasks:
-    """The weighted sum of both heads' losses; parts of weight 0 cost nothing."""
+    """The weighted sum of both heads' losses; parts with weight 0 are not computed."""
     pixels = [
         (BCE(), config.bce),
         (Dice(average="batch"), config.dice),

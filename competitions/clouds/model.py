@@ -11,7 +11,7 @@ TOP_PIXELS = 10
 class CloudNet(MaskNet):
     """An encoder with a decoder for the masks and a head on its deepest features for the presence of the classes.
 
-    `class_head` "topk" has no parameters: a class is as present as the mean of its ten largest pixel logits.
+    `class_head` "topk" has no parameters: the logit of a class is the mean of its ten largest pixel logits.
     """
 
     def __init__(self, architecture: str, encoder: str, class_head: str, dropout: float, decoder_width: float = 1.0):

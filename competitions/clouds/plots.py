@@ -1,4 +1,4 @@
-"""What clouds adds to the page of a run: what was found beside the truth, and how the thresholds move the score."""
+"""The clouds part of a run's report: predicted masks beside the true ones, and how thresholds change the score."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,12 @@ from competitions.clouds import decision, tuning
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE, CloudFiles
 
 COLOURS = {"Fish": (230, 60, 60), "Flower": (60, 200, 80), "Gravel": (70, 130, 255), "Sugar": (250, 210, 40)}
-OVERLAYS = 8  # images on the page: from the best to the worst
-CURVE_IMAGES = 150  # that the threshold curves are drawn from
+OVERLAYS = 8  # images in the report, from the best to the worst
+CURVE_IMAGES = 150  # images used for the threshold curves
 
 
 def report(files: CloudFiles, images: ImageDataset, run: Run, page: Report) -> None:
-    """Add to the run's page what it found beside the truth, and how the thresholds move the score."""
+    """Add the out-of-fold predictions beside the truth, and the threshold curves, to the run's report."""
     if (run.path / "oof_ids.txt").is_file():
         _out_of_fold(page, run, run.result, files, images)
 
@@ -60,12 +60,12 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
 
 
 def decided(kept: dict[str, np.ndarray], at: int, tuned: dict[str, Any]) -> np.ndarray:
-    """Masks bool [4, 350, 525] of the kept predictions of one image."""
+    """Masks bool [4, 350, 525] from the stored predictions of one image."""
     return decision.apply(unpack(part_of(kept, slice(at, at + 1))), tuned)[0].numpy().astype(bool)
 
 
 def overlay(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Figure:
-    """The image uint8 [H, W, 3] twice: under the true masks and under those that were found."""
+    """The image uint8 [H, W, 3] twice, under the true masks and under the predicted ones."""
     image = cv2.resize(image, SUBMISSION_SIZE[::-1], interpolation=cv2.INTER_AREA)
     figure = Figure(figsize=(13, 4.8))
     for place, (title, masks) in enumerate((("truth", truth), ("found", found))):
@@ -79,7 +79,7 @@ def overlay(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Figure:
 
 
 def painted(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] with every mask as a tint and an outline."""
+    """The image uint8 [H, W, 3] with every mask as a tint and an outline."""
     result = image.astype(np.float32)
     for name, mask in zip(CLASSES, masks, strict=True):
         colour = np.array(COLOURS[name], np.float32)
@@ -90,7 +90,7 @@ def painted(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:
-    """Bars of the Dice [m, 4] per class; `present` [4] is the part of the images with the class."""
+    """Bars of the mean Dice of `scores` [m, 4] per class; `present` [4] is the fraction of images with the class."""
     figure = Figure(figsize=(7, 3.6))
     axes = figure.add_subplot()
     colours = [np.array(COLOURS[name]) / 255 for name in CLASSES]
@@ -103,7 +103,7 @@ def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:
 
 
 def threshold_curves(tables: list[tuning.Table], tuned: dict[str, Any]) -> Figure:
-    """Mean Dice when one threshold of the tuned rules moves and the others stay."""
+    """Mean Dice as a function of one threshold of the tuned rules, the others fixed."""
     grids = {"gate": tuning.GATES, "top": tuning.LEVELS, "size": tuning.SIZES}
     figure = Figure(figsize=(13, 3.6))
     for place, (part, grid) in enumerate(grids.items()):

@@ -1,4 +1,4 @@
-"""The competition's files in Kaggle's layout: which images there are, their masks, and the rows to submit."""
+"""Read the competition's files in Kaggle's layout: the images, their masks, and the rows to submit."""
 
 import difflib
 from collections.abc import Callable, Iterator
@@ -16,18 +16,18 @@ from common.vision.decode import decode
 from common.vision.find import find_images, images_of
 
 CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
-MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, whatever the size of the images
+MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, even if the images were resized
 SUBMISSION_SIZE = (350, 525)  # height and width that the runs of a submission refer to
-CERTAIN = 50  # columns apart by the same number that show the height of the masks
+CERTAIN = 50  # equal distances between neighbouring columns that are enough to tell the height of the masks
 COLUMNS = ("Image_Label", "EncodedPixels")
 AGAIN = "mend the file, or get it again with make data COMP=clouds"
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The masks of n images: one flat array instead of 4n small ones, which worker processes copy at once.
+    """The masks of n images as one flat array instead of 4n small ones, which is fast to copy to worker processes.
 
-    `runs` int32 [all runs, 2] of (first pixel from 0, length) at `size`; `starts` int64 [4n + 1], each mask's first.
+    `runs` int32 [all runs, 2] of (first pixel from 0, length) at `size`; `starts` int64 [4n + 1] of each mask in them.
     """
 
     runs: np.ndarray
@@ -39,7 +39,7 @@ class Runs:
         return self.runs[self.starts[cell] : self.starts[cell + 1]].astype(np.int64)
 
     def masks(self, image: int, size: tuple[int, int]) -> np.ndarray:
-        """bool [4, height, width] at any size."""
+        """The masks of an image, bool [4, height, width], at any size."""
         return np.stack([rle.decode_to_size(self.of(image, label), *self.size, *size) for label in range(len(CLASSES))])
 
     def present(self) -> np.ndarray:
@@ -49,7 +49,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class CloudFiles:
-    """Everything the files say. Images are sorted by name, so the order of the rows in train.csv changes nothing."""
+    """The content of the files. Images are sorted by name, so the order of the rows in train.csv does not matter."""
 
     images: list[str]  # names of the training images
     train_paths: list[Path]
@@ -60,7 +60,7 @@ class CloudFiles:
 
 
 def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
-    """Read and check all files but the pixels; raises UserError naming the file and the row of the first fault."""
+    """Read and check all files except the pixels; raises UserError with the file and the row of the first fault."""
     folder = raw.folder()
     images, runs = _train(raw)
     test_classes = _test(raw.uncounted())
@@ -81,7 +81,7 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
 
 
 def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
-    """Rows of a CSV as (line, image, class, cell); raises UserError for other columns and unknown classes."""
+    """Rows of a CSV as (line, image, class, cell); raises UserError for unexpected columns and unknown classes."""
     columns = {COLUMNS[0]: str, COLUMNS[1]: tables.text(blank=True)}
     table = tables.read(raw, name, columns, others="refuse", lines=True)
     known = {label: number for number, label in enumerate(CLASSES)}
@@ -122,11 +122,11 @@ def _train(raw: RawData) -> tuple[list[str], Runs]:
 
 
 def _size_of(runs: Runs, paths: list[Path], name: str) -> tuple[int, int]:
-    """The size that runs refer to: MASK_SIZE, unless masks were encoded again when somebody resized the images.
+    """The size that runs refer to: MASK_SIZE, unless the masks were encoded again for resized images.
 
-    Runs of neighbouring columns mostly start as many pixels apart as the mask is high. Where that is not 1400, and no
-    run ends beyond a mask of that height, they are of another size: that of the images, or of a submission. Raises
-    UserError when it is neither. Too few runs say nothing, and are taken for what the competition's are.
+    The starts of runs in neighbouring columns mostly differ by the height of the mask. If that is not 1400, and no run
+    ends beyond a mask of that height, the masks have the size of the images or of a submission. Raises UserError if it
+    is neither. Too few runs prove nothing, so MASK_SIZE is assumed.
     """
     starts, ends = runs.runs[:, 0], runs.runs.sum(1)
     apart = np.diff(starts)
@@ -157,7 +157,7 @@ def _stored_size(paths: list[Path]) -> tuple[int, int]:
 
 
 def _test(raw: RawData) -> dict[str, list[int]]:
-    """Images of the sample submission and the order of their classes; its masks mean nothing."""
+    """Images of the sample submission and the order of their classes; its masks are ignored."""
     classes: dict[str, list[int]] = {}
     last = None
     for line, image, label, _ in _table(raw, "sample_submission.csv"):
@@ -177,7 +177,7 @@ def _test(raw: RawData) -> dict[str, list[int]]:
 def _paths(folder: Path, images: list[str], table: str, lenient: bool) -> list[Path]:
     """Paths of the images; raises UserError for a row without an image, and for an image without a row.
 
-    A `lenient` prediction (see RawData) takes both as they are.
+    A `lenient` prediction (see RawData) accepts both.
     """
     again = "get the files with make data COMP=clouds, or pass DATA=/path/to/folder"
     paths = images_of(folder, images, table, again, lenient=lenient)

@@ -1,4 +1,4 @@
-"""Understanding Clouds from Satellite Images: where on an image are Fish, Flower, Gravel and Sugar clouds?
+"""Understanding Clouds from Satellite Images: segment Fish, Flower, Gravel and Sugar clouds.
 
 The score is the mean Dice over images and classes, at 350x525.  make train COMP=clouds RECIPE=small
 """
@@ -28,7 +28,7 @@ from competitions.clouds.model import CloudNet
 
 
 def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
-    """Read and check the files, and put the competition together; raises UserError for what is wrong with either."""
+    """Read and check the files and build the Task; raises UserError for wrong settings or files."""
     if not (config.bce or config.dice or config.lovasz or config.present):
         raise UserError("all weights of the pixels' loss are 0: give --bce, --dice, --lovasz or --present one above 0")
     if not config.classes and config.class_head == "pooled":
@@ -87,7 +87,7 @@ def _pretrain(config: CloudConfig, network: CloudNet) -> str:
 
 
 def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:
-    """The competition's score, then the same of every class."""
+    """The competition's score, then the same for every class."""
 
     def stats(label: int | None) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
         classes = slice(None) if label is None else label

@@ -1,4 +1,4 @@
-"""Choosing the rules on out-of-fold predictions, and measuring what that is worth on images it was not chosen on."""
+"""Choose the decision rules on out-of-fold predictions, and estimate their Dice on images not used for the choice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,28 +12,28 @@ from competitions.clouds import decision
 from competitions.clouds.decision import SOURCES, STEPS, Rule, force_best, region_mask, to_tuned
 from competitions.clouds.reader import CLASSES
 
-Kept = dict[str, np.ndarray]  # predictions as they are kept: uint8 presence [m, 4, 2] and pixels [m, 4, 350, 525]
+Kept = dict[str, np.ndarray]  # stored predictions: uint8 "presence" [m, 4, 2] and "pixels" [m, 4, 350, 525]
 LEVELS = tuple(round(0.2 + 0.05 * step, 2) for step in range(14))  # pixel probabilities 0.20 to 0.85
 SIZES = (1, 500, 1000, 2500, 5000, 7500, 10000, 15000, 20000)  # pixels of 183,750
 GATES = tuple(round(0.05 * step, 2) for step in range(20))
 PAIRS = tuple((bottom, top) for top in range(len(LEVELS)) for bottom in range(top + 1))
-STAGES = ("plain", "gate", "threshold", "size", "bottom")  # each frees one more part of the rule
-# Of rules with the same score the one nearest to one half is taken: they come in plateaus, and its edge is a bad place.
+STAGES = ("plain", "gate", "threshold", "size", "bottom")  # each tunes one more part of the rule
+# Equal scores come in plateaus. Of equal rules the one nearest to one half is taken, as a plateau's edge is unstable.
 TIE_BREAK = 1e-6 * (
     np.abs(np.array(GATES) - 0.5)[:, None]
     + np.repeat([abs(LEVELS[top] - 0.5) + abs(LEVELS[bottom] - 0.5) for bottom, top in PAIRS], len(SIZES))
     + np.tile(np.arange(len(SIZES)) / len(SIZES), len(PAIRS))
 )  # [gates, pairs * sizes]
-SPLITS, REPEATS = 5, 4  # the nested check cuts the images into so many parts, so many times
-OUTER, OUTER_REPEATS = 1000, 2  # and once more around it: a key apart from those of the inner splits, fewer times
+SPLITS, REPEATS = 5, 4  # inner cross-validation: parts, and repetitions
+OUTER, OUTER_REPEATS = 1000, 2  # outer cross-validation: a seed key different from the inner splits', and repetitions
 
 
 @dataclass(frozen=True)
 class Table:
-    """Dice of every image under every (pair of levels, size), for one class: searching is then a matrix product.
+    """Dice of every image under every (pair of levels, size) for one class, so that the search is a matrix product.
 
-    `empty` float32 [m] is the Dice if the class does not pass the gate, `gain` float32 [m, pairs * sizes] what is added
-    to it if the class does, `presence` uint8 [m] what the gate looks at.
+    `empty` float32 [m] is the Dice if the class does not pass the gate, `gain` float32 [m, pairs * sizes] the increase
+    if it does, `presence` uint8 [m] the value that is compared with the gate.
     """
 
     gain: np.ndarray
@@ -42,15 +42,15 @@ class Table:
 
 
 def image_dice(pixels: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Dice float32 [pairs, sizes] of one image and class from uint8 [H, W] and bool [H, W].
+    """Dice float32 [pairs, sizes] of one image and class, from `pixels` uint8 [H, W] and `truth` bool [H, W].
 
-    Regions of a lower level contain those of the higher ones, so each level is labelled once: a region knows its area,
-    its overlap with the truth and the largest region of every higher level inside it.
+    Regions of a lower level contain those of the higher levels. So each level is labelled only once, with the area of
+    every region, its overlap with the truth and the largest region of every higher level inside it.
     """
     inside = np.flatnonzero(pixels >= round(LEVELS[0] * STEPS))
     true_inside, true_area = truth.reshape(-1)[inside], int(truth.sum())
     values = pixels.reshape(-1)[inside]
-    areas, overlaps, parents = [], [], []  # per level: of its regions; the region of the level below that holds it
+    areas, overlaps, parents = [], [], []  # per level, for its regions; parent: the region one level below around it
     below = np.zeros(len(inside), np.int32)
     for level in LEVELS:
         above = (pixels >= round(level * STEPS)).view(np.uint8)
@@ -68,7 +68,7 @@ def image_dice(pixels: np.ndarray, truth: np.ndarray) -> np.ndarray:
     for top in range(len(LEVELS)):
         chain, largest = np.arange(len(areas[top])), areas[top]
         for bottom in range(top, -1, -1):
-            inner = np.zeros(len(areas[bottom]), np.int64)  # the largest region of level `top` inside
+            inner = np.zeros(len(areas[bottom]), np.int64)  # area of the largest region of level `top` inside
             np.maximum.at(inner, chain, largest)
             alive = inner >= sizes  # [sizes, regions]
             total = alive @ areas[bottom] + true_area
@@ -80,7 +80,7 @@ def image_dice(pixels: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def tables(predictions: Kept, truth: Callable[[int], np.ndarray], source: str = "head") -> list[Table]:
-    """One table per class; `truth(i)`: bool [4, H, W] of the i-th image. `source` of the presence: head or pixels."""
+    """One table per class; `truth(i)` is bool [4, H, W] of image i, `source` of the presence "head" or "pixels"."""
     count = len(predictions["pixels"])
     dice = np.zeros((len(CLASSES), count, len(PAIRS), len(SIZES)), np.float32)
     empty = np.zeros((len(CLASSES), count), np.float32)
@@ -96,13 +96,13 @@ def tables(predictions: Kept, truth: Callable[[int], np.ndarray], source: str = 
 
 
 def with_presence(found: Sequence[Table], presence: np.ndarray) -> list[Table]:
-    """The tables with another presence uint8 [m, 4]."""
+    """The tables with `presence` uint8 [m, 4] in place of their own."""
     return [replace(table, presence=presence[:, label]) for label, table in enumerate(found)]
 
 
 @cache
 def allowed(stage: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a stage may choose: positions in GATES, and positions in the pairs * sizes cells of a table."""
+    """The choices of a stage: positions in GATES, and positions among the pairs * sizes cells of a table."""
     number = STAGES.index(stage)
     half = LEVELS.index(0.5)
     gates = np.array([gate == 0 or number >= STAGES.index("gate") for gate in GATES])
@@ -117,7 +117,7 @@ def allowed(stage: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
-    """The rule with the best mean Dice over `rows`; thousands of combinations in one matrix product."""
+    """The rule with the best mean Dice over `rows`; one matrix product scores thousands of combinations."""
     if not len(rows):
         return Rule()
     gates, cells = allowed(stage)
@@ -133,14 +133,14 @@ def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
 
 
 class Hulls:
-    """Dice [m] of one class under a rule that fills convex hulls: too rarely asked for to have a table of its own."""
+    """Dice [m] of one class under rules that fill convex hulls; they are computed on demand, as few are needed."""
 
     def __init__(self, pixels: np.ndarray, truth: Callable[[int], np.ndarray], label: int):
         self.pixels, self.truth, self.label = pixels, truth, label
         self.known: dict[Rule, np.ndarray] = {}
 
     def dice(self, rule: Rule) -> np.ndarray:
-        """float32 [m], the gate left aside."""
+        """Dice float32 [m] under `rule` without its gate."""
         rule = replace(rule, gate=0.0, hull=True)
         if rule not in self.known:
             masks = (region_mask(pixels[self.label], rule) for pixels in self.pixels)
@@ -161,12 +161,12 @@ def dice_of(table: Table, rule: Rule, hulls: Hulls | None = None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make the rules: which parts are free, where the presence comes from, and what is done besides."""
+    """A way to make the rules: which parts are tuned, the source of the presence, and two optional steps."""
 
     stage: str
     source: str = "head"
-    force: bool = False  # the likeliest class of every image is there
-    hull: bool = False  # regions are filled to their convex hulls, for the classes where that is better
+    force: bool = False  # the likeliest class of every image counts as present
+    hull: bool = False  # regions are filled to their convex hulls for the classes where that is better
 
     @property
     def name(self) -> str:
@@ -175,12 +175,12 @@ class Way:
         return self.stage if self.source == "head" or self.stage == "plain" else f"{self.stage} by pixels"
 
 
-# The simplest first; the pixels before the head, which is one more thing to be wrong.
+# The simplest first: "pixels" before "head", as the class head is one more possible source of errors.
 WAYS = (Way("plain"), *(Way(stage, source) for stage in STAGES[1:] for source in reversed(SOURCES)))
 
 
 class Tuner:
-    """Makes rules in any Way from some of the images and says what they are worth on others."""
+    """Makes rules in any Way from some of the images, and measures their Dice on others."""
 
     def __init__(self, predictions: Kept, truth: Callable[[int], np.ndarray], seed: int = 0):
         self.seed, self.count = seed, len(predictions["pixels"])
@@ -202,7 +202,7 @@ class Tuner:
         return rule
 
     def held_out(self, way: Way, rows: np.ndarray) -> np.ndarray:
-        """Dice [len(rows)] where each image's rules come from the other parts of a split into five; of four splits."""
+        """Mean Dice [len(rows)] over REPEATS splits into SPLITS parts; each part is scored by rules from the others."""
         scores = np.zeros((REPEATS, len(CLASSES), len(rows)))
         for repeat in range(REPEATS):
             for train, held in _parts(len(rows), self.seed, repeat):
@@ -212,11 +212,11 @@ class Tuner:
         return scores.mean((0, 1))
 
     def choose(self, rows: np.ndarray) -> tuple[Way, dict[str, np.ndarray]]:
-        """The simplest way that is within one standard error of the best on held-out images, and what each is worth.
+        """The simplest way within one standard error of the best on held-out images, and the held-out Dice of each way.
 
-        Differences are paired by image. Forcing a class and filling hulls have to be better by one standard error.
+        Differences are paired by image. Forcing a class and filling hulls must be better by one standard error.
         """
-        if not len(rows):  # a single image was kept, and is held out
+        if not len(rows):  # there is only one image, and it is held out
             return WAYS[0], {}
         dice = {way: self.held_out(way, rows) for way in WAYS}
         best = max(dice, key=lambda way: dice[way].mean())
@@ -228,7 +228,7 @@ class Tuner:
         return chosen, {way.name: of for way, of in dice.items()}
 
     def score(self) -> float:
-        """Mean Dice of images that had no part in any choice: neither of their rules nor of the way to make them."""
+        """Mean Dice on held-out images, which are used neither to choose the rules nor to choose the way."""
         scores = np.zeros((OUTER_REPEATS, len(CLASSES), self.count))
         for repeat in range(OUTER_REPEATS):
             for train, held in _parts(self.count, self.seed, OUTER, repeat):
@@ -240,23 +240,23 @@ class Tuner:
 
 
 def _parts(count: int, *key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A split into five by the key: positions outside and inside of every part."""
+    """Split positions into SPLITS parts by the seed `key`; yields those outside and inside of each part."""
     part = np.random.default_rng(key).permutation(count) % SPLITS
     for held in range(min(SPLITS, count)):
         yield np.flatnonzero(part != held), np.flatnonzero(part == held)
 
 
 def _better(new: np.ndarray, old: np.ndarray) -> bool:
-    """Whether the mean of `new` is above that of `old` by more than the standard error of their difference."""
+    """Whether the mean of `new` exceeds that of `old` by more than the standard error of the difference."""
     difference = new - old
     return bool(difference.mean() > difference.std() / np.sqrt(len(difference)))
 
 
 def tune(predictions: Kept, truth: Callable[[int], np.ndarray], seed: int = 0) -> dict[str, Any]:
-    """Tune the rules of every class on kept predictions, in the way that is best on images it was not tuned on.
+    """Tune the rules of every class on stored predictions, in the way that is best on held-out images.
 
-    The result, in plain types: "rules", "presence", "force_best"; "held_out", what every way is worth on images that
-    its rules were not chosen on; and "score", where the way was not chosen on them either.
+    Returns plain types: "rules", "presence", "force_best"; "held_out", the Dice of every way on images that its rules
+    were not chosen on; and "score", the Dice on images that the way was not chosen on either.
     """
     tuner = Tuner(predictions, truth, seed)
     rows = np.arange(tuner.count)

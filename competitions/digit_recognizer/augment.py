@@ -1,7 +1,6 @@
-"""Training augmentation and test-time augmentation: small affine and elastic changes of many images at once, no flips.
+"""Training and test-time augmentation: small affine and elastic changes of a whole batch at once, no flips.
 
-Everything here is elementwise, or works on one image at a time, so an image's result does not depend on which others
-are in its batch.
+All operations are elementwise or per image, so the result for an image does not depend on the rest of its batch.
 """
 
 import math
@@ -17,23 +16,23 @@ from common.loading.keys import Keys
 from common.loading.transfer import to_device
 
 SIZE = 28  # pixels of a side
-CONTROL_POINTS = 5  # of the elastic field along a side: about one for every stroke
+CONTROL_POINTS = 5  # of the elastic field, per side: about one per stroke of a digit
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How far an image may change: uniform in both directions, except the elastic shifts, which are normal."""
+    """Limits of the random changes, which are uniform in both directions; the elastic shifts are normal instead."""
 
     rotation: float = 0.0  # degrees
-    scale: float = 0.0  # logarithm of the factor, each axis on its own
+    scale: float = 0.0  # logarithm of the factor, independent for each axis
     shear: float = 0.0  # pixels sideways for each pixel of height
-    shift: float = 0.0  # pixels, each axis on its own
+    shift: float = 0.0  # pixels, independent for each axis
     elastic: float = 0.0  # pixels, standard deviation at the control points of a smooth field
 
 
 def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
-    """Turn, scale, shear, shift and bend every image by its own key; uint8 [B, 1, 28, 28] to the same."""
-    # float64 on [B] numbers costs nothing and keeps the six coefficients exact to float32.
+    """Rotate, scale, shear, shift and bend every image by its own key; uint8 [B, 1, 28, 28] to the same."""
+    # float64 costs nothing for [B] numbers, and keeps the six coefficients exact to float32.
     draws = keys.uniform((6,), stream=0) * 2 - 1
     turn = draws[:, 0] * math.radians(strength.rotation)
     stretch_x, stretch_y = np.exp(draws[:, 1] * strength.scale), np.exp(draws[:, 2] * strength.scale)
@@ -59,7 +58,7 @@ def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
 
 
 def transformed(images: Tensor, rotation: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Every image turned by `rotation` degrees and `scale` times as large; [B, 1, 28, 28] to float32 in 0..255."""
+    """Every image rotated by `rotation` degrees and enlarged by `scale`; [B, 1, 28, 28] to float32 in 0..255."""
     cos, sin = math.cos(math.radians(rotation)) / scale, math.sin(math.radians(rotation)) / scale
     x, y = _places(images.device)
     from_x, from_y = (grid.expand(len(images), -1, -1) for grid in (cos * x - sin * y, sin * x + cos * y))
@@ -68,7 +67,7 @@ def transformed(images: Tensor, rotation: float = 0.0, scale: float = 1.0) -> Te
 
 @cache
 def _places(device: torch.device) -> tuple[Tensor, Tensor]:
-    """x and y of every pixel from the centre of the image, [28, 28] each; made once on a device."""
+    """x and y of every pixel from the centre of the image, [28, 28] each; computed once per device."""
     y, x = torch.meshgrid(*[torch.arange(SIZE, dtype=torch.float32) - (SIZE - 1) / 2] * 2, indexing="ij")
     return x.to(device), y.to(device)
 

@@ -1,4 +1,4 @@
-"""Settings of Digit Recognizer: what the flags are made of, the recipes, where the data come from."""
+"""Settings of Digit Recognizer: the flags, the recipes and the source of the data."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ SOURCE = Source(
 
 @dataclass(frozen=True)
 class DigitConfig(Config):
-    """The settings of Digit Recognizer: the network's size and how far the training images are changed."""
+    """The settings of Digit Recognizer: the network's size and the strength of the augmentation."""
 
     width: int = flag(32, "channels of the first scale; the others have 2 and 4 times as many", "channels", at_least(1))
     kernel: int = flag(5, "side of the larger convolutions", "pixels", (lambda side: side % 2 == 1, "an odd number"))
@@ -27,7 +27,7 @@ class DigitConfig(Config):
     elastic: float = flag(0.8, "standard deviation of the elastic bending", "pixels", at_least(0))
 
 
-# How many times the machines of the README's figures need; every line gives its command and what came out of it.
+# Training times and scores of the recipes are in README.md.
 RECIPES = {
     # make train COMP=digit_recognizer
     "default": DigitConfig(
@@ -60,7 +60,7 @@ RECIPES["fast"] = replace(
 )
 # make train COMP=digit_recognizer RECIPE=best
 RECIPES["best"] = replace(RECIPES["default"], fold="all")
-# make train COMP=digit_recognizer, when there are no data
+# make train COMP=digit_recognizer without data
 RECIPES["demo"] = replace(RECIPES["default"], epochs=12)
 # seconds on the demo data, for tests
 RECIPES["smoke"] = replace(RECIPES["default"], width=8, epochs=2, folds=5, precision="fp32", evaluate_every=1, ema=0.9)

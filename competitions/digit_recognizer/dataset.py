@@ -1,4 +1,4 @@
-"""All images as one uint8 tensor; batches are cut from it and augmented at once."""
+"""All images as one uint8 tensor; a whole batch is selected from it and augmented at once."""
 
 import numpy as np
 import torch
@@ -10,9 +10,9 @@ from competitions.digit_recognizer.augment import Strength, augment
 
 
 class Digits:
-    """Inputs uint8 [B, 1, 28, 28] and targets int64 [B]; augmented when a strength is given. Test images: 0.
+    """Batches of inputs uint8 [B, 1, 28, 28] and targets int64 [B]; augmented when a strength is given.
 
-    Pseudo-labels are probabilities, float32 [B, 10].
+    The targets of test images are 0. Those of pseudo-labels are probabilities, float32 [B, 10].
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, strength: Strength | None = None):
@@ -23,7 +23,7 @@ class Digits:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> "Digits":
-        """Move the images and labels, so that batches are cut and augmented there; returns itself, as modules do."""
+        """Move images and labels to `device`, so that batches are made there; returns self, as modules do."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 

@@ -1,4 +1,4 @@
-"""Demo data: scikit-learn's 1,797 scanned digits in the exact files of the competition."""
+"""Demo data: scikit-learn's 1,797 scanned digits in the competition's file format."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ BOX, BORDER = 20, 4  # as in the real images: a digit fills a box of 20x20 pixel
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [1797, 784] and labels [1797]: UCI "Optical Recognition of Handwritten Digits", 8x8 enlarged."""
+    """Pixels uint8 [1797, 784] and labels [1797] of UCI's "Optical Recognition of Handwritten Digits", enlarged."""
     from sklearn.datasets import load_digits
 
     small, labels = load_digits(return_X_y=True)  # values 0..16
@@ -23,7 +23,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_demo(folder: Path) -> None:
-    """Write train.csv, test.csv and sample_submission.csv; always the same bytes."""
+    """Write train.csv, test.csv and sample_submission.csv; the same bytes every time."""
     pixels, labels = digits()
     columns = [f"pixel{number}" for number in range(pixels.shape[1])]
     train, test = slice(TRAIN_ROWS), slice(TRAIN_ROWS, None)

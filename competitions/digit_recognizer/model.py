@@ -7,7 +7,7 @@ MEAN, DEVIATION = 33.3, 78.6  # of the pixels 0..255 of the training images
 
 
 def _convolution(inputs: int, outputs: int, kernel: int = 3) -> list[nn.Module]:
-    # The ReLU works in place: at 28x28 the network waits for memory more than for arithmetic.
+    # The ReLU works in place, because at 28x28 memory bandwidth limits the speed more than arithmetic.
     return [
         nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -16,10 +16,10 @@ def _convolution(inputs: int, outputs: int, kernel: int = 3) -> list[nn.Module]:
 
 
 class DigitNet(nn.Module):
-    """Two convolutions at each of three scales, then one linear layer over all places; [B, 1, 28, 28] to [B, 10].
+    """Two convolutions at each of three scales, then one linear layer over all positions; [B, 1, 28, 28] to [B, 10].
 
-    Takes uint8, or float pixels in 0..255, and normalises them where the network is. The scales have 1, 2 and 4 times
-    `width` channels; the second convolution of the first two has `kernel` (odd) pixels a side, every other one 3.
+    Takes uint8, or float pixels in 0..255, and normalises them on its device. The scales have 1, 2 and 4 times `width`
+    channels. The second convolution of the first two scales has the odd kernel size `kernel`, all others have 3.
     """
 
     def __init__(self, width: int, kernel: int, dropout: float):
@@ -39,5 +39,5 @@ class DigitNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = (images.float() - MEAN) / DEVIATION
-        # One channel has no order of its own; without this the first convolution answers in the slow order.
+        # With one channel both memory formats look alike; without this the first convolution picks the slow one.
         return self.classifier(self.features(pixels.contiguous(memory_format=torch.channels_last)))

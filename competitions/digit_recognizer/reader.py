@@ -1,4 +1,4 @@
-"""The competition's three CSV files: checked cell by cell, read once, kept as .npy beside the data from then on."""
+"""Read the competition's three CSV files: checked cell by cell, then cached as .npy beside the data."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ FILES = {
     "test.csv": PIXELS,
     "sample_submission.csv": {"ImageId": str, "Label": text(blank=True)},
 }
-OFFENDERS = 5  # so many ids are named
+OFFENDERS = 5  # number of wrong ids that an error message names
 
 
 @dataclass(frozen=True)
 class DigitFiles:
-    """Everything the files say. Row i of test.csv is ImageId i + 1; test rows are in the sample's order."""
+    """The content of the files. Row i of test.csv is ImageId i + 1; test rows are in the order of the sample."""
 
     images: np.ndarray  # uint8 [n, 1, 28, 28], black is 0
     labels: np.ndarray  # int64 [n], 0..9
@@ -33,7 +33,7 @@ class DigitFiles:
 
 
 def read(raw: RawData) -> DigitFiles:
-    """Read and check the files; raises UserError naming the file, the line and the column of the first fault."""
+    """Read and check the files; raises UserError with the file, the line and the column of the first fault."""
     known = set(raw.cache.glob("*.npy"))
     train, test = _pixels(raw, "train.csv"), _pixels(raw, "test.csv")
     ids = _ids(raw.uncounted(), len(test))
@@ -49,22 +49,22 @@ def read(raw: RawData) -> DigitFiles:
 
 
 def _pixels(raw: RawData, name: str) -> np.ndarray:
-    """The numbers of a CSV as uint8 [rows, columns], cached for the same contents."""
+    """The numbers of a CSV as uint8 [rows, columns], cached by the sha256 of the file."""
     digest = hashlib.sha256(raw.read(name)).hexdigest()
     cached = raw.cache / f"{name.removesuffix('.csv')}-{digest[:16]}.npy"
     if cached.is_file():
         try:
             return np.load(cached)
-        except (*NOT_NPY, OSError):  # a damaged copy of what is at hand: parsed and written again
+        except (*NOT_NPY, OSError):  # a damaged cache: parse the CSV and write it again
             pass
-    # A blank line would move the ids of the rows after it.
+    # A blank line would shift the ids of the rows after it.
     numbers = tables.read(raw, name, FILES[name], others="refuse", blank_lines=False).to_numpy()
     write_npy(cached, numbers)
     return numbers
 
 
 def _ids(raw: RawData, rows: int) -> np.ndarray:
-    """ImageIds of the sample submission in its order, int64 [rows]: each of 1..rows once. Raises UserError."""
+    """ImageIds of the sample submission in its order, int64 [rows]; raises UserError unless they are 1..rows."""
     name = "sample_submission.csv"
     found = tables.read(raw, name, FILES[name], id="ImageId", others="refuse")["ImageId"]
     expected = [str(number) for number in range(1, rows + 1)]

@@ -1,4 +1,4 @@
-"""Digit Recognizer: which of the ten digits a 28x28 image shows; the score is the accuracy."""
+"""Digit Recognizer: classify 28x28 images into ten digits; the score is the accuracy."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ AUGMENTATIONS = (
     TTA("turned right", lambda images: transformed(images, rotation=-8.0)),
     TTA("smaller", lambda images: transformed(images, scale=0.92)),
     TTA("larger", lambda images: transformed(images, scale=1.08)),
-    TTA("up", lambda images: images.roll(-1, 2)),  # what re-enters is black in 99 of 100 images
+    TTA("up", lambda images: images.roll(-1, 2)),  # the row that wraps round is black in 99 of 100 images
     TTA("down", lambda images: images.roll(1, 2)),
     TTA("left", lambda images: images.roll(-1, 3)),
     TTA("right", lambda images: images.roll(1, 3)),
@@ -31,7 +31,7 @@ AUGMENTATIONS = (
 
 
 def build(config: DigitConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
-    """Read the files and fill in the Task; raises UserError for anything wrong in them."""
+    """Read the files and build the Task; raises UserError for any fault in the files."""
     files = read(raw)
     images, labels = torch.from_numpy(files.images), torch.from_numpy(files.labels)
     test_images = torch.from_numpy(files.test_images)

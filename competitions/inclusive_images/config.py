@@ -1,4 +1,4 @@
-"""Settings of inclusive_images: what the flags are made of, the recipes, where the data come from."""
+"""Settings of inclusive_images: the flags, the recipes and the source of the data."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -105,11 +105,11 @@ SMALL = replace(
     evaluate_every=4,
 )
 RECIPES: dict[str, TagConfig] = {
-    # make train COMP=inclusive_images: both heads of a ResNet-50 from scratch, days on one card for all images
+    # make train COMP=inclusive_images: ResNet-50 with both heads from scratch; all images take days on one GPU
     "default": DEFAULT,
-    # ... RECIPE=classifier ARGS="--start-from RUN": then without the embedding head, a fifth of the epochs
+    # RECIPE=classifier ARGS="--start-from RUN": goes on without the embedding head, for a fifth of the epochs
     "classifier": replace(DEFAULT, embedding=0.0, epochs=5, lr=0.005),
-    # ... RECIPE=tuned ARGS="--start-from RUN": the heads on four fifths of the tuning images, scored on the rest
+    # RECIPE=tuned ARGS="--start-from RUN": trains the heads on four fifths of the tuning images, scores on the rest
     "tuned": replace(
         DEFAULT,
         rows="tuning",
@@ -122,8 +122,8 @@ RECIPES: dict[str, TagConfig] = {
         keep="last",
         evaluate_every=5,
     ),
-    # RECIPE=small: a few thousand small photographs on a CPU. Three networks, each of which leaves out a third of the
-    # tuning images, so that the rule is tuned on all of those by networks that have not seen them
+    # RECIPE=small: a few thousand small photographs on a CPU. Three networks, each leaving out a third of the tuning
+    # images, give out-of-fold predictions of all tuning images to tune the rule on
     "small": replace(
         SMALL,
         backbone="ese_vovnet19b_slim",
@@ -135,7 +135,7 @@ RECIPES: dict[str, TagConfig] = {
         mix="both",
         detail=2.0,
     ),
-    # what it is made of, one ResNet-10 each, for comparison at equal budget
+    # the parts of `small`, one ResNet-10 each, for a comparison at equal budget
     "small-both": replace(SMALL, embedding=2.0),
     "small-bce": replace(SMALL, embedding=0.0),
     "small-f2": replace(SMALL, embedding=0.0, loss="f2"),
@@ -152,9 +152,9 @@ RECIPES: dict[str, TagConfig] = {
         evaluate_every=5,
         augment="none",
     ),
-    # make train COMP=inclusive_images, when there are no data: a laptop's CPU, generated scenes
+    # make train COMP=inclusive_images without data: a laptop's CPU, generated scenes
     "demo": replace(SMALL, rows="train", epochs=12, batch_size=32, size=(64, 64), embedding=0.3, embedding_dim=16),
-    # RECIPE=smoke: seconds on the demo data, to see that everything works
+    # RECIPE=smoke: seconds on the demo data, to check that everything works
     "smoke": replace(
         SMALL,
         rows="train",

@@ -11,10 +11,10 @@ MIRROR = cv2.BORDER_REFLECT_101
 
 
 class Targets:
-    """What the heads have to say of the image of a row, whose labels are the rows of `labels` uint8 csr [n, m].
+    """The targets of all heads for a row of `labels` uint8 csr [n, m].
 
-    {"labels": uint8 [m]}, with `vectors` [m, D] also {"embedding": float32 [D]}, their sum, and with `counts`
-    {"count": float32 [1]}.
+    {"labels": uint8 [m]}; with `vectors` [m, D] also {"embedding": float32 [D]}, the sum of the labels' vectors; with
+    `counts` also {"count": float32 [1]}, the number of labels.
     """
 
     def __init__(self, labels: csr_matrix, vectors: np.ndarray | None = None, counts: bool = False):
@@ -34,7 +34,7 @@ class Targets:
 
 
 class SoftTargets:
-    """The same of pseudo-labels, scores float32 [m, labels]: the expected sum of the vectors and the expected count."""
+    """Targets from pseudo-labels, scores float32 [m, labels]: with the expected sum of vectors and expected count."""
 
     def __init__(self, scores: Tensor, vectors: np.ndarray | None = None, counts: bool = False):
         self.scores, self.vectors, self.counts = scores, vectors, counts
@@ -49,16 +49,16 @@ class SoftTargets:
 
 
 def resized(size: tuple[int, int]) -> A.Compose:
-    """A larger image at `size`, every pixel the mean of those that it covers: how a store resizes, too."""
+    """Reduce larger images to `size`; a pixel is the mean of the pixels that it covers, as in an image store."""
     return A.Compose([A.Resize(*size, interpolation=cv2.INTER_AREA)])
 
 
 def augmentation(strength: str, size: tuple[int, int], larger: bool = False) -> A.Compose | None:
-    """none; light (mirror, crop); or heavy, which also turns, tints, blurs, compresses and spoils.
+    """The augmentation by name: none, light (mirror, crop) or heavy (also rotation, colour, blur, compression, noise).
 
-    The crops have `size`, those of `larger` images by the mean of pixels, as `resized` does it.
+    The crops have `size`; those of `larger` images are reduced by the mean of pixels, as in `resized`.
 
-    The test images of the competition are of lower quality than those to train on: heavy narrows that gap.
+    The competition's test images are of lower quality than its training images: heavy narrows that gap.
     """
     if strength == "none":
         return None

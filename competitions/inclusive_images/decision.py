@@ -1,4 +1,4 @@
-"""From scores to label sets: how many labels an image keeps, which of them crowd each other out, and the mean F2."""
+"""From scores to label sets: how many labels an image keeps, at most how many per cluster, and the mean F2."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -12,30 +12,30 @@ from torch import Tensor
 from common.loading.keys import keyed_seed
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 
-LONGEST = 40  # labels of an image that are ever considered
-TUNED_ROWS = 20_000  # held-out images that the rule is chosen on
-PARTS = 5  # for the honest estimate: the rule is chosen on four fifths and scored on the fifth
-# Rank below which labels count as negatives when the loss was a softmax against all negatives.
+LONGEST = 40  # only so many labels of an image, the best ones, are considered
+TUNED_ROWS = 20_000  # largest number of held-out images that the rule is chosen on
+PARTS = 5  # for the unbiased estimate: the rule is chosen on four fifths and scored on the fifth
+# Labels below this rank count as negatives if the loss was a softmax against all negatives.
 NEGATIVES_FROM = 150
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which of an image's labels, in falling order of their scores, are kept.
+    """How many of an image's labels, sorted by falling score, are kept.
 
-    "threshold": those with a score of at least `level`. "expected": as many as maximise 5 S_k / (4 `level` S + k), the
-    expected F2 with S_k the sum of the k best scores and S that of all; it takes scores for probabilities.
+    "threshold": those with a score of at least `level`. "expected": the k that maximises 5 S_k / (4 `level` S + k), the
+    expected F2 if scores are probabilities; S_k is the sum of the k best scores and S that of all.
     """
 
     kind: str = "expected"
     level: float = 1.0
     least: int = 1
     most: int = 20
-    trim: int = 0  # labels that one cluster of similar labels may have; 0 is any number
+    trim: int = 0  # most labels kept from one cluster of similar labels; 0 is no limit
 
 
 def f2(found: Tensor, truth: Tensor) -> Tensor:
-    """F2 = 5 TP / (4 T + P) of every image [B], from found and true labels [B, m]; 0 when nothing was found.
+    """F2 = 5 TP / (4 T + P) of every image [B], from predicted and true labels [B, m]; 0 without a predicted label.
 
     An image without true labels scores 0 too, as in sklearn.metrics.fbeta_score(average="samples", zero_division=0).
     """
@@ -45,16 +45,16 @@ def f2(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def against_negatives(logits: Tensor) -> Tensor:
-    """Probability of every label [B, m] against the unlikely ones alone: a softmax over it and those below a rank."""
+    """Probability of every label [B, m] from a softmax over that label and only the labels below a rank."""
     rank = min(NEGATIVES_FROM, logits.shape[1] // 2)
     rest = logits.topk(logits.shape[1] - rank, dim=1, largest=False).values.logsumexp(1, keepdim=True)
     return torch.sigmoid(logits - rest)
 
 
 def apply(scores: Tensor, tuned: dict[str, Any], default: Rule, prior: np.ndarray, clusters: np.ndarray) -> dict:
-    """Scores [B, m] -> {"labels": uint8 [B, m] with at least one label a row, "best": int64 [B, 5]}.
+    """Scores [B, m] -> {"labels": uint8 [B, m] with at least one label per row, "best": int64 [B, 5]}.
 
-    `prior` are the columns that a row gets when the rule keeps none; `clusters` [m] is the cluster of every label.
+    `prior` are the columns set for a row in which the rule keeps no label; `clusters` [m] is the cluster of each label.
     """
     rule = Rule(**tuned["rule"]) if "rule" in tuned else default
     ranked = Ranked.of(scores.detach().cpu().numpy())
@@ -70,7 +70,7 @@ def apply(scores: Tensor, tuned: dict[str, Any], default: Rule, prior: np.ndarra
 
 @dataclass(frozen=True)
 class Ranked:
-    """The best labels of n images: `columns` int [n, k] and `scores` [n, k] in falling order, `total` [n] of all."""
+    """The best k labels of n images by falling score: `columns` int [n, k], `scores` [n, k]; `total` [n] sums all m."""
 
     columns: np.ndarray
     scores: np.ndarray
@@ -84,7 +84,7 @@ class Ranked:
         return cls(columns.numpy(), values.numpy(), scores.sum(1, dtype=np.float64))
 
     def trimmed(self, clusters: np.ndarray, trim: int) -> "Ranked":
-        """The same with at most `trim` labels of a cluster; the rest move to the end with score -1."""
+        """The same with at most `trim` labels per cluster; the surplus labels move to the end with score -1."""
         if not trim:
             return self
         of_label = clusters[self.columns]  # [n, k]
@@ -127,10 +127,10 @@ def tune(
     default: Rule,
     seed: int,
 ) -> dict[str, Any]:
-    """The rule with the best mean F2 on held-out scores [n, m], and an honest estimate of what it is worth.
+    """The rule with the best mean F2 on held-out scores [n, m], and an unbiased estimate of its F2.
 
-    It has to be surely better than `default`, see `chosen`. "score" chooses the rule on four fifths of the images and
-    scores it on the fifth, in turns.
+    The rule must be significantly better than `default`, see `chosen`. For "score" the rule is chosen on four fifths of
+    the images and scored on the fifth, for each fifth.
     """
     some = np.random.default_rng(keyed_seed(seed, 7)).permutation(len(scores))[:TUNED_ROWS]
     ranked = Ranked.of(np.asarray(scores[np.sort(some)]))
@@ -152,9 +152,9 @@ def tune(
 
 
 def chosen(table: np.ndarray) -> int:
-    """The best row of F2 by image [rules, n], or row 0 unless that is worse by more than two standard errors.
+    """The best row of F2 per image [rules, n] if it beats row 0, the default, by two standard errors; else 0.
 
-    The best of hundreds of rules is best by luck, too: on 250 images that cost 0.004 against the default.
+    The best of hundreds of rules is partly best by chance: on 250 images it was 0.004 worse than the default.
     """
     best = int(table.mean(1).argmax())
     gains = table[best] - table[0]
@@ -162,7 +162,7 @@ def chosen(table: np.ndarray) -> int:
 
 
 def candidates(ranked: Ranked) -> list[Rule]:
-    """Rules worth trying: thresholds at quantiles of the scores there are, factors on the sum, bounds on the number."""
+    """Rules to try: thresholds at quantiles of the scores, factors on their sum, and bounds on the number of labels."""
     levels = np.unique(np.quantile(ranked.scores[:, :20], np.linspace(0.02, 0.98, 40)).round(5))
     bounds = list(product((0, 1, 2, 3), (5, 8, 12, 20)))
     thresholds = [Rule("threshold", float(level), least, most) for level in levels for least, most in bounds]
@@ -175,7 +175,7 @@ def candidates(ranked: Ranked) -> list[Rule]:
 def cluster(embedding: LabelEmbedding, count: int) -> np.ndarray:
     """Cluster of every label, int [m]: average linkage on cosine distances of the label vectors.
 
-    Labels without a vector are a cluster each. 7,178 labels take some seconds and 400 MB.
+    Every label without a vector is its own cluster. 7,178 labels take some seconds and 400 MB.
     """
     known, units = embedding.known, embedding.unit_vectors
     clusters = np.arange(len(embedding.vectors)) + len(embedding.vectors)

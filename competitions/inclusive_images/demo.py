@@ -1,4 +1,4 @@
-"""A small generated data set in the competition's files: drawn scenes whose labels come together as in photographs."""
+"""Demo data in the competition's file format: drawn scenes whose labels occur together as in photographs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ HEIGHT, WIDTH = 96, 128
 IMAGES = {"train_images": 240, "tuning": 40, "test": 40}
 Drawer = Callable[[np.ndarray, np.random.Generator], None]
 
-# Scene -> labels that it always has, then labels with the part of its images that have them. Half of the labels are
-# kinds of another label, as in Open Images: whoever sees a boat has also seen a vehicle.
+# Scene -> labels that it always has, then labels with the fraction of its images that have them. Half of the labels
+# have a parent label, as in Open Images: a boat is also a vehicle.
 SCENES: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "coast": (("sky", "water", "beach"), {"boat": 0.5, "sun": 0.4, "bird": 0.3, "person": 0.3, "palm": 0.25}),
     "sea": (("sky", "water"), {"boat": 0.7, "bird": 0.4, "cloud": 0.4, "sun": 0.3}),
@@ -34,12 +34,12 @@ KINDS = {
     "cow": "animal",
 }
 LABELS = sorted({name for always, sometimes in SCENES.values() for name in (*always, *sometimes)} | set(KINDS.values()))
-NEVER = "rainbow"  # trainable, but no image has it
-UNTRAINABLE = "outdoors"  # given to images, but not trainable
+NEVER = "rainbow"  # in the list of trainable labels, but on no image
+UNTRAINABLE = "outdoors"  # on images, but not in the list of trainable labels
 
 
 def write_demo(folder: Path, seed: int = 0) -> None:
-    """Draw the images and write every file of the competition; the same seed gives the same files."""
+    """Draw the images and write all files of the competition; the same seed gives the same files."""
     rng = np.random.default_rng(seed)
     names = [*LABELS, NEVER, UNTRAINABLE]
     code = {name: f"/m/0s{number:03d}" for number, name in enumerate(names)}
@@ -51,7 +51,7 @@ def write_demo(folder: Path, seed: int = 0) -> None:
     for number in range(IMAGES["train_images"]):
         image = f"{rng.integers(2**62):016x}"
         there = _scene(rng, poor=False, path=folder / "train_images" / f"{image}.jpg", number=number)
-        noted = [name for name in there if rng.random() > 0.1] or there  # people overlook things
+        noted = [name for name in there if rng.random() > 0.1] or there  # annotators overlook labels
         absent = [name for name in LABELS if name not in there]
         train += [(image, "verification", code[name], 1) for name in noted]
         train += [(image, "verification", code[name], 0) for name in rng.choice(absent, 2, replace=False)]
@@ -88,7 +88,7 @@ def _scene(rng: np.random.Generator, poor: bool, path: Path, number: int) -> lis
 
 
 def _background(kind: str, there: list[str], rng: np.random.Generator) -> np.ndarray:
-    """uint8 [H, W, 3]: the sky or its absence, and the ground that the scene stands on."""
+    """The background uint8 [H, W, 3] of a scene: the sky, if there is one, and the ground."""
     top = (20, 20, 45) if kind == "night" else (110, 165, 235) if "sky" in there else (70, 130, 60)
     image = np.full((HEIGHT, WIDTH, 3), top, np.uint8)
     horizon = int(HEIGHT * rng.uniform(0.4, 0.6))

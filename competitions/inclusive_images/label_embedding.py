@@ -1,14 +1,14 @@
-"""Dense vectors for labels whose inner products are the pointwise mutual information of the labels.
+"""Dense label vectors whose inner products approximate the pointwise mutual information (PMI) of the labels.
 
-The idea is word2vec's in its matrix form (Levy and Goldberg, 2014): count how often two labels share an image, take
-the logarithm of that over chance, and factor the symmetric matrix. Three choices decide whether it works:
+This is word2vec in its matrix form (Levy and Goldberg, 2014): count the images that two labels share, take the
+logarithm of this count over the one expected by chance, and factor the symmetric matrix. Three choices make it work:
 
-- the diagonal, a label's information about itself -ln p, stays. Without it the matrix has trace 0, half of its
-  spectrum is negative, and no real vectors have such inner products;
-- negative values become 0 (PPMI): few pairs were seen often enough to say that they avoid one another;
-- `smoothing` adds as many imagined images to the observed and to the expected count of every pair, so that one
-  shared image of two rare labels is not the strongest relation of all; labels with fewer than `least_images` get no
-  vector: after the cut to `dim` numbers they would point wherever the few images that hold them happen to.
+- the diagonal, -ln p of a label, is kept. Without it the matrix has trace 0 and its spectrum is half negative, so no
+  real vectors have such inner products;
+- negative values become 0 (PPMI), as few pairs of labels are frequent enough to show that they avoid each other;
+- `smoothing` adds this many imagined images to the observed and to the expected count of every pair, so that one
+  shared image of two rare labels is not the strongest relation of all. Labels with fewer than `least_images` get no
+  vector: cut to `dim` numbers, its direction would depend on the few images with the label.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from competitions.inclusive_images.spectrum import leading_eigenpairs
 
 @dataclass(frozen=True)
 class LabelEmbedding:
-    """`vectors` float32 [m, dim]; rows of labels that were never seen, or say nothing, are zero and never found.
+    """`vectors` float32 [m, dim]; rows are zero for labels that are too rare or carry no information.
 
-    `eigenvalues` [dim] in falling order; when dim exceeds the number of usable ones, the last columns are 0.
-    `lengths` [m] are those that the vectors would have if no eigenvalue were cut off.
+    `eigenvalues` [dim] are in falling order; if dim exceeds the number of usable eigenvalues, the last columns are 0.
+    `lengths` [m] are the lengths that the vectors would have if no eigenvalue were cut off.
     """
 
     vectors: np.ndarray
@@ -49,15 +49,15 @@ class LabelEmbedding:
     ) -> "LabelEmbedding":
         """Factor the co-occurrence of `labels` [n, m] (0 and 1) into vectors of `dim` numbers.
 
-        kind "ppmi" factors max(0, ln((C + smoothing) / (expected + smoothing))) by its positive eigenvalues;
-        "pmi" is the factorisation that the competition's blog describes: diagonal 0, negative values kept, pairs
-        never seen 0, singular value decomposition, all labels that occur (the other settings do not apply).
-        `least_images` defaults to log10(n), rounded down, and 1 at least: 6 for the competition's 1.7 million.
-        Raises UserError when no label occurs or no two differ, as with all images alike.
+        kind "ppmi" factors max(0, ln((C + smoothing) / (expected + smoothing))) by its positive eigenvalues.
+        "pmi" is the factorisation of the competition's blog: diagonal 0, negative values kept, 0 for pairs that never
+        occur, singular value decomposition, all labels that occur (smoothing and least_images do not apply).
+        `least_images` defaults to log10(n), rounded down, but at least 1: 6 for the competition's 1.7 million images.
+        Raises UserError if no label occurs, or if the labels carry no information because all images are alike.
         """
         if dim < 1 or smoothing < 0:
             raise UserError(f"dim {dim}, smoothing {smoothing}: expected dim of 1 or more and smoothing of 0 or more")
-        if (labels.data == 0).any():  # stored zeros are no labels
+        if (labels.data == 0).any():  # explicitly stored zeros are not labels
             labels = labels.copy()
             labels.eliminate_zeros()
         counts = np.asarray((labels != 0).sum(axis=0)).ravel().astype(np.int64)
@@ -95,16 +95,16 @@ class LabelEmbedding:
 
     @property
     def unit_vectors(self) -> np.ndarray:
-        """float32 [known, dim], of length 1: the rows of `known`."""
+        """The vectors of the `known` labels scaled to length 1, float32 [known, dim]."""
         vectors = self.vectors[self.known]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     @property
     def projections(self) -> np.ndarray:
-        """float32 [known, dim]: the rows of `known` divided by their uncut lengths, at most of length 1.
+        """The vectors of the `known` labels divided by their lengths before the cut, float32 [known, dim].
 
-        The cosine to a vector of which the cut left a tenth is mostly noise; its projection stays small. So labels
-        rank better by projections, and equally when nothing was cut.
+        If the cut to dim numbers left a tenth of a vector, a cosine to it is mostly noise, but its projection is small.
+        So projections rank labels better than cosines; without a cut both are equal.
         """
         known = self.known
         own = np.linalg.norm(self.vectors[known], axis=1)
@@ -112,17 +112,17 @@ class LabelEmbedding:
 
 
 def co_occurrence(labels: csr_matrix) -> csr_matrix:
-    """Images that two labels share, float32 [m, m]; a label's own count on the diagonal."""
+    """Number of images that two labels share, float32 [m, m]; the diagonal has the count of each label."""
     ones = csr_matrix((np.ones(labels.nnz, np.float32), labels.indices, labels.indptr), shape=labels.shape)
     return ones.T.tocsr() @ ones
 
 
 def ppmi(labels: csr_matrix, smoothing: float = 0.0) -> np.ndarray:
-    """max(0, ln((C + s) / (c_i c_j / n + s))), float32 [m, m], dense because the products are faster so."""
+    """max(0, ln((C + s) / (c_i c_j / n + s))), float32 [m, m]; dense, because matrix products are then faster."""
     shared = co_occurrence(labels)
     counts = shared.diagonal()
     rows = np.repeat(np.arange(len(counts)), np.diff(shared.indptr))
-    # Only pairs that were seen can be above chance, so everything stays sparse up to the last line.
+    # Only pairs that occur can be above chance, so everything is sparse up to the last line.
     expected = counts[rows] * (counts / np.float32(labels.shape[0]))[shared.indices]
     values = np.log((shared.data + np.float32(smoothing)) / (expected + np.float32(smoothing)))
     np.maximum(values, 0, out=values)
@@ -142,9 +142,9 @@ def pmi(labels: csr_matrix) -> np.ndarray:
 
 
 def _lengths(matrix: Tensor, kind: str) -> np.ndarray:
-    """Length of every row of E if E E' were the whole matrix: the root of its diagonal, or of |matrix|'s for "pmi".
+    """Length of every row of E if E E' were the whole matrix: the root of its diagonal, or for "pmi" of |matrix|'s.
 
-    The diagonal of |matrix| would need the whole spectrum; its rows' lengths are an upper bound that is near enough.
+    The exact diagonal of |matrix| needs the whole spectrum; the norms of the rows are a close enough upper bound.
     """
     if kind == "pmi":
         return matrix.norm(dim=1).sqrt().numpy()
@@ -152,7 +152,7 @@ def _lengths(matrix: Tensor, kind: str) -> np.ndarray:
 
 
 def _symmetric(matrix: np.ndarray) -> np.ndarray:
-    """Exactly symmetric, in place: rounding differs by a bit between the two orders of a product."""
+    """Make the matrix exactly symmetric, in place; the two orders of a product can round differently."""
     for start in range(0, len(matrix), 512):
         rows = slice(start, start + 512)
         matrix[rows, start:] = np.minimum(matrix[rows, start:], matrix[start:, rows].T)

@@ -1,4 +1,4 @@
-"""The competition's label files as one index of codes and sparse matrices [images, labels]."""
+"""Read the competition's label files into one index of codes and sparse matrices [images, labels]."""
 
 import hashlib
 from collections import Counter
@@ -19,7 +19,7 @@ AGAIN = "mend the file, or get it again with make data COMP=inclusive_images"
 
 
 class LabelIndex:
-    """Trainable codes in the order of classes-trainable.csv: code <-> column, a bijection."""
+    """The mapping between trainable codes and columns, in the order of classes-trainable.csv."""
 
     def __init__(self, codes: Sequence[str], names: dict[str, str] | None = None):
         self.codes = tuple(codes)
@@ -33,7 +33,7 @@ class LabelIndex:
         return len(self.codes)
 
     def __str__(self) -> str:
-        """The codes in their order, as short as a message can show them: equal texts are equal columns."""
+        """The number of codes and a hash of their order, short enough for a message: equal texts mean equal columns."""
         digest = hashlib.sha256("\n".join(self.codes).encode()).hexdigest()
         return f"{len(self):,} codes of {CLASSES} (order {digest[:16]})"
 
@@ -48,14 +48,14 @@ class LabelIndex:
 
 @dataclass
 class Counts:
-    """What a label file held besides the labels that were kept, so that nothing vanishes silently."""
+    """Counts of what was left out of a label file, so that nothing is dropped silently."""
 
     rows: int = 0
     zero_confidence: int = 0  # verified as absent
     untrainable: Counter = field(default_factory=Counter)  # rows of every code outside classes-trainable.csv
     repeated: int = 0  # the same image and label again
     unseen: int = 0  # trainable labels that no image has
-    without_labels: int = 0  # images all of whose labels were dropped
+    without_labels: int = 0  # images that have lost all their labels
 
     def __str__(self) -> str:
         facts = [
@@ -70,7 +70,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Labels of n images: `ids` [n] sorted, `matrix` uint8 csr [n, m] with sorted columns and no empty row."""
+    """Labels of n images: sorted `ids` [n], and `matrix` uint8 csr [n, m] with sorted columns and no empty row."""
 
     ids: np.ndarray
     matrix: csr_matrix
@@ -84,7 +84,7 @@ class LabelTable:
 
 
 def read_index(raw: RawData) -> LabelIndex:
-    """classes-trainable.csv, with the names of class-descriptions.csv where they are given."""
+    """Read classes-trainable.csv, and the names of class-descriptions.csv if that file is there."""
     codes = tables.read(raw, CLASSES, {"label_code": str}, id="label_code")["label_code"]
     names = {}
     if raw.exists(DESCRIPTIONS):
@@ -94,7 +94,7 @@ def read_index(raw: RawData) -> LabelIndex:
 
 
 def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
-    """train_human_labels.csv: 8 million rows in seconds; raises UserError for other columns or confidences."""
+    """Read train_human_labels.csv, 8 million rows, in seconds; raises UserError for wrong columns or confidences."""
     counts, numbers = Counts(), {}  # image id -> number by first appearance, sorted at the end
     images, labels = [], []
     columns = {
@@ -129,7 +129,7 @@ def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
 
 
 def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
-    """tuning_labels.csv, which has no header: `ImageID,code code ...`; raises UserError for an image there twice."""
+    """Read tuning_labels.csv, `ImageID,code code ...` without a header; raises UserError for a repeated image."""
     columns = {"ImageID": str, "codes": text(blank=True)}
     table = tables.read(raw, TUNING, columns, id="ImageID", header=False)
     codes = [cell.split() for cell in table["codes"]]
@@ -142,13 +142,13 @@ def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
 
 
 def read_submission_ids(raw: RawData, name: str) -> list[str]:
-    """Image ids of a sample submission in its order; raises UserError for another header or a repeated id."""
+    """Image ids of a sample submission in its order; raises UserError for a wrong header or a repeated id."""
     columns = {"image_id": str, "labels": text(blank=True)}
     return tables.read(raw, name, columns, id="image_id", others="refuse")["image_id"].tolist()
 
 
 def _table(names: np.ndarray, images: np.ndarray, labels: np.ndarray, m: int, counts: Counts) -> LabelTable:
-    """Sort the images by id, whatever the order of the file, and leave out those without a label."""
+    """Sort the images by id and leave out those without a label."""
     order = np.argsort(names)
     place = np.empty(len(names), np.int64)
     place[order] = np.arange(len(names))

@@ -15,11 +15,11 @@ HEADS = ("labels", "embedding", "count")
 
 
 class TagNet(nn.Module):
-    """uint8 [B, 3, H, W] -> {"labels": logits [B, m], "embedding": [B, D], "count": [B, 1]}, for the heads it has.
+    """uint8 [B, 3, H, W] -> {"labels": logits [B, m], "embedding": [B, D], "count": [B, 1]}, for the given `heads`.
 
-    `projections` [m, D] (zero rows for labels without a vector) travel with the weights: without a classifier the
-    labels' logits are 8 times the products of the output's direction with them. With `frozen` only the heads learn,
-    and the backbone stays in evaluation mode, so that its running statistics stay too.
+    `projections` [m, D] (zero rows for labels without a vector) are saved with the weights. Without a classifier the
+    labels' logits are 8 times their products with the normalised output of the embedding head. With `frozen` only the
+    heads are trained, and the backbone stays in evaluation mode, so that its BatchNorm statistics do not change.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TagNet(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in heads})
         self.register_buffer("projections", torch.from_numpy(projections))
         if "labels" in heads:
-            # Start from how often every label occurs: thousands of rare labels need not be unlearnt first.
+            # Start from the frequency of every label, so that training need not first lower thousands of rare labels.
             with torch.no_grad():
                 self.heads["labels"].weight.normal_(std=0.01)
                 self.heads["labels"].bias.copy_(torch.logit(torch.from_numpy(prior).float(), eps=1e-5))
@@ -65,9 +65,9 @@ class TagNet(nn.Module):
 
 
 def start_from(model: TagNet, file: Path) -> None:
-    """Take over the weights of another run's model; heads that this one does not have are dropped.
+    """Load the weights of another run's model; heads that this model does not have are dropped.
 
-    Raises UserError when anything else differs: the backbone, the labels, or a head that the other run did not have.
+    Raises UserError for any other difference: another backbone, other labels, or a head that the other run lacks.
     """
     found = checkpoint.load(file)["model"]
     own = model.state_dict()

@@ -1,4 +1,4 @@
-"""What inclusive_images adds to the page of a run: the label vectors, precision and recall by label frequency."""
+"""The inclusive_images part of a run's report: the label vectors, and precision and recall by label frequency."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from competitions.inclusive_images.label_embedding import LabelEmbedding
     from competitions.inclusive_images.rows import Rows
 
-HEAT_LABELS, MAP_LABELS = 40, 150  # the most frequent ones
-BANDS = 4  # of labels by frequency
-SHOWN_ROWS = 20_000  # held-out images, evenly spaced, that tables and curves are made of
-CHUNK = 256  # images decided at a time
+HEAT_LABELS, MAP_LABELS = 40, 150  # number of the most frequent labels in each plot
+BANDS = 4  # groups of labels by frequency
+SHOWN_ROWS = 20_000  # held-out images, evenly spaced, used for tables and curves
+CHUNK = 256  # images per call of `decide`
 
 
 def report(
     run: Run, page: Report, files: "Rows", embedding: "LabelEmbedding | None", decide: Callable[..., Any]
 ) -> None:
-    """Add the label vectors and the scores by label frequency to the run's page."""
+    """Add the label vectors and the scores by label frequency to the run's report."""
     if embedding is not None:
         names = files.index.names
         known = set(embedding.known.tolist())
@@ -74,7 +74,7 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
 
 
 def frequency_bands(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of the labels that occur, in bands of equal number by how often they do."""
+    """Columns of the labels that occur, split by frequency into bands of equal size."""
     seen = np.flatnonzero(counts)
     ordered = seen[np.argsort(-counts[seen], kind="stable")]
     parts = [part for part in np.array_split(ordered, BANDS) if len(part)]
@@ -82,7 +82,7 @@ def frequency_bands(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def curves(scores: np.ndarray, truth: Any, bands: dict[str, np.ndarray]) -> Figure:
-    """Precision against recall, all labels of a band pooled."""
+    """Precision-recall curves, with all labels of a band pooled."""
     figure = Figure(figsize=(7, 4.6))
     axes = figure.add_subplot()
     for name, labels in bands.items():
@@ -122,7 +122,7 @@ def similarities(embedding: "LabelEmbedding", labels: list[int], names: tuple[st
 
 
 def vector_map(embedding: "LabelEmbedding", labels: list[int], names: tuple[str, ...]) -> Figure:
-    """A labelled map in two dimensions: t-SNE on cosine distances, or the first two components of few labels."""
+    """The labels on a map: t-SNE on cosine distances, or for up to 10 labels the first two components."""
     vectors = embedding.vectors[labels]
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     if len(labels) > 10:

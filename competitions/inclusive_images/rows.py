@@ -1,4 +1,4 @@
-"""Which images a configuration trains and validates on, with their labels, folds and label vectors."""
+"""The images that a configuration trains and validates on, with their labels, folds and label vectors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ class Rows:
     ids: list[str]
     paths: list[Path]
     labels: csr_matrix  # uint8 [n, m]
-    folds: np.ndarray  # [n], -1 trains always
-    fitted: csr_matrix  # labels that the label vectors and the prior are fitted to: without those of a held-out fold
+    folds: np.ndarray  # [n]; rows of -1 are always trained on
+    fitted: csr_matrix  # labels that the label vectors and the prior are fitted to, without a held-out fold's
     test_ids: list[str]
     test_paths: list[Path]
     sample_name: str
 
 
 def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> Rows:
-    """Read the label files and find the images; what is left out is announced, images to predict must be there."""
+    """Read the label files and find the images; announces what is left out, raises UserError without a test image."""
     folder = raw.folder()
     index = reader.read_index(raw)
     test_folder = folder / f"stage_{config.stage}_{'test_' if config.stage == '1' else ''}images"
@@ -97,10 +97,10 @@ def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding:
 
 
 def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
-    """Put the weights of the run --start-from into `model`.
+    """Load the weights of the run --start-from into `model`.
 
-    Raises UserError when that run has other labels, or when it, or one that it started from itself, has seen what is
-    held out here.
+    Raises UserError if that run has other labels, or if it or a run that it started from was trained on images that
+    are held out here.
     """
     from competitions.inclusive_images.model import start_from as take_over
 
@@ -132,9 +132,9 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
 def _with_files(
     table: LabelTable, folder: Path, lenient: bool, announce: Callable[[str], None]
 ) -> tuple[LabelTable, list[Path]]:
-    """The rows of `table` whose image is there, and its path.
+    """The rows of `table` whose image exists, and the paths of the images.
 
-    Raises UserError when there is none at all, but in a `lenient` prediction: Kaggle has no training images.
+    Raises UserError if no image exists, except in a `lenient` prediction, because Kaggle has no training images.
     """
     paths = match_images(folder, table.ids)
     kept = np.array([row for row, path in enumerate(paths) if path is not None])

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-BLOCK = 32  # columns multiplied at once: narrow blocks reach a higher degree with as many products
-GUARD = 128  # eigenpairs carried beyond those asked for, so that the last ones asked for are as good as the first
+BLOCK = 32  # columns multiplied at once; narrow blocks reach a higher Krylov degree with as many products
+GUARD = 128  # extra eigenpairs, so that the last requested ones are as accurate as the first
 SMALL = 1200  # up to this order the whole spectrum in float64 takes a second
-ROWS_AT_ONCE = 512  # rows in float64 at a time
+ROWS_AT_ONCE = 512  # rows converted to float64 at a time
 
 
 def leading_eigenpairs(
@@ -14,9 +14,10 @@ def leading_eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """Largest (or largest in magnitude) eigenvalues [count] and their eigenvectors [m, count] of `matrix` [m, m].
 
-    float32 in, float64 out; equal input gives equal bits for an equal number of threads, and in every vector the
-    entry of largest magnitude is positive. Restarts until the residuals are below `tolerance` of the largest
-    eigenvalue. Memory beside the matrix: 4 (2 count + 1.5 GUARD + ...) floats a row, about 130 MB for 7,178 and 512.
+    float32 in, float64 out. Equal input gives equal bits for an equal number of threads. In every vector the entry of
+    largest magnitude is positive. Restarts, at most `restarts` times, until the residuals are below `tolerance` times
+    the largest eigenvalue. Memory besides the matrix: 4 (2 count + 1.5 GUARD + ...) floats a row, 130 MB for 7,178 rows
+    and count 512.
     """
     order, kept = len(matrix), min(count + GUARD, len(matrix))
     size = -(-max(3 * kept, kept + 8 * BLOCK) // BLOCK) * BLOCK  # of the Krylov basis
@@ -31,7 +32,7 @@ def leading_eigenpairs(
 def _lanczos(
     matrix: Tensor, count: int, kept: int, size: int, by_magnitude: bool, tolerance: float, restarts: int, seed: int
 ) -> Tensor:
-    """Orthonormal float32 [m, kept] that holds the leading eigenvectors: block Krylov basis, thick restarts."""
+    """Orthonormal columns float32 [m, kept] that span the leading eigenvectors: block Krylov basis, thick restarts."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.empty(size, len(matrix)).T  # [m, size], columns contiguous
     image = torch.empty(size, len(matrix)).T  # matrix @ basis
@@ -44,7 +45,7 @@ def _lanczos(
             block = matrix @ block
             image[:, used : used + BLOCK] = block
             used += BLOCK
-        block = _outside(basis[:, :used], block)  # before the basis is cut: what leaves it must not come back
+        block = _outside(basis[:, :used], block)  # before the basis is cut: dropped directions must not come back
         projected = basis[:, :used].T @ image[:, :used]
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         chosen = _chosen(values, kept, by_magnitude)
@@ -58,7 +59,7 @@ def _lanczos(
 
 
 def _refined(matrix: Tensor, vectors: Tensor, count: int, by_magnitude: bool) -> tuple[Tensor, Tensor]:
-    """Rayleigh-Ritz in float64 inside span(vectors): float32 mixes eigenvectors whose eigenvalues are close."""
+    """Rayleigh-Ritz in float64 within span(vectors), because float32 mixes eigenvectors of close eigenvalues."""
     vectors = torch.linalg.qr(vectors.double())[0]
     rows = range(0, len(matrix), ROWS_AT_ONCE)
     image = torch.cat([matrix[start : start + ROWS_AT_ONCE].double() @ vectors for start in rows])
@@ -69,7 +70,7 @@ def _refined(matrix: Tensor, vectors: Tensor, count: int, by_magnitude: bool) ->
 
 
 def _outside(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns of what `block` has outside span(basis); twice, because once leaves rounding errors."""
+    """Orthonormal columns for the part of `block` outside span(basis); done twice, as once leaves rounding errors."""
     for _ in range(2):
         if basis.shape[1]:
             block = block - basis @ (basis.T @ block)
@@ -78,7 +79,7 @@ def _outside(basis: Tensor, block: Tensor) -> Tensor:
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    """Cholesky QR: one pass over the tall block instead of a reflection per column; QR where that breaks down."""
+    """Orthonormal columns by Cholesky QR, one pass over the tall block; by Householder QR if that breaks down."""
     block = block / block.norm(dim=0).clamp_min(1e-30)
     factor, failed = torch.linalg.cholesky_ex((block.T @ block).double())
     if failed or factor.diagonal().min() < 1e-3:

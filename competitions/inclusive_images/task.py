@@ -1,4 +1,4 @@
-"""Inclusive Images: which of 7,178 labels does a photograph have? The score is the mean F2 of the images.
+"""Inclusive Images: predict which of 7,178 labels a photograph has; the score is the mean F2 over images.
 
 make train COMP=inclusive_images RECIPE=small
 """
@@ -32,7 +32,7 @@ from competitions.inclusive_images.rows import Rows
 
 
 def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
-    """Read and check the files, fit the label vectors and put the competition together; raises UserError."""
+    """Read and check the files, fit the label vectors, build the Task; raises UserError for wrong settings or files."""
     _check(config)
     files = rows.read(config, raw, log)
     embedding = rows.embed(config, files) if config.embedding or config.clusters else None
@@ -84,7 +84,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
 
 def _prior(counts: np.ndarray) -> np.ndarray:
-    """The most frequent labels, for images of which nothing is known."""
+    """The most frequent labels, for images without any predicted label."""
     return np.argsort(-counts, kind="stable")[: min(3, len(counts))]
 
 
@@ -97,7 +97,7 @@ def _decide(config: TagConfig, files: Rows, counts: np.ndarray, clusters: np.nda
 
 
 def _mix(kind: str) -> Any:
-    """Half of the pairs are blended, with both four fifths: few photographs are soon learnt by heart otherwise."""
+    """Blend half of the pairs, or four fifths with "both", because a network soon overfits on few photographs."""
     return {
         "none": None,
         "mixup": MixUp(alpha=1.0, probability=0.5),
@@ -134,7 +134,7 @@ def _pretrain(config: TagConfig, files: Rows, network: TagNet) -> str | None:
 
 def _loss(config: TagConfig) -> Any:
     f2 = SoftFBeta(beta=2, average="samples", smooth=0.1)
-    # The mean of 7,178 entries is tiny beside the other losses: both are given as sums over about a hundred labels.
+    # The mean over 7,178 entries is tiny beside the other losses, so BCE and Focal get weights of 20 to 100.
     labels = {
         "bce": Weighted((BCE(), 100.0)),
         "focal": Weighted((Focal(gamma=2, alpha=0.25), 100.0)),
@@ -152,7 +152,7 @@ def _loss(config: TagConfig) -> Any:
 
 
 def _predict(config: TagConfig, outputs: dict[str, Tensor]) -> Tensor:
-    """Scores [B, m] of 0 to 1."""
+    """Scores [B, m] from 0 to 1."""
     logits = outputs["labels"]
     return decision.against_negatives(logits) if config.classifier and config.loss == "pvn" else logits.sigmoid()
 
@@ -179,7 +179,7 @@ def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
 def _report(
     config: TagConfig, files: Rows, embedding: LabelEmbedding | None, decide: Any, run: Run, page: Report
 ) -> None:
-    """The page of a run. What trained without label vectors gets some for its plots, where the labels have any."""
+    """The report of a run. For a run without label vectors they are fitted for the plots, if the labels allow it."""
     if embedding is None:
         try:
             embedding = rows.embed(config, files)

@@ -1,4 +1,4 @@
-"""The rolling backtest: models fitted before a period forecast each of its days, blended by the periods before."""
+"""The rolling backtest: models fitted before a period forecast its days; earlier periods give the blend's weights."""
 
 import json
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from competitions.kdd_air_quality.task import TRUTH_DAYS, checked, days_of, smap
 
 
 class Backtest(Competition):
-    """The competition with a Task whose held-out rows are the days to score; it has no test rows."""
+    """The competition with a Task whose held-out rows are the days to score, and without test rows."""
 
     def build(self, config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
-        """Raises UserError for days outside the data, and for too little before them."""
+        """Build the Task; raises UserError for days outside the data, and for too short a history before them."""
         refuse_folds(config)
         models.names_of(config)
         asked = table.asked(raw)
@@ -49,17 +49,17 @@ class Backtest(Competition):
             ),
             metrics=(smape(observations.network),),
             report=rolling.report,
-            sample=replace(asked.sample, ids=()),  # no rows to predict are asked for
+            sample=replace(asked.sample, ids=()),  # there are no rows to predict
         )
 
 
 @dataclass(frozen=True)
 class Rolling:
-    """The settings and data of all models: the functions of the Task."""
+    """The `fit_predict` and `report` of the Task, with the settings and data that they need."""
 
     config: Config
     observations: Observations
-    before: np.ndarray  # submit days whose forecasts the first blend is fitted on
+    before: np.ndarray  # submit days whose forecasts the first blend is fitted to
     periods: list[np.ndarray]
 
     def fit_predict(
@@ -67,12 +67,12 @@ class Rolling:
     ) -> tuple[Predictions, Predictions]:
         """{model: forecasts [days, 48, S]} of all models, fitted before each period, and of their blend.
 
-        No forecast is blended with weights that saw its days.
+        The weights of a blend are never fitted to the days that it forecasts.
         """
         observations, past_days, blends = self.observations, self.before, []
         past = models.Models(self.config, home, 0).of_period(observations, past_days)
         for number, days in enumerate(self.periods, 1):
-            over = past_days <= days[0] - TRUTH_DAYS * DAY  # the truth of the day before is not known yet
+            over = past_days <= days[0] - TRUTH_DAYS * DAY  # the truth of later days is not known yet
             truth = observations.truth(past_days[over])
             weights = blend.tuned({name: values[over] for name, values in past.items()}, truth, observations.network)
             home.log(f"blend before {days[0]}: {json.dumps(weights)}")
@@ -90,7 +90,7 @@ class Rolling:
 
 
 def days_to_score(config: Config, observations: Observations) -> np.ndarray:
-    """The submit days that the flags name, by default the last 30 whose truth is known."""
+    """The submit days given by the flags, by default the last 30 whose truth is known."""
     newest = last_scored_day(observations.end)
     for day in (config.first_day, config.last_day):
         if day:
@@ -99,9 +99,9 @@ def days_to_score(config: Config, observations: Observations) -> np.ndarray:
 
 
 def periods_of(days: np.ndarray, refit_days: int, before_days: int) -> list[np.ndarray]:
-    """The days in periods of `refit_days`, after a period of `before_days` whose forecasts fit the first blend.
+    """A first period of `before_days`, to fit the first blend to, then the days in periods of `refit_days`.
 
-    That period ends two days early: its truth must be over at the first origin.
+    The first period ends two days before `days`, because its truth must be known at their first origin.
     """
     stop = days[0] - TRUTH_DAYS * DAY
     parts = [days_between(stop - (before_days - 1) * DAY, stop)]

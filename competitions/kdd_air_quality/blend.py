@@ -1,8 +1,8 @@
-"""The blend: a weighted geometric mean of the models times one level, fitted on backtest forecasts alone.
+"""The blend: a weighted geometric mean of the models times one level, fitted to backtest forecasts alone.
 
-A month of forecasts is about thirty samples of weather, so little is fitted. Models that are clearly behind are left
-out, the others have weights by how far they are behind but for strong reasons, those of a city and pollutant lean on
-those of all series, and the level is one number: one per group is worse than none.
+A month of forecasts is only about thirty samples of weather, so the fit is strongly regularised. Clearly worse models
+are left out. The weights start from how far each model is behind the best and are pulled back to that start. Those of a
+city and pollutant are pulled to those of all series. The level is one number, as one per group is worse than none.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,26 @@ from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.stations import Network
 
 Weights = dict[str, Any]  # {"level": factor on the forecast, "weights": {"Beijing PM2.5": {model: weight}}}, sums are 1
-NEAR_THE_BEST = 1.02  # SMAPE over that of the best model; weights of weaker ones, fitted in winter, cost in spring
-HALF_BEHIND = 0.01  # a model whose SMAPE is this part behind that of the best has half of its weight, to begin with
+NEAR_THE_BEST = 1.02  # largest SMAPE over the best model's; weights of weaker models fitted in winter fail in spring
+HALF_BEHIND = 0.01  # a model whose SMAPE is higher than the best by this fraction starts at half of the best's weight
 PULL_TO_START = 2e-3
 PULL_TO_SHARED = 1e-2
-PULL_OF_LEVEL = 0.1  # the best level of a month says only so much about that of the next
+PULL_OF_LEVEL = 0.1  # to 1, because the best level of one month tells little about the next
 LARGEST_LEVEL = 0.3  # logarithm
-PARTS = 5  # of the days, each scored by a blend of the others
+PARTS = 5  # parts of the days for `honest`
 
 
 def tuned(forecasts: dict[str, np.ndarray], truth: np.ndarray, network: Network) -> Weights:
-    """`fit` to backtest forecasts {model: [days, 48, S]} and the truth [days, 48, stations, 3], the official points."""
+    """`fit` backtest forecasts {model: [days, 48, S]} to the truth [days, 48, stations, 3] at the official points."""
     own = np.s_[:, :, *network.places]
     return fit(forecasts, truth[own], metric.valid_points(truth, network.stations)[own], network.groups)
 
 
 def honest(forecasts: dict[str, np.ndarray], truth: np.ndarray, network: Network) -> float:
-    """The mean daily score of days in a row, each part of them by the blend of the days that share no hour with it."""
+    """The cross-validated mean daily score of consecutive days.
+
+    Each of PARTS parts is scored by a blend fitted to the days that share no hour with it.
+    """
     days, scores = np.arange(len(truth)), []
     for own in np.array_split(days, min(PARTS, len(days))):
         rest = (days <= own[0] - HORIZON_HOURS // 24) | (days >= own[-1] + HORIZON_HOURS // 24)
@@ -47,7 +50,7 @@ def honest(forecasts: dict[str, np.ndarray], truth: np.ndarray, network: Network
 def fit(forecasts: dict[str, np.ndarray], truth: np.ndarray, valid: np.ndarray, groups: tuple[str, ...]) -> Weights:
     """Weights and level of least SMAPE. Forecasts and truth [days, 48, S] in ug/m3, `valid` the scored points.
 
-    A group without a scored point has the weights of all; without any point they are equal and the level is 1.
+    A group without scored points gets the weights of all groups; without any scored point weights are equal, level 1.
     """
     names = list(forecasts)
     chosen = valid & (truth > 0)
@@ -71,9 +74,9 @@ def fit(forecasts: dict[str, np.ndarray], truth: np.ndarray, valid: np.ndarray, 
 def _minimum(
     logs: np.ndarray, target: np.ndarray, start: np.ndarray, pull: float, level: float | None
 ) -> tuple[np.ndarray, float]:
-    """Logarithms of the weights [models] up to a constant, and of the level, of the least mean of 2 tanh(|d| / 2).
+    """Minimise the mean of 2 tanh(|d| / 2); returns logarithms of the weights [models], up to a constant, and level.
 
-    logs [models, points], target [points]. The weights are pulled to `start`; a given `level` is kept.
+    `logs` [models, points], `target` [points]. The weights are pulled to `start`; a given `level` is kept fixed.
     """
     if not len(target):
         return start, level or 0.0

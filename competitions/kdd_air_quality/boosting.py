@@ -1,10 +1,10 @@
 """The direct forecaster: gradient boosting over all series and all 48 hours, one set of models per city.
 
-It predicts the logarithm of the value relative to the series' daily cycle, under the SMAPE itself: 2 tanh(|d| / 2),
-whose slope fades for hours that cannot be foreseen. All stations of a city share one weather, so a year is 365 samples
-rather than millions: what helps is anything that keeps the trees from learning days by heart. Training origins lie at
-four hours of the day, half of the models split at random thresholds, half start from the linear forecast and learn what
-it misses, and the mean of several is taken.
+It predicts the logarithm of the value relative to the series' daily cycle. Its loss is the SMAPE itself,
+2 tanh(|d| / 2), whose gradient vanishes for hours that cannot be predicted (large errors d). All stations of a city
+share one weather, so a year is 365 samples rather than millions, and overfitting to single days is the main danger.
+Against it, training origins lie at four hours of the day, half of the models split at random thresholds, half start
+from the linear forecast and learn its error, and several models are averaged.
 """
 
 from collections.abc import Iterator
@@ -20,21 +20,21 @@ from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import CITIES
 
-# With one spring in the history the season names days as well as the season: draws with and without it err differently,
-# which the mean of all likes. The weekday only names days.
+# With one spring in the history the season identifies single days. Draws with and without it make different errors,
+# which cancel out in the mean of all. The weekday only identifies days.
 LEFT_OUT = (("season_sine", "season_cosine", "weekday"), ("weekday",))
-FROM_LINEAR = (False, False, True, True)  # draws that learn the error of the linear forecast
-SHIFT_HOURS = (0, 6, 12, 18)  # training origins; forecasts start at 0
-KINDS = ({}, {"extra_trees": True})  # the best splits, and random ones
+FROM_LINEAR = (False, False, True, True)  # by draw: whether it learns the error of the linear forecast
+SHIFT_HOURS = (0, 6, 12, 18)  # hours of the training origins; forecasts start at 0
+KINDS = ({}, {"extra_trees": True})  # best splits, and random splits
 SETTINGS = {"learning_rate": 0.06, "feature_fraction": 0.3, "lambda_l2": 1.0, "cat_smooth": 50.0}
 FEWEST_IN_LEAF = 200
-Member = dict[str, Any]  # one fitted model, for the series of a "city": its "draw" and its "text"
+Member = dict[str, Any]  # one fitted model: its "city", its "draw", and its "text" (LightGBM's model string)
 
 
 def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
-    """Gradient of 2 tanh(|d| / 2) at d = scores - target, rounded off at 0, with a constant curvature.
+    """Gradient of 2 tanh(|d| / 2) at d = scores - target, smoothed around 0, and a constant Hessian.
 
-    The true curvature is negative away from 0, which boosting cannot use; a constant makes the step a plain gradient's.
+    The true Hessian is negative away from 0, which boosting cannot use; a constant gives plain gradient steps.
     """
     difference = scores - data.get_label()
     slope = 1 - np.tanh(difference / 2) ** 2
@@ -43,7 +43,7 @@ def smape_gradient(scores: np.ndarray, data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def columns(known: features.Features, draw: int) -> list[int]:
-    """The features that a draw's models see."""
+    """Numbers of the features that the models of a draw use."""
     return [number for number, name in enumerate(known.names) if name not in LEFT_OUT[draw % len(LEFT_OUT)]]
 
 
@@ -54,10 +54,11 @@ def from_linear(draw: int) -> bool:
 def fit(
     observations: Observations, lines: np.ndarray, draws: list[int], config: Config, label: str
 ) -> Iterator[tuple[int, list[Member]]]:
-    """Fit kinds x cities on everything that is over at the end of the data; yields the members of each draw when done.
+    """Fit a model per kind and city for every draw, and yield the members of each draw when they are done.
 
-    Every draw takes another `boosting_fraction` of the rows (origin, hour ahead, series). `lines` is the linear
-    forecaster of the same data. Raises UserError on too short a history.
+    Origins are those whose 48 hours end before the data do. Every draw takes another random `boosting_fraction` of the
+    rows (origin, hour ahead, series). `lines` is the linear forecaster fitted to the same data. Raises UserError if the
+    history is too short.
     """
     network, parts = observations.network, []
     for shift in SHIFT_HOURS:
@@ -84,7 +85,7 @@ def fit(
 def _rows(
     parts: list[tuple[features.Features, np.ndarray, np.ndarray]], own: np.ndarray, share: float, seed: int, draw: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random `share` of the rows of the series `own` with a known target: features [n, F], what to learn [n]."""
+    """A random `share` of the rows with a known target, of the series `own`: features [n, F] and targets [n]."""
     tables, found = [], []
     for number, (known, wanted, line) in enumerate(parts):
         random = np.random.default_rng([seed, draw, number])
@@ -96,7 +97,7 @@ def _rows(
 
 
 def forecast(members: list[Member], lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:
-    """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
+    """Forecasts in ug/m3 [N, 48, S] for the origins `ends`, each only from the hours before it."""
     from lightgbm import Booster
 
     known, network = features.build(observations, ends), observations.network

@@ -1,4 +1,4 @@
-"""Settings of the KDD forecasters: what the flags are made of, and the named recipes."""
+"""Settings of the KDD forecasters: the flags, the recipes and the source of the data."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,8 +11,8 @@ from common.kaggle.source import Source
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
 JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
 FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
-# What the network among the models reads of the core's settings. Not its batch, which is a day of all series; nor what
-# looks at the held-out days to stop, or to choose weights: those would know the truth that they are scored on.
+# The core's settings that the network among the models uses. Not the batch size, as a batch is a day of all series. Nor
+# settings that stop or choose weights by the held-out days: the score on these days would be too good.
 USES = "epochs micro_batch optimizer lr weight_decay momentum schedule warmup clip_norm ema swa checkpointing compile"
 USES = (*USES.split(), "graph", "track")
 NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
@@ -31,7 +31,7 @@ SOURCE = Source(
 
 @dataclass(frozen=True)
 class Config(common.Config):
-    """Settings of the forecasters and of the rolling backtest that the blend is fitted on."""
+    """Settings of the forecasters, and of the rolling backtest that the blend is fitted to."""
 
     epochs: int = flag(10, "epochs of the network over its training days", "epochs")
     batch_size: int = flag(131, "not used here: a batch of the network is a whole day")
@@ -40,7 +40,7 @@ class Config(common.Config):
     lr: float = flag(1.5e-3, "peak learning rate of the network", "per optimizer step")
     clip_norm: float = flag(1.0, "largest norm of the batch's gradient; 0 never clips")
     ema: float = flag(0.995, "decay of the moving average of the network's weights; 0 is off", "per step")
-    # The network is small: bfloat16 saves seconds at most, and a score should not depend on the processor's features.
+    # The network is small: bfloat16 saves seconds at most, and a score should not depend on the CPU's instructions.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("fp32", "precision of the network")
     save_every: float = flag(20.0, "least time between two checkpoints of the network", "seconds")
     models: str = flag("medians,linear,boosting,mlp", "models to fit and blend; prophet too, which takes the longest")
@@ -68,8 +68,8 @@ DEFAULT = Config()
 
 RECIPES = {
     "default": DEFAULT,
-    "demo": replace(DEFAULT, backtest_days=28),  # make train COMP=kdd_air_quality, when there are no data
-    # Seconds on demo data, to see everything work; its score says nothing.
+    "demo": replace(DEFAULT, backtest_days=28),  # make train COMP=kdd_air_quality without data
+    # Seconds on demo data, to check that everything works; its score means nothing.
     "smoke": replace(
         DEFAULT,
         epochs=4,
@@ -87,10 +87,12 @@ RECIPES = {
 
 
 def refuse_folds(config: Config) -> None:
-    """Raise UserError on --fold and --folds, which say nothing here."""
+    """Raise UserError for --fold and --folds, which have no meaning here."""
     for name in ("fold", "folds"):
         if (value := getattr(config, name)) != getattr(DEFAULT, name):
-            raise UserError(f"--{name} {value}: the last days are held out, by time: --last-day and --backtest-days")
+            raise UserError(
+                f"--{name} {value}: the last days are held out instead of folds: set --last-day and --backtest-days"
+            )
 
 
 def predict(competition: str, argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A small data set in the organisers' file formats: two cities with daily cycles, shared episodes, gaps and outages."""
+"""Demo data in the organisers' file formats: two cities with daily cycles, shared episodes, gaps and outages."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ BEIJING = ("dongsi_aq", "aotizhongxin_aq", "fangshan_aq", "dingling_aq", "qianme
 LONDON = ("CD1", "BL0", "MY7")
 FIRST_DAY = "2018-01-01"
 DAYS = 90
-API_DAYS = 20  # the last days come as the organisers' API gave them, with cut station names
-# Typical level, and how deep the daily cycle cuts (factor between trough and peak), of each pollutant.
+API_DAYS = 20  # the last days are in the format of the organisers' API, with cut station names
+# Typical level of each pollutant, and the factor between trough and peak of its daily cycle.
 LEVELS = {"PM2.5": (50, 1.5), "PM10": (80, 1.6), "NO2": (45, 2.0), "CO": (0.9, 1.5), "O3": (40, 4.0), "SO2": (8, 1.6)}
 PEAK_HOUR = {"Beijing": {"O3": 8}, "London": {}}  # UTC; everything else peaks in the evening
 
@@ -50,8 +50,8 @@ def write_demo(folder: Path, seed: int = 7, days: int = DAYS) -> None:
 def _city(
     city: str, stations: tuple[str, ...], hours: pd.DatetimeIndex, random: np.random.Generator, scale: float
 ) -> pd.DataFrame:
-    """Long table station, time and six pollutants of one city."""
-    episode = _wandering(len(hours), random, hours_of_memory=40)  # the weather that all stations share
+    """Long table of one city with the columns station, time and six pollutants."""
+    episode = _wandering(len(hours), random, hours_of_memory=40)  # weather shared by all stations
     parts = []
     for station in stations:
         own = random.normal(0, 0.15)
@@ -66,22 +66,22 @@ def _city(
             if city == "London" and name in ("CO", "O3", "SO2"):
                 values[:] = np.nan
             if city == "London":
-                values[random.random(len(hours)) < 0.002] = -0.4  # instruments drift below zero
+                values[random.random(len(hours)) < 0.002] = -0.4  # real instruments drift below zero
             columns[name] = values
         table = pd.DataFrame(columns)
-        parts.append(table[random.random(len(hours)) > 0.01])  # whole rows are missing too
+        parts.append(table[random.random(len(hours)) > 0.01])  # whole rows are missing, too
     return pd.concat(parts, ignore_index=True)
 
 
 def _wandering(count: int, random: np.random.Generator, hours_of_memory: float) -> np.ndarray:
-    """A stationary process of deviation 1 that forgets over `hours_of_memory`."""
+    """A stationary process of deviation 1 whose autocorrelation decays over `hours_of_memory`."""
     keep = np.exp(-1 / hours_of_memory)
     steps = random.normal(size=count) * np.sqrt(1 - keep**2)
     return lfilter([1], [1, -keep], steps, zi=[keep * random.normal()])[0]
 
 
 def _gaps(count: int, random: np.random.Generator) -> np.ndarray:
-    """Missing hours: single ones, and an outage of up to three days now and then."""
+    """Which hours are missing: random single hours, and an outage of up to three days now and then."""
     missing = random.random(count) < 0.03
     for start in np.flatnonzero(random.random(count) < 1 / (24 * 40)):
         missing[start : start + random.integers(6, 72)] = True

@@ -1,7 +1,7 @@
-"""What the forecasters see of the past: everything as logarithms relative to the series' own daily cycle.
+"""The features of the forecasters, as logarithms relative to the series' own daily cycle.
 
-SMAPE is a function of the logarithm of forecast / truth, so ratios are the natural scale: a model of ratios needs to
-know neither the unit nor the season, and what it learnt in winter holds in May.
+SMAPE is a function of the logarithm of forecast / truth, so ratios are the natural scale. A model of ratios does not
+depend on the unit or the season, and what it learnt in winter holds in May.
 """
 
 from dataclasses import dataclass
@@ -16,32 +16,32 @@ from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATIO
 
 FLOOR = 0.5  # ug/m3: smaller and negative values count as this much before the logarithm
 MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
-# Everything is relative to a daily cycle: the mean of these medians without the first. Medians of a few days are noisy,
-# so it is the mean over the hours around as well; that of O3 is too steep for more than one.
+# The daily cycle is the mean of these medians except the first. Medians of a few days are noisy, so it is also averaged
+# over this many hours before and after; the cycle of O3 is too steep for more than one.
 AROUND_HOURS = {"O3": 1}
 AROUND_OTHERS = 4
 RECENT_HOURS = (1, 3, 6, 12, 24, 48, 72, 168)
 CITY_HOURS = (1, 3, 6, 12, 24, 48, 168)
 PAST_HOURS = 168
-HISTORY_DAYS = 21  # an origin needs this much past to be trained on
+HISTORY_DAYS = 21  # an origin needs this many days before it to be trained on
 FEWEST_ORIGINS = 5
-LIMIT = 5.0  # largest logarithm that the linear model and the network are fed: the factor 150 is an outage, not weather
+LIMIT = 5.0  # largest logarithm given to the linear model and the network: a factor of 150 is an outage, not weather
 CATEGORICAL = ("station", "pollutant", "type", "weekday")
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N origins: what holds for a series, for a series at an hour of the day, and for an hour ahead."""
+    """Features of N origins: per series, per series and hour of the day, and per hour ahead."""
 
-    base: np.ndarray  # [N, 24, S] log of the daily cycle; without any value of the series, of its city
+    base: np.ndarray  # [N, 24, S] log of the daily cycle; of the city, for a series without any value
     per_series: np.ndarray  # [N, S, F1]
-    per_hour: np.ndarray  # [N, 24, S, F2], relative to base, or its shape
+    per_hour: np.ndarray  # [N, 24, S, F2], relative to `base`, or the shape of `base`
     calendar: np.ndarray  # [N, 48, F3]
     fixed: np.ndarray  # [S, F4]
     names: tuple[str, ...]
 
     def table(self, origin: np.ndarray, hour: np.ndarray, series: np.ndarray) -> np.ndarray:
-        """Rows [B, F] for numbers of origins, hours ahead and series, each [B]."""
+        """Rows [B, F] for the given numbers of origins, hours ahead and series, each [B]."""
         at_hour = origin, hour % 24, series
         parts = [hour[:, None], self.calendar[origin, hour], self.base[at_hour][:, None], self.per_hour[at_hour]]
         parts += [self.per_series[origin, series], self.fixed[series]]
@@ -60,7 +60,7 @@ class Features:
         return self.calendar[..., -2:]
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """`per_series` and `per_hour` for models that know no missing values: those are 0, the daily cycle itself."""
+        """`per_series` and `per_hour` for models that accept no missing values: these become 0, the daily cycle."""
         context = self.per_series.copy()
         context[..., self.names.index("hours_since_last_value") - self.names.index("last_1_hours")] /= 24
         return (np.nan_to_num(context).clip(-LIMIT, LIMIT), np.nan_to_num(self.per_hour).clip(-LIMIT, LIMIT))
@@ -71,9 +71,9 @@ def log_of(values: np.ndarray) -> np.ndarray:
 
 
 def build(observations: Observations, ends: np.ndarray) -> Features:
-    """Features of the origins `ends` [N], as numbers of days since the start of the data (ascending).
+    """Features of the origins `ends` [N], ascending numbers of days since the start of the data.
 
-    Origin e sees hours before e * 24 only, whatever else the data hold.
+    The features of origin e depend only on the hours before e * 24.
     """
     network, values = observations.network, observations.values
     lanes = log_of(values.reshape(len(values), -1))  # [hours, stations * 6]
@@ -118,9 +118,9 @@ def targets(observations: Observations, base: np.ndarray, ends: np.ndarray) -> n
 
 
 def training_ends(observations: Observations) -> np.ndarray:
-    """Origins whose 48 hours are over when the data end: with the fit at that end nothing is trained on the future.
+    """Origins whose 48 hours end before the data do, so that nothing is trained on hours after the end of the data.
 
-    Raises UserError on too few.
+    Raises UserError if they are too few.
     """
     last = (len(observations.values) - HORIZON_HOURS) // 24
     first = min(HISTORY_DAYS, max(last // 2, 1))
@@ -135,7 +135,7 @@ def training_ends(observations: Observations) -> np.ndarray:
 
 
 def whole(values: np.ndarray, network: Network) -> np.ndarray:
-    """[N, hours, S] with nothing missing: from the series' other hours, its group's other stations, then anything."""
+    """[N, hours, S] without missing values: filled by means of the series' other hours, its group, then all series."""
     result = np.where(np.isnan(values), _mean_of(values, 1)[:, None], values)
     for group in network.by_group.values():
         own = result[..., group]
@@ -144,7 +144,7 @@ def whole(values: np.ndarray, network: Network) -> np.ndarray:
 
 
 def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over `axis` without the missing values; NaN where all are."""
+    """Mean over `axis` without the missing values; NaN where all values are missing."""
     there = np.isfinite(values)
     count = there.sum(axis)
     return np.divide(
@@ -153,12 +153,12 @@ def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _around(cycle: np.ndarray, hours: int) -> np.ndarray:
-    """Mean of each hour of the day of [N, 24, lanes] and the `hours` before and after it, over midnight too."""
+    """Mean of each hour of the day in [N, 24, lanes] with the `hours` before and after it, wrapping at midnight."""
     return _mean_of(np.stack([np.roll(cycle, back, axis=1) for back in range(-hours, hours + 1)]), 0)
 
 
 def _smooth(past: np.ndarray) -> np.ndarray:
-    """Mean of each hour and its two neighbours [N, hours, S]."""
+    """Mean of each hour in [N, hours, S] with its two neighbours."""
     around = np.pad(past, ((0, 0), (1, 1), (0, 0)), constant_values=np.nan)
     return _mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
 
@@ -169,9 +169,9 @@ def _day_of(past: np.ndarray, back: int) -> np.ndarray:
 
 
 def _shapes(cycle: np.ndarray, network: Network) -> dict[str, np.ndarray]:
-    """How far the daily cycle [N, 24, S] is from its own mean: in the whole city, and the station besides.
+    """The daily cycle [N, 24, S] minus its own mean: of the city, and of the station minus that of the city.
 
-    Medians of a few days are noisy, so a forecast must fall back from a high or low hour of the cycle.
+    Medians of a few days are noisy, so a forecast must return from high or low hours of the cycle towards its mean.
     """
     own = cycle - cycle.mean(axis=1, keepdims=True)
     city = np.empty_like(own)
@@ -181,7 +181,7 @@ def _shapes(cycle: np.ndarray, network: Network) -> dict[str, np.ndarray]:
 
 
 def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> dict[str, np.ndarray]:
-    """Features [N, S] of the last week `past` [N, 168, lanes], by their names."""
+    """Features [N, S] by name, from the last week `past` [N, 168, lanes]."""
     own, (stations, pollutants) = past[..., scored], network.places
     found = {f"last_{hours}_hours": _mean_of(own[:, -hours:], 1) for hours in RECENT_HOURS}
     found |= {f"day_{back}_ago": _mean_of(_day_of(own, back), 1) for back in range(1, 7)}

@@ -1,7 +1,7 @@
-"""Missing values in three steps: from the city's other stations, then forward and backward in time, then the mean.
+"""Fill missing values in three steps: from the city's other stations, then forward and backward in time, then the mean.
 
-Nothing looks at or past a forecast's origin: the regressors are fitted on what lies before it, their use is row by row,
-and the other two steps see only what they are given, which ends at the origin.
+No step uses hours from a forecast's origin on. The regressors are fitted to the hours before it and applied row by row,
+and the other two steps get only data that end at the origin.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import Network
 
-# Regressors fill an hour only when fewer stations of the city than this miss the pollutant, the target among them.
+# Regressors fill an hour only if fewer stations of the city than this, the target included, miss the pollutant.
 MOST_MISSING = {"Beijing": (17, 35), "London": (6, 13)}  # of all stations of the city
 ROUNDS = 60
-FEWEST_ROWS = 200  # hours of a series that are worth a regressor
+FEWEST_ROWS = 200  # fewest hours of a series to fit a regressor to
 SETTINGS = {"objective": "l2", "learning_rate": 0.1, "feature_fraction": 0.5, "min_data_in_leaf": 20}
 
 
 def fill(models: Sequence[str], observations: Observations) -> np.ndarray:
-    """Step 1: the series [hours, S], missing values regressed by `models` from the same hour at the other stations.
+    """Step 1: the series [hours, S] with missing values predicted by `models` from other stations at the same hour.
 
-    A row depends on itself alone, so what comes later in the data cannot matter.
+    Every row is filled only from itself, so later hours have no effect.
     """
     from lightgbm import Booster
 
@@ -44,18 +44,18 @@ def _peers(network: Network, number: int) -> list[int]:
 
 
 def _fillable(series: np.ndarray, network: Network, number: int) -> np.ndarray:
-    """Hours [hours] in which the series is missing and enough of its city is not."""
+    """Which hours can be filled, bool [hours]: the series is missing, and enough stations of its city are not."""
     city = network.groups[number].split(" ")[0]
     stations, (most, of_all) = [*_peers(network, number), number], MOST_MISSING[city]
-    limit = most * len(stations) / of_all  # in proportion on smaller networks
+    limit = most * len(stations) / of_all  # in proportion for fewer stations
     missing = np.isnan(series[:, stations]).sum(axis=1)
     return np.isnan(series[:, number]) & (missing < limit)
 
 
 def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "imputers") -> list[str]:
-    """A LightGBM regressor per series as text, '' for one that has too few values or no neighbours; in parallel.
+    """Fit a LightGBM regressor per series, in parallel; returns texts, '' for a series with few values or no neighbour.
 
-    `observations` must end at the origin they are used for.
+    `observations` must end at the origin for which the regressors are used.
     """
     series, work = observations.series(), []
     for number in range(series.shape[1]):
@@ -66,17 +66,17 @@ def fit(observations: Observations, jobs: int = 1, seed: int = 0, label: str = "
 
 
 def _fit_one(neighbours: np.ndarray, target: np.ndarray, seed: int) -> str:
-    """A regressor as text, from `neighbours` [n, peers] to `target` [n], both in logarithms."""
+    """A regressor from `neighbours` [n, peers] to `target` [n], both logarithms, as text."""
     if len(target) < FEWEST_ROWS or not neighbours.shape[1]:
         return ""
     return fit_trees(neighbours, target, SETTINGS | {"seed": seed}, ROUNDS)
 
 
 def complete(series: np.ndarray, network: Network) -> np.ndarray:
-    """Steps 2 and 3: `series` [hours, S] that end at the origin, with nothing missing.
+    """Steps 2 and 3: fill all missing values of `series` [hours, S], which end at the origin.
 
-    A gap takes the value of the same hour on the nearest day before it, else after it; a series without any value takes
-    its city's mean of the hour, and where there is none the mean over everything.
+    A gap takes the value of the same hour on the nearest day before it, else after it. A series without any value at
+    that hour takes the mean of its city and pollutant, of the hour or else of all hours.
     """
     hours = len(series)
     whole = np.concatenate([np.full((-hours % 24, series.shape[1]), np.nan, series.dtype), series])
@@ -87,13 +87,13 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
         own = filled[:, group]
         there = np.isfinite(own)
         count, total = there.sum(1), np.where(there, own, 0).sum(1)
-        overall = total.sum() / count.sum() if count.sum() else 1.0  # a city that never measured it
+        overall = total.sum() / count.sum() if count.sum() else 1.0  # the city never measured this pollutant
         mean = np.where(count > 0, total / np.maximum(count, 1), overall)
         filled[:, group] = np.where(there, own, mean[:, None])
     return filled
 
 
 def _carried(days: np.ndarray) -> np.ndarray:
-    """[days, 24, S] with every gap filled by the last earlier day that has the hour."""
+    """[days, 24, S] with every gap filled from the last earlier day that has a value at this hour."""
     rows = np.where(np.isfinite(days), np.arange(len(days))[:, None, None], 0)
     return np.take_along_axis(days, np.maximum.accumulate(rows, axis=0), axis=0)

@@ -1,8 +1,8 @@
 """The linear forecaster: one ridge regression under the SMAPE per city, pollutant and hour ahead, over all stations.
 
-A year is 365 samples of weather, on which a straight line with a firm penalty forecasts as well as thousands of trees,
-and errs differently: alone it is the equal of the boosted trees, and half of those start from it. Two coefficients for
-the season are no trap for it as they are for trees: spring's rising ozone runs ahead of the medians.
+A year is only 365 samples of weather. On these a linear model with a strong penalty forecasts as well as the boosted
+trees, and makes different errors; half of the trees start from it. Trees overfit to the season, but two coefficients do
+not. They help because the medians lag behind the rising ozone of spring.
 """
 
 import re
@@ -16,23 +16,23 @@ from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import Network
 
 PENALTY = 200.0  # per station, on coefficients of features of variance 1; a station has a row per origin
-# It grows with the root of the age of a feature: the last hours say more of the next ones than a week ago does. Where
-# the daily cycle stands at the hour itself counts as the youngest.
+# The penalty grows with the root of a feature's age, as the last hours tell more about the next ones than older hours.
+# The shape of the daily cycle at the hour itself counts as youngest.
 YOUNGEST = ("last_value", "shape", "city_shape")
-# The past of the whole city says more than that of a station, single days less: how often the penalty, by names' start.
+# Factors on the penalty by the start of a name: the past of the whole city is more informative, single days are less.
 TIMES = {"city_last_": 0.4, "city_day_": 2.5, "day_": 2.5}
-# Wind carries air from station to station: all departures from the city's mean count for every station. There are many,
-# so each for little: what they have in common shows.
+# Wind carries air between stations, so the departures of all stations from the city's mean are features of every
+# station. They are many, so a large penalty keeps what they have in common.
 DEPARTURE = "last_6_hours", "city_last_6_hours"
 PENALTY_OF_DEPARTURES = 1600.0
-# The slope of 2 tanh(|d| / 2) over |d| weighs the rows of the next least squares (iteratively reweighted). Starting at
-# the daily cycle itself rather than at plain least squares, far outliers never get to pull.
+# Iteratively reweighted least squares: rows are weighted by the slope of 2 tanh(|d| / 2) over |d|. The start is the
+# daily cycle itself, not plain least squares, so that far outliers have little weight from the beginning.
 ROUNDS = 8
-ROUNDED_OFF = 0.3  # errors below it count as in least squares, or single rows would weigh without bound
+ROUNDED_OFF = 0.3  # smaller errors are weighted as in least squares; else the weight of a row would be unbounded
 
 
 def at(lines: np.ndarray, known: features.Features, network: Network) -> np.ndarray:
-    """Logarithms relative to the daily cycle [N, 48, S] by what `fit` returns, for all origins of `known`."""
+    """Forecast logarithms relative to the daily cycle [N, 48, S] for all origins of `known`; `lines` are from `fit`."""
     context, hourly = known.inputs()
     result = np.empty((len(context), HORIZON_HOURS, len(network.series)), np.float32)
     for of_group, (group, own) in zip(lines, network.by_group.items(), strict=True):
@@ -44,9 +44,9 @@ def at(lines: np.ndarray, known: features.Features, network: Network) -> np.ndar
 
 
 def fit(observations: Observations, jobs: int, label: str = "linear") -> np.ndarray:
-    """Coefficients [groups, 48, F + 1], the last one the constant, from the origins that are over when the data end.
+    """Coefficients [groups, 48, F + 1], the last one the constant, fitted to all `training_ends` of the data.
 
-    Raises UserError on too few of them.
+    Raises UserError if these origins are too few.
     """
     from threadpoolctl import threadpool_limits
 
@@ -61,13 +61,13 @@ def fit(observations: Observations, jobs: int, label: str = "linear") -> np.ndar
             (_fit_one, (part, hours_of_part[:, hour % 24], shared[:, hour], target[:, hour, own], penalty))
             for hour in range(HORIZON_HOURS)
         ]
-    with threadpool_limits(1):  # the fits run side by side; a matrix product in each must not take every core
+    with threadpool_limits(1):  # the fits run in parallel, so a matrix product must not take every core
         found = in_parallel(work, jobs, label)
     return np.array(found).reshape(-1, HORIZON_HOURS, len(found[0]))
 
 
 def _age(name: str) -> int:
-    """Hours, of a feature by its name."""
+    """Age in hours of a feature, by its name."""
     if name in YOUNGEST:
         return 1
     if found := re.search(r"last_(\d+)_hours", name):
@@ -77,16 +77,16 @@ def _age(name: str) -> int:
 
 
 def penalties(names: tuple[str, ...], series: int) -> np.ndarray:
-    """Penalty per station of the features `names`, of the two of the season, and of the departures of all series."""
+    """Penalties per station: of the features `names`, of the two season features, of the departures of all series."""
     times = [next((n for start, n in TIMES.items() if name.startswith(start)), 1.0) for name in names]
     own = PENALTY * np.array(times) * np.sqrt(np.array([*map(_age, names)]) / 24)
     return np.array([*own, PENALTY, PENALTY, *[PENALTY_OF_DEPARTURES] * series])
 
 
 def _shared(known: features.Features, network: Network, group: str) -> np.ndarray:
-    """What all stations of a group have in common [N, 48, 2 + S]: the season, and where the air of their city is.
+    """The features [N, 48, 2 + S] that all stations of a group share: the season, and the departures of all series.
 
-    That is how far each series of the city was from the city's mean; 0 for the other city's.
+    A departure is how far a series was from its city's mean; it is 0 for series of the other city.
     """
     own, of_city = (known.per_series[..., known.input_names.index(name)] for name in DEPARTURE)
     away = np.nan_to_num(own - of_city).clip(-features.LIMIT, features.LIMIT) * network.in_city(group.split()[0])
@@ -102,11 +102,11 @@ def _table(context: np.ndarray, hourly: np.ndarray, shared: np.ndarray) -> np.nd
 def _fit_one(
     context: np.ndarray, hourly: np.ndarray, shared: np.ndarray, target: np.ndarray, penalty: np.ndarray
 ) -> np.ndarray:
-    """Coefficients [F + 1] from the inputs of `_table` to targets [N, stations], NaN left out; `penalty` [F]."""
+    """Coefficients [F + 1] from the inputs of `_table` to `target` [N, stations], without its NaN; `penalty` [F]."""
     known = np.isfinite(target)
     table, target = _table(context, hourly, shared)[known], target[known]
     if not len(target):
-        return np.zeros(table.shape[1] + 1)  # a pollutant without any value stays at its daily cycle
+        return np.zeros(table.shape[1] + 1)  # without any value the forecast is the daily cycle
     mean, scale = table.mean(axis=0), table.std(axis=0) + 1e-3
     table = np.concatenate([(table - mean) / scale, np.ones((len(table), 1), np.float32)], axis=1)
     penalty = np.diag([*penalty * known.shape[1], 1e-3])
@@ -120,6 +120,6 @@ def _fit_one(
 
 
 def forecast(lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:
-    """ug/m3 [N, 48, S] for the origins `ends`, each from what is before it alone."""
+    """Forecasts in ug/m3 [N, 48, S] for the origins `ends`, each only from the hours before it."""
     known = features.build(observations, ends)
     return np.exp(at(lines, known, observations.network) + np.tile(known.base, (1, 2, 1)))

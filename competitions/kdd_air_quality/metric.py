@@ -15,9 +15,10 @@ DRAWS = 10_000
 
 
 def valid_points(truth: np.ndarray, stations: tuple[str, ...]) -> np.ndarray:
-    """Which points are scored. A row (station, hour) with one missing or negative value is dropped for all pollutants;
+    """Which points are scored, bool.
 
-    London's rows need PM2.5 and PM10 only, and their O3 is never scored.
+    A row (station, hour) with a missing or negative value is dropped for all pollutants. London's rows need only PM2.5
+    and PM10, and their O3 is never scored.
     """
     london = np.array([city_of(station) == "London" for station in stations])
     good = truth >= 0  # false for missing values
@@ -36,7 +37,7 @@ def terms(truth: np.ndarray, forecast: np.ndarray) -> np.ndarray:
 
 
 def errors(truth: np.ndarray, forecast: np.ndarray, stations: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The terms of all points, 0 where they are not scored, and which are scored."""
+    """The `terms` of all points, 0 where a point is not scored, and the `valid_points`."""
     valid = valid_points(truth, stations)
     return np.where(valid, terms(np.where(valid, truth, 0), forecast), 0), valid
 
@@ -53,10 +54,10 @@ def mean_over(values: np.ndarray, valid: np.ndarray, axes: tuple[int, ...] | Non
 
 
 def figures(scores: np.ndarray) -> dict[str, float]:
-    """The figures of a range of days from their scores [days], the official ones first.
+    """Summary figures of daily scores [days], the official ones first.
 
-    The best 25 are what the leaderboard showed after a month: an average lucky day. The mean of 25 random days (the
-    blog's protocol) estimates the average day.
+    The mean of the best 25 days is what the leaderboard showed after a month; it is better than an average day. The
+    mean of 25 random days (the blog's protocol) estimates the average day.
     """
     known = scores[~np.isnan(scores)]
     names = ("mean", f"best_{BEST_DAYS}", f"resampled_{BEST_DAYS}", f"resampled_{BEST_DAYS}_sd")
@@ -68,7 +69,7 @@ def figures(scores: np.ndarray) -> dict[str, float]:
 
 
 def breakdown(truth: np.ndarray, forecast: np.ndarray, network: Network) -> pd.Series:
-    """Pooled scores by city, pollutant of a city, station type, station, band of hours, and hour ahead."""
+    """Pooled scores by city, by city and pollutant, by station type, station, band of hours, and hour ahead."""
     values, valid = errors(truth, forecast, network.stations)
     cities = [city_of(station) for station in network.stations]
     kinds = [f"{city} {STATION_TYPE[station]}" for city, station in zip(cities, network.stations, strict=True)]

@@ -1,8 +1,9 @@
 """The shortcut network on the core's training loop: one network for both cities, all series and all 48 hours.
 
-Row = a series at an origin. It sees the hours before the origin, gaps imputed, and the hour-of-day medians of several
-windows ending at the origin and a day before it, all as logarithms relative to the series' daily cycle, and what
-names the series. It says 48 logarithms relative to the same cycle, so a forecast is positive by construction.
+A row is a series at an origin. Its inputs are the hours before the origin, with gaps imputed, and the medians per hour
+of the day over windows that end at the origin and a day before it, all as logarithms relative to the series' daily
+cycle, and indicators of the series. The network outputs 48 logarithms relative to the same cycle, so forecasts are
+always positive.
 """
 
 from functools import partial
@@ -21,11 +22,11 @@ from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, city_of
 
-MEDIAN_SHIFTS_DAYS = 2  # windows that end at the origin, and those that end a day earlier
+MEDIAN_SHIFTS_DAYS = 2  # windows end at the origin, and a day before it
 
 
 class ShortcutMLP(nn.Module):
-    """Dense layers; the raw inputs join again after the first one. inputs [B, F] -> [B, 48]."""
+    """Dense layers with a shortcut: the second layer gets the raw inputs too. Inputs [B, F] -> [B, 48]."""
 
     def __init__(self, inputs: int, units: int, dropout: float):
         super().__init__()
@@ -43,9 +44,10 @@ class ShortcutMLP(nn.Module):
 
 
 class Rows:
-    """Dataset of all series at the origins `ends`: row = position of the origin * S + number of the series.
+    """Dataset of all series at the origins `ends`; the row number is the origin's position * S + the series' number.
 
-    `completed` [hours, S] are values without gaps, in which hours after an origin are never looked at but as targets.
+    `completed` [hours, S] are values without gaps; inputs use only the hours before the origin. Targets are those of
+    `observations`.
     """
 
     def __init__(self, observations: Observations, completed: np.ndarray, ends: np.ndarray, config: Config):
@@ -54,7 +56,7 @@ class Rows:
         self.ends = np.asarray(ends)
         self.hours = config.history_days * 24
         logs = features.log_of(completed).astype(np.float32)
-        self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # before the data: their first hour
+        self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # hours before the data = the first
         self.median_ends = np.unique(np.maximum(self.ends - np.arange(MEDIAN_SHIFTS_DAYS)[:, None], 1))
         days = medians.by_day(logs[: len(logs) // 24 * 24])
         self.medians = medians.sliding_medians(days, medians.windows_of(config.windows), self.median_ends)
@@ -74,7 +76,7 @@ class Rows:
         return len(self.ends) * self.series_count
 
     def batch(self, indices: np.ndarray, keys=None) -> tuple[Tensor, Tensor]:
-        """(inputs [B, F], targets [B, 48]: logarithms relative to the daily cycle, NaN where the truth is missing)."""
+        """Inputs [B, F] and targets [B, 48], logarithms relative to the daily cycle; NaN where the truth is missing."""
         position, series = np.divmod(np.asarray(indices), self.series_count)
         base = self.base[position, :, series]  # [B, 24]
         hour = self.ends[position] * 24
@@ -90,13 +92,13 @@ class Rows:
         return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.float32))
 
     def forecast(self, relative: np.ndarray) -> np.ndarray:
-        """[origins * S, 48] relative logarithms of all rows in order -> ug/m3 [origins, 48, S]."""
+        """Network outputs [origins * S, 48] of all rows in order -> forecasts in ug/m3 [origins, 48, S]."""
         shaped = relative.reshape(len(self.ends), self.series_count, HORIZON_HOURS).transpose(0, 2, 1)
         return np.exp(shaped + np.tile(self.base, (1, HORIZON_HOURS // 24, 1)))
 
 
 def task(rows: Rows, held: np.ndarray, fold: int, config: Config) -> core.Task:
-    """The Task of the core's `fit`: rows of the origins `held` are `fold`, those of the others always train."""
+    """The Task for the core's `fit`: rows of the origins `held` are in `fold`, all other rows are always trained on."""
     count = rows.series_count
     of_day = np.repeat(rows.ends, count)
     return core.Task(
@@ -105,7 +107,7 @@ def task(rows: Rows, held: np.ndarray, fold: int, config: Config) -> core.Task:
             valid=rows,
             ids=[f"{end}/{name}" for end in rows.ends for name in rows.network.names],
             folds=np.where(np.isin(of_day, held), fold, -1),
-            order=lambda train: orders.grouped(of_day[train], train),  # a batch is a day: series share its weather
+            order=lambda train: orders.grouped(of_day[train], train),  # a batch is a day, as its series share weather
         ),
         network=core.Network(model=lambda: _model(rows, config), loss=LogSMAPE()),
         metrics=(Metric("smape", _smape_stats, higher_is_better=False),),
@@ -117,7 +119,7 @@ def _model(rows: Rows, config: Config) -> ShortcutMLP:
 
 
 def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the terms and number of known hours of every row [B, 2]."""
+    """Sum of the SMAPE terms, and number of known hours, of every row [B, 2]."""
     known = ~targets.isnan()
     terms = torch.where(known, 2 * ((predictions - targets).abs() / 2).tanh(), 0.0)
     return torch.stack([terms.sum(1), known.sum(1).to(terms.dtype)], dim=1)
@@ -125,7 +127,7 @@ def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def predict(rows: Rows, state: dict[str, Tensor], config: Config) -> np.ndarray:
-    """ug/m3 [origins, 48, S] of a fitted network for all origins of `rows`, a day at a time."""
+    """Forecasts of a fitted network in ug/m3 [origins, 48, S] for all origins of `rows`, one at a time."""
     model = _model(rows, config).eval()
     model.load_state_dict(state)
     count = rows.series_count

@@ -1,7 +1,7 @@
-"""The forecasters behind two methods: fit one on what is known, and forecast days with it.
+"""All forecasters behind two methods: `fit` a model to the known hours, and `forecast` days with it.
 
-What is fitted lies in one folder per cut (the origin before which everything is known), in a file per model that is
-there only when it is whole: a run that was stopped finds it and goes on with the next.
+A cut is the origin before which a model is fitted. Every cut has a folder with a file per fitted model, written only
+when the model is complete, so that an interrupted run resumes with the next one.
 """
 
 import json
@@ -23,12 +23,12 @@ from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, first_hour
 from competitions.kdd_air_quality.reader import Observations, known_before
 from competitions.kdd_air_quality.stations import CITIES
 
-# The precision that forecasts come in, and are kept with: the blend's bits depend on it.
+# The precision in which forecasts are made and stored; the blend's bits depend on it.
 KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp": "float32", "prophet": "float64"}
 
 
 def names_of(config: Config) -> list[str]:
-    """The models of --models in their fixed order; raises UserError on an unknown one."""
+    """The models of --models in their fixed order; raises UserError for an unknown name."""
     given = [name.strip() for name in (config.model or config.models).split(",") if name.strip()]
     if not given or not set(given) <= set(MODELS):
         raise UserError(f"--models {config.model or config.models}: expected one or more of {','.join(MODELS)}")
@@ -36,21 +36,21 @@ def names_of(config: Config) -> list[str]:
 
 
 def longest_window(config: Config) -> int:
-    """Days of the longest window of any model; raises UserError on the name of a window that there is not."""
+    """Days of the longest window of any model; raises UserError for an unknown window."""
     names = (config.beijing_windows, config.london_windows, config.windows)
     return max(max(medians.windows_of(name)) for name in names)
 
 
 def refuse_short_history(known: Observations, config: Config) -> None:
-    """Raise UserError, before anything is fitted, when `known` leaves a model nothing to be trained on."""
+    """Raise UserError, before anything is fitted, if `known` is too short to train a model on."""
     names = names_of(config)
     if not set(names) <= {"medians", "prophet"}:
-        lost = max(boosting.SHIFT_HOURS) if "boosting" in names else 0  # its days begin at several hours
+        lost = max(boosting.SHIFT_HOURS) if "boosting" in names else 0  # its training origins are shifted
         features.training_ends(known.history(len(known.values) - lost))
 
 
 def _kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What the file holds, an array or JSON; where there is none, it is made and written first."""
+    """The content of the file, an array or JSON; without the file it is made and written first."""
     is_array = file.suffix == ".npy"
     if not file.is_file():
         write_npy(file, make()) if is_array else write_text(file, json.dumps(make()))
@@ -59,7 +59,7 @@ def _kept(file: Path, make: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of one cut, in a part of a run: `fold` counts the cuts, None is the one that everything is before."""
+    """The models of one cut, stored in `run`; `fold` is the number of the cut, None for the final fit to all data."""
 
     config: Config
     run: Run
@@ -70,7 +70,7 @@ class Models:
         return self.run.path / ("fitted" if self.fold is None else f"fitted-{self.fold}")
 
     def of_period(self, observations: Observations, days: np.ndarray) -> dict[str, np.ndarray]:
-        """Forecasts [days, 48, S] of all models, fitted before the first of the days; what is kept is read back."""
+        """Forecasts [days, 48, S] of all models, fitted before the first of the days; stored forecasts are reused."""
         known = known_before(observations, days[0])
         later = observations.before(first_hour(days[-1]) + 2 * DAY)
 
@@ -84,7 +84,7 @@ class Models:
     def fit(
         self, name: str, known: Observations, held: np.ndarray | None = None, later: Observations | None = None
     ) -> None:
-        """Fit a model on `known`, which ends at the cut. `later` and `held` days only let the network log a score."""
+        """Fit a model to `known`, which ends at the cut; `later` and `held` only let the network log a score."""
         folder, config, cut = self.folder, self.config, f"before {known.end}"
         if name in ("medians", "mlp"):
             found = partial(impute.fit, known, config.jobs, config.seed, f"imputers {cut}")
@@ -111,19 +111,19 @@ class Models:
         held = np.array([], int) if held is None else _ends(known, held)
         seen = later or known
         completed = impute.complete(impute.fill(imputers, seen), seen.network)
-        if later is not None:  # nothing after the cut may reach the training rows, not even through the imputation
+        if later is not None:  # no later hour may influence the training rows, not even through the imputation
             completed[: len(known.values)] = impute.complete(impute.fill(imputers, known), known.network)
         train = features.training_ends(known)[-self.config.train_days :]
         rows = mlp.Rows(seen, completed, np.union1d(train, held), self.config)
         task = mlp.task(rows, held, -1 if self.fold is None else self.fold, self.config)
-        # The held days only show a score: weights chosen on them would be chosen on what is scored.
+        # The held days are only for the logged score: weights must not be chosen on the days that are scored.
         settings = replace(self.config, evaluate_every=self.config.epochs)
         training.fit(task, settings, self.run, self.fold, SINGLE)
 
     def forecast(self, name: str, observations: Observations, days: np.ndarray) -> np.ndarray:
-        """ug/m3 [days, 48, S] of a fitted model for submit days; each sees what is before its origin alone."""
+        """Forecasts of a fitted model in ug/m3 [days, 48, S]; each day's uses only the hours before its origin."""
         folder, config, network = self.folder, self.config, observations.network
-        seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # refuses days outside the data
+        seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # raises for days outside the data
         ends = _ends(seen, days)
         if name in ("medians", "mlp"):
             filled = impute.fill(json.loads((folder / "imputers.json").read_text()), seen)
@@ -137,17 +137,17 @@ class Models:
         elif name == "prophet":
             result = prophet_model.forecast(np.load(folder / "prophet.npy"), first_hour(days))
         elif name == "medians":
-            result = np.full((len(days), HORIZON_HOURS, filled.shape[1]), np.nan)  # what no neighbour filled
+            result = np.full((len(days), HORIZON_HOURS, filled.shape[1]), np.nan)  # NaN is filled by `whole` below
             for city, windows in zip(CITIES, (config.beijing_windows, config.london_windows), strict=True):
                 own = network.in_city(city)
-                if own.any():  # the sample submission may ask for one city alone
+                if own.any():  # the sample submission may have stations of one city only
                     result[..., own] = medians.forecast(filled[:, own], medians.windows_of(windows), ends)
         else:
             result = self._network_forecast(filled, seen, ends)
         return np.exp(features.whole(features.log_of(result), network))
 
     def _network_forecast(self, filled: np.ndarray, seen: Observations, ends: np.ndarray) -> np.ndarray:
-        """One origin at a time, because the last steps of the imputation look at everything they are given."""
+        """Forecast one origin at a time, because the last imputation steps use all hours that they are given."""
         from competitions.kdd_air_quality import mlp
 
         config, parts = self.config, []

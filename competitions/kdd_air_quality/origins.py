@@ -1,7 +1,7 @@
 """Time in this competition. All hours are UTC, and every date below goes through `first_hour`.
 
-A forecast is named by its submit day D. It knows every hour before (D+1) 00:00, its origin, and says what the 48 hours
-from there on will be: hours 0-23 are D+1, hours 24-47 are D+2.
+A forecast is named by its submit day D. It may use every hour before (D+1) 00:00, its origin, and predicts the 48 hours
+from there on: hours 0-23 are D+1, hours 24-47 are D+2.
 """
 
 from datetime import date
@@ -16,17 +16,17 @@ DAY = np.timedelta64(1, "D")
 
 
 def first_hour(day: np.datetime64 | np.ndarray) -> np.datetime64:
-    """The origin of submit day `day`: the first hour that is forecast and the first one that is not known."""
+    """The origin of submit day `day`: the first hour that is forecast, and that the forecast may not use."""
     return (np.asarray(day, "datetime64[D]") + DAY).astype("datetime64[h]")
 
 
 def last_scored_day(end: np.datetime64) -> np.datetime64:
-    """The last submit day whose 48 hours are all over when the data end before the hour `end`."""
+    """The last submit day whose 48 hours all lie before the hour `end`, where the data end."""
     return end.astype("datetime64[D]") - 3 * DAY
 
 
 def days_between(first: str | np.datetime64, last: str | np.datetime64) -> np.ndarray:
-    """All submit days from `first` to `last`, both included; raises UserError when that is none or not a date."""
+    """All submit days from `first` to `last`, both included; raises UserError if there is none or for a wrong date."""
     days = np.arange(parse_day(first), parse_day(last) + DAY, dtype="datetime64[D]")
     if not len(days):
         raise UserError(f"--last-day {last} is before --first-day {first}: expected a later or the same day")

@@ -1,4 +1,4 @@
-"""Many small fits at once, through joblib: choosing its backend is all it takes to put them on a cluster."""
+"""Many small fits in parallel through joblib, whose backend can be a cluster."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from common.progress import progress
 
-# Of all trees. One thread each: they are fitted side by side.
+# Settings of all trees. Each fit has one thread, as the fits run in parallel.
 TREES = {
     "num_leaves": 31,
     "bagging_fraction": 0.5,
@@ -23,7 +23,7 @@ TREES = {
 def fit_trees(
     table: np.ndarray, target: np.ndarray, settings: dict[str, Any], rounds: int, categorical: Sequence[int] = ()
 ) -> str:
-    """A LightGBM model as text, of `table` [n, F], some of whose columns are `categorical`, and `target` [n]."""
+    """Fit a LightGBM model to `table` [n, F], with its `categorical` columns, and `target` [n]; returned as text."""
     import lightgbm
 
     data = lightgbm.Dataset(table, target, categorical_feature=list(categorical), params={"max_bin": TREES["max_bin"]})
@@ -31,17 +31,17 @@ def fit_trees(
 
 
 def in_parallel(work: Sequence[tuple[Callable, tuple]], jobs: int, label: str) -> list[Any]:
-    """Results of `function(*arguments)` for every piece of work, in their order, with a progress bar.
+    """Results of `function(*arguments)` for every item of `work`, in their order, with a progress bar.
 
-    Threads by default: LightGBM and Stan compute outside Python, and nothing has to be copied. Inside
-    `joblib.parallel_config(backend="ray")` or "dask" the fits go there. Every fit keeps to one thread itself;
-    jobs=-1 takes every core. The results do not depend on jobs.
+    By default the fits run in threads, because LightGBM and Stan compute outside Python, and nothing is copied. Inside
+    `joblib.parallel_config(backend="ray")` or "dask" they run on that backend. Every fit itself uses one thread;
+    jobs=-1 uses every core. The results do not depend on jobs.
     """
     import joblib
 
     try:
         pool = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
-    except ValueError:  # Ray's backend hands its results back all at once: the bar stands still until then
+    except ValueError:  # Ray's backend returns all results at once, so the progress bar jumps at the end
         pool = joblib.Parallel(n_jobs=jobs)
     results = pool(joblib.delayed(function)(*arguments) for function, arguments in work)
     return list(progress(results, label, len(work), "fits"))

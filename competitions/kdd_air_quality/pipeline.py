@@ -1,4 +1,4 @@
-"""The verbs that only this competition has, with a fitted run: forecasts of any submit day, and what they score."""
+"""The commands of this competition that use a fitted run: forecast any submit day, and score forecasts."""
 
 import argparse
 from dataclasses import replace
@@ -24,9 +24,10 @@ from competitions.kdd_air_quality.task import facts_of, refuse_unscored, short_h
 
 
 def predict(competition: str, given: argparse.Namespace) -> None:
-    """`make predict`: forecasts of any submit days with a fitted run, a checked CSV for each.
+    """`make predict`: forecast submit days with a fitted run and write a checked CSV for each.
 
-    Without days and other data it is the core's: the submission again, of one run or averaged over several.
+    Without days and without other data this is the core's command: it writes the submission of one run, or of the mean
+    of several, again.
     """
     chosen = [_finished(competition, name) for name in (given.run or "").split(",")]
     if not (given.first_day or given.last_day or given.data):
@@ -67,7 +68,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
 
 
 def _finished(competition: str, name: str | None) -> Run:
-    """The named run, or the newest fitted one; raises UserError when there is none or it is not finished."""
+    """The named run, or the newest fitted one; raises UserError if there is none or the run is not finished."""
     if name:
         run = runs.load(competition, name)
         if run.result is None:
@@ -82,7 +83,7 @@ def _finished(competition: str, name: str | None) -> Run:
 
 
 def _refuse_unlike(chosen: list[Run]) -> None:
-    """Raise UserError for runs whose forecasts have no mean: each model is averaged, station by station."""
+    """Raise UserError for runs with other models or stations: averaging is per model and station."""
     first = chosen[0]
     for run, what in ((run, what) for run in chosen[1:] for what in ("models", "stations")):
         found, expected = (one.result["tuned"][what] for one in (run, first))
@@ -94,14 +95,14 @@ def _refuse_unlike(chosen: list[Run]) -> None:
 
 
 def _has_models(run: Run) -> bool:
-    """Whether the run is finished and was made by train: a backtest has no models that know everything."""
+    """Whether the run is finished and was made by train; a backtest has no models fitted to all data."""
     return "models" in (run.result or {}).get("tuned", {})
 
 
 def _opened(run: Run, data: str | None) -> tuple[table.Asked, Observations, bool]:
-    """The sample submission, the observations of the run's stations (what it learnt belongs to them), whether demo.
+    """The sample submission, the observations of the stations that the run was fitted to, and whether all is demo data.
 
-    Raises UserError when the sample asks for a station that the run knows nothing of.
+    Raises UserError if the sample has a station that the run was not fitted to.
     """
     use_threads(run.config(Config))
     competition = run.provenance["competition"]
@@ -117,13 +118,13 @@ def _opened(run: Run, data: str | None) -> tuple[table.Asked, Observations, bool
 
 
 def _forecasts(run: Run, observations: Observations, days: np.ndarray) -> dict[str, np.ndarray]:
-    """{model: [days, 48, S]} of the run's models that know everything, and of their blend; warns of days they saw."""
+    """{model: [days, 48, S]} of the run's final models and their blend; warns of days that the models have seen."""
     tuned, last = run.result["tuned"], parse_day(run.result["tuned"]["last_day"])
     if days[0] < last:
         print(
-            f"warning: {run.path} was fitted on everything before {first_hour(last)}: its forecasts of earlier days "
-            f"({days[0]} ...) know too much. Honest ones: make backtest COMP={run.provenance['competition']} without "
-            f"--run"
+            f"warning: {run.path} was fitted on everything before {first_hour(last)}, so its forecasts of earlier days "
+            f"({days[0]} ...) are too good. For a fair score: make backtest COMP={run.provenance['competition']} "
+            f"without --run"
         )
     fitted = models.Models(run.config(Config), run.inside(run.fold_folder(0)))
     found = {name: fitted.forecast(name, observations, days) for name in tuned["models"]}
@@ -131,7 +132,7 @@ def _forecasts(run: Run, observations: Observations, days: np.ndarray) -> dict[s
 
 
 def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:
-    """`make backtest`: every model and the blend over a range of days, refitted as the days pass, or a run as it is."""
+    """`make backtest`: score all models and the blend over a range of days, refitted per period or those of a run."""
     there = {run.name: run for run in runs.all_runs(competition)}
     run = there.get(given.run)
     if run and _has_models(run):
@@ -144,14 +145,14 @@ def backtest(competition: str, config: Config, given: argparse.Namespace) -> Non
 
 
 def _score(run: Run, given: argparse.Namespace) -> None:
-    """Score the fitted run as it is over the days: no fits, and the tables go to backtest-FIRST-LAST/ in its folder."""
+    """Score the fitted run over the days without refitting; the tables go to backtest-FIRST-LAST/ in its folder."""
     own = replace(run.config(Config), first_day="", last_day="")
     config = with_flags(own, given)
     free = {"first_day": "", "last_day": "", "jobs": own.jobs}
     if others := differences(own, replace(config, **free)):
         raise UserError(
-            f"{'; '.join(others)}: {run.path} is fitted otherwise, and --run scores it as it is: leave these flags "
-            f"out, or leave out --run to fit models with them"
+            f"{'; '.join(others)}: {run.path} was fitted with other settings, and --run scores it as it is: leave "
+            f"these flags out, or leave out --run to fit models with them"
         )
     observations = _opened(run, given.data)[1]
     days = days_to_score(config, observations)

@@ -1,7 +1,7 @@
-"""Prophet, one model per series, kept as the little that its forecast is made of.
+"""Prophet, one model per series, stored as the few numbers that determine its forecast.
 
 With weekly and daily seasonality and no yearly one (16 months of data hold no second year) a forecast is a straight
-line plus a table over the hours of the week. That line and table are the fitted model: forecasting needs no Prophet.
+line plus a table over the hours of the week. Line and table are stored, so forecasting does not need Prophet.
 """
 
 import logging
@@ -23,12 +23,12 @@ FEWEST_VALUES = 48
 
 
 def fit(observations: Observations, jobs: int, label: str = "prophet") -> np.ndarray:
-    """[171, S]: an hour, the level then, the slope per hour, and the week from Monday 00:00 UTC on, of every series.
+    """Fit every series; [171, S]: an hour, the level at that hour, the slope per hour, the week from Monday 00:00 UTC.
 
-    All NaN for a series with too few values. Raises UserError without the package.
+    All NaN for a series with too few values. Raises UserError if the package is not installed.
     """
     try:
-        _silence()  # before the threads, which would all wait for the imports
+        _silence()  # import before the threads start, which would all wait for it
     except ImportError as error:
         raise UserError("--models prophet: pip install prophet, or leave it out of --models") from error
     known = observations.history(HISTORY_DAYS * 24)
@@ -40,7 +40,7 @@ def fit(observations: Observations, jobs: int, label: str = "prophet") -> np.nda
 
 
 def fit_one(hours: np.ndarray, values: np.ndarray, city: str) -> np.ndarray:
-    """[171] of one series."""
+    """Fit one series: [171], as in `fit`."""
     there = np.isfinite(values)
     if there.sum() < FEWEST_VALUES:
         return np.full(3 + WEEK_HOURS, np.nan)
@@ -57,7 +57,7 @@ def fit_one(hours: np.ndarray, values: np.ndarray, city: str) -> np.ndarray:
 
 
 def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str) -> Any:
-    """A fitted prophet.Prophet with the competition's settings, silent."""
+    """Fit a prophet.Prophet with the competition's settings, without its log."""
     import pandas as pd
 
     _silence()
@@ -75,12 +75,12 @@ def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str) -> Any:
 
 
 def _silence() -> None:
-    """Import Prophet, without its reports of every fit, of a missing plotly and of what newer pandas think of it."""
+    """Import Prophet and silence its log of every fit, of a missing plotly, and pandas' warnings about it."""
     logging.getLogger("prophet.plot").setLevel(logging.CRITICAL)
     import cmdstanpy
     import prophet  # noqa: F401
 
-    cmdstanpy.utils.get_logger()  # chooses its level the first time it is asked for
+    cmdstanpy.utils.get_logger()  # the first call sets the level, so it must come before ours
     for name in ("cmdstanpy", "prophet"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="prophet")
@@ -95,7 +95,7 @@ def _hour_of_week(hours: np.ndarray) -> np.ndarray:
 
 
 def forecast(fitted: np.ndarray, origins: np.ndarray) -> np.ndarray:
-    """ug/m3 [origins, 48, S], never below 0; NaN for a series that had too few values."""
+    """Forecasts in ug/m3 [origins, 48, S], never below 0; NaN for a series with too few values."""
     hours = origins[:, None] + np.arange(HORIZON_HOURS) * HOUR
     since, level, slope = _number(hours)[..., None] - fitted[0], fitted[1], fitted[2]
     return np.maximum(level + slope * since + fitted[3:][_hour_of_week(hours)], 0)

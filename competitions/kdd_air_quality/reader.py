@@ -1,6 +1,6 @@
-"""One reader for every file of air quality: the organisers' history and API layouts, and the public .tsf copy.
+"""One reader for all air quality files: the organisers' history and API layouts, and the public .tsf copy.
 
-Whatever the mix of files, the result is one grid, hour x station x pollutant, in UTC, with NaN where nothing is known.
+Any mix of files becomes one grid, hour x station x pollutant, in UTC, with NaN for missing values.
 """
 
 import re
@@ -25,16 +25,17 @@ from competitions.kdd_air_quality.stations import (
     Network,
 )
 
-# Names of columns, in small letters.
+# Names of columns, in lower case.
 COLUMNS = {"station": ("stationid", "station_id", "geocode"), "time": ("utc_time", "time", "measurementdategmt")}
-# Files of the competition without any observation of air quality, by a column that only they have.
+# Columns that show that a file of the competition has no observations of air quality.
 OTHER_FILES = {"api_data", "test_id", "stationname", "temperature", "humidity"}
 DAY_MONTH_YEAR = r"^\s*(\d\d?)([-/.])(\d\d?)\2(\d{4})"  # or month, day, year
-LONGEST_GAP_DAYS = 90  # a season without any file is a mistyped date, or history that says nothing of the last days
-MEASURABLE = (-50, 5000)  # ug/m3: beyond, a value such as -999 or 9999 says that there is none (real: -12 to 3,280)
-# Below 0, where instruments drift, and from EXTREME on, values differ: one that is more of a column says there is none.
+LONGEST_GAP_DAYS = 90  # a longer gap is a mistyped date, or separates history that is useless for the last days
+MEASURABLE = (-50, 5000)  # ug/m3; values outside, such as -999 or 9999, mean missing (real values: -12 to 3,280)
+# Real values below 0 (drifting instruments) or from EXTREME on hardly repeat: one that is more than the fraction OFTEN
+# of a column means missing.
 EXTREME, OFTEN = 500, 0.01
-O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 16:00 local, 08:00 UTC; local time would show 16
+O3_PEAK_HOURS_UTC = range(5, 11)  # Beijing's O3 peaks about 08:00 UTC, which is 16:00 local time
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Observations:
 
     @property
     def last_day(self) -> np.datetime64:
-        """The last submit day. One that has begun counts as whole: its missing hours are missing values."""
+        """The last submit day. A day that has only begun counts too; its other hours are missing values."""
         return (self.end - HOUR).astype("datetime64[D]")
 
     def before(self, hour: np.datetime64) -> "Observations":
-        """What was known before `hour`, padded with missing hours up to it: nothing later is left to look at."""
+        """The observations before `hour`, without all later ones, padded with missing hours up to it."""
         rows = max(int((hour - self.start) / HOUR), 0)
         known = self.values[:rows]
         return replace(self, values=np.pad(known, ((0, rows - len(known)), (0, 0), (0, 0)), constant_values=np.nan))
@@ -72,9 +73,9 @@ class Observations:
         return self.values[:, *self.network.places]
 
     def truth(self, days: np.ndarray) -> np.ndarray:
-        """What the forecasts of these submit days are compared with [days, 48, stations, 3].
+        """The truth for the forecasts of these submit days [days, 48, stations, 3].
 
-        All NaN for a day whose 48 hours are not all within the data: a score of the others would not be the official.
+        All NaN for a day whose 48 hours are not all within the data, as a score of the rest would not be official.
         """
         result = np.full((len(days), HORIZON_HOURS, len(self.network.stations), len(POLLUTANTS)), np.nan, np.float32)
         first = (first_hour(days) - self.start) // HOUR
@@ -84,10 +85,11 @@ class Observations:
 
 
 def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
-    """Every air quality file of the data as one grid over `stations`.
+    """Read all air quality files of the data into one grid over `stations`.
 
-    Of several values for the same hour the last in the order of the file names counts. Negative values stay: the score
-    needs them. Raises UserError when no file can be read or a whole city is missing; what is odd is in `warnings`.
+    Of several values for the same hour the last in the order of the file names counts. Negative values are kept, as the
+    score needs them. Raises UserError if no file can be read or a whole city is missing; lesser problems are in the
+    `warnings` of the result.
     """
     found, warnings, others = [], [], []
     for name in raw.names():
@@ -99,7 +101,7 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
             continue
         try:
             table = _csv_table(raw, name, warnings) if file.endswith(".csv") else _tsf_table(raw.read(name))
-        except (ValueError, UserError) as error:  # one file of several: what is left may do
+        except (ValueError, UserError) as error:  # the other files may be enough
             warnings.append(f"{name} was not read: {error}".strip())
             continue
         if table is not None and len(table):
@@ -122,7 +124,7 @@ def _nothing(raw: RawData, what: str, warnings: list[str]) -> UserError:
 
 
 def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | None:
-    """station, hour and the pollutants of one CSV; None for a file of something else. Accepts every known layout."""
+    """Station, hour and pollutants of one CSV in any known layout; None for a file with other content."""
     frame = tables.read(raw, name)
     plain = {column.strip().lower(): column for column in frame.columns}
     station, time = (next((plain[name] for name in names if name in plain), None) for names in COLUMNS.values())
@@ -154,15 +156,15 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
 
 
 def _pollutant(column: str) -> str | None:
-    """PM2.5 of 'PM2.5', 'pm2.5 (ug/m3)', 'PM2.5 (µg/m³)' and 'PM25_Concentration'; None of others and other units."""
-    plain = unicodedata.normalize("NFKC", column).strip().lower()  # both signs for micro are μ, ³ is 3
+    """PM2.5 for 'PM2.5', 'pm2.5 (ug/m3)', 'PM2.5 (µg/m³)' and 'PM25_Concentration'; None for others or other units."""
+    plain = unicodedata.normalize("NFKC", column).strip().lower()  # both signs for micro become μ, ³ becomes 3
     name = re.sub(r"(_concentration|\([uμ]g/m3\)|(?<=co)\s*\(mg/m3\))$", "", plain)
     short = name.strip().replace("pm25", "pm2.5").upper()
     return short if short in ALL_POLLUTANTS else None
 
 
 def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
-    """The column as numbers; what is none, such as a decimal comma or inf, is missing, and warned of."""
+    """The column as numbers; other text, such as a decimal comma, and inf become NaN with a warning."""
     numbers = pd.to_numeric(column, errors="coerce")
     numbers = numbers.where(np.isfinite(numbers))
     lost = column[numbers.isna() & column.notna()].astype(str)
@@ -176,7 +178,7 @@ def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
 
 
 def _without_sentinels(name: str, table: pd.DataFrame, warnings: list[str]) -> pd.DataFrame:
-    """The table without numbers that stand for a missing value: out of any range, or an extreme one too often."""
+    """The table without numbers that mean missing: outside MEASURABLE, or the same extreme value too often."""
     counts: Counter = Counter()
     for pollutant in table.columns.intersection(ALL_POLLUTANTS):
         values = table[pollutant]
@@ -196,28 +198,28 @@ def _without_sentinels(name: str, table: pd.DataFrame, warnings: list[str]) -> p
 
 
 def _hours(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Times as full hours in UTC, NaT where blank or unreadable, and which of them are more than a date.
+    """Times as full hours in UTC, NaT for blank or unreadable ones, and which of them have an hour besides the date.
 
-    Each distinct text is parsed once, 13 times faster. Numbers count as unreadable (seconds, a spreadsheet's days:
-    nobody knows since when), and so does what has no year of four digits. Raises ValueError where days and months
-    cannot be told apart.
+    Each distinct text is parsed only once, which is 13 times faster. Numbers (seconds, a spreadsheet's days) count as
+    unreadable, because their epoch is unknown, and so do texts without a four-digit year. Raises ValueError if days and
+    months cannot be told apart.
     """
     codes, distinct = pd.factorize(texts)
     distinct = pd.Series(distinct, dtype=object)
     given = _year_first(distinct.astype(str))
-    given = given.str.replace(r"\s*(UTC|GMT)(?=[+-]\d)", "", regex=True)  # after these pandas turns the sign round
+    given = given.str.replace(r"\s*(UTC|GMT)(?=[+-]\d)", "", regex=True)  # pandas inverts the sign of "UTC+8"
     dated = given.str.contains(r"\d{4}") & pd.to_numeric(distinct, errors="coerce").isna()
     times = pd.to_datetime(given.where(dated), errors="coerce", format="mixed", utc=True)
-    times = times.dt.round("min").dt.floor("h")  # a spreadsheet's 05:00 may come as 04:59:59.999997
+    times = times.dt.round("min").dt.floor("h")  # a spreadsheet may write 05:00 as 04:59:59.999997
     hours = times.dt.tz_localize(None).to_numpy("datetime64[ns]")
-    has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # a month may be a word
-    return np.append(hours, np.datetime64("NaT", "ns"))[codes], np.append(has_hour, True)[codes]  # a blank's code is -1
+    has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # a month may be a name, not a number
+    return np.append(hours, np.datetime64("NaT", "ns"))[codes], np.append(has_hour, True)[codes]  # blanks have code -1
 
 
 def _hourless(table: pd.DataFrame, has_hour: np.ndarray) -> np.ndarray:
-    """Rows whose time is a date alone, which some programs write for midnight, and cannot be midnight.
+    """Rows whose time is only a date and cannot be taken for midnight, which some programs write that way.
 
-    It is when a station has one such row for a day (repeated or not), and the day's other hours beside it.
+    A date means midnight if the station has one such row for the day (repeated or not) and other hours of that day.
     """
     if has_hour.all():
         return ~has_hour
@@ -228,9 +230,9 @@ def _hourless(table: pd.DataFrame, has_hour: np.ndarray) -> np.ndarray:
 
 
 def _year_first(texts: pd.Series) -> pd.Series:
-    """'31/1/2018 5:00' as '2018-1-31 5:00', and so '1/31/2018 5:00'; other texts as they are.
+    """'31/1/2018 5:00' and '1/31/2018 5:00' as '2018-1-31 5:00'; other texts unchanged.
 
-    Which of the two a file means shows in a field above 12. Raises ValueError when both or neither of them has one.
+    A number above 12 in the file shows which field is the day. Raises ValueError if both or neither field has one.
     """
     fields = texts.str.extract(DAY_MONTH_YEAR).dropna()
     if fields.empty:
@@ -245,9 +247,9 @@ def _year_first(texts: pd.Series) -> pd.Series:
 
 
 def _tsf_table(content: bytes) -> pd.DataFrame | None:
-    """The Monash archive's file: a series a line, its attributes and then its values, separated by colons.
+    """Read the Monash archive's format: one series per line, its attributes and then its values, separated by colons.
 
-    The head names the attributes in their order: "@attribute station string". Missing values are "?".
+    The header lists the attributes in their order: "@attribute station string". Missing values are "?".
     """
     head, _, body = content.decode("utf-8", "replace").partition("@data")
     names = [line.split()[1] for line in head.splitlines() if line.startswith("@attribute")]
@@ -267,7 +269,7 @@ def _tsf_table(content: bytes) -> pd.DataFrame | None:
 
 
 def _warn_of_local_time(name: str, table: pd.DataFrame, warnings: list[str]) -> None:
-    """Sun makes ozone: where Beijing's peaks says which clock a file follows."""
+    """Warn if times seem to be local: ozone forms in sunlight, so the hour of Beijing's peak shows the time zone."""
     if "O3" not in table:
         return
     beijing = table[table["station"].astype(str).str.endswith("_aq") & table["O3"].notna()]
@@ -287,13 +289,13 @@ def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawDa
         warnings.append(f"{len(unknown)} unknown stations are left out: {', '.join(unknown[:5])}")
     table["station"] = table["station"].map(FULL_NAME)
     rows = table[table["station"].isin(network.stations)].reindex(columns=["station", "hour", *ALL_POLLUTANTS])
-    rows = rows.dropna(how="all", subset=ALL_POLLUTANTS)  # blank rows begin and end nothing
+    rows = rows.dropna(how="all", subset=ALL_POLLUTANTS)  # blank rows must not set the start or end of the data
     if rows.empty:
         raise _nothing(raw, f"has no row with a value of a known station such as {network.stations[0]}", warnings)
     hours = rows["hour"].to_numpy("datetime64[h]")
     _refuse_gaps(rows["station"].to_numpy(), hours, raw)
     start = hours.min().astype("datetime64[D]").astype("datetime64[h]")
-    last = rows.drop(columns="hour").groupby([(hours - start) // HOUR, "station"]).last().unstack()  # blanks left out
+    last = rows.drop(columns="hour").groupby([(hours - start) // HOUR, "station"]).last().unstack()  # ignores blanks
     columns = pd.MultiIndex.from_product([ALL_POLLUTANTS, network.stations])
     values = last.reindex(range(last.index.max() + 1), columns=columns).to_numpy(np.float32)
     values = values.reshape(len(values), len(ALL_POLLUTANTS), -1).transpose(0, 2, 1)
@@ -302,7 +304,7 @@ def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawDa
 
 
 def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, raw: RawData) -> None:
-    """One mistyped year would move the end of the data, and with it everything that is forecast and scored."""
+    """Raise UserError for long gaps: one mistyped year would move the end of the data, and all that is forecast."""
     days = np.unique(hours.astype("datetime64[D]"))
     wide = np.flatnonzero(np.diff(days) > LONGEST_GAP_DAYS * DAY)
     if not len(wide):
@@ -317,7 +319,7 @@ def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, raw: RawData) -> None:
 
 
 def _gaps(observations: Observations, raw: RawData) -> list[str]:
-    """Series without a single value; raises UserError when that is a whole city."""
+    """A warning about series without a single value; raises UserError if they are a whole city."""
     network, there = observations.network, np.isfinite(observations.series()).any(axis=0)
     for city in CITIES:
         own = network.in_city(city)
@@ -331,7 +333,7 @@ def _gaps(observations: Observations, raw: RawData) -> list[str]:
 
 
 def known_before(observations: Observations, day: np.datetime64) -> Observations:
-    """Everything a forecast of submit day `day` may look at; raises UserError when the day is outside the data."""
+    """The observations that a forecast of submit day `day` may use; raises UserError if the day is outside the data."""
     origin = first_hour(day)
     if origin <= observations.start or origin > observations.end + 24 * HOUR:
         first, last = observations.start.astype("datetime64[D]"), observations.last_day

@@ -1,4 +1,4 @@
-"""What a run's forecasts are worth: tables on the screen, CSV files, and the plots of its page."""
+"""The scores of a run's forecasts: tables on the screen, CSV files, and plots for the report."""
 
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import POLLUTANTS, city_of
 
 SHOWN_STATIONS = ("dongsi_aq", "dingling_aq", "MY7")
-SHOWN_DAYS = 4  # last days with a truth in the plot of forecasts
+SHOWN_DAYS = 4  # number of last days with a truth in the plot of forecasts
 Forecasts = dict[str, np.ndarray]  # {model: [days, 48, S]}
 
 
 def tell(run: Run, page: Report, observations: Observations, periods: list[np.ndarray], forecasts: Forecasts) -> None:
-    """Tables and plots of forecasts of the submit days of `periods`."""
+    """Write the tables and add the plots for forecasts of the submit days of `periods`."""
     summarise(run.path, observations, periods, forecasts)
     draw(page, observations, np.concatenate(periods), forecasts)
 
 
 def summarise(folder: Path, observations: Observations, periods: list[np.ndarray], forecasts: Forecasts) -> None:
-    """Print and write the scores of forecasts of all submit days of `periods`, with several of them also for each.
+    """Print and write the scores of forecasts of all submit days, and of each period if there are several.
 
-    metrics.csv has the figures of each model, scores.csv a line per day, breakdown.csv the parts.
+    metrics.csv has the figures of each model, scores.csv a row per day, breakdown.csv the scores of the parts.
     """
     network, days = observations.network, np.concatenate(periods)
     truth = observations.truth(days)
@@ -52,7 +52,7 @@ def summarise(folder: Path, observations: Observations, periods: list[np.ndarray
 
 
 def draw(page: Report, observations: Observations, days: np.ndarray, forecasts: Forecasts) -> None:
-    """Add the tables of `summarise` and plots of the forecasts to the run's page."""
+    """Add the tables of `summarise` and plots of the forecasts to the run's report."""
     network, truth = observations.network, observations.truth(days)
     grids = {name: table.grid(values, network) for name, values in forecasts.items()}
     page.text(
@@ -84,13 +84,13 @@ def draw(page: Report, observations: Observations, days: np.ndarray, forecasts: 
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot there is no display to look for
+    from matplotlib.figure import Figure  # pyplot would look for a display
 
     return Figure(figsize=(width, height))
 
 
 def _forecasts(days: np.ndarray, truth: np.ndarray, grids: dict[str, np.ndarray], names: tuple[str, ...]) -> Any:
-    """One row a station, one column a pollutant; the models as lines over the truth."""
+    """Plots with a row per station and a column per pollutant: the models' forecasts as lines, the truth in black."""
     shown = np.flatnonzero(np.isfinite(truth[:, :24]).any(axis=(1, 2, 3)))[-SHOWN_DAYS:]
     shown = shown if len(shown) else np.arange(len(days))[-SHOWN_DAYS:]
     hours = (first_hour(days[shown])[:, None] + np.arange(24) * HOUR).ravel()

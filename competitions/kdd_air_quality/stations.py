@@ -5,8 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-POLLUTANTS = ("PM2.5", "PM10", "O3")  # forecast, in the order of the submission's columns
-ALL_POLLUTANTS = (*POLLUTANTS, "NO2", "CO", "SO2")  # the last three only inform the forecasts
+POLLUTANTS = ("PM2.5", "PM10", "O3")  # the forecast ones, in the order of the submission's columns
+ALL_POLLUTANTS = (*POLLUTANTS, "NO2", "CO", "SO2")  # the last three are only used as features
 CITIES = ("Beijing", "London")
 
 # In the order of the organisers' sample submission.
@@ -19,7 +19,7 @@ _BEIJING = {
 }
 _LONDON = "CD1 kerbside BL0 urban GR4 suburban MY7 kerbside HV1 roadside GN3 roadside GR9 roadside LW2 roadside "
 _LONDON += "GN0 roadside KF1 urban CD9 roadside ST5 industrial TH4 roadside"
-# In the organisers' history, never forecast.
+# Stations in the organisers' history that are never forecast.
 LONDON_OTHER = ("BX1", "BX9", "CR8", "CT2", "CT3", "GB0", "HR1", "KC1", "LH0", "RB7", "TD5")
 
 STATION_TYPE = {f"{name}_aq": kind for kind, names in _BEIJING.items() for name in names.split()}
@@ -37,7 +37,7 @@ def city_of(station: str) -> str:
 
 @dataclass(frozen=True)
 class Network:
-    """The stations of a forecast in their order, and the S series over them: 131 of all 48 stations."""
+    """The stations of a forecast in their order, and their S series: all 48 stations have 131."""
 
     stations: tuple[str, ...] = STATIONS
 
@@ -67,7 +67,7 @@ class Network:
 
     @cached_property
     def by_group(self) -> dict[str, np.ndarray]:
-        """{group: which series are of it, bool [S]}"""
+        """{group: bool [S], which series are in the group}"""
         return {group: np.array(self.groups) == group for group in dict.fromkeys(self.groups)}
 
     def of_city(self, city: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The submission's table: the ids of the sample file in its order, and one row of forecasts for each."""
+"""The submission's table: a row of forecasts for each id of the sample submission, in its order."""
 
 import csv
 import io
@@ -19,15 +19,15 @@ COLUMNS = ("test_id", *POLLUTANTS)
 
 @dataclass(frozen=True)
 class Asked:
-    """What the sample submission asks for: its `rows` without the header, and the network of its stations."""
+    """The content of the sample submission: its `rows` without the header, and the network of its stations."""
 
     rows: list[list[str]]
     sample: Sample
-    network: Network  # in the organisers' order whatever the sample's is
+    network: Network  # stations in the organisers' order, not in the sample's
 
 
 def asked(raw: RawData) -> Asked:
-    """The sample submission; without one, the official 2,304 ids with full station names."""
+    """The sample submission of the data; without one, the official 2,304 ids with full station names."""
     if found := raw.matching("*sample_submission*.csv"):
         exact = "sample_submission.csv"
         name = min(found, key=lambda name: (name != exact, name.lower() != exact, name))
@@ -36,7 +36,7 @@ def asked(raw: RawData) -> Asked:
 
 
 def lines_for(stations: Iterable[str]) -> list[str]:
-    """A sample submission that asks for these stations."""
+    """The lines of a sample submission with these stations."""
     rows = [
         f"{name}#{hour},0,0,{'0' * (city_of(name) == 'Beijing')}" for name in stations for hour in range(HORIZON_HOURS)
     ]
@@ -44,7 +44,7 @@ def lines_for(stations: Iterable[str]) -> list[str]:
 
 
 def asked_by(lines: Iterable[str], where: str) -> Asked:
-    """The same from lines; raises UserError on anything that no checked CSV could follow: before the training."""
+    """The sample submission from its lines; raises UserError, before the training, if no valid CSV could match it."""
     reader = csv.reader(lines)
     rows = [(reader.line_num, row) for row in reader if row]
     sample = Sample.of(rows, where)
@@ -55,14 +55,14 @@ def asked_by(lines: Iterable[str], where: str) -> Asked:
     draft = csv_rows(result, np.zeros((HORIZON_HOURS, len(result.network.series))), result.network)
     if fault := next(iter(submission.faults([COLUMNS, *draft], sample, valid)), None):
         raise UserError(
-            f"{where} cannot be followed, {fault}: expected London's O3 blank or a number from 0 up. Mend it, or "
-            f"remove it for the official ids"
+            f"no valid CSV can be written for {where}, {fault}: expected London's O3 blank or a number from 0 up. Mend "
+            f"it, or remove it for the official ids"
         )
     return result
 
 
 def parse_id(text: str) -> tuple[str, int]:
-    """(full station name, hour ahead) of 'aotizhongx_aq#17'; raises UserError on anything else."""
+    """(full station name, hour ahead) of an id such as 'aotizhongx_aq#17'; raises UserError for any other text."""
     station, _, hour = text.partition("#")
     if station not in FULL_NAME or not hour.isdecimal() or int(hour) >= HORIZON_HOURS:
         raise UserError(
@@ -73,14 +73,14 @@ def parse_id(text: str) -> tuple[str, int]:
 
 
 def grid(forecast: np.ndarray, network: Network) -> np.ndarray:
-    """[days, 48, S] -> [days, 48, stations, 3] as the score wants it; NaN for London's O3."""
+    """Forecasts [days, 48, S] -> [days, 48, stations, 3], as the score needs them; NaN for London's O3."""
     result = np.full((*forecast.shape[:2], len(network.stations), len(POLLUTANTS)), np.nan)
     result[:, :, *network.places] = forecast
     return result
 
 
 def csv_rows(asked: Asked, forecast: np.ndarray, network: Network) -> Iterator[list[str]]:
-    """CSV rows for one day's forecast [48, S] of `network`; London's O3 is what the sample has there."""
+    """CSV rows for one day's forecast [48, S] of `network`; London's O3 is copied from the sample."""
     values = grid(forecast[None], network)[0]
     for identity, *given in asked.rows:
         station, hour = parse_id(identity)
@@ -89,7 +89,7 @@ def csv_rows(asked: Asked, forecast: np.ndarray, network: Network) -> Iterator[l
 
 
 def valid(values: Sequence[str]) -> str | None:
-    """What is wrong with the values of a row: PM2.5 and PM10 must be numbers from 0 up, O3 may be blank (London)."""
+    """The fault in the values of a row, or None: all must be numbers from 0 up, but O3 may be blank (London)."""
     for name, value in zip(POLLUTANTS, values, strict=True):
         if not submission.is_number(value) and (value or name != "O3"):
             return f"{name} is {value!r}, expected a number"

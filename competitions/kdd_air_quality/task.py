@@ -1,8 +1,8 @@
 """KDD Cup 2018, fresh air: PM2.5, PM10 and O3 at 48 stations of Beijing and London for the next 48 hours.
 
-Four kinds of models and a blend are not one network: the Task has a `fit_predict`, and its rows are submit days. The
-last of them whose truth is known are held out, the blend is tuned on their forecasts, and the test row is the day after
-which nothing is known. The networks among the models are trained by the core's `fit`, as Tasks of their own (mlp.py).
+Four kinds of models and a blend are not a single network, so the Task has a `fit_predict`. Its rows are submit days.
+The last days whose truth is known are held out, and the blend is tuned on their forecasts. The test row is the day
+`--last-day`, by default the last day of the data. The core's `fit` trains the networks as Tasks of their own (mlp.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ TRUTH_DAYS = 2  # a submit day is scored on the two days after it
 
 @dataclass(frozen=True)
 class Forecasters:
-    """The settings and data of all models: the functions of the Task."""
+    """The `fit_predict`, `tune`, `apply` and `report` of the Task, with the settings and data that they need."""
 
     config: Config
     observations: Observations
@@ -44,7 +44,7 @@ class Forecasters:
     def fit_predict(
         self, train: np.ndarray, valid: np.ndarray, fold: int | None, home: Run
     ) -> tuple[Predictions, Predictions]:
-        """{model: forecasts [days, 48, S]} of the held-out days, and of the last one by models that know everything."""
+        """{model: forecasts [days, 48, S]} of the held-out days, and of `day` by models fitted to all known hours."""
         held = models.Models(self.config, home, 0).of_period(self.known, self.held)
         last = models.Models(self.config, home)
         for name in held:
@@ -76,12 +76,12 @@ class Forecasters:
 
 
 def days_of(observations: Observations, days: np.ndarray) -> TableDataset:
-    """Submit days: inputs are their numbers [B], targets the truth [B, 48, stations, 3]."""
+    """Dataset of submit days: inputs are their numbers [B], targets the truth [B, 48, stations, 3]."""
     return TableDataset(np.arange(len(days)), observations.truth(days))
 
 
 def smape(network: Network) -> Metric:
-    """The score of every day, its mean over the days that have one; of forecasts [B, 48, S]."""
+    """The metric of forecasts [B, 48, S]: the mean of the daily scores over the days that have one."""
 
     def stats(forecasts: Tensor, truth: Tensor) -> Tensor:
         shape = *forecasts.shape[:2], len(network.stations), -1  # metrics drop the axis of a single station
@@ -93,7 +93,7 @@ def smape(network: Network) -> Metric:
 
 
 def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
-    """The Task of the submit day --last-day, by default the last of the data. Raises UserError on too few of them."""
+    """The Task for the submit day --last-day, by default the last of the data. Raises UserError for too few days."""
     refuse_folds(config)
     if config.first_day:
         raise UserError(
@@ -138,10 +138,10 @@ def _rows(asked: table.Asked, network: Network, ids: Sequence[str], decisions: T
 def checked(
     config: Config, known: Observations, first: np.datetime64, scored: np.ndarray, log: Callable[[str], Any]
 ) -> list[str]:
-    """What is odd about the data, told by `log`.
+    """Warnings about the data, also written by `log`.
 
-    Raises UserError, before anything is fitted, when there is too little before the `first` submit day whose forecasts
-    a blend is tuned on, or nothing to score of the `scored` days.
+    Raises UserError, before anything is fitted, if the history before `first`, the first submit day that the blend is
+    tuned on, is too short, or if none of the `scored` days can be scored.
     """
     if first_hour(first) <= known.start:
         raise UserError(
@@ -158,7 +158,7 @@ def checked(
 
 
 def facts_of(observations: Observations, day: np.datetime64, warnings: Sequence[str]) -> dict[str, Any]:
-    """What stands beside the CSV of a submit day besides where it comes from."""
+    """Facts for the file beside the CSV of a submit day, in addition to the provenance."""
     there = np.isfinite(observations.before(first_hour(day)).series()[-24:]).any(0)
     return {
         "day": str(day),
@@ -170,14 +170,14 @@ def facts_of(observations: Observations, day: np.datetime64, warnings: Sequence[
 
 
 def short_history(observations: Observations, config: Config) -> list[str]:
-    """What to tell about a history that is shorter than the longest window; raises UserError on a wrong window."""
+    """A warning if the history is shorter than the longest window, else []; raises UserError for an unknown window."""
     days, longest = len(observations.values) // 24, models.longest_window(config)
     told = f"{days} days of history, the longest window has {longest}: windows end where the data begin"
     return [told] if days < longest else []
 
 
 def refuse_unscored(observations: Observations, days: np.ndarray) -> None:
-    """Raise UserError, before anything is fitted, when the score of these days would be the mean of nothing."""
+    """Raise UserError, before anything is fitted, if these days have no point that can be scored."""
     if not metric.valid_points(observations.truth(days), observations.network.stations).any():
         raise UserError(
             f"nothing can be scored of the forecasts of {days[0]} to {days[-1]}: no hour after them has a value of "

@@ -1,4 +1,4 @@
-"""Settings of protein_atlas: what the flags are made of, the recipes, where the data come from."""
+"""Settings of protein_atlas: the flags, the recipes and the source of the data."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +18,7 @@ Loss = Literal["bce", "focal", "soft_f1", "soft_f1_samples", "soft_f1_both", "fo
 
 @dataclass(frozen=True)
 class ProteinConfig(Config):
-    """The settings of protein_atlas: the network, the size it works at, its losses, and how labels are decided."""
+    """The settings of protein_atlas: the network, its input size, its losses, and the choice of thresholds."""
 
     size: tuple[int, int] = flag((256, 256), "height and width the network works at", "pixels", at_least(32))
     cache_gb: float = flag(
@@ -53,16 +53,16 @@ DEMO = replace(
     SMALL, epochs=12, size=(64, 64), backbone="resnet10t", batch_size=32, lr=3e-3, ema=0.99, evaluate_every=2
 )
 RECIPES: dict[str, ProteinConfig] = {
-    # make train COMP=protein_atlas: a card with 16 GB
+    # make train COMP=protein_atlas: a GPU with 16 GB
     "default": DEFAULT,
-    # RECIPE=full: every pixel, on a card with 16 GB or more; the micro-batch is what fits, the step that of all 64
+    # RECIPE=full: full resolution, on a GPU with 16 GB or more; micro-batches as large as fit, steps over all 64 images
     "full": replace(
         DEFAULT, size=(512, 512), backbone="nasnetalarge", epochs=20, lr=3e-4, clip_norm=1.0, dropout=0.5, cache_gb=50.0
     ),
     # RECIPE=small: a laptop's CPU, from scratch
     "small": SMALL,
-    # what make train takes on demo data: at most 90 s on two cores
+    # the recipe of make train on demo data: at most 90 s on two cores
     "demo": DEMO,
-    # RECIPE=smoke: seconds on the demo data, to see that everything works
+    # RECIPE=smoke: seconds on the demo data, to check that everything works
     "smoke": replace(DEMO, epochs=2, size=(32, 32), folds=3, alternate=True, precision="fp32", ema=0.9),
 }

@@ -1,4 +1,4 @@
-"""Demo data in the competition's files: cells in four channels, whose labels say where the green channel is."""
+"""Demo data in the competition's file format: cells in four channels, with labels for where the green channel is."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ COLOURS = ("red", "green", "blue", "yellow")
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its body and nucleus, float32 [SIZE, SIZE] of 0 and 1, where they are and how large."""
+    """One cell: masks of its body and nucleus, float32 [SIZE, SIZE] of 0 and 1, its centre and its radius in pixels."""
 
     body: np.ndarray
     nucleus: np.ndarray
     centre: np.ndarray  # x, y
-    radius: float  # of the body; the nucleus has half of it
+    radius: float  # of the body; that of the nucleus is half as long
     rng: np.random.Generator
 
     def place(self, low: float, high: float) -> tuple[int, int]:
-        """A point at `low` to `high` radii from the centre."""
+        """A random point at a distance of `low` to `high` radii from the centre."""
         angle, distance = self.rng.uniform(0, 2 * np.pi), self.radius * self.rng.uniform(low, high)
         x, y = self.centre + distance * np.array([np.cos(angle), np.sin(angle)])
         return int(x), int(y)
@@ -59,7 +59,7 @@ def rim(mask: np.ndarray) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
 
 
-# Label -> how often it is there (as in train.csv, the rarest a little more often) and where the green channel is then.
+# Label -> its frequency (as in train.csv, the rarest a little more frequent), and its drawing in the green channel.
 LABELS: dict[int, tuple[float, Callable[[Cell], np.ndarray]]] = {
     0: (0.41, lambda cell: 0.7 * cell.nucleus),  # nucleoplasm
     25: (0.26, lambda cell: 0.5 * cell.body * (1 - cell.nucleus)),  # cytosol
@@ -77,7 +77,7 @@ LABELS: dict[int, tuple[float, Callable[[Cell], np.ndarray]]] = {
 
 
 def write_demo(folder: Path, seed: int = 2018) -> None:
-    """train.csv, sample_submission.csv and four PNGs of 8 bits for every image; the same bytes every time."""
+    """Write train.csv, sample_submission.csv and four 8-bit PNGs for every image; the same bytes every time."""
     rng = np.random.default_rng(seed)
     rates = np.array([rate for rate, _ in LABELS.values()])
     tables = {"train": ["Id,Target"], "test": ["Id,Predicted"]}
@@ -95,7 +95,7 @@ def write_demo(folder: Path, seed: int = 2018) -> None:
 
 
 def draw(rng: np.random.Generator, labels: list[int]) -> np.ndarray:
-    """uint8 [4, SIZE, SIZE]: microtubules, the protein, nuclei and endoplasmic reticulum of two to four cells."""
+    """An image uint8 [4, SIZE, SIZE]: microtubules, protein, nuclei, endoplasmic reticulum of two to four cells."""
     planes = np.zeros((4, SIZE, SIZE), np.float32)
     for corner in rng.permutation(4)[: rng.integers(2, 5)]:
         centre = SIZE * (0.27 + 0.46 * np.array([corner % 2, corner // 2])) + rng.uniform(-5, 5, 2)

@@ -1,4 +1,4 @@
-"""The plots of a finished run: labels that come together, F1 against frequency, the worst images in composed colour."""
+"""The plots of a finished run: co-occurrence of labels, F1 against frequency, and the worst images in colour."""
 
 from collections.abc import Callable
 
@@ -19,13 +19,13 @@ NAMES = (
     *("Mitotic spindle", "Microtubule organizing center", "Centrosome", "Lipid droplets", "Plasma membrane"),
     *("Cell junctions", "Mitochondria", "Aggresome", "Cytosol", "Cytoplasmic bodies", "Rods & rings"),
 )
-EACH = 2  # images of a class that were missed, and as many that were wrongly found
+EACH = 2  # false negatives shown per label, and as many false positives
 
 
 def report(
     images: ImageStore, ids: list[str], labels: np.ndarray, apply: Callable[..., Tensor], run: Run, page: Report
 ) -> None:
-    """Add the plots of labels to the run's page; `labels` [n, 28] are those of the images."""
+    """Add the plots to the run's report; `labels` [n, 28] are the true labels of the images."""
     page.heading("Labels that come together")
     page.figure(
         together(labels), "together", "Part of the images with the label of the row that have that of the column"
@@ -55,7 +55,7 @@ def _labels(page: Report, scores: Tensor, truth: np.ndarray, rates: np.ndarray, 
 
 
 def together(labels: np.ndarray) -> Figure:
-    """Co-occurrence of the labels [n, 28] that are there."""
+    """Co-occurrence matrix of those of the labels [n, 28] that occur."""
     there = np.flatnonzero(labels.any(0))
     own = labels[:, there].astype(np.int64)
     parts = (own.T @ own) / own.sum(0)[:, None]
@@ -78,7 +78,7 @@ def against_frequency(f1: dict[int, float], rates: np.ndarray) -> Figure:
 
 
 def worst(images: ImageStore, rows: np.ndarray, scores: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> Figure:
-    """A line for every label: EACH images that have it, and EACH that have not."""
+    """A row per label: the EACH lowest scored images that have it, and the EACH highest scored ones without it."""
     figure, grid = subplots(4.4 * EACH, 2.2 * len(labels), len(labels), 2 * EACH, squeeze=False)
     for line, label in zip(grid, labels, strict=True):
         ranked = np.argsort(scores[:, label], kind="stable")
@@ -92,6 +92,6 @@ def worst(images: ImageStore, rows: np.ndarray, scores: np.ndarray, truth: np.nd
 
 
 def composed(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 4] of red, green, blue, yellow -> [H, W, 3] for the eye; yellow at half its strength."""
+    """An image uint8 [H, W, 4] of red, green, blue, yellow -> RGB [H, W, 3]; yellow at half its strength."""
     yellow = image[:, :, 3] // 2
     return np.stack([np.maximum(image[:, :, 0], yellow), np.maximum(image[:, :, 1], yellow), image[:, :, 2]], -1)

@@ -1,4 +1,4 @@
-"""Human Protein Atlas: in which of 28 parts of the cell is a protein? The score is the macro F1.
+"""Human Protein Atlas: predict in which of 28 parts of the cell a protein is; the score is the macro F1.
 
 make train COMP=protein_atlas
 """
@@ -44,7 +44,7 @@ AGAIN = "mend the file, or get it again with make data COMP=protein_atlas"
 
 
 def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
-    """Read and check the files and fill in the Task; raises UserError for anything wrong in them."""
+    """Read and check the files and build the Task; raises UserError for wrong settings or files."""
     if config.size[0] != config.size[1]:
         raise UserError(f"--size {config.size[0]},{config.size[1]}: expected a square, as images are turned")
     if config.alternate and config.then == "none":
@@ -114,7 +114,7 @@ def _files(raw: RawData, folder: str, table: pd.DataFrame, name: str) -> list[tu
 
 
 def _fault(values: Sequence[str]) -> str | None:
-    """What is wrong with the labels of a row, of train.csv or of a submission."""
+    """The fault in the labels of a row of train.csv or of a submission, or None."""
     labels = values[0].split()
     if unknown := [label for label in labels if label not in NUMBERS]:
         return f"label {unknown[0][:20]}, expected whole numbers from 0 to {LABELS - 1} with spaces between"
@@ -129,7 +129,7 @@ def _rows(ids: Sequence[str], found: Tensor) -> Iterator[tuple[str, str]]:
 
 
 def _augmentation(strength: str) -> A.Compose | None:
-    """none; light: the eight ways to lay an image down; strong: any turn, sizes and brightness too."""
+    """The augmentation: none, light (the eight symmetries of a square) or strong (also rotation, scale, brightness)."""
     turns, mirror = A.D4(p=1), cv2.BORDER_REFLECT_101
     place = A.Affine(scale=(0.8, 1.25), rotate=(-45, 45), border_mode=mirror, p=0.7)
     light = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)

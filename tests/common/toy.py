@@ -28,7 +28,7 @@ RECIPES["smoke"] = replace(RECIPES["default"], epochs=2)
 
 
 class ToyRows:
-    """Rows whose augmentation is keyed noise; `nan` spoils the inputs."""
+    """Rows whose augmentation is keyed noise; `nan` makes all inputs NaN."""
 
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor, augment: bool = False, nan: bool = False):
         self.inputs, self.targets, self.augment = inputs * (float("nan") if nan else 1), targets, augment
@@ -83,7 +83,7 @@ def build(config: ToyConfig, raw: RawData, log=print) -> Task:
 
 
 class Toy:
-    """The toy in the place of a common.competition.Competition; what a test puts into this module is what it does."""
+    """Stands in for a common.competition.Competition; it looks up this module's functions, so tests can patch them."""
 
     name = "toy"
     source = Source(slug="toy", expected=("seed.txt",), higher_is_better=True)
@@ -104,13 +104,13 @@ TOY = Toy()
 
 
 def made(config: ToyConfig | None = None, **changes) -> Task:
-    """The toy's task on its demo data, with its defaults filled in."""
+    """The toy's Task on its demo data, with defaults filled in."""
     found = raw.find("toy", None, write_demo, str)
     return completed(changed(build(config or RECIPES["default"], found), **changes), found)
 
 
 def changed(task: Task, **changes) -> Task:
-    """The task with other values of Data, Network, Postprocess, Submission or its own, whichever has the name."""
+    """The Task with `changes`, each applied to Data, Network, Postprocess, Submission or the Task by its name."""
     for part in ("data", "network", "postprocess", "submission"):
         value = getattr(task, part)
         own = {name: changes.pop(name) for name in list(changes) if hasattr(value, name)}

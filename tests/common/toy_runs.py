@@ -1,4 +1,4 @@
-"""Runs of the toy competition in the working folder, and whether two of them are the same."""
+"""Make runs of the toy competition in the working folder, and compare them."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without what differs between two equal runs."""
+    """Rows of metrics.csv without the columns that depend on the machine."""
     with open(folder / "metrics.csv", newline="") as stream:
         return [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in csv.DictReader(stream)]
 

@@ -1,4 +1,4 @@
-"""`make notebook`: predict whatever test set Kaggle mounts, with the internet off and runs made here."""
+"""`make notebook`: predict the test set that Kaggle mounts, without internet, with runs trained on this machine."""
 
 import argparse
 import tempfile
@@ -57,9 +57,10 @@ def notebook(
     needed: Mapping[str, str],
     limit: float,
 ) -> str:
-    """The notebook as .ipynb text: `python -m common predict COMPETITION ARGUMENTS` on whatever is mounted.
+    """The notebook as .ipynb text: `python -m common predict COMPETITION ARGUMENTS` on the mounted test set.
 
-    One card predicts, also where there are two. What is not predicted a while before the `limit` (seconds) falls back.
+    It uses one GPU even where there are two. Rows that are not predicted shortly before the `limit` (seconds) get
+    fallback values.
     """
     words, margin = ("predict", competition, *arguments), min(MARGIN_SECONDS, limit / 10)
     return written(
@@ -68,7 +69,7 @@ def notebook(
 
 
 def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, bytes | Path], dict[str, str]]:
-    """What the notebook needs: code, runs and wheels by their names, and the pins of the wheels by their import names.
+    """The files that the notebook needs (code, runs, wheels) by name, and the wheels' pins by import name.
 
     The wheels are downloaded into the new `folder`. Raises UserError for a run without weights.
     """
@@ -78,17 +79,18 @@ def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str
         found = [file for pattern in RUN_FILES for file in sorted(run.path.glob(pattern))]
         if not any(file.name == "model.pt" for file in found):
             raise UserError(
-                f"{run.path} keeps no weights, so it predicts no test rows but those it was trained beside: name a "
-                f"run of a network, RUN="
+                f"{run.path} has no saved weights, so it cannot predict the test set that Kaggle mounts: name a run "
+                f"of a network with RUN="
             )
         files |= {f"runs/{competition}/{run.name}/{file.relative_to(run.path)}": file for file in found}
     return files | wheels(pins.values(), folder), pins
 
 
 def publish(competition: Competition, given: argparse.Namespace, words: Sequence[str], poll: float = 15.0) -> None:
-    """Predict here, push runs, code and wheels with the notebook, follow it, compare its file, submit it when asked.
+    """Predict here, push the notebook with its runs, code and wheels, wait for it, compare its file, submit if asked.
 
-    `given` has the flags of `make notebook`, `words` those that predict. Raises UserError for whatever goes wrong.
+    `given` has the flags of `make notebook`, `words` the flags of its predict command. Raises UserError if any step
+    fails.
     """
     name, source = competition.name, competition.source
     if not source.slug:
@@ -116,7 +118,7 @@ def publish(competition: Competition, given: argparse.Namespace, words: Sequence
 
 
 def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence[str], site: Site, poll: float) -> dict:
-    """Predict here, and push what the notebook needs and the notebook; returns what `--fetch` must know."""
+    """Predict here, then push the notebook and the files that it needs; returns the facts that `--fetch` needs."""
     name, source = competition.name, competition.source
     chosen = runs.finished(name, given.run)
     if demo := [run.name for run in chosen if run.provenance["demo"]]:
@@ -141,9 +143,10 @@ def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence
 
 
 def _print_budget(table: Path, seconds: float, limit: float) -> None:
-    """Say how many rows the limit (seconds) allows at the speed of this machine.
+    """Print how many rows can be predicted within the limit (seconds) at the speed of this machine.
 
-    Raises UserError where a card here takes longer; Kaggle's are so much faster than a CPU that its time tells nothing.
+    Raises UserError if a GPU here takes longer than the limit. A CPU's time only gives a note, as Kaggle's GPUs are
+    much faster.
     """
     import torch
 
@@ -164,7 +167,7 @@ def _print_budget(table: Path, seconds: float, limit: float) -> None:
 
 
 def _print_difference(there: Path, here: Path) -> None:
-    """Say whether the notebook's file is that of this machine."""
+    """Print whether the notebook's file equals the one written on this machine."""
     if there.read_bytes() == (here.read_bytes() if here.is_file() else None):
         print(f"the notebook's submission.csv is {here}, byte for byte")
         return

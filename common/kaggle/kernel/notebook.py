@@ -1,4 +1,4 @@
-"""The notebook that trains on Kaggle, and what both notebooks have: the archive of code, the wheels beside it."""
+"""The training notebook, and what it shares with the prediction notebook: the archive of code and the wheels."""
 
 import hashlib
 import io
@@ -22,17 +22,17 @@ from common.files import sha256
 
 ROOT = Path(__file__).parents[3]
 PACKED = ("common", "competitions", "requirements.txt")  # nothing else of the checkout leaves this machine
-OUTPUT = "kit-output.zip"  # what the notebook leaves for the kit, and for the notebook that goes on with its run
-STATE = "kit-state.json"  # {"checkpoint": sha256 of the unfinished run's files, "" when it is finished}
-ACCELERATOR = "NvidiaTeslaT4"  # NvidiaTeslaT4Highmem is two of them, where Kaggle tells them apart
+OUTPUT = "kit-output.zip"  # the notebook's output, for the kit and for the next notebook that resumes the run
+STATE = "kit-state.json"  # {"checkpoint": sha256 of an unfinished run's files, or "" for a finished run}
+ACCELERATOR = "NvidiaTeslaT4"  # where Kaggle distinguishes them, NvidiaTeslaT4Highmem is two of them
 SESSION_HOURS = 9.0  # the longest that Kaggle lets a notebook run on a GPU
-MARGIN_SECONDS = 900  # of the session: for stopping the training and packing the run
+MARGIN_SECONDS = 900  # at the end of the session, for stopping the training and packing the run
 VERSION = "code-version.txt"
 ARCHIVE = "kit.zip"
-# Of Kaggle's image: wheels for another Python or an older system could not be installed there.
+# The platform of Kaggle's image: wheels for another Python or system could not be installed there.
 IMAGE = ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"]
 IMAGE += [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014", "2010")]
-# Of requirements.txt, and in every image of Kaggle: no wheels of these, the largest of all, are sent there.
+# Packages of requirements.txt that every image of Kaggle has: their wheels, the largest of all, are not uploaded.
 AT_HAND = {"torch", "torchvision", "opencv-python", "opencv-python-headless", "numpy", "scipy", "pandas"}
 AT_HAND |= {"scikit-learn", "matplotlib", "joblib", "tqdm", "kaggle"}
 
@@ -123,7 +123,7 @@ if status == 0:
 
 
 def code(competition: str, root: Path = ROOT) -> dict[str, bytes | Path]:
-    """The files that a notebook of the competition needs, by their names in the checkout: code, and what lies there."""
+    """The files that a notebook of the competition needs: code and other files, by their paths in the checkout."""
     others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
     files: dict[str, bytes | Path] = {}
     for name in PACKED:
@@ -163,12 +163,12 @@ def refuse_what_stays(competition: Competition, config: Config, internet: bool) 
 
 
 def needed(files: Mapping[str, bytes | Path]) -> dict[str, str]:
-    """What this code imports of requirements.txt, but for what is AT_HAND: pins by their import names."""
+    """Pins of the packages of requirements.txt that the code imports, without those AT_HAND; keys are import names."""
     source = b"\n".join(content for name, content in files.items() if name.endswith(".py"))
     imported = {name.decode() for name in re.findall(rb"^\s*(?:import|from) (\w+)", source, re.MULTILINE)}
     found = {}
     for pin, name in re.findall(r"^(([\w.-]+)==\S+)", files["requirements.txt"].decode(), re.MULTILINE):
-        with suppress(metadata.PackageNotFoundError):  # not here, so nothing that predicts here needs it
+        with suppress(metadata.PackageNotFoundError):  # not installed here, so predicting does not need it
             if name not in AT_HAND:
                 own = (file.parts[0] for file in metadata.files(name) or () if file.suffix in (".py", ".so"))
                 found |= dict.fromkeys(imported & {module.partition(".")[0] for module in own}, pin)
@@ -176,9 +176,9 @@ def needed(files: Mapping[str, bytes | Path]) -> dict[str, str]:
 
 
 def wheels(pins: Iterable[str], folder: Path) -> dict[str, Path]:
-    """Download wheels as Kaggle's image takes them into the new `folder`; returns them by their names in the archive.
+    """Download wheels for Kaggle's image into the new `folder`; returns them by their names in the archive.
 
-    Without what they need, which is in the image. Raises UserError for wheels not to be had.
+    Their dependencies are left out, as the image has them. Raises UserError if a wheel cannot be downloaded.
     """
     folder.mkdir()
     words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), *IMAGE, *pins]
@@ -193,9 +193,9 @@ def wheels(pins: Iterable[str], folder: Path) -> dict[str, Path]:
 
 
 def pack(files: Mapping[str, bytes | Path], archive: Path) -> str:
-    """Write the zip archive of contents and of files, the same bytes for the same ones; returns its version.
+    """Write `files`, contents or paths by name, as a zip archive; returns its version. Same files give the same bytes.
 
-    The version is the start of the sha256 of all names and contents, and is in the archive.
+    The version is the start of the sha256 of all names and contents; the archive holds it as the file VERSION.
     """
     digest = hashlib.sha256()
     for name, content in files.items():
@@ -205,7 +205,7 @@ def pack(files: Mapping[str, bytes | Path], archive: Path) -> str:
     with zipfile.ZipFile(archive, "w") as out:
         for name, content in {**files, VERSION: version.encode()}.items():
             entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
-            if isinstance(content, Path):  # weights and wheels: they become no smaller
+            if isinstance(content, Path):  # weights and wheels cannot be compressed further
                 with open(content, "rb") as stream, out.open(entry, "w", force_zip64=True) as into:
                     shutil.copyfileobj(stream, into)
             else:
@@ -225,7 +225,7 @@ def notebook(
 ) -> str:
     """The notebook as .ipynb text: `python -m common train COMPETITION ARGUMENTS` on the competition's files.
 
-    The training is stopped in time before the end of a session of so many `seconds`.
+    The training is stopped in time before the session ends, which lasts `seconds`.
     """
     words = ("train", competition, *arguments)
     more = {"output": OUTPUT, "state": STATE, "patience": MARGIN_SECONDS // 3}
@@ -243,9 +243,9 @@ def written(
     internet: bool = False,
     **values: Any,
 ) -> str:
-    """A template as .ipynb text: `python -m common WORDS` on the code of this version, stopped after so many seconds.
+    """A template as .ipynb text: `python -m common WORDS` with the code of `version`, stopped after `seconds`.
 
-    `needed` are pins by import names, installed from the wheels beside the code where there is no internet.
+    `needed` are pins by import name, installed from the uploaded wheels if there is no `internet`.
     """
     import jupytext
 

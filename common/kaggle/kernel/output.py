@@ -1,4 +1,4 @@
-"""What a notebook on Kaggle has made, put where the runs and submissions made here are; and what it said last."""
+"""Fetch a Kaggle notebook's runs and submissions into the folders of the local ones, and the end of its log."""
 
 import json
 import re
@@ -15,19 +15,19 @@ from common.kaggle.client import Site, kaggle
 from common.kaggle.kernel.notebook import OUTPUT, STATE
 from common.submission import SUBMISSIONS, sidecar
 
-FOLLOWS = "ended with status"  # the notebook's own error, when what it started has failed and said why
+FOLLOWS = "ended with status"  # the notebook's own error after the program that it started has logged the reason
 
 
 def fetched(site: Site, reference: str, name: str, folder: Path) -> Path | None:
-    """The file `name` of the notebook's output, or None where there is none."""
-    # The pattern also keeps names with ../ away, which the kaggle program would follow.
+    """Download the file `name` of the notebook's output into `folder`; None if there is no such file."""
+    # The pattern also excludes names with ../, which the kaggle program would follow.
     more = ("-p", str(folder), "--file-pattern", f"^{re.escape(name)}$")
     site.told(f"fetching the output of {reference}", "kernels", "output", reference, *more)
     return folder / name if (folder / name).is_file() else None
 
 
 def unfinished(site: Site, reference: str) -> str:
-    """sha256 of the checkpoint of a run that the session's end has stopped; "" when the notebook has finished it."""
+    """sha256 of the checkpoint if the end of the session stopped the run, or "" if the run is finished."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as folder:
         state = fetched(site, reference, STATE, Path(folder))
         try:
@@ -37,7 +37,7 @@ def unfinished(site: Site, reference: str) -> str:
 
 
 def fetch_output(site: Site, reference: str) -> Path:
-    """Put the notebook's run and submission in their folders, beside those made here; returns the CSV."""
+    """Put the notebook's run and submission into the folders of the local ones; returns the CSV."""
     with tempfile.TemporaryDirectory(prefix="kaggle-output-") as name:
         folder = Path(name)
         packed = fetched(site, reference, OUTPUT, folder / "raw")
@@ -47,7 +47,7 @@ def fetch_output(site: Site, reference: str) -> Path:
             )
         try:
             archive.unpack(packed, folder / "output")
-        except archive.Damaged as error:  # the kaggle program keeps the page of an error as the file
+        except archive.Damaged as error:  # the kaggle program may save an error page as the file
             raise UserError(f"{reference}: {error}: repeat the same command") from error
         tables = _place(folder / "output", site.competition)
     for table in tables:
@@ -56,7 +56,7 @@ def fetch_output(site: Site, reference: str) -> Path:
 
 
 def _place(output: Path, competition: str) -> list[Path]:
-    """Move runs and submissions in; a name that is taken gets -kaggle, -kaggle2 ... so that nothing is replaced."""
+    """Move runs and submissions in; a name already in use gets -kaggle, -kaggle2 ... so that nothing is replaced."""
     names: dict[str, str] = {}
     for run in sorted((output / "runs" / competition).glob("*/run.json")):
         names[run.parent.name] = _free_name(run.parent.name, competition)
@@ -88,16 +88,16 @@ def _free_name(name: str, competition: str) -> str:
 
 
 def end_of_log(site: Site, reference: str) -> str:
-    """Why the notebook ended, from its log, which Kaggle gives as JSON; "no log" where it cannot be read.
+    """The reason why the notebook ended, from its log (JSON at Kaggle); "no log" if it cannot be read.
 
-    That is the kit's last error or another program's; tracebacks of torchrun and of the notebook follow it. Where
-    there is none, the last lines.
+    It is the last error of the kit, or else of another program, but not the tracebacks of torchrun and of the notebook
+    that follow it. Without such an error it is the last lines.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with suppress(UserError):  # the reason of the notebook's failure is worth more than that of this one
+        with suppress(UserError):  # the notebook's failure matters more than a failure to fetch its log
             kaggle(site.account, "kernels", "output", reference, "-p", folder, "--file-pattern", "^$")
         text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(folder).glob("*.log"))
-    with suppress(ValueError, KeyError, TypeError):  # plain text, as it may be cut
+    with suppress(ValueError, KeyError, TypeError):  # not JSON, or cut: keep it as plain text
         text = "".join(part["data"] for part in json.loads(text))
     lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines() if line.strip()]
     reasons = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception): ", line)]

@@ -27,10 +27,10 @@ from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
 from common.kaggle.submit import deliver
 from common.submission import sidecar
 
-WAIT_SECONDS = 12 * 3600  # with the time in the queue
-OUTAGE_SECONDS = 1800.0  # so long Kaggle may fail without a break while a notebook that was just pushed is followed
-READY_SECONDS = 600  # until a new version of the code can be used by a notebook
-LONGEST = 28  # characters of a competition's name in that of its notebooks: those of Kaggle are short
+WAIT_SECONDS = 12 * 3600  # including the time in the queue
+OUTAGE_SECONDS = 1800.0  # longest time without an answer from Kaggle while waiting for a notebook that was just pushed
+READY_SECONDS = 600  # longest time until a notebook can use a new version of the code
+LONGEST = 28  # characters of a competition's name in its notebooks' names, because Kaggle limits those
 ENDED = {"COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"}
 
 
@@ -46,11 +46,11 @@ def kernel(
     wait: float = WAIT_SECONDS,
     poll: float = 15.0,
 ) -> None:
-    """Push a notebook that runs `train COMPETITION ARGUMENTS`, follow it, fetch its run; `fetch` pushes nothing.
+    """Push a notebook that runs `train COMPETITION ARGUMENTS`, wait for it and fetch its run; `fetch` pushes nothing.
 
-    A run that a session of so many `hours` does not finish goes on in another notebook, until it is finished.
+    A run that is not finished after a session of `hours` is resumed in another notebook, until it is finished.
     `accelerator` is one of Kaggle's names, `wait` and `poll` are seconds.
-    Raises UserError when Kaggle refuses the notebook, or when it failed there.
+    Raises UserError if Kaggle refuses the notebook or the notebook fails.
     """
     if not source.slug:
         raise UserError(
@@ -83,7 +83,7 @@ def kernel(
 
 
 def _fetch(site: Site, facts: dict, record: Path) -> bool:
-    """Take over what the notebook has made; whether its run is finished."""
+    """Fetch the run and its submission if the run is finished, and return whether it is."""
     facts["checkpoint"] = unfinished(site, facts["kernel"])
     write_json(record, facts)
     if facts["checkpoint"]:
@@ -114,9 +114,9 @@ def push(
     folder: Path,
     poll: float,
 ) -> dict:
-    """Push code and notebook; `before` is what an earlier push returned whose run is not finished, or empty.
+    """Push code and notebook; `before` is the result of the earlier push of an unfinished run, or empty.
 
-    Such a run goes on with the code that it was begun with: the data set of the code stays as it is.
+    An unfinished run is resumed with the code that it was started with, so the code is not uploaded again.
     """
     source, competition = site.source, site.competition
     reference = f"{username(site)}/{name_of(competition)}"
@@ -147,17 +147,17 @@ def push(
 
 
 def read_record(record: Path) -> dict:
-    """What was written down of a notebook that was pushed; it lies beside the runs, which nobody should delete."""
+    """The saved facts about a pushed notebook; a broken record is to be deleted, not the runs beside it."""
     return read_json(record, "kernel", "version", again=f"delete {record} and push the notebook again")
 
 
 def name_of(competition: str, *purpose: str) -> str:
-    """The name of the competition's notebook for a purpose: what Kaggle itself makes of such a title."""
+    """The name of the competition's notebook for a purpose, in the form that Kaggle itself gives to a title."""
     return "-".join(("kit", re.sub("[^a-z0-9]+", "-", competition.lower())[:LONGEST].strip("-"), *purpose))
 
 
 def username(site: Site) -> str:
-    """The account's name, which every address of its notebooks starts with."""
+    """The account's name, with which the address of each of its notebooks starts."""
     answer = kaggle(site.account, "config", "view")
     found = re.search(r"^- username: (\S+)$", answer.out, re.MULTILINE)
     if answer.status != 0 or not found or found.group(1) == "None":
@@ -166,9 +166,9 @@ def username(site: Site) -> str:
 
 
 def push_files(site: Site, notebook: str, files: Mapping[str, bytes | Path], folder: Path, poll: float) -> str:
-    """Upload the files that the notebook OWNER/NAME needs as the private data set OWNER/NAME-code; returns its version.
+    """Upload the files for the notebook OWNER/NAME as the private data set OWNER/NAME-code; returns their version.
 
-    Waits until they can be used.
+    Waits until the notebook can use them.
     """
     reference, home = f"{notebook}-code", folder / "code"
     home.mkdir()
@@ -183,7 +183,7 @@ def push_files(site: Site, notebook: str, files: Mapping[str, bytes | Path], fol
         raise site.explained(known, what)
     command = ["create"] if known.status != 0 else ["version", "-m", f"version {version}"]
     answer = site.told(what, "datasets", *command, "-p", str(home))
-    if "is being created" not in answer.out:  # it exits 0 then too
+    if "is being created" not in answer.out:  # the program exits 0 even so
         raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
     print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
 
@@ -208,9 +208,9 @@ def push_notebook(
     folder: Path,
     verb: str = "kernel",
 ) -> dict:
-    """Push the notebook OWNER/NAME for a session of so many seconds; returns its name and version.
+    """Push the notebook OWNER/NAME for a session of at most `seconds`; returns its name and version.
 
-    Raises UserError for whatever Kaggle did not take.
+    Raises UserError if Kaggle does not accept it.
     """
     home, name = folder / "notebook", reference.partition("/")[2]
     home.mkdir()
@@ -238,7 +238,7 @@ def push_notebook(
             f"first, and if no new version runs there, make {verb} COMP={site.competition} again"
         ) from failure
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
-    if not pushed or "not valid" in answer.out:  # both exit 0
+    if not pushed or "not valid" in answer.out:  # the program exits 0 in both cases
         problem = _error_line(answer)
         rules = f" Accept the rules at {site.source.page}/rules" if "competition sources" in problem else ""
         raise UserError(f"{what}: {problem}.{rules} See {page}")
@@ -251,9 +251,9 @@ def _error_line(answer: Answer) -> str:
 
 
 def follow_notebook(site: Site, reference: str, wait: float, poll: float, outage: float, verb: str = "kernel") -> None:
-    """Wait until the notebook has ended well, through `outage` seconds of failures.
+    """Wait until the notebook has ended successfully; Kaggle may be unreachable for up to `outage` seconds.
 
-    Raises UserError with Kaggle's reason and the end of its log.
+    Raises UserError with Kaggle's reason and the end of the log if the notebook failed.
     """
     page = f"https://www.kaggle.com/code/{reference}"
     said = ""
@@ -276,7 +276,7 @@ def follow_notebook(site: Site, reference: str, wait: float, poll: float, outage
 
 
 def submit_version(site: Site, facts: dict, table: Path, poll: float) -> None:
-    """Submit this version of the notebook, unless it was before, and follow the score."""
+    """Submit this version of the notebook, unless it was submitted before, and wait for its score."""
     provenance = sidecar(table)
     row = ledger.Row(
         time=runs.now(),

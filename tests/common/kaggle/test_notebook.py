@@ -204,7 +204,7 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, tmp_p
     monkeypatch.chdir(home)
     bare = replace(runs.load(COMP, "one"), path=tmp_path / "bare")
     bare.path.mkdir()
-    with pytest.raises(UserError, match="bare keeps no weights, so it predicts no test rows but those"):
+    with pytest.raises(UserError, match="bare has no saved weights, so it cannot predict the test set"):
         inference.kit(COMP, [bare], tmp_path / "wheels")
     facts = Path(f"runs/{COMP}/two/run.json")
     before = facts.read_text()

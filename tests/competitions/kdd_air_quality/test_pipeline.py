@@ -246,7 +246,7 @@ def test_backtest_of_a_fitted_run_fits_nothing(here, capsys):
     assert main([*words, "--first-day", "2018-03-28", "--last-day", "2018-03-29"]) == 0
     shown = capsys.readouterr().out
     assert "fitted before 2018-04-01T00" in shown and "blend" in shown and "fits" not in shown
-    assert "know too much" in shown, "the run was fitted on these days"
+    assert "are too good" in shown, "the run was fitted on these days"
 
 
 @pytest.mark.parametrize("verb", ["train", "backtest", "backtest --run a"])
