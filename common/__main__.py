@@ -8,10 +8,10 @@ from common.cli import main
 
 
 def leave(status: int) -> None:
-    """End this process with `status`.
+    """Exit this process with `status`.
 
-    One that fails among several ends at once: while Python tidies up, gloo's threads may abort a process that has lost
-    the others, and the status that torchrun sees is the abort's.
+    A failed process of several exits at once. During Python's own cleanup gloo's threads may abort a process that has
+    lost its peers, and torchrun would see the status of that abort.
     """
     if status and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         for worker in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""Unpacking archives that strangers made: nothing leaves the folder, nothing fills the disk, nothing is half done."""
+"""Unpack untrusted archives: no file lands outside the folder, no archive fills the disk or stays half unpacked."""
 
 import errno
 import hashlib
@@ -18,26 +18,26 @@ from pathlib import Path, PurePosixPath
 from common.errors import UserError
 from common.files import is_foreign, sha256
 
-CHUNK_BYTES = 1 << 17  # larger ones leave the processor cache, and take half as long again
+CHUNK_BYTES = 1 << 17  # larger chunks do not fit the processor's cache, and take half as long again
 # deflate cannot pack tighter than 1 to 1032; real competition files stay below 1 to 50
 LARGEST_RATIO = 200
 HARMLESS_BYTES = 64 << 20  # archives that unpack to less than this may have any ratio
 DEEPEST_NESTING = 4
-LONGEST_PART, LONGEST_NAME, DEEPEST_FOLDER = 255, 1024, 64  # bytes, bytes, folders: within what file systems take
-# Truncated, of a wrong checksum, (RuntimeError) encrypted or packed in a way that zipfile does not know, or
-# (ValueError) with a name that is not UTF-8.
+LONGEST_PART, LONGEST_NAME, DEEPEST_FOLDER = 255, 1024, 64  # bytes, bytes, folders: limits of file systems
+# What zipfile raises for a truncated archive or a wrong checksum. RuntimeError: encrypted, or a compression that it
+# does not know. ValueError: a name that is not UTF-8.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 SHOWN = 100  # characters of a name in an error
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
-THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all run outside Python's lock
+THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all release Python's GIL
 
 
 class Damaged(UserError):
-    """The archive is not what was packed: a new download may mend it."""
+    """The archive is damaged: a new download may help."""
 
 
 class Unsafe(UserError):
-    """The archive would do harm, and so would the next copy of it."""
+    """The archive is not safe to unpack, and a new download would be no safer."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Entry:
 
 
 def unpack(archive: Path, target: Path) -> dict[str, Entry]:
-    """Unpack `archive`, and the archives in it, as the new folder `target`; returns its files by relative name.
+    """Unpack `archive`, and the archives in it, into the new folder `target`; returns its files by relative name.
 
-    Works in a folder beside the target and renames it: raises Damaged or Unsafe and leaves nothing behind. Several
-    processes may do so at once, and the first keeps its folder.
+    Unpacks into a folder beside the target and renames that. Raises Damaged or Unsafe, and then leaves nothing behind.
+    Several processes may unpack at once: the folder of the first one is kept.
     """
     draft = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(draft, ignore_errors=True)
@@ -69,7 +69,7 @@ def unpack(archive: Path, target: Path) -> dict[str, Entry]:
 
 
 def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
-    """Unpack into `folder`, which may hold other files; archives inside are replaced by what they hold."""
+    """Unpack into `folder`, which may hold other files; archives inside are replaced by their contents."""
     budget = _Budget(archive)
     try:
         entries = _unpack_one(archive, folder, PurePosixPath(), budget)
@@ -103,16 +103,16 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
 
 
 def unpack_links(folder: Path) -> None:
-    """Put in the place of every link below `folder` that leads to an archive what that holds, as `unpack_into` does."""
+    """Replace every symbolic link to an archive below `folder` by the archive's contents, as `unpack_into` does."""
     for link in sorted(folder.rglob("*.zip")):
         if link.is_symlink() and zipfile.is_zipfile(link):
             archive, name = link.resolve(), PurePosixPath(link.name)
-            link.unlink()  # the content may have its name
+            link.unlink()  # the archive may hold a file of the same name
             unpack_into(archive, link.parent / _place(archive, name))
 
 
 def copy_into(file: Path, folder: Path) -> dict[str, Entry]:
-    """A file that is no archive, hard-linked or copied into `folder`."""
+    """Hard-link or copy a file that is no archive into `folder`; returns its entry by name."""
     target = folder / file.name
     try:
         target.hardlink_to(file)
@@ -122,10 +122,10 @@ def copy_into(file: Path, folder: Path) -> dict[str, Entry]:
 
 
 def _place(holder: Path, name: PurePosixPath) -> PurePosixPath:
-    """The folder for the content of the nested archive `name`.
+    """The folder for the contents of the nested archive `name`.
 
-    train.csv.zip with train.csv goes beside itself, so does images.zip with images/...; any other images.zip makes
-    the folder images, as its content would mix with that of its neighbours.
+    Contents go beside the archive if they are a single file or folder with its name: train.csv in train.csv.zip, or
+    images/... in images.zip. Otherwise they get a folder of that name, so as not to mix with neighbouring files.
     """
     stem = name.name[: -len(".zip")]
     with opened(holder, str(name)) as stream:
@@ -135,7 +135,7 @@ def _place(holder: Path, name: PurePosixPath) -> PurePosixPath:
 
 
 def refuse_bomb(name: str, size: int, packed: int, shown: str) -> None:
-    """Raises Unsafe when `packed` bytes that unpack to `size` would fill a disk, or the memory."""
+    """Raises Unsafe when `packed` bytes unpack to so large a `size` that they may be meant to fill disk or memory."""
     if size > max(HARMLESS_BYTES, LARGEST_RATIO * packed):
         raise Unsafe(
             f"{shown}: {name} unpacks to more than {LARGEST_RATIO} times its size, as archives do that are made to "
@@ -144,7 +144,7 @@ def refuse_bomb(name: str, size: int, packed: int, shown: str) -> None:
 
 
 class _Budget:
-    """How much may still be unpacked: a ratio to the outermost archive, and the free space of the disk."""
+    """Limits what is unpacked: by its ratio to the size of the outermost archive, and by the free disk space."""
 
     def __init__(self, archive: Path):
         self.archive, self.packed, self.unpacked = archive, archive.stat().st_size, 0
@@ -166,7 +166,7 @@ class _Budget:
 def _unpack_one(
     archive: Path, folder: Path, place: PurePosixPath, budget: _Budget, shown: str = ""
 ) -> dict[str, Entry]:
-    """One archive without those inside it, by several threads; every checksum is verified on the way."""
+    """Unpack one archive, but none nested in it, with several threads; verifies every checksum."""
     shown = shown or archive.name
     folder.mkdir(parents=True, exist_ok=True)
     with opened(archive, shown) as stream:
@@ -176,12 +176,12 @@ def _unpack_one(
     for parent in {str((folder / name).parent) for name in targets}:
         _make_folder(Path(parent), folder, shown)
 
-    # Large ones first, taken by whichever thread is free: one large table takes as long as a thousand images.
+    # A free thread takes the largest file that is left: one large table takes as long as a thousand images.
     waiting = deque(sorted(targets.items(), key=lambda item: -item[1].file_size))
 
     def work(_: int) -> dict[str, Entry]:
         done = {}
-        with opened(archive, shown) as stream:  # a handle of its own: a shared one takes turns
+        with opened(archive, shown) as stream:  # one handle per thread: threads would wait for a shared one
             while True:
                 try:
                     name, member = waiting.popleft()
@@ -196,7 +196,7 @@ def _unpack_one(
 
 
 def opened(archive: Path, shown: str) -> zipfile.ZipFile:
-    """The archive; raises Damaged when it is not a whole one."""
+    """Open the archive; raises Damaged when it is not a complete zip file."""
     try:
         return zipfile.ZipFile(archive)
     except DAMAGED as error:
@@ -204,13 +204,13 @@ def opened(archive: Path, shown: str) -> zipfile.ZipFile:
 
 
 def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInfo]:
-    """The files in the archive by their relative names, without hidden ones and what Macs add to every archive.
+    """The files in the archive by relative name, without hidden files and those that macOS adds.
 
-    Raises Unsafe for what must not be unpacked.
+    Raises Unsafe for an entry that must not be unpacked.
     """
     found: dict[str, zipfile.ZipInfo] = {}
     for member in stream.infolist():
-        name = member.filename.replace("\\", "/")  # written by Windows programs that break the rules
+        name = member.filename.replace("\\", "/")  # some Windows programs write \, against the standard
         parts = PurePosixPath(name).parts
         is_folder = name.endswith("/")
         kind = stat.S_IFMT(member.external_attr >> 16)
@@ -247,7 +247,7 @@ def _make_folder(path: Path, folder: Path, shown: str) -> None:
 
 
 def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, shown: str) -> Entry:
-    """Write one file; raises Damaged when its length or checksum is not the packed one."""
+    """Write one file; raises Damaged when its length or checksum differs from the archive's."""
     digest, size = hashlib.sha256(), 0
     try:
         with open(target, "xb") as out:
@@ -267,5 +267,5 @@ def _chunks(stream: zipfile.ZipFile, member: zipfile.ZipInfo, shown: str) -> Ite
         with stream.open(member) as source:
             while chunk := source.read(CHUNK_BYTES):
                 yield chunk
-    except (*DAMAGED, OSError) as error:  # OSError: of bz2, and a seek to where no file can begin
+    except (*DAMAGED, OSError) as error:  # OSError: from bz2, or a seek to an impossible offset
         raise Damaged(f"{shown}: {member.filename} is damaged ({error})") from error

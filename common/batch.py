@@ -1,4 +1,4 @@
-"""The batch: the samples of one optimizer step, before anything is cut to fit the memory."""
+"""The batch: the samples of one optimizer step, before it is split into micro-batches."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ Tree = Any  # a tensor, None, or a tuple, list, dict or dataclass of trees; ever
 
 
 def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    """Apply `function` to every tensor of a tree and keep the tree: named tuples, dataclasses and kinds of dict too."""
+    """Apply `function` to every tensor of a tree; containers keep their type, named tuples and dataclasses included."""
     if isinstance(tree, Tensor):
         return function(tree)
     if tree is None:
@@ -41,18 +41,18 @@ def tensors_of(tree: Tree) -> list[Tensor]:
 
 
 def rebuilt(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
-    """A tree of the same shape with these tensors in it, in the order of `tensors_of`."""
+    """The tree with its tensors replaced by `tensors`, in the order of `tensors_of`."""
     remaining = iter(tensors)
     return map_tree(lambda _: next(remaining), tree)
 
 
 def concatenated(trees: Sequence[Tree]) -> Tree:
-    """Trees of one shape as one, the rows of each after those of the one before."""
+    """Trees of the same structure, concatenated along their rows."""
     return rebuilt(trees[0], (torch.cat(column) for column in zip(*map(tensors_of, trees), strict=True)))
 
 
 def _fields_of(tree: Tree) -> dict[str, Tree]:
-    """The fields of a dataclass that are trees; its numbers and words stay as they are."""
+    """The fields of a dataclass that are trees, without its numbers and strings."""
     fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
     return {name: value for name, value in fields.items() if not isinstance(value, (bool, int, float, str))}
 

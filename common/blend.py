@@ -1,10 +1,10 @@
-"""`make blend`: runs are combined on what they have kept, nothing is predicted again; the result is a run of its own.
+"""`make blend`: combine the predictions that runs have kept, without predicting again; the result is a new run.
 
-Weights are chosen on out-of-fold predictions, see `common.ensemble`. Those of the blend are nested: the rows of a fold
-are combined by what was chosen on the other folds, so its score is honest, and what is tuned on it sees no more.
+Weights are chosen on out-of-fold predictions, see `common.ensemble`. The blend's own out-of-fold predictions are
+nested: each fold is combined with weights chosen on the other folds. So its score is honest, and so is tuning on it.
 
-Predictions that are a tree are laid side by side in one row of numbers, and have one weight for each run. Where all
-are too large to hold, weights are chosen on evenly spaced rows and the rest is combined block by block.
+Predictions that are a dict are flattened to one row of numbers, with one weight per run. Where they do not all fit into
+memory, weights are chosen on evenly spaced rows, and the predictions are combined block by block.
 """
 
 import argparse
@@ -48,8 +48,8 @@ from common.runs_table import best_run, is_complete
 from common.task import Task, completed
 from common.train import finish_page, provenance_of, score_oof
 
-LARGEST = 200_000_000  # numbers of all members together that weights are chosen on
-BLOCK = 4_000_000  # numbers of all members together that are combined at once
+LARGEST = 200_000_000  # most numbers, over all members, that weights are chosen on
+BLOCK = 4_000_000  # numbers, over all members, that are combined at once
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Kept:
     where: str  # for messages
     values: Predictions  # arrays [n, ...], on disk
     ids: Sequence[str]  # m
-    places: np.ndarray  # [m] of `ids` among the n
+    places: np.ndarray  # [m]: the row of each id in `values`
 
     @staticmethod
     def of_run(run: Run, kind: str) -> "Kept":
-        """What a run keeps as "oof" or "test"; raises UserError with the command that makes it."""
+        """The "oof" or "test" predictions that a run keeps; without any raises UserError with the remedy."""
         values, ids = read_predictions(run.path, kind), run.path / f"{kind}_ids.txt"
         if values is None or not ids.is_file():
             remedy = f"make predict COMP={run.provenance['competition']} RUN={run.name}" if kind == "test" else ""
@@ -75,7 +75,7 @@ class Kept:
 
     @staticmethod
     def of_file(path: Path, like: "Kept") -> "Kept":
-        """A CSV file of an id and the predictions of every row, in the columns' order; of the shape of `like`."""
+        """Read a CSV file: an id and predictions in every row, in the order of the columns and the shape of `like`."""
         (shape,) = like.shapes.values() if len(like.shapes) == 1 else (None,)
         if shape is None:
             raise UserError(f"{path}: files have no place for predictions that are a tree ({', '.join(like.shapes)})")
@@ -93,7 +93,7 @@ class Kept:
         return Kept(path.stem, str(path), values, names, np.arange(len(names)))
 
     def taken(self, ids: Sequence[str]) -> "Kept":
-        """The rows `ids`, in their order; raises UserError when some are not there."""
+        """The rows `ids`, in their order; raises UserError when some are missing."""
         place = dict(zip(self.ids, self.places.tolist(), strict=True))
         if missing := [name for name in ids if name not in place]:
             raise UserError(
@@ -103,24 +103,24 @@ class Kept:
         return replace(self, ids=ids, places=np.array([place[name] for name in ids], int))
 
     def rows(self, part: slice | np.ndarray) -> np.ndarray:
-        """Some of the m rows: numbers [k, ...], or [k, numbers] of a tree."""
+        """The predictions of some of the m rows, [k, ...]; those that are a dict are flattened to [k, numbers]."""
         places = self.places[part]
         arrays = [np.asarray(unpack(values[places])) for _, values in sorted(leaves(self.values).items())]
         return arrays[0] if len(arrays) == 1 else np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one row of every leaf."""
+        """The shape of one row, for every leaf."""
         return {leaf: values.shape[1:] for leaf, values in sorted(leaves(self.values).items())}
 
     @property
     def numbers(self) -> int:
-        """Of one row."""
+        """How many numbers one row has, over all leaves."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
 
 def as_tree(numbers: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Predictions:
-    """Numbers of `Kept.rows` as the predictions that they are of, in tensors."""
+    """Turn the numbers of `Kept.rows` back into a tensor or a dict of tensors."""
     values = torch.from_numpy(np.ascontiguousarray(numbers))
     if len(shapes) == 1:
         return rebuilt(dict.fromkeys(shapes, values))
@@ -129,7 +129,7 @@ def as_tree(numbers: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Predicti
 
 
 def blend(competition: Competition, given: argparse.Namespace) -> None:
-    """Combine the runs that --run names, all comparable ones without it; writes a run and its submission."""
+    """Combine the runs that --run names, or else all comparable runs; writes a new run and its submission."""
     started, space = time.monotonic(), _space(given)
     name = competition.name
     there = given.name and (runs.folder_of(name, given.name) / "run.json").is_file()
@@ -164,7 +164,7 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
     kept = task.postprocess.kept
     if given.by == "stack" or space is RANKS:
-        kept = "float32"  # a ridge leaves the range of probabilities, and the best of many ranks would tie
+        kept = "float32"  # a ridge regression may leave 0..1, and the highest of many ranks would tie
     parts = {int(fold): np.flatnonzero(task.data.folds[rows] == fold) for fold in np.unique(task.data.folds[rows])}
     write_combined(run.path, "oof", oof, [(parts[fold], chosen.by_part[fold]) for fold in parts], space, kept)
     write_combined(run.path, "test", test, [(np.arange(len(test[0].ids)), chosen.fitted)], space, kept)
@@ -196,7 +196,7 @@ def _space(given: argparse.Namespace) -> Space:
 
 
 def _members(competition: Competition, named: str | None) -> list[Run]:
-    """The runs to blend, the first one leads; raises UserError where they are of other folds, data or outputs."""
+    """The runs to blend; raises UserError when one has other folds, data or outputs than the first."""
     name = competition.name
     if named is not None:
         found = runs.finished(name, named)
@@ -221,7 +221,7 @@ def _unlike(one: Run, other: Run) -> str:
 
 
 def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None) -> list[Kept]:
-    """All members with the rows `ids`, without them with those that all the runs have; files must have every one."""
+    """All members, reduced to the rows `ids` or else to the rows that all runs have; files must have all of these."""
     shapes = found[0].shapes
     if unlike := [one for one in found if one.shapes != shapes]:
         raise UserError(f"{unlike[0].where} predicts {unlike[0].shapes} and {found[0].where} {shapes}: not blended")
@@ -230,7 +230,7 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
         ids = [name for name in found[0].ids if name in common]
     paths = [expanded(name, name) for name in (files or "").split(",") if name]
     added = [Kept.of_file(path, found[0]) for path in paths]
-    stems = [one.name for one in found + added]  # of lgbm/oof.csv and xgb/oof.csv nothing but the path is a name
+    stems = [one.name for one in found + added]  # lgbm/oof.csv and xgb/oof.csv differ only in their path
     found = found + [replace(one, name=one.where) if stems.count(one.name) > 1 else one for one in added]
     names = [one.name for one in found]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -241,7 +241,7 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
 def choose(
     task: Task, config: Config, oof: list[Kept], rows: np.ndarray, given: argparse.Namespace, space: Space
 ) -> tuple[Blend, int]:
-    """How to combine, chosen on the out-of-fold predictions of `rows` [m]; and on how many rows that was."""
+    """Choose how to combine, on the out-of-fold predictions of `rows` [m]; also returns how many rows were used."""
     step = -(-oof[0].numbers * len(oof) * len(rows) // LARGEST)
     sample = np.arange(len(rows))[::step]
     members, shapes = np.stack([one.rows(sample) for one in oof]), oof[0].shapes
@@ -249,7 +249,7 @@ def choose(
     targets = map_tree(torch.Tensor.cpu, concatenated([batch.targets for batch in batches]))
 
     def decide(predictions: np.ndarray) -> Tree:
-        return task.postprocess.apply(as_tree(predictions, shapes), {})  # as in validations: nothing is tuned yet
+        return task.postprocess.apply(as_tree(predictions, shapes), {})  # as in validation: before tuning
 
     objective = ensemble.maximise(task.metrics[0], targets, decide)
     way = _way(given, objective, targets, members, task.metrics[0], space)
@@ -264,13 +264,13 @@ def _way(
     metric: Metric,
     space: Space,
 ) -> Choose:
-    """What --by and --per-class name; raises UserError where these targets do not fit it."""
+    """The method that --by and --per-class name; raises UserError when the targets do not fit it."""
     needs_targets = given.by in ("nnls", "stack") or given.per_class
     if needs_targets and not isinstance(targets, torch.Tensor):
         raise UserError(f"--by {given.by}: the targets are a tree, use --by hill without --per-class")
     truth = targets.numpy() if isinstance(targets, torch.Tensor) else None
     if truth is not None and without_ones(truth.shape) == without_ones(members.shape[1:]):
-        truth = truth.reshape(members.shape[1:])  # a column [m, 1] beside numbers [m], as metrics take it
+        truth = truth.reshape(members.shape[1:])  # [m, 1] is the same as [m], as for metrics
     by_number = truth is not None and members.ndim == truth.ndim + 2  # class numbers
     if given.by == "stack":
         from sklearn.linear_model import LogisticRegression, Ridge
@@ -305,7 +305,7 @@ def _way(
 
 
 def _squared_error(column: np.ndarray) -> ensemble.Objective:
-    """What a class of class numbers is chosen by: no metric of classes is one of a single class."""
+    """The objective of a single class where targets are class numbers: their metrics cannot score one class alone."""
     return lambda predictions, rows: -float(np.square(predictions - column[rows]).mean())
 
 
@@ -317,7 +317,7 @@ def write_combined(
     space: Space,
     kept: str | dict[str, str],
 ) -> None:
-    """Keep the members' predictions, each part's rows combined by its own way; of ranks a part is one block."""
+    """Write the combined predictions, the rows of each part by its own `Fitted`; ranks need a part as a whole."""
     shapes, most = members[0].shapes, max(1, BLOCK // (members[0].numbers * len(members)))
     with PredictionWriter(folder, name, sum(len(places) for places, _ in parts), kept) as writer:
         for places, fitted in parts:
@@ -329,7 +329,7 @@ def write_combined(
 
 
 def _facts(names: list[str], chosen: Blend, metric: Metric, sampled: int) -> dict[str, Any]:
-    """What result.json says of the blend; scores are of the metric, before anything is tuned."""
+    """The blend's entry in result.json; scores are of the metric, before tuning."""
     by_member = {
         "weights": chosen.weights,
         "scores": metric.sign * chosen.members,
@@ -354,7 +354,7 @@ def _gain(facts: dict[str, Any]) -> str:
 
 
 def _report(member: Member, result: dict[str, Any], chosen: Blend) -> None:
-    """The page: members with their weights and what they are worth, correlations, mistakes."""
+    """Write the page: members with their weights and scores, correlations, mistakes."""
     run, task, _ = member
     facts = result["blend"]
     names, told = list(facts["scores"]), facts.get("weights", {})
@@ -388,6 +388,6 @@ def _report(member: Member, result: dict[str, Any], chosen: Blend) -> None:
     page.table(["fact", "value"], run.provenance.items())
     try:
         finish_page(page, member)
-    except Exception as error:  # whatever a competition's plot stumbles over
+    except Exception as error:  # a competition's own plot may raise anything
         page.write()
         run.log(f"the report of {run.path} is not complete: {type(error).__name__}: {error}")

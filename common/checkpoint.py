@@ -20,20 +20,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
-    """The state on the CPU.
+    """Load a state, with its tensors on the CPU.
 
     Raises UserError when the file is damaged, holds anything but plain types, or lacks one of `keys`.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch would take anything else for a pickle of its oldest format
-            if damaged := archive.testzip():  # torch reads over the checksums that it has written
+        with zipfile.ZipFile(path) as archive:  # torch would take other files for its oldest format, a pickle
+            if damaged := archive.testzip():  # torch writes checksums, but does not verify them
                 raise EOFError(f"the checksum of {damaged} is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise EOFError(f"it holds a {type(found).__name__}, expected named parts")
         if missing := [key for key in keys if key not in found]:
             raise EOFError(f"it has no {', '.join(missing)}")
-    except pickle.UnpicklingError as error:  # whose own text advises to run what the file says
+    except pickle.UnpicklingError as error:  # its message advises a mode that runs code from the file
         raise _refused(path, "it holds more than plain types and tensors, or is damaged") from error
     except (*DAMAGED, OSError, LookupError) as error:
         raise _refused(path, str(error)) from error
@@ -42,7 +42,7 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Around what puts the parts of the checkpoint `path` in their places; other names or shapes raise UserError."""
+    """Inside the block, errors of loading the checkpoint `path` into its parts (names, shapes) become UserError."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""The command line: `python -m common VERB COMPETITION [--flags]`. The only place where a name becomes an import."""
+"""The command line: `python -m common VERB COMPETITION [--flags]`. Each verb imports what it needs when it runs."""
 
 import argparse
 import math
@@ -12,12 +12,12 @@ from common.config import Config, Parser
 from common.errors import UserError, did_you_mean
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
 
-SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make hands FORCE=1 on with its value
+SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make passes FORCE=1 as --force=1
 NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
 
 
 def verb_parser(verb: str, competition: str, description: str, data: bool = True) -> Parser:
-    """A parser for `python -m common VERB COMPETITION`, with the flag of the verbs that read the `data`."""
+    """A parser for `python -m common VERB COMPETITION`, with --data for verbs that read the data."""
     parser = Parser(prog=f"python -m common {verb} {competition}", description=description, allow_abbrev=False)
     if data:
         what = "folder or zip archive with the competition's files [data/COMP]"
@@ -28,9 +28,10 @@ def verb_parser(verb: str, competition: str, description: str, data: bool = True
 def configured(
     parser: Parser, recipes: dict[str, Config], argv: list[str], default: str = "default"
 ) -> tuple[Config, argparse.Namespace]:
-    """The recipe's config with the given flags, and all that was given; unknown flags and recipes name the nearest.
+    """The recipe's config with the given flags applied, and the parsed arguments.
 
-    Two passes: the recipe first, because its values are the defaults that --help shows.
+    Parses in two passes: the recipe first, because its values are the defaults that --help shows. Raises UserError for
+    unknown flags and recipes, with the nearest name.
     """
     parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} [{default}]")
     recipe = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
@@ -44,7 +45,7 @@ def configured(
 
 
 def default_recipe(name: str, recipes: dict[str, Config], argv: list[str]) -> str:
-    """ "demo" where there are no data: demo data take seconds, whatever the default recipe is made for."""
+    """The recipe when none is given: "demo" on demo data, where the competition has it, else "default"."""
     data = Parser(add_help=False, allow_abbrev=False)
     data.add_argument("--data")
     given = data.parse_known_args(argv)[0].data
@@ -85,7 +86,7 @@ def predict(name: str, argv: list[str]) -> None:
 
 
 def tune(name: str, argv: list[str]) -> None:
-    """search for settings with Optuna: every trial is a run; the same command goes on (flags: those of train too)"""
+    """search for settings with Optuna: every trial is a run; the same command resumes it (takes train's flags too)"""
     competition = competitions.load(name)
     own = verb_parser("tune", name, tune.__doc__)
     own.add_argument("--search", metavar="SPACE", help="lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
@@ -139,7 +140,7 @@ def check(name: str, argv: list[str]) -> None:
 
 
 def data(name: str, argv: list[str]) -> None:
-    """bring data/COMPETITION to what the competition has, checked; does nothing when it is complete"""
+    """fetch the competition's files to data/COMPETITION and check them; does nothing when they are complete"""
     source, parser = competitions.load(name).source, verb_parser("data", name, data.__doc__)
     parser.add_argument("--force", **SWITCH, help="fetch again; keep an archive that differs from Kaggle's list")
     if source.labels:
@@ -182,7 +183,7 @@ def board(name: str, argv: list[str]) -> None:
 
 
 def kernel(name: str, argv: list[str]) -> None:
-    """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (flags: those of train too)"""
+    """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (takes train's flags too)"""
     competition, parser = competitions.load(name), verb_parser("kernel", name, kernel.__doc__)
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
@@ -193,7 +194,7 @@ def kernel(name: str, argv: list[str]) -> None:
         one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
-    config, checked = configured(parser, competition.recipes, training)  # the rest is handed on as it is
+    config, checked = configured(parser, competition.recipes, training)  # the rest is passed on as it is
     if checked.data:
         raise UserError(f"DATA={checked.data}: on Kaggle the files of {competition.source.slug or name} are at hand")
     refuse_what_stays(competition, config, given.internet == "on")
@@ -226,7 +227,7 @@ def notebook(name: str, argv: list[str]) -> None:
         one.add_argument("--submit", action="store_true", help="submit this version of the notebook")
     own.add_argument("--data")
     configs.add_prediction_flags(parser, competition.config_class)
-    words = own.parse_known_args(argv)[1]  # flags of the prediction, which are handed on as they are
+    words = own.parse_known_args(argv)[1]  # flags of the prediction, passed on as they are
     given = parser.parse_args(argv)
     from common.kaggle.kernel import inference
 
@@ -259,7 +260,7 @@ VERBS = {
 
 
 def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
-    """The verb that `word` names, of the core or of the competition; raises UserError saying who has it."""
+    """The verb `word` of the core or of the competition; raises UserError naming the competitions that have it."""
     there = competitions.names()
     found = VERBS | (competitions.load(competition).verbs if competition in there else {})
     if word in found:
@@ -282,7 +283,7 @@ def _run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb; returns the exit status. What a user can mend is one line on stderr, without a traceback."""
+    """Run one verb; returns the exit status. A UserError is printed as one line on stderr, without a traceback."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m common VERB COMPETITION [--flags]   (VERB COMPETITION --help shows the flags)\n")
         for verb, function in VERBS.items():

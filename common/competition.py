@@ -1,4 +1,4 @@
-"""A competition's folder: its light config.py at once, its task.py and demo.py when they are needed."""
+"""A competition's folder: its light config.py is imported at once, task.py and demo.py when they are needed."""
 
 import difflib
 import importlib
@@ -12,7 +12,7 @@ from common.config import Config
 from common.errors import UserError, did_you_mean
 from common.kaggle.source import Source
 
-if TYPE_CHECKING:  # needs torch, and --help does not
+if TYPE_CHECKING:  # needs torch, which --help does without
     from common.raw import RawData
     from common.task import Task
 
@@ -21,7 +21,7 @@ COMPETITIONS = Path(__file__).parents[1] / "competitions"
 
 @dataclass(frozen=True)
 class Competition:
-    """What common.task says a folder has. `config` is the folder's config module; the others are imported on use."""
+    """A competition's folder, see common.task. `config` is its config module; the other modules are imported on use."""
 
     name: str
     config: ModuleType
@@ -59,12 +59,12 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Competition:
-    """The competition of that name; importing it costs no torch."""
+    """The competition of that name; does not import torch."""
     return Competition(name, importlib.import_module(f"competitions.{name}.config"))
 
 
 def known(name: str, verb: str) -> str:
-    """`name` if it is a competition; raises UserError listing them all, or naming the nearest."""
+    """Return `name` if it is a competition; otherwise raises UserError with all names and the nearest one."""
     there = names()
     if name in there:
         return name

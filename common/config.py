@@ -35,11 +35,11 @@ def flag(
     predicts: bool = False,
     names: Literal["", "runs", "weights"] = "",
 ) -> Any:
-    """A field of a Config that is also a command-line flag: default, line of help, unit and which values it may have.
+    """A Config field that is also a command-line flag, with its default, help line, unit and rule for allowed values.
 
-    A number has to be finite in any case, and a tuple's rule is for each of its numbers. One that `predicts` also is
-    a flag of `make predict`: it chooses what is predicted and has no part in the training. A value that `names` runs,
-    or weights (imagenet, none or a path), may be of this machine alone: `make kernel` asks.
+    Numbers must always be finite; a tuple's rule applies to each of its numbers. A flag that `predicts` is also one of
+    `make predict`: it changes the predictions, but not the training. `names` marks a flag that names runs, or weights
+    (imagenet, none or a path): these may exist on this machine only, which `make kernel` checks.
     """
     facts = {"help": help, "unit": unit, "rule": rule, "predicts": predicts, "names": names}
     return field(default=default, metadata=facts)
@@ -47,7 +47,7 @@ def flag(
 
 @dataclass(frozen=True)
 class Config:
-    """What every competition can set. A competition extends it by one level and names its recipes beside it."""
+    """The settings of every competition. A competition's own config is a direct subclass; recipes stand beside it."""
 
     # What is trained on.
     fold: str = flag("0", "fold to hold out for validation; 'all' trains every fold, 'none' trains on everything")
@@ -136,11 +136,11 @@ class Config:
 MACHINE_FIELDS = frozenset(
     {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph", "track"}
 )
-# Fields for any task: the rows, and the machine. All the others of `Config` are a network's.
+# Fields for any task: rows and machine. All other fields of `Config` are for networks only.
 ANY_TASK_FIELDS = frozenset(
     {"fold", "folds", "seed", "device", "precision", "workers", "threads", "keep_memory", "save_every"}
 )
-# What `make predict` may set, and what a competition marks with flag(..., predicts=True); the rest shaped the weights.
+# Fields that `make predict` may set, besides those marked with flag(..., predicts=True); the rest shaped the weights.
 PREDICTION_FIELDS = frozenset(
     {"batch_size", "tta", "device", "precision", "workers", "threads", "keep_memory", "channels_last"}
 )
@@ -156,7 +156,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _parse_value(name: str, hint: Any, text: str) -> Any:
-    """Text of a flag to a value of its type; raises UserError naming the flag, the value and what is expected."""
+    """Parse a flag's text as its type; raises UserError naming the flag, the value and what is expected."""
     for choice in _choices(hint):
         if text == str(choice):
             return choice
@@ -194,7 +194,7 @@ def _value_text(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError and names the nearest flag for one that it does not know."""
+    """An argparse parser that raises UserError, and suggests the nearest flag for an unknown one."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}. See: {self.prog} --help")
@@ -216,7 +216,7 @@ def add_flags(parser: argparse.ArgumentParser, config: Config) -> None:
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
-    """Flags of what may differ between a run and its predictions; everything else is as the run was trained."""
+    """Add the flags that may change between training and prediction; all other settings stay those of the run."""
     for item in fields(config_class):
         if item.name in PREDICTION_FIELDS or item.metadata.get("predicts"):
             _add_flag(parser, config_class, item, "as the run was trained")
@@ -247,11 +247,11 @@ def with_flags(config: ConfigType, given: argparse.Namespace) -> ConfigType:
 
 
 def checked(config: ConfigType) -> ConfigType:
-    """`config` in its types, if its values make sense, alone and together; raises UserError naming what is expected."""
+    """`config` with values of the declared types; raises UserError when values are invalid, alone or in combination."""
     hints = get_type_hints(type(config))
     values = {item.name: _as_flag(item.name, hints[item.name], getattr(config, item.name)) for item in fields(config)}
     config = replace(config, **values)
-    core = {item.name: item.metadata["rule"] for item in fields(Config)}  # also for a competition's own default
+    core = {item.name: item.metadata["rule"] for item in fields(Config)}  # also for fields that a competition redefines
     for item in fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
         if get_origin(hint) is Literal and value not in get_args(hint):
@@ -275,7 +275,7 @@ def checked(config: ConfigType) -> ConfigType:
 
 
 def _as_flag(name: str, hint: Any, value: Any) -> Any:
-    """A recipe's value as its flag and config.json give it: a fold of 0 is "0", a list is a tuple."""
+    """Convert a recipe's value to what its flag and config.json would give: fold=0 becomes "0", a list a tuple."""
     if isinstance(value, list):
         return tuple(value)
     is_word = hint in (bool, int, float, str) or get_origin(hint) in (Union, types.UnionType)
@@ -283,10 +283,11 @@ def _as_flag(name: str, hint: Any, value: Any) -> Any:
 
 
 def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collection[str]) -> None:
-    """For a task without a network: raise UserError for a setting of networks that it does not name among its `uses`.
+    """Raise UserError for a network's setting that a task without a network does not name in its `uses`.
 
-    Given flags must be as in the `recipe`, and the recipe as the `default` one or the core. Where a flag of the
-    competition's own was given, such as the kind of model, the recipe may be a network's and keeps its settings.
+    Such a setting must equal the `recipe`'s, and the recipe's must equal that of the `default` recipe or of the core.
+    The latter is not checked if a flag of the competition's own was changed, such as the kind of model: then the recipe
+    may be one for a network.
     """
     core = [item.name for item in fields(Config)]
     same_kind = all(getattr(config, one.name) == getattr(recipe, one.name) for one in fields(config)[len(core) :])
@@ -302,7 +303,7 @@ def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collect
 
 
 def folds_to_train(config: Config) -> list[int | None]:
-    """What --fold names: the folds to hold out, one after the other; None holds out nothing."""
+    """The folds that --fold names, to be held out one after the other; None holds out nothing."""
     return {"all": list(range(config.folds)), "none": [None]}.get(config.fold) or [int(config.fold)]
 
 
@@ -320,9 +321,9 @@ def to_json(config: Config) -> str:
 
 
 def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:
-    """The config that `to_json` wrote; raises UserError when it has fields that `config_class` has not.
+    """The config that `to_json` wrote; raises UserError when it has fields that `config_class` does not have.
 
-    A flag that is newer than the run has its default there: a new flag's default is what was done before it.
+    A flag that is newer than the run gets its default. So the default of a new flag must be the earlier behaviour.
     """
     if gone := sorted(values.keys() - {item.name for item in fields(config_class)}):
         raise UserError(
@@ -332,7 +333,7 @@ def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> Confi
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Fields in which two runs compute something different, as lines 'lr: 0.001 -> 0.003'."""
+    """The fields that make two runs compute different results, as lines 'lr: 0.001 -> 0.003'."""
     return [
         f"{item.name}: {getattr(old, item.name)} -> {getattr(new, item.name)}"
         for item in fields(old)

@@ -1,4 +1,4 @@
-"""Where and how exactly a run computes: the device, the precision, the threads, and the memory it took."""
+"""The device, precision and threads of a run, and the memory that it used."""
 
 import os
 import resource
@@ -31,16 +31,15 @@ def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.devi
 
 
 def precision_of(config: Config, device: torch.device) -> Precision:
-    """fp32, bf16 or fp16; `auto` is what the hardware multiplies quickest."""
+    """fp32, bf16 or fp16; `auto` is the one that the hardware multiplies fastest."""
     return best_precision(device) if config.precision == "auto" else config.precision
 
 
 def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_format:
-    """Settings of a process that trains or predicts on `device`; returns the memory format for its models.
+    """Set torch up to train or predict on `device`; returns the memory format for the models.
 
-    On a CUDA card: TF32 for what is left in float32, the quickest of cuDNN's convolutions for every shape, and
-    channels_last (whatever the argument says), in which tensor cores want their images. A CPU keeps torch's defaults,
-    and its bits.
+    On a CUDA card: TF32 for the operations left in float32, cuDNN's fastest convolution for every shape, and always
+    channels_last, the layout that tensor cores work in. A CPU keeps torch's defaults, so its results do not change.
     """
     if device.type != "cuda":
         return torch.channels_last if channels_last else torch.preserve_format
@@ -50,9 +49,9 @@ def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_fo
 
 
 def workers_of(config: Config, device: torch.device) -> int:
-    """Loading workers of this process: --workers as it is.
+    """How many loading workers this process starts: --workers if that is a number.
 
-    "auto" is its part of the cores, less one for itself; a fourth of them where the cores compute the network too.
+    "auto" is its share of the cores less one for itself, or a quarter of them when they compute the network too.
     """
     if config.workers != "auto":
         return config.workers
@@ -60,9 +59,9 @@ def workers_of(config: Config, device: torch.device) -> int:
 
 
 def threads_of(config: Config, workers: int) -> int:
-    """CPU threads of this process beside `workers` that it uses (0 for data held as tensors): --threads as it is.
+    """CPU threads of this process beside its `workers` (0 for data held as tensors): --threads unless that is 0.
 
-    0 leaves the workers a core each, and heeds OMP_NUM_THREADS.
+    0 takes the cores that the workers leave free, at most OMP_NUM_THREADS.
     """
     free = cores() - workers
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
@@ -70,13 +69,13 @@ def threads_of(config: Config, workers: int) -> int:
 
 
 def use_threads(config: Config, with_workers: bool = False) -> None:
-    """Apply --threads and --keep-memory to this process, beside its loading workers when it has some."""
+    """Apply --threads and --keep-memory to this process; `with_workers` leaves cores to its loading workers."""
     memory.keep_freed(config.keep_memory)
     torch.set_num_threads(threads_of(config, workers_of(config, device_of(config)) if with_workers else 0))
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: the most that torch has allocated on a card, or that this process has taken of the computer."""
+    """Peak memory in GiB: what torch has allocated on a card, or what this process has used of main memory."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     unit = 1 if sys.platform == "darwin" else 1024

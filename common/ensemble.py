@@ -1,16 +1,17 @@
-"""Blends of runs: how they are combined is chosen on out-of-fold predictions, and what that gains is told honestly.
+"""Blends of runs: weights are chosen on out-of-fold predictions, and scored on rows that had no part in the choice.
 
-    members  [runs, m, ...]   out-of-fold predictions of every run for the same m rows, averaged as they are kept
-    parts    [m]              the fold of every row: what is chosen without a part's rows is scored on them
-    objective(predictions [n, ...], rows [n]) -> float, larger is better: `maximise` makes one of a metric
+    members  [runs, m, ...]   out-of-fold predictions of every run for the same m rows, as the runs keep them
+    parts    [m]              the fold of every row: each part is scored with weights chosen on the other parts
+    objective(predictions [n, ...], rows [n]) -> float, larger is better: `maximise` makes one from a metric
     choose(members [runs, n, ...], rows [n]) -> fitted, and fitted(members [runs, k, ...]) -> predictions [k, ...]
 
     blend = nested(members, parts, hill_climbing(objective), objective)
     test = blend.fitted(test_members)
 
 The ways to choose: `equal`, `hill_climbing`, `optimum`, `least_squares`, `per_class` of one of these, and `stacked`.
-Where predictions are a tree, or too large to hold several of, choose on the leaf or the rows that decide, and let
-`fitted` combine the rest block by block. Means are taken in a space: PLAIN, RANKS, or power(p); p=0 is geometric.
+Where predictions are a dict, or too large to hold those of several runs in memory, choose on one leaf or on some rows,
+and let `fitted` combine the rest block by block. Means are taken in a space: PLAIN, RANKS, or power(p); p=0 is
+geometric.
 """
 
 import math
@@ -29,13 +30,13 @@ from common.metrics import Metric
 Objective = Callable[[np.ndarray, np.ndarray], float]
 Fitted = Callable[[np.ndarray], np.ndarray]
 Choose = Callable[[np.ndarray, np.ndarray], Fitted]
-SMALLEST = 1e-15  # of what logarithms and negative powers are taken
-CORRELATED = 1_000_000  # numbers of each run that correlations are taken of
+SMALLEST = 1e-15  # lower bound of predictions in logarithms and negative powers
+CORRELATED = 1_000_000  # about as many numbers of each run go into the correlations
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where means are taken: `there` maps the members [runs, n, ...], `back` a mean [n, ...] of them."""
+    """The space in which means are taken: `there` maps members [runs, n, ...] to it, `back` a mean [n, ...] from it."""
 
     there: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray], np.ndarray]
@@ -53,11 +54,11 @@ def _ranks(members: np.ndarray) -> np.ndarray:
 
 
 PLAIN = Space(_same, _same)
-RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are those among the rows predicted together
+RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are among the rows predicted together
 
 
 def power(exponent: float) -> Space:
-    """The mean of powers of predictions: 1 is the plain mean, 0 geometric, -1 harmonic. Negative ones are refused."""
+    """The power mean: 1 is the plain mean, 0 geometric, -1 harmonic. Raises UserError for negative predictions."""
     least = SMALLEST if exponent <= 0 else 0.0
 
     def there(members: np.ndarray) -> np.ndarray:
@@ -73,7 +74,7 @@ def power(exponent: float) -> Space:
 
 @dataclass(frozen=True)
 class Weighted:
-    """The mean with `weights` [runs], of sum 1, in a space."""
+    """The weighted mean in a space; `weights` [runs] sum to 1."""
 
     weights: np.ndarray
     space: Space = PLAIN
@@ -84,7 +85,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class ByClass:
-    """Each class, the axis after the rows, by a way of its own."""
+    """Combines every class (the axis after the rows) with its own weights."""
 
     fitted: tuple[Weighted, ...]
 
@@ -106,9 +107,9 @@ def _mean(members: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def maximise(metric: Metric, targets: Tree, decide: Callable[[np.ndarray], Any] = _same) -> Objective:
-    """The metric as what grows: of decide(predictions), against `targets`, a tree of arrays or tensors [m, ...].
+    """An objective from a metric of decide(predictions) against `targets`, a tree of arrays or tensors [m, ...].
 
-    What has no score counts as the worst.
+    Its sign is changed where lower is better. An undefined score (NaN) counts as the worst.
     """
 
     targets = as_tensors(targets)
@@ -121,15 +122,15 @@ def maximise(metric: Metric, targets: Tree, decide: Callable[[np.ndarray], Any] 
 
 
 def equal(space: Space = PLAIN) -> Choose:
-    """The plain mean in a space: nothing is chosen."""
+    """Equal weights in a space: nothing is chosen."""
     return lambda members, rows: Weighted(np.full(len(members), 1 / len(members)), space)
 
 
 def hill_climbing(objective: Objective, space: Space = PLAIN, rounds: int = 50, patience: int = 5) -> Choose:
     """Ensemble selection with replacement (Caruana and others, ICML 2004).
 
-    From nothing, the run whose addition to the mean scores best is added again and again; the best of these means is
-    kept. It ends after `rounds`, or when none of `patience` rounds was better.
+    Every round adds to the mean the run with which it scores best; a run may be added several times. The best of these
+    means is kept. Stops after `rounds`, or after `patience` rounds without improvement.
     """
 
     def choose(members: np.ndarray, rows: np.ndarray) -> Weighted:
@@ -152,9 +153,9 @@ def hill_climbing(objective: Objective, space: Space = PLAIN, rounds: int = 50, 
 
 
 def optimum(objective: Objective, space: Space = PLAIN, calls: int = 30) -> Choose:
-    """The weights with the best objective, by Nelder and Mead's search from equal ones; `calls` for every run.
+    """The weights with the best objective, by Nelder-Mead search from equal weights; `calls` evaluations for every run.
 
-    It needs an objective without steps; of accuracy it finds less than hill climbing does.
+    It needs an objective without steps: for accuracy, hill climbing finds better weights.
     """
 
     def choose(members: np.ndarray, rows: np.ndarray) -> Weighted:
@@ -186,7 +187,7 @@ def optimum(objective: Objective, space: Space = PLAIN, calls: int = 30) -> Choo
 
 
 def least_squares(targets: np.ndarray) -> Choose:
-    """Non-negative weights of least squared error, scaled to sum 1; equal ones where all targets are 0.
+    """Non-negative least-squares weights, scaled to sum 1; equal weights where all targets are 0.
 
     `targets` [m, ...] have the shape of one run's predictions, or are class numbers [m] of predictions [m, C].
     """
@@ -213,7 +214,7 @@ def least_squares(targets: np.ndarray) -> Choose:
 
 
 def per_class(choose_of: Callable[[int], Choose]) -> Choose:
-    """Every class, the axis after the rows, on its own: choose_of(c) gets members [runs, n, ...] of class c."""
+    """Choose for every class (the axis after the rows) on its own: choose_of(c) gets its members [runs, n, ...]."""
 
     def choose(members: np.ndarray, rows: np.ndarray) -> ByClass:
         return ByClass(tuple(choose_of(c)(members[:, :, c], rows) for c in range(members.shape[2])))
@@ -224,7 +225,7 @@ def per_class(choose_of: Callable[[int], Choose]) -> Choose:
 def stacked(model: Any, targets: np.ndarray) -> Choose:
     """A scikit-learn model on the predictions of all runs side by side: Ridge(), or LogisticRegression() for classes.
 
-    `targets` [m] or [m, T] are what it is fitted to. A class that none of its rows has gets the probability 0.
+    It is fitted to `targets` [m] or [m, T]. A class that is absent from the rows of a fit gets the probability 0.
     """
 
     def features(members: np.ndarray) -> np.ndarray:
@@ -262,24 +263,24 @@ class Blend:
     """A way to combine runs, and what it is worth; scores are those of the objective."""
 
     fitted: Fitted  # chosen on all rows: for the test rows
-    by_part: dict[int, Fitted]  # chosen without the rows of a part: for that part's rows
-    predictions: np.ndarray  # [m, ...] of rows that had no part in choosing: tune and score these
+    by_part: dict[int, Fitted]  # chosen on the other parts: for the rows of a part
+    predictions: np.ndarray  # [m, ...] by `by_part`: tune on these and score them
     score: float  # of `predictions`
-    mean: float  # of the plain mean of the runs
-    members: np.ndarray  # [runs], of each alone
-    without: np.ndarray | None  # [runs] `score` of the blend that never had the run, NaN where it takes that run
+    mean: float  # score of the plain mean of the runs
+    members: np.ndarray  # [runs] score of each run alone
+    without: np.ndarray | None  # [runs] score of the blend without each run, NaN where the blend needs the run
     correlation: np.ndarray  # [runs, runs] of the runs' predictions
 
     @property
     def weights(self) -> np.ndarray | None:
-        """[runs], or [runs, C] of each class; None of a stack."""
+        """[runs], or [runs, C] by class; None for a stack."""
         return getattr(self.fitted, "weights", None)
 
 
 def nested(
     members: np.ndarray, parts: np.ndarray, choose: Choose, objective: Objective, leave_out: bool = True
 ) -> Blend:
-    """Choose how to combine `members` [runs, m, ...], and score that by parts that had no part in choosing.
+    """Choose how to combine `members` [runs, m, ...], and score each part with what was chosen on the other parts.
 
     Raises UserError for fewer than two runs or parts, or predictions that are not finite.
     """
@@ -317,7 +318,7 @@ def nested(
 def _score_or_nan(
     members: np.ndarray, parts: np.ndarray, choose: Choose, score: Callable[[np.ndarray], float]
 ) -> float:
-    """The nested score of these runs, NaN where they cannot be combined: the blend may need the one left out."""
+    """The nested score of these runs; NaN if they cannot be combined, as the blend may need the run left out."""
     try:
         return score(_by_parts(members, parts, choose)[1])
     except UserError:
@@ -325,7 +326,7 @@ def _score_or_nan(
 
 
 def _by_parts(members: np.ndarray, parts: np.ndarray, choose: Choose) -> tuple[dict[int, Fitted], np.ndarray]:
-    """What is chosen without every part, and its predictions [m, ...] of the part's rows."""
+    """For every part, what is chosen on the other parts; and the predictions [m, ...] that this gives for its rows."""
     result = np.empty(members.shape[1:], np.result_type(members, np.float32))
     chosen = {}
     for part in np.unique(parts).tolist():

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and its kind for an image file."""
+"""The exception whose message is meant for the user, and its subclass for image files."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -6,19 +6,19 @@ from os import PathLike
 
 
 class UserError(Exception):
-    """Something the user can mend: the message holds the value, the expectation and the next command.
+    """An error that the user can fix: the message holds the value, the expectation and the next command.
 
-    The command line prints it as one line and exits with status 1; nothing else of the kit catches it.
+    The command line prints it as one line and exits with status 1.
     """
 
 
 def some(names: Sequence[str], shown: int = 3, by: str = ", ") -> str:
-    """The first few names, and how many more there are."""
+    """The first few names joined, and how many more there are."""
     return by.join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of an error about an unknown `word`: what is nearest to it, "" where nothing is near."""
+    """A suggestion that ends an error about an unknown `word`: the nearest known word, "" if none is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f" Did you mean {near[0]}?" if near else ""
 

@@ -20,16 +20,16 @@ from common.errors import UserError
 if TYPE_CHECKING:  # make's own checks run before anything is installed
     import numpy as np
 
-# What the disk or its permissions can say to a write; any other OSError comes from whoever makes the content.
+# Errors of the disk or its permissions; any other OSError during a write comes from the code that makes the content.
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without them answer
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of file systems without locks
 NO_ROOM = 2**20  # bytes
 NOT_NPY = ValueError, EOFError, SyntaxError, tokenize.TokenError  # what numpy raises for a damaged .npy file
-NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")  # what ndarray.tofile says to a full disk, without a number
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet would compute, quoted or not
+NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")  # ndarray.tofile's error on a full disk has no errno
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # start of a cell that a spreadsheet would compute, quoted or not
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-csv.field_size_limit(2**31 - 1)  # the module's 131,072 characters are fewer than the run lengths of a ragged mask take
+csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is too few for the run lengths of a ragged mask
 
 
 def not_written(path: Path, error: OSError) -> UserError:
@@ -41,7 +41,7 @@ def not_written(path: Path, error: OSError) -> UserError:
 
 
 def not_read(path: Path, error: Exception, again: str = "") -> UserError:
-    """`again` says how the file is made anew, where that is not by training the run whose folder it is in."""
+    """The error for a damaged file; `again` is the remedy, if that is not to delete its folder and train again."""
     again = again or f"delete {path.parent} and train again"
     return UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}")
 
@@ -61,9 +61,9 @@ def require_room(path: Path, size: float, what: str) -> None:
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """A file to write that takes the place of `path` once it is complete and on disk; on any error `path` stays.
+    """Open a draft that replaces `path` once it is complete and on disk; on any error `path` stays as it was.
 
-    Drafts of `path` that killed writers have left are deleted. Raises UserError when the disk is full or cannot be
+    Also deletes the drafts of `path` that killed writers left. Raises UserError when the disk is full or cannot be
     written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -87,7 +87,7 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and those above it; raises UserError where one of them is something else."""
+    """Make the folder and those above it; raises UserError where one of them is something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -98,7 +98,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _own_draft(draft: Path, mode: str, options: dict[str, Any]) -> IO:
-    """A new draft, opened and locked. Until it is locked another writer may take it for a dead one and delete it."""
+    """Open and lock a new draft; until it is locked, another writer may take it for abandoned and delete it."""
     while True:
         stream = open(draft, mode, **options)
         try:
@@ -111,16 +111,16 @@ def _own_draft(draft: Path, mode: str, options: dict[str, Any]) -> IO:
 
 
 def _remove_dead_drafts(path: Path) -> None:
-    """A living writer, of this or another machine, holds a lock on its draft."""
+    """Delete drafts of `path` that nobody has locked: a living writer, on any machine, holds a lock on its draft."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(OSError), open(draft, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(draft, stream):  # its writer may have put it in place, and have begun the next one
+            if _is_at(draft, stream):  # else its writer has just put it in place, and may have begun another
                 draft.unlink()
 
 
 def _is_at(path: Path, stream: IO) -> bool:
-    """Whether the open file is still the one that has this name."""
+    """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
     except FileNotFoundError:
@@ -129,9 +129,9 @@ def _is_at(path: Path, stream: IO) -> bool:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """One process at a time is inside, for one `folder`; whether that is sure: some file systems know no locks.
+    """Only one process at a time is inside the block for a `folder`; yields False where the file system has no locks.
 
-    The lock is the folder's own, so no file stays behind, and goes with its process, however that ends.
+    Locks the folder itself, so no lock file is left behind. The lock ends with the process, however that ends.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -146,7 +146,7 @@ def alone_in(folder: Path) -> Iterator[bool]:
 
 
 def is_foreign(name: str) -> bool:
-    """Hidden, or what Macs put into archives and onto the disks of others: ._train.csv is no train.csv."""
+    """Whether a file is hidden, or one that macOS adds to archives and disks: ._train.csv is no train.csv."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -157,14 +157,14 @@ def sha256(file: Path | BinaryIO) -> str:
 
 
 def expanded(given: str | Path, told: str) -> Path:
-    """The path, ~ as the home folder.
+    """The path with ~ expanded.
 
-    Raises UserError, for `told`, for nobody's home, for links in a circle and for names longer than a file's may be.
+    Raises UserError, which calls the path `told`, for an unknown home, a loop of links, or a name that is too long.
     """
     try:
         path = Path(given).expanduser()
         path.resolve()
-        with suppress(PermissionError):  # is told by who opens it
+        with suppress(PermissionError):  # the code that opens it reports this
             path.exists()
         return path
     except (RuntimeError, OSError) as error:
@@ -172,9 +172,9 @@ def expanded(given: str | Path, told: str) -> Path:
 
 
 def locked(path: Path, busy: str = "") -> IO[str]:
-    """`path`, opened and locked; the lock goes when it is closed, or with the process, however that ends.
+    """Open and lock `path`; the lock ends when the file is closed, or with the process, however that ends.
 
-    Waits for another process that holds it, or raises UserError(busy) at once where that is given.
+    While another process holds the lock it waits or, if `busy` is given, raises UserError(busy) at once.
     """
     try:
         make_folder(path.parent)
@@ -195,15 +195,15 @@ def locked(path: Path, busy: str = "") -> IO[str]:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete what writers that were killed have left in a folder that only this process writes."""
+    """Delete the drafts of killed writers in a folder that only this process writes to."""
     for draft in folder.glob(".*.part"):
         draft.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
-    """The object that `path` holds; raises UserError when it is damaged or lacks one of `keys`.
+    """The JSON object in `path`; raises UserError when it is damaged or lacks one of `keys`.
 
-    `again` is that of `not_read`.
+    `again` is passed to `not_read`.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -226,7 +226,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_table(path: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV by the names of its columns; raises UserError as `read_json` does: a spreadsheet changes it."""
+    """The rows of a CSV as dicts; raises UserError when it is damaged or lacks one of `columns`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream)
@@ -238,7 +238,7 @@ def read_table(path: Path, *columns: str) -> Iterator[dict[str, str]]:
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table for the eye: what a spreadsheet would take for a formula gets a ' in front. Not for submissions."""
+    """Write a table for people: a cell that a spreadsheet would compute gets a ' in front. Not for submissions."""
     with replacing(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
@@ -246,17 +246,17 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) 
 
 
 def plain_cell(cell: Any) -> Any:
-    """`cell` as no spreadsheet computes it; numbers stay as they are, and `read_cell` gives the text back."""
+    """`cell` in a form that no spreadsheet computes; numbers stay as they are. `read_cell` undoes it."""
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell) else cell
 
 
 def read_cell(text: str) -> str:
-    """What `plain_cell` was given."""
+    """The text that `plain_cell` was given."""
     return text[1:] if text.startswith("'") and FORMULA.match(text) else text
 
 
 def write_with(path: Path, writer: Callable[[IO], None]) -> None:
-    """Let `writer(stream)` produce the file; failures of the disk inside libraries surface as UserError too."""
+    """Let `writer(stream)` write the file; disk errors inside libraries are raised as UserError too."""
     with replacing(path) as stream:
         try:
             writer(stream)
@@ -278,6 +278,6 @@ def read_npy(path: Path) -> "np.ndarray":
     import numpy as np
 
     try:
-        return np.lib.format.open_memmap(path, "r")  # numpy.load would advise to unpickle what is no array
+        return np.lib.format.open_memmap(path, "r")  # numpy.load would take a damaged file for a pickle
     except (*NOT_NPY, OSError) as error:
         raise not_read(path, error) from error

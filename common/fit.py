@@ -44,14 +44,14 @@ OWN_COLUMNS = ("fold", "epoch", "step", "lr", "loss", "gradient_norm", "valid_lo
 
 @dataclass
 class State:
-    """Where the loop stands: everything besides tensors that a resumed run needs, in plain types."""
+    """The state of the loop: everything besides tensors that a resumed run needs, in plain types."""
 
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps that are done
-    loss_sum: float = 0.0  # of this epoch, times samples
-    norm_sum: float = 0.0  # of this epoch's gradient norms
-    samples: int = 0  # of this epoch
+    loss_sum: float = 0.0  # over this epoch's steps, each loss times its samples
+    norm_sum: float = 0.0  # over this epoch's steps, of the gradient norms
+    samples: int = 0  # of this epoch's steps so far
     best: float | None = None
     stale: int = 0  # validations since the best one
     seconds: float = 0.0
@@ -59,7 +59,7 @@ class State:
 
 
 def rows_of_fold(task: Task, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers (training, validation) of a fold; raises UserError when one of them has none."""
+    """Row numbers (training, validation) of a fold; raises UserError when either is empty."""
     folds = task.data.folds
     train = np.flatnonzero(folds != fold) if fold is not None else np.arange(len(folds))
     valid = np.flatnonzero(folds == fold) if fold is not None else np.empty(0, int)
@@ -72,7 +72,7 @@ def rows_of_fold(task: Task, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def order_of(task: Task, config: Config, rows: np.ndarray) -> orders.Order:
-    """The order of a fold's training rows; raises UserError for one of other rows: they may be held-out ones."""
+    """The order of a fold's training rows; raises UserError when it holds other rows: they may be validation rows."""
     order = (task.data.order or orders.shuffled)(rows)
     if len(others := np.setdiff1d(order(config.seed, 0).index, rows)):
         raise UserError(
@@ -83,7 +83,7 @@ def order_of(task: Task, config: Config, rows: np.ndarray) -> orders.Order:
 
 
 def seed_all(config: Config, fold: int | None) -> None:
-    """Start random, np.random and torch at the fold's own seed: first weights are the same in every run and process."""
+    """Seed random, np.random and torch for the fold: the initial weights are the same in every run and process."""
     seed = keyed_seed(config.seed, -1 if fold is None else fold)
     random.seed(seed)
     np.random.seed(seed)
@@ -104,10 +104,10 @@ def fit(
 ) -> Path:
     """Train on every row outside `fold` (None: on all rows); returns the folder with its weights and predictions.
 
-    `join` gives the task to train, where that is not `task`: the same one with more training rows (pseudo-labels).
+    `join`, if given, returns the task to train instead: `task` with more training rows (pseudo-labels).
 
-    A fold that is finished is left as it is; one that was interrupted goes on, to the same bits on a CPU.
-    Raises UserError when the loss is no longer finite, when the memory holds not even one sample, or on a full disk.
+    A finished fold is left as it is. An interrupted fold is resumed; on a CPU it ends with the same bits.
+    Raises UserError when the loss is not finite, when not even one sample fits into memory, or when the disk is full.
     """
     folder = run.fold_folder(fold)
     if ranks.is_writer:
@@ -122,7 +122,7 @@ def fit(
 
 
 class Training:
-    """One fold: `run_all` goes through its epochs and keeps what came out of them."""
+    """The training of one fold: `run_all` runs its epochs, then writes its weights and predictions."""
 
     def __init__(self, task: Task, config: Config, run: Run, fold: int | None, ranks: Ranks):
         self.task, self.config, self.run, self.fold, self.ranks = task, config, run, fold, ranks
@@ -142,7 +142,7 @@ class Training:
                 f"{fold_label(fold)}: resumed at epoch {self.state.epoch + 1}, batch {self.state.batch} of "
                 f"{self.loader.batches_per_epoch}"
             )
-        self.reports: list[tuple[StepReport, int]] = []  # of steps that nobody has looked at yet, and their samples
+        self.reports: list[tuple[StepReport, int]] = []  # of steps that are not yet added up, and their samples
         self.saved = self.counted = time.monotonic()
 
     @property
@@ -194,14 +194,14 @@ class Training:
         )
 
     def run_all(self) -> Path:
-        """Every epoch that is left, then the weights and the out-of-fold predictions; returns the fold's folder."""
+        """Run the epochs that are left, write weights and out-of-fold predictions; returns the fold's folder."""
         config, state = self.config, self.state
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
             self._epoch()
         self.loader.close()
         with self._averaged():
             self._keep()
-        self.ranks.barrier()  # nobody goes on before fold.json, which marks the fold as finished, is there
+        self.ranks.barrier()  # all processes wait for fold.json, which marks the fold as finished
         _remove_checkpoints(self.folder, self.ranks)
         return self.folder
 
@@ -231,13 +231,13 @@ class Training:
         self._close_epoch(row | {"memory_gib": peak_memory(self.device)}, seconds)
 
     def _train(self, mode: bool) -> None:
-        """Of the model and of a loss that is a module: neither may learn from held-out rows."""
+        """Set training or evaluation mode of the model and of a loss module: neither may learn from held-out rows."""
         for part in (self.model, self.loss):
             if isinstance(part, nn.Module):
                 part.train(mode)
 
     def _choose_loss(self, epoch: int) -> None:
-        """The loss of an epoch is a function of its number alone, so that a run that goes on takes the same."""
+        """Use the loss of an epoch; it depends on the epoch's number alone, so a resumed run uses the same one."""
         if self.task.network.loss_of:
             self.loss = self.task.network.loss_of(epoch)
             self.engine.use(self.loss)
@@ -256,23 +256,23 @@ class Training:
             self._collect()
 
     def _collect(self) -> None:
-        """Add up what the steps reported; on a card this waits for them, so it is done when somebody wants to know."""
+        """Add up the reports of the steps; on a card this waits for the steps, so it runs only when sums are needed."""
         self.engine.settle()
         for report, samples in self.reports:
             self.state.loss_sum += float(report.loss) * samples
             norm = float(report.gradient_norm)
-            self.state.norm_sum += norm if math.isfinite(norm) else 0.0  # a step that fp16 left out
+            self.state.norm_sum += norm if math.isfinite(norm) else 0.0  # fp16 has skipped this step
             self.state.samples += samples
         self.reports.clear()
 
     def _rate(self, step: int) -> float:
-        """Of a step, relative to --lr."""
+        """The learning rate of a step, relative to --lr."""
         return learning_rate_factor(
             step, total_steps=self.total_steps, schedule=self.config.schedule, warmup_fraction=self.config.warmup
         )
 
     def _row(self) -> dict[str, Any]:
-        """The epoch's row of metrics.csv, as far as the training goes."""
+        """The training columns of the epoch's row in metrics.csv."""
         state = self.state
         steps = state.step - (state.history[-1]["step"] if state.history else 0)
         return {
@@ -294,7 +294,7 @@ class Training:
         return Predictor([self.model], self.task, tta, self.config, batch_size, self.device)
 
     def _remember_best(self, value: float) -> None:
-        """Count validations since the best one and keep the weights of the best (--keep last keeps none)."""
+        """Count the validations since the best one; write the best one's weights, except with --keep last."""
         state, sign = self.state, self.task.metrics[0].sign
         better = not math.isnan(value) and (state.best is None or sign * value > sign * state.best)
         state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
@@ -302,12 +302,12 @@ class Training:
             checkpoint.save(self.folder / "best.pt", {"model": self.model.state_dict()})
 
     def _close_epoch(self, row: dict[str, Any], seconds: float) -> None:
-        """Write the epoch down, then go on to the next one."""
+        """Write and log the epoch's row, and set the state to the start of the next epoch."""
         state, label = self.state, self._label()
         state.history.append(row)
         state.epoch, state.batch, state.samples, state.loss_sum, state.norm_sum = state.epoch + 1, 0, 0, 0.0, 0.0
         skipped = self.ranks.union(dict(self.loader.skipped))
-        if self.ranks.is_writer:  # before the checkpoint: an epoch that is saved as done is never written again
+        if self.ranks.is_writer:  # before the checkpoint: an epoch that it has as done is never written again
             write_metrics(self.folder, state.history)
             write_skipped(self.run, self.folder, self.task, skipped)
         track.epoch(self.run, self.config, self.fold, row)
@@ -317,7 +317,7 @@ class Training:
         self.run.log(f"{label}: {', '.join(f'{name} {value:.5g}' for name, value in shown.items())}, {seconds:.1f} s")
 
     def _shown(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """The batches of an epoch under a progress line: the loss, samples a second and what is left of the run."""
+        """The batches of an epoch, with a progress line of the loss, samples per second and time left."""
         state = self.state
         begun, step, samples = time.monotonic(), state.step, state.samples
 
@@ -359,14 +359,14 @@ class Training:
     def _restored(self, found: dict[str, Any]) -> State:
         with checkpoint.restoring(self.last):
             state = State(**found["state"])
-            if state.epoch < self.config.epochs:  # no epoch, no loss
-                self._choose_loss(state.epoch)  # before the engine is told what it knew of this loss
+            if state.epoch < self.config.epochs:  # else no epoch is left that needs a loss
+                self._choose_loss(state.epoch)  # before the engine's state is loaded, which is for this loss
             for name, part in self._named().items():
                 part.load_state_dict(found[name])
             return state
 
     def _averaged(self) -> AbstractContextManager:
-        """The model with its averaged weights, when there are any, inside the block."""
+        """Inside the block the model has its averaged weights, if there are any."""
         return self.average.swapped(self.model) if self.average and self.average.updates else nullcontext()
 
     def _keep(self) -> None:
@@ -388,16 +388,16 @@ class Training:
         write_facts(self.folder, self.fold, self.state.seconds, facts | {"memory_gib": peak_memory(self.device)})
 
     def _reestimate_batchnorm(self) -> None:
-        """BatchNorm's statistics of the averaged weights, from the training rows."""
+        """Compute BatchNorm's statistics for the averaged weights, from the training rows."""
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
-        # Eager, else compiled anew for every batch.
+        # Eager: torch would compile the model again for every batch.
         with eager, self._loader(epochs=1) as again:
             parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
             reestimate_batchnorm(self.model, parts)
 
 
 def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
-    """The fold was part of a run whose predictions are joined already, and another fold of it is trained again."""
+    """Write a finished fold's oof.npy again: joining the folds has deleted it, and another fold is trained anew."""
     device = device_of(config)
     batch_size = min(config.batch_size, read_json(folder / FACTS)["micro_batch"])
     model = load_model(folder / "model.pt", task, config, device)
@@ -405,19 +405,19 @@ def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarra
 
 
 def write_facts(folder: Path, fold: int | None, seconds: float, facts: dict[str, Any]) -> None:
-    """fold.json: the fold is finished, and what it took."""
+    """Write fold.json, which marks the fold as finished, with its training time and `facts`."""
     write_json(folder / FACTS, {"fold": fold, "seconds": round(seconds, 1)} | facts)
 
 
 def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:
-    """The fold is finished: its weights and predictions are all that is left to need."""
+    """Delete the checkpoints and pseudo-labels of a finished fold: only its weights and predictions are needed now."""
     if ranks.is_writer:
         for name in ("last.pt", "best.pt", PSEUDO_LABELS):
             (folder / name).unlink(missing_ok=True)
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    """metrics.csv of the fold: a line per epoch; only MACHINE_COLUMNS differ between two equal runs."""
+    """Write metrics.csv, a line per epoch; only MACHINE_COLUMNS differ between two equal runs."""
     columns = list(dict.fromkeys(name for row in history for name in row))
     lines = [",".join(str(row.get(name, "")) for name in columns) for row in history]
     write_text(folder / "metrics.csv", "\n".join([",".join(columns), *lines]) + "\n")

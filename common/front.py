@@ -1,6 +1,6 @@
-"""The door from make: its variables come by the environment, where neither make nor a shell reads them again.
+"""The entry point for make. Variables come through the environment, so neither make nor a shell expands them again.
 
-python -m common.front --check TARGET ...    before anything is installed: the targets, their variables, COMP
+python -m common.front --check TARGET ...    checks targets, their variables and COMP, before anything is installed
 python -m common.front TARGET                becomes the target's command, under torchrun with NPROC or NNODES
 python -m common.front --recipes             every competition's recipes, for make help
 """
@@ -28,7 +28,7 @@ BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmar
 
 
 def check(target: str, given: Mapping[str, str]) -> None:
-    """Raises UserError for a variable that the target does not take, or a COMP that is none or has no such target."""
+    """Raises UserError for a variable that the target does not take, an unknown COMP, or a target that it lacks."""
     comp, names = given.get("COMP", ""), given.get("GIVEN", "").split()
     known = ("COMP", "KIND", *FLAGS, *PROCESSES, "BENCH", *ALWAYS)
     for name in names:
@@ -49,7 +49,7 @@ def check(target: str, given: Mapping[str, str]) -> None:
 
 
 def command(target: str, given: Mapping[str, str]) -> list[str]:
-    """What follows `python` for a target; raises UserError for values that no command could be made of."""
+    """The arguments of `python` for a target; raises UserError for values that make no valid command."""
     try:
         args = shlex.split(given.get("ARGS", ""))
     except ValueError as error:
@@ -84,7 +84,7 @@ def recipes() -> str:
 
 
 def _quoted(text: str) -> str:
-    """In double quotes, as the README writes ARGS, where no shell would read anything else into it."""
+    """The text quoted for a shell: in double quotes, as in the README, if the shell expands nothing inside them."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 

@@ -1,4 +1,4 @@
-"""Models to predictions: averaged over models and TTA, scored on validation rows, kept as out-of-fold predictions."""
+"""From models to predictions: average over models and TTA, score validation rows, write out-of-fold predictions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,7 +28,7 @@ from common.task import AS_IS, TTA, Task, Tuned
 
 
 class Predictor:
-    """Averages models and TTA over the batches of a dataset; shrinks a batch that the memory does not hold."""
+    """Predicts the batches of a dataset, averaged over models and TTA; splits a batch that does not fit into memory."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Predictor:
     ):
         self.models, self.task, self.tta, self.config = models, task, tta, config
         self.device, self.batch_size = device, max(1, batch_size)
-        self.fitting = self.batch_size  # samples at once that the memory is known or hoped to hold
-        self.heads: dict[int, list[nn.Module]] = {}  # of every model, by its id
+        self.fitting = self.batch_size  # samples at once that should fit into memory
+        self.heads: dict[int, list[nn.Module]] = {}  # the last layers of every model, by id(model)
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
         self.precision = precision_of(config, device)
         self.joins_tta = device.type != "cpu"  # all TTA in one forward pass: small batches leave a card idle
@@ -51,7 +51,7 @@ class Predictor:
         self, dataset: Any, rows: np.ndarray, label: str | None = None, loss: Any = None
     ) -> Iterator[tuple[np.ndarray, Predictions, Tree, Tensor | None]]:
         """Yields (rows [B], predictions [B, ...], targets [B, ...], value of `loss`) over `rows`, in their order."""
-        workers = min(workers_of(self.config, self.device), len(rows) // self.batch_size)  # few are read sooner without
+        workers = min(workers_of(self.config, self.device), len(rows) // self.batch_size)  # few rows: faster without
         loader = Loader(
             dataset,
             orders.sequential(rows),
@@ -93,10 +93,10 @@ class Predictor:
         return (parts[0] if len(parts) == 1 else concatenated(parts)), value
 
     def _outputs(self, model: nn.Module, inputs: Tree) -> Tree:
-        """In --precision, but for the last layers: bfloat16 has 256 steps from 0.5 to 1, and predictions would tie."""
+        """In --precision, but the last layers in float32: bfloat16 has 128 values in 0.5..1, predictions would tie."""
         if self.precision == "fp32":
             return model(inputs)
-        # A compiled model would be compiled again for layers that change.
+        # Eager: torch would compile the model again when its layers change.
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         with eager, autocast(self.precision, self.device.type):
             if id(model) not in self.heads:
@@ -127,7 +127,7 @@ class Predictor:
         return mean, value
 
     def _of_tta(self, model: nn.Module, inputs: Tree) -> Iterator[Tree]:
-        """The outputs for every TTA; in one pass on a card, where their inputs have one shape."""
+        """The outputs for every TTA; on a card in one forward pass, if all inputs have the same shape."""
         given = [one.apply(inputs) for one in self.tta] if self.joins_tta and len(self.tta) > 1 else []
         if len({tuple(x.shape for x in tensors_of(one)) for one in given}) == 1:
             outputs, size = to_float32(self._outputs(model, concatenated(given))), len(tensors_of(inputs)[0])
@@ -163,8 +163,8 @@ def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 
 def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
-    """The linear and convolutional layers whose results are outputs of the model: what predictions are ranked by."""
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that no other one gets their id
+    """The linear and convolutional layers whose results are the outputs of the model."""
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors, so that no other tensor gets their id
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     hooks = [
         layer.register_forward_hook(lambda layer, _, output: made.update({id(output): (layer, output)}))
@@ -183,15 +183,15 @@ def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:
 
 
 def predictor_of(run: Run, task: Task, config: Config) -> Predictor:
-    """The models of a run's folds with its TTA, at most as many samples at once as fitted while they were trained."""
+    """A Predictor with a run's fold models and TTA; its batches are no larger than the training's micro-batches."""
     device = device_of(config)
     batch_size = min(config.batch_size, (run.result or {}).get("micro_batch") or config.batch_size)
     return Predictor(load_models(run, task, config, device), task, tta_of(task, config), config, batch_size, device)
 
 
 def validate(predictor: Predictor, rows: np.ndarray, ranks: Ranks, loss: Any) -> dict[str, float]:
-    """The loss and the metrics on `rows`, before anything is tuned: every rank scores its part of them."""
-    if len(rows) < ranks.world:  # too few to divide: everybody scores all of them
+    """The loss and the metrics on `rows`, before tuning; every rank scores its share of the rows."""
+    if len(rows) < ranks.world:  # too few to divide: every rank scores all of them
         ranks = SINGLE
     own = np.array_split(rows, ranks.world)[ranks.rank]
     task, total = predictor.task, torch.zeros(2, dtype=torch.float64)
@@ -207,13 +207,13 @@ def validate(predictor: Predictor, rows: np.ndarray, ranks: Ranks, loss: Any) ->
 
 
 def decided(task: Task, predictions: Predictions, targets: Tree, tuned: Tuned) -> tuple[Tree, Tree]:
-    """(decisions, targets) on one device."""
+    """Decisions from predictions, and their targets on the same device."""
     device = tensors_of(predictions)[0].device
     return task.postprocess.apply(predictions, tuned), map_tree(lambda x: x.to(device), targets)
 
 
 def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:
-    """oof.npy [m, ...], the predictions of the validation rows; oof_rows.npy [m], the numbers of those rows."""
+    """Write oof.npy [m, ...], the predictions of the validation rows, and oof_rows.npy [m], their row numbers."""
     task, found = predictor.task, []
     with PredictionWriter(folder, "oof", len(rows), task.postprocess.kept) as writer:
         for index, predictions, *_ in predictor.batches(task.data.valid, rows, f"predicting {folder.name}"):
@@ -223,7 +223,7 @@ def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:
 
 
 def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -> None:
-    """Add the rows that were left out as unreadable to the fold's skipped.csv, and say so once for each."""
+    """Add the rows that were left out as unreadable to the fold's skipped.csv; log how many are new."""
     file, ids = folder / "skipped.csv", task.data.ids
     known = {read_cell(row["id"]): row["reason"] for row in read_table(file, "id", "reason")} if file.is_file() else {}
     new = {str(ids[row]): reason for row, reason in skipped.items() if str(ids[row]) not in known}
@@ -249,5 +249,5 @@ def load_model(file: Path, task: Task, config: Config, device: torch.device) -> 
     model = task.network.model()
     with checkpoint.restoring(file):
         model.load_state_dict(checkpoint.load(file, "model")["model"])
-    model.eval()  # returns nothing where a network's own train() does not
+    model.eval()  # not chained: a network's own train() may return nothing
     return model.to(device, memory_format=prepare_device(device, config.channels_last))

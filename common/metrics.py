@@ -1,14 +1,14 @@
-"""The metrics that Kaggle uses, exact over the whole set: one code for validation, out-of-fold and local scoring.
+"""The metrics that Kaggle uses, exact over the whole set: the same code scores validation, out-of-fold and local rows.
 
-Two kinds. An additive metric has statistics of every sample and a score from their sums, so nothing else is kept. A
-whole-set metric (ROC AUC, Spearman) sees all rows at once: they are gathered over batches and processes.
+There are two kinds. An additive metric is computed from sums of per-sample statistics, so only the sums are kept. A
+whole-set metric (ROC AUC, Spearman) needs all rows at once: they are gathered over batches and processes.
 
 Rules for all of them:
-- Decisions [B, 1] and targets [B] are the same thing: sizes of one are dropped where that makes the shapes equal. The
-  library's metrics refuse any other difference, so nothing is broadcast in silence.
-- A target that is NaN is one that nobody knows: it does not count, as in the losses. A decision that is NaN makes the
-  score NaN, and so does a score that is not defined (AUC of one class).
-- Scores of classes [B, C] may meet class numbers [B].
+- Decisions [B, 1] match targets [B]: axes of size one are dropped where that makes the shapes equal. The metrics below
+  raise UserError on any other difference, so nothing is broadcast silently.
+- A NaN target is unknown and does not count, as in the losses. A NaN decision makes the score NaN. A score that is not
+  defined (AUC of one class) is NaN.
+- Class scores [B, C] may be compared with class numbers [B].
 """
 
 import math
@@ -25,11 +25,11 @@ from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.collate import as_tensors
 
-GROUPS = 100  # of rows, each left out once for a standard error: it is known to 7 percent
+GROUPS = 100  # jackknife groups of rows: they give the standard error to about 7 percent
 
 
 def mean(sums: Tensor, count: float) -> float:
-    """The mean of one number a sample; of sums [2] of weighted numbers and of weights, the weighted mean."""
+    """The mean of one number per sample; from sums [2] (of weighted numbers, of weights) the weighted mean."""
     return float(sums) / count if sums.ndim == 0 else _ratio(float(sums[0]), float(sums[1]))
 
 
@@ -43,13 +43,13 @@ def _both(decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score over a whole set. Exactly one of `stats` and `whole` is given; both get what `pick` gives.
+    """A score over a whole set. Exactly one of `stats` and `whole` is given; it is called with the values of `pick`.
 
     `stats(decisions, targets) -> [B, ...]` are each sample's additive statistics, `value(sums, count)` is the score,
     where sums (float64) has the shape of `stats` without B and count is the number of samples.
     `whole(decisions, targets) -> float` gets numpy arrays of all rows, so scikit-learn's functions can be used.
-    `pick(decisions, targets)` takes what is compared out of larger trees: (decisions, targets), and for the metrics
-    below that know weights a third value [B]. It is `on` that sets it.
+    `pick(decisions, targets)` selects from larger trees the (decisions, targets) to compare. For the metrics below that
+    take weights, it may return weights [B] as a third value. `on` sets it.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Metric:
 
     @property
     def sign(self) -> int:
-        """1 when higher is better, else -1: sign * score is what grows."""
+        """1 when higher is better, else -1: a higher sign * score is always better."""
         return 1 if self.higher_is_better else -1
 
     def on(self, pick: Callable[[Tree, Tree], tuple[Tree, ...]], name: str | None = None) -> "Metric":
-        """The same metric of a part of the decisions and targets: roc_auc().on(lambda d, t: (d["p"], t["y"]))."""
+        """The same metric on a part of the decisions and targets: roc_auc().on(lambda d, t: (d["p"], t["y"]))."""
         return replace(self, pick=pick, name=name or self.name)
 
     def score(self, decisions: Any, targets: Any) -> float:
@@ -99,10 +99,10 @@ def check_direction(metric: Metric, higher_is_better: bool) -> None:
 
 
 class Scores:
-    """Every metric of what is added, batch by batch, with its standard error in one process where it is asked for.
+    """Every metric, accumulated batch by batch; `with_errors` adds its standard error, in a single process only.
 
-    The error of a mean is that of the textbook. Otherwise it is a jackknife: every row belongs to one of GROUPS groups
-    by chance (`seed`), each group is left out once. Rows count as independent of each other.
+    A mean has the usual standard error. For other scores it is a jackknife: rows fall at random (`seed`) into GROUPS
+    groups, and each group is left out once. Rows are taken to be independent.
     """
 
     def __init__(self, metrics: Sequence[Metric], with_errors: bool = False, seed: int = 0):
@@ -138,7 +138,7 @@ class Scores:
 
 
 def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
-    """What the metric compares, without sizes of one where only they differ."""
+    """The values that the metric compares; axes of size one are dropped where the shapes differ in nothing else."""
     found, truth, *rest = metric.pick(decisions, targets)
     if isinstance(found, Tensor) and isinstance(truth, Tensor) and found.shape != truth.shape:
         plain, expected = (without_ones(tensor.shape) for tensor in (found, truth))
@@ -151,7 +151,7 @@ def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
 
 
 def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape [B, ...] without its sizes of one: what has no other shape then is the same thing."""
+    """A shape [B, ...] without its axes of size one: tensors that then have the same shape match."""
     return *shape[:1], *(size for size in shape[1:] if size != 1)
 
 
@@ -160,7 +160,7 @@ def _has_nan(tensor: Tensor) -> Tensor:
 
 
 class _Sums:
-    """The sums of an additive metric, of all rows and, for its error, of every group of rows."""
+    """The sums of an additive metric, over all rows and, for its error, over every group of rows."""
 
     def __init__(self, metric: Metric, with_errors: bool):
         self.metric, self.with_errors = metric, with_errors
@@ -251,7 +251,7 @@ def _jackknife(score: float, without: Callable[[int], float], sizes: list[float]
 
 
 def accuracy(threshold: float | None = None) -> Metric:
-    """Part that is right: of class numbers [B] (or scores [B, C]), of the entries of a sample, of pixels.
+    """The correct fraction of class numbers [B] (or scores [B, C]), of a sample's entries, or of pixels.
 
     Scores in the shape of the targets need the `threshold` above which they mean 1.
     """
@@ -273,10 +273,10 @@ def f_beta(
     threshold: float | None = None,
     empty: float = 0.0,
 ) -> Metric:
-    """F of 0/1 labels [B, L] or [B]: of all entries together, the mean over labels, or the mean over samples.
+    """F-beta of 0/1 labels [B, L] or [B]: of all entries together, the mean over labels, or the mean over samples.
 
-    With `classes` decisions and targets are class numbers [B] (or scores [B, C]). `empty` is the F of a label or sample
-    that neither has nor gets anything, or of which nothing is known.
+    With `classes`, decisions and targets are class numbers [B] (or scores [B, C]). `empty` is the F of a label or
+    sample without true and without predicted entries, or without known ones.
     """
     name = f"f{beta:g}_{average}"
 
@@ -299,7 +299,7 @@ def f_beta(
 def dice(average: Literal["images", "set"] = "images", empty: float = 1.0, threshold: float | None = None) -> Metric:
     """Dice 2 |A and B| / (|A| + |B|) of masks [B, ..., H, W]: the mean over images and classes, or pooled over the set.
 
-    `empty` is the Dice of two empty masks, and of one that nobody knows. Pooled, it is the mean over classes.
+    `empty` is the Dice of two empty masks, and of an unknown mask. Pooled Dice is still averaged over classes.
     """
 
     def counts(decisions: Tensor, targets: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def dice(average: Literal["images", "set"] = "images", empty: float = 1.0, thres
 
 
 def _f_of(name: str, counts: Callable[..., Tensor], square: float, of_samples: bool, empty: float) -> Metric:
-    """F of `counts` [B, 3, ...] (hits, found, true): of every sample, or of the sums; then the mean of what is left."""
+    """F from `counts` [B, 3, ...] (hits, found, true) of every sample or their sums, averaged over the other axes."""
 
     def of(hits: Tensor, found: Tensor, true: Tensor) -> Tensor:
         total = square * true + found
@@ -326,10 +326,10 @@ def _f_of(name: str, counts: Callable[..., Tensor], square: float, of_samples: b
 
 
 def log_loss(eps: float = 1e-15) -> Metric:
-    """Mean negative logarithm of the probability of what is true, in nats.
+    """Mean negative log-likelihood of the targets, in nats.
 
-    Probabilities [B, C] of class numbers [B], scaled to sum 1; or [B, ...] of targets [B, ...] of 0 to 1, each entry
-    on its own. They are kept at least `eps` from 0 and 1, as Kaggle does.
+    Takes probabilities [B, C] for class numbers [B], scaled to sum 1; or [B, ...] for targets [B, ...] from 0 to 1,
+    each entry on its own. They are clipped to eps and 1 - eps, as on Kaggle.
     """
 
     def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -351,12 +351,12 @@ def log_loss(eps: float = 1e-15) -> Metric:
 
 
 def mae(columnwise: bool = False) -> Metric:
-    """Mean absolute error of [B, ...]; `columnwise` is the mean over the columns' errors."""
+    """Mean absolute error of [B, ...]; with `columnwise` the mean over the columns' errors."""
     return _regression("mae", torch.abs, lambda x: x, columnwise)
 
 
 def rmse(columnwise: bool = False) -> Metric:
-    """Root of the mean squared error of [B, ...]; `columnwise` is the mean over the columns' roots (MCRMSE)."""
+    """Root mean squared error of [B, ...]; with `columnwise` the mean over the columns' roots (MCRMSE)."""
     return _regression("rmse", torch.square, math.sqrt, columnwise)
 
 
@@ -390,9 +390,9 @@ def _regression(name: str, size: Callable, root: Callable, columnwise: bool, log
 
 
 def quadratic_kappa() -> Metric:
-    """Cohen's kappa of whole numbers [B] with quadratic weights: 1 - E (d - t)^2 / E' (d - t)^2, E' of random pairs.
+    """Cohen's kappa of whole numbers [B] with quadratic weights: 1 - E (d - t)^2 / E' (d - t)^2.
 
-    It is additive, and needs no list of the ratings.
+    E' is the mean over random pairs of rows. The metric is additive, and needs no list of the ratings.
     """
 
     def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -415,7 +415,7 @@ def quadratic_kappa() -> Metric:
 def map_at_k(k: int) -> Metric:
     """Mean average precision at k: decisions are class numbers int [B, m], best first (-1 for none), or scores [B, C].
 
-    Targets are the one true class int [B], or 0/1 [B, C]. A class that is named twice counts once; a row without a
+    Targets are the one true class, int [B], or 0/1 [B, C]. A class that is predicted twice counts once; a row without a
     true class scores 0.
     """
 
@@ -439,10 +439,10 @@ def map_at_k(k: int) -> Metric:
 
 
 def roc_auc(average: Literal["macro", "micro"] = "macro", one_class: Literal["nan", "skip"] = "nan") -> Metric:
-    """Area under the ROC curve of scores [B] or [B, L], ties counted half; a class number is 1 for its own column.
+    """Area under the ROC curve of scores [B] or [B, L], ties counted half; class numbers [B] are taken as one-hot.
 
-    "macro" is the mean over columns, "micro" that of all entries. A column of one class has no AUC: the score is NaN,
-    or the mean leaves it out.
+    "macro" is the mean over columns, "micro" is over all entries at once. A column with a single class has no AUC:
+    `one_class` makes the score NaN, or leaves the column out of the mean.
     """
     return Metric("roc_auc", whole=_by_column("roc_auc", _auc, average, one_class))
 
@@ -450,7 +450,7 @@ def roc_auc(average: Literal["macro", "micro"] = "macro", one_class: Literal["na
 def average_precision(
     average: Literal["macro", "micro"] = "macro", one_class: Literal["nan", "skip"] = "nan"
 ) -> Metric:
-    """Area under precision over recall, in steps, as scikit-learn's average_precision_score; see `roc_auc`."""
+    """Area under the precision-recall steps, as scikit-learn's average_precision_score; arguments as for `roc_auc`."""
     return Metric("average_precision", whole=_by_column("average_precision", _precision_area, average, one_class))
 
 
@@ -466,7 +466,7 @@ def spearman() -> Metric:
 
 
 def _by_column(name: str, of: Callable, average: str, one_class: str) -> Callable[..., float]:
-    """A whole-set function from one of a column: `of(decisions [n], targets [n], weights [n] or None)`."""
+    """Make a whole-set function from one for a column: `of(decisions [n], targets [n], weights [n] or None)`."""
 
     def whole(decisions: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> float:
         if decisions.ndim == 2 and targets.ndim == 1 and targets.dtype.kind in "iu":
@@ -480,7 +480,7 @@ def _by_column(name: str, of: Callable, average: str, one_class: str) -> Callabl
         for found, true in zip(decisions.reshape(columns).T, targets.reshape(columns).T, strict=True):
             known = ~np.isnan(true) if true.dtype.kind == "f" else slice(None)
             parts = found[known], true[known], None if weights is None else weights[known]
-            scores.append(of(*parts) if len(parts[0]) else math.nan)  # of a column of which nobody knows a target
+            scores.append(of(*parts) if len(parts[0]) else math.nan)  # NaN: no target of the column is known
         there = [score for score in scores if not (one_class == "skip" and math.isnan(score))]
         return float(np.mean(there)) if there else math.nan
 
@@ -492,7 +492,7 @@ def _auc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None) -> f
     above, below = scores[positive], scores[~positive]
     if weights is None:
         below, mass, of_above = np.sort(below), np.arange(len(below) + 1.0), np.ones(len(above))
-        above = np.sort(above)  # found faster
+        above = np.sort(above)  # searchsorted is faster for sorted values
     else:
         order = np.argsort(below)
         below, of_above = below[order], weights[positive].astype(np.float64)
@@ -510,7 +510,7 @@ def _precision_area(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray |
 
 
 def _of_classes(decisions: Tensor, targets: Tensor) -> bool:
-    """Whether these are scores [B, C, ...] of class numbers [B, ...]."""
+    """Whether these are scores [B, C, ...] for class numbers [B, ...]."""
     return (
         decisions.is_floating_point()
         and not targets.is_floating_point()
@@ -550,7 +550,7 @@ def _column(weights: Tensor, like: Tensor) -> Tensor:
 
 
 def _weighted(values: Tensor, targets: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Statistics for `mean`: a sample's mean [B], or where entries are unknown or weighted its two sums [B, 2]."""
+    """Statistics for `mean`: each sample's mean [B]; with unknown or weighted entries, its sum and weight [B, 2]."""
     known = ~targets.isnan() if targets is not None and targets.is_floating_point() else None
     if known is None and weights is None:
         return values.flatten(1).mean(1) if values.ndim > 1 else values

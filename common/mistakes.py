@@ -1,4 +1,4 @@
-"""Where a run was wrong, for its report: by class, by label or in numbers, and the worst rows with their images."""
+"""The mistakes of a run, for its report: by class, by label or as residuals, and the worst rows with their images."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from common.metrics import average_precision, roc_auc
 from common.report import Report, shown, subplots
 
 ROWS_SHOWN = 12  # with their images where they have some
-CLASSES_SHOWN = 40  # of a table, and of a confusion matrix
+CLASSES_SHOWN = 40  # in a table, and in a confusion matrix
 LABELS_SCORED, COLUMNS_PLOTTED, LONGEST_NAME, WIDEST_IMAGE = 200, 4, 28, 256  # the last two in characters and pixels
-LARGEST = 50_000_000  # predictions; of more, evenly spaced rows
+LARGEST = 50_000_000  # numbers; of more predictions, evenly spaced rows are used
 Images = Callable[[np.ndarray], Sequence[Any]]
 
 
@@ -25,11 +25,12 @@ def mistakes(
     names: Sequence[str] = (),
     images: Images = lambda places: (),
 ) -> None:
-    """Put on the page where out-of-fold `predictions` [m, ...] differ from `targets` [m, ...], by their shapes.
+    """Add to the page how out-of-fold `predictions` [m, ...] differ from `targets` [m, ...]. Shapes decide the kind:
 
-    Classes: scores [m, C] of class numbers [m], or [m] of 0 and 1. Labels: [m, L] of 0 and 1. Numbers: [m] or [m, T].
-    Anything else, masks for example, leaves the page as it is. `ids` [m] name the rows, `names` the classes, labels or
-    columns. `images(places)` gives the inputs of the samples at some places 0..m-1; what is no image is left out.
+    Classes: scores [m, C] for class numbers [m], or [m] for 0 and 1. Labels: [m, L] for 0 and 1. Numbers: [m], [m, T].
+    For any other shape, such as masks, nothing is added. `ids` [m] name the rows, `names` the classes, labels or
+    columns. `images(places)` returns the inputs of the samples at `places` in 0..m-1; inputs that are no images are
+    left out.
     """
     predictions, targets = (
         values.reshape(len(values), *(size for size in values.shape[1:] if size != 1))
@@ -59,7 +60,7 @@ def mistakes(
 
 
 def _classes(page, scores, truth, ids, names, images) -> None:
-    """Confusions, the quality of every class, and the mistakes of scores [m, C] of classes [m]."""
+    """Add the confusion matrix, the quality of every class and the worst mistakes, from scores [m, C], truth [m]."""
     count = scores.shape[1]
     names, found = _names(names, count), scores.argmax(1)
     confusion = np.zeros((count, count), np.int64)
@@ -96,7 +97,7 @@ def _classes(page, scores, truth, ids, names, images) -> None:
 
 
 def _labels(page, scores, truth, ids, names, images) -> None:
-    """Quality of the labels, and the rows with the highest cross-entropy, of scores and truth [m, L]."""
+    """Add the quality of the labels and the rows with the highest log loss, from scores and truth [m, L]."""
     names, counts = _names(names, scores.shape[1]), truth.sum(0)
     frequent = np.argsort(-counts, kind="stable")[:LABELS_SCORED]
     rows = []
@@ -121,7 +122,7 @@ def _labels(page, scores, truth, ids, names, images) -> None:
 
 
 def _numbers(page, found, truth, ids, names, images) -> None:
-    """Residuals of numbers [m] or [m, T], column by column, and the rows that are furthest off."""
+    """Add the residuals of numbers [m] or [m, T], column by column, and the rows that are furthest off."""
     found, truth = (values.reshape(len(values), -1) for values in (found, truth))
     names, residuals = _names(names, found.shape[1]), found - truth
     page.heading("Residuals")
@@ -153,7 +154,7 @@ def _most(wrong: np.ndarray, names: list[str]) -> str:
 
 
 def _gallery(page, name, words, header, rows, told, images) -> None:
-    """Some rows: their images, or a table where they have none."""
+    """Add the images of some rows, or a table where they have none."""
     if not len(rows):
         return
     facts = [told(row) for row in rows]
@@ -194,16 +195,16 @@ def _short(word: str) -> str:
 
 
 def samples(dataset: Any, rows: np.ndarray) -> list[Any]:
-    """The inputs of some rows of a dataset, one by one: `images` of `mistakes`."""
+    """The inputs of some rows of a dataset, one by one: for the `images` of `mistakes`."""
     batch = next(in_order(dataset, np.asarray(rows), len(rows), seed=0))
     return [map_tree(lambda x: x[row], batch.inputs) for row in range(len(batch))]  # noqa: B023
 
 
 def as_image(inputs: Any) -> np.ndarray | None:
-    """A sample's inputs as uint8 [H, W, 3] or [H, W] for the eye, None where they are no image.
+    """A sample's inputs as an image to look at, uint8 [H, W, 3] or [H, W]; None where they are no image.
 
-    Arrays and tensors [C, H, W] or [H, W, C], or the first such in a tuple or dict; the numbers are stretched to 0..255
-    when they are no bytes. Other numbers of channels than 1, 3 and 4 are averaged.
+    Takes arrays and tensors [C, H, W] or [H, W, C], or the first of these in a tuple or dict. Values that are not uint8
+    are stretched to 0..255. Channels are averaged unless there are 1, 3 or 4.
     """
     if isinstance(inputs, (dict, tuple, list)):
         found = map(as_image, inputs.values() if isinstance(inputs, dict) else inputs)
@@ -224,7 +225,7 @@ def as_image(inputs: Any) -> np.ndarray | None:
 
 
 def confusion_matrix(confusion: np.ndarray, names: Sequence[str]) -> Any:
-    """A figure of counts [C, C], true by found, coloured by their part of the true class."""
+    """A figure of counts [C, C], true by found, coloured by their share of the true class."""
     count = len(names)
     side = 2.5 + 0.32 * count if count > 6 else 4.5
     figure, axes = subplots(side + 1.5, side)

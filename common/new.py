@@ -9,12 +9,12 @@ from common.competition import COMPETITIONS
 from common.errors import UserError
 
 TEMPLATES = COMPETITIONS.with_name("templates")
-NAME, SLUG, CLASS = "my_competition", "my-competition", "MyConfig"  # the templates' words for what is new
+NAME, SLUG, CLASS = "my_competition", "my-competition", "MyConfig"  # the templates' placeholders
 TAKEN = ("demo", "cache")  # folders below data/ that are the kit's own
 
 
 def new(name: str, kind: str) -> None:
-    """Copy templates/`kind` to competitions/`name` and print what to do next; raises UserError, and copies nothing."""
+    """Copy templates/`kind` to competitions/`name` and print what to do next; on UserError nothing is copied."""
     kinds = sorted(file.parent.name for file in TEMPLATES.glob("*/config.py"))
     near = (difflib.get_close_matches(kind, kinds, n=1, cutoff=0.3) or kinds)[0]
     _check_name(name, near)
@@ -27,7 +27,7 @@ def new(name: str, kind: str) -> None:
     target = COMPETITIONS / name
     try:
         target.mkdir()
-        for file, text in sorted(texts.items(), key=lambda item: item[0] == "config.py"):  # the last: now it is found
+        for file, text in sorted(texts.items(), key=lambda item: item[0] == "config.py"):  # last: only then it is found
             (target / file).write_text(text)
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)

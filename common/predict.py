@@ -37,18 +37,18 @@ from common.preflight import check_before
 from common.run import Run
 from common.task import Task, Tuned, completed, needs_workers
 
-NAMED = 20  # so many rows are printed
+NAMED = 20  # most rows that are printed
 
 
 class Fallback(NamedTuple):
     """A file must be written whatever happens: rows that cannot be predicted take the sample submission's values."""
 
-    values: Callable[[], dict[str, Sequence[str]]]  # id -> the sample submission's cells after it, read when needed
-    until: float  # of time.monotonic(): what is not predicted by then is not predicted
+    values: Callable[[], dict[str, Sequence[str]]]  # id -> its other cells in the sample submission, read when needed
+    until: float  # deadline in time.monotonic(): rows not predicted by then take the sample's values
 
 
 class Member(NamedTuple):
-    """A run that predicts, as the data and the settings at hand make it."""
+    """A run that predicts, with its task on the given data and its config with the given settings."""
 
     run: Run
     task: Task
@@ -56,7 +56,7 @@ class Member(NamedTuple):
 
     @property
     def as_trained(self) -> bool:
-        """Whether no flag of `predict` hides behind the score of the training."""
+        """Whether it predicts with the settings of its training, so that its score holds for these predictions."""
         return not differences(self.run.config(type(self.config)), self.config)
 
 
@@ -65,11 +65,11 @@ def write_submission(
 ) -> Path:
     """Average the members' predictions of the test rows and write the checked CSV; returns its path.
 
-    The predictions of a single run for the data of its training are kept beside its out-of-fold ones, for blends.
+    A single run's predictions, if they are for the data of its training, are kept in its folder, for blends.
     """
     first = members[0]
     _refuse_unlike(members)
-    # A run without a network, or of other runs, has kept its predictions.
+    # A run without a network, or a blend, has kept its predictions.
     predictors = [None if not one.task.network or one.run.is_blend else predictor_of(*one) for one in members]
     rows = np.arange(len(first.task.data.test))
     streams = [
@@ -95,7 +95,7 @@ def write_submission(
             rows_of_csv = _whole(rows_of_csv, lost, f"COMP={competition} RUN={first.run.name}")
         submission.write(path, task.sample, rows_of_csv, task.submission.valid, provenance)
         if keeps:
-            remove_predictions(first.run.path, "test")  # of other rows, maybe: never beside these ids
+            remove_predictions(first.run.path, "test")  # maybe of other rows: must not lie beside these ids
             write_ids(first.run.path, "test", task.data.test_ids)
     return path
 
@@ -128,7 +128,7 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
 def _test_rows(
     member: Member, predictor: Predictor | None, rows: np.ndarray, label: str | None
 ) -> Iterator[tuple[int, Predictions]]:
-    """The test rows that can be read and their predictions, made now or, without a predictor, kept."""
+    """The readable test rows and their predictions: made now or, without a predictor, those that the run has kept."""
     batches = predictor.batches(member.task.data.test, rows, label) if predictor else _kept_batches(member, rows)
     for index, predictions, *_ in batches:
         for place, row in enumerate(index.tolist()):
@@ -145,7 +145,7 @@ def _kept_batches(member: Member, rows: np.ndarray) -> Iterator[tuple[np.ndarray
 
 
 def keeps_test_rows(run: Run, task: Task) -> bool:
-    """Whether what the run has kept is of the task's test rows, in their order."""
+    """Whether the run has kept predictions of the task's test rows, in their order."""
     return read_ids(run.path, "test") == [str(name) for name in task.data.test_ids]
 
 
@@ -169,7 +169,7 @@ def _aligned(
         heads = [head if head[0] >= last else next(stream, None) for head, stream in zip(heads, streams, strict=True)]
     for stream in streams:
         for _ in stream:
-            pass  # to its end, where it says what it has left out
+            pass  # at its end, the predictor records the rows that it left out
 
 
 def _rows_of_csv(
@@ -180,7 +180,7 @@ def _rows_of_csv(
     lost: list[str],
     until: float | None,
 ) -> Iterator[Sequence[Any]]:
-    """The rows of the CSV that could be predicted until then; adds to `lost` what could not, and why."""
+    """The rows of the CSV that were predicted before `until`; adds to `lost` which rows were not, and why."""
     first, (rules, tuned) = members[0], _rules_of(members)
     ids = first.task.data.test_ids
     together = _aligned(streams)
@@ -202,13 +202,13 @@ def _rows_of_csv(
     yield from _beside(rows, means())
     together.close()
     for stream in streams:
-        stream.close()  # whose predictor knows only then what was skipped
+        stream.close()  # only then does its predictor know the skipped rows
     skipped = {row: why for one in predictors if one for row, why in one.skipped.items()}
     lost += [f"{ids[row]}: {why.split(': replace')[0]}" for row, why in sorted(skipped.items())]
 
 
 def _beside(make: Callable[..., list[Any]], parts: Iterator[tuple]) -> Iterator[Any]:
-    """What `make` makes of every part, in a thread beside the network, which predicts the next one meanwhile."""
+    """The results of `make` for every part, made in a thread while the network predicts the next part."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for part in parts:
@@ -232,7 +232,7 @@ def _whole(rows: Iterator[Sequence[Any]], lost: list[str], again: str) -> Iterat
 def _filled(
     rows: Iterator[Sequence[Any]], ids: Sequence[str], fallback: Fallback, lost: list[str], provenance: dict[str, Any]
 ) -> Iterator[Sequence[Any]]:
-    """`rows`, and in the places of those that are `lost` the sample submission's own; they are named."""
+    """`rows`, with the sample submission's own values for missing ids; prints these ids and why they were `lost`."""
     values, filled, row = None, [], next(rows, None)
     for name in ids:
         there = row is not None and str(row[0]) == name
@@ -256,7 +256,7 @@ def _filled(
 
 
 def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
-    """Whose tuned values decide: those of the run that scored best with them, whatever the order of the runs."""
+    """The task and tuned values that decide: those of the best-scoring run that tuned, whatever the order."""
     found = [(run, task, run.result) for run, task, _ in members if (run.result or {}).get("tuned")]
     if not found:
         return members[0].task, {}
@@ -268,7 +268,7 @@ def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
 
 
 def _name_of(members: Sequence[Member], is_demo: bool) -> str:
-    """The runs' names; of several that no file system would take together, the first and how many there are."""
+    """The runs' names joined; if that is too long for a file name, the first one and how many more there are."""
     names = [member.run.name for member in members]
     name, digest = "+".join(names), sha256("+".join(names).encode()).hexdigest()[:12]
     if len(name.encode()) > 2 * runs.LONGEST_NAME:
@@ -277,7 +277,7 @@ def _name_of(members: Sequence[Member], is_demo: bool) -> str:
 
 
 def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> dict[str, Any]:
-    """What stands in the file beside the CSV."""
+    """The content of the JSON file beside the CSV."""
     run, task, _ = members[0]
     scores = [(one.run.result or {}).get("score") if one.as_trained else None for one in members]
     return {
@@ -299,7 +299,7 @@ def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> d
 def predict(
     competition: Competition, given: argparse.Namespace, fallback: bool = False, budget: float | None = None
 ) -> Path:
-    """`make predict`: the submission of finished runs again, from their own configs and the data of their training.
+    """`make predict`: write the submission of finished runs again, by their own configs and on their training's data.
 
     With `fallback`, or after `budget` seconds, rows without a prediction get the sample submission's own values.
     """

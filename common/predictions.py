@@ -1,4 +1,4 @@
-"""Predictions as values: one tensor or a flat dict of tensors, averaged, joined, and kept on disk."""
+"""Predictions, one tensor or a flat dict of tensors: average them, take rows of them, keep them on disk."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ def leaves(predictions: Predictions) -> dict[str, Any]:
 
 
 def check_names(predictions: Predictions) -> None:
-    """Raises UserError for names that the files of the predictions cannot have."""
+    """Raises UserError for names that cannot be part of a file's name."""
     for name in leaves(predictions):
         if not isinstance(name, str) or "/" in name:
             raise UserError(
@@ -31,7 +31,7 @@ def check_names(predictions: Predictions) -> None:
 
 
 def rebuilt(parts: dict[str, Any]) -> Predictions:
-    """The predictions that `leaves` took apart."""
+    """The predictions whose `leaves` these are."""
     return parts.get("", parts)
 
 
@@ -41,12 +41,12 @@ def part_of(predictions: Predictions, part: Any) -> Predictions:
 
 
 def count_of(predictions: Predictions) -> int:
-    """How many rows they are of."""
+    """The number of rows."""
     return len(next(iter(leaves(predictions).values())))
 
 
 def mean_of(predictions: Sequence[Predictions]) -> Predictions:
-    """The mean over several predictions of the same samples; the first where there is one, or where it is no float."""
+    """The mean over several predictions of the same samples; tensors that are not floating-point stay the first's."""
     first = leaves(predictions[0])
     several = len(predictions) > 1
 
@@ -64,7 +64,7 @@ def mean_of(predictions: Sequence[Predictions]) -> Predictions:
 def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
     """Predictions [B, ...] as they are kept on disk; uint8 holds probabilities in 255 steps.
 
-    Raises UserError for numbers that this kind cannot hold.
+    Raises UserError for numbers that the dtype `kind` cannot hold.
     """
     array = predictions.detach().cpu().numpy() if isinstance(predictions, Tensor) else np.asarray(predictions)
     array = np.rint(array * 255) if kind == "uint8" else array
@@ -80,7 +80,7 @@ def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
 
 
 def unpack(kept: Predictions) -> Predictions:
-    """What `pack` kept, as float32 tensors [B, ...] (float64 where it was kept so); a tree of it likewise."""
+    """Undo `pack`: float32 tensors [B, ...] (float64 if kept as float64), or a dict of these."""
     if isinstance(kept, dict):
         return {name: unpack(part) for name, part in kept.items()}
     exact = kept.astype(np.float64 if kept.dtype == np.float64 else np.float32)
@@ -90,7 +90,7 @@ def unpack(kept: Predictions) -> Predictions:
 class PredictionWriter:
     """Writes predictions batch by batch into <folder>/<name>.npy, or one <name>.<leaf>.npy for every leaf.
 
-    Those of a segmentation do not fit into the memory. The files take their places together, when the block ends.
+    Predictions of masks do not fit into memory as a whole. All files are put in place together, when the block ends.
     """
 
     def __init__(self, folder: Path, name: str, rows: int, kept: str | dict[str, str]):
@@ -105,7 +105,7 @@ class PredictionWriter:
         return self.kept if isinstance(self.kept, str) else self.kept[leaf]
 
     def add_packed(self, parts: dict[str, np.ndarray]) -> None:
-        """Add arrays that are of the kept type already, by the names that `leaves` gives."""
+        """Add arrays that already have the kept dtype, by their names in `leaves`."""
         for leaf, packed in parts.items():
             if leaf not in self._streams:
                 file = self.folder / f"{self.name}{leaf and '.'}{leaf}.npy"
@@ -129,12 +129,12 @@ class PredictionWriter:
         if error[0] is None and self.done < self.rows:  # unreadable images were left out
             for stream, dtype, shape in self._streams.values():
                 stream.seek(0)
-                write_npy_header(stream, dtype, (self.done, *shape))  # of the same length, numpy pads it
+                write_npy_header(stream, dtype, (self.done, *shape))  # as long as before: numpy pads it
         self._stack.__exit__(*error)
 
 
 def write_predictions(folder: Path, name: str, predictions: Predictions, count: int, kept: str | dict) -> None:
-    """Keep predictions [count, ...] that are there as a whole; raises UserError when they are not as many."""
+    """Write predictions [count, ...] at once; raises UserError for another number of rows and for NaN or infinity."""
     check_names(predictions)
     for leaf, values in leaves(predictions).items():
         if len(values) != count:
@@ -146,15 +146,15 @@ def write_predictions(folder: Path, name: str, predictions: Predictions, count: 
 
 
 def write_ids(folder: Path, name: str, ids: Iterable[Any]) -> None:
-    """The ids of the rows of the predictions `name`, a line each."""
+    """Write the ids of the rows of the predictions `name`, one per line."""
     write_text(folder / f"{name}_ids.txt", "".join(f"{one}\n" for one in ids))
 
 
 def read_ids(folder: Path, name: str) -> list[str]:
-    """What `write_ids` was given; raises UserError when it is damaged, or not of as many rows as the predictions."""
+    """The ids that `write_ids` wrote; raises UserError when they are damaged, or not as many as the predictions."""
     file, kept = folder / f"{name}_ids.txt", read_predictions(folder, name)
     try:
-        found = file.read_bytes().decode().split("\n")[:-1]  # an id may hold what other programs take for a line's end
+        found = file.read_bytes().decode().split("\n")[:-1]  # no splitlines: an id may hold other line separators
         if kept is not None and len(found) != count_of(kept):
             raise ValueError(f"{len(found)} ids, expected {count_of(kept)} for the predictions beside it")
     except (ValueError, OSError) as error:
@@ -163,13 +163,13 @@ def read_ids(folder: Path, name: str) -> list[str]:
 
 
 def row_numbers(folder: Path, name: str, ids: Iterable[Any]) -> np.ndarray:
-    """Which rows among `ids` the predictions `name` are of, int64 [m]."""
+    """The places in `ids` of the rows of the predictions `name`, int64 [m]."""
     row_of = {str(one): row for row, one in enumerate(ids)}
     return np.array([row_of[one] for one in read_ids(folder, name)], np.int64)
 
 
 def read_predictions(folder: Path, name: str) -> Predictions | None:
-    """What was kept under `name`, as memory-mapped arrays [n, ...]; None where nothing was."""
+    """The predictions kept under `name`, as memory-mapped arrays [n, ...]; None where there are none."""
     files = {file.name[len(name) + 1 : -4]: file for file in folder.glob(f"{name}.*npy")}
     return rebuilt({leaf: read_npy(file) for leaf, file in sorted(files.items())}) if files else None
 
@@ -180,6 +180,6 @@ def remove_predictions(folder: Path, name: str) -> None:
 
 
 def write_npy_header(stream: IO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """The head of a .npy file; the numbers of the array follow it."""
+    """Write the header of a .npy file; the array's numbers must follow it."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)

@@ -1,4 +1,4 @@
-"""What can be checked before the training is checked before the training, for every competition."""
+"""Checks before the training, for every competition: errors that can be found early are not left for later."""
 
 from typing import Any
 
@@ -25,14 +25,14 @@ from common.run import RUNS
 from common.task import Task, a_row_each
 from common.vision.check import image_paths, refuse_unreadable, unreadable
 
-LARGE = 2_000_000  # numbers of a sample, of which one is tried out instead of two
-WEIGHTS_OF_A_TRAINING = 5  # in best.pt and last.pt: twice the model, two moments, the average
+LARGE = 2_000_000  # numbers in a sample from which on one sample is tried out instead of two
+WEIGHTS_OF_A_TRAINING = 5  # copies of the weights in best.pt and last.pt: two of the model, two moments, the average
 
 
 def check_before(task: Task, competition: Competition, every_image: bool = True) -> None:
-    """Raise UserError for what would fail only after hours: the metrics' names and direction, ids, test images.
+    """Raise UserError for faults that would show only after hours: in metric names and direction, ids, test images.
 
-    Without `every_image`, images that cannot be read are for the prediction to leave out.
+    Without `every_image`, unreadable images pass: the prediction leaves them out.
     """
     names = [metric.name for metric in task.metrics]
     for name in names:
@@ -52,9 +52,9 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
 
 
 def try_out(task: Task, config: Config, world: int = 1) -> None:
-    """Before a new run of `world` processes: its first weights, and a few rows through everything that follows.
+    """Try out a new run of `world` processes: its initial weights, and a few rows from the model to the CSV.
 
-    Raises UserError.
+    Raises UserError for the first step that fails.
     """
     if config.compile:
         check_compile(device_of(config).type)
@@ -72,18 +72,18 @@ def refuse_bad_training_images(task: Task) -> None:
 
 
 def _try_out(task: Task, config: Config, world: int) -> None:
-    """A few validation rows through model, loss, predictions, decisions and rows of the CSV; and the disk's room."""
+    """Pass a few validation rows through model, loss, predictions, decisions and CSV rows; check the disk space."""
     network, post, device = task.network, task.postprocess, device_of(config)
     if len(task.data.test):
-        _rows_of(task.data.test, 1, config)  # resizes the test images now, while a disk that is too small is no loss
+        _rows_of(task.data.test, 1, config)  # resizes the test images now, when a full disk costs nothing
     batch = _first_rows(task, config)
     if not len(batch):
-        return  # unreadable images: the training says which
+        return  # unreadable images: the training reports them
     batch = batch.to(device)
     model = network.model().to(device)
     if network.pretrain:
         network.pretrain(model)
-    parameter_groups(model, config.lr, config.weight_decay, network.lr_scales)  # refuses names of no module
+    parameter_groups(model, config.lr, config.weight_decay, network.lr_scales)  # raises for names that no module has
     _check_batches(task, config, world, model, map_tree(lambda x: x[:1], batch.inputs))
     model.eval()
     with torch.inference_mode():
@@ -108,7 +108,7 @@ def _try_out(task: Task, config: Config, world: int) -> None:
 
 
 def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sample: Tree) -> None:
-    """The training rows of every fold, and whether BatchNorm takes their smallest batch or micro-batch."""
+    """Check the training rows of every fold, and that BatchNorm accepts their smallest batch or micro-batch."""
     largest = config.batch_size if config.micro_batch == "auto" else config.micro_batch
     for fold in folds_to_train(config):
         order = order_of(task, config, rows_of_fold(task, fold)[0])
@@ -128,7 +128,7 @@ def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sam
 
 
 def _first_rows(task: Task, config: Config) -> Batch:
-    """Two validation rows, or one that is large."""
+    """Two validation rows, or only one if it is large."""
     batch = _rows_of(task.data.valid, 1, config)
     if batch is None or len(task.data.valid) == 1 or sum(x.numel() for x in tensors_of(batch.inputs)) > LARGE:
         return batch or ()
@@ -163,7 +163,7 @@ def _check_loss(loss: Any, outputs: Tree, targets: Tree) -> None:
 
 
 def _check_rows(task: Task, decisions: object) -> None:
-    """The rows of the CSV that these decisions would make, under ids of test rows."""
+    """Check the CSV rows that these decisions would make, with ids of test rows."""
     ids = [str(name) for name in task.data.test_ids][: len(tensors_of(decisions)[0])]
     decisions = map_tree(lambda x: x[: len(ids)], decisions)
     asked, one_each = set(task.sample.ids), len(task.data.test_ids) == len(task.sample.ids)

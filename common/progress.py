@@ -1,4 +1,4 @@
-"""One line that says how far a long piece of work is: a bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of long work: a bar on a terminal, a plain line now and then anywhere else."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Shows the newest `update` on stderr of a terminal or on stdout; a context, so that the bar goes at its end."""
+    """Shows the newest `update`: as a bar if stderr is a terminal, else on stdout. Its context closes the bar."""
 
     def __init__(self, label: str, total: int = 0, unit: str = "batches"):
         self.label, self.total, self.unit = label, total, unit
@@ -29,7 +29,7 @@ class Progress:
             self.bar.close()
 
     def update(self, done: int, note: str | Callable[[], str] = "", total: int = 0) -> None:
-        """`done` units of the total (0: unknown; a later one replaces it), with a note, asked for when it is due."""
+        """Report `done` units; a `total` above 0 replaces the earlier one. A function as `note` is called when due."""
         self.total, now = total or self.total, time.monotonic()
         if self.bar is not None:
             self.bar.total = self.total or None
@@ -53,7 +53,7 @@ def progress(
     show: bool = True,
     facts: Callable[[], str] = str,
 ) -> Iterator[Item]:
-    """Pass the items on and show how many were taken, with `facts()`, which is asked for when a line is due."""
+    """Yield the items and show how many are done, with `facts()`, which is called only when a line is due."""
     if not show:
         yield from items
         return
@@ -64,7 +64,7 @@ def progress(
 
 
 def say(message: str) -> None:
-    """A line above the bar, where there is one."""
+    """Print a line, above the bar if there is one."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

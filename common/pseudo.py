@@ -1,15 +1,15 @@
 """Pseudo-labels: test rows join the training rows of a fold, with the predictions of earlier runs as soft targets.
 
-What labels the test rows for a fold must not know that fold's validation rows, else the score of the fold is that of a
-network which was told the answers. So the labels are made for each fold anew, by the one model of each earlier run that
-held out the same fold of the same folds. A run that used pseudo-labels itself may give them too: its model of a fold
-had labels of that fold. What is tuned on all out-of-fold predictions knows every fold, and has no part in labels.
-With --fold none nothing is held out, and all models of the earlier runs label together.
+A model that labels test rows for a fold must not have seen that fold's validation rows: their targets would leak into
+the fold's score. So every fold gets its own labels, from the one model of each earlier run that held out the same fold
+of the same split. A run that used pseudo-labels itself may label too, as its labels for a fold were made in this way.
+Thresholds that were tuned on all out-of-fold predictions have seen every fold, so labels do not use them. With --fold
+none nothing is held out, and all models of the earlier runs label together.
 
-The labels are kept in the fold's folder until the fold is trained, so that a run goes on to the same bits whatever
-becomes of the earlier runs; where one of these was begun anew under its name, it does not go on. Rows 0..n-1 of the
-joined dataset are the training rows with the keys they always have, the test rows come after them. A batch mixes both:
-a pair for MixUp or CutMix may be one of each, and its weight is blended like its targets.
+The labels are kept in the fold's folder until the fold is trained. So a resumed run ends with the same bits, even if
+the earlier runs are gone; it is not resumed if one of them was started anew under its name. Rows 0..n-1 of the joined
+dataset are the training rows, with the same random keys as without test rows; the test rows follow. Batches mix both:
+MixUp or CutMix may pair one of each, and blend their weights like their targets.
 """
 
 from dataclasses import dataclass, replace
@@ -41,18 +41,18 @@ from common.raw import RawData
 from common.run import Run
 from common.task import Data, Task, completed
 
-SUM_TO_1 = 1e-3  # how near the probabilities of classes that exclude each other come to it
+SUM_TO_1 = 1e-3  # tolerance for the sum of the probabilities of exclusive classes
 
 
 def origins(competition: str, config: Config) -> dict[str, str]:
-    """When each of the earlier runs that is still there was begun: a name may be used again, see `common.run`."""
+    """Start time of every earlier run that still exists, by name; a name may be used again, see `common.run`."""
     named = config.pseudo.split(",")
     return {run.name: run.provenance["created"] for run in runs.all_runs(competition) if run.name in named}
 
 
 @dataclass(frozen=True)
 class Pseudo:
-    """The earlier runs that --pseudo names, and the training that test rows with their predictions join."""
+    """The pseudo-labels of a training: by the earlier runs that --pseudo names, for the test rows of `task`."""
 
     competition: Competition
     found: RawData
@@ -61,7 +61,7 @@ class Pseudo:
     provenance: dict[str, Any]
 
     def check(self) -> list[Run]:
-        """The earlier runs; raises UserError for what cannot label every fold of this training without leaks."""
+        """The earlier runs; raises UserError when one cannot label every fold of this training without leaks."""
         told, name = f"--pseudo {self.config.pseudo}", self.competition.name
         if self.task.network is None:
             raise UserError(f"{told}: this task has no network to train on soft targets: leave it out")
@@ -110,14 +110,14 @@ class Pseudo:
                 )
             same = task.fingerprint == run.provenance["data_fingerprint"]
             if task.network is None and not (same and keeps_test_rows(run, task)):
-                raise no_other_data(run)  # its labels are kept, row by row
+                raise no_other_data(run)  # its labels are kept predictions, matched row by row
             members.append(Member(run, task, config))
         return members
 
     def join(self, run: Run, fold: int | None, ranks: Ranks) -> Task:
         """The task of `run` for one fold, with the chosen test rows among its training rows.
 
-        Raises UserError where none is chosen, and for predictions that do not have the form of targets.
+        Raises UserError when none is chosen, or when predictions do not have the form of targets.
         """
         labels = ranks.broadcast(self._labels(run, fold) if ranks.is_writer else None)
         data, config = self.task.data, self.config
@@ -132,7 +132,7 @@ class Pseudo:
         return replace(self.task, data=with_rows(data, test, rows, config))
 
     def _labels(self, run: Run, fold: int | None) -> Predictions:
-        """Predictions of all test rows, tensors [m, ...]: kept in the fold's folder, or made now and kept there."""
+        """Predictions of all test rows, tensors [m, ...]: read from the fold's folder, or made now and kept there."""
         file = run.fold_folder(fold) / PSEUDO_LABELS
         if not file.is_file():
             made = [self._predicted(member, fold) for member in self.members]
@@ -150,7 +150,7 @@ class Pseudo:
         return checkpoint.load(file, "labels")["labels"]
 
     def _predicted(self, member: Member, fold: int | None) -> Predictions:
-        """What the models of an earlier run that never saw the fold predict for all test rows, tensors [m, ...]."""
+        """Predictions of all test rows, tensors [m, ...], by the models of an earlier run that never saw the fold."""
         run, task, config = member
         config = config if fold is None else replace(config, fold=str(fold))
         if task.network is None:
@@ -161,7 +161,7 @@ class Pseudo:
 
 
 def choose(labels: Predictions, least: float) -> np.ndarray:
-    """The test rows whose `confidence` is at least so much; raises UserError when there is none."""
+    """The test rows whose `confidence` is at least `least`; raises UserError when there is none."""
     if not least:
         return np.arange(count_of(labels))
     sure = confidence(labels)
@@ -174,10 +174,10 @@ def choose(labels: Predictions, least: float) -> np.ndarray:
 
 
 def confidence(labels: Predictions) -> Tensor:
-    """How sure probabilities [m, ...] are, [m]: the part of its decisions that a row expects to be right.
+    """The confidence [m] of probabilities [m, ...]: the expected fraction of a row's decisions that are right.
 
-    The largest probability of classes that exclude each other (rows of sum 1), the mean of max(p, 1 - p) of others.
-    Raises UserError for what are no probabilities.
+    It is the largest probability of exclusive classes (rows that sum to 1), else the mean of max(p, 1 - p). Raises
+    UserError for values that are no probabilities.
     """
     if isinstance(labels, dict) or labels.min() < 0 or labels.max() > 1:
         found = f"a tree of {', '.join(labels)}" if isinstance(labels, dict) else "not all from 0 to 1"
@@ -188,7 +188,7 @@ def confidence(labels: Predictions) -> Tensor:
 
 
 def with_rows(data: Data, test: Any, rows: np.ndarray, config: Config) -> Data:
-    """`data` whose training rows are followed by the `rows` of the dataset `test`, which train in every fold."""
+    """`data` with the `rows` of the dataset `test` after its training rows; they are trained on in every fold."""
     like = next(in_order(test, rows[:1], 1, config.seed)).targets
     kind = JoinedBatches if hasattr(data.train, "batch") else JoinedSamples
     n, base = len(data.train), data.order or orders.shuffled
@@ -204,7 +204,7 @@ def with_rows(data: Data, test: Any, rows: np.ndarray, config: Config) -> Data:
 class _Joined:
     """The rows of a dataset, then the chosen `rows` of another one; all targets have the form of `like` [1, ...].
 
-    `weights` [n] are there where one of them is not 1.
+    It has `weights` [n], one per row, only if one of them is not 1.
     """
 
     def __init__(self, train: Any, test: Any, rows: np.ndarray, weight: float, like: Tree):
@@ -219,7 +219,7 @@ class _Joined:
 
 
 class JoinedSamples(_Joined):
-    """Of datasets that make one sample at a time."""
+    """Joins datasets that make one sample at a time."""
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[Tree, Tree]:
         after = index - len(self.train)
@@ -229,7 +229,7 @@ class JoinedSamples(_Joined):
 
 
 class JoinedBatches(_Joined):
-    """Of datasets that make whole batches."""
+    """Joins datasets that make whole batches."""
 
     def to(self, device: torch.device | str) -> "JoinedBatches":
         for part in (self.train, self.test):
@@ -253,7 +253,7 @@ class JoinedBatches(_Joined):
 
 
 def as_soft(targets: Tree, like: Tree) -> Tree:
-    """Targets [B, ...] in the form of the soft ones `like`: class numbers become one-hot, 0 and 1 become 0.0 and 1.0.
+    """Targets [B, ...] in the form of soft targets `like`: class numbers become one-hot, 0 and 1 become 0.0 and 1.0.
 
     Raises UserError when they have other keys or shapes.
     """

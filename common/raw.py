@@ -22,8 +22,8 @@ from common.errors import UserError
 from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
-CACHE = "cache"  # the folder beside the data that is the kit's own
-END = "\0end"  # a last line, that a CSV with an open quote takes for the rest of its cell
+CACHE = "cache"  # the kit's own folder beside the data
+END = "\0end"  # added as the last line: in a CSV with an unclosed quote it becomes part of a cell
 MADE_BY = ".made-by"  # in demo data: the sha256 of the demo.py that made them
 
 
@@ -34,8 +34,8 @@ class RawData:
     path: Path
     competition: str
     is_demo: bool = False
-    lenient: bool = False  # for a prediction that fills in rows: a missing image is one that cannot be read
-    # What a task read: name -> sha256, "" until it is asked for.
+    lenient: bool = False  # for predictions with --fallback: a missing image counts as unreadable
+    # The files that a task has read: name -> sha256, "" until it is computed.
     _opened: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -53,7 +53,7 @@ class RawData:
 
     @cached_property
     def _members(self) -> dict[str, str]:
-        """Names in the archive, as other systems write them, and what the archive calls them."""
+        """Every file's name with plain forward slashes -> its name in the archive."""
         found: dict[str, str] = {}
         for own in self._archive.namelist():
             name = PurePosixPath(own.replace("\\", "/"))  # ./a.csv is a.csv
@@ -69,23 +69,24 @@ class RawData:
         return f"download it again with make data COMP={self.competition}"
 
     def uncounted(self) -> "RawData":
-        """The same files, without a part in `opened_fingerprint`.
+        """The same files, but reading them does not change `opened_fingerprint`.
 
-        For what trains nothing, such as the sample submission: a run goes on when such a file is mended.
+        For files without influence on the training, such as the sample submission: a run can be resumed after one of
+        them was corrected.
         """
         other = copy.copy(self)
         object.__setattr__(other, "_opened", {})
         return other
 
     def names(self) -> list[str]:
-        """Names of all files, relative to the data, sorted, through linked folders.
+        """Sorted names of all files, relative to the data, also in linked folders.
 
-        Neither hidden files, nor what Macs add, nor the cache. Raises UserError for a name that is not UTF-8.
+        Without hidden files, files that macOS adds, and the cache. Raises UserError for a name that is not UTF-8.
         """
         return sorted(self._members if self._archive is not None else files_under(self.path, but=self.path / CACHE))
 
     def matching(self, pattern: str) -> list[str]:
-        """Names of the files whose last part fits `pattern`, in whatever case: sample_submission*.csv."""
+        """Names of files whose last part matches `pattern`, such as sample_submission*.csv, ignoring case."""
         return [name for name in self.names() if fnmatchcase(PurePosixPath(name).name.lower(), pattern.lower())]
 
     def exists(self, name: str) -> bool:
@@ -95,7 +96,7 @@ class RawData:
             raise _forbidden(self.path / name, error) from error
 
     def _own_name(self, name: str) -> str | None:
-        """What the data call the file: `name`, or the one that differs from it in case alone."""
+        """The file's real name: `name`, or the one that differs from it only in case; None where there is neither."""
         if self._archive is not None:
             if name in self._members:
                 return name
@@ -136,7 +137,7 @@ class RawData:
         names = self.names()
         pass_it = "or pass DATA=/path/to/folder-or-zip"
         if deeper := [own for own in names if own.lower().endswith(f"/{name.lower()}")]:
-            top = deeper[0][: -len(name) - 1]  # somebody packed or unpacked the folder and not what is in it
+            top = deeper[0][: -len(name) - 1]  # the whole folder was packed or unpacked, not its content
             pass_it = f"or pass DATA={self.path / top}" if self._archive is None else f"or unpack it and pass its {top}"
         return UserError(
             f"{self.path} has no {name} (found: {', '.join(names[:8]) or 'nothing'}): get the files with "
@@ -152,7 +153,7 @@ class RawData:
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[BinaryIO]:
-        """The file to be read to its end; raises UserError when it is damaged on the way."""
+        """A file that the block reads to its end; raises UserError when that finds damage."""
         try:
             with self._open(name) as stream:
                 yield stream
@@ -172,11 +173,11 @@ class RawData:
             ) from error
 
     def rows(self, name: str) -> Iterator[tuple[int, list[str]]]:
-        """The rows of a CSV and the lines they end in; blank lines are left out.
+        """The rows of a CSV, each with the number of the line that it ends in; blank lines are left out.
 
-        Raises UserError, once it is reached, for a quote that is not closed: its cell takes all rows behind it.
+        Raises UserError when it reaches a quote that is not closed: its cell would take in all rows after it.
         """
-        lines = io.StringIO(self.text(name), newline="")  # a quoted cell may hold the end of a line
+        lines = io.StringIO(self.text(name), newline="")  # a quoted cell may hold line breaks
         reader = csv.reader(chain(lines, [END]))
 
         def found() -> Iterator[tuple[int, list[str]]]:
@@ -214,14 +215,14 @@ class RawData:
         return target
 
     def cache_key(self, *names: str) -> str:
-        """Cheap key of the files as they are on disk (path, size, time): what a cache beside the data is keyed by."""
+        """Cheap key of the files as they are on disk (path, size, time), for caches beside the data."""
         own = [self._own_name(name) or name for name in names] if self._archive is None else [""]
         files = [self.path / name for name in own]
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr((facts, names)).encode()).hexdigest()
 
     def opened_fingerprint(self) -> str:
-        """sha256 over names and contents of what was opened so far, in whatever order.
+        """sha256 over names and contents of the files opened so far, in whatever order they were opened.
 
         The same data gives the same value on any machine, from a folder and from an archive.
         """
@@ -248,9 +249,9 @@ class RawData:
 
 
 def find(competition: str, given: str | None, write_demo: Callable[[Path], None], announce=print) -> RawData:
-    """The data to use: `given` (DATA=), else data/<competition>, else demo data; announces the last.
+    """The data to use: `given` (DATA=), else data/<competition>, else demo data, which it announces.
 
-    Raises UserError for a path that is missing, may not be read, or is not UTF-8: no run could note where its data are.
+    Raises UserError for a path that is missing, unreadable, or not UTF-8: a run could not record it.
     """
     path = expanded(given or DATA, f"DATA={given}")
     for name in (path.absolute(), path.resolve()):
@@ -284,7 +285,7 @@ def would_be_demo(competition: str, given: str | None) -> bool:
 def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[Path], None]) -> RawData:
     """The data for predicting with a run: `given` (DATA=), else those it was trained on, demo data included.
 
-    A run that another machine has trained takes those in data/<competition>.
+    A run that was trained on another machine uses data/<competition>.
     """
     competition, known = provenance["competition"], provenance["data"]
     if provenance["demo"] and not given:
@@ -304,7 +305,7 @@ def _forbidden(path: Path, error: OSError) -> UserError:
 
 
 def _refuse_bytes(path: str) -> None:
-    """Raises UserError for a name that is not UTF-8, as unzip leaves them of archives from other systems."""
+    """Raises UserError for a name that is not UTF-8; unzip makes such names from archives of other systems."""
     try:
         path.encode()
     except UnicodeEncodeError as error:
@@ -315,13 +316,13 @@ def _refuse_bytes(path: str) -> None:
 
 
 def _only_archive(path: Path) -> Path:
-    """A folder with nothing but one zip stands for that zip: `kaggle competitions download -p DIR` leaves that."""
+    """The single zip in a folder, else the path: `kaggle competitions download -p DIR` leaves a folder with one zip."""
     files = visible(path)
     return files[0] if len(files) == 1 and files[0].suffix.lower() == ".zip" else path
 
 
 def visible(folder: Path) -> list[Path]:
-    """What somebody put there: neither hidden, nor of a Mac, nor the cache. Nothing where there is no folder."""
+    """The user's files: without hidden ones, those that macOS adds, and the cache. Empty where there is no folder."""
     try:
         there = folder.iterdir() if folder.is_dir() else ()
         return [file for file in there if file.name != CACHE and not is_foreign(file.name)]
@@ -330,11 +331,11 @@ def visible(folder: Path) -> list[Path]:
 
 
 def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> Iterator[str]:
-    """Relative names of all files under `root`, through linked folders too; a link to a folder above itself ends there.
+    """Relative names of all files under `root`, also in linked folders; a link to a folder above it is not followed.
 
-    Neither hidden files, nor what Macs add, nor the folder `but`; links that lead nowhere only where asked for. Raises
-    UserError for names that are not UTF-8 and folders that may not be read.
-    pathlib's rglob follows no links before Python 3.13, and without a word.
+    Without hidden files, files that macOS adds, and the folder `but`; links that lead nowhere only if `dangling`.
+    Raises UserError for names that are not UTF-8 and folders that may not be read.
+    Does not use pathlib's rglob, which silently follows no links before Python 3.13.
     """
     waiting: list[tuple[Path, str, frozenset]] = [(root, "", frozenset())]
     while waiting:
@@ -358,10 +359,10 @@ def files_under(root: Path, but: Path | None = None, dangling: bool = False) -> 
 
 
 def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
-    """The demo data's folder, generated once, and again after demo.py has changed.
+    """The demo data's folder; its files are generated once, and again after demo.py has changed.
 
-    Written beside and renamed, so that half of it is never read.
-    Raises UserError when the disk is full or when `write_demo` writes nothing; whatever it raises, nothing stays.
+    They are written to another folder, which is renamed once it is complete.
+    Raises UserError when the disk is full or when `write_demo` writes nothing; on any error no files are left.
     """
     folder, source = DATA / "demo" / competition, COMPETITIONS / competition / "demo.py"
     made_by = sha256(source) if source.is_file() else ""

@@ -1,7 +1,7 @@
-"""A run's page: one HTML file with its tables and plots that can be sent to anybody, and the plots as PNG files.
+"""A run's page: one self-contained HTML file with tables and plots, and the plots as PNG files.
 
-Names (of classes, rows, runs) are shown as they are, in HTML and in plots: `Report.figure` takes every text of a figure
-for plain text, and `without_markup` does so for a figure that is saved otherwise.
+Names (of classes, rows, runs) are shown as they are, in HTML and in plots: `Report.figure` turns off formulas in the
+texts of a figure, and `without_markup` does so for a figure that is saved otherwise.
 """
 
 import base64
@@ -43,7 +43,7 @@ class Report:
         self.parts.append(f"<p>{html.escape(words)}</p>")
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Numbers are shown with four digits behind the point."""
+        """Add a table; floats are formatted by `shown`."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
         lines = ("".join(f"<td>{html.escape(shown(value))}</td>" for value in row) for row in rows)
         self.parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>")
@@ -75,7 +75,7 @@ class Report:
 
 
 def subplots(width: float, height: float, *grid: int, **settings: Any) -> tuple[Any, Any]:
-    """A figure of so many inches and its axes, as pyplot's, which would keep every figure and look for a display."""
+    """A figure of this size in inches and its axes. Not by pyplot, which keeps every figure and looks for a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -83,16 +83,16 @@ def subplots(width: float, height: float, *grid: int, **settings: Any) -> tuple[
 
 
 def shown(value: Any) -> str:
-    """A cell of a table: numbers with four digits behind the point, where that says enough."""
+    """The text of a table's cell: floats have four decimals, or six significant digits if very small or large."""
     if isinstance(value, (float, np.floating)):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.6g}"
     return str(value)
 
 
 def without_markup(figure: Any) -> None:
-    """Take every text of a matplotlib figure for plain text: a class called "$5 $\\frac" is no formula.
+    """Turn off formulas in every text of a matplotlib figure: a class called "$5 $\\frac" is no formula.
 
-    The labels that an axis makes of its numbers stay as matplotlib writes them.
+    The tick labels of numeric axes stay as matplotlib writes them.
     """
     from matplotlib.category import StrCategoryFormatter
     from matplotlib.text import Text
@@ -101,7 +101,7 @@ def without_markup(figure: Any) -> None:
     numbers = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            labels = axis.get_ticklabels(which="both")  # makes those that drawing would make
+            labels = axis.get_ticklabels(which="both")  # creates the labels that drawing would create
             if not isinstance(axis.get_major_formatter(), (StrCategoryFormatter, FixedFormatter, FuncFormatter)):
                 numbers |= set(labels)
     for text in figure.findobj(Text):
@@ -110,9 +110,9 @@ def without_markup(figure: Any) -> None:
 
 
 def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric"], recipe: dict[str, Any]) -> Report:
-    """The page of any finished run, not yet written: `common.mistakes` and the competition's own plots go behind it.
+    """The page of any finished run, not yet written: `common.mistakes` and the competition's own plots are added later.
 
-    `settings` are the config's values, `recipe` those of its recipe; of `metrics` the first chose the best epoch.
+    `settings` are the config's values, `recipe` those of its recipe; the first of `metrics` chose the best epoch.
     """
     page, result = Report(run.path, f"{run.provenance.get('competition', 'run')}: {run.name}"), run.result or {}
     page.text(score_line(result))
@@ -151,7 +151,7 @@ def score_line(result: dict[str, Any]) -> str:
 
 
 def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Metric"]) -> None:
-    """Curves of metrics.csv, and the best epoch of every fold."""
+    """Add the curves of metrics.csv, and the best epoch of every fold."""
     page.heading("Training")
     curves = training_curves(history, [metric.name for metric in metrics])
     page.figure(curves, "training", "Every epoch of every fold, before tta and tuning")
@@ -183,9 +183,9 @@ def _number(cell: str | None) -> float:
 
 
 def training_curves(history: list[dict[str, str]], first: Sequence[str]) -> Any:
-    """A figure of every number in the rows of metrics.csv against the epoch, a colour for each fold.
+    """A figure of every column of metrics.csv against the epoch, one colour per fold.
 
-    "loss" and "valid_loss" (dashed) share the first plot, the columns `first` follow; what never changes is left out.
+    "loss" and "valid_loss" (dashed) share the first plot, the columns `first` follow. Constant columns are left out.
     """
     columns = dict.fromkeys(["loss", *first, *history[0]])
     columns = [name for name in columns if name not in ("fold", "epoch", "step", "valid_loss")]

@@ -19,8 +19,8 @@ from common.files import locked, make_folder, not_written, read_json, write_json
 from common.progress import say
 
 RUNS = Path("runs")
-LONGEST_NAME = 100  # bytes of a run's name: every file system takes it, with what is added to it
-FORMAT = 2  # of a run's files; other versions of the kit wrote others
+LONGEST_NAME = 100  # bytes of a run's name: any file system takes it, with the suffixes of files named after it
+FORMAT = 2  # version of a run's files; other versions of the kit have others
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Run:
 
     @property
     def is_blend(self) -> bool:
-        """Whether it is made of other runs: it has kept predictions and no models."""
+        """Whether it is a blend of other runs, which has predictions but no models."""
         return (self.path / "blend.json").is_file()
 
     @property
     def is_unfinished_blend(self) -> bool:
-        """Whether nothing is lost when it is begun anew."""
+        """Whether it is a blend without a result, which may be started anew without loss."""
         return self.is_blend and self.result is None
 
     @property
@@ -62,21 +62,21 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the finished run found (score, metrics, tuned), or None while it is not finished."""
+        """The content of result.json (score, metrics, tuned ...), or None until the run is trained."""
         file = self.path / "result.json"
         return read_json(file, "score") if file.is_file() else None
 
     @property
     def report(self) -> Path:
-        """The page of the run, once it is there."""
+        """The path of the run's page, which may not exist yet."""
         return self.path / "report.html"
 
     def fold_folder(self, fold: int | None) -> Path:
-        """Where the training that holds out `fold` (None: nothing) keeps its files."""
+        """The folder of the training that holds out `fold` (None: nothing)."""
         return self.path / ("fold-none" if fold is None else f"fold-{fold}")
 
     def inside(self, folder: Path) -> "Run":
-        """A training that is a part of this one: its files go to `folder`, its lines to the same log."""
+        """This run for a part of its training: files go to `folder`, lines to the same log."""
         return Run(folder, self.provenance, self.is_writer, self.log_file or self.path / "log.txt")
 
     def log(self, message: str) -> None:
@@ -96,13 +96,13 @@ class Run:
             write_json(self.path / name, value)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """result.json: the training is over. Until `finish`, the same command goes on with what follows it."""
+        """Write result.json: the run is trained. Until `finish`, the same command resumes with the steps after it."""
         if self.is_writer:
             write_text(self._unfinished, "")
             self.write_json("result.json", result | {"finished": now()})
 
     def finish(self) -> None:
-        """The submission is written: the same command makes a new run from now on."""
+        """Mark the run as finished, its submission is written: from now on the same command starts a new run."""
         if self.is_writer:
             self._unfinished.unlink(missing_ok=True)
 
@@ -110,7 +110,7 @@ class Run:
         return configs.from_values(config_class, read_json(self.path / "config.json"))
 
     def check_outputs(self, outputs: str) -> None:
-        """Raises UserError when this run's models were trained for others: outputs have no names, only places."""
+        """Raises UserError when the models were trained for other outputs: these are known by their order alone."""
         trained = self.provenance["outputs"]
         if trained != outputs:
             raise UserError(
@@ -119,7 +119,7 @@ class Run:
             )
 
     def lock(self) -> None:
-        """Keep a second process out of this run; the lock goes with the process, however it ends."""
+        """Keep a second process out of this run; the lock ends with this process, however that ends."""
         busy = f"{self.path} is being trained by another process: wait for it, or name another RUN="
         stream = locked(self.path / "lock", busy)
         self._lock.append(stream)
@@ -147,7 +147,7 @@ def load(competition: str, name: str) -> Run:
 
 
 def finished(competition: str, names: str | None) -> list[Run]:
-    """The finished runs `names`, separated by commas, or the newest one; raises UserError where one is not there."""
+    """The finished runs `names`, separated by commas, or the newest one; raises UserError where one is not finished."""
     if names is None:
         if newest := [run for run in all_runs(competition) if run.result is not None][-1:]:
             return newest
@@ -170,7 +170,7 @@ def _read(path: Path) -> Run:
 
 
 def folder_of(competition: str, name: str) -> Path:
-    """Where the run `name` is or would be; raises UserError for what is no name of a folder."""
+    """Where the run `name` is or would be; raises UserError for a name that is not allowed."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -193,9 +193,9 @@ def open_run(
 ) -> Run:
     """The run to train: `name` if it is given, else an unfinished run of the same command, else a new one.
 
-    A run goes on only with the same settings, folds, code and data; `insist` lets code and data differ until it is
-    trained: what was fitted without a network predicts no other data. `before_new` is called before a new run is made,
-    and may refuse it. Raises UserError when the named run was started differently, listing what differs.
+    A run is resumed only with the same settings, folds, code and data. `insist` allows other code and data, until the
+    run is trained: without a network it cannot predict other data. `before_new` is called before a new run is made, and
+    may raise. Raises UserError when the named run was started differently, listing what differs.
     """
     if name is not None and not (folder_of(competition, name) / "run.json").is_file():
         before_new()
@@ -225,7 +225,7 @@ def open_run(
 
 
 def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What keeps this command from going on with that run: settings and folds; and code and data that changed."""
+    """Why this command cannot resume that run: (settings and folds, code and data) that differ, as texts."""
     try:
         settings = configs.differences(run.config(type(config)), config)
     except UserError as error:
@@ -237,9 +237,9 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
         settings.append("folds: other rows in them than when the run began")
     code = provenance.get("code", {})
     changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
-    labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a run that is gone may have labelled all
+    labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a deleted run may have labelled all
     changes += [f"run {name} was begun anew since" for name in labelling.keys() & then if labelling[name] != then[name]]
-    if run.result is not None:  # what is trained already is only predicted: by its models, whatever the data are now
+    if run.result is not None:  # a trained run only predicts: with models any data, with kept predictions the same data
         changes = [] if any(run.path.glob("fold-*/model.pt")) else [one for one in changes if one.startswith("data: ")]
     return settings, changes
 
@@ -258,10 +258,10 @@ def new_run(
     provenance: dict[str, Any],
     blend: dict[str, Any] | None = None,
 ) -> Run:
-    """Make the folder; the number in a generated name counts the runs of the competition.
+    """Make a run with its folder; a generated name begins with the next number among the competition's runs.
 
-    `blend` makes it one of other runs; an unfinished blend of that name is begun anew. Raises UserError where another
-    process has made a run of that name.
+    `blend`, the content of blend.json, makes it a blend; an unfinished blend of that name is started anew. Raises
+    UserError when another process has made a run of that name.
     """
     home = RUNS / competition
     try:
@@ -284,7 +284,7 @@ def new_run(
     if (path / "run.json").is_file() and not (blend and run.is_unfinished_blend):
         raise UserError(f"another process has made {path} meanwhile: repeat the command, or name another run")
     if blend:
-        run.write_json("blend.json", blend)  # before run.json: no training goes on with it
+        run.write_json("blend.json", blend)  # before run.json, so that no training resumes it
     write_text(path / "config.json", configs.to_json(config) + "\n")
     run.write_json("run.json", run.provenance)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")

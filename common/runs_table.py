@@ -1,7 +1,7 @@
-"""All runs of a competition side by side, and which of them is the best: `make runs`, and how `make submit` chooses.
+"""All runs of a competition side by side, and which of them is the best: for `make runs` and `make submit`.
 
-Scores are compared on common rows only. A run that held out every fold is worth more than one that held out a single
-one: its score has more rows in it, and its submission is the mean of more models.
+Scores are compared on common rows only. A run that held out every fold is preferred to one that held out a single one:
+its score is over more rows, and its submission is the mean of more models.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from common.files import read_json, read_table, write_csv
 from common.kaggle import ledger
 from common.run import Run
 
-CLEARLY = 2.0  # standard errors by which fewer rows must be better than more
+CLEARLY = 2.0  # standard errors by which a run with fewer rows must be better
 SHOWN = 60  # characters of the settings on the terminal
 
 
@@ -33,13 +33,13 @@ class Line:
     error: float | None = None  # standard error of the score
     mean: float | None = None  # over folds
     std: float | None = None
-    rows: int | None = None  # that the score is of
-    folds: str = ""  # "all" when every fold is held out once, else how many are
+    rows: int | None = None  # in the score
+    folds: str = ""  # "all" when every fold is held out once, else the number of held-out folds
     public: float | None = None  # of the leaderboard
     private: float | None = None
     seconds: float | None = None  # of training
-    per_second: float | None = None  # samples, the mean over epochs
-    memory_gib: float | None = None  # the largest of a fold
+    per_second: float | None = None  # samples per second, the mean over epochs
+    memory_gib: float | None = None  # the largest over folds
     settings: str = ""  # recipe, and what differs from it
     created: str = ""
 
@@ -92,13 +92,13 @@ def _state(run: Run) -> str:
 
 
 def score_of(result: dict[str, Any]) -> float | None:
-    """The score of a run's result or of a submission's provenance; None where it is none, or not finite."""
+    """The score of a run's result or of a submission's provenance; None where there is none, or it is not finite."""
     score = result.get("score")
     return score if isinstance(score, (int, float)) and math.isfinite(score) else None
 
 
 def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
-    """The recipe, and in which settings that matter the run differs from it."""
+    """The recipe, and the settings in which the run differs from it, except those of the machine."""
     recipe = run.provenance["recipe"]
     if run.is_blend:
         told = read_json(run.path / "blend.json", "by", "space", "members")
@@ -175,10 +175,10 @@ def _scored(run: Run) -> _Scored | None:
 
 
 def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> tuple[str, str] | None:
-    """The best of the runs `names`, and why in a sentence; None where none of them is there and has a score.
+    """The best of the runs `names`, and why in a sentence; None if none of them exists and has a score.
 
-    Among runs that hold out every fold the score decides. A run with fewer rows takes their place only where it is
-    better by CLEARLY on the folds that both have held out: of one split, otherwise there is nothing to compare.
+    Among runs that hold out every fold the score decides. A run with fewer rows takes their place only if it is better
+    by CLEARLY on the folds that both have held out; folds of different splits cannot be compared.
     """
     sign = 1 if higher_is_better else -1
     there = {run.name: run for run in runs.all_runs(competition)}
@@ -188,7 +188,7 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     found.sort(key=lambda one: (one.complete, one.rows if not one.complete else 0, sign * one.score), reverse=True)
     best, notes = found[0], []
     for other in found[1:]:
-        if other.complete:  # the same kind, and not better
+        if other.complete:  # every fold as well, and not better
             if other.rows != best.rows:
                 told = _told(other.score, other.error)
                 notes.append(f"{other.name} has {told} on {other.rows:,} rows, so the two are not of the same ones")
@@ -213,7 +213,7 @@ def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
     rows = f"on common rows (fold {', '.join(common)}) it has {ours:.5f} and {more.name} {theirs:.5f}"
     if fewer.error is None or more.error is None:
         return False, f"{told}; {rows}, without a standard error"
-    # As of independent rows: of the same rows the error of the difference is smaller.
+    # The error for independent rows; on the same rows that of the difference is smaller.
     apart = math.sqrt(2) * fewer.error * math.sqrt(max(1.0, len(fewer.by_fold) / len(common)))
     better = sign * (ours - theirs) > CLEARLY * apart
     return better, f"{told}; {rows}, {'' if better else 'not '}better by {CLEARLY:g} standard errors"

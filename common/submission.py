@@ -1,4 +1,4 @@
-"""The submission: a CSV checked against the sample file before anybody sees it, and where it came from."""
+"""The submission: a CSV that is checked against the sample file, and a JSON file with its provenance."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
 TRUTHS = ("true", "false")
-OFFENDERS = 5  # so many faults are named before the check gives up
+OFFENDERS = 5  # most faults that an error lists
 AGAIN = "mend the file, or get it again with make data"
 Validator = Callable[[Sequence[str]], str | None]
 
@@ -38,7 +38,7 @@ class Sample:
     def read(
         raw: RawData, name: str = "sample_submission.csv", text: Collection[str] = (), several: bool = False
     ) -> "Sample":
-        """The competition's sample file; it has no part in the data's fingerprint, as it trains nothing."""
+        """Read the competition's sample file; it is not in the data's fingerprint, as the training does not use it."""
         if not raw.exists(name) and (others := raw.matching("*submission*.csv")):
             raise UserError(
                 f"{raw.path} has no {name}, but {some(others)}: name it in build(), Sample.read(raw, {others[0]!r}) "
@@ -50,11 +50,9 @@ class Sample:
     def of(
         rows: Iterable[tuple[int, Sequence[str]]], where: str, text: Collection[str] = (), several: bool = False
     ) -> "Sample":
-        """From (line, cells), the header first. `text` names columns whose numbers in the sample only hold a place.
+        """Make a Sample from (line, cells), the header first. `text` names columns whose numbers are placeholders.
 
-        With `several` an id may be there more than once; it keeps the place of its first row.
-
-        Raises UserError naming the line that no submission could follow.
+        With `several` an id may occur more than once. Raises UserError naming the first invalid line.
         """
         rows = iter(rows)
         line, header = next(rows, (1, []))
@@ -87,7 +85,7 @@ class Sample:
         )
 
     def check_ids(self, ids: Iterable[Any]) -> None:
-        """Raises UserError when the ids to predict, in any order, are not the sample's: asked before the training."""
+        """Raises UserError when the ids to predict, in any order, are not the sample's; called before the training."""
         counts, asked = Counter(map(str, ids)), set(self.ids)
         found = [f"id {name} is there twice" for name, count in counts.items() if count > 1]
         found += [f"id {name} is not in the sample submission" for name in counts if name not in asked]
@@ -99,9 +97,9 @@ class Sample:
             )
 
     def in_order(self, rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-        """The rows of a CSV in the order of the sample's ids. Those that are not the sample's go last, for the check.
+        """The rows of a CSV in the order of the sample's ids. Rows with other ids come last, for the check to report.
 
-        They are passed on as they come, and held from the first one on that stands elsewhere in the sample.
+        Rows in order are passed on at once; from the first one that is not, all rows are held in memory and sorted.
         """
         rows, ids, last = iter(rows), iter(self.ids), None
         for row in rows:
@@ -127,7 +125,7 @@ class Sample:
             yield None, name
 
     def words(self, values: Sequence[str]) -> tuple[str, ...]:
-        """The columns in which the sample has numbers, or True and False, and these values are neither."""
+        """The columns in which the sample has numbers, or True and False, but these values have words."""
         return tuple(
             column
             for column, value in zip(self.columns[1:], values, strict=True)
@@ -135,7 +133,7 @@ class Sample:
         )
 
     def fault(self, values: Sequence[str]) -> str | None:
-        """What is wrong with a row's values, its id left out: finite numbers, or True and False, as the sample has."""
+        """What is wrong with a row's `values` (no id); they must be finite, numbers or True/False as in the sample."""
         for column, value in zip(self.columns[1:], values, strict=True):
             if column in self.numeric and not (is_number(value) or (not value and column in self.blank)):
                 return f"has the value {','.join(values)}, expected a finite number in {column} as in the sample"
@@ -147,7 +145,7 @@ class Sample:
 
 
 def sidecar(path: Path) -> dict[str, Any]:
-    """What the kit wrote beside a submission; {} where there is nothing, or what something else wrote."""
+    """The JSON that the kit wrote beside a submission; {} where there is none, or one that the kit did not write."""
     try:
         provenance = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -156,12 +154,12 @@ def sidecar(path: Path) -> dict[str, Any]:
 
 
 def is_number(cell: str) -> bool:
-    """Whether any reader takes the cell for a finite number; 1_000 is one in Python alone."""
+    """Whether every reader of the CSV takes the cell for a finite number; Python alone takes 1_000 for one."""
     return NUMBER.fullmatch(cell.strip(" ")) is not None and math.isfinite(float(cell))
 
 
 def _is_word(value: str) -> bool:
-    """No number, nor NaN: whether it may stand there is for the competition's own check."""
+    """Whether the value is neither a number nor NaN: then the competition's own check decides about it."""
     try:
         float(value)
     except ValueError:
@@ -170,7 +168,7 @@ def _is_word(value: str) -> bool:
 
 
 def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | None:
-    """What is wrong with an id in the place of `expected`, None after the last of either; `seen` are those before."""
+    """What is wrong with the id `name` in the place of `expected` (None: past the end); adds it to the `seen` ones."""
     if name is None:
         return f"id {expected} is missing"
     twice = name in seen
@@ -205,9 +203,9 @@ def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | Non
 
 
 def check(path: Path, sample: Sample, valid: Validator | None = None) -> int:
-    """Compare the CSV at `path` with the sample; returns its rows, raises UserError naming the first offenders.
+    """Compare the CSV at `path` with the sample; returns its number of rows, raises UserError with the first faults.
 
-    `valid(values)` says what is wrong with the values of one row (without its id), or None.
+    `valid(values)` returns what is wrong with the values of one row (without its id), or None.
     """
     found: list[str] = []
     count = 0
@@ -241,7 +239,7 @@ def write(
 ) -> Path:
     """Stream `rows` into `path`, check the whole file, then put it in place with the sidecar `<name>.json`.
 
-    Nothing is left behind, and an older file stays, when anything is wrong (UserError).
+    If anything is wrong it raises UserError and leaves nothing behind; an older file stays as it was.
     """
     with replacing(path, "w", newline="", encoding="utf-8") as stream:
         draft = Path(stream.name)

@@ -1,11 +1,11 @@
-"""The Task: what a competition hands over to the core, in four values.
+"""The Task: what a competition gives to the core, in four values.
 
     Data         what is trained on, validated on and predicted
-    Network      the model, its loss and its test-time augmentation  (or one function, `fit_predict`, for the rest)
+    Network      the model, its loss and its test-time augmentation  (or a function `fit_predict` instead)
     Postprocess  outputs -> predictions -> decisions, with what is tuned on out-of-fold predictions
     Submission   decisions -> rows of the CSV
 
-The way of a batch:
+The path of a batch:
 
     inputs -> model -> outputs -> loss                                while training
     inputs -> model -> outputs -> predict -> predictions              averaged over TTA, folds and runs
@@ -14,10 +14,10 @@ The way of a batch:
 
 Predictions are one tensor [B, ...] or a flat dict of tensors. competitions/<name>/ has
 
-    config.py   Config class (one level below common.config.Config), RECIPES {name: config}, SOURCE; imports nothing
-                heavy, so that --help is instant. "default" needs no RECIPE=, "smoke" takes seconds on the demo data,
-                "demo" at most 90 s: what `make train` takes on demo data. VERBS: optional, verbs of its own
-    task.py     build(config, raw, log) -> Task: reads the data (common.raw.RawData); `log` prints once, in one process
+    config.py   Config class (directly derived from common.config.Config), RECIPES {name: config}, SOURCE; imports
+                nothing heavy, so that --help is instant. Recipes: "default" needs no RECIPE=; "demo", which `make
+                train` uses on demo data, takes at most 90 s on these, "smoke" seconds. VERBS: optional, its own verbs
+    task.py     build(config, raw, log) -> Task: reads the data (common.raw.RawData); `log` prints in one process only
     demo.py     write_demo(folder): a small generated data set in the real file formats
 """
 
@@ -39,8 +39,8 @@ from common.submission import Sample
 from common.vision.check import image_paths
 from common.vision.find import fingerprint
 
-# As JSON gives it back, which the run keeps: arrays are lists, keys are text. "score", when it is there, is the first
-# metric as measured on rows that the tuning did not see; the run reports it instead of the score on the tuned rows.
+# A run keeps it as JSON, so arrays become lists and keys text. An optional "score" is the first metric on rows that the
+# tuning did not see; the run reports it instead of the score on the tuned rows.
 Tuned = dict[str, Any]
 
 
@@ -62,33 +62,33 @@ AS_IS = (TTA("as is"),)
 
 @dataclass(frozen=True)
 class Data:
-    """The rows. Datasets follow `common.loading.loader`; those of images have `paths`, the files in row order."""
+    """The rows. Datasets follow `common.loading.loader`; image datasets have `paths`, their files in row order."""
 
     train: Any  # dataset of n rows, with the training augmentation
-    ids: Sequence[str]  # n ids that differ, the rows of `train`
+    ids: Sequence[str]  # n unique ids of the rows of `train`
     folds: np.ndarray  # [n] fold of every row; -1 trains always
     test: Any = None  # dataset of the rows to predict; its targets are ignored
     valid: Any = None  # the same n rows without augmentation; None: `train` has no augmentation
     test_ids: Sequence[str] | None = None  # ids of the rows of `test`; None: the sample submission's, in its order
     order: Callable[[np.ndarray], Any] | None = None  # training rows -> order of common.loading.orders; None shuffles
     mix: Any = None  # MixUp, CutMix or OneOf of common.loading.mixing
-    # Predictions of the test rows, tensors [m, ...] -> dataset of them to train on, with the training augmentation and
-    # the predictions as targets: in the form of `train`'s, or probabilities [m, C] of its class numbers [n]. None: no
-    # --pseudo
+    # Predictions of the test rows, tensors [m, ...] -> dataset of the test rows with the training augmentation and the
+    # predictions as targets. These have the form of `train`'s targets, or are probabilities [m, C] where `train` has
+    # class numbers [n]. None: no --pseudo
     pseudo: Callable[[Predictions], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained."""
+    """The model and how it is trained."""
 
     model: Callable[[], nn.Module]  # a fresh model; its weights are seeded by the caller
     loss: Any  # see common.losses.protocol
-    loss_of: Callable[[int], Any] | None = None  # epoch from 0 -> its loss, where it is not `loss` in all of them
+    loss_of: Callable[[int], Any] | None = None  # epoch from 0 -> its loss, if it changes over epochs
     tta: tuple[TTA, ...] = AS_IS
     lr_scales: dict[str, float] = field(default_factory=dict)  # module name -> factor on its learning rate
-    pretrain: Callable[[nn.Module], str | None] | None = None  # a fresh model's weights; returns a line for the log
-    outputs: str = ""  # what the outputs stand for, in their order, where the data say so; models fit no other
+    pretrain: Callable[[nn.Module], str | None] | None = None  # loads weights into a fresh model; returns a log line
+    outputs: str = ""  # meaning of the outputs in their order, if the data decide it; a model fits no others
 
 
 @dataclass(frozen=True)
@@ -103,36 +103,36 @@ class Postprocess:
 
 @dataclass(frozen=True)
 class Submission:
-    """The CSV. What is not given comes from the sample submission."""
+    """The CSV. Anything not given is taken from the sample submission."""
 
     rows: Callable[[Sequence[str], Tree], Iterable[Sequence[Any]]] | None = None  # ids, decisions; None: a row each
     valid: Callable[[Sequence[str]], str | None] | None = None  # a row without its id -> what is wrong with it
     sample: str = "sample_submission.csv"  # name of the sample submission in the data
     several: bool = False  # an id may have several rows, as the instances or classes of an image; each has at least one
     text: tuple[str, ...] = ()  # columns that hold words, though the sample has nothing but numbers in them
-    facts: dict[str, Any] = field(default_factory=dict)  # what else stands in the file beside the CSV
+    facts: dict[str, Any] = field(default_factory=dict)  # more entries for the JSON beside the CSV
 
 
-# training rows, validation rows, fold (None: all rows train), the part of the run that is its own (`path`, `log`)
+# training rows, validation rows, fold (None: all rows train), the run as seen by this fold (its `path` and `log`)
 # -> predictions of the validation rows and of the test rows
 FitPredict = Callable[[np.ndarray, np.ndarray, int | None, Run], tuple[Predictions, Predictions]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A competition, ready to be trained. Nothing to subclass: `build` of its folder fills it in."""
+    """A competition, ready to be trained. There is nothing to subclass: `build` in its task.py makes one."""
 
     data: Data
     metrics: tuple[Metric, ...]  # the first one chooses the best epoch and is the run's score
     network: Network | None = None
     fit_predict: FitPredict | None = None  # instead of a network: fits on rows and predicts others, with any library
-    uses: Collection[str] = ()  # fields of common.config.Config that a network has and this `fit_predict` reads
+    uses: Collection[str] = ()  # network settings of common.config.Config that this `fit_predict` reads too
     postprocess: Postprocess = field(default_factory=Postprocess)
     submission: Submission = field(default_factory=Submission)
     check: Callable[[], None] | None = None  # raises UserError for what would fail only after the training
     report: Callable[[Any, Any], None] | None = None  # (run, page): adds the competition's own plots to the run's page
     names: tuple[str, ...] = ()  # of the classes, labels or columns of the predictions, for the page
-    sample: Sample | None = None  # None: of the file that `submission` names
+    sample: Sample | None = None  # None: read from the file that `submission` names
     # Filled in by `completed`.
     fingerprint: str = ""  # sha256 of the data that was read
 
@@ -143,14 +143,14 @@ class Task:
 
 
 def completed(task: Task, raw: RawData) -> Task:
-    """`task` with its defaults filled in from the data; raises UserError for what does not fit together."""
+    """`task` with its defaults filled in from the data; raises UserError when its parts do not fit together."""
     if (task.network is None) == (task.fit_predict is None):
         raise UserError("a Task has either a `network` or a `fit_predict`: give one of them in build()")
     if not task.metrics:
         raise UserError("a Task needs a metric, the first one is its score: give `metrics` one in build()")
     sample = task.sample or Sample.read(raw, task.submission.sample, task.submission.text, task.submission.several)
     data = replace(
-        task.data,  # by places from here on: a column of pandas would look up its own index
+        task.data,  # lists and arrays from here on: a pandas column would look up its own index, not positions
         ids=list(task.data.ids),
         folds=np.asarray(task.data.folds),
         test_ids=list(sample.ids if task.data.test_ids is None else task.data.test_ids),
@@ -176,7 +176,7 @@ def completed(task: Task, raw: RawData) -> Task:
 
 
 def _check_ids(name: str, ids: Sequence[str]) -> None:
-    """Raises UserError for ids that a run could not keep, or could not find its rows by."""
+    """Raises UserError for ids with line breaks, and for ids that occur twice."""
     seen = set()
     for one in map(str, ids):
         if "\n" in one:
@@ -192,7 +192,7 @@ def _check_ids(name: str, ids: Sequence[str]) -> None:
 
 
 def needs_workers(task: Task) -> bool:
-    """Whether the training rows are read one by one, in processes of their own; whole batches need none."""
+    """Whether workers read the training rows one by one; a dataset that makes whole batches needs none."""
     return task.network is not None and not hasattr(task.data.train, "batch")
 
 

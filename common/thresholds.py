@@ -1,4 +1,4 @@
-"""Thresholds for labels [n, L]: one per label, chosen on out-of-fold predictions, and what they are worth on others."""
+"""Thresholds for labels [n, L]: one per label, chosen on out-of-fold predictions, and scored on other rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,21 +10,21 @@ from common.loading.keys import keyed_seed
 from common.metrics import Metric
 
 Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores, truth [n, L] -> thresholds [L]
-PARTS = 5  # for the honest score: thresholds of four fifths of the rows are tried on the fifth
-UNKNOWN = 0.5  # where nothing is known of a label
+PARTS = 5  # for the honest score: thresholds chosen on four fifths of the rows are scored on the other fifth
+UNKNOWN = 0.5  # the threshold of a label without a true row
 
 
 def best_f_beta(scores: np.ndarray, truth: np.ndarray, beta: float = 1.0) -> np.ndarray:
-    """The threshold [L] with the highest F of every label, so with the highest macro F: tries every one there is.
+    """The thresholds [L] with the highest F of every label, and so the highest macro F; tries all candidates.
 
-    It lies halfway between two scores. A label without a true row, which has no best one, gets one half.
+    A threshold lies halfway between two scores. A label without a true row has no best one and gets 0.5.
     """
     order = np.argsort(-scores, axis=0, kind="stable")
     ranked, hits = (np.take_along_axis(values, order, 0) for values in (np.asarray(scores, np.float64), truth > 0))
     found, true = np.arange(1, len(scores) + 1)[:, None], hits.sum(0)
-    f = (1 + beta**2) * hits.cumsum(0) / (beta**2 * true + found)  # of the k best rows, [n, L]
+    f = (1 + beta**2) * hits.cumsum(0) / (beta**2 * true + found)  # F of predicting the k highest scores, [n, L]
     least = ranked[-1:]
-    below = np.concatenate([ranked[1:], np.where(least > 0, 0, least - 1)])  # scores of 0 and logits may be above too
+    below = np.concatenate([ranked[1:], np.where(least > 0, 0, least - 1)])  # so that all rows may be above
     f[ranked == below] = -1  # between equal scores there is no threshold
     best = f.argmax(0)[None]
     middle = (np.take_along_axis(ranked, best, 0) + np.take_along_axis(below, best, 0))[0] / 2
@@ -32,7 +32,7 @@ def best_f_beta(scores: np.ndarray, truth: np.ndarray, beta: float = 1.0) -> np.
 
 
 def matching(scores: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """The threshold [L] above which a part `rates` [L] of the rows lies: labels come as often as they should."""
+    """The thresholds [L] above which a fraction `rates` [L] of the rows lies, so that a label is predicted as often."""
     ranked = -np.sort(-np.asarray(scores, np.float64), axis=0)
     count = np.clip(np.rint(rates * len(ranked)).astype(int), 0, len(ranked))
     ends = np.concatenate([ranked[:1] + 2, ranked, ranked[-1:] - 2])  # above all of them, and below
@@ -41,14 +41,14 @@ def matching(scores: np.ndarray, rates: np.ndarray) -> np.ndarray:
 
 
 def decide(scores: Tensor | np.ndarray, thresholds: Sequence[float]) -> Tensor:
-    """bool [n, L]: what lies above its threshold, and in every row at least the label that comes nearest."""
+    """bool [n, L]: the labels whose score is above the threshold, or else the one label that comes nearest to it."""
     scores = torch.as_tensor(scores)
     above = scores.double() - torch.as_tensor(thresholds, dtype=torch.float64, device=scores.device)
     return (above > 0).scatter_(1, above.argmax(1, keepdim=True), True)
 
 
 def honest(scores: np.ndarray, truth: np.ndarray, choose: Choose, metric: Metric, seed: int) -> float:
-    """The metric of all rows, each decided by thresholds that `choose` made of the other parts of the rows."""
+    """The metric of all rows, each decided by thresholds that `choose` found on the other parts of the rows."""
     part = np.random.default_rng(keyed_seed(seed, PARTS)).permutation(len(scores)) % PARTS
     found = np.zeros(scores.shape, bool)
     for number in range(PARTS):

@@ -1,6 +1,6 @@
 """`--track tensorboard` or `--track wandb`: every row of metrics.csv goes there too.
 
-Both are packages of their own, imported when they are asked for. A fold is a curve of its own in both of them.
+Both are optional packages, imported only when they are used. Every fold has its own curves in both.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from common.config import Config
 from common.errors import UserError
 from common.run import Run
 
-Ways = tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]  # to add numbers of an epoch, and to end
-_open: dict[Path, Ways] = {}  # of the folder of the fold at hand: one at a time is trained
+Ways = tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]  # log an epoch's numbers; close
+_open: dict[Path, Ways] = {}  # by the fold's folder; folds are trained one at a time
 
 
 def check(config: Config) -> None:
@@ -24,7 +24,7 @@ def check(config: Config) -> None:
 
 
 def epoch(run: Run, config: Config, fold: int | None, row: dict[str, Any]) -> None:
-    """Send an epoch's row of metrics.csv; of several processes the first does."""
+    """Send an epoch's row of metrics.csv; of several processes only the first one sends it."""
     if config.track == "none" or not run.is_writer:
         return
     folder = run.fold_folder(fold).absolute()
@@ -37,7 +37,7 @@ def epoch(run: Run, config: Config, fold: int | None, row: dict[str, Any]) -> No
 
 
 def close() -> None:
-    """End what is open; an exit of the program does so too."""
+    """Close the open tracker; exiting the program does so too."""
     while _open:
         _, (_, end) = _open.popitem()
         end()
@@ -46,7 +46,7 @@ def close() -> None:
 def _tensorboard(run: Run, config: Config, folder: Path, first: int) -> Ways:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run.path / "tensorboard" / folder.name), purge_step=first)  # a killed run comes again
+    writer = SummaryWriter(str(run.path / "tensorboard" / folder.name), purge_step=first)  # a resumed run repeats some
 
     def add(numbers: dict[str, float], number: int) -> None:
         for name, value in numbers.items():

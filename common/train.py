@@ -1,4 +1,4 @@
-"""A whole run: the folds, their out-of-fold predictions, what is tuned on them, the score and the submission."""
+"""A whole run: train the folds, tune and score on their out-of-fold predictions, write the submission."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def train(
     """`make train`: read the data, train the folds (or go on with them), score them and write the submission."""
     with Ranks.from_environment() as ranks:
         say = print if ranks.is_writer else lambda message: None
-        device_of(config, ranks.local_rank, ranks.world)  # a device that is not there is told before anything is read
+        device_of(config, ranks.local_rank, ranks.world)  # a missing device raises before anything is read
         track.check(config)
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
@@ -76,7 +76,7 @@ def train(
             if not ranks.is_writer:
                 return
             print(f"no network that {ranks.world} processes could train together: one of them does it all")
-            os.environ.pop("LOCAL_WORLD_SIZE", None)  # so all cores are its own
+            os.environ.pop("LOCAL_WORLD_SIZE", None)  # so that it uses all cores
             ranks = SINGLE
         use_threads(config, with_workers=needs_workers(task))
         provenance = provenance_of(competition, task, recipe, found)
@@ -89,7 +89,7 @@ def train(
         shards = [orders.shard(config.batch_size, rank, ranks.world) for rank in range(ranks.world)]
         if idle := sum(start == stop for start, stop in shards):
             run.log(f"--batch-size {config.batch_size} leaves {idle} of {ranks.world} processes without work: raise it")
-        result = ranks.broadcast(run.result)  # the others may have no such file, on disks of their own
+        result = ranks.broadcast(run.result)  # other machines may not have the file
         if result is None:
             _train_folds(task, config, run, ranks, pseudo)
         else:
@@ -100,7 +100,7 @@ def train(
 
 
 def _check_new(task: Task, config: Config, pseudo: Pseudo | None, world: int) -> None:
-    """What a new run must pass before it has a folder."""
+    """The checks that a new run must pass before it gets a folder."""
     if pseudo:
         pseudo.check()
     if config.bad_images == "raise":
@@ -132,13 +132,13 @@ def _open_together(
 
 
 def _refuse_unused(competition: Competition, task: Task, config: Config, recipe: str) -> None:
-    """Raise UserError for a flag of networks where there is none."""
+    """Raise UserError for a flag of networks if the task has no network."""
     if task.fit_predict:
         refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
 
 
 def provenance_of(competition: Competition, task: Task, recipe: str, found: RawData) -> dict[str, Any]:
-    """Where a run comes from: everything of run.json but its name and the time."""
+    """Where a run comes from: the content of run.json except its name and the time."""
     return {
         "competition": competition.name,
         "recipe": recipe,
@@ -155,7 +155,7 @@ def provenance_of(competition: Competition, task: Task, recipe: str, found: RawD
 
 
 def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks, pseudo: Pseudo | None) -> None:
-    """Every fold that --fold names, then their score."""
+    """Train every fold that --fold names, then score them."""
     if ranks.is_writer:
         folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
     wanted = folds_to_train(config)
@@ -200,12 +200,12 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
 
 
 def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
-    """The run's page and its submission. No page is worth a submission, so one that fails is only told."""
+    """Write the run's page and its submission. A page that fails is only logged: it must not cost the submission."""
     run = member.run
     if not run.is_finished:
         try:
             write_report(member, recipe)
-        except Exception as error:  # whatever a plot stumbles over
+        except Exception as error:  # a plot may raise anything
             run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
     path = write_submission(competition, [member], is_demo) if submits else None
     run.finish()
@@ -216,7 +216,7 @@ def _write_what_follows(competition: str, member: Member, recipe: Config, is_dem
 
 
 def write_report(member: Member, recipe: Config) -> None:
-    """report.html: curves, folds, settings, mistakes, and what the competition adds."""
+    """Write report.html: curves, folds, settings, mistakes, and the competition's own plots."""
     finish_page(default_report(member.run, vars(member.config), member.task.metrics, vars(recipe)), member)
 
 
@@ -275,10 +275,10 @@ def finish(run: Run, task: Task, config: Config, folders: list[Path]) -> None:
 
 
 def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[str, Any]:
-    """Write the ids of the run's out-of-fold predictions, tune on them, and score them: the heart of result.json."""
+    """Write the ids of the run's out-of-fold predictions, tune on these, score them; returns facts for result.json."""
     predictions = read_predictions(run.path, "oof")
     write_ids(run.path, "oof", (task.data.ids[row] for row in rows))
-    # What is scored is what a prediction will read.
+    # By way of JSON: scores are made with the same values that a prediction will read.
     tuned = json.loads(json.dumps(task.postprocess.tune(predictions, rows), default=lambda array: array.tolist()))
     whole, by_fold = score_kept(task, config, predictions, rows, tuned)
     found, monitor = whole.found(), task.metrics[0].name
@@ -307,7 +307,7 @@ def join(parts: list[Predictions], folder: Path, rows: int) -> None:
 def score_kept(
     task: Task, config: Config, predictions: Predictions, rows: np.ndarray, tuned: dict[str, Any]
 ) -> tuple[Scores, dict[int, Scores]]:
-    """The metrics of predictions [m, ...] that were kept for `rows` [m], with what was tuned on them: all, by fold."""
+    """The metrics of kept predictions [m, ...] of `rows` [m], decided by `tuned`: over all rows, and by fold."""
     whole, by_fold, position = Scores(task.metrics, with_errors=True), {}, 0
     for batch in in_order(task.data.valid, rows, config.batch_size, config.seed):
         part = slice(position, position + len(batch))

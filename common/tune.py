@@ -1,8 +1,8 @@
 """`make tune`: Optuna looks for settings; every trial is a run, trained by the same command as any other.
 
-A trial is a process of its own: its memory goes when it ends, and what kills it kills no search. Its validation curve
-is read from the run's metrics.csv; a trial that is behind the median of the others at the same epoch is stopped. The
-search is kept in runs/<competition>/tune.db, so that the same command goes on with it, and with a stopped trial's run.
+A trial is a process of its own: its memory is freed when it ends, and a crash does not end the search. Its validation
+curve is read from the run's metrics.csv; a trial that is behind the median of the others at the same epoch is stopped.
+The search is kept in runs/<competition>/tune.db, so the same command resumes it, and the run of an interrupted trial.
 """
 
 import argparse
@@ -34,15 +34,15 @@ from common.files import locked, read_json, read_table
 
 SECONDS = 0.5  # between two looks at a trial's curve
 GRACE = 60.0  # seconds that a stopped trial has to end by itself
-UNPRUNED = 5  # trials that end before one is compared with them
-FAILURES = 3  # of trials in a row after which the search ends
+UNPRUNED = 5  # trials that must end before others are compared with them
+FAILURES = 3  # failed trials in a row after which the search ends
 Space = dict[str, BaseDistribution]
 
 
 def space_of(search: str, config: Config) -> Space:
-    """ "lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd" as distributions; raises UserError for what no flag takes.
+    """ "lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd" as distributions; raises UserError for invalid values.
 
-    low:high is a range of the setting's type, :log spreads its logarithms evenly, a|b are choices.
+    low:high is a range of the setting's type, :log samples it on a logarithmic scale, a|b are choices.
     """
     hints, found = get_type_hints(type(config)), {}
     for part in search.split(","):
@@ -70,13 +70,13 @@ def space_of(search: str, config: Config) -> Space:
 
 
 def flags_of(params: dict[str, Any]) -> list[str]:
-    """The trial's settings as flags; six digits are enough of any."""
+    """The trial's settings as flags; floats have six significant digits."""
     text = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in params.items()}
     return [f"--{name.replace('_', '-')}={value}" for name, value in text.items()]
 
 
 def command(competition: str, flags: list[str], run: str) -> list[str]:
-    """What trains a trial."""
+    """The command that trains a trial."""
     return [sys.executable, "-m", "common", "train", competition, *flags, f"--run={run}", "--no-submission"]
 
 
@@ -89,9 +89,9 @@ def tune(
     given: list[str],
     data: str | None = None,
 ) -> None:
-    """Go on until the search has `trials` trials that ended; `given` are the flags that all of them have.
+    """Run the search until `trials` trials have ended; `given` are the flags of all trials.
 
-    `data` is what DATA= says: a search on demo data is another one than that on the real data that come after them.
+    `data` is the value of DATA=: a search on demo data is kept apart from one on the real data.
     """
     if config.fold == "none":
         raise UserError("--fold none holds nothing out, so no trial has a score: give --fold 0 or --fold all")
@@ -107,7 +107,7 @@ def tune(
         storage = optuna.storages.RDBStorage(f"sqlite:///{home / 'tune.db'}")
         direction = "maximize" if competition.source.higher_is_better else "minimize"
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
-        # Its numbers begin anew whenever the search goes on, and must not draw the same trials again.
+        # The sampler's random state is not kept: with the same seed a resumed search would draw the same trials again.
         study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
         study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED, n_warmup_steps=1)
         _search(study, space, competition.name, given, trials)
@@ -116,7 +116,7 @@ def tune(
 
 @contextmanager
 def _told_of(database: Path) -> Iterator[None]:
-    """What the database says of itself or of its disk, as a UserError."""
+    """Inside the block, errors of the database or its disk are raised as UserError."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
@@ -128,7 +128,7 @@ def _told_of(database: Path) -> Iterator[None]:
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that came to an end, the newest of each run: one that was stopped goes on as another."""
+    """The trials that have ended, the newest of each run: an interrupted trial is resumed as a new one."""
     newest = {trial.user_attrs["run"]: trial for trial in study.get_trials(deepcopy=False) if "run" in trial.user_attrs}
     return [trial for trial in newest.values() if trial.state.is_finished()]
 
@@ -156,9 +156,9 @@ def _search(study: optuna.Study, space: Space, competition: str, given: list[str
 
 
 def _one(trial: Trial, competition: str, flags: list[str], run: str) -> tuple[TrialState, float | None, str]:
-    """Train one trial: how it ended, its score, and that in words."""
+    """Train one trial; returns its state, its score, and both in words."""
     folder, reported = runs.RUNS / competition / run, 0
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which would leave the trial to itself
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # its default would leave the trial running
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command(competition, flags, run), stdout=subprocess.DEVNULL, stderr=errors)
         try:
@@ -184,7 +184,7 @@ def _one(trial: Trial, competition: str, flags: list[str], run: str) -> tuple[Tr
 
 def _stop(child: subprocess.Popen) -> None:
     if child.poll() is None:
-        child.terminate()  # Ctrl-C's signal is ignored by what a shell has started in the background
+        child.terminate()  # not SIGINT: programs that a shell starts in the background ignore it
         try:
             child.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -193,7 +193,7 @@ def _stop(child: subprocess.Popen) -> None:
 
 
 def _curve(folder: Path) -> Iterator[float]:
-    """The metric of every validation so far, fold by fold: it stands behind the validation loss."""
+    """The metric of every validation so far, fold by fold: it is the column after the validation loss."""
     for table in sorted(folder.glob("fold-*/metrics.csv"), key=lambda file: int(file.parent.name[5:])):
         for row in read_table(table):
             names = list(row)
@@ -203,7 +203,7 @@ def _curve(folder: Path) -> Iterator[float]:
 
 
 def _tell(study: optuna.Study, competition: str, given: list[str], search: str) -> None:
-    """The table of trials, what the settings matter, and the command of the best: printed, and as a page."""
+    """Print the importance of the settings and the best trial's command; write a page with these and all trials."""
     from common.report import Report
 
     trials = _ended(study)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from common.config import Config, at_least, between, flag
 from common.kaggle.source import Source
 
-SOURCE = Source(  # CHANGE: what make data, submit, board and kernel must know
+SOURCE = Source(  # CHANGE: for make data, submit, board and kernel
     slug="my-competition",  # as in https://www.kaggle.com/c/my-competition
     expected=("train.csv", "sample_submission.csv", "train/*.jpg", "test/*.jpg"),
     higher_is_better=True,
@@ -14,7 +14,7 @@ SOURCE = Source(  # CHANGE: what make data, submit, board and kernel must know
 
 @dataclass(frozen=True)
 class MyConfig(Config):
-    """A field is a flag: make train COMP=my_competition ARGS="--size 384,384". common/config.py has those of all."""
+    """Each field is a flag: make train COMP=my_competition ARGS="--size 384,384". Common flags: common/config.py."""
 
     size: tuple[int, int] = flag((256, 256), "height and width of the images in the network", "pixels", at_least(32))
     cache_gb: float = flag(20.0, "resized images are kept in one file up to this size; 0: never", "GB", at_least(0))
@@ -31,7 +31,7 @@ DEMO = replace(  # trains on the generated images in a minute
 )
 RECIPES = {
     "default": DEFAULT,
-    "best": replace(DEFAULT, fold="all", size=(384, 384), epochs=20),  # CHANGE: what turns out to be best
+    "best": replace(DEFAULT, fold="all", size=(384, 384), epochs=20),  # CHANGE: your best settings
     "demo": DEMO,
     "smoke": replace(DEMO, size=(32, 32), epochs=1, ema=0.0, precision="fp32"),
 }

@@ -9,7 +9,7 @@ TRAIN, TEST, SIDE = 240, 60, 96  # images, and their height and width
 
 
 def write_demo(folder: Path) -> None:
-    """train.csv, sample_submission.csv and the JPEGs; always the same bytes. CHANGE: in the real files' formats."""
+    """Write train.csv, sample_submission.csv and JPEGs, always the same bytes. CHANGE: to the real files' formats."""
     rng = np.random.default_rng(0)
     rows: dict[str, list[str]] = {"train": ["id,ring"], "test": ["id,ring"]}
     for number in range(TRAIN + TEST):
@@ -22,7 +22,7 @@ def write_demo(folder: Path) -> None:
 
 
 def draw(rng: np.random.Generator, ring: int) -> np.ndarray:
-    """uint8 [96, 96, 3]: a disc, or a ring, on ground of another colour, under noise."""
+    """uint8 [96, 96, 3]: a noisy disc or ring on a background of another colour."""
     ground, colour = rng.integers(40, 150, 3), rng.integers(100, 210, 3).tolist()
     image = np.full((SIDE, SIDE, 3), ground, np.uint8)
     x, y, radius = (int(rng.integers(low, high)) for low, high in ((30, 66), (30, 66), (16, 28)))

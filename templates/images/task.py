@@ -1,6 +1,6 @@
 """my_competition: images and their labels in a CSV; the score is the ROC AUC, the mean over the labels.
 
-CHANGE marks what another competition has otherwise; common/task.py says what else a Task can have.
+CHANGE marks what to adapt to your competition; common/task.py lists everything that a Task can have.
 """
 
 from collections.abc import Callable
@@ -32,10 +32,10 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     columns = {ID: str} | dict.fromkeys(LABELS, tables.number(0, 1))
     table = tables.read(raw, "train.csv", columns, id=ID)
     targets = table[list(LABELS)].to_numpy(np.float32)  # [n, labels]
-    # CHANGE: the folders of the images; an id is a file's name, with or without its ending.
+    # CHANGE: the image folders; an id is a file's name, with or without its extension.
     stored = partial(ImageStore.of, raw, size=config.size, limit_gb=config.cache_gb, announce=log)
     train, test = stored("train", table[ID], "train.csv"), stored("test", Sample.read(raw).ids, "sample_submission.csv")
-    # CHANGE: what leaves the label as it is. Its random numbers are keyed by seed, epoch and row.
+    # CHANGE: augmentations that keep the label. Their random numbers are keyed by seed, epoch and row.
     augment = A.Compose(
         [A.HorizontalFlip(), A.Affine(scale=(0.8, 1.2), rotate=(-15, 15)), A.RandomBrightnessContrast()]
     )
@@ -45,24 +45,24 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             valid=ImageDataset(train, targets),
             test=ImageDataset(test),
             ids=table[ID].tolist(),
-            # CHANGE: where images belong together, grouped(table["site"], config.folds, config.seed) of the same module
+            # CHANGE: if images belong together, grouped(table["site"], config.folds, config.seed) from the same module
             folds=multilabel_stratified(table[ID].tolist(), targets, config.folds, config.seed),
             # --pseudo RUN trains on the test rows too, with predictions [m, labels] as their targets
             pseudo=lambda soft: ImageDataset(test, soft, transform=augment),
         ),
         network=Network(
             model=partial(Classifier, config.backbone, config.size, len(LABELS), dropout=config.dropout),
-            # CHANGE: for one class of several, targets are class numbers int64 [n] of a column tables.whole(0, C - 1),
-            # outputs as many as classes, the loss is CrossEntropy() and `predict` below outputs.softmax(1); where the
-            # CSV wants class numbers, apply=lambda predictions, tuned: predictions.argmax(1) beside it.
+            # CHANGE: for one of C classes, targets are class numbers int64 [n] from a column tables.whole(0, C - 1),
+            # the model has C outputs, the loss is CrossEntropy(), and `predict` below gives outputs.softmax(1). If the
+            # CSV wants class numbers, add apply=lambda predictions, tuned: predictions.argmax(1) beside it.
             # CHANGE: for numbers, model=lambda: nn.Sequential(Classifier(...), ToUnits(targets)), the loss MSE(),
             # model[0].backbone in `pretrain` and no `predict` below; ToUnits is in common.tables.numbers.
             loss=BCE(),
             tta=tuple(TTA(name, way.apply) for name, way in MIRRORED.items()),
             pretrain=lambda model: start_backbone(model.backbone, config.backbone, config.encoder_weights),
         ),
-        # Outputs -> what is averaged over TTA, folds and runs. CHANGE: where the CSV wants decisions (a class, 0 or 1),
-        # `apply` makes them of predictions, and `tune` finds thresholds on out-of-fold predictions.
+        # Outputs -> predictions, which are averaged over TTA, folds and runs. CHANGE: if the CSV wants decisions (a
+        # class, 0 or 1), `apply` makes them from predictions, and `tune` finds thresholds on out-of-fold predictions.
         postprocess=Postprocess(predict=lambda outputs: outputs.sigmoid()),
-        metrics=(roc_auc(),),  # CHANGE: of common.metrics, or a Metric of your own; the first one is the score
+        metrics=(roc_auc(),),  # CHANGE: from common.metrics, or your own Metric; the first one is the score
     )

@@ -11,7 +11,7 @@ TRAIN, TEST, HEIGHT, WIDTH = 60, 12, 96, 128
 
 
 def write_demo(folder: Path) -> None:
-    """train.csv, sample_submission.csv and the PNGs; always the same bytes. CHANGE: in the real files' formats."""
+    """Write train.csv, sample_submission.csv and PNGs, always the same bytes. CHANGE: to the real files' formats."""
     rng = np.random.default_rng(0)
     rows: dict[str, list[str]] = {"train": ["id,rle"], "test": ["id,rle"]}
     for number in range(TRAIN + TEST):
@@ -25,7 +25,7 @@ def write_demo(folder: Path) -> None:
 
 
 def draw(rng: np.random.Generator, things: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image uint8 [96, 128, 3] with so many ellipses on it, and its mask uint8 [96, 128] of 0 and 1."""
+    """An image uint8 [96, 128, 3] with `things` ellipses, and its mask uint8 [96, 128] of 0 and 1."""
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     for _ in range(things):
         x, y, a, b = (int(rng.integers(low, high)) for low, high in ((20, 108), (20, 76), (8, 28), (8, 20)))

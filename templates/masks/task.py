@@ -1,6 +1,6 @@
 """my_competition: which pixels of an image belong to the thing? The score is the Dice, the mean over the images.
 
-CHANGE marks what another competition has otherwise; common/task.py says what else a Task can have.
+CHANGE marks what to adapt to your competition; common/task.py lists everything that a Task can have.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,14 +34,14 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read the files and fill in the Task; raises UserError for anything wrong in them."""
     table = tables.read(raw, "train.csv", {ID: str, RUNS: tables.text(blank=True)}, id=ID)
     ids = table[ID].tolist()
-    # CHANGE: the folders of the images; an id is a file's name, with or without its ending.
+    # CHANGE: the image folders; an id is a file's name, with or without its extension.
     stored = partial(ImageStore.of, raw, size=config.size, limit_gb=config.cache_gb, upright=False, announce=log)
     train, test = stored("train", ids, "train.csv"), stored("test", Sample.read(raw).ids, "sample_submission.csv")
-    # CHANGE: K masks an image are cells [n][K] here, and K outputs of MaskNet. Masks in PNG files instead, of 0 and 255
+    # CHANGE: for K masks per image, pass cells [n][K] here, and MaskNet K outputs. For masks in PNG files, of 0 and 255
     # or of 0 and 1: masks = stored("masks", ids, "train.csv", gray=True), and of_mask=binary below beside masks=masks,
     # with binary from common.vision.datasets.
     masks = rle.RunMasks(table[[RUNS]].to_numpy(), FULL, config.size, ids, f"{raw.path}/train.csv")
-    # CHANGE: what images and masks may undergo. Its random numbers are keyed by seed, epoch and row.
+    # CHANGE: augmentations of images and their masks. Their random numbers are keyed by seed, epoch and row.
     augment = A.Compose(
         [A.HorizontalFlip(), A.Affine(scale=(0.8, 1.2), rotate=(-15, 15)), A.RandomBrightnessContrast()]
     )
@@ -56,7 +56,7 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             valid=ImageDataset(train, masks=masks),
             test=ImageDataset(test),
             ids=ids,
-            # CHANGE: where images are alike, grouped(table["place"], config.folds, config.seed) of the same module
+            # CHANGE: if images are alike, grouped(table["place"], config.folds, config.seed) from the same module
             folds=stratified(ids, table[RUNS] == "", config.folds, config.seed),
             # --pseudo RUN trains on the test rows too, with predictions [m, K, H, W] as their masks
             pseudo=lambda soft: ImageDataset(test, masks=soft.permute(0, 2, 3, 1).numpy(), transform=augment),
@@ -73,6 +73,6 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             kept="uint8",
         ),
         submission=Submission(rows=rows, valid=lambda cells: rle.problem_of_text(cells[0], FULL[0] * FULL[1])),
-        # CHANGE: of common.metrics, or a Metric of your own; the first one is the score. Taken at --size
+        # CHANGE: from common.metrics, or your own Metric; the first one is the score. It is computed at --size
         metrics=(dice(),),
     )

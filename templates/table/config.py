@@ -6,7 +6,7 @@ from typing import Literal
 from common.config import Config, at_least, between, flag
 from common.kaggle.source import Source
 
-SOURCE = Source(  # CHANGE: what make data, submit, board and kernel must know
+SOURCE = Source(  # CHANGE: for make data, submit, board and kernel
     slug="my-competition",  # as in https://www.kaggle.com/c/my-competition
     expected=("train.csv", "test.csv", "sample_submission.csv"),
     higher_is_better=False,
@@ -15,7 +15,7 @@ SOURCE = Source(  # CHANGE: what make data, submit, board and kernel must know
 
 @dataclass(frozen=True)
 class MyConfig(Config):
-    """A field is a flag: make train COMP=my_competition ARGS="--width 512". common/config.py has those of all."""
+    """Each field is a flag: make train COMP=my_competition ARGS="--width 512". Common flags: common/config.py."""
 
     model: Literal["network", "boosting"] = flag("network", "a small network, or LightGBM")
     width: int = flag(256, "values in a hidden layer of the network", rule=at_least(1))

@@ -1,4 +1,4 @@
-"""Demo data in the competition's formats: flats, of which the price is to be told."""
+"""Demo data in the competition's formats: flats, whose prices are the targets."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 ROWS, TEST = 1500, 300
-TOWNS = {"Aston": 3.1, "Brook": 2.4, "Crag": 1.7, "Dale": 4.0}  # thousands a square metre
+TOWNS = {"Aston": 3.1, "Brook": 2.4, "Crag": 1.7, "Dale": 4.0}  # price per square metre, in thousands
 
 
 def write_demo(folder: Path) -> None:
-    """train.csv, test.csv and sample_submission.csv; always the same bytes. CHANGE: in the real files' formats."""
+    """Write train.csv, test.csv, sample_submission.csv, always the same bytes. CHANGE: to the real files' formats."""
     rng = np.random.default_rng(0)
     count = ROWS + TEST
     town, area, floor = rng.choice(list(TOWNS), count), rng.gamma(9, 9, count).round(1), rng.integers(0, 12, count)

@@ -1,7 +1,7 @@
 """my_competition: a number for every row of a table; the score is the RMSE.
 
-A small network, or LightGBM with --model boosting. CHANGE marks what another competition has otherwise; common/task.py
-says what else a Task can have.
+A small network, or LightGBM with --model boosting. CHANGE marks what to adapt to your competition; common/task.py lists
+everything that a Task can have.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ ID, TARGETS = "id", ("price",)  # CHANGE: columns of train.csv; the targets in t
 
 def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read the files and fill in the Task; raises UserError for anything wrong in them."""
-    # CHANGE: name further columns whose kind matters: {"rooms": tables.number(0, 50, blank=True), "zip": str}
+    # CHANGE: add columns whose type matters: {"rooms": tables.number(0, 50, blank=True), "zip": str}
     table = tables.read(raw, "train.csv", {ID: str} | dict.fromkeys(TARGETS, float), id=ID)
     test = tables.read(raw, "test.csv", {ID: str}, id=ID)
     targets = table[list(TARGETS)].to_numpy(np.float32)  # [n, targets]
-    # CHANGE: features of your own are further columns of both tables, made here.
+    # CHANGE: add your own features here, as columns of both tables.
     train, test_ids = table.drop(columns=[ID, *TARGETS]), test.pop(ID).tolist()
     # [n, F], [m, F]; LightGBM takes the tables themselves
     rows, test_rows = (standardised if config.model == "network" else row_numbers)(train, test)
@@ -40,13 +40,13 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         test=TableDataset(test_rows),
         ids=table[ID].tolist(),
         test_ids=test_ids,
-        # CHANGE: where rows belong together, grouped(table["owner"], config.folds, config.seed) of the same module
+        # CHANGE: if rows belong together, grouped(table["owner"], config.folds, config.seed) from the same module
         folds=kfold(table[ID].tolist(), config.folds, config.seed),
-        # --pseudo RUN trains on the test rows too, with predictions, those of boosting too, as their targets
+        # --pseudo RUN trains on the test rows too, with predictions (also of boosting) as their targets
         pseudo=lambda soft: TableDataset(test_rows, soft),
     )
-    score = (rmse(),)  # CHANGE: of common.metrics, or a Metric of your own; the first one is the score
-    # CHANGE: where the CSV wants True or False, apply=lambda values, tuned: values > 0.5; .int() of it for 0 or 1
+    score = (rmse(),)  # CHANGE: from common.metrics, or your own Metric; the first one is the score
+    # CHANGE: if the CSV wants True or False, apply=lambda values, tuned: values > 0.5; with .int() for 0 or 1
     task = partial(Task, data, score, postprocess=Postprocess())
     if config.model == "boosting":
         return task(fit_predict=partial(boosting, config, train, targets, test))
@@ -71,14 +71,14 @@ def boosting(
     fold: int | None,
     part: Run,
 ) -> list[np.ndarray]:
-    """LightGBM fits the rows `train`, predicts the rows `valid` and the test rows; `part` is the fold's of the run."""
+    """Fit LightGBM on the rows `train`, predict the rows `valid` and the test rows; `part` is the run for this fold."""
     from lightgbm import LGBMRegressor
 
     texts = table.select_dtypes(exclude="number").columns
-    both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take blanks
+    both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take NaN
     size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr}
     same = {"random_state": config.seed, "n_jobs": config.threads or 1, "deterministic": True, "force_row_wise": True}
     models = [LGBMRegressor(**size, **same, verbose=-1).fit(both.iloc[train], column) for column in targets[train].T]
     rows = both.iloc[[*valid, *range(len(table), len(both))]]
-    found = np.stack([model.predict(rows) for model in models], 1)  # [m, targets] as the network's, to be blended
+    found = np.stack([model.predict(rows) for model in models], 1)  # [m, targets], the network's shape, so both blend
     return [found[: len(valid)], found[len(valid) :]]
