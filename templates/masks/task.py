@@ -72,7 +72,6 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             apply=lambda probabilities, tuned: probabilities > config.threshold,
             kept="uint8",
         ),
-        # CHANGE: with several=True an id may have several rows, one for each thing or class
         submission=Submission(rows=rows, valid=lambda cells: rle.problem_of_text(cells[0], FULL[0] * FULL[1])),
         # CHANGE: from common.metrics, or your own Metric; the first one is the score. It is computed at --size
         metrics=(dice(),),
