@@ -250,6 +250,59 @@ def test_mirrored_arrays_and_numbers_become_tensors():
     assert batch.targets["part"].tolist() == [0.0, 0.5]
 
 
+class Given(Numbers):
+    """What `makes` makes of each row."""
+
+    def __init__(self, makes):
+        super().__init__(4)
+        self.makes = makes
+
+    def sample(self, index, rng):
+        return self.makes(index), 0
+
+
+@pytest.mark.parametrize(
+    "first, others, dtype",
+    [
+        (np.float64(0.1), 0.1, torch.float64),
+        (0.1, np.float64(0.1), torch.float64),
+        (np.int64(3), 3, torch.int64),
+        (3, np.float32(0.1), torch.float32),
+        (np.arange(2), np.ones(2, np.float32), torch.float32),
+        (np.zeros(2, np.float16), torch.ones(2), torch.float32),
+    ],
+)
+def test_types_that_meet_in_a_batch_become_one_for_any_workers(first, others, dtype):
+    found = []
+    for workers in (0, 2):  # which load two rows each
+        dataset = Given(lambda index: first if index < 2 else others)
+        with Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader:
+            found.append(next(loader.epoch(0)).inputs)
+    assert found[0].dtype == found[1].dtype == dtype and torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "first, last, told",
+    [
+        (np.zeros(2), None, "a sample holds a NoneType"),
+        (1.0, None, "a sample holds a NoneType"),
+        (np.str_("a"), np.str_("b"), "a sample holds a str_ of <U1"),
+        (np.array([None]), np.array([None]), "a sample holds a ndarray of object"),
+        ({"a": 1}, {"b": 1}, r"a dict of \['a'\] and a dict of \['b'\]"),
+        ({"a": 1}, None, r"a NoneType and a dict of \['a'\]"),
+        ((1, 2), (1, 2, 3), "2 parts and 3 parts"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_batch_cannot_hold_is_said_in_one_line(first, last, told, workers):
+    dataset = Given(lambda index: last if index == 3 else first)
+    with (
+        Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader,
+        pytest.raises(UserError, match=told),
+    ):
+        list(loader.epoch(0))
+
+
 class Dying(Numbers):
     def sample(self, index, rng):
         os.kill(os.getpid(), signal.SIGKILL)
