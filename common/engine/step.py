@@ -299,7 +299,7 @@ class Engine:
         np.random.seed(seed)
 
     def _seed_of(self, step_number: int) -> int:
-        return (self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
+        return int(self._first_seed + step_number) % 2**32  # all that torch's CPU generator takes
 
     def parts(self, batch: Batch, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
         """(inputs, targets, weights, size) of each micro-batch, on the device.

@@ -248,6 +248,11 @@ def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
     assert torch.equal(gradient_of(model, loss), found)
 
 
+def test_a_step_number_of_numpy_is_that_of_python():
+    engine, batch = make_engine(make_model(nn.Dropout(0.3)), cross_entropy), make_batch(8)
+    assert torch.equal(*(engine.gradients(batch, step) for step in (7, np.int64(7))))
+
+
 def test_only_torchs_own_generators_are_seeded():
     engine, batch = make_engine(make_model(), cross_entropy), make_batch(4)
     random.seed(1), np.random.seed(1)
