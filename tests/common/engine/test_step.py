@@ -330,6 +330,44 @@ def test_a_scalar_loss_is_refused_with_the_declaration():
         make_engine(make_model(), F.cross_entropy).step(make_batch(8), 0)
 
 
+@pytest.mark.parametrize("name", ["cross-entropy", "sums", "whole batch"])
+@pytest.mark.parametrize("micro_batch", [3, "auto"])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda b: make_batch(0), "a batch of no samples"),
+        (lambda b: replace(b, targets=None), "the targets of the batch hold no tensor"),
+        (lambda b: replace(b, inputs={}), "the inputs of the batch hold no tensor"),
+        (lambda b: replace(b, index=b.index[:4]), r"the inputs of a batch of 4 samples, .* expected \[4, ...\]"),
+        (lambda b: replace(b, targets=b.targets[:4]), "the targets of a batch of 8 samples"),
+        (lambda b: replace(b, weights=torch.ones(1)), r"the weights of a batch of 8 samples, .* a tensor \[1\]"),
+    ],
+)
+def test_a_batch_that_does_not_fit_together_is_refused(name, micro_batch, change, told):
+    engine = make_engine(make_model(), LOSSES[name](), micro_batch=micro_batch)
+    with pytest.raises(UserError, match=told):
+        engine.step(change(make_batch(8)), 0)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"micro_batch": 0}, "micro_batch 0: expected"),
+        ({"micro_batch": 2.5}, "micro_batch 2.5: expected"),
+        ({"precision": "bfloat16"}, "precision 'bfloat16': expected fp32, bf16 or fp16"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, told):
+    with pytest.raises(UserError, match=told):
+        make_engine(make_model(), cross_entropy, **settings)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    model = make_model()
+    with pytest.raises(UserError, match="LBFGS.step needs a closure"):
+        Engine(model, cross_entropy, torch.optim.LBFGS(model.parameters()))
+
+
 def test_modules_that_talk_to_other_processes_are_refused():
     with pytest.raises(UserError, match="SyncBatchNorm"):
         make_engine(make_model(nn.SyncBatchNorm(48)), cross_entropy)
