@@ -4,6 +4,7 @@ import signal
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -328,6 +329,56 @@ def test_what_goes_wrong_is_said_in_one_line():
         list(Loader(Ragged(), orders.sequential(2), 4, seed=0).epoch(0))
     with pytest.raises(UserError, match=r"expected a pair \(input, target\)"):
         list(Loader(Single(), orders.sequential(2), 4, seed=0).epoch(0))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(range(8))
+
+
+@pytest.mark.parametrize("dataset", [Stream(), (row for row in range(8)), {1, 2}])
+def test_what_has_no_rows_is_refused(dataset):
+    with pytest.raises(UserError, match="cannot be loaded by row numbers: expected __len__ and one of batch, sample"):
+        Loader(dataset, orders.sequential(8), 4, seed=0)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_no_samples_are_refused(size):
+    with pytest.raises(UserError, match=f"batch_size {size}: expected"):
+        Loader(Numbers(), orders.sequential(8), size, seed=0)
+
+
+@pytest.mark.parametrize("weights", [np.ones(63), np.ones(65), np.ones((64, 1)), 1.0])
+@pytest.mark.parametrize("dataset", [Batches, Numbers])
+def test_weights_are_one_for_every_row(dataset, weights):
+    dataset = dataset()
+    dataset.weights = weights
+    with pytest.raises(UserError, match="expected a number for each of its 64 rows"):
+        Loader(dataset, orders.sequential(64), 4, seed=0)
+
+
+def test_weights_may_be_a_column_of_a_filtered_table():
+    dataset = Numbers()
+    dataset.weights = pd.Series(np.arange(64.0), index=range(100, 164))
+    batch = next(Loader(dataset, orders.shuffled(64), 7, seed=0).epoch(0))
+    assert torch.equal(batch.weights, batch.index.double())
+
+
+@pytest.mark.parametrize(
+    "returned, told",
+    [
+        (np.zeros((4, 2)), r"returned a ndarray: expected a pair \(inputs, targets\)"),
+        ((np.zeros((4, 2)), np.zeros((1, 2))), r"returned a tensor \[1, 2\] for 4 indices: expected \[4, ...\]"),
+    ],
+)
+def test_batches_without_a_row_for_every_index_are_refused(returned, told, monkeypatch):
+    dataset = Batches()
+    monkeypatch.setattr(dataset, "batch", lambda indices, keys: returned)
+    with pytest.raises(UserError, match=told):
+        list(Loader(dataset, orders.sequential(8), 4, seed=0).epoch(0))
 
 
 def test_weights_of_a_dataset_of_batches():
