@@ -42,10 +42,10 @@ def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: A
         yield from loader.epoch(0)
 
 
-def weights_of(dataset: Any) -> Tensor | None:
+def weights_of(dataset: Any) -> Tensor | np.ndarray | None:
     """The weight of every row of the dataset, [n], if it has any."""
     weights = getattr(dataset, "weights", None)
-    return weights if weights is None or isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))
+    return weights if weights is None or isinstance(weights, Tensor) else np.asarray(weights)
 
 
 def check_dataset(dataset: Any, batch_size: int) -> None:
@@ -59,7 +59,7 @@ def check_dataset(dataset: Any, batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: expected a number of samples from 1 up")
     weights = weights_of(dataset)
-    if weights is not None and weights.shape != (len(dataset),):
+    if weights is not None and tuple(weights.shape) != (len(dataset),):
         raise UserError(
             f"the weights of {type(dataset).__name__} are an array {list(weights.shape)}: expected a number for each "
             f"of its {len(dataset)} rows"
@@ -225,7 +225,7 @@ class Loader:
     ) -> Batch:
         """The batch on its device, with its pairs blended."""
         rows, weights = torch.from_numpy(index), weights_of(self.dataset)
-        weights = None if weights is None else weights[rows]
+        weights = None if weights is None else torch.as_tensor(weights[rows if isinstance(weights, Tensor) else index])
         batch = Batch(inputs, targets, rows, weights, key.epoch, key.number, total)
         if self.device.type == "cuda":
             batch = to_card(batch, self.device)
