@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
 NOBODY = nullcontext()  # for a step that no Watch records
 SMALL_BYTES = 1 << 18  # outputs and targets up to this size are kept between the two passes of a loss over sums
-WATCH_EVERY = 32  # steps, and in the first of an epoch, check whether the model draws from Python's generators
+WATCH_EVERY = 32  # steps, and in the first of an epoch: check the batch, and whether the model draws from `random`
 
 
 class StepReport(NamedTuple):
@@ -211,11 +211,13 @@ class Engine:
     def _until_it_fits(self, batch: Batch, step_number: int, work: Callable[[Batch], Result]) -> Result:
         if self.ranks.world == 1 and not len(batch):  # of several processes, one may have no samples
             raise UserError("a batch of no samples has no gradient: leave it out")
-        check_rows(batch)
+        looks = batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
+        if looks:
+            check_rows(batch)
         self._new_batch(step_number)
         if not self.limited:
             self.micro_batch = max(self.micro_batch, len(batch))
-        self._watching = self._draws or batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
+        self._watching = self._draws or looks
         self._epoch, versions = batch.epoch, versions_of(batch)
         try:
             while True:
