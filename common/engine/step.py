@@ -254,7 +254,8 @@ class Engine:
             raise UserError("the loss gives no parameter a gradient: is every layer frozen, or the output detached?")
         norm = total_norm(gradients, on_device=self.outcomes is not None or self.device.type != "cpu")
         if self.clip_norm:
-            as_tensor = self.parameters[0].new_tensor(norm) if isinstance(norm, float) else norm
+            like = self.parameters[0]
+            as_tensor = like.new_tensor(norm, dtype=like.dtype.to_real()) if isinstance(norm, float) else norm
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, as_tensor)
         numbers = [value, norm, self.scale.factor] if self.scale.enabled else [value, norm]
         return value, norm, self.outcomes.measured(numbers) if self.outcomes else [float(number) for number in numbers]

@@ -299,6 +299,25 @@ def test_clipping_is_once_and_over_everything():
         torch.testing.assert_close(a - a.grad, b, rtol=1e-9, atol=1e-12)
 
 
+def test_complex_weights_are_clipped_too():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.complex(*torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))))
+
+        def forward(self, inputs):
+            return (inputs.to(self.weight.dtype) @ self.weight).abs()
+
+    inputs, targets = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(1))
+    batch, cut, whole = Batch(inputs, targets, torch.arange(8)), Spectrum(), Spectrum()
+    loss = lambda outputs, targets: (outputs - targets).square().mean(1)  # noqa: E731
+    Engine(cut, loss, torch.optim.SGD(cut.parameters(), lr=1.0), micro_batch=3, clip_norm=0.05).step(batch, 0)
+    loss(whole(inputs), targets).mean().backward()
+    assert nn.utils.clip_grad_norm_(whole.parameters(), 0.05) > 0.05
+    torch.optim.SGD(whole.parameters(), lr=1.0).step()
+    torch.testing.assert_close(cut.weight, whole.weight)
+
+
 def test_dropout_of_micro_batches_is_named_once():
     said = []
     engine = make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=8, log=said.append)
