@@ -154,6 +154,8 @@ def test_what_does_not_exist_is_named_with_its_nearest():
     for encoder in ("resnet19", "tu-resnet19"):
         with pytest.raises(UserError, match=f"--encoder {encoder}: .*resnet18"):
             net(encoder=encoder)
+    with pytest.raises(UserError, match=r"\(tu-tf_efficientnet_lite0, "):  # smp has no model of timm without tu-
+        net(encoder="tf_efficientnet_lite0")
     with pytest.raises(UserError) as caught:
         net(encoder="nope")
     assert "--encoder nope: " in str(caught.value) and len(str(caught.value)) < 220
