@@ -200,10 +200,10 @@ def training_curves(history: list[dict[str, str]], first: Sequence[str]) -> Any:
                 points = [point for point in points if math.isfinite(point[1])]
                 if points:
                     label = _called(fold) if name == column else None
-                    mark = "." if len(points) < 30 else ""
+                    mark = ("." if style == "-" else "x") if len(points) < 30 else ""  # one point has no dashes
                     axes.plot(*zip(*points, strict=True), style, marker=mark, color=f"C{number % 10}", label=label)
         axes.set(xlabel="epoch", title="loss (dashed: validation)" if column == "loss" else column)
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)  # one epoch: no halves around it
         axes.grid(alpha=0.3)
     for unused in figure.axes[len(columns) :]:
         unused.set_axis_off()

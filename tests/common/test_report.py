@@ -129,7 +129,15 @@ def test_curves_are_those_of_metrics_csv(run):
     assert [line.get_linestyle() for line in loss.lines] == ["-", "--", "-", "--"]
     np.testing.assert_allclose(loss.lines[1].get_xydata(), [[1, 2], [3, 2 / 3]])
     np.testing.assert_allclose(score.lines[1].get_xydata(), [[1, 0.11], [3, 0.31]])
-    report.training_curves([{"fold": "None", "epoch": "1", "loss": "0.5"}], []).canvas.draw()
+
+
+def test_curves_of_one_epoch_can_be_read():
+    line = {"fold": "None", "epoch": "1", "loss": "0.5", "valid_loss": "0.4"}
+    axes = report.training_curves([line], []).axes[0]
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1], "an epoch is a whole number"
+    assert axes.lines[0].get_marker() != axes.lines[1].get_marker(), "a single point cannot be dashed"
 
 
 def test_a_run_of_rules_names_both_of_its_scores():
