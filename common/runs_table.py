@@ -7,7 +7,7 @@ its score is over more rows, and its submission is the mean of more models.
 import fcntl
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def _scored(run: Run) -> _Scored | None:
 def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> tuple[str, str] | None:
     """The best of the runs `names`, and why in a sentence; None if none of them exists and has a score.
 
-    Among runs that hold out every fold the score decides. A run with fewer rows takes their place only if it is better
+    Among runs that hold out every fold, of data no smaller than those of the others, the score decides. A run with fewer rows takes their place only if it is better
     by CLEARLY on the folds that both have held out; folds of different splits cannot be compared.
     """
     sign = 1 if higher_is_better else -1
@@ -185,6 +185,8 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     found = [one for name in dict.fromkeys(names) if name in there and (one := _scored(there[name]))]
     if not found:
         return None
+    most = max((one.rows for one in found if not one.complete), default=0)  # all folds of a part of the data are fewer
+    found = [replace(one, complete=one.complete and one.rows >= most) for one in found]
     found.sort(key=lambda one: (one.complete, one.rows if not one.complete else 0, sign * one.score), reverse=True)
     best, notes = found[0], []
     for other in found[1:]:

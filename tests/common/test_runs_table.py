@@ -80,6 +80,13 @@ def test_runs_of_other_rows_are_named():
     assert name == "all" and "two has 0.82000 ± 0.01000 on 20 rows, so the two are not of the same ones" in why
 
 
+def test_every_fold_of_a_part_of_the_data_does_not_beat_more_rows():
+    made("part", 0.4, {"0": 0.4}, fold="all", folds="part")
+    made("whole", 0.9, {"0": 0.9, "1": 0.9}, fold="0", folds="whole")
+    name, why = runs_table.best_run("toy", ["part", "whole"], True)
+    assert name == "whole" and "part has 0.40000 ± 0.01000, but on 10 rows only, and none in common" in why
+
+
 def test_lower_is_better_where_the_competition_says_so_and_runs_without_scores_are_passed_over():
     made("a", 0.3, {"0": 0.3, "1": 0.3, "2": 0.3}, fold="all")
     made("b", 0.2, {"0": 0.2, "1": 0.2, "2": 0.2}, fold="all")
