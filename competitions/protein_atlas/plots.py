@@ -74,6 +74,8 @@ def against_frequency(f1: dict[int, float], rates: np.ndarray) -> Figure:
         axes.scatter(rates[label], score, color="C0")
         axes.annotate(NAMES[label], (rates[label], score), fontsize=7)
     axes.set(xscale="log", xlabel="part of the training images", ylabel="F1", ylim=(-0.02, 1.02))
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    axes.xaxis.set_minor_formatter(lambda rate, _: f"{rate:g}" if f"{rate:e}"[0] in "25" else "")  # all overlap
     return figure
 
 

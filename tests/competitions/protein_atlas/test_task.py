@@ -337,3 +337,14 @@ def test_colours_are_composed_for_the_eye():
     image = np.zeros((1, 2, 4), np.uint8)
     image[0, 0], image[0, 1] = (10, 200, 30, 100), (0, 0, 90, 100)
     assert plots.composed(image).tolist() == [[[50, 200, 30], [50, 50, 90]]]
+
+
+def test_rates_of_the_labels_do_not_overlap_on_their_axis():
+    rates = np.geomspace(0.017, 0.45, 28)
+    figure = plots.against_frequency(dict.fromkeys(range(28), 0.5), rates)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    labels = [tick.label1 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low < tick.get_loc() < high]
+    spans = sorted((box.x0, box.x1) for box in (one.get_window_extent() for one in labels if one.get_text()))
+    assert len(spans) >= 3 and all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False))
