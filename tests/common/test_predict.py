@@ -155,6 +155,15 @@ def test_predictions_of_other_data_are_not_kept_for_blends():
     assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
 
 
+def test_a_run_that_went_on_with_other_data_keeps_predictions_of_these(monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.train.finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        toy_train("one")
+    Path("data/demo/toy/seed.txt").write_text("2")
+    train(toy.TOY, toy.RECIPES["default"], "default", None, "one", insist=True)
+    assert len(np.load("runs/toy/one/test.npy")) == toy.TEST_ROWS
+
+
 def test_the_rows_of_the_csv_stand_in_the_order_of_the_sample(monkeypatch):
     toy_train(fold="0")
     rows = Path("submissions/toy/one-demo.csv").read_text().split()
