@@ -1,6 +1,7 @@
 """The loop and the run around it, on the toy competition: folds, NaN, early stop, averages, errors."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
-from common.files import read_json
+from common.files import not_written, read_json
 from common.inference import load_models
 from common.losses import protocol
 from common.predictions import read_ids
@@ -377,6 +378,23 @@ def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     )
     assert said.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
+
+
+def test_a_page_that_the_disk_refuses_is_written_by_the_same_command(page, monkeypatch, capsys):
+    def full(path, writer):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        raise not_written(path, error) from error
+
+    again = lambda: train(toy.TOY, toy.RECIPES["default"], "default")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("common.report.write_with", full)
+        again()
+    told = capsys.readouterr().out
+    assert "repeat the same command" in told and "submission: submissions/toy/001-default-demo.csv" in told
+    again()
+    assert [file.parent.name for file in Path("runs/toy").glob("*/report.html")] == ["001-default-demo"]
+    again()
+    assert Path("runs/toy/002-default-demo").is_dir()
 
 
 def test_a_network_whose_train_returns_nothing_trains_and_predicts(monkeypatch):
