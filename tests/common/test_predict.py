@@ -331,3 +331,13 @@ def test_what_the_time_does_not_allow_falls_back(monkeypatch, capsys):
     predict_again("--run", "one", "--budget", "3600")
     assert lines("one") == whole
     assert "fallback" not in json.loads(Path("submissions/toy/one-demo.json").read_text())
+
+
+def test_decisions_may_be_made_in_place(monkeypatch):
+    whole = toy.build
+    apart = toy_train("one")
+    again = lambda predictions, tuned: predictions.mul_(2).argmax(1)  # noqa: E731
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), apply=again))
+    before = (apart / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()
+    predict_again("--run", "one")
+    assert ((apart / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()) == before
