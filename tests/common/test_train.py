@@ -274,6 +274,15 @@ def test_a_missing_fold_is_named_and_trained_again(fold):
     assert same(straight, toy_train(fold="all"))
 
 
+def test_a_model_alone_that_is_gone_is_trained_again():
+    whole, folder = toy_train("whole", fold="all"), toy_train("one", fold="all")
+    (folder / "fold-1" / "model.pt").unlink()
+    with pytest.raises(UserError, match="fold-1/model.pt of 3 models of the run is missing: delete .*result.json"):
+        predict_again("--run", "one")
+    (folder / "result.json").unlink()
+    assert same(whole, toy_train("one", fold="all"))
+
+
 def test_a_damaged_table_of_a_finished_fold_is_one_line():
     run = toy_train(epochs=1)
     (run / "result.json").unlink()
