@@ -45,7 +45,7 @@ NAMED = 20  # most rows that are printed
 class Fallback(NamedTuple):
     """A file must be written whatever happens: rows that cannot be predicted take the sample submission's values."""
 
-    values: Callable[[], dict[str, Sequence[str]]]  # id -> its other cells in the sample submission, read when needed
+    values: Callable[[], dict[str, list[Sequence[str]]]]  # id -> its rows in the sample submission, read when needed
     until: float  # deadline in time.monotonic(): rows not predicted by then take the sample's values
 
 
@@ -258,7 +258,7 @@ def _filled(
             continue
         values = fallback.values() if values is None else values
         filled.append(name)
-        yield name, *values[name]
+        yield from values[name]
     if row is not None or (filled and not lost):
         raise UserError(f"the rows predicted are not the sample submission's (first without one: {filled[:1]})")
     if filled:
@@ -268,6 +268,13 @@ def _filled(
             f"{' ...' * (len(filled) > NAMED)}; all are in the file beside the CSV): {'; '.join(lost[:NAMED])}"
             f"{f' and {len(lost) - NAMED} more' * (len(lost) > NAMED)}"
         )
+
+
+def _rows_by_id(found: raw.RawData, sample: str) -> dict[str, list[Sequence[str]]]:
+    rows: dict[str, list[Sequence[str]]] = {}
+    for _, row in found.uncounted().rows(sample):
+        rows.setdefault(row[0], []).append(row)
+    return rows
 
 
 def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
@@ -338,8 +345,7 @@ def predict(
     filled = None
     if is_filled:
         until = float("inf") if budget is None else start + budget
-        rows = partial(found.uncounted().rows, task.submission.sample)
-        filled = Fallback(lambda: {row[0]: row[1:] for _, row in rows()}, until)
+        filled = Fallback(partial(_rows_by_id, found, task.submission.sample), until)
     path = write_submission(name, members, any(demos), filled)
     if len(members) == 1 and not given.data:
         members[0].run.finish()

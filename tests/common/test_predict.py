@@ -291,7 +291,7 @@ def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
 
 
 def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
-    """As kinds of damage of an image; a row that falls back has the sample's one."""
+    """As kinds of damage of an image; an id that falls back has the sample's rows."""
     build = toy.build
 
     def rows(ids, decisions):
@@ -305,8 +305,10 @@ def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
     assert all(found == [f"{name},{label}" for label in range(len(found))] for name, found in per_id.items())
     assert json.loads(Path("submissions/toy/one-demo.json").read_text())["several_rows"] is True
     fill(monkeypatch, {0, 17})
+    sample = Path("data/demo/toy/sample_submission.csv")
+    sample.write_text(sample.read_text().replace("t17,2\n", "t17,2\nt17,1\n"))
     predict_again("--run", "one", "--fallback")
-    per_id |= {name: [f"{name},2"] for name in ("t0", "t17")}
+    per_id |= {"t0": ["t0,2"], "t17": ["t17,2", "t17,1"]}
     assert lines("one") == [line for name in per_id for line in per_id[name]]
 
 
