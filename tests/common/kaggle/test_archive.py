@@ -1,4 +1,4 @@
-"""What may be in an archive: damage, malice, archives in archives; nothing of a bad one is kept."""
+"""Damaged, malicious and nested archives: none of the files of a bad archive are kept."""
 
 import errno
 import io
@@ -60,7 +60,7 @@ def test_incomplete_archives(kaggle, source, spoil, message):
 
 
 def test_a_whole_archive_without_what_is_expected_is_fetched_once(kaggle, source):
-    """The config.py of a new competition names files that it does not have: no second download mends that."""
+    """A wrong `expected` in a new competition's config.py: downloading the archive again would not help."""
     wrong = replace(source, expected=("train.csv", "train/*.jpg"))
     with pytest.raises(UserError, match=r"has no train/\*.jpg .found: sample_submission.csv, train.csv.: correct `exp"):
         fetch(wrong)
@@ -113,7 +113,7 @@ MALICIOUS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["absolute", "bomb"])  # the others below: it is the same function that refuses
+@pytest.mark.parametrize("kind", ["absolute", "bomb"])  # `unpack`, which refuses them, is tested with all kinds below
 def test_malicious_archives_leave_nothing(kaggle, source, tmp_path, kind):
     before = {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)}
     kaggle.archive, message = MALICIOUS[kind]
@@ -146,12 +146,12 @@ def test_whatever_byte_is_damaged_the_archive_is_named(tmp_path, kind):
         (tmp_path / "in.zip").write_bytes(content)
         try:
             unpack(tmp_path / "in.zip", tmp_path / f"out{place}")
-        except (archives.Damaged, archives.Unsafe):  # any other UserError blames the folder or the disk
+        except (archives.Damaged, archives.Unsafe):  # any other UserError would blame the folder or the disk
             assert not (tmp_path / f"out{place}").exists()
 
 
 def test_a_member_that_lies_about_its_size(tmp_path):
-    """The header says 10 bytes, the data unpack to 10 MB: reading stops there, and the checksum tells."""
+    """The header gives 10 bytes, the data unpack to 10 MB: reading stops after 10 bytes and the checksum fails."""
     content = bytearray(archive({"train.csv": bytes(10 << 20)}))
     for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
         struct.pack_into("<I", content, content.index(signature) + offset, 10)

@@ -1,4 +1,4 @@
-"""make kernel: the code there, the notebook run, its results back; and every failure that exits 0 told."""
+"""make kernel uploads the code, runs the notebook, fetches its results, and reports failures that exit with 0."""
 
 import _thread
 import hashlib
@@ -39,7 +39,7 @@ GOOD = "id,label\n1,0\n2,1\n"
 
 
 def output(run: str = "001-best") -> bytes:
-    """What the notebook leaves: a finished run and its submission."""
+    """The archive that the notebook leaves: a finished run and its submission."""
     provenance = {"competition": "toy", "run": run, "score": 0.9, "monitor": "accuracy", "demo": False,
               "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "created": "2026-01-02T00:00:00Z"}  # fmt: skip
     return archive(
@@ -235,7 +235,7 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
     assert not Path("submissions").exists()
 
 
-# torchrun's and the notebook's own words after the training has said why it failed.
+# Errors of torchrun and of the notebook that follow the training's own error message.
 NOTEBOOK = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
 \x1b[0;31mAssertionError\x1b[0m                     Traceback (most recent call last)
@@ -290,7 +290,7 @@ def test_fetching_again_copies_nothing_again(kaggle, source, offline, capfd):
 
 @pytest.fixture
 def sessions(kaggle):
-    """Let every push find what the notebook leaves: the checkpoint of its unfinished run, or "" with a submission."""
+    """Set the checkpoint that each pushed notebook leaves: that of its unfinished run, or "" for a finished one."""
 
     def scripted(*checkpoints):
         left = list(checkpoints)
@@ -394,7 +394,7 @@ def test_what_is_on_kaggle_is_pushed(monkeypatch, words):
 
 
 def test_a_run_that_was_begun_with_the_internet_goes_on_with_it(kaggle, source, sessions, offline):
-    """The data set of its code has no wheels, and stays as it is."""
+    """The data set with its code has no wheels and is not replaced."""
     sessions("abc", "")
     kaggle.on["GetKernelSessionStatus"] = [{"status": "COMPLETE"}, {"status": "ERROR"}]
     with pytest.raises(UserError, match="ended with ERROR"):
@@ -418,7 +418,7 @@ def test_data_from_elsewhere_has_no_notebook(kaggle, source):
 
 @pytest.mark.parametrize("name", ["toy", "human_protein_atlas_image_classification", "Lynx__2_", f"a{'_' * 40}b"])
 def test_the_notebooks_of_a_competition_have_names_of_their_own(name):
-    """And those that Kaggle makes of their titles, and of the title of the data set with their code."""
+    """The slugs that Kaggle makes of their titles, and of the title of the data set with their code, match too."""
     names = [kernels.name_of(name), kernels.name_of(name, "predict")]
     assert len(set(names)) == 2 and max(map(len, names)) <= 40
     assert [slugify(f"{one} code") for one in names] == [f"{one}-code" for one in names]
@@ -469,9 +469,9 @@ pathlib.Path("submissions/toy/1.csv").write_text("id\\n1\\n")
 
 @pytest.fixture
 def machine(tmp_path, trainers):
-    """Run a notebook's cells with the folders of Kaggle moved, on a kit whose training is a stub.
+    """Run a notebook's cells with Kaggle's folders below `tmp_path`, on a kit whose training is a stub.
 
-    They run as a fork of a process that has torch, which they import to count the cards.
+    They run as a fork of a process that has loaded torch, which they import to count the GPUs.
     """
     kit = tmp_path / "kit-source"
     (kit / "common").mkdir(parents=True)
@@ -535,7 +535,7 @@ def test_a_session_ends_in_time_and_the_next_one_goes_on(machine):
 
 
 def test_a_training_that_ends_as_it_is_stopped_is_finished(machine):
-    """Or the next session would begin it anew."""
+    """Otherwise the next session would start the training again."""
     run, _, working = machine
     done = run(words=("--slow", "--late"), seconds=MARGIN_SECONDS + 5.0)
     assert done.returncode == 0, done.stderr
@@ -545,7 +545,7 @@ def test_a_training_that_ends_as_it_is_stopped_is_finished(machine):
 
 
 def test_archives_among_the_competitions_files_are_unpacked(machine):
-    """Kaggle mounts them as they are, where nothing can be written."""
+    """Kaggle mounts the archives still packed, in a read-only folder."""
     run, inputs, _ = machine
     home = inputs / "competitions" / SLUG
     (home / "train.csv").unlink()
