@@ -148,7 +148,9 @@ class Loader:
         stream, parts, digests = self._stream_at(epoch, start), [], []
         while True:
             if self.workers and self._workers.stream is not stream:
-                raise RuntimeError("an epoch went on after another was begun: the workers serve one at a time")
+                raise RuntimeError(
+                    "an earlier epoch was continued after another had begun: the workers load one epoch at a time"
+                )
             key, answer = stream.receive()
             if isinstance(key, CheckKey):
                 digests.append(answer)

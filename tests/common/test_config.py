@@ -110,7 +110,7 @@ def test_predictions_have_the_flags_that_shaped_no_weights():
         (["--epoch", "1"], ["--epoch", "Did you mean --epochs?"]),
         (["--lr", "fast"], ["--lr fast", "float"]),
         (["--lr", "-1"], ["--lr -1", "above 0"]),
-        (["--momentum", "1"], ["--momentum 1", "not including, 1"]),
+        (["--momentum", "1"], ["--momentum 1", "at least 0 and below 1"]),
         (["--swa", "0.2"], ["--swa 0.2", "--keep last"]),
         (["--compile", "--checkpointing"], ["--compile true", "--checkpointing false"]),
         (["--swa", "0.2", "--keep", "last", "--ema", "0.9"], ["--swa 0.2", "--ema 0"]),

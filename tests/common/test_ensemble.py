@@ -86,7 +86,7 @@ def test_least_squares_has_no_negative_weight():
     assert ensemble.least_squares(np.zeros((M, C)))(MEMBERS, ROWS).weights.tolist() == [0.25] * 4, (
         "nothing to choose by"
     )
-    with pytest.raises(UserError, match="no run has a positive weight"):
+    with pytest.raises(UserError, match="no run gets a positive weight"):
         ensemble.least_squares(-np.ones((M, C)))(MEMBERS, ROWS)
     with pytest.raises(UserError, match="do not fit targets"):
         ensemble.least_squares(np.ones((M, C + 1)))(MEMBERS, ROWS)

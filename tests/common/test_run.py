@@ -45,9 +45,9 @@ def test_a_named_run_resumes_with_its_own_config_only():
     assert open_run("mine").name == "mine" == open_run("mine").name
     with pytest.raises(UserError, match="lr: 0.001 -> 0.1; seed: 0 -> 3|seed: 0 -> 3; lr: 0.001 -> 0.1"):
         open_run("mine", replace(Config(), lr=0.1, seed=3))
-    with pytest.raises(UserError, match="data: /data -> /data, other contents.*RESUME=1"):
+    with pytest.raises(UserError, match="data: /data -> /data, with other contents.*RESUME=1"):
         open_run("mine", data_fingerprint="g")
-    with pytest.raises(UserError, match="folds: other rows in them than when the run began"):
+    with pytest.raises(UserError, match="folds: their rows have changed since the run began"):
         open_run("mine", folds_fingerprint="h")
 
 
@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
     capsys.readouterr()
     second = open_run(code={"common": "1", "competitions/toy": "2"})
     assert second.name == "002-fast-demo"
-    assert f"{first.path} does not go on (code of competitions/toy/ changed since)" in capsys.readouterr().out
+    assert f"{first.path} is not resumed (code of competitions/toy/ changed since)" in capsys.readouterr().out
     changed = {"code": {"common": "3", "competitions/toy": "3"}, "data_fingerprint": "g"}
     insisting = runs.open_run("toy", None, Config(), PROVENANCE | changed, insist=True)
     insisting._lock[0].close()

@@ -264,9 +264,9 @@ class Counting:
     [
         (nn.Identity(), by_value, "_local_scalar_dense"),
         (nn.Identity(), by_rows, "nonzero|index"),
-        (nn.Identity(), Counting(), "do not do the same"),
+        (nn.Identity(), Counting(), "run different operations"),
         (Drawing(), cross_entropy, "draws from random"),
-        (Assigning(), cross_entropy, "new tensor in the place of a buffer"),
+        (Assigning(), cross_entropy, "replaces a buffer by a new tensor"),
     ],
 )
 def test_what_needs_the_host_is_found_out(extra, loss, why):

@@ -284,7 +284,7 @@ def test_the_notebooks_file_is_compared_by_its_rows(tmp_path, capsys, there, sam
     for name, rows in (("here", "1,0\n2,1\n"), ("there", there)):
         (tmp_path / name).write_text(f"id,label\n{rows}")
     inference._print_difference(tmp_path / "there", tmp_path / "here")
-    assert f"has 2 rows, {same} of its lines as in" in capsys.readouterr().out
+    assert f"has 2 rows, {same} of them as in" in capsys.readouterr().out
 
 
 def test_a_competition_that_is_not_on_kaggle_has_no_notebook(kaggle, capfd):
