@@ -154,7 +154,7 @@ def _require_room(task: Task, config: Config, model: nn.Module, predictions: dic
 def _check_loss(loss: Any, outputs: Tree, targets: Tree) -> None:
     try:
         batch_value(loss, outputs, targets)
-    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         told = [map_tree(lambda x: f"{x.dtype} {list(x.shape)}".removeprefix("torch."), x) for x in (outputs, targets)]
         raise UserError(
             f"the loss does not take the outputs {told[0]} of the model with the targets {told[1]} of the dataset "

@@ -1,10 +1,13 @@
 """Gradient accumulation for any training loop: an optimizer wrapper that updates once every few small batches."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.engine.optimizers import refuse_closures
 
 
 class AccumulatingOptimizer(torch.optim.Optimizer):
@@ -22,6 +25,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, accum_iters: int):
         if accum_iters < 1:
             raise ValueError(f"accum_iters {accum_iters}: expected 1 or more small batches per update")
+        refuse_closures(optimizer)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer, self.accum_iters = optimizer, accum_iters
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
@@ -37,6 +41,8 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:
         """Add the gradient of a small batch; the last of `accum_iters` calls updates the weights. Returns closure()."""
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight {weight}: expected a number above 0, such as len(batch); leave empty batches out")
         result = None
         if closure is not None:
             with torch.enable_grad():

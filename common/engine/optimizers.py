@@ -1,6 +1,7 @@
 """Optimizers: parameter groups with their own learning rate and weight decay, and state allocated in advance."""
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,16 @@ def build_optimizer(
         case "radam":
             return torch.optim.RAdam(groups, lr=config.lr, betas=betas, decoupled_weight_decay=True)
     raise UserError(f"--optimizer {config.optimizer}: expected sgd, adam, adamw or radam")
+
+
+def refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError for an optimizer whose step evaluates the loss itself, again and again."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"{type(optimizer).__name__}.step needs a closure that evaluates the loss again, and a batch that is "
+            "added up gives one gradient: take another optimizer, such as torch.optim.AdamW"
+        )
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:

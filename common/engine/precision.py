@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.batch import Tree, map_tree
+from common.errors import UserError
 from common.losses.protocol import full_precision
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -45,6 +46,8 @@ def forward_in(precision: Precision, model: nn.Module, device_type: str) -> Call
     """The model's forward pass computed in `precision`, with outputs in float32 (float64 stays)."""
     if precision == "fp32":
         return model
+    if precision not in DTYPES:
+        raise UserError(f"precision {precision!r}: expected fp32, bf16 or fp16")
 
     def forward(inputs: Tree) -> Tree:
         with autocast(precision, device_type):

@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from common.batch import Batch, Tree, concatenated, map_tree, rebuilt, tensors_of
 from common.engine import memory
 from common.engine.finite import Outcomes, Place, judge, total_norm
-from common.engine.optimizers import allocate_state, laid_out_like
+from common.engine.optimizers import allocate_state, laid_out_like, refuse_closures
 from common.engine.precision import LossScale, Precision, forward_in
 from common.engine.ranks import SINGLE, Ranks
 from common.engine.replay import Replay
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
 NOBODY = nullcontext()  # for a step that no Watch records
 SMALL_BYTES = 1 << 18  # outputs and targets up to this size are kept between the two passes of a loss over sums
-WATCH_EVERY = 32  # steps, and in the first of an epoch, check whether the model draws from Python's generators
+WATCH_EVERY = 32  # steps, and in the first of an epoch: check the batch, and whether the model draws from `random`
 
 
 class StepReport(NamedTuple):
@@ -100,6 +100,9 @@ class Engine:
         graph: bool = False,
     ):
         refuse_collectives(model)
+        refuse_closures(optimizer)
+        if micro_batch != "auto" and not (isinstance(micro_batch, (int, np.integer)) and micro_batch > 0):
+            raise UserError(f'micro_batch {micro_batch!r}: expected "auto", or a number of samples from 1 up')
         self.model, self.optimizer, self.ranks = model, optimizer, ranks
         self.device = next(model.parameters()).device
         of_loss = list(loss.to(self.device).parameters()) if isinstance(loss, nn.Module) else []
@@ -206,10 +209,15 @@ class Engine:
         return held
 
     def _until_it_fits(self, batch: Batch, step_number: int, work: Callable[[Batch], Result]) -> Result:
+        if self.ranks.world == 1 and not len(batch):  # of several processes, one may have no samples
+            raise UserError("a batch of no samples has no gradient: leave it out")
+        looks = batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
+        if looks:
+            check_rows(batch)
         self._new_batch(step_number)
         if not self.limited:
             self.micro_batch = max(self.micro_batch, len(batch))
-        self._watching = self._draws or batch.epoch != self._epoch or step_number % WATCH_EVERY == 0
+        self._watching = self._draws or looks
         self._epoch, versions = batch.epoch, versions_of(batch)
         try:
             while True:
@@ -246,7 +254,8 @@ class Engine:
             raise UserError("the loss gives no parameter a gradient: is every layer frozen, or the output detached?")
         norm = total_norm(gradients, on_device=self.outcomes is not None or self.device.type != "cpu")
         if self.clip_norm:
-            as_tensor = self.parameters[0].new_tensor(norm) if isinstance(norm, float) else norm
+            like = self.parameters[0]
+            as_tensor = like.new_tensor(norm, dtype=like.dtype.to_real()) if isinstance(norm, float) else norm
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, as_tensor)
         numbers = [value, norm, self.scale.factor] if self.scale.enabled else [value, norm]
         return value, norm, self.outcomes.measured(numbers) if self.outcomes else [float(number) for number in numbers]
@@ -299,7 +308,7 @@ class Engine:
         np.random.seed(seed)
 
     def _seed_of(self, step_number: int) -> int:
-        return (self._first_seed + step_number) % 2**32  # torch's CPU generator takes no more bits
+        return int(self._first_seed + step_number) % 2**32  # torch's CPU generator takes no more bits
 
     def parts(self, batch: Batch, with_inputs: bool = True) -> Iterator[tuple[Tree, Tree, Tensor | None, int]]:
         """(inputs, targets, weights, size) of each micro-batch, on the device.
@@ -673,6 +682,21 @@ WAYS = {"per_sample": Engine._per_sample, "sums": Engine._sums, "whole_batch": E
 def versions_of(batch: Batch) -> list[int]:
     """How often each tensor of a batch has been written to."""
     return [tensor._version for tensor in (*tensors_of(batch.inputs), *tensors_of(batch.targets))]
+
+
+def check_rows(batch: Batch) -> None:
+    """Raise UserError for a batch whose tensors have another number of rows than it has samples."""
+    parts = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
+    for name, tree in parts.items():
+        tensors = tensors_of(tree)
+        if not tensors and name != "weights":
+            raise UserError(f"the {name} of the batch hold no tensor: a loss without targets may be given the inputs")
+        for tensor in tensors:
+            if tensor.shape[:1] != (len(batch),):
+                raise UserError(
+                    f"the {name} of a batch of {len(batch)} samples, by its index, hold a tensor {list(tensor.shape)}: "
+                    f"expected [{len(batch)}, ...]"
+                )
 
 
 def has_slope(output: Tensor) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batch import tensors_of
+from common.batch import Tree, tensors_of
 from common.errors import UserError
 from common.loading.binding import kept_global_state
 from common.loading.collate import as_tensors, join
@@ -55,12 +55,29 @@ def compare_samples(dataset: Any, one: dict[int, bytes], other: dict[int, bytes]
             )
 
 
+def made_of(dataset: Any, keys: Keys) -> tuple[Tree, Tree]:
+    """The samples that the dataset makes; raises UserError where they are no pair, or not one for every key."""
+    made = dataset.batch(keys.index, keys)
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise UserError(
+            f"batch(indices, keys) of {type(dataset).__name__} returned a {type(made).__name__}: expected a "
+            "pair (inputs, targets)"
+        )
+    made = as_tensors(made)
+    if wrong := [list(tensor.shape) for tensor in tensors_of(made) if tensor.shape[:1] != (len(keys),)]:
+        raise UserError(
+            f"batch(indices, keys) of {type(dataset).__name__} returned a tensor {wrong[0]} for {len(keys)} "
+            f"indices: expected [{len(keys)}, ...]"
+        )
+    return made
+
+
 def check_batch(dataset: Any, keys: Keys) -> None:
     """Load a batch twice, and once in two halves; raises UserError when the samples are not the same."""
 
     def load(*edges: int) -> list[Tensor]:
         parts = [Keys(keys.seed, keys.epoch, keys.index[a:b], keys.draw[a:b]) for a, b in pairwise(edges) if a < b]
-        return tensors_of(join([as_tensors(dataset.batch(part.index, part)) for part in parts]))
+        return tensors_of(join([made_of(dataset, part) for part in parts]))
 
     if not len(keys):
         return

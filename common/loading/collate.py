@@ -1,6 +1,7 @@
 """Samples to batches: trees of arrays, tensors and numbers become one tree of tensors [B, ...]."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,75 @@ from torch.utils.data import default_collate
 from common.batch import Tree
 from common.errors import UserError
 
+NUMBERS = (bool, int, float)
+ARRAYS = (Tensor, np.ndarray, np.generic)
 SMALL_BYTES = 2**20  # of a tensor: below it, a second copy is cheaper than making a tensor of every sample
 
 
 def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: False) -> Tree:
     """Stack samples to one tree; dtypes stay. A tensor whose size `shared` accepts goes straight to shared memory."""
-    first = samples[0]
-    if isinstance(first, dict):
-        return {name: collate([sample[name] for sample in samples], shared) for name in first}
-    if isinstance(first, (tuple, list)):
-        return tuple(collate(list(part), shared) for part in zip(*samples, strict=True))
-    if isinstance(first, (Tensor, np.ndarray, np.generic)):
-        _check_alike(samples, [tuple(sample.shape) for sample in samples])
-        nbytes = first.nbytes * len(samples)
-        if nbytes >= SMALL_BYTES and shared(nbytes):  # torch's own collate does so in a worker: one copy less
-            return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
-        return torch.stack(samples) if isinstance(first, Tensor) else torch.from_numpy(np.stack(samples))
-    if isinstance(first, (bool, int, float)):
+    first, kinds = samples[0], {type(sample) for sample in samples}
+    if kinds <= {bool, int, float}:
         return torch.tensor(samples)
-    raise UserError(f"a sample holds a {type(first).__name__}: expected arrays, tensors or numbers in tuples and dicts")
+    if isinstance(first, (dict, tuple, list)):
+        _check_containers(samples)
+        if isinstance(first, dict):
+            return {name: collate([sample[name] for sample in samples], shared) for name in first}
+        return tuple(collate(list(part), shared) for part in zip(*samples, strict=True))
+    if len(kinds) > 1 or not isinstance(first, ARRAYS) or len({sample.dtype for sample in samples}) > 1:
+        samples = _of_one_type(samples)
+        first = samples[0]
+    _check_content(first)
+    _check_alike(samples, [tuple(sample.shape) for sample in samples])
+    nbytes = first.nbytes * len(samples)
+    if nbytes >= SMALL_BYTES and shared(nbytes):  # torch's own collate does so in a worker: one copy less
+        return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
+    return torch.stack(samples) if isinstance(first, Tensor) else torch.from_numpy(np.stack(samples))
+
+
+def _of_one_type(samples: list[Any]) -> list[Tensor]:
+    """Arrays, tensors and numbers in the one type that torch finds for all of theirs, as `join` does.
+
+    numpy finds another for int64 beside float32: a batch would depend on which of its samples a worker loads together.
+    """
+    for sample in samples:
+        _check_content(sample)
+    tensors = [torch.as_tensor(x) if isinstance(x, (Tensor, *NUMBERS)) else as_tensor(x) for x in samples]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _check_content(sample: Any) -> None:
+    what = type(sample).__name__
+    if isinstance(sample, (np.ndarray, np.generic)):
+        if sample.dtype.kind in "biufc":
+            return
+        what += f" of {sample.dtype}"
+    elif isinstance(sample, (Tensor, *NUMBERS)):
+        return
+    raise UserError(f"a sample holds a {what}: expected arrays, tensors or numbers in tuples and dicts")
+
+
+def _check_containers(samples: list[Any]) -> None:
+    """Raises UserError where samples have different keys, or different numbers of parts."""
+
+    def described(sample: Any) -> str:
+        if isinstance(sample, dict):
+            return f"a dict of {sorted(map(str, sample))}"
+        return f"{len(sample)} parts" if isinstance(sample, (tuple, list)) else f"a {type(sample).__name__}"
+
+    found = set(map(described, samples))
+    if len(found) > 1:
+        raise UserError(
+            f"at one place the samples of a batch hold {' and '.join(sorted(found)[:3])}: expected one kind"
+        )
 
 
 def join(trees: list[Tree], pinned: bool = False) -> Tree:
     """Concatenate trees of tensors [n, ...]; with `pinned`, several trees go directly to page-locked memory."""
     first = trees[0]
+    if isinstance(first, (dict, tuple, list)):
+        _check_containers(trees)
     if isinstance(first, dict):
         return {name: join([tree[name] for tree in trees], pinned) for name in first}
     if isinstance(first, (tuple, list)):

@@ -24,7 +24,8 @@ def kfold(ids: Sequence, folds: int, seed: int) -> np.ndarray:
 def stratified(ids: Sequence, labels: Sequence, folds: int, seed: int) -> np.ndarray:
     """Folds whose sizes, and numbers of rows of every class in `labels` [n], differ by at most one."""
     order = _shuffled(ids, folds, seed)
-    _, classes = np.unique(_filled(labels, "label"), return_inverse=True)
+    _check_lengths(order, labels=labels)
+    _, classes = np.unique(filled(labels, "label"), return_inverse=True)
     return _dealt(order[np.argsort(classes[order], kind="stable")], folds)
 
 
@@ -38,6 +39,7 @@ def multilabel_stratified(ids: Sequence, labels: np.ndarray, folds: int, seed: i
     order, labels = _shuffled(ids, folds, seed), np.asarray(labels)
     if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
         raise UserError(f"multilabel_stratified: expected labels [n, L] of 0 and 1, found an array {labels.shape}")
+    _check_lengths(order, labels=labels)
     if labels.shape[1] == 1:  # the library refuses it
         return stratified(ids, labels[:, 0], folds, seed)
     splitter = MultilabelStratifiedKFold(folds, shuffle=True, random_state=keyed_seed(seed))
@@ -49,7 +51,7 @@ def multilabel_stratified(ids: Sequence, labels: np.ndarray, folds: int, seed: i
 
 def grouped(groups: Sequence, folds: int, seed: int) -> np.ndarray:
     """Folds of about equal size that never share a group; `groups` [n] names the group of every row."""
-    names, number, counts = np.unique(_filled(groups, "group"), return_inverse=True, return_counts=True)
+    names, number, counts = np.unique(filled(groups, "group"), return_inverse=True, return_counts=True)
     order = _shuffled(names.tolist(), folds, seed, "groups")
     of_group, sizes = np.empty(len(names), np.int64), np.zeros(folds, np.int64)
     for group in order[np.argsort(-counts[order], kind="stable")]:  # the largest first, each to the smallest fold
@@ -65,11 +67,12 @@ def stratified_grouped(labels: Sequence, groups: Sequence, folds: int, seed: int
     first, goes to the fold that has least of its classes. Then groups of similar size are exchanged wherever that
     lowers the sum of squares over folds and classes, which is least when all folds are equal.
     """
-    labels = _filled(labels, "label")
+    labels = filled(labels, "label")
+    _check_lengths(labels, groups=groups)
     if labels.ndim == 1:
         classes, labels = np.unique(labels, return_inverse=True)
         labels = labels[:, None] == np.arange(len(classes))
-    names, number = np.unique(_filled(groups, "group"), return_inverse=True)
+    names, number = np.unique(filled(groups, "group"), return_inverse=True)
     columns = np.column_stack([np.ones(len(labels)), labels])
     content = np.zeros((len(names), columns.shape[1]))  # each group's share of all rows, and of every class
     np.add.at(content, number, columns)
@@ -106,11 +109,13 @@ def write_csv(path: Path, folds: np.ndarray, ids: Sequence) -> None:
     files.write_csv(path, ("id", "fold"), zip(ids, np.asarray(folds).tolist(), strict=True))
 
 
-def _filled(values: Sequence, what: str) -> np.ndarray:
+def filled(values: Sequence, what: str) -> np.ndarray:
     """`values` [n, ...] as an array; raises UserError if one is missing, since a blank is no class or group."""
     import pandas as pd  # knows None, NaN and NA
 
     array = np.asarray(values)
+    if what == "group" and array.ndim != 1:
+        raise UserError(f"the groups are an array {list(array.shape)}: expected one name for every row, such as a text")
     if (missing := np.argwhere(pd.isna(array))).size:
         raise UserError(
             f"row {missing[0][0]} (of {len(array)}, the first is 0) has no {what}: give it one, with fillna"
@@ -118,8 +123,15 @@ def _filled(values: Sequence, what: str) -> np.ndarray:
     return array
 
 
+def _check_lengths(rows: Sequence, **others: Sequence) -> None:
+    for what, values in others.items():
+        if len(values) != len(rows):
+            raise UserError(f"{len(values)} {what} for {len(rows)} rows: expected one of each for every row")
+
+
 def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.ndarray:
     """Positions of the ids in the order of their hash; raises UserError if ids repeat or are fewer than folds."""
+    ids = list(ids)
     hashes = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest() for name in ids]
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     for before, after in zip(order, order[1:], strict=False):
@@ -127,8 +139,8 @@ def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.nda
             raise UserError(
                 f"{what} must differ, but {ids[before]} comes twice: use `grouped` for rows that belong together"
             )
-    if len(hashes) < folds:
-        raise UserError(f"{len(hashes)} {what} cannot fill {folds} folds: use fewer --folds")
+    if not 1 <= folds <= len(hashes):
+        raise UserError(f"{len(hashes)} {what} cannot fill {folds} folds: use fewer --folds, and 1 or more")
     return np.array(order)
 
 

@@ -36,7 +36,7 @@ class KeyedGenerator:
 
     def jump(self, seed: int, epoch: int, index: int, draw: int = 0, stream: int = 0) -> np.random.Generator:
         """Return the generator at the start of the stream; earlier draws have no influence."""
-        self._key[0], self._key[1] = seed % WORD, epoch
+        self._key[0], self._key[1] = int(seed) % WORD, epoch
         self._counter[1], self._counter[2], self._counter[3] = draw, index, stream
         self._philox.state = self._state
         return self.generator
@@ -55,7 +55,7 @@ class Keys:
     """
 
     def __init__(self, seed: int, epoch: int, index: np.ndarray, draw: np.ndarray | int = 0):
-        self.seed, self.epoch = seed, epoch
+        self.seed, self.epoch = int(seed), int(epoch)  # of numpy, they would overflow
         self.index = np.asarray(index)
         self.draw = np.broadcast_to(np.asarray(draw), self.index.shape)
         self._unnamed = UNNAMED_STREAMS

@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.batch import Batch, Tree, map_tree
+from common.errors import UserError
 from common.loading.binding import refuse_generators
-from common.loading.checks import CHECKED_BATCHES, CHECKED_SAMPLES, check_batch, compare_samples
-from common.loading.collate import as_tensors
+from common.loading.checks import CHECKED_BATCHES, CHECKED_SAMPLES, check_batch, compare_samples, made_of
 from common.loading.keys import Keys
 from common.loading.mixing import mix_pairs
 from common.loading.orders import Order, Plan, Rows, sequential, shard
@@ -39,6 +40,30 @@ def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: A
     """The batches of `rows`, once and in the given order; `settings` are the Loader's."""
     with Loader(dataset, sequential(rows), batch_size, seed=seed, **settings) as loader:
         yield from loader.epoch(0)
+
+
+def weights_of(dataset: Any) -> Tensor | np.ndarray | None:
+    """The weight of every row of the dataset, [n], if it has any."""
+    weights = getattr(dataset, "weights", None)
+    return weights if weights is None or isinstance(weights, Tensor) else np.asarray(weights)
+
+
+def check_dataset(dataset: Any, batch_size: int) -> None:
+    """Raise UserError for what cannot be loaded by rows, and for weights that are not one for every row."""
+    ways = ("batch", "sample", "__getitem__")
+    by_row = hasattr(dataset, "__len__") and any(hasattr(dataset, way) for way in ways)
+    if not by_row or isinstance(dataset, torch.utils.data.IterableDataset):
+        raise UserError(
+            f"{type(dataset).__name__} cannot be loaded by row numbers: expected __len__ and one of {', '.join(ways)}"
+        )
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: expected a number of samples from 1 up")
+    weights = weights_of(dataset)
+    if weights is not None and tuple(weights.shape) != (len(dataset),):
+        raise UserError(
+            f"the weights of {type(dataset).__name__} are an array {list(weights.shape)}: expected a number for each "
+            f"of its {len(dataset)} rows"
+        )
 
 
 class Loader:
@@ -68,6 +93,7 @@ class Loader:
         mix: Any = None,
         log: Callable[[str], Any] = print,
     ):
+        check_dataset(dataset, batch_size)
         self.order, self.batch_size, self.seed = order, batch_size, seed
         self.epochs = math.inf if epochs is None else epochs
         self.rank, self.world, self.mix, self.log = rank, world, mix, log
@@ -134,7 +160,7 @@ class Loader:
             index, draw = (np.concatenate([getattr(key, name) for key in several]) for name in ("index", "draw"))
             if not len(index):  # an empty shard needs tensors of the right shapes too, for the engine
                 index = draw = np.zeros(1, np.int64)
-            made, done = as_tensors(self.dataset.batch(index, Keys(self.seed, epoch, index, draw))), 0
+            made, done = made_of(self.dataset, Keys(self.seed, epoch, index, draw)), 0
             for key in several:
                 rows = slice(done, done + len(key.index))
                 inputs, targets = map_tree(lambda tensor: tensor[rows], made)  # noqa: B023
@@ -149,7 +175,8 @@ class Loader:
         while True:
             if self.workers and self._workers.stream is not stream:
                 raise RuntimeError(
-                    "an earlier epoch was continued after another had begun: the workers load one epoch at a time"
+                    "an earlier epoch was continued after another had begun, or after the loader was closed: the "
+                    "workers load one epoch at a time"
                 )
             key, answer = stream.receive()
             if isinstance(key, CheckKey):
@@ -197,8 +224,8 @@ class Loader:
         self, key: PieceKey, inputs: Tree, targets: Tree, index: np.ndarray, place: np.ndarray, total: int
     ) -> Batch:
         """The batch on its device, with its pairs blended."""
-        rows, weights = torch.from_numpy(index), getattr(self.dataset, "weights", None)
-        weights = None if weights is None else torch.as_tensor(weights)[rows]
+        rows, weights = torch.from_numpy(index), weights_of(self.dataset)
+        weights = None if weights is None else torch.as_tensor(weights[rows if isinstance(weights, Tensor) else index])
         batch = Batch(inputs, targets, rows, weights, key.epoch, key.number, total)
         if self.device.type == "cuda":
             batch = to_card(batch, self.device)

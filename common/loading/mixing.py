@@ -32,6 +32,13 @@ class MixUp:
     def __call__(self, inputs: Tree, targets: Tree, partner: Tensor, keys: Keys, stream: int) -> tuple[Tree, Tree]:
         """`partner` [B] holds the row of every sample's partner, `keys` the key of every sample's pair."""
         part = _own_part(partner, keys, stream, self)
+        for tensor in tensors_of(inputs):
+            names = tensor.ndim == 1 and not tensor.is_floating_point()
+            if names or (tensor.ndim == 2 and tensor.dtype == torch.int64):
+                raise UserError(
+                    f"MixUp cannot blend an input {list(tensor.shape)} of {tensor.dtype}, numbers of classes or words: "
+                    "blend in the model, or give the loader images alone"
+                )
         targets = map_tree(lambda tensor: _as_amounts(tensor, self.classes), targets)
         return (
             map_tree(lambda tensor: _blend(tensor, partner, part), inputs),
@@ -127,8 +134,10 @@ def _own_part(partner: Tensor, keys: Keys, stream: int, mix: MixUp | CutMix) -> 
 def _as_amounts(target: Tensor, classes: int | None) -> Tensor:
     """Targets that can be blended: float32, one-hot where they were class numbers [B]."""
     if target.is_floating_point():
-        return target
+        return target if target.itemsize > 2 else target.float()
     if target.ndim == 1 and classes is not None:
+        if target.device.type == "cpu" and len(outside := target[(target < 0) | (target >= classes)]):
+            raise UserError(f"a target of class {outside[0]} cannot be blended: the mix expects 0 to {classes - 1}")
         return torch.nn.functional.one_hot(target.long(), classes).float()
     if target.ndim == 1 and target.dtype != torch.bool:
         raise UserError(
@@ -143,4 +152,4 @@ def _blend(tensor: Tensor, partner: Tensor, part: np.ndarray) -> Tensor:
     own = tensor if tensor.is_floating_point() else tensor.float()
     mixed = own * weight + own[to_device(partner, tensor.device)] * (1 - weight)
     mixed = torch.where(weight == 1, own, mixed)  # 1 x + 0 x' is not x where x' is infinite
-    return mixed if tensor.is_floating_point() else mixed.round().to(tensor.dtype)
+    return (mixed if tensor.is_floating_point() else mixed.round()).to(tensor.dtype)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from common.errors import UserError
+from common.loading.folds import filled
 from common.loading.keys import ORDER_STREAM, KeyedGenerator
 
 Rows = int | np.ndarray  # a number of rows n (all of 0..n-1), or the row numbers themselves
@@ -98,8 +99,13 @@ def grouped(groups: np.ndarray, rows: np.ndarray | None = None, groups_per_batch
 
     `groups` [n] names the group of each of `rows` (default 0..n-1). The batch size is ignored.
     """
-    groups = np.asarray(groups)
+    groups = filled(groups, "group")
     rows = _row_numbers(len(groups) if rows is None else rows)
+    if len(groups) != len(rows) or groups_per_batch < 1:
+        raise UserError(
+            f"grouped: {len(groups)} groups for {len(rows)} rows, {groups_per_batch} groups in a batch: expected a "
+            "group for every row, as in grouped(groups[rows], rows), and 1 or more in a batch"
+        )
     _, number = np.unique(groups, return_inverse=True)
     counts = np.bincount(number)
     members = np.split(rows[np.argsort(number, kind="stable")], np.cumsum(counts)[:-1])
@@ -135,9 +141,15 @@ def joined(order: Order, rows: np.ndarray) -> Order:
 
 
 def _row_numbers(rows: Rows) -> np.ndarray:
+    """The rows [n]; raises UserError for none, and for what is no list of row numbers."""
     rows = np.arange(rows) if isinstance(rows, (int, np.integer)) else np.asarray(rows)
     if not len(rows):
         raise UserError("an order of no rows: expected at least one; is the fold, or the folder of images, empty?")
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0:
+        raise UserError(
+            f"the rows of an order are an array {list(rows.shape)} of {rows.dtype}, {rows[0]} first: expected row "
+            "numbers [n] from 0 up; of a mask they are np.flatnonzero(mask)"
+        )
     return rows.astype(np.int64)
 
 

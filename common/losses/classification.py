@@ -41,6 +41,8 @@ class CrossEntropy(nn.Module):
             raise ValueError("CrossEntropy of a single class is 0 for any output of the model: for one label use BCE")
         if targets.is_floating_point():
             targets = targets.to(outputs.dtype)
+        elif targets.dtype != torch.uint8:  # which torch takes as it is: masks in int64 are eight times as large
+            targets = targets.long()
         weight = self.class_weights
         values = F.cross_entropy(
             outputs,
@@ -100,7 +102,7 @@ class BCE(nn.Module):
         mask = known(targets)
         if not self.present_only:
             return mask
-        present = (targets > 0).flatten(2).any(2).reshape(*targets.shape[:2], *[1] * (targets.ndim - 2))
+        present = (targets > 0)[..., None].flatten(2).any(2).reshape(*targets.shape[:2], *[1] * (targets.ndim - 2))
         return present.expand_as(targets) if mask is None else present & mask
 
 

@@ -20,6 +20,7 @@ def sigmoid_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def softmax_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and one-hot targets of exclusive classes, 0 where the target is ignored. [B, C, ...], [B, ...]"""
     probabilities = full_precision(outputs).softmax(1)
+    targets = targets.long()  # of any integer type; in uint8, -100 is 156
     mask = (targets == IGNORED).unsqueeze(1)
     labels = targets.masked_fill(targets == IGNORED, 0).unsqueeze(1)
     hot = torch.zeros_like(probabilities).scatter_(1, labels, 1.0)

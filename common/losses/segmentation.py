@@ -56,9 +56,9 @@ class Tversky:
         if self.average == "batch" or not self.present_only:
             return torch.ones(len(targets), device=targets.device)
         if self.activation == "sigmoid":
-            return (targets > 0).flatten(2).any(2).float().sum(1)
+            return (targets > 0)[..., None].flatten(2).any(2).float().sum(1)
         # how many different classes an image holds: a step up in the sorted class numbers starts a class
-        labels = targets.flatten(1).sort(1).values
+        labels = targets.long()[..., None].flatten(1).sort(1).values
         starts = labels != torch.roll(labels, 1, 1)
         starts[:, 0] = True
         return (starts & (labels != IGNORED)).float().sum(1)
@@ -139,7 +139,7 @@ class LovaszSoftmax:
 
     def __call__(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         probabilities, hot = softmax_pair(outputs, targets)
-        mask = (targets != IGNORED).unsqueeze(1)
+        mask = (targets.long() != IGNORED).unsqueeze(1)
         measure = pixel_measure(probabilities, mask, weights)
         errors = (hot - probabilities).abs()
         losses, present = lovasz(*(_pixels(part, self.per_image) for part in (errors, hot, measure)))

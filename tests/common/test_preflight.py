@@ -69,6 +69,7 @@ class Heavy(toy.ToyRows):
         ),
         ({"pretrain": lambda model: read(Path("gone.pth"))}, "--encoder-weights gone.pth cannot be read"),
         ({"tta": (TTA("as is"), TTA("halved", lambda x: x[:1]))}, "the TTA 'halved' gives predictions of"),
+        ({"model": lambda: nn.LSTM(16, 3)}, "the loss does not take the outputs .*float32.*make them fit each other"),
         ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy needs decisions, found scores"),
         ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),
         ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common.engine.accumulating import AccumulatingOptimizer
+from common.errors import UserError
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -159,6 +160,21 @@ def test_schedulers_closures_and_parameters_without_gradient():
 def test_at_least_one():
     with pytest.raises(ValueError, match="accum_iters 0"):
         AccumulatingOptimizer(OPTIMIZERS["sgd"](make().parameters()), 0)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_would_spoil_the_mean_is_refused(weight):
+    model = nn.Linear(2, 1)
+    optimizer = AccumulatingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        optimizer.step(weight=weight)
+    assert model.weight.isfinite().all() and not optimizer.updates
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    with pytest.raises(UserError, match="LBFGS.step needs a closure"):
+        AccumulatingOptimizer(torch.optim.LBFGS(nn.Linear(2, 1).parameters()), 2)
 
 
 def test_weights_of_an_open_batch_are_kept():

@@ -248,6 +248,11 @@ def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
     assert torch.equal(gradient_of(model, loss), found)
 
 
+def test_a_step_number_of_numpy_is_that_of_python():
+    engine, batch = make_engine(make_model(nn.Dropout(0.3)), cross_entropy), make_batch(8)
+    assert torch.equal(*(engine.gradients(batch, step) for step in (7, np.int64(7))))
+
+
 def test_only_torchs_own_generators_are_seeded():
     engine, batch = make_engine(make_model(), cross_entropy), make_batch(4)
     random.seed(1), np.random.seed(1)
@@ -294,6 +299,25 @@ def test_clipping_is_once_and_over_everything():
         torch.testing.assert_close(a - a.grad, b, rtol=1e-9, atol=1e-12)
 
 
+def test_complex_weights_are_clipped_too():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.complex(*torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))))
+
+        def forward(self, inputs):
+            return (inputs.to(self.weight.dtype) @ self.weight).abs()
+
+    inputs, targets = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(1))
+    batch, cut, whole = Batch(inputs, targets, torch.arange(8)), Spectrum(), Spectrum()
+    loss = lambda outputs, targets: (outputs - targets).square().mean(1)  # noqa: E731
+    Engine(cut, loss, torch.optim.SGD(cut.parameters(), lr=1.0), micro_batch=3, clip_norm=0.05).step(batch, 0)
+    loss(whole(inputs), targets).mean().backward()
+    assert nn.utils.clip_grad_norm_(whole.parameters(), 0.05) > 0.05
+    torch.optim.SGD(whole.parameters(), lr=1.0).step()
+    torch.testing.assert_close(cut.weight, whole.weight)
+
+
 def test_dropout_of_micro_batches_is_named_once():
     said = []
     engine = make_engine(make_model(nn.Dropout(0.2)), cross_entropy, micro_batch=8, log=said.append)
@@ -323,6 +347,44 @@ def test_what_is_not_finite_stops_before_the_update(place):
 def test_a_scalar_loss_is_refused_with_the_declaration():
     with pytest.raises(UserError, match="whole_batch"):
         make_engine(make_model(), F.cross_entropy).step(make_batch(8), 0)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "sums", "whole batch"])
+@pytest.mark.parametrize("micro_batch", [3, "auto"])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda b: make_batch(0), "a batch of no samples"),
+        (lambda b: replace(b, targets=None), "the targets of the batch hold no tensor"),
+        (lambda b: replace(b, inputs={}), "the inputs of the batch hold no tensor"),
+        (lambda b: replace(b, index=b.index[:4]), r"the inputs of a batch of 4 samples, .* expected \[4, ...\]"),
+        (lambda b: replace(b, targets=b.targets[:4]), "the targets of a batch of 8 samples"),
+        (lambda b: replace(b, weights=torch.ones(1)), r"the weights of a batch of 8 samples, .* a tensor \[1\]"),
+    ],
+)
+def test_a_batch_that_does_not_fit_together_is_refused(name, micro_batch, change, told):
+    engine = make_engine(make_model(), LOSSES[name](), micro_batch=micro_batch)
+    with pytest.raises(UserError, match=told):
+        engine.step(change(make_batch(8)), 0)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"micro_batch": 0}, "micro_batch 0: expected"),
+        ({"micro_batch": 2.5}, "micro_batch 2.5: expected"),
+        ({"precision": "bfloat16"}, "precision 'bfloat16': expected fp32, bf16 or fp16"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, told):
+    with pytest.raises(UserError, match=told):
+        make_engine(make_model(), cross_entropy, **settings)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    model = make_model()
+    with pytest.raises(UserError, match="LBFGS.step needs a closure"):
+        Engine(model, cross_entropy, torch.optim.LBFGS(model.parameters()))
 
 
 def test_modules_that_talk_to_other_processes_are_refused():

@@ -117,6 +117,22 @@ def test_what_cannot_be_split_is_refused():
         folds.kfold(["a", "b", "a"], 2, 0)
     with pytest.raises(UserError, match="cannot fill 5 folds"):
         folds.kfold(["a", "b"], 5, 0)
+    with pytest.raises(UserError, match="a comes twice"):
+        folds.kfold(pd.Series(["a", "b", "a"], index=[7, 8, 9]), 2, 0)
+    for count in (0, -2):
+        with pytest.raises(UserError, match=f"cannot fill {count} folds"):
+            folds.kfold(["a", "b"], count, 0)
+    for split in (
+        lambda: folds.stratified(list("abcd"), [0, 1, 0, 1, 1], 2, 0),
+        lambda: folds.stratified(list("abcd"), [0, 1], 2, 0),
+        lambda: folds.multilabel_stratified(list("abcd"), np.eye(5)[:, :2], 2, 0),
+        lambda: folds.stratified_grouped([0], list("abcd"), 2, 0),
+        lambda: folds.stratified_grouped([0, 1, 0, 1, 1], list("abcd"), 2, 0),
+    ):
+        with pytest.raises(UserError, match="for . rows: expected one of each for every row"):
+            split()
+    with pytest.raises(UserError, match=r"array \[3, 2\]: expected one name for every row"):
+        folds.grouped([(1, 2), (1, 3), (1, 2)], 2, 0)
     with pytest.raises(UserError, match="of 0 and 1"):
         folds.multilabel_stratified(IDS, GROUPS, 5, 0)
 

@@ -4,6 +4,7 @@ import signal
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -250,6 +251,59 @@ def test_mirrored_arrays_and_numbers_become_tensors():
     assert batch.targets["part"].tolist() == [0.0, 0.5]
 
 
+class Given(Numbers):
+    """What `makes` makes of each row."""
+
+    def __init__(self, makes):
+        super().__init__(4)
+        self.makes = makes
+
+    def sample(self, index, rng):
+        return self.makes(index), 0
+
+
+@pytest.mark.parametrize(
+    "first, others, dtype",
+    [
+        (np.float64(0.1), 0.1, torch.float64),
+        (0.1, np.float64(0.1), torch.float64),
+        (np.int64(3), 3, torch.int64),
+        (3, np.float32(0.1), torch.float32),
+        (np.arange(2), np.ones(2, np.float32), torch.float32),
+        (np.zeros(2, np.float16), torch.ones(2), torch.float32),
+    ],
+)
+def test_types_that_meet_in_a_batch_become_one_for_any_workers(first, others, dtype):
+    found = []
+    for workers in (0, 2):  # which load two rows each
+        dataset = Given(lambda index: first if index < 2 else others)
+        with Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader:
+            found.append(next(loader.epoch(0)).inputs)
+    assert found[0].dtype == found[1].dtype == dtype and torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "first, last, told",
+    [
+        (np.zeros(2), None, "a sample holds a NoneType"),
+        (1.0, None, "a sample holds a NoneType"),
+        (np.str_("a"), np.str_("b"), "a sample holds a str_ of <U1"),
+        (np.array([None]), np.array([None]), "a sample holds a ndarray of object"),
+        ({"a": 1}, {"b": 1}, r"a dict of \['a'\] and a dict of \['b'\]"),
+        ({"a": 1}, None, r"a NoneType and a dict of \['a'\]"),
+        ((1, 2), (1, 2, 3), "2 parts and 3 parts"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_batch_cannot_hold_is_said_in_one_line(first, last, told, workers):
+    dataset = Given(lambda index: last if index == 3 else first)
+    with (
+        Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader,
+        pytest.raises(UserError, match=told),
+    ):
+        list(loader.epoch(0))
+
+
 class Dying(Numbers):
     def sample(self, index, rng):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -275,6 +329,56 @@ def test_what_goes_wrong_is_said_in_one_line():
         list(Loader(Ragged(), orders.sequential(2), 4, seed=0).epoch(0))
     with pytest.raises(UserError, match=r"expected a pair \(input, target\)"):
         list(Loader(Single(), orders.sequential(2), 4, seed=0).epoch(0))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(range(8))
+
+
+@pytest.mark.parametrize("dataset", [Stream(), (row for row in range(8)), {1, 2}])
+def test_what_has_no_rows_is_refused(dataset):
+    with pytest.raises(UserError, match="cannot be loaded by row numbers: expected __len__ and one of batch, sample"):
+        Loader(dataset, orders.sequential(8), 4, seed=0)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_no_samples_are_refused(size):
+    with pytest.raises(UserError, match=f"batch_size {size}: expected"):
+        Loader(Numbers(), orders.sequential(8), size, seed=0)
+
+
+@pytest.mark.parametrize("weights", [np.ones(63), np.ones(65), np.ones((64, 1)), 1.0])
+@pytest.mark.parametrize("dataset", [Batches, Numbers])
+def test_weights_are_one_for_every_row(dataset, weights):
+    dataset = dataset()
+    dataset.weights = weights
+    with pytest.raises(UserError, match="expected a number for each of its 64 rows"):
+        Loader(dataset, orders.sequential(64), 4, seed=0)
+
+
+def test_weights_may_be_a_column_of_a_filtered_table():
+    dataset = Numbers()
+    dataset.weights = pd.Series(np.arange(64.0), index=range(100, 164))
+    batch = next(Loader(dataset, orders.shuffled(64), 7, seed=0).epoch(0))
+    assert torch.equal(batch.weights, batch.index.double())
+
+
+@pytest.mark.parametrize(
+    "returned, told",
+    [
+        (np.zeros((4, 2)), r"returned a ndarray: expected a pair \(inputs, targets\)"),
+        ((np.zeros((4, 2)), np.zeros((1, 2))), r"returned a tensor \[1, 2\] for 4 indices: expected \[4, ...\]"),
+    ],
+)
+def test_batches_without_a_row_for_every_index_are_refused(returned, told, monkeypatch):
+    dataset = Batches()
+    monkeypatch.setattr(dataset, "batch", lambda indices, keys: returned)
+    with pytest.raises(UserError, match=told):
+        list(Loader(dataset, orders.sequential(8), 4, seed=0).epoch(0))
 
 
 def test_weights_of_a_dataset_of_batches():

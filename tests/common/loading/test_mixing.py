@@ -63,6 +63,13 @@ def test_cutmix_pastes_boxes_into_images_and_masks_and_counts_their_area():
     assert (inputs != IMAGES).flatten(1).any(1).sum() > SIZE / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int16])
+def test_mixed_images_keep_their_type_and_targets_are_float32(dtype):
+    for mix in (MixUp(0.4), CutMix(), OneOf(MixUp(0.4), CutMix())):
+        inputs, targets = mixed(mix, torch.eye(SIZE).half(), IMAGES.to(dtype))
+        assert inputs.dtype == dtype and targets.dtype == torch.float32
+
+
 def test_masks_become_amounts_under_mixup():
     _, targets = mixed(MixUp(1.0), MASKS)
     assert targets.dtype == torch.float32 and ((targets > 0) & (targets < 1)).any()
@@ -74,6 +81,14 @@ def test_what_cannot_be_mixed_is_refused():
     for mix in (MixUp(0.0, classes=10), CutMix(-1, classes=10), MixUp(np.nan, classes=10)):
         with pytest.raises(UserError, match="expected an alpha above 0"):  # all would be NaN, and weigh nothing
             mixed(mix, CLASSES)
+    for inputs in (CLASSES, {"image": IMAGES, "camera": CLASSES.to(torch.uint8)}, torch.zeros(SIZE, 7).long()):
+        with pytest.raises(UserError, match=r"MixUp cannot blend an input \[40"):  # the mean of two names is a third
+            mixed(MixUp(classes=5), CLASSES, inputs)
+    for mix in (MixUp(classes=4), CutMix(classes=4)):
+        with pytest.raises(UserError, match="class 4 cannot be blended: the mix expects 0 to 3"):
+            mixed(mix, CLASSES)
+        with pytest.raises(UserError, match="class -100 cannot be blended"):
+            mixed(mix, CLASSES - 100)
     with pytest.raises(UserError, match="CutMix needs images"):
         mixed(CutMix(classes=5), CLASSES, torch.zeros(SIZE, 7))
 

@@ -77,6 +77,29 @@ def test_no_rows_are_refused():
         orders.shuffled(np.array([], int))
 
 
+@pytest.mark.parametrize(
+    "rows", [np.arange(9) > 4, [True, False], np.array([0.0, 1.0]), np.array([2, -1]), np.array([[0, 1]])]
+)
+def test_what_is_no_list_of_row_numbers_is_refused(rows):
+    """A mask would be the rows 0 and 1, many times."""
+    for make in (orders.shuffled, orders.sequential, lambda rows: orders.weighted(np.ones(len(rows)), rows=rows)):
+        with pytest.raises(UserError, match=r"expected row numbers \[n\] from 0 up; of a mask .* np.flatnonzero"):
+            make(rows)
+
+
+def test_groups_that_fit_no_rows_are_refused():
+    groups = np.arange(6) // 2
+    for made in (
+        lambda: orders.grouped(groups, rows=np.arange(3)),
+        lambda: orders.grouped(groups[:3], rows=np.arange(6)),
+        lambda: orders.grouped(groups, groups_per_batch=0),
+    ):
+        with pytest.raises(UserError, match="expected a group for every row"):
+            made()
+    with pytest.raises(UserError, match="row 1 .of 3, the first is 0. has no group"):
+        orders.grouped(np.array([1.0, np.nan, np.nan]))
+
+
 def test_groups_come_in_another_order_in_every_epoch():
     order = orders.grouped(np.arange(30) // 3)
     plans = [order(seed, epoch).index.tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]

@@ -47,6 +47,14 @@ def test_cross_entropy_of_small_integers_is_that_of_large_ones(generator, weight
         close(batch_value(loss, outputs, targets), F.cross_entropy(outputs, targets.long(), weights), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int16, torch.int32, torch.uint16])
+@pytest.mark.parametrize("weights", [None, torch.linspace(1, 2, 200)])
+def test_cross_entropy_takes_class_numbers_of_every_integer_type(generator, weights, dtype):
+    outputs, targets = torch.randn(3, 200, generator=generator), torch.tensor([1, 0, 1])
+    found = batch_value(CrossEntropy(weights), outputs, targets.to(dtype))
+    assert torch.equal(found, batch_value(CrossEntropy(weights), outputs, targets))
+
+
 def test_cross_entropy_of_nothing_but_ignored_targets_is_zero_where_torch_says_nan():
     outputs, targets = torch.randn(3, 4), torch.full((3,), -100)
     assert F.cross_entropy(outputs, targets).isnan()

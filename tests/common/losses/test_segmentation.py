@@ -165,6 +165,34 @@ def test_lovasz_without_a_target_is_the_largest_error():
     assert batch_value(LovaszHinge(), outputs, targets) == 2.5
 
 
+def test_present_only_of_labels_without_pixels(generator):
+    outputs, targets = normal(generator, 9, 3), torch.randint(0, 2, (9, 3), generator=generator)
+    for loss in (BCE(present_only=True), Dice(present_only=True)):
+        pixels = outputs[..., None, None], targets[..., None, None]
+        assert torch.equal(batch_value(loss, outputs, targets), batch_value(loss, *pixels))
+    loss, classes = Dice(activation="softmax", present_only=True), targets[:, 0]
+    expected = batch_value(loss, outputs[..., None, None], classes[:, None, None])
+    assert torch.equal(batch_value(loss, outputs, classes), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.uint16])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Dice("batch", activation="softmax"),
+        Dice(activation="softmax", present_only=True),
+        LovaszSoftmax(),
+        LovaszSoftmax(per_image=True, present_only=False),
+    ],
+)
+def test_masks_of_classes_may_be_of_every_integer_type(generator, loss, dtype):
+    """Class 156 is -100 in uint8."""
+    outputs, targets = normal(generator, 3, 160, 4, 5), torch.randint(0, 2, (3, 4, 5), generator=generator)
+    if dtype in (torch.uint8, torch.int16):
+        targets[0, 0, 0] = 156
+    assert torch.equal(batch_value(loss, outputs, targets.to(dtype)), batch_value(loss, outputs, targets))
+
+
 def test_integer_masks_give_the_same_as_floating_ones(generator):
     outputs, targets = some_masks(generator)
     for loss in (BCE(present_only=True), Dice(), Jaccard("batch"), LovaszHinge(), BCEDice(present_only=True)):
