@@ -54,7 +54,7 @@ def require_room(path: Path, size: float, what: str) -> None:
     free = shutil.disk_usage(place).free
     if size + NO_ROOM > free:
         raise UserError(
-            f"{what} will take {size / 1e9:.2f} GB in {place}, where {free / 1e9:.2f} GB are free: free some disk "
+            f"{what} will take {size / 1e9:.2f} GB of {place}, where {free / 1e9:.2f} GB are free: free some disk "
             f"space and repeat the same command"
         )
 

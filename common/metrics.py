@@ -147,8 +147,8 @@ def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
     sizes = {len(tensor) for tensor in tensors_of((found, truth, *rest))}
     if len(sizes) > 1:
         raise UserError(
-            f"metric {metric.name}: found {' and '.join(map(str, sorted(sizes)))} rows of decisions and targets in a "
-            "batch, expected equally many"
+            f"metric {metric.name}: a batch has {' and '.join(map(str, sorted(sizes)))} rows of decisions and targets, "
+            "expected equally many"
         )
     return found, truth, *rest
 

@@ -123,7 +123,7 @@ def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sam
         except ValueError as error:
             raise UserError(
                 f"{fold_label(fold)}: --batch-size {config.batch_size} --micro-batch {config.micro_batch} leave a "
-                f"micro-batch of one sample, on which the model cannot train ({error}): choose others"
+                f"micro-batch of a single sample, on which the model cannot train ({error}): choose others"
             ) from error
 
 

@@ -102,7 +102,7 @@ def test_oof_and_test_predictions_are_those_of_a_slow_nested_loop(given):
 def test_the_submission_the_table_and_predict_know_the_blend(capsys):
     folder, result = blended("known")
     shown = capsys.readouterr().out
-    assert "the plain mean" in shown and shown.strip().splitlines()[-1] == "submission: submissions/toy/known-demo.csv"
+    assert "equal weights" in shown and shown.strip().splitlines()[-1] == "submission: submissions/toy/known-demo.csv"
     rows = list(csv.DictReader(open("submissions/toy/known-demo.csv")))
     assert [int(row["label"]) for row in rows] == kept("known", "test")[1].argmax(1).tolist()
     sidecar = json.loads(Path("submissions/toy/known-demo.json").read_text())

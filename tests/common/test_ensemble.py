@@ -172,7 +172,7 @@ def test_a_stack_knows_the_classes_that_a_part_lacks():
     predictions = nested(MEMBERS, PARTS, ensemble.stacked(LogisticRegression(), rare), LOSS, False).predictions
     assert (predictions[PARTS == 0, 2] == 0).all() and (predictions[PARTS != 0, 2] > 0).all()
     np.testing.assert_allclose(predictions.sum(1), 1, rtol=1e-5)
-    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "have -1 to 1"), (CLASS * np.nan, "NaN")):
+    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "targets -1 to 1"), (CLASS * np.nan, "NaN")):
         with pytest.raises(UserError, match=words):
             ensemble.stacked(LogisticRegression(), targets)(MEMBERS, ROWS)
 

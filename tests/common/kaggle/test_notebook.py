@@ -260,7 +260,7 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     assert [row for row in found.splitlines() if row.startswith((images[0], images[-1]))] == lost
     ids = [row.split(",")[0] for row in lost]
     assert json.loads((machine.working / "submission.json").read_text())["fallback"] == ids
-    told = next(line for line in done.stdout.splitlines() if "the sample submission's own values" in line)
+    told = next(line for line in done.stdout.splitlines() if "the sample submission's values" in line)
     assert told.startswith(f"{len(ids)} of {len(rows)} rows") and f"{damaged} " in told
     assert missing.stem in told and "cannot be opened (No such file" in told
     assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words]) == 0
