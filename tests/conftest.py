@@ -1,5 +1,6 @@
 """Settings of the whole suite: no network, no variables from outside, real data only if it is there."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -45,6 +46,10 @@ LONGEST = ("test_competitions.py", "test_templates.py", "test_notebook.py")
 def pytest_collection_modifyitems(items):
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is loaded by now stays: no collection need go through it
 
 
 @pytest.fixture(autouse=True)

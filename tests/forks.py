@@ -4,6 +4,7 @@ Apart from that a fork is like a new process: it has its own session, the given 
 and streams, and it loads its own code from its own path.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -15,9 +16,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 
 class Forks:
@@ -166,10 +168,27 @@ def main(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+def end(code: object) -> NoReturn:
+    """Exit as the interpreter does, but without taking the loaded libraries apart, which would copy their memory."""
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit((code or 0) & 0xFF)
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         __import__(name)
     gc.freeze()  # keep the loaded objects out of garbage collection, which would copy their memory in every fork
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         asked = forked(requests)
-    main(asked)
+    try:
+        main(asked)
+        code = None
+    except SystemExit as exit:
+        code = exit.code
+    end(code)  # whatever else is raised is the interpreter's own

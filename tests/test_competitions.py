@@ -43,8 +43,8 @@ def run_fork(forks: Forks, folder: Path, *words: str) -> subprocess.CompletedPro
     return forks.run(command(*words), cwd=folder, env=environment(), timeout=LIMIT_SECONDS)
 
 
-def train(competition: str) -> list[str]:
-    return ["train", competition, "--recipe", "smoke", "--workers", "0", "--save-every", "0", "--run", "smoke"]
+def train(competition: str, *flags: str) -> list[str]:
+    return ["train", competition, "--recipe", "smoke", "--workers", "0", "--run", "smoke", *flags]
 
 
 def killed(forks: Forks, folder: Path, words: list[str], when) -> bool:
@@ -110,13 +110,13 @@ def test_sample_to_submission_killed_and_resumed(competition, tmp_path, trainers
     def further() -> bool:
         return finished() > before or "epoch" in log.read_text().partition("resumed")[2]
 
-    words = train(competition)
+    words = train(competition, "--save-every", "0")  # a checkpoint after every step, of which the others need none
     assert killed(trainers, broken, words, lambda: finished() or any(checkpoint.rglob("last.pt"))), (
         "ended before a checkpoint"
     )
     before = finished()
     killed(trainers, broken, words, further)
-    resumed = run_fork(trainers, broken, *words)
+    resumed = run_fork(trainers, broken, *train(competition))
     assert resumed.returncode == 0, resumed.stderr + resumed.stdout
     expected, found = outputs(straight, competition), outputs(broken, competition)
     assert found[1:] == expected[1:]

@@ -115,8 +115,13 @@ def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) ->
     return process.exitcode, list(dict.fromkeys(replaced))
 
 
-def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits(page):
-    """Real kills of real processes, before or after the first writing of every file: settings, weights, CSV ..."""
+def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits(page, monkeypatch):
+    """Real kills of real processes, before or after the first writing of every file: settings, weights, CSV ...
+
+    The report's plots are files too, but drawing them again and again would take most of the time.
+    """
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **how: file.write(b"a plot"))
+    monkeypatch.setattr("common.report.without_markup", lambda figure: None)
     changes = {"fold": "all", "epochs": 2, "save_every": 0}
     straight = toy_train("straight", **changes)  # also loads what every child would load for itself
     code, places = in_a_child(**changes)

@@ -474,8 +474,11 @@ pathlib.Path("submissions/toy/1.csv").write_text("id\\n1\\n")
 
 
 @pytest.fixture
-def machine(tmp_path):
-    """Run a notebook's cells with the folders of Kaggle moved, on a kit whose training is a stub."""
+def machine(tmp_path, trainers):
+    """Run a notebook's cells with the folders of Kaggle moved, on a kit whose training is a stub.
+
+    They run as a fork of a process that has torch, which they import to count the cards.
+    """
     kit = tmp_path / "kit-source"
     (kit / "common").mkdir(parents=True)
     (kit / "common" / "__main__.py").write_text(STUB)
@@ -492,8 +495,10 @@ def machine(tmp_path):
     def run(expected: str = version, words=("--epochs", "3"), seconds: float = 3600.0) -> subprocess.CompletedProcess:
         document = json.loads(notebook("kit-toy", SLUG, "toy", words, expected, {}, False, seconds))
         script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
+        cells = tmp_path / "cells.py"
+        cells.write_text(script)
         moved = os.environ | {"KIT_KAGGLE": str(tmp_path / "kaggle")}
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=moved)
+        return trainers.run([sys.executable, str(cells)], cwd=tmp_path, env=moved, timeout=120)
 
     return run, inputs, working
 

@@ -45,6 +45,21 @@ def test_cells_have_the_types_of_their_columns(read):
     assert list(table["more"]) == [7, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("lines", "place"),
+    [
+        ("1,2,3,4\n1,2,x,4\ny,2,3,z\n", "line 3, column c: 'x'"),
+        ("1,2,3,z\n1,x,3,4\n", "line 2, column d: 'z'"),
+        ("1,x,y,4\n", "line 2, column b: 'x'"),
+        ("1,2,x,y\n", "line 2, column c: 'x'"),
+    ],
+)
+def test_of_many_faults_the_first_of_the_first_row_is_told(read, lines, place):
+    """Among columns of one kind and of several, whatever the order in which they are asked for."""
+    kinds = {"d": whole(), "c": whole(), "b": number(0, 9), "a": whole()}
+    assert place in fault(read, f"a,b,c,d\n{lines}", kinds)
+
+
 def test_columns_come_in_the_order_that_was_asked_for(read):
     assert list(read("b,a\n1,2\n", {"a": int, "b": int}).iloc[0]) == [2, 1]
     assert list(read(CSV, {"size": number(blank=True), "id": str}, others="drop")) == ["size", "id"]
