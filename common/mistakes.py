@@ -47,7 +47,7 @@ def mistakes(
     predictions, targets = predictions[places].astype(np.float32), targets[places]
     ids = [str(ids[place]) if len(ids) else str(place) for place in places]
     if len(places) < len(known):
-        page.text(f"Below: {len(places):,} of the {len(known):,} rows with known targets, evenly spaced.")
+        page.text(f"Below: {len(places):,} of {len(known):,} rows, evenly spaced among those with known targets.")
     rest = (ids, names, lambda rows: images(places[rows]))
     if of_classes:
         _classes(page, predictions, targets.astype(np.int64), *rest)

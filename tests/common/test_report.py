@@ -173,8 +173,8 @@ def test_mistakes_of_classes(tmp_path):
     names = [MARKUP, "b", "c"]
     mistakes.mistakes(page, scores, truth, [f"r{row}" for row in range(60)], names, lambda rows: images[rows])
     assert titles(page.plots["worst"]) == [
-        f"r7\ntrue b (0.05)\nfound {MARKUP} (0.55)",
-        "r20\ntrue b (0.3)\nfound c (0.7)",
+        f"r7\ntrue b (0.05)\npredicted {MARKUP} (0.55)",
+        "r20\ntrue b (0.3)\npredicted c (0.7)",
     ]
     np.testing.assert_array_equal(page.plots["worst"].axes[0].images[0].get_array(), images[7, 0])
     confusion = np.array(page.plots["confusion"].axes[0].images[0].get_array())

@@ -148,7 +148,7 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again():
     def other():
         open_run("mine", Config(lr=0.25)).write_result({"score": 1.0})
 
-    with pytest.raises(UserError, match="another process has made runs/toy/mine meanwhile"):
+    with pytest.raises(UserError, match="another process has just made runs/toy/mine"):
         runs.open_run("toy", "mine", Config(), PROVENANCE, before_new=other)
     assert runs.load("toy", "mine").config(Config).lr == 0.25
 

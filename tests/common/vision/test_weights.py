@@ -303,7 +303,12 @@ def test_weights_that_cannot_be_fetched_stop_the_run_soon(tmp_path, monkeypatch,
         monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(UserError) as caught:
         start_encoder(encoder(name), name, "imagenet", scratch="--encoder-weights none --encoder-lr 1")
-    for words in ("--encoder-weights none --encoder-lr 1", "HF_HOME", "--encoder-weights PATH", f"those of {name} are"):
+    for words in (
+        "--encoder-weights none --encoder-lr 1",
+        "HF_HOME",
+        "--encoder-weights PATH",
+        f"the weights of {name} are",
+    ):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

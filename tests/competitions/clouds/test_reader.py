@@ -186,7 +186,7 @@ def test_masks_of_resized_images_are_read_at_their_size(folder, size):
 
 def test_masks_of_a_size_that_nothing_else_has_are_refused(folder):
     written_again(folder, (280, 420))
-    with pytest.raises(UserError, match="train.csv: .* 280 pixels high.*images are 140x210: expected"):
+    with pytest.raises(UserError, match="train.csv: .* are 280 pixels apart.*images are 140x210: expected"):
         read(folder)
 
 

@@ -143,7 +143,7 @@ def test_values_that_are_no_numbers_are_named(files):
     frame.assign(PM10=texts.str.replace(".", ",")).to_csv(files / HISTORY, index=False)
     (warning,) = load(files).warnings
     count, example = frame["PM10"].notna().sum(), texts[frame["PM10"].notna()].iloc[0].replace(".", ",")
-    assert f"{HISTORY}: {count} values of PM10 are no numbers" in warning and repr(example) in warning
+    assert f"{HISTORY}: {count} values of PM10 are not numbers" in warning and repr(example) in warning
 
 
 @pytest.mark.parametrize("name, sentinel", [(HISTORY, -999), (HISTORY, 999), (LONDON, -1), (LONDON, 9999)])
@@ -156,7 +156,9 @@ def test_numbers_for_missing_values_are_missing(files, name, sentinel):
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected.values)
     (warning,) = observations.warnings
-    assert f"{name}: {count} values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+    assert (
+        f"{name}: {count} implausible values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+    )
 
 
 def test_a_value_below_zero_that_is_rare_was_measured(files):
@@ -178,7 +180,8 @@ def test_numbers_for_missing_values_in_the_archive_of_series(tmp_path):
     expected = np.float32([5, np.nan, -0.4, np.nan, np.nan, 7])
     np.testing.assert_array_equal(observations.values[:, 1, 0], expected)
     assert any(
-        "kdd.tsf: 4 values count as missing" in text and "-999 (2 times)" in text for text in observations.warnings
+        "kdd.tsf: 4 implausible values count as missing" in text and "-999 (2 times)" in text
+        for text in observations.warnings
     )
 
 
