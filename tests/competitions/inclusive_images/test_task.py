@@ -505,7 +505,7 @@ def test_plots(raw, tmp_path):
         and "0.3000 with rules" in page
         and "boat" not in page.split("<img")[0]
     )
-    assert f"{len(held)} of them" in page
+    assert f"{len(held)} of these images" in page
     for name in ("similarity", "map", "curves"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 

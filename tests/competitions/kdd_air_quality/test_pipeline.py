@@ -60,7 +60,7 @@ def test_train_writes_the_day_after_the_data_end(here):
         assert all(float(text) >= 0 for text in numbers)
     assert rows[-1][3] == ""
     origin = json.loads(path.with_suffix(".json").read_text())
-    assert origin["first_hour"] == "2018-04-01T00" and origin["day"] == "2018-03-31" and "closed" in origin["submit"]
+    assert origin["first_hour"] == "2018-04-01T00" and origin["day"] == "2018-03-31" and "no more" in origin["submit"]
 
 
 def test_the_run_holds_its_scores_and_its_page(here):
@@ -295,7 +295,7 @@ def test_held_out_days_are_over_when_the_data_end_at_noon(here):
 def test_backtest_of_a_fitted_run_refuses_settings_of_another(here, capsys):
     words = ["backtest", "kdd_air_quality", "--data", "files", "--run", "a", "--first-day", "2018-03-28"]
     assert main([*words, "--model", "linear", "--refit-days", "3"]) == 1
-    assert "model:  -> linear; refit_days: 31 -> 3: runs/kdd_air_quality/a is fitted" in capsys.readouterr().err
+    assert "model:  -> linear; refit_days: 31 -> 3: runs/kdd_air_quality/a was fitted" in capsys.readouterr().err
     assert main([*words, *SMALL, "--jobs", "2"]) == 0, "its own settings and the machine's are no others"
 
 
