@@ -65,12 +65,17 @@ class Kept:
     @staticmethod
     def of_run(run: Run, kind: str) -> "Kept":
         """The "oof" or "test" predictions that a run keeps; without any raises UserError with the remedy."""
-        values, ids = read_predictions(run.path, kind), run.path / f"{kind}_ids.txt"
+        again = f"delete {run.path / 'result.json'} and repeat its command, {run.provenance['command']}"
+        if run.is_blend:
+            again = "blend its runs again"
+        elif kind == "test" and any(run.path.glob("fold-*/model.pt")):
+            again = f"make predict COMP={run.provenance['competition']} RUN={run.name}"
+        values, ids = read_predictions(run.path, kind, again), run.path / f"{kind}_ids.txt"
         if values is None or not ids.is_file():
-            remedy = f"make predict COMP={run.provenance['competition']} RUN={run.name}" if kind == "test" else ""
             what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
-            raise UserError(f"{run.path} has no {what}: {remedy or 'leave it out, or train it with --fold all'}")
-        names = read_ids(run.path, kind)
+            remedy = again if kind == "test" else "leave it out, or train it with --fold all"
+            raise UserError(f"{run.path} has no {what}: {remedy}")
+        names = read_ids(run.path, kind, again)
         return Kept(run.name, str(run.path), values, names, np.arange(len(names)))
 
     @staticmethod

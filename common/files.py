@@ -273,11 +273,14 @@ def write_npy(path: Path, array: "np.ndarray") -> None:
     write_with(path, lambda stream: np.save(stream, array, allow_pickle=False))
 
 
-def read_npy(path: Path) -> "np.ndarray":
-    """An array in the folder of a run, memory-mapped; raises UserError when it is damaged."""
+def read_npy(path: Path, again: str = "") -> "np.ndarray":
+    """An array in the folder of a run, memory-mapped; raises UserError when it is damaged.
+
+    `again` is passed to `not_read`.
+    """
     import numpy as np
 
     try:
         return np.lib.format.open_memmap(path, "r")  # numpy.load would take a damaged file for a pickle
     except (*NOT_NPY, OSError) as error:
-        raise not_read(path, error) from error
+        raise not_read(path, error, again) from error

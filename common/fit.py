@@ -112,7 +112,7 @@ def fit(
     folder = run.fold_folder(fold)
     if ranks.is_writer:
         remove_drafts(folder)
-    if ranks.broadcast((folder / FACTS).is_file()):
+    if ranks.broadcast(all((folder / name).is_file() for name in (FACTS, "model.pt"))):
         _remove_checkpoints(folder, ranks)
         if ranks.is_writer and fold is not None and read_predictions(folder, "oof") is None:
             _predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])

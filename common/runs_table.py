@@ -15,7 +15,7 @@ from common import run as runs
 from common.competition import Competition
 from common.config import MACHINE_FIELDS, Config
 from common.errors import UserError
-from common.files import read_json, read_table, write_csv
+from common.files import not_read, read_json, read_table, write_csv
 from common.kaggle import ledger
 from common.run import Run
 
@@ -118,7 +118,10 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
 def _samples_per_second(table: Path) -> float | None:
     if not table.is_file():
         return None
-    speeds = [float(row["samples_per_second"]) for row in read_table(table) if row.get("samples_per_second")]
+    try:
+        speeds = [float(row["samples_per_second"]) for row in read_table(table) if row.get("samples_per_second")]
+    except ValueError as error:
+        raise not_read(table, error, "delete it, the table of runs does without it") from error
     return round(sum(speeds) / len(speeds), 1) if speeds else None
 
 
@@ -126,7 +129,7 @@ def _boards(competition: str) -> dict[str, dict[str, float | None]]:
     """The newest leaderboard scores of every run that was sent."""
     known = {}
     for row in ledger.read(competition):
-        scores = {name: float(text) if text else None for name, text in vars(row).items() if name in BOARDS}
+        scores = {name: ledger.number(text) for name, text in vars(row).items() if name in BOARDS}
         if row.run and any(score is not None for score in scores.values()):
             known[row.run] = scores
     return known

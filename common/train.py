@@ -200,15 +200,20 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
 
 
 def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
-    """Write the run's page and its submission. A page that fails is only logged: it must not cost the submission."""
-    run = member.run
+    """Write the run's page and its submission. A page that fails is only logged: it must not cost the submission.
+
+    If the disk has refused the page, the run is left unfinished: the same command writes it again.
+    """
+    run, refused = member.run, False
     if not run.is_finished:
         try:
             write_report(member, recipe)
         except Exception as error:  # a plot may raise anything
             run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
+            refused = isinstance(error, UserError) and isinstance(error.__cause__, OSError)
     path = write_submission(competition, [member], is_demo) if submits else None
-    run.finish()
+    if not refused:
+        run.finish()
     if run.report.is_file():
         print(f"report: {run.report}")
     if path:

@@ -31,6 +31,7 @@ from common.competition import Competition
 from common.config import Config
 from common.errors import UserError, did_you_mean
 from common.files import locked, read_json, read_table
+from common.task import completed
 
 SECONDS = 0.5  # between two looks at a trial's curve
 GRACE = 60.0  # seconds that a stopped trial has to end by itself
@@ -91,7 +92,8 @@ def tune(
 ) -> None:
     """Run the search until `trials` trials have ended; `given` are the flags of all trials.
 
-    `data` is the value of DATA=: a search on demo data is kept apart from one on the real data.
+    `data` is the value of DATA=. A search is known by its flags and by what it reads: scores on other data, such as the
+    demo data, cannot be compared.
     """
     if config.fold == "none":
         raise UserError("--fold none holds nothing out, so no trial has a score: give --fold 0 or --fold all")
@@ -99,7 +101,9 @@ def tune(
         raise UserError(f"TRIALS={trials}: expected at least 1")
     space, home = space_of(search, config), runs.RUNS / competition.name
     given = [f"--recipe={recipe}", *given]
-    words = [*sorted(given), search, configs.to_json(config), *["demo"] * raw.would_be_demo(competition.name, data)]
+    found = raw.find(competition.name, data, competition.write_demo)
+    fingerprint = completed(competition.build(config, found, lambda line: None), found).fingerprint
+    words = [*sorted(given), search, configs.to_json(config), fingerprint]
     name = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     busy = f"this search of {competition.name} is already running in another process"

@@ -70,7 +70,7 @@ def leaderboard(site: Site) -> list[float]:
 
 def rank(score: str, scores: list[float], higher_is_better: bool) -> int | None:
     """Rank of a public score among all teams: one more than the number of better scores."""
-    if (own := _number(score)) is None:
+    if (own := ledger.number(score)) is None:
         return None
     return 1 + sum(other > own if higher_is_better else other < own for other in scores)
 
@@ -94,7 +94,7 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
 
     figure, axes = subplots(7, 6)
     for name, marker in (("public", "o"), ("private", "s")):
-        points = [(row.run, _number(row.validation), _number(getattr(row, name))) for row in rows]
+        points = [(row.run, ledger.number(row.validation), ledger.number(getattr(row, name))) for row in rows]
         points = [(run, x, y) for run, x, y in points if x is not None and y is not None]
         if not points:
             continue
@@ -110,10 +110,3 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
     axes.set(xlabel="validation", ylabel="leaderboard", title=source.slug)
     without_markup(figure)
     write_with(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -254,6 +254,18 @@ def test_what_does_not_go_together_is_refused(request):
     assert not Path("runs/toy/refused").exists()
 
 
+def test_damaged_predictions_cost_no_training(request):
+    folder = Path(shutil.copytree("runs/toy/weak", "runs/toy/cut"))
+    request.addfinalizer(partial(shutil.rmtree, folder.absolute()))
+    whole = {name: (folder / name).read_bytes() for name in ("test.npy", "test_ids.txt", "oof.npy", "oof_ids.txt")}
+    for name, content in whole.items():
+        (folder / name).write_bytes(content[: len(content) // 2])
+        remedy = "make predict COMP=toy RUN=" if name.startswith("test") else "delete runs/toy/cut/result.json and"
+        with pytest.raises(UserError, match=f"cut/{name} cannot be read .* or {remedy}"):
+            blended("refused", "one,cut")
+        (folder / name).write_bytes(content)
+
+
 def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypatch):
     def stop(*given):
         raise KeyboardInterrupt

@@ -155,6 +155,15 @@ def test_predictions_of_other_data_are_not_kept_for_blends():
     assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
 
 
+def test_a_run_that_went_on_with_other_data_keeps_predictions_of_these(monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.train.finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        toy_train("one")
+    Path("data/demo/toy/seed.txt").write_text("2")
+    train(toy.TOY, toy.RECIPES["default"], "default", None, "one", insist=True)
+    assert len(np.load("runs/toy/one/test.npy")) == toy.TEST_ROWS
+
+
 def test_the_rows_of_the_csv_stand_in_the_order_of_the_sample(monkeypatch):
     toy_train(fold="0")
     rows = Path("submissions/toy/one-demo.csv").read_text().split()
@@ -282,7 +291,7 @@ def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
 
 
 def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
-    """As kinds of damage of an image; a row that falls back has the sample's one."""
+    """As kinds of damage of an image; an id that falls back has the sample's rows."""
     build = toy.build
 
     def rows(ids, decisions):
@@ -296,8 +305,10 @@ def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
     assert all(found == [f"{name},{label}" for label in range(len(found))] for name, found in per_id.items())
     assert json.loads(Path("submissions/toy/one-demo.json").read_text())["several_rows"] is True
     fill(monkeypatch, {0, 17})
+    sample = Path("data/demo/toy/sample_submission.csv")
+    sample.write_text(sample.read_text().replace("t17,2\n", "t17,2\nt17,1\n"))
     predict_again("--run", "one", "--fallback")
-    per_id |= {name: [f"{name},2"] for name in ("t0", "t17")}
+    per_id |= {"t0": ["t0,2"], "t17": ["t17,2", "t17,1"]}
     assert lines("one") == [line for name in per_id for line in per_id[name]]
 
 
@@ -322,3 +333,13 @@ def test_what_the_time_does_not_allow_falls_back(monkeypatch, capsys):
     predict_again("--run", "one", "--budget", "3600")
     assert lines("one") == whole
     assert "fallback" not in json.loads(Path("submissions/toy/one-demo.json").read_text())
+
+
+def test_decisions_may_be_made_in_place(monkeypatch):
+    whole = toy.build
+    apart = toy_train("one")
+    again = lambda predictions, tuned: predictions.mul_(2).argmax(1)  # noqa: E731
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), apply=again))
+    before = (apart / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()
+    predict_again("--run", "one")
+    assert ((apart / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()) == before

@@ -71,6 +71,29 @@ def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
     assert open_run(first.name, **changed).name == first.name, "what is trained is only predicted"
 
 
+def test_what_a_run_goes_on_with_is_in_its_file_and_needs_no_second_insisting():
+    then, new = {"commit": "a", "folds_fingerprint": "x", "outputs": "cat"}, {"data_fingerprint": "g", "commit": "b"}
+    run = open_run("mine", **then)
+    runs.open_run("toy", "mine", Config(), PROVENANCE | then | new, insist=True)._lock[0].close()
+    kept = json.loads((run.path / "run.json").read_text())
+    assert kept == run.provenance | new | {"before": [kept["before"][0] | {"data_fingerprint": "f", "commit": "a"}]}
+    assert open_run("mine", **then | new).name == "mine"
+    for other, told in (({"folds_fingerprint": "y"}, "folds: other rows"), ({"outputs": "dog"}, "outputs: cat -> dog")):
+        with pytest.raises(UserError, match=told):
+            runs.open_run("toy", "mine", Config(), PROVENANCE | then | {"data_fingerprint": "h"} | other, insist=True)
+
+
+def test_what_was_trained_on_demo_data_predicts_no_real_data():
+    run = open_run()
+    run.write_result({"score": 1.0})
+    run.fold_folder(0).mkdir()
+    (run.fold_folder(0) / "model.pt").write_bytes(b"")
+    assert open_run().name == run.name
+    assert open_run(data_fingerprint="g", demo=False).name == "002-fast"
+    with pytest.raises(UserError, match="demo data: True -> False"):
+        open_run(run.name, data_fingerprint="g", demo=False)
+
+
 def test_the_code_of_a_run_is_that_of_the_core_and_of_its_competition(tmp_path, monkeypatch):
     for place in ("common/a.py", "competitions/toy/b.py", "competitions/other/c.py"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)

@@ -118,6 +118,16 @@ def test_the_table_has_scores_settings_boards_and_marks_what_is_not_finished():
     assert pending.per_second == 15
 
 
+def test_cells_that_are_no_number_are_one_line_or_no_score():
+    folder = made("good", 0.9, ALL, fold="all", created="1")
+    ledger.put("toy", ledger.Row("2026-01-01T00:00:00", "f.csv", run="good", public="n/a", private="0.7", ref="9"))
+    (line,) = runs_table.lines("toy", toy.RECIPES, True)
+    assert (line.public, line.private) == (None, 0.7)
+    (folder / "metrics.csv").write_text("fold,epoch,samples_per_second\n1,1,1O\n")
+    with pytest.raises(UserError, match="good/metrics.csv cannot be read .*'1O'.*: put .* back, or delete it,"):
+        runs_table.lines("toy", toy.RECIPES, True)
+
+
 def test_runs_of_the_kit_show_up_on_the_terminal_in_the_csv_and_on_the_page(capsys):
     toy_train("one", fold="all", epochs=1)
     toy_train("two", epochs=1, lr=0.01)

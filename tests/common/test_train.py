@@ -1,6 +1,7 @@
 """The loop and the run around it, on the toy competition: folds, NaN, early stop, averages, errors."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
-from common.files import read_json
+from common.files import not_written, read_json
 from common.inference import load_models
 from common.losses import protocol
 from common.predictions import read_ids
@@ -273,6 +274,15 @@ def test_a_missing_fold_is_named_and_trained_again(fold):
     assert same(straight, toy_train(fold="all"))
 
 
+def test_a_model_alone_that_is_gone_is_trained_again():
+    whole, folder = toy_train("whole", fold="all"), toy_train("one", fold="all")
+    (folder / "fold-1" / "model.pt").unlink()
+    with pytest.raises(UserError, match="fold-1/model.pt of 3 models of the run is missing: delete .*result.json"):
+        predict_again("--run", "one")
+    (folder / "result.json").unlink()
+    assert same(whole, toy_train("one", fold="all"))
+
+
 def test_a_damaged_table_of_a_finished_fold_is_one_line():
     run = toy_train(epochs=1)
     (run / "result.json").unlink()
@@ -377,6 +387,23 @@ def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     )
     assert said.strip().splitlines()[-1] == "submission: submissions/toy/one-demo.csv"
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
+
+
+def test_a_page_that_the_disk_refuses_is_written_by_the_same_command(page, monkeypatch, capsys):
+    def full(path, writer):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        raise not_written(path, error) from error
+
+    again = lambda: train(toy.TOY, toy.RECIPES["default"], "default")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("common.report.write_with", full)
+        again()
+    told = capsys.readouterr().out
+    assert "repeat the same command" in told and "submission: submissions/toy/001-default-demo.csv" in told
+    again()
+    assert [file.parent.name for file in Path("runs/toy").glob("*/report.html")] == ["001-default-demo"]
+    again()
+    assert Path("runs/toy/002-default-demo").is_dir()
 
 
 def test_a_network_whose_train_returns_nothing_trains_and_predicts(monkeypatch):

@@ -130,7 +130,7 @@ def test_a_search_counts_goes_on_and_ends_with_the_best_command(trainer, capsys)
     assert "importance: lr 1.00" in shown and "data:image/png" in page and "tune-" in page
 
 
-def test_a_search_is_known_by_its_settings(monkeypatch):
+def test_a_search_is_known_by_its_settings_and_its_data(monkeypatch):
     names = []
     monkeypatch.setattr(tune, "_search", lambda study, *_: names.append(study.study_name))
     monkeypatch.setattr(tune, "_tell", lambda *_: None)
@@ -146,9 +146,11 @@ def test_a_search_is_known_by_its_settings(monkeypatch):
         config = with_flags(recipe, parser.parse_args(given))
         tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
     Path("data/toy").mkdir(parents=True)
-    Path("data/toy/seed.txt").write_text("1")
-    tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
-    assert len(set(names)) == 4 and names[0] == names[3] != names[4], "demo data have trials of their own"
+    toy.write_demo(Path("data/toy"))
+    for seed in ("2", "3"):
+        Path("data/toy/seed.txt").write_text(seed)
+        tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
+    assert names[0] == names[3] and len(set(names)) == 5, "demo data and other contents have trials of their own"
 
 
 def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):
