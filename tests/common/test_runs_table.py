@@ -124,7 +124,7 @@ def test_cells_that_are_no_number_are_one_line_or_no_score():
     (line,) = runs_table.lines("toy", toy.RECIPES, True)
     assert (line.public, line.private) == (None, 0.7)
     (folder / "metrics.csv").write_text("fold,epoch,samples_per_second\n1,1,1O\n")
-    with pytest.raises(UserError, match="good/metrics.csv cannot be read .*'1O'.*: put .* back, or delete it,"):
+    with pytest.raises(UserError, match="good/metrics.csv cannot be read .*'1O'.*: restore .* copy, or delete it,"):
         runs_table.lines("toy", toy.RECIPES, True)
 
 
