@@ -123,7 +123,9 @@ class Config:
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     keep_memory: bool = flag(True, "on a CPU, keep freed memory for the next step: faster, but a higher peak")
     compile: bool = flag(False, "torch.compile the model: a minute more at the start, faster steps")
-    graph: bool = flag(True, "on a CUDA card, replay steps of a fixed shape as a CUDA graph, which is faster")
+    graph: bool = flag(
+        True, "on a CUDA card, replay steps of a fixed shape as a CUDA graph, without waiting for Python"
+    )
     channels_last: bool = flag(False, "keep image tensors in channels-last order; always on a CUDA card")
     save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds", at_least(0))
     track: Literal["none", "tensorboard", "wandb"] = flag(

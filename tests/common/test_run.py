@@ -78,7 +78,10 @@ def test_what_a_run_goes_on_with_is_in_its_file_and_needs_no_second_insisting():
     kept = json.loads((run.path / "run.json").read_text())
     assert kept == run.provenance | new | {"before": [kept["before"][0] | {"data_fingerprint": "f", "commit": "a"}]}
     assert open_run("mine", **then | new).name == "mine"
-    for other, told in (({"folds_fingerprint": "y"}, "folds: other rows"), ({"outputs": "dog"}, "outputs: cat -> dog")):
+    for other, told in (
+        ({"folds_fingerprint": "y"}, "folds: their rows have changed"),
+        ({"outputs": "dog"}, "outputs: cat -> dog"),
+    ):
         with pytest.raises(UserError, match=told):
             runs.open_run("toy", "mine", Config(), PROVENANCE | then | {"data_fingerprint": "h"} | other, insist=True)
 
