@@ -71,9 +71,7 @@ def _check_containers(samples: list[Any]) -> None:
 
     found = set(map(described, samples))
     if len(found) > 1:
-        raise UserError(
-            f"at one place the samples of a batch hold {' and '.join(sorted(found)[:3])}: expected one kind"
-        )
+        raise UserError(f"the samples of a batch hold {' and '.join(sorted(found)[:3])}: expected one kind")
 
 
 def join(trees: list[Tree], pinned: bool = False) -> Tree:
