@@ -1,4 +1,4 @@
-"""The reader against numbers written by hand: what it reads, what it caches, and what it refuses."""
+"""The reader on hand-written files: values, cache and refused input."""
 
 import shutil
 import zipfile
@@ -16,7 +16,7 @@ from competitions.digit_recognizer.reader import PIXEL_COLUMNS, read
 
 
 def write(folder: Path, train=None, test=None, sample=None) -> RawData:
-    """Files of 6 labelled and 4 test images, or the given lines (lists of cells) in place of one of them."""
+    """Write files of 6 labelled and 4 test images; `train`, `test` and `sample` are functions that change the lines."""
     generator = np.random.default_rng(5)
     pixels = generator.integers(0, 256, (10, 784))
     labels = [3, 0, 9, 1, 7, 2]
@@ -33,7 +33,7 @@ def write(folder: Path, train=None, test=None, sample=None) -> RawData:
 
 
 def cell(line: int, column: int, value):
-    """A change of one cell; line 1 is the header, as in the messages."""
+    """A function that changes one cell of a file's lines; line 1 is the header, as in the messages."""
 
     def change(lines):
         lines = [list(row) for row in lines]

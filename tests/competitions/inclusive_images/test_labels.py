@@ -1,4 +1,4 @@
-"""The label files: what is kept, what is counted, what is refused."""
+"""The label files: labels kept, label counts and refused files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The reader: every layout, both spellings, duplicates, negative values, and what it says about odd files."""
+"""The reader: all file layouts, both spellings, duplicates, negative values, and warnings about odd files."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def test_of_two_values_the_last_one_counts_and_a_blank_does_not(files):
 
 
 def test_the_archive_of_series_reads_the_same_values(files, tmp_path):
-    """The Zenodo layout: one line a series."""
+    """The Zenodo layout has one line per series."""
     observations = load(files)
     attributes = (
         "series_name string",
@@ -124,7 +124,7 @@ def test_another_unit_is_not_taken_for_the_files_own():
 
 
 def test_a_file_with_two_columns_of_a_pollutant_is_left_out(files):
-    """One of them may be a correction, or of another unit: nobody can tell which counts."""
+    """One of the columns may be a correction or have another unit, so the reader cannot choose."""
     frame = pd.read_csv(files / HISTORY).assign(PM25_Concentration=1.0)
     frame.to_csv(files / HISTORY, index=False)
     warning = load(files).warnings[0]
@@ -223,7 +223,7 @@ def test_a_table_of_days_is_left_out(files):
 
 @pytest.mark.parametrize("layout", ["%Y-%m-%d", "%d/%m/%Y"])
 def test_midnight_written_as_a_date_alone_is_midnight(files, layout):
-    """As R writes it, beside the other hours of the day; the same row twice is still one."""
+    """R writes midnight as a date alone among the other hours; a repeated row counts once."""
     expected = load(files)
     frame = pd.read_csv(files / LONDON)
     hours = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed")
