@@ -138,7 +138,7 @@ def test_clusters_join_labels_that_come_together():
 
 
 def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
-    """With random scores the best of a thousand rules does too well on its tuning images: its score must be lower."""
+    """With random scores the best of a thousand rules does too well on its own images: the reported score is lower."""
     optimism = []
     for seed in range(8):
         rng = np.random.default_rng(seed)

@@ -299,7 +299,7 @@ def test_stations_that_repeat_each_other_change_no_line():
 
 
 def test_a_part_of_the_trees_starts_from_the_linear_forecast(observations, fitted):
-    """One of three draws starts from the linear forecast: raising that by 0.1 in logarithms raises the mean by 0.1 / 3."""
+    """One of three draws starts from the linear forecast: with 0.1 more in its logarithm, the mean has 0.1 / 3 more."""
     folder = fitted.folder
     files = sorted(folder.glob("boosting-*.json"))
     members = [member for file in files for member in json.loads(file.read_text())]

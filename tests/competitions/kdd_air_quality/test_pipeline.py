@@ -165,7 +165,7 @@ def test_one_city_alone(here):
 
 @pytest.mark.usefixtures("no_plots")
 def test_one_station_alone(here):
-    """Metrics drop the station axis of size 1, so the truth then has the same shape as the forecasts of three series."""
+    """Metrics drop the station axis of size 1, so the truth then has the shape of the three series' forecasts."""
     path = here / "files" / "sample_submission.csv"
     kept = [line for line in path.read_text().splitlines() if line.startswith(("test_id", "dongsi_aq"))]
     path.write_text("\n".join(kept) + "\n")
