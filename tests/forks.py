@@ -97,7 +97,7 @@ class Fork:
 
 @contextmanager
 def forks(*modules: str) -> Iterator[Forks]:
-    """Yield Forks of a process that has imported `modules`; imports must not read environment or working folder."""
+    """Yield a Forks with `modules` imported, whose import must not read the environment or the working folder."""
     ours, theirs = socket.socketpair()
     with theirs:
         server = subprocess.Popen(

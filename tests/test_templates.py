@@ -1,4 +1,4 @@
-"""The templates that `make new` copies are short and train at once; so do three trials as a newcomer writes them."""
+"""The templates that `make new` copies are one page and train at once, like three trials as a newcomer writes them."""
 
 import csv
 import os

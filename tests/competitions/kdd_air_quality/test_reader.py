@@ -162,7 +162,7 @@ def test_numbers_for_missing_values_are_missing(files, name, sentinel):
 
 
 def test_a_value_below_zero_that_is_rare_was_measured(files):
-    """Eighty-four of London's real hours are -1: too few for a number that stands for nothing."""
+    """London's real files have -1 in 84 hours, too few for a code for missing values."""
     frame = pd.read_csv(files / LONDON)
     column = next(name for name in frame if name.startswith("NO2"))
     rows = frame[column].dropna().index[10:94]
