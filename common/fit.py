@@ -77,7 +77,7 @@ def order_of(task: Task, config: Config, rows: np.ndarray) -> orders.Order:
     if len(others := np.setdiff1d(order(config.seed, 0).index, rows)):
         raise UserError(
             f"Data.order trains on {len(others)} rows that are not among the {len(rows)} it was given, the first is "
-            f"row {others[0]}: make it of its argument, as in lambda rows: orders.weighted(weights[rows], rows=rows)"
+            f"row {others[0]}: build it from its argument, as in lambda rows: orders.weighted(weights[rows], rows=rows)"
         )
     return order
 

@@ -119,12 +119,12 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
             )
         if member.task.fingerprint != first.task.fingerprint:
             print(
-                f"{first.run.name} and {member.run.name} are averaged, with the same ids but from files of other "
-                f"contents"
+                f"{first.run.name} and {member.run.name} are averaged: their test ids are the same, but not their data "
+                f"files"
             )
         if not member.as_trained:
             changes = "; ".join(differences(member.run.config(type(member.config)), member.config))
-            print(f"{member.run.name} was trained and scored otherwise ({changes}): its score is not this file's")
+            print(f"{member.run.name} predicts with other settings ({changes}): its CV score is not that of this file")
 
 
 def _batches(
@@ -158,8 +158,8 @@ def keeps_test_rows(run: Run, task: Task) -> bool:
 
 def no_other_data(run: Run) -> UserError:
     return UserError(
-        f"{run.path} keeps predictions for {run.provenance['data']} as that was, and has no network to predict other "
-        f"data with: train a run on these"
+        f"{run.path} has no network to predict other data with, only predictions for {run.provenance['data']} as it "
+        f"was then: train a run on these data"
     )
 
 
@@ -208,7 +208,7 @@ def _rows_of_csv(
             yield index, mean
             done = index[-1] + 1
             if until is not None and time.monotonic() > until and done < len(ids):
-                lost.append(f"{ids[done]} and what follows it: the time is over")
+                lost.append(f"{ids[done]} and all rows after it: the time is up")
                 break
 
     def rows(index: list[int], mean: Predictions) -> list[Sequence[Any]]:
@@ -260,11 +260,11 @@ def _filled(
         filled.append(name)
         yield from values[name]
     if row is not None or (filled and not lost):
-        raise UserError(f"the rows predicted are not the sample submission's (first without one: {filled[:1]})")
+        raise UserError(f"the predicted rows are not those of the sample submission (first missing id: {filled[:1]})")
     if filled:
         provenance["fallback"] = filled
         print(
-            f"{len(filled)} of {len(ids)} rows have the sample submission's own values ({', '.join(filled[:NAMED])}"
+            f"{len(filled)} of {len(ids)} rows have the sample submission's values ({', '.join(filled[:NAMED])}"
             f"{' ...' * (len(filled) > NAMED)}; all are in the file beside the CSV): {'; '.join(lost[:NAMED])}"
             f"{f' and {len(lost) - NAMED} more' * (len(lost) > NAMED)}"
         )
@@ -285,7 +285,7 @@ def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
     better = max if members[0].task.metrics[0].higher_is_better else min
     run, task, result = better(found, key=lambda entry: entry[2]["score"])
     if len(members) > 1:
-        print(f"decided by what {run.name} tuned, the best of these runs")
+        print(f"decisions by the rules tuned in {run.name}, the best of these runs")
     return task, result["tuned"]
 
 

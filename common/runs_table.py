@@ -104,7 +104,7 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
         told = read_json(run.path / "blend.json", "by", "space", "members")
         return f"blend: {told['by']}, {told['space']}, {', '.join(told['members'])}"
     if recipe not in recipes:
-        return f"{recipe} (no such recipe now)"
+        return f"{recipe} (recipe no longer exists)"
     values, usual = read_json(run.path / "config.json"), vars(recipes[recipe])
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     changed = [
@@ -194,7 +194,9 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
         if other.complete:  # every fold as well, and not better
             if other.rows != best.rows:
                 told = _told(other.score, other.error)
-                notes.append(f"{other.name} has {told} on {other.rows:,} rows, so the two are not of the same ones")
+                notes.append(
+                    f"{other.name} has {told} on {other.rows:,} rows, so the two scores are not on the same rows"
+                )
             continue
         if sign * other.score <= sign * best.score and (best.complete or _common_folds(other, best)):
             continue  # fewer rows, and not even better on those

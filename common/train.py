@@ -75,7 +75,7 @@ def train(
         if task.fit_predict and ranks.world > 1:  # the notebook on Kaggle starts one process for every card
             if not ranks.is_writer:
                 return
-            print(f"no network that {ranks.world} processes could train together: one of them does it all")
+            print(f"no network for {ranks.world} processes to train together: one of them does all the work")
             os.environ.pop("LOCAL_WORLD_SIZE", None)  # so that it uses all cores
             ranks = SINGLE
         use_threads(config, with_workers=needs_workers(task))
@@ -338,5 +338,5 @@ def check(competition: Competition, config: Config, recipe: str, data: str | Non
     _refuse_unused(competition, task, config, recipe)
     check_before(task, competition, every_image=False)  # all were read just now
     try_out(task, config)
-    images = f"{len(paths)} images" if paths else "no image files, the tables"
+    images = f"{len(paths)} images" if paths else "the tables (no image files)"
     print(f"{competition.name} is in order: {images} of {found.path} can be read")

@@ -206,8 +206,8 @@ def test_masks_of_the_template_may_be_files(here):
         ("größe", "table", ["COMP=größe", "letters, digits and _"]),
         ("class", "masks", ["COMP=class", "make new COMP=comp_class KIND=masks"]),
         ("demo", "masks", ["COMP=demo", "make new COMP=comp_demo"]),
-        ("there", "masks", ["competitions/there is there already", "another COMP="]),
-        ("There", "masks", ["competitions/there is there already"]),  # one folder on a Mac
+        ("there", "masks", ["competitions/there already exists", "another COMP="]),
+        ("There", "masks", ["competitions/there already exists"]),  # one folder on a Mac
         ("cats", "", ["KIND= is missing", "images, masks, table"]),
         ("cats", "image", ["KIND=image", "make new COMP=cats KIND=images"]),
         ("cats", "segmentation", ["KIND=segmentation: expected one of images, masks, table"]),
@@ -260,7 +260,7 @@ def test_no_word_of_the_template_is_left(here, kind):
     ("kind", "old", "other", "words"),
     [
         ("table", '("price",)', '("cost",)',
-         ["missing: cost", "train.csv", "name its own columns in task.py", "lynx/demo.py"]),
+         ["missing: cost", "train.csv", "name the file's columns in task.py", "lynx/demo.py"]),
         ("table", "(network, config, rows, targets)", "(network, config, rows, np.c_[targets, targets])",
          ["the loss does not take the outputs float32 [2, 2]", "targets float32 [2, 1]", "build()"]),
         ("table", "    return task(network", "    task(network",

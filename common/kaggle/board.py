@@ -32,7 +32,7 @@ def board(competition: str, source: Source) -> None:
         try:
             scores = leaderboard(site)
         except UserError as error:
-            print(f"no ranks: {error}")
+            print(f"no ranks are shown: {error}")
     except UserError as error:
         failure = error
     if not rows and failure is None:
@@ -44,7 +44,7 @@ def board(competition: str, source: Source) -> None:
         draw(rows, source, path)
         print(f"plot: {path}")
     if failure:
-        raise UserError(f"not refreshed: {failure}")
+        raise UserError(f"scores not refreshed: {failure}")
 
 
 def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:

@@ -86,7 +86,7 @@ def test_least_squares_has_no_negative_weight():
     assert ensemble.least_squares(np.zeros((M, C)))(MEMBERS, ROWS).weights.tolist() == [0.25] * 4, (
         "nothing to choose by"
     )
-    with pytest.raises(UserError, match="no run has a positive weight"):
+    with pytest.raises(UserError, match="no run gets a positive weight"):
         ensemble.least_squares(-np.ones((M, C)))(MEMBERS, ROWS)
     with pytest.raises(UserError, match="do not fit targets"):
         ensemble.least_squares(np.ones((M, C + 1)))(MEMBERS, ROWS)
@@ -172,7 +172,7 @@ def test_a_stack_knows_the_classes_that_a_part_lacks():
     predictions = nested(MEMBERS, PARTS, ensemble.stacked(LogisticRegression(), rare), LOSS, False).predictions
     assert (predictions[PARTS == 0, 2] == 0).all() and (predictions[PARTS != 0, 2] > 0).all()
     np.testing.assert_allclose(predictions.sum(1), 1, rtol=1e-5)
-    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "have -1 to 1"), (CLASS * np.nan, "NaN")):
+    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "targets -1 to 1"), (CLASS * np.nan, "NaN")):
         with pytest.raises(UserError, match=words):
             ensemble.stacked(LogisticRegression(), targets)(MEMBERS, ROWS)
 

@@ -145,7 +145,7 @@ def test_statistics_that_broadcast_are_refused():
     assert squares.score({"a": column}, {"a": column + 2}) == 4
     with pytest.raises(UserError, match=r"5 rows have statistics \(5, 5\), but one row has \(1, 1\): .* broadcast"):
         squares.score({"a": column}, {"a": column[:, 0]})
-    with pytest.raises(UserError, match=r"statistics \(\) of 5 rows|of 5 rows, give"):
+    with pytest.raises(UserError, match=r"statistics \(\) for 5 rows|for 5 rows: return"):
         Metric("one", lambda d, t: d.mean(0)).score(column, column)
     with pytest.raises(UserError, match="either stats"):
         Metric("none")
@@ -187,7 +187,7 @@ def test_dice_of_images_and_of_the_set():
     assert metrics.dice("set").score(found, truth) == pytest.approx((2 * both.sum(0) / total.sum(0)).mean())
     flat = sk.f1_score(truth[:, 0].ravel(), found[:, 0].ravel())
     assert metrics.dice("set").score(found[:, :1], truth[:, 0]) == pytest.approx(flat)
-    with pytest.raises(UserError, match="decide in postprocess, by `apply`"):
+    with pytest.raises(UserError, match="decide in Postprocess's `apply`"):
         metrics.dice().score(found * 0.4, truth)
 
 
@@ -246,10 +246,10 @@ def test_a_column_of_which_nobody_knows_a_target_has_no_score(of):
 
 def test_what_a_metric_cannot_compare_is_refused():
     for metric, decisions, message in (
-        (metrics.accuracy(), P[:, 0], "compares decisions, found scores"),
+        (metrics.accuracy(), P[:, 0], "needs decisions, found scores"),
         (metrics.log_loss(), P[:, 0] * 3, "needs probabilities, found 0"),
         (metrics.quadratic_kappa(), P[:, 0], "round the decisions"),
-        (metrics.rmsle(), P[:, 0] - 1.5, "clip them at 0"),
+        (metrics.rmsle(), P[:, 0] - 1.5, "clip at 0"),
         (metrics.map_at_k(3), P[:, 0], "map_at_3: decisions"),
     ):
         with pytest.raises(UserError, match=message):

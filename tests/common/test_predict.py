@@ -184,7 +184,7 @@ def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
     Path("other").mkdir()
     toy.write_demo(Path("other"))
     Path("other/seed.txt").write_text("2")
-    with pytest.raises(UserError, match="one keeps predictions for .*data/demo/toy as that was, and has no network"):
+    with pytest.raises(UserError, match="one has no network .*, only predictions for .*data/demo/toy as it was then"):
         predict_again("--run", "one", "--data", "other")
 
 
@@ -200,7 +200,7 @@ def test_what_was_fitted_on_data_that_are_mended_since_is_fitted_again(monkeypat
     Path("data/demo/toy/seed.txt").write_text("2")
     monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), **only))
     again()
-    assert "001-default-demo does not go on (data: " in capsys.readouterr().out
+    assert "001-default-demo is not resumed (data: " in capsys.readouterr().out
     assert [path.name for path in Path("submissions/toy").glob("*.csv")] == ["002-default-demo.csv"]
 
 
@@ -215,7 +215,7 @@ def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
     with pytest.raises(UserError, match="run one predicts a, b, c, run two b, a, c: average runs of the same data"):
         predict_again("--run", "one,two")
     meaning[0] = "c, b, a"
-    with pytest.raises(UserError, match="run one was trained to predict a, b, c, and the data have c, b, a.* DATA="):
+    with pytest.raises(UserError, match="run one was trained to predict a, b, c, but the data have c, b, a.* DATA="):
         predict_again("--run", "one")
     assert sorted(Path("submissions/toy").iterdir()) == written
 
@@ -242,7 +242,7 @@ def test_the_run_with_the_best_score_decides(higher, decider, capsys):
         for name, score in (("one", 0.1), ("two", 0.7), ("three", 0.4))
     ]
     assert predict._rules_of(members)[1] == {"of": decider}
-    assert f"decided by what {decider} tuned" in capsys.readouterr().out
+    assert f"decisions by the rules tuned in {decider}" in capsys.readouterr().out
 
 
 class Unreadable:
@@ -287,7 +287,7 @@ def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
     expected = ["t0,2" if row == 0 else "t17,2" if row == 17 else line for row, line in enumerate(whole)]
     assert lines("one") == expected
     assert json.loads(Path("submissions/toy/one-demo.json").read_text())["fallback"] == ["t0", "t17"]
-    assert "2 of 30 rows have the sample submission's own values (t0, t17" in capsys.readouterr().out
+    assert "2 of 30 rows have the sample submission's values (t0, t17" in capsys.readouterr().out
 
 
 def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
@@ -329,7 +329,7 @@ def test_what_the_time_does_not_allow_falls_back(monkeypatch, capsys):
     fill(monkeypatch)
     predict_again("--run", "one", "--budget", "0")
     assert lines("one") == whole[:16] + [f"t{row},2" for row in range(16, 30)], "one batch, then the time is over"
-    assert "t16 and what follows it: the time is over" in capsys.readouterr().out
+    assert "t16 and all rows after it: the time is up" in capsys.readouterr().out
     predict_again("--run", "one", "--budget", "3600")
     assert lines("one") == whole
     assert "fallback" not in json.loads(Path("submissions/toy/one-demo.json").read_text())

@@ -39,7 +39,9 @@ def test_names_are_read_back(tmp_path):
 def test_damaged_predictions_are_one_line(tmp_path, damage):
     write_npy(tmp_path / "oof.npy", np.ones((2, 3)))
     (tmp_path / "oof.npy").write_bytes(damage((tmp_path / "oof.npy").read_bytes()))
-    with pytest.raises(UserError, match="oof.npy cannot be read .*put a whole copy back, or delete .* and train again"):
+    with pytest.raises(
+        UserError, match="oof.npy cannot be read .*restore a complete copy, or delete .* and train again"
+    ):
         read_predictions(tmp_path, "oof")
 
 
@@ -50,5 +52,5 @@ def test_ids_that_are_not_those_of_the_predictions_are_refused(tmp_path, damage)
     write_ids(tmp_path, "oof", ["a\r", "b"])
     assert read_ids(tmp_path, "oof") == ["a\r", "b"]
     (tmp_path / "oof_ids.txt").write_bytes(damage((tmp_path / "oof_ids.txt").read_bytes()))
-    with pytest.raises(UserError, match="oof_ids.txt cannot be read .*put a whole copy back"):
+    with pytest.raises(UserError, match="oof_ids.txt cannot be read .*restore a complete copy"):
         read_ids(tmp_path, "oof")

@@ -70,7 +70,7 @@ class Heavy(toy.ToyRows):
         ({"pretrain": lambda model: read(Path("gone.pth"))}, "--encoder-weights gone.pth cannot be read"),
         ({"tta": (TTA("as is"), TTA("halved", lambda x: x[:1]))}, "the TTA 'halved' gives predictions of"),
         ({"model": lambda: nn.LSTM(16, 3)}, "the loss does not take the outputs .*float32.*make them fit each other"),
-        ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy compares decisions, found scores"),
+        ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy needs decisions, found scores"),
         ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),
         ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),
         ({"predict": lambda o: o - 9, "kept": "uint8"}, "predictions from -.* cannot be kept as uint8: expected prob"),
@@ -84,7 +84,7 @@ class Heavy(toy.ToyRows):
         ),
         ({"apply": lambda p, tuned: np.array(["cat", "dog", "owl"])[p.argmax(1)]}, "array of <U3, .*names.*`rows`"),
         ({"apply": lambda p, tuned: ["cat"] * len(p)}, "array of <U3, the first is 'cat': expected numbers"),
-        ({"rows": lambda ids, d: [(name, 1) for name in ids * 2]}, "would be t0,1: the id t0 has a row before it"),
+        ({"rows": lambda ids, d: [(name, 1) for name in ids * 2]}, "would be t0,1: the id t0 has an earlier row"),
         ({"rows": lambda ids, d: [(name, 1) for name in ids[1:]]}, "no row for the id t0, expected one for each"),
     ],
 )

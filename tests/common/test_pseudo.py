@@ -114,9 +114,9 @@ def test_with_fold_none_all_models_label_together():
 def test_the_best_epoch_of_a_fold_is_told_to_know_it():
     toy_train("a", keep="best")
     toy_train("b", pseudo="a")
-    assert "a kept its best epoch by the score on fold 0" in Path("runs/toy/b/log.txt").read_text()
+    assert "a kept the epoch with the best score on fold 0" in Path("runs/toy/b/log.txt").read_text()
     toy_train("c", pseudo="a", fold="none", keep="last")
-    assert "kept its best epoch" not in Path("runs/toy/c/log.txt").read_text(), "nothing is held out"
+    assert "kept the epoch with" not in Path("runs/toy/c/log.txt").read_text(), "nothing is held out"
 
 
 def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatch):
@@ -134,15 +134,15 @@ def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatc
     np.testing.assert_array_equal(joined(2, pseudo="trees", fold="2").data.train.test.targets, given[2])
     with pytest.raises(UserError, match="--pseudo trees: this task has no network"):
         toy_train("more", epochs=1, pseudo="trees")
-    assert "kept its best epoch" not in Path("student/log.txt").read_text(), "it has no epochs"
+    assert "kept the epoch with" not in Path("student/log.txt").read_text(), "it has no epochs"
     shutil.rmtree("student")
     reversed_ids = [f"t{row}" for row in reversed(range(30))]
     monkeypatch.setattr(toy, "build", lambda *given: toy.changed(build(*given), test_ids=reversed_ids))
-    with pytest.raises(UserError, match="trees keeps predictions for .* as that was, .* train a run on these"):
+    with pytest.raises(UserError, match="trees has no network .* as it was then: train a run on these"):
         joined(2, pseudo="trees", fold="2")
     monkeypatch.setattr(toy, "build", build)
     Path("data/demo/toy/seed.txt").write_text("2")  # other contents under the same ids
-    with pytest.raises(UserError, match="trees keeps predictions for .* as that was"):
+    with pytest.raises(UserError, match="trees has no network .* as it was then"):
         joined(2, pseudo="trees", fold="2")
 
 
@@ -158,7 +158,7 @@ def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatc
         ({"fold": "none"}, {}, "trained with --fold none .* of fold 0: train it with --fold all$"),
         ({}, {"pseudo": "nobody"}, "RUN=nobody: there is no such run"),
         ({}, {"pseudo": "", "pseudo_min": 0.5}, "--pseudo-min 0.5: expected 0, or --pseudo RUN"),
-        ({}, {"pseudo_min": 0.999}, "--pseudo-min 0.999: no test row is so sure, the surest is 0"),
+        ({}, {"pseudo_min": 0.999}, "--pseudo-min 0.999: no test row is that confident, the highest is 0"),
     ],
 )
 def test_refused(teacher, changes, told):
@@ -166,7 +166,7 @@ def test_refused(teacher, changes, told):
     with pytest.raises(UserError, match=told):
         toy_train("student", **vars(checked(replace(toy.RECIPES["default"], **{"pseudo": "teacher"} | changes))))
     made = Path("runs/toy/student").exists()
-    assert made == ("surest" in told), "a run is made only when nothing but its labels is left to go wrong"
+    assert made == ("confident" in told), "a run is made only when nothing but its labels is left to go wrong"
 
 
 def test_refused_where_it_cannot_be_trained_on(monkeypatch):
@@ -182,7 +182,7 @@ def test_refused_where_it_cannot_be_trained_on(monkeypatch):
         toy_train("student", pseudo="teacher")
     Path("runs/toy/teacher/blend.json").unlink()
     monkeypatch.setattr(toy, "build", lambda *of: toy.changed(BUILD(*of), pseudo=None))
-    with pytest.raises(UserError, match="toy does not say how test rows become rows to train on: leave it out, or"):
+    with pytest.raises(UserError, match="toy cannot turn test rows into training rows: leave it out, or"):
         toy_train("student", pseudo="teacher")
     others = [f"u{row}" for row in range(30)]
     monkeypatch.setattr(
@@ -301,7 +301,7 @@ def test_an_order_stays_and_the_test_rows_come_once_among_it():
     places = [np.flatnonzero(plan.index >= 40).tolist() for plan in plans]
     assert len(set(map(tuple, places))) == 3
     np.testing.assert_array_equal(order(0, 1).index, plans[1].index)
-    with pytest.raises(UserError, match="no rows can join an order that decides what makes a batch"):
+    with pytest.raises(UserError, match="rows cannot be added to an order that fixes its batches"):
         orders.joined(orders.grouped(np.array([0, 0, 1])), np.array([3]))(0, 0)
 
 
@@ -406,7 +406,9 @@ def test_it_does_not_go_on_with_another_run_of_the_same_name(monkeypatch):
         toy_train("student", pseudo="teacher")
     shutil.rmtree("runs/toy/teacher")
     toy_train("teacher", epochs=2)
-    with pytest.raises(UserError, match="student was started differently .run teacher was begun anew since.: RESUME=1"):
+    with pytest.raises(
+        UserError, match="student was started differently .run teacher was started anew since.: RESUME=1"
+    ):
         toy_train("student", pseudo="teacher")
 
 

@@ -116,7 +116,7 @@ def test_a_demo_that_writes_nothing_hides_no_later_mend(tmp_path, fault):
         if fault:
             raise fault
 
-    with pytest.raises(type(fault) if fault else UserError, match=None if fault else "write_demo has written no file"):
+    with pytest.raises(type(fault) if fault else UserError, match=None if fault else "write_demo wrote no file"):
         raw.find("toy", None, broken, str)
     assert list((tmp_path / "data" / "demo").iterdir()) == []
     (tmp_path / "data" / "demo" / "toy").mkdir()  # as earlier versions left it
@@ -225,7 +225,7 @@ def test_a_run_of_another_machine_takes_the_data_of_this_one(tmp_path):
     """A run from Kaggle names its data /kaggle/input/...; demo data never replace them."""
     provenance = {"competition": "toy", "demo": False, "data": "/kaggle/input/competitions/toy"}
     with pytest.raises(
-        UserError, match="trained on /kaggle/input/competitions/toy, which is not here, .* make data COMP=toy"
+        UserError, match="trained on /kaggle/input/competitions/toy, which is gone, .* make data COMP=toy"
     ):
         raw.of_run(provenance, None, sample)
     home = tmp_path / "data" / "toy"
@@ -342,7 +342,7 @@ def test_errors_name_the_path_and_the_next_command(tmp_path):
     with pytest.raises(UserError, match=f"or pass DATA={tmp_path}/home/toy$"):
         raw.RawData(tmp_path / "home", "toy").open("train.csv")
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="not a whole zip archive.*make data COMP=toy"):
+    with pytest.raises(UserError, match="not a complete zip archive.*make data COMP=toy"):
         raw.RawData(path, "toy").read("train.csv")
 
 

@@ -113,7 +113,7 @@ def test_every_run_has_a_page(run):
     assert "<td>mean</td><td></td><td></td><td></td><td>0.3050</td>" in html
     assert f"<td>standard deviation</td><td></td><td></td><td></td><td>{0.01 / 2**0.5:.4f}</td>" in html
     assert "<td>0</td><td>7.5000</td><td></td>" in html and "<td>1</td><td></td><td>8</td>" in html
-    assert "Other than in the recipe: lr." in html and "<td>lr</td><td>0.1</td><td>0.2</td>" in html
+    assert "Settings that differ from the recipe: lr." in html and "<td>lr</td><td>0.1</td><td>0.2</td>" in html
     assert "make &lt;this&gt;" in html and "<b>" not in html
     assert not re.search(r'(src|href)="(?!data:)', html)
     lower = default_report(run, {}, (rmse().on(None, "accuracy"),), {}).write().read_text()
@@ -135,8 +135,7 @@ def test_curves_are_those_of_metrics_csv(run):
 def test_a_run_of_rules_names_both_of_its_scores():
     tuned = {"monitor": "f2", "score": 0.5, "metrics": {"f2": 0.6}, "rows": 10}
     assert score_line(tuned) == (
-        "CV score: f2 0.50000 on 10 rows, by rules that were tuned without them (0.60000 by rules that were "
-        "tuned on them)."
+        "CV score: f2 0.50000 on 10 rows, with rules tuned on other rows (0.60000 with rules tuned on the same rows)."
     )
     nan = float("nan")
     told = score_line({"monitor": "auc", "score": nan, "metrics": {"auc": nan}, "rows": 9})
@@ -174,8 +173,8 @@ def test_mistakes_of_classes(tmp_path):
     names = [MARKUP, "b", "c"]
     mistakes.mistakes(page, scores, truth, [f"r{row}" for row in range(60)], names, lambda rows: images[rows])
     assert titles(page.plots["worst"]) == [
-        f"r7\ntrue b (0.05)\nfound {MARKUP} (0.55)",
-        "r20\ntrue b (0.3)\nfound c (0.7)",
+        f"r7\ntrue b (0.05)\npredicted {MARKUP} (0.55)",
+        "r20\ntrue b (0.3)\npredicted c (0.7)",
     ]
     np.testing.assert_array_equal(page.plots["worst"].axes[0].images[0].get_array(), images[7, 0])
     confusion = np.array(page.plots["confusion"].axes[0].images[0].get_array())

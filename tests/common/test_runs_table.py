@@ -77,7 +77,7 @@ def test_runs_of_other_rows_are_named():
     made("all", 0.83, ALL, fold="all")
     made("two", 0.82, {"0": 0.8, "1": 0.8}, fold="all")
     name, why = runs_table.best_run("toy", ["all", "two"], True)
-    assert name == "all" and "two has 0.82000 ± 0.01000 on 20 rows, so the two are not of the same ones" in why
+    assert name == "all" and "two has 0.82000 ± 0.01000 on 20 rows, so the two scores are not on the same rows" in why
 
 
 def test_lower_is_better_where_the_competition_says_so_and_runs_without_scores_are_passed_over():
@@ -124,7 +124,7 @@ def test_cells_that_are_no_number_are_one_line_or_no_score():
     (line,) = runs_table.lines("toy", toy.RECIPES, True)
     assert (line.public, line.private) == (None, 0.7)
     (folder / "metrics.csv").write_text("fold,epoch,samples_per_second\n1,1,1O\n")
-    with pytest.raises(UserError, match="good/metrics.csv cannot be read .*'1O'.*: put .* back, or delete it,"):
+    with pytest.raises(UserError, match="good/metrics.csv cannot be read .*'1O'.*: restore .* copy, or delete it,"):
         runs_table.lines("toy", toy.RECIPES, True)
 
 

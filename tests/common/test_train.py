@@ -148,7 +148,7 @@ def test_a_task_without_a_network_that_predicts_nothing_is_told(monkeypatch):
     [({"lr": 0.5}, "--lr 0.5"), ({"tta": False}, "--tta false"), ({"rows": 99, "keep": "last"}, "--keep last")],
 )
 def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
-    with pytest.raises(UserError, match=f"^{flag}: this task has no network .*Leave this flag out"):
+    with pytest.raises(UserError, match=f"^{flag}: this task has no network .*Leave it out"):
         toy_train(**changes)
     with pytest.raises(UserError, match=f"^{flag}: "):
         check(toy.TOY, replace(toy.RECIPES["default"], **changes), "default", None)
@@ -159,7 +159,7 @@ def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
 def test_a_recipe_with_settings_of_networks_is_refused_without_one(monkeypatch):
     other = replace(toy.RECIPES["default"], schedule="step", epochs=2)
     monkeypatch.setitem(toy.RECIPES, "other", other)
-    with pytest.raises(UserError, match="^--schedule step: .*of the recipe in config.py too"):
+    with pytest.raises(UserError, match="^--schedule step: .*in the recipe in config.py"):
         train(toy.TOY, other, "other")
     train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # with rows=99 it may have no network
     with pytest.raises(UserError, match="^--tta false: "):
@@ -464,6 +464,6 @@ def test_ids_are_kept_whatever_ends_a_line_elsewhere(page, monkeypatch):
     assert set(read_ids(folder, "oof")) <= {f"r{row}\u2028\x0b\x85\rx" for row in range(120)}
     assert "no report" not in (folder / "log.txt").read_text() and (folder / "report.html").is_file()
     monkeypatch.setattr(toy, "build", partial(build, "\n"))
-    with pytest.raises(UserError, match=r"the id 'r0\\nx' holds the end of a line"):
+    with pytest.raises(UserError, match=r"the id 'r0\\nx' contains a line break"):
         toy_train("two")
     assert not Path("runs/toy/two").exists()

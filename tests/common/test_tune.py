@@ -96,7 +96,7 @@ def test_spaces_have_the_types_of_the_settings():
     [
         ("lrr=0:1", "Did you mean lr"),
         ("lr=0:1", "above 0"),
-        ("lr=0.1:1,--lr=0.01:1", "lr is there twice"),
+        ("lr=0.1:1,--lr=0.01:1", "lr appears twice"),
         ("lr=0.1:0.01", "low below high"),
         ("lr=0.1", "low:high of a number"),
         ("clip_norm=0:1:log", "above 0 for :log"),
@@ -200,7 +200,7 @@ def test_a_stopped_search_goes_on_with_the_run_of_the_stopped_trial(trainer):
 
 
 def test_failures_are_told_and_three_in_a_row_end_the_search(trainer, capsys):
-    with pytest.raises(UserError, match="3 trials failed.*no longer finite"):
+    with pytest.raises(UserError, match="3 trials in a row failed.*no longer finite"):
         search("lr=0.6:0.9", 10)
     assert [one.state.name for one in study().trials] == ["FAIL"] * 3
 
@@ -250,7 +250,7 @@ def test_a_trial_that_a_killed_search_has_left_is_waited_for(trainer, monkeypatc
             search("lr=0.01:0.1", 1)
     (trial,) = study().trials
     with locked(Path("runs/toy") / trial.user_attrs["run"] / "lock"):
-        with pytest.raises(UserError, match="-000 is still trained by a process that a killed search has left"):
+        with pytest.raises(UserError, match="-000 is still being trained by a process of a killed search"):
             search("lr=0.01:0.1", 1)
         assert [one.state.name for one in study().trials] == ["RUNNING"]
     search("lr=0.01:0.1", 1)

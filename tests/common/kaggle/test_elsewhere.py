@@ -72,7 +72,7 @@ def test_a_checksum_that_cannot_be_one_is_refused_before_the_download(kaggle, el
 def test_a_refused_archive_does_not_stand_in_for_another(kaggle, elsewhere):
     bad, good = (archive({name: b"1", "series.tsf": b"2"}) for name in ("../evil.txt", "notes.txt"))
     kaggle.blobs |= {"/bad/series.zip": bad, "/good/series.zip": good}
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="points outside the folder"):
         fetch(elsewhere, url=f"{kaggle.address}/bad/series.zip", checksum=f"md5:{hashlib.md5(bad).hexdigest()}")
     fetch(elsewhere, url=f"{kaggle.address}/good/series.zip", checksum=f"md5:{hashlib.md5(good).hexdigest()}")
     assert contents() == {"notes.txt": b"1", "series.tsf": b"2"}
@@ -97,7 +97,7 @@ def test_the_signature_of_an_address_is_neither_shown_nor_kept(kaggle, elsewhere
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        (f"http://me:signed-secret@127.0.0.1{SIGNED}", "a user name or a password before its host"),
+        (f"http://me:signed-secret@127.0.0.1{SIGNED}", "a user name or password in the address"),
         (f"http://127.0.0.1:9/a b{SIGNED}", "cannot be read .URL can't contain control characters"),
         (f"127.0.0.1{SIGNED}", "expected an address like https://host/path"),
         (f"http://127.0.0.1/other{SIGNED.replace('series', 'other')}", "no checksum is known for other.zip"),

@@ -260,7 +260,7 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     assert [row for row in found.splitlines() if row.startswith((images[0], images[-1]))] == lost
     ids = [row.split(",")[0] for row in lost]
     assert json.loads((machine.working / "submission.json").read_text())["fallback"] == ids
-    told = next(line for line in done.stdout.splitlines() if "the sample submission's own values" in line)
+    told = next(line for line in done.stdout.splitlines() if "the sample submission's values" in line)
     assert told.startswith(f"{len(ids)} of {len(rows)} rows") and f"{damaged} " in told
     assert missing.stem in told and "cannot be opened (No such file" in told
     assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words]) == 0
@@ -284,7 +284,7 @@ def test_the_notebooks_file_is_compared_by_its_rows(tmp_path, capsys, there, sam
     for name, rows in (("here", "1,0\n2,1\n"), ("there", there)):
         (tmp_path / name).write_text(f"id,label\n{rows}")
     inference._print_difference(tmp_path / "there", tmp_path / "here")
-    assert f"has 2 rows, {same} of its lines as in" in capsys.readouterr().out
+    assert f"has 2 rows, {same} of them as in" in capsys.readouterr().out
 
 
 def test_a_competition_that_is_not_on_kaggle_has_no_notebook(kaggle, capfd):

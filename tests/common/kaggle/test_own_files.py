@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_secrets")
 def test_files_put_there_by_hand_are_not_replaced_unasked(kaggle, source):
     HOME.mkdir(parents=True)
     (HOME / "train.csv").write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that make data has not put there \(train.csv\).*FORCE=1"):
+    with pytest.raises(UserError, match=r"holds files that make data did not put there \(train.csv\).*FORCE=1"):
         fetch(source)
     assert contents() == {"train.csv": b"mine"} and kaggle.asked == []
 
@@ -66,9 +66,7 @@ def test_force_keeps_files_put_there_by_hand_in_a_folder_of_their_own(kaggle, so
     mine = own("notes.txt", "train.csv", "sample_submission.csv/old.csv")
     fetch(source, force=True)
     assert contents() == kaggle.files and contents(Path("data/toy.before")) == mine
-    assert "data/toy.before takes the files in data/toy that make data has not brought: notes.txt; " in (
-        capfd.readouterr().out
-    )
+    assert "moved to data/toy.before, as make data did not fetch them: notes.txt; " in (capfd.readouterr().out)
     fetch(source, force=True)
     assert leftovers() == {"toy", "toy.before"}, "nothing of the user's is in the way now"
     (HOME / ".manifest.json").unlink()

@@ -260,7 +260,7 @@ def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module)
         ({"StartSubmissionUpload": Reply(403)}, "rules are not accepted"),
         (
             {"CreateSubmission": Reply(400, "This competition only accepts Submissions from Notebooks")},
-            "from notebooks alone: make notebook.*ARGS=--submit",
+            "only from notebooks: make notebook.*ARGS=--submit",
         ),
         ({"CreateSubmission": Reply(500)}, "Kaggle itself fails"),
         ({"CreateSubmission": {"message": "We will think about it"}}, "the upload failed .*We will think about it"),
@@ -417,7 +417,7 @@ def test_a_blip_after_sending_is_waited_out(kaggle, module, after_sending):
 def test_a_longer_failure_after_sending_leaves_it_to_the_board(kaggle, module, after_sending):
     written()
     after_sending(Reply(503))
-    with pytest.raises(UserError, match="001-best.csv is sent, but its score is not known: .*503") as raised:
+    with pytest.raises(UserError, match="001-best.csv was sent, but its score is not known: .*503") as raised:
         submit(module, wait=0.01)
     assert "go on with make board COMP=toy" in str(raised.value) and "same command" not in str(raised.value)
     assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
@@ -615,7 +615,7 @@ def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, m
 def test_ids_may_have_several_rows_where_the_task_says_so(kaggle, module):
     text = "id,label\n1,5\n1,6\n2,7\n"
     written(text=text)
-    with pytest.raises(UserError, match="id 1 is there twice"):
+    with pytest.raises(UserError, match="id 1 appears twice"):
         submit(module)
     written("002-best", text=text, several_rows=True)
     Path("mine.csv").write_text(text.replace("7", "8"))
@@ -669,7 +669,7 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
     kaggle.on = {"DownloadLeaderboard": Reply(403, "Permission denied")}
     boards.board("toy", module.source)
     out = capfd.readouterr().out
-    assert "no ranks: reading the leaderboard of toy-competition: Kaggle refuses it" in out
+    assert "no ranks are shown: reading the leaderboard of toy-competition: Kaggle refuses it" in out
     assert (HOME / "board.png").is_file()
 
 

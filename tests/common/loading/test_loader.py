@@ -142,7 +142,7 @@ def test_two_epochs_at_once_share_no_workers():
         left_early, other = loader.epoch(0), loader.epoch(1)
         next(left_early)
         assert [batch.number for batch in other] == [0, 1, 2, 3]
-        with pytest.raises(RuntimeError, match="after another was begun"):
+        with pytest.raises(RuntimeError, match="after another had begun"):
             next(left_early)
 
 

@@ -181,12 +181,12 @@ def test_masks_of_resized_images_are_read_at_their_size(folder, size):
     assert after.runs.size == size and before.runs.size == (1400, 2100)
     for row in range(len(NAMES)):
         assert (after.runs.masks(row, (70, 105)) == before.runs.masks(row, (70, 105))).all()
-    assert len(said) == 1 and f"the runs are those of {size[0]}x{size[1]} masks" in said[0]
+    assert len(said) == 1 and f"run lengths are read as {size[0]}x{size[1]} masks" in said[0]
 
 
 def test_masks_of_a_size_that_nothing_else_has_are_refused(folder):
     written_again(folder, (280, 420))
-    with pytest.raises(UserError, match="train.csv: .* 280 pixels high.*images are 140x210: expected"):
+    with pytest.raises(UserError, match="train.csv: .* are 280 pixels apart.*images are 140x210: expected"):
         read(folder)
 
 

@@ -111,7 +111,7 @@ def test_averaged_runs_are_decided_by_the_better_ones_rules(folder, here):
     tables = set()
     for names in ("none,one,two", "two,none,one"):
         code, output = run("predict", "clouds", "--run", names)
-        assert code == 0 and f"decided by what {best} tuned" in output, output
+        assert code == 0 and f"decisions by the rules tuned in {best}" in output, output
         tables.add(Path(f"submissions/clouds/{names.replace(',', '+')}.csv").read_text())
     assert len(tables) == 1
 

@@ -368,7 +368,7 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
     shutil.copytree(raw.path, other, ignore=shutil.ignore_patterns("cache"))
     header, *codes = (other / "classes-trainable.csv").read_text().splitlines()
     (other / "classes-trainable.csv").write_text("\n".join([header, *sorted(codes)]) + "\n")
-    with pytest.raises(UserError, match="run first was trained to predict 23 codes .* and the data have 23 codes"):
+    with pytest.raises(UserError, match="run first was trained to predict 23 codes .* but the data have 23 codes"):
         later = dataclasses.replace(config, start_from="first")
         rows.start_from(later, rows.read(later, RawData(other, "inclusive_images"), lambda message: None), trained)
     # A run that saw the tuning images, and one that only started from it: `tuned` may go on from neither.
@@ -460,7 +460,7 @@ def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
             removed, words = 1, str(error)
     assert "stage_1_sample_submission.csv names" in words and "stage_1_test_images (1 of 40 images)" in words
     shutil.rmtree(other.path / "train_images")
-    with pytest.raises(UserError, match="holds no image of the 240"):
+    with pytest.raises(UserError, match="holds none of the 240"):
         rows.read(SMOKE, other, said.append)
 
 
@@ -505,7 +505,7 @@ def test_plots(raw, tmp_path):
         and "0.3000 with rules" in page
         and "boat" not in page.split("<img")[0]
     )
-    assert f"{len(held)} of them" in page
+    assert f"{len(held)} of these images" in page
     for name in ("similarity", "map", "curves"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 

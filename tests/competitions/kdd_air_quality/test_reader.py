@@ -128,7 +128,7 @@ def test_a_file_with_two_columns_of_a_pollutant_is_left_out(files):
     frame = pd.read_csv(files / HISTORY).assign(PM25_Concentration=1.0)
     frame.to_csv(files / HISTORY, index=False)
     warning = load(files).warnings[0]
-    assert f"{HISTORY} was not read: PM2.5 and PM25_Concentration both say PM2.5" in warning
+    assert f"{HISTORY} was not read: PM2.5 and PM25_Concentration both hold PM2.5" in warning
 
 
 def test_columns_of_the_weather_beside_the_pollutants_hide_nothing(files):
@@ -143,7 +143,7 @@ def test_values_that_are_no_numbers_are_named(files):
     frame.assign(PM10=texts.str.replace(".", ",")).to_csv(files / HISTORY, index=False)
     (warning,) = load(files).warnings
     count, example = frame["PM10"].notna().sum(), texts[frame["PM10"].notna()].iloc[0].replace(".", ",")
-    assert f"{HISTORY}: {count} values of PM10 are no numbers" in warning and repr(example) in warning
+    assert f"{HISTORY}: {count} values of PM10 are not numbers" in warning and repr(example) in warning
 
 
 @pytest.mark.parametrize("name, sentinel", [(HISTORY, -999), (HISTORY, 999), (LONDON, -1), (LONDON, 9999)])
@@ -156,7 +156,9 @@ def test_numbers_for_missing_values_are_missing(files, name, sentinel):
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected.values)
     (warning,) = observations.warnings
-    assert f"{name}: {count} values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+    assert (
+        f"{name}: {count} implausible values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+    )
 
 
 def test_a_value_below_zero_that_is_rare_was_measured(files):
@@ -178,7 +180,8 @@ def test_numbers_for_missing_values_in_the_archive_of_series(tmp_path):
     expected = np.float32([5, np.nan, -0.4, np.nan, np.nan, 7])
     np.testing.assert_array_equal(observations.values[:, 1, 0], expected)
     assert any(
-        "kdd.tsf: 4 values count as missing" in text and "-999 (2 times)" in text for text in observations.warnings
+        "kdd.tsf: 4 implausible values count as missing" in text and "-999 (2 times)" in text
+        for text in observations.warnings
     )
 
 
@@ -189,7 +192,7 @@ def test_what_is_not_finite_is_missing_and_named(files):
     frame.to_csv(files / HISTORY, index=False)
     observations = load(files)
     (warning,) = observations.warnings
-    assert f"{HISTORY}: 1 values of O3 are no numbers and count as missing" in warning
+    assert f"{HISTORY}: 1 values of O3 are not numbers and count as missing" in warning
     assert np.isnan(value(observations, frame["stationId"][row], frame["utc_time"][row], 2))
 
 
@@ -202,7 +205,7 @@ def test_a_day_without_hours_does_not_become_its_midnight(files):
     frame.to_csv(files / LONDON, index=False)
     observations = load(files)
     (warning,) = observations.warnings
-    assert f"{LONDON}: {len(rows)} rows are left out, their time has no hour, such as '2018/1/20'" in warning
+    assert f"{LONDON}: {len(rows)} rows are left out because their time has no hour, such as '2018/1/20'" in warning
     day = int((np.datetime64("2018-01-20T00") - observations.start) / HOUR)
     london = [observations.network.stations.index(name) for name in demo.LONDON]
     assert np.isnan(observations.values[day : day + 24, london]).all()
@@ -215,7 +218,7 @@ def test_a_table_of_days_is_left_out(files):
     (files / "zz_days.csv").write_text("stationId,utc_time,PM2.5\ndongsi_aq,2018-02-01,77\ndongsi_aq,2018-02-02,77\n")
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected.values)
-    assert "zz_days.csv: 2 rows are left out, their time has no hour" in observations.warnings[0]
+    assert "zz_days.csv: 2 rows are left out because their time has no hour" in observations.warnings[0]
 
 
 @pytest.mark.parametrize("layout", ["%Y-%m-%d", "%d/%m/%Y"])
@@ -475,7 +478,7 @@ class TestTable:
             (["CD1#0"], "line 2: 1 values, expected 4"),
             (["CD1#0,0,0"], "line 2: 3 values, expected 4"),
             (["   "], "line 2: 1 values, expected 4"),
-            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is there twice, first in line 2"),
+            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 appears twice, first in line 2"),
             (["CD1#0,0,0,nan"], "id CD1#0 has the value 0.0000,0.0000,nan"),
             (["CD1#0,0,0,-1"], "O3 is -1, expected 0 or more"),
             (["CD1#0,0,0,none"], "O3 is 'none', expected a number"),

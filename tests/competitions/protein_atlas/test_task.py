@@ -87,7 +87,7 @@ def rewrite(path: Path, *changes: tuple[str, str]) -> None:
         ("0 -1", "label -1, expected"),
         ("0,5", "train.csv line 2"),
         ("1.0", "label 1.0, expected"),
-        ("3 3", "a label is there twice"),
+        ("3 3", "a label appears twice"),
     ],
 )
 def test_a_target_that_is_none_is_named_with_file_and_line(folder, target, expected):
@@ -330,7 +330,7 @@ def test_from_files_to_a_checked_csv_and_a_report(folder, tmp_path, monkeypatch)
     page = Path("runs/protein_atlas/one/report.html").read_text()
     for name in ("together", "frequency", "worst_of_labels"):
         assert Path(f"runs/protein_atlas/one/{name}.png").is_file()
-    assert "Cytosol" in page and "by giving every label to each" in page and not re.search(r'src="(?!data:)', page)
+    assert "Cytosol" in page and "Giving every label to every image" in page and not re.search(r'src="(?!data:)', page)
 
 
 def test_colours_are_composed_for_the_eye():
