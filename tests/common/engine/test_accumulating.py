@@ -39,7 +39,7 @@ def weights(model):
 
 
 def expected(name, rows, groups, share_by_size=False):
-    """The wrapped optimizer, one step per group of batches along their averaged gradient."""
+    """Weights after one step of the wrapped optimizer per group of batches, each on the group's averaged gradient."""
     model = make()
     optimizer = OPTIMIZERS[name](model.parameters())
     start = 0

@@ -263,7 +263,7 @@ def test_weights_with_a_negative_sum_divide_like_any_other(name):
 
 
 class Sometimes(nn.Module):
-    """Only rows with a first input above 0 use the network; the outputs of all other rows have no graph."""
+    """Only rows with a first input above 0 use the network; outputs of a micro-batch without any have no graph."""
 
     def __init__(self):
         super().__init__()

@@ -22,7 +22,7 @@ from common.run import Run
 from tests.common.engine.toys import LOSSES, SmallMemory, gradient_of, make_batch, make_engine, make_model
 from tests.common.test_fit import CONFIG, task_of
 
-SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # rank 0 has rows first to second, rank 1 second to third
+SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # bounds of the rows of rank 0 and rank 1
 
 
 def share_of(ranks: Ranks, shares: str):

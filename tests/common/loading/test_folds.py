@@ -67,7 +67,7 @@ def test_groups_stay_together_and_folds_are_about_equal():
 
 @pytest.mark.parametrize("sizes", ["equal", "few and skewed"])
 def test_stratified_groups_are_better_balanced_than_those_of_scikit_learn(sizes):
-    """Compares the sum, over folds, over classes and all rows, of squared deviations from an equal share; 20 data sets."""
+    """Compares sums over folds, classes and all rows of squared deviations from an equal share, on twenty data sets."""
     found = {"own": [], "scikit-learn": []}
     for seed in range(20):
         random = np.random.default_rng(seed)
