@@ -1,4 +1,4 @@
-"""`make blend` on toy runs: never predicts, honest scores, refusals, foreign files, and the run that comes of it."""
+"""`make blend` on toy runs: it never predicts, scores are nested, bad input is refused, other programs' files join."""
 
 import argparse
 import csv
@@ -270,7 +270,7 @@ def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypa
     def stop(*given):
         raise KeyboardInterrupt
 
-    for part in (runs, blending):  # while run.json is written, and while it is scored
+    for part in (runs, blending):  # while run.json is written, and while the blend is scored
         with monkeypatch.context() as patch:
             if part is runs:
                 patch.setattr(runs.Run, "log", stop)
@@ -314,7 +314,7 @@ def test_a_tree_is_combined_leaf_by_leaf(tmp_path):
 @pytest.mark.parametrize(("shape", "wanted"), [((90, 1), (90,)), ((90,), (90, 1))])
 @pytest.mark.parametrize("by", ["nnls", "stack"])
 def test_a_column_and_its_numbers_are_the_same_targets(shape, wanted, by):
-    """As for metrics: predictions [m, 1] of targets [m] are no single class of class numbers."""
+    """As in metrics, predictions [m, 1] match targets [m], which are then not read as class numbers."""
     random = np.random.default_rng(0)
     truth = random.normal(size=90).astype(np.float32)
     members = np.stack([truth + random.normal(0, off, 90).astype(np.float32) for off in (0.1, 1)])

@@ -73,7 +73,7 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     ],
 )
 def test_a_recipe_has_the_types_of_the_flags(field, written, value):
-    """Else a run would not be the one that its own config.json tells of, and could not be resumed."""
+    """Otherwise the config would differ from the one read back from config.json, and the run could not be resumed."""
     config = parse(config=replace(Example(), **{field: written}))
     assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
     assert from_values(Example, json.loads(to_json(config))) == config

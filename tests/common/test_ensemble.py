@@ -1,4 +1,4 @@
-"""Blends against slow loops and grids, and their scores: rows have no part in choosing what they are scored by."""
+"""Blends against slow loops and grids; weights are never chosen on the rows that they are scored on."""
 
 from itertools import product
 
@@ -39,7 +39,7 @@ def test_means_in_every_space():
 
 
 def climb_slowly(rounds, worth):
-    """Every mean of a multiset that the greedy way goes through, formed anew."""
+    """Greedy hill climbing that computes the mean of all chosen runs anew for every candidate."""
     chosen, best = [], (-np.inf, None)
     for _ in range(rounds):
         scores = [worth(MEMBERS[[*chosen, run]].astype(np.float64).mean(0)) for run in range(4)]
@@ -132,7 +132,7 @@ def LOSS_ANY(predictions, rows):
 
 
 def test_noise_gains_nothing():
-    """Chosen among sixty runs that say nothing, on the very rows, the AUC looks good."""
+    """A blend of sixty runs of noise has a good AUC on the rows that it was chosen on, but not out of fold."""
     truth, noise = RNG.integers(0, 2, M), RNG.random((60, M)).astype(np.float32)
     objective = maximise(metrics.roc_auc(), truth)
     blend = nested(noise, PARTS, ensemble.hill_climbing(objective), objective, leave_out=False)
@@ -167,7 +167,7 @@ def test_stack_of_logistic_regression():
 
 
 def test_a_stack_knows_the_classes_that_a_part_lacks():
-    """The third class is in part 0 alone, so nothing fitted without part 0 has heard of it."""
+    """The third class is in part 0 alone, so a stack fitted without part 0 has never seen it."""
     rare = np.where((CLASS == 2) & (PARTS != 0), 0, CLASS)
     predictions = nested(MEMBERS, PARTS, ensemble.stacked(LogisticRegression(), rare), LOSS, False).predictions
     assert (predictions[PARTS == 0, 2] == 0).all() and (predictions[PARTS != 0, 2] > 0).all()
@@ -178,7 +178,7 @@ def test_a_stack_knows_the_classes_that_a_part_lacks():
 
 
 def test_a_blend_may_need_a_run():
-    """The other one predicts the opposite: no blend without the first, and its cost is not known."""
+    """The second run predicts the opposite, so there is no blend without the first, and no score for leaving it out."""
     truth = RNG.normal(size=M)
     objective = maximise(metrics.rmse(), truth)
     blend = nested(np.stack([truth, -truth]), PARTS, ensemble.least_squares(truth), objective)

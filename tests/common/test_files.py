@@ -1,4 +1,4 @@
-"""Files are replaced as a whole; what a killed writer left goes; tables hold no formulas."""
+"""Files are replaced as a whole, drafts of killed writers are removed, and tables hold no formulas."""
 
 import csv
 import errno
@@ -21,7 +21,7 @@ ROOT = Path(files.__file__).parents[1]
 
 
 def limited(size: int):
-    """The operating system itself refuses to write more bytes into a file than these."""
+    """Make the operating system refuse to write more than `size` bytes into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -81,7 +81,7 @@ def test_a_draft_that_another_writer_took_for_a_dead_one_before_it_was_locked_is
 
 
 def test_a_draft_that_has_become_the_file_is_not_a_dead_one(tmp_path, monkeypatch):
-    """Between the look and the lock its writer may put it in place and begin another of the same name."""
+    """Before the cleaner has locked the draft, its writer may finish it and begin another one of the same name."""
     flock, draft = files.fcntl.flock, tmp_path / ".a.json.4711.part"
     draft.write_text("first")
 

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, scipy and slow loops; in one piece, in batches, over two ranks; and their errors."""
+"""Metrics and their standard errors against scikit-learn, scipy and slow loops: at once, in batches, on two ranks."""
 
 import math
 import threading
@@ -139,7 +139,7 @@ def test_sizes_of_one_are_dropped_and_other_shapes_refused(case):
 
 
 def test_statistics_that_broadcast_are_refused():
-    """Inside of trees the shapes are not known; what one row gives alone tells."""
+    """Shapes inside a tree cannot be compared, so the statistics of a single row show whether a metric broadcasts."""
     squares = Metric("squares", lambda d, t: (d["a"] - t["a"]) ** 2, lambda sums, count: float(sums.mean()) / count)
     column = torch.zeros(5, 1)
     assert squares.score({"a": column}, {"a": column + 2}) == 4
@@ -231,7 +231,7 @@ def test_what_has_no_score_is_nan():
 
 @pytest.mark.parametrize("of", [metrics.roc_auc, metrics.average_precision])
 def test_a_column_of_which_nobody_knows_a_target_has_no_score(of):
-    """A standard error leaves groups of rows out: all that is known of a rare column may be in one of them."""
+    """A standard error leaves out groups of rows, and one of them may hold all known targets of a rare column."""
     truth = np.full((N, 2), np.nan)
     truth[:, 0], truth[7, 1] = ONE, 1
     scores = Scores((of(one_class="skip"),), with_errors=True)
@@ -259,7 +259,7 @@ def test_what_a_metric_cannot_compare_is_refused():
 
 
 class Together(Ranks):
-    """Ranks that are threads: the real ones are processes, and have tests of their own."""
+    """Ranks that are threads. Real ranks are processes and have tests of their own."""
 
     def exchanged(self, value):
         self.box[self.rank] = value

@@ -1,4 +1,4 @@
-"""Predictions: means over models and views, batches that do not fit, and which run decides what."""
+"""Predictions: means over models and TTA, batches too large for memory, and which run's tuned values decide."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def _here(tmp_path, monkeypatch, no_page):
 
 
 class Small(nn.Module):
-    """Gives back what it gets, and has memory for `limit` rows."""
+    """Returns its inputs; a batch of more than `limit` rows runs out of memory."""
 
     def __init__(self, limit=10**9):
         super().__init__()
@@ -65,7 +65,7 @@ def test_predictions_are_means_over_models_and_tta():
 
 
 class Counted(nn.Module):
-    """Two outputs and one that has no rows; notes how many rows each pass had."""
+    """Returns an output with rows and one without; `passes` records the number of rows of every pass."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Counted(nn.Module):
 
 
 def test_a_card_predicts_all_tta_of_one_shape_in_one_pass():
-    """What `joins_tta` does on a card, forced here: the same predictions in one pass, unless shapes differ."""
+    """`joins_tta`, forced here on a CPU: the same predictions from a single pass, unless shapes differ."""
     rows = {"x": torch.arange(24.0).reshape(4, 6)}
     flip = TTA("flip", lambda tree: {"x": tree["x"].flip(1)}, lambda p: p.flip(1))
     shorter = TTA("shorter", lambda tree: {"x": tree["x"][:, :3]}, lambda p: torch.cat((p, p), 1))
@@ -230,7 +230,7 @@ def test_the_runs_of_an_average_name_its_file_as_long_as_a_file_system_takes_it(
     told = name(*long)
     assert told.startswith(f"{long[0]}+4-more-") and told != name(*long[:4], long[0]) and told == name(*long)
     for path in (tmp_path / f"{told}.csv", tmp_path / f"{name(*long[:2])}.csv"):
-        with replacing(path, "w") as stream:  # the longest name on the way there
+        with replacing(path, "w") as stream:  # the draft has the longest name
             stream.write("")
 
 
@@ -246,7 +246,7 @@ def test_the_run_with_the_best_score_decides(higher, decider, capsys):
 
 
 class Unreadable:
-    """The rows of a dataset as images, some of which cannot be read."""
+    """A dataset whose images `bad` cannot be read."""
 
     def __init__(self, rows: toy.ToyRows, bad: set[int]):
         self.rows, self.bad = rows, bad
@@ -265,7 +265,7 @@ def lines(name: str) -> list[str]:
 
 
 def fill(monkeypatch, *bad: set[int]) -> None:
-    """Let the sample submission hold 2 everywhere, and the test rows of the runs in turn be unreadable."""
+    """Fill the sample submission with 2, and make the given test rows of each run in turn unreadable."""
     sample, turns, build = Path("data/demo/toy/sample_submission.csv"), list(bad), toy.build
     sample.write_text(sample.read_text().replace(",0\n", ",2\n"))
 
@@ -291,7 +291,7 @@ def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
 
 
 def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
-    """As kinds of damage of an image; an id that falls back has the sample's rows."""
+    """As when an image has one row per kind of damage; an id that falls back has the sample's rows."""
     build = toy.build
 
     def rows(ids, decisions):

@@ -1,4 +1,4 @@
-"""Pseudo-labels: of models that never saw the fold, weighed and chosen as asked, the same after a kill."""
+"""Pseudo-labels: from models that never saw the fold, weighted and selected by the flags, the same after a kill."""
 
 import shutil
 from dataclasses import replace
@@ -53,7 +53,7 @@ def soft(rows: int = toy.TEST_ROWS) -> torch.Tensor:
 
 
 def predicted(run: str, fold: int) -> torch.Tensor:
-    """What one model of a run says of the test rows, by hand."""
+    """The test predictions of one model of a run, computed by hand: the mean over both TTA."""
     task = toy.made()
     model = load_model(Path(f"runs/toy/{run}/fold-{fold}/model.pt"), task, toy.RECIPES["default"], torch.device("cpu"))
     inputs = task.data.test.inputs
@@ -65,7 +65,7 @@ def predicted(run: str, fold: int) -> torch.Tensor:
 
 
 def poisoned(*given):
-    """The toy with other labels in fold 1."""
+    """The toy with false labels in fold 1."""
     task = BUILD(*given)
     held = torch.from_numpy(task.data.folds == 1)
     for rows in (task.data.train, task.data.valid):
@@ -250,7 +250,7 @@ def test_training_rows_keep_their_bytes_and_their_keys():
 
 
 def test_samples_join_as_batches_do_with_workers_and_without():
-    """Generators of every kind, albumentations among them, and weights that the training rows have already."""
+    """For every kind of generator, including albumentations, and for training rows that already have weights."""
     train = JoinedSamples(Everything(), Everything(), np.array([3, 1]), 0.5, (torch.zeros(1, 8, 8, 2), torch.zeros(1)))
     order = orders.joined(orders.shuffled(23), np.array([23, 24]))
     found = []
@@ -274,7 +274,7 @@ def test_samples_join_as_batches_do_with_workers_and_without():
 
 @pytest.mark.parametrize("mix", [MixUp(0.4), CutMix(), OneOf(MixUp(0.4), CutMix())])
 def test_a_pair_of_both_kinds_blends_its_weights_like_its_targets(mix):
-    """Every row has a class of its own, so a target tells how much of which row is in a sample."""
+    """Every row has a class of its own, so a mixed target shows the share of each row."""
     images = torch.arange(12.0).reshape(12, 1, 1, 1).expand(12, 1, 8, 8)
     train, test = TableDataset(images[:8], torch.arange(8)), TableDataset(images[8:], torch.eye(12)[8:])
     rows = np.arange(4)
@@ -367,7 +367,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [0, 3, 9, 24])
 def test_killed_it_goes_on_to_the_same_bits(step, monkeypatch):
-    """Eight steps an epoch: before the first one, inside an epoch, in the second fold."""
+    """Eight steps per epoch: killed before the first step, inside an epoch, or in the second fold."""
     toy_train("teacher", fold="all", epochs=1)
     changes = {"fold": "all", "epochs": 2, "save_every": 0, "pseudo": "teacher", "pseudo_weight": 0.5}
     straight = toy_train("straight", **changes)

@@ -1,4 +1,4 @@
-"""The page holds its plots itself, words cannot become markup, and what it says of a run is what its files say."""
+"""The page embeds its plots, text cannot become markup, and its numbers are those of the run's files."""
 
 import base64
 import csv
@@ -40,7 +40,7 @@ def test_page_is_one_file_with_everything(tmp_path):
 
 
 def every_text(name):
-    """A figure with a name wherever a plot can show one."""
+    """A figure that shows `name` in every kind of text that a plot has."""
     figure = Figure(layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar([name, "other"], [1, 2], label=name)
@@ -62,7 +62,7 @@ def pixels(figure):
 
 
 def test_names_in_plots_are_never_markup(tmp_path):
-    """The same pixels as with matplotlib's own way to write a dollar."""
+    """The pixels are the same as with dollars escaped in matplotlib's own way."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     page = Report(tmp_path, "names")
@@ -144,7 +144,7 @@ def test_a_run_of_rules_names_both_of_its_scores():
 
 
 class Told(Report):
-    """A page that remembers its tables and plots."""
+    """A page that records its tables and plots."""
 
     def __init__(self, folder):
         super().__init__(folder, "told")

@@ -1,4 +1,4 @@
-"""Runs: numbered, resumed by the same command, refused by another one, never trained twice at once."""
+"""Runs are numbered, resumed by the same command only, and never trained by two processes at once."""
 
 import errno
 import json
@@ -158,7 +158,7 @@ def test_folders_that_cannot_be_made_are_named(monkeypatch):
 
 
 def test_a_name_that_is_no_folder_is_refused_at_once(tmp_path):
-    """A run moved to a disk that is gone, a file: the search for a free number would never end."""
+    """A link to a missing disk, or a file: otherwise the search for a free number would never end."""
     Path("runs/toy").mkdir(parents=True)
     Path("runs/toy/moved").symlink_to(tmp_path / "gone")
     Path("runs/toy/runs.csv").write_text("")

@@ -254,7 +254,7 @@ SEVERAL = sample_of("id,runs", "a,1 1", "b,1 1", "b,", "c,1 1", several=True)
     ],
 )
 def test_an_id_has_several_rows_where_the_task_says_so(tmp_path, rows, told):
-    """As the ships of an image, or its kinds of damage: the rows of an id follow each other, none is left out."""
+    """As with several objects in an image: the rows of an id must be adjacent, and no id may be missing."""
     assert SEVERAL.ids == ("a", "b", "c")
     path, cells = tmp_path / "x.csv", [row.split(" ", 1) for row in rows]
     if told is None:
@@ -304,7 +304,7 @@ def test_blank_lines_of_the_sample_do_not_count(tmp_path):
 
 
 def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):
-    """It refuses to delete the draft too, whether there is one or not."""
+    """Deleting the draft fails as well, even if there is none."""
 
     def read_only(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -1,4 +1,4 @@
-"""The loop and the run around it, on the toy competition: folds, NaN, early stop, averages, errors."""
+"""The training loop and its run on the toy competition: folds, NaN, early stopping, averages, errors."""
 
 import csv
 import errno
@@ -125,7 +125,7 @@ def test_every_fold_of_a_task_without_a_network_tells_its_score(capsys):
 
 @pytest.mark.usefixtures("_no_network")
 def test_of_several_processes_one_does_all_for_a_task_without_a_network(monkeypatch):
-    """As on Kaggle, where the notebook starts a process for every card; here any word to the others would fail."""
+    """As on Kaggle, where the notebook starts a process per GPU; here any message between ranks would fail."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in (1, 0):
         monkeypatch.setattr(Ranks, "from_environment", staticmethod(lambda rank=rank: Ranks(rank, 2, rank)))
@@ -161,7 +161,7 @@ def test_a_recipe_with_settings_of_networks_is_refused_without_one(monkeypatch):
     monkeypatch.setitem(toy.RECIPES, "other", other)
     with pytest.raises(UserError, match="^--schedule step: .*in the recipe in config.py"):
         train(toy.TOY, other, "other")
-    train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # by another flag it may have no network
+    train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # with rows=99 it may have no network
     with pytest.raises(UserError, match="^--tta false: "):
         predict_again("--run", "one", "--tta", "0")
 
@@ -226,7 +226,7 @@ FOLDS = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1])
 
 
 class Broken:
-    """Twelve images, of which the third and the tenth cannot be read, or others."""
+    """Twelve images, of which those in rows `bad` cannot be read."""
 
     def __init__(self, bad=(2, 9)):
         self.bad = bad
@@ -252,7 +252,7 @@ class Temperature(torch.nn.Module):
 
 
 def test_folds_share_no_weights_of_the_loss(monkeypatch):
-    """Fold 1 begins from the loss as it was built, whether fold 0 was trained just before it or in another process."""
+    """Fold 1 begins with a newly built loss, whether or not fold 0 was trained before it in the same process."""
     whole = toy.build
     monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), loss=Temperature()))
     together = weights(toy_train("all", fold="all", lr=0.05))
@@ -262,7 +262,7 @@ def test_folds_share_no_weights_of_the_loss(monkeypatch):
 
 @pytest.mark.parametrize("fold", [0, 1])
 def test_a_missing_fold_is_named_and_trained_again(fold):
-    """No CSV without it; with it everything is as it was, though the other folds' predictions were joined already."""
+    """Without it no CSV is written; trained again, it gives the same bits, although the folds were joined before."""
     straight, folder = toy_train("straight", fold="all"), toy_train(fold="all")
     table = Path("submissions/toy/one-demo.csv")
     table.unlink()
@@ -305,7 +305,7 @@ def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
 
 
 def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
-    """--swa: equal weights over the last steps, and running statistics from passes over the training rows."""
+    """--swa averages the weights of the last steps equally, and takes BatchNorm's statistics from the training rows."""
     from common.engine.average import Average
 
     taken = []
@@ -331,13 +331,13 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
 
 
 def test_batchnorm_is_estimated_again_in_parts_of_more_than_one_sample():
-    """82 training rows in parts of at most 9: batches of 41 are cut evenly, batches of 9 leave one over."""
+    """82 training rows in micro-batches of at most 9: batches of 41 are cut evenly, batches of 9 leave one row over."""
     folder = toy_train(rows=123, batch_size=41, micro_batch=9, swa=0.5, ema=0.0, keep="last")
     assert (folder / "result.json").is_file()
 
 
 class SecondOfTwo(Ranks):
-    """What a second process sees, which has a disk of its own: the first one answers from `said`."""
+    """The second of two processes, on a disk of its own; it receives the broadcasts `said` from the first one."""
 
     def __init__(self, said: list):
         super().__init__(1, 2, 1)
@@ -424,7 +424,7 @@ def test_no_tta_at_all_is_that_of_the_inputs_as_they_are(monkeypatch):
 
 
 def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
-    """JSON has text as keys and lists for arrays: a decision finds there what it finds while it is scored."""
+    """JSON turns keys into text and arrays into lists, so decisions are scored with values that went through JSON."""
     whole = toy.build
     changes = {
         "tune": lambda predictions, rows: {2: np.float32(1), "others": np.zeros(2)},
@@ -440,7 +440,7 @@ def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
 
 
 def test_columns_of_pandas_are_taken_by_place(monkeypatch):
-    """Rows of a table that was shuffled keep the numbers that they had."""
+    """Rows of a shuffled pandas table keep their old index labels, which must not be used as row numbers."""
     order = np.random.default_rng(0).permutation(120)
     ids, whole = [f"r{row}" for row in range(120)], toy.build
     columns = {"ids": pd.Series(ids, index=order), "folds": pd.Series(np.arange(120) % 3, index=order)}

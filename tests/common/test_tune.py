@@ -1,4 +1,4 @@
-"""`make tune`: spaces, trials as processes, pruning, a search that goes on, and the best one's command."""
+"""`make tune`: search spaces, trials as processes, pruning, resumed searches, and the command of the best trial."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import locked
 from tests.common import toy
 
-# A trial without torch: its curve grows to 1 - |lr - 0.03|, an epoch in 0.1 seconds. It notes how often it was begun.
+# A trial without torch: its score grows by epoch to 1 - |lr - 0.03|. It records how often it was started.
 TRAINER = """
 import json, pathlib, sys, time
 words = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
@@ -37,7 +37,7 @@ for epoch in range(int(words["epochs"])):
     time.sleep(float(words["tick"]))
 (folder / "result.json").write_text(json.dumps({"score": 1 - abs(lr - 0.03)}))
 """
-# The kit's own command line, with the toy in the place of the competitions.
+# The kit's own command line, with the toy as its only competition.
 KIT = """
 import sys
 from common import cli, competition
@@ -179,7 +179,7 @@ def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):
 def test_a_stopped_search_goes_on_with_the_run_of_the_stopped_trial(trainer):
     code = (
         "import signal, sys; from common import tune; from tests.common import toy; tune.SECONDS = 0.02\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell may have had ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have set it to be ignored
         "tune.command = lambda competition, flags, run: [sys.executable, 'trainer.py', *flags, f'--run={run}']\n"
         "tune.tune(toy.TOY, toy.RECIPES['default'], 'default', 'lr=0.01:0.1', 2, ['--epochs=2', '--tick=TICK'])"
     )
@@ -224,7 +224,7 @@ def test_trials_are_runs_of_the_kit_without_submissions(monkeypatch, tmp_path, c
 
 
 def test_a_search_that_is_terminated_ends_its_trial(trainer, monkeypatch):
-    """What a killed search leaves behind would hold the run that the next one goes on with."""
+    """A trial left behind would hold the lock of the run that the next search resumes."""
     children, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *of, **how: children.append(popen(*of, **how)) or children[-1])
     monkeypatch.setattr(tune, "time", SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM)))

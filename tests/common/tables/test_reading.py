@@ -1,4 +1,4 @@
-"""Tables against pandas where they are whole, and a message with file, line, column and value where they are not."""
+"""Valid tables are read as by pandas; faulty ones raise a message with file, line, column and value."""
 
 import io
 import zipfile
@@ -18,7 +18,7 @@ CSV = 'id,count,size,name,more\na,1,2.5,"x, y",7\nb,2,,NA,8\nc,3,1e1,,9\n'
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a text or bytes as the table t.csv; what else is given goes to tables.read."""
+    """A function that reads text or bytes as the table t.csv; it passes options on to tables.read."""
 
     def given(contents, columns=COLUMNS, **options) -> pd.DataFrame:
         raw = contents.encode() if isinstance(contents, str) else contents
@@ -55,7 +55,7 @@ def test_cells_have_the_types_of_their_columns(read):
     ],
 )
 def test_of_many_faults_the_first_of_the_first_row_is_told(read, lines, place):
-    """Among columns of one kind and of several, whatever the order in which they are asked for."""
+    """For faults in columns of one kind or of several, in any order of the requested columns."""
     kinds = {"d": whole(), "c": whole(), "b": number(0, 9), "a": whole()}
     assert place in fault(read, f"a,b,c,d\n{lines}", kinds)
 
