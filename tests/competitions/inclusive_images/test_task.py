@@ -159,7 +159,7 @@ def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replac
     image = other.path / "stage_1_test_images" / f"{whole.data.test_ids[3]}.jpg"
     contents = image.read_bytes()
     image.write_bytes(contents[:100])
-    for _ in range(2):  # first while the images are resized, then from the cache file
+    for _ in range(2):  # first while the cache file is made, then with the file there
         broken = built(other)
         with pytest.raises(UserError, match=f"1 of 40 test images cannot be read .*{image.name} is truncated"):
             checked_before(broken)
