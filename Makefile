@@ -20,17 +20,17 @@ train: ## train COMP, on demo data when there is no data, and write its submissi
 predict: ## write the submission of a finished RUN again (RUN=a,b averages runs)
 tune: ## search for settings of COMP with Optuna: ARGS="--search lr=1e-4:1e-2:log" TRIALS=30
 runs: ## all runs of COMP side by side, the best first
-blend: ## combine COMP's runs on their out-of-fold predictions (RUN=a,b), never predicting again
-backtest: ## forecast past days with models that know nothing of them, where COMP has that
+blend: ## combine the saved predictions of COMP's runs (RUN=a,b), with weights chosen out of fold
+backtest: ## score forecasts of past days by models that have not seen them, where COMP has it
 check: ## check COMP's images, ids, shapes and a row of the CSV, without training
 data: ## download COMP's files into data/COMP
 submit: ## send COMP's best checked submission to Kaggle and wait for the score
-board: ## validation against leaderboard for every submission of COMP
+board: ## compare validation and leaderboard scores of all submissions of COMP
 kernel: ## train COMP on Kaggle's GPUs and fetch the run
 notebook: ## push RUN=a,b with a notebook that predicts offline on Kaggle (ARGS=--submit submits it)
-test: ## the whole test suite on up to four cores, or what ARGS="tests/common -k x" tells pytest
-bench: ## side-by-side measurements: BENCH=engine, loaders ...
-lint: ## style of the code
+test: ## the whole test suite on up to four cores, or pytest with ARGS="tests/common -k x"
+bench: ## run a benchmark: BENCH=engine, loaders ...
+lint: ## check the style of the code
 
 $(filter-out new,$(TARGETS)): .venv/.installed
 	@.venv/bin/python -m common.front $@

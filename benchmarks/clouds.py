@@ -1,4 +1,4 @@
-"""Clouds beside the usual code: masks to the working size, masks to run lengths, images to the CSV, and memory.
+"""Clouds compared with common code: decoding and encoding masks, inference from images to the CSV, and memory.
 
 make bench BENCH=clouds                                        masks and inference
 make bench BENCH=clouds ARGS="--part memory"                   peak memory of a full-resolution step (minutes)
@@ -64,7 +64,7 @@ def usual_encode(mask: np.ndarray) -> str:
 
 
 def coco_decode(text: str) -> np.ndarray:
-    """Decode by pycocotools, which takes the lengths of gaps and runs in turn and fills bytes."""
+    """Decode with pycocotools, which takes alternating lengths of gaps and runs and fills a byte mask."""
     runs = rle.parse(text)
     edges = np.append(np.stack((runs[:, 0], runs.sum(1)), 1).reshape(-1), MASK_SIZE[0] * MASK_SIZE[1])
     packed = coco.frPyObjects({"size": list(MASK_SIZE), "counts": np.diff(edges, prepend=0).tolist()}, *MASK_SIZE)
@@ -109,7 +109,7 @@ def masks(data: RawData) -> None:
 
 
 def inference(data: RawData, encoder: str) -> None:
-    """Test images to the checked CSV, beside the network alone on images that lie ready in memory."""
+    """Time test images to the checked CSV, and the network alone on images that are already in memory."""
     config = replace(
         RECIPES["full"],
         encoder=encoder,
@@ -153,7 +153,7 @@ def inference(data: RawData, encoder: str) -> None:
 
 
 def peak(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], encoder: str) -> float | None:
-    """Peak GiB of a process that makes one optimizer step, None if it runs out of memory."""
+    """Peak memory in GiB of a process that makes one optimizer step; None if it runs out of memory."""
     words = [sys.executable, "-m", "benchmarks.clouds", "--part", "step", "--batch", str(batch), "--micro", str(micro)]
     words += ["--size", f"{size[0]},{size[1]}", "--encoder", encoder, *(["--checkpointing"] if checkpointing else [])]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -195,7 +195,7 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     pixels[:, : size[0] // 2] = 0b1111
     inputs = torch.randint(0, 255, (batch, 3, *size), dtype=torch.uint8)
     done = engine.step(Batch(inputs, pixels, torch.arange(batch), total=batch), 0)
-    if done.micro_batch < micro:  # the engine recovers, but the question is whether it fits
+    if done.micro_batch < micro:  # the engine recovered with smaller ones; here that counts as out of memory
         raise MemoryError(f"micro-batches of {micro} did not fit, the engine went on with {done.micro_batch}")
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)

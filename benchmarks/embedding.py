@@ -1,4 +1,4 @@
-"""Label vectors: their cost beside scipy and dense decompositions, their quality, and their use in training.
+"""Label vectors: their cost compared with scipy and dense decompositions, their quality, and their use in training.
 
     make bench BENCH=embedding                                        half an hour on two cores
     make bench BENCH=embedding ARGS="--part scale --no-reference"     without the dense float64 decompositions
@@ -6,8 +6,8 @@
     make bench BENCH=embedding ARGS="--part quality --data path/to/labels_only"
     make bench BENCH=embedding ARGS="--part training --data path/to/corel5k --epochs 20 --seeds 0,1 -- --precision bf16"
 
-`training` trains the recipes of --recipes one after the other, with the same backbone, epochs and order; finished runs
-are not trained again. --epochs sets the budget. Further flags of `make train` follow after --.
+`training` trains the recipes of --recipes one after the other, with the same backbone, epochs and row order. Finished
+runs are not trained again. --epochs sets the length of each run. Further flags of `make train` follow after --.
 """
 
 import argparse
@@ -78,10 +78,10 @@ def by_eigh(labels: csr_matrix) -> np.ndarray:
 
 def by_svd(labels: csr_matrix) -> np.ndarray:
     left, _, right = np.linalg.svd(ppmi(labels, smoothing=3.0).astype(np.float64))
-    return left[:, np.flatnonzero((left * right.T).sum(0) > 0)[:DIM]]  # other vectors belong to negative eigenvalues
+    return left[:, np.flatnonzero((left * right.T).sum(0) > 0)[:DIM]]  # the rest have negative eigenvalues
 
 
-# Every solver makes its own matrix and returns an orthonormal basis of the leading eigenvectors, [labels, DIM].
+# Each solver computes its own matrix and returns an orthonormal basis of the leading eigenvectors [labels, DIM].
 SOLVERS: dict[str, Callable[[csr_matrix], np.ndarray]] = {
     "this kit": by_kit,
     "scipy eigsh, float32": partial(by_eigsh, dtype=np.float32),
@@ -93,7 +93,7 @@ DENSE = ("numpy eigh, float64", "numpy svd, float64 (the blog)")  # they compute
 
 
 def worker(solver: str, labels: int, topics: int, folder: Path) -> None:
-    """One solver in a process of its own: seconds and peak memory as JSON, vectors in a file."""
+    """Run one solver, as a process of its own: print seconds and peak memory as JSON, save the vectors to a file."""
     given = zipf_labels(labels, topics)
     before = peak_gb()
     start, busy = time.perf_counter(), time.process_time()
@@ -109,19 +109,19 @@ def solve(solver: str, labels: int, topics: int, folder: str) -> dict[str, float
     command = [sys.executable, "-m", "benchmarks.embedding", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     facts = json.loads(done.stdout.splitlines()[-1])
-    print(f"{solver}: {facts['seconds']:.1f} s", file=sys.stderr, flush=True)  # the table comes much later
+    print(f"{solver}: {facts['seconds']:.1f} s", file=sys.stderr, flush=True)  # progress, long before the table
     return facts
 
 
 def sines(exact: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """The largest sine between two subspaces and their root mean square."""
+    """The largest sine of the principal angles between two subspaces, and the root mean square of the sines."""
     found = np.linalg.qr(found.astype(np.float64))[0]
     missed = exact - found @ (found.T @ exact)
     return np.linalg.norm(missed, 2), np.linalg.norm(missed) / np.sqrt(exact.shape[1])
 
 
 def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
-    """Time, memory and subspace of the truncated solver beside scipy's and the dense decompositions."""
+    """Compare the kit's truncated solver with scipy's and dense decompositions: time, memory and subspace."""
     names = [name for name in SOLVERS if with_dense or name not in DENSE]
     exact = DENSE[0] if with_dense else "scipy eigsh, float64"
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def scale(labels: int, topics: int, with_dense: bool, rounds: int) -> None:
 
 
 def quality(folder: Path, seeds: tuple[int, ...]) -> None:
-    """Hide one label of every held-out image, rank all labels by the remaining ones: how often is it in the top ten?"""
+    """Hide one label of every held-out image and rank all labels by its other labels; print the hits in the top ten."""
     raw = RawData(folder, "inclusive_images")
     index = reader.read_index(raw)
     matrix = reader.read_train(raw, index).matrix
@@ -184,7 +184,7 @@ def quality(folder: Path, seeds: tuple[int, ...]) -> None:
                 found = LabelEmbedding.fit(train, dim, **settings)
                 outputs = given @ found.vectors
                 outputs /= np.maximum(np.linalg.norm(outputs, axis=1, keepdims=True), 1e-12)
-                # PMI leaves the labels' own frequency out: a share of it is added again.
+                # PMI does not contain the labels' own frequency, so one variant adds a part of it again.
                 rates = np.log(counts[found.known], dtype=np.float32) / 16
                 for way, rows, rate in (
                     ("cosine", found.unit_vectors, 0),
@@ -200,7 +200,7 @@ def quality(folder: Path, seeds: tuple[int, ...]) -> None:
 
 
 def training(data: Path, seeds: tuple[int, ...], epochs: int, recipes: tuple[str, ...], more: list[str]) -> None:
-    """Train every recipe on every seed by the real command, and set their held-out scores side by side."""
+    """Train every recipe with every seed by the real command, and print their held-out scores side by side."""
     found: dict[str, list[dict]] = {}
     for seed in seeds:
         for recipe in recipes:

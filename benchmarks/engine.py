@@ -1,14 +1,14 @@
-"""The engine beside a hand-written loop and beside its peers: time, exactness and memory of an optimizer step.
+"""The engine compared with a hand-written loop and other libraries: time, error and memory of an optimizer step.
 
     make bench BENCH=engine                  everything that this machine can run (about four minutes on two cores)
     make bench BENCH=engine ARGS="time"      one part: time, passes, error, memory
     make bench BENCH=engine ARGS="--json benchmarks/figures/engine.json"      and writes the figures of the README
 
-Every loop has a process of its own, because merely importing some of the peers slows every later torch call. The loops
-are measured in turn, and the quickest step of each counts: the one that nothing else disturbed. All train the same
-network on the same batches, made before the clock starts. The peers get micro-batches that are cut before, as views of
-these batches; for the kit the cutting is timed too. The C allocator keeps freed memory: otherwise the ratios depend on
-when glibc returns pages to the system. requirements-peers.txt lists the peers.
+Each loop runs in its own process, because merely importing some of the peers (the other libraries, listed in
+requirements-peers.txt) slows every later torch call. The loops are measured in turn, and the fastest step of each
+counts, the one least disturbed by other processes. All train the same network on the same batches, made before the
+timing starts. The peers get their micro-batches as ready views of these batches; the kit's time includes the slicing.
+The C allocator keeps freed memory: otherwise the ratios depend on when glibc returns pages to the system.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def cnn() -> nn.Module:
 
 
 NETWORKS = {"MLP 16-32-10": (mlp, (16,)), "CNN 3x32x32": (cnn, (3, 32, 32))}
-STEPS = {"MLP 16-32-10": 60, "CNN 3x32x32": 16}  # of a training
+STEPS = {"MLP 16-32-10": 60, "CNN 3x32x32": 16}  # optimizer steps of one training
 
 
 def batches_of(shape: tuple[int, ...], sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Batch]:
@@ -86,7 +86,7 @@ def hand_written(work: Work) -> None:
 
 
 def naive_soft_f1(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Macro soft F1 as it is usually written; for a single batch it is equal to SoftFBeta(1, "macro")."""
+    """Macro soft F1 as it is usually written; on a whole batch it equals SoftFBeta(1, "macro")."""
     probabilities = outputs.sigmoid()
     hits = (probabilities * targets).sum(0)
     return 1 - ((2 * hits + 1) / (probabilities.sum(0) + targets.sum(0) + 1)).mean()
@@ -101,7 +101,7 @@ def ours(work: Work) -> None:
 
 
 def ours_with_fused(work: Work) -> None:
-    """With the optimizer that build_optimizer makes: torch's fused kernels, one pass over the weights."""
+    """The kit with a fused optimizer, as build_optimizer makes it: one pass over the weights."""
     work.make_optimizer = partial(work.make_optimizer, fused=True)
     ours(work)
 
@@ -111,17 +111,17 @@ CONTESTANTS: dict[str, Callable[[Work], None]] = {"hand-written loop": hand_writ
 
 
 def step_times(ticks: list[float]) -> list[float]:
-    """Seconds of every optimizer step but the first ten, in which caches and allocators warm up."""
+    """Seconds of each optimizer step after the first ten, in which caches and allocators warm up."""
     return [after - before for before, after in zip(ticks[10:], ticks[11:], strict=False)]
 
 
 def quickest(turns: list[list[float]]) -> float:
-    """The least of all steps: the one that shared the processor with nothing else."""
+    """Seconds of the fastest step of all turns, the one least disturbed by other processes."""
     return min(seconds for turn in turns for seconds in turn)
 
 
 class Contestant:
-    """One of CONTESTANTS in a process of its own, so that the import of a peer does not slow the others."""
+    """One of CONTESTANTS in its own process, so that importing a peer does not slow the others."""
 
     def __init__(self, name: str, network: str):
         command = [sys.executable, "-m", "benchmarks.engine", "child", "trainings", name, network]
@@ -141,7 +141,7 @@ class Contestant:
 
 
 def train_on_demand(name: str, network: str) -> None:
-    """The child process of Contestant: one training for every line of input; what the peers print goes to stderr."""
+    """The child process of Contestant: one training per line of input; output of the peers goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     make, shape = NETWORKS[network]
     batches = batches_of(shape, [32 * ACCUMULATE] * STEPS[network])
@@ -231,7 +231,7 @@ def update_error(
         return work.model
 
     start, end = trained(batches[:-1]), trained(batches)
-    start.zero_grad()  # some leave the last gradient behind
+    start.zero_grad()  # some loops leave their last gradient in place
     batch_value(exact_loss, start(batches[-1].inputs), batches[-1].targets).backward()
     exact = torch.cat([parameter.grad.flatten() for parameter in start.parameters()]) * -0.5
     update = weights_of(end) - weights_of(start)
@@ -246,7 +246,7 @@ def memory_part() -> list[dict]:
     peaks = {}
     for name, case in cases.items():
         command = [sys.executable, "-m", "benchmarks.engine", "child", case]
-        # Large blocks go back to the system at once, so that the peak is the tensors' and not the allocator's.
+        # Large freed blocks return to the system at once, so that the peak is that of the tensors in use.
         environment = {name: value for name, value in os.environ.items() if name not in STEADY_ALLOCATOR}
         environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
         found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -267,7 +267,7 @@ def train_once(case: str) -> None:
     optimizer, (batch,) = torch.optim.AdamW(model.parameters()), batches_of((3, 128, 128), [64])
     engine = Engine(model, CrossEntropy(), optimizer, micro_batch=4, log=silent)
     with open(PROCESSES / "self/clear_refs", "w") as switch:
-        switch.write("5")  # forget the peak of the imports
+        switch.write("5")  # resets VmHWM, which holds the peak of the imports
     before = resident("VmRSS")
     for step in range(3):
         if case == "batch":

@@ -1,11 +1,11 @@
-"""One card, at most five minutes: steps beside a hand-written loop and its peers, whole trainings, memory.
+"""One GPU, at most five minutes: steps compared with a hand-written loop and other libraries, trainings, memory.
 
     make bench BENCH=gpu                          everything
-    python -m benchmarks.gpu steps memory         some parts, with whatever torch and packages are there
-    python -m benchmarks.gpu --json card.json     where the figures go [gpu.json]
+    python -m benchmarks.gpu steps memory         some parts, with the installed torch and packages
+    python -m benchmarks.gpu --json card.json     the file for the figures [gpu.json]
 
-Missing packages, and measurements for which no time is left, are reported and skipped. Steps are timed many in a row:
-the clock stops when the card has done the last of them.
+Missing packages, and measurements for which no time is left, are reported and skipped. Many steps are timed in a row,
+until the card has finished the last one.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CARD = torch.device("cuda", 0)
 
 
 class Missing(Exception):
-    """A package that is not there."""
+    """A missing package, or a training without metrics."""
 
 
 def package(name: str) -> Any:
@@ -58,7 +58,7 @@ def silent(message: str) -> None:
 
 @dataclass
 class Clock:
-    """The time that the whole benchmark may take, and what is left of it."""
+    """The end of the time allowed for the whole benchmark (time.monotonic), and the seconds left."""
 
     end: float
 
@@ -66,7 +66,7 @@ class Clock:
         return self.end - time.monotonic()
 
 
-# What is trained.
+# Networks and their data.
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Network:
     shape: tuple[int, ...]
     batch: int
     cuts: int  # micro-batches of a batch
-    masks: int = 0  # classes of a segmentation, 0: one label of ten
+    masks: int = 0  # classes of a segmentation; 0: classification into ten labels
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets on the host, pinned. [B, ...]"""
+        """Inputs and targets [B, ...] in pinned host memory."""
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(self.batch, *self.shape, generator=generator)
         if self.masks:
@@ -88,7 +88,7 @@ class Network:
         return inputs.pin_memory(), targets.pin_memory()
 
     def losses(self) -> tuple[Callable, Any]:
-        """The loss of the other loops, a mean over the micro-batch, and the loss of the kit."""
+        """The loss of the other loops (the mean over a micro-batch) and the loss of the kit."""
         if self.masks:
             return (
                 F.binary_cross_entropy_with_logits,
@@ -127,7 +127,7 @@ LARGE = {
 }
 
 
-# Contestants: each makes a function that takes one optimizer step.
+# Contestants: each returns a function that makes one optimizer step.
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -208,7 +208,7 @@ CONTESTANTS = {
 
 
 def seconds_of(step: Step, inputs: Tensor, targets: Tensor, least: float = 0.5) -> float:
-    """Seconds of a step among many, after six that warm up: the median of three runs of `least` seconds."""
+    """Seconds per step: the median of three runs of about `least` seconds, after six warm-up steps."""
     for _ in range(6):
         step(inputs, targets)
     torch.cuda.synchronize()
@@ -227,7 +227,7 @@ def seconds_of(step: Step, inputs: Tensor, targets: Tensor, least: float = 0.5) 
 
 
 def steps_part(clock: Clock) -> list[dict]:
-    """Time of a step and its ratio to the hand-written loop, with data on the card and pinned on the host."""
+    """Time of a step and its ratio to the hand-written loop, with data on the card and in pinned host memory."""
     rows = []
     for name, network in NETWORKS.items():
         for where in ("card", "host"):
@@ -255,9 +255,9 @@ def steps_part(clock: Clock) -> list[dict]:
 
 
 def memory_part(clock: Clock) -> list[dict]:
-    """The micro-batch that the engine finds in 11, 16 and 80 GiB, its peak and its speed, with and without checkpoints.
+    """The micro-batch that the engine finds in 11, 16 and 80 GiB, peak and speed, with and without checkpointing.
 
-    Where the batch does not fit whole, the engine has recovered from an out-of-memory error of the card.
+    If the whole batch does not fit, the engine recovers from an out-of-memory error of the card.
     """
     rows, total = [], torch.cuda.get_device_properties(CARD).total_memory / GIB
     for name, network in LARGE.items():
@@ -303,7 +303,7 @@ def settled(network: Network, checkpointing: bool) -> dict:
     }
 
 
-TRAININGS = {  # competition, recipe: flags that keep it short
+TRAININGS = {  # (competition, recipe): flags that keep the training short
     ("digit_recognizer", "default"): ["--epochs", "3", "--fold", "0"],
     ("clouds", "default"): ["--epochs", "2", "--fold", "0"],
     ("clouds", "full"): ["--epochs", "1", "--fold", "0"],
@@ -346,7 +346,7 @@ def tried(work: Callable[[], dict], clock: Clock, seconds: float) -> dict:
         return {"skipped": str(error)}
     except subprocess.TimeoutExpired:
         return {"skipped": "took too long"}
-    except Exception as error:  # a peer that breaks with this torch must not take the other figures with it
+    except Exception as error:  # a peer that fails with this torch must not stop the other measurements
         return {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
     finally:
         gc.collect()

@@ -1,9 +1,9 @@
-"""What `make data` costs beside a plain download and unzip of the same archive.
+"""The time of `make data` compared with a plain download and unzip of the same archive.
 
 make bench BENCH=kaggle [ARGS="--megabytes 200 --rounds 5"]
 
-Both sides run the kaggle program against a server on loopback, in turn. Ours also lists the files, compares them with
-the disk and the archive, verifies every checksum, refuses unsafe names, and lists every file with its sha256.
+Both run the kaggle program against a server on loopback, in turn. `make data` also lists the files, compares them with
+the disk and the archive, verifies every checksum, refuses unsafe names, and records the sha256 of every file.
 """
 
 import argparse
@@ -32,7 +32,7 @@ fetch("toy", Source(sys.argv[2], ("train.csv", "train_images/*.jpg"), higher_is_
 
 
 def serve(megabytes: int, port) -> None:
-    """A competition of incompressible images and a tenth of text; in a process of its own, as Kaggle is."""
+    """Serve a competition of incompressible images and one tenth text, in a process separate from the clients."""
     import random
 
     from tests.common.kaggle.server import Kaggle, archive
@@ -79,7 +79,7 @@ def main() -> None:
         def timed(*commands: list[str]) -> float:
             for old in ("raw", "data"):
                 shutil.rmtree(folder / old, ignore_errors=True)
-            os.sync()  # so that writes of the other side are not timed here
+            os.sync()  # so that pending writes of the other way are not timed here
             start = time.perf_counter()
             for command in commands:
                 subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)

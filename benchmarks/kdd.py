@@ -1,4 +1,4 @@
-"""KDD air quality: medians beside pandas, all imputers and, with --train, the whole train and predict.
+"""KDD air quality: medians compared with pandas, all imputers and, with --train, whole train and predict runs.
 
 make bench BENCH=kdd ARGS="--data path/to/kdd_cup_2018"    the real files
 make bench BENCH=kdd                                       generated values of the same size
@@ -31,7 +31,7 @@ LAST_ORIGIN = "2018-04-30"
 
 
 def generated(days: int = 485) -> Observations:
-    """Values of the real data's size with a tenth missing."""
+    """Random values in the shape of the real data, a tenth of them missing."""
     random = np.random.default_rng(0)
     network = Network()
     course = np.cumsum(random.normal(0, 0.05, (days * 24, 1, 6)), axis=0)
@@ -41,7 +41,7 @@ def generated(days: int = 485) -> Observations:
 
 
 def by_long_table(series: np.ndarray, end: int) -> list[np.ndarray]:
-    """Nine windows of one origin from a long table (series, hour, value), the shape of the competition's files."""
+    """Medians of one origin's nine windows from a long table (series, hour, value), as in the competition's files."""
     known = series[: end * 24]
     hours, number = np.indices(known.shape)
     frame = pd.DataFrame(
@@ -54,14 +54,14 @@ def by_long_table(series: np.ndarray, end: int) -> list[np.ndarray]:
 
 
 def by_wide_table(series: np.ndarray, end: int) -> list[np.ndarray]:
-    """The same with a column per series, the least work for pandas."""
+    """The same medians from a table with a column per series, which is the least work for pandas."""
     frame = pd.DataFrame(series[: end * 24])
     hours = np.arange(len(frame)) % 24
     return [frame.iloc[-24 * n :].groupby(hours[-24 * n :]).median().to_numpy() for n in medians.FIB_DAYS]
 
 
 class Timed:
-    """Seconds of a `with` block: on the clock, and of the processor, which other processes hardly change."""
+    """Seconds of a `with` block: `clock`, and `work` of the processor, which other processes hardly affect."""
 
     def __enter__(self) -> "Timed":
         self.clock, self.work = time.perf_counter(), time.process_time()
@@ -75,7 +75,7 @@ def compare_medians(series: np.ndarray, repeats: int = 3) -> None:
     days = medians.by_day(series)
     ends = np.arange(len(days) - ORIGINS + 1, len(days) + 1)
     flat = days.reshape(-1, days.shape[2])
-    last = int(ends[-1])  # pandas is timed on this origin alone, and its time scaled to all
+    last = int(ends[-1])  # pandas is timed on this origin only, scaled to all origins
 
     def ours() -> tuple[float, float]:
         with Timed() as timed:

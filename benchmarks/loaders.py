@@ -1,4 +1,4 @@
-"""Loaders beside their peers: what a key costs, how fast images come, and which guarantees hold.
+"""The kit's Loader compared with others: overhead per sample, waiting times, images per second and guarantees.
 
     make bench BENCH=loaders                                   all four parts
     make bench BENCH=loaders ARGS="--part guarantees"          overhead, first, clouds or guarantees
@@ -41,11 +41,11 @@ def drain(items: Iterable) -> None:
         pass
 
 
-# What a key costs.
+# Overhead per sample.
 
 
 class Rows:
-    """The cheapest dataset: rows of two tensors."""
+    """The dataset with the cheapest samples: rows of two tensors."""
 
     def __init__(self, rows: int):
         self.inputs, self.targets = torch.zeros(rows, 16), torch.zeros(rows, dtype=torch.int64)
@@ -83,7 +83,7 @@ class Augmented:
 
 
 def overhead(data: Path | None) -> list[dict]:
-    """What a key costs: this kit's Loader beside torch's DataLoader, same dataset, batches and workers."""
+    """Overhead per sample: this kit's Loader and torch's DataLoader with the same dataset, batches and workers."""
     rows = []
     for name, dataset, size, repeats in [
         ("16 numbers", Rows(32_768), 256, 7),
@@ -113,7 +113,7 @@ def overhead(data: Path | None) -> list[dict]:
     return rows
 
 
-# How long a training waits for the first batch of an epoch.
+# Waiting for the first batch of an epoch.
 
 
 class Slow(Rows):
@@ -127,7 +127,7 @@ class Slow(Rows):
 
 
 def first(data: Path | None) -> list[dict]:
-    """Wait for the first batch of an epoch, in samples of 20 ms: batches of 16, two workers."""
+    """Wait for the first batch of an epoch, in multiples of a sample's 20 ms: batches of 16, two workers."""
     names = ["first epoch, with the workers' start", "next epoch", "next, after 1 s of validation"]
     rows, dataset = [], Slow(128)
     plain = DataLoader(dataset, 16, shuffle=True, num_workers=2, persistent_workers=True)
@@ -145,13 +145,13 @@ def first(data: Path | None) -> list[dict]:
     return rows
 
 
-# How fast images come.
+# Images per second.
 
 
 class BareLoops:
-    """Two processes that only loop over the rows, each taking the next row: the most that two cores can do.
+    """Two processes that only loop over the rows, each taking the next row: the upper bound for two cores.
 
-    They live as long as the Loader's workers, so that the start of processes is not timed.
+    Like the Loader's workers they stay alive, so that process start-up is not timed.
     """
 
     def __init__(self, dataset: Any, rows: np.ndarray):
@@ -163,7 +163,7 @@ class BareLoops:
             self.ports.append(here)
             self.processes.append(context.Process(target=self._serve, args=(dataset, rows, there), daemon=True))
             self.processes[-1].start()
-            there.close()  # else recv would wait for ever if the process dies
+            there.close()  # otherwise recv would wait for ever if the process dies
 
     def _serve(self, dataset: Any, rows: np.ndarray, port: Any) -> None:
         while port.recv():
@@ -190,7 +190,7 @@ class BareLoops:
 
 
 def clouds(data: Path | None) -> list[dict]:
-    """Images a second of the clouds training: decode, masks, augment."""
+    """Images per second of the clouds training: decode, masks, augment."""
     from common.raw import RawData
     from competitions.clouds.config import RECIPES
     from competitions.clouds.demo import write_demo
@@ -231,7 +231,7 @@ def clouds(data: Path | None) -> list[dict]:
 
 
 class Flips:
-    """Three flips and a number for every sample, from the global generators or from an albumentations pipeline."""
+    """Three random flips and a random number per sample, from global generators or from albumentations pipelines."""
 
     def __init__(self, source: str, rows: int):
         self.source, self.rows = source, rows
@@ -257,7 +257,7 @@ BATCH = 8
 
 
 class Peer:
-    """A way to load: `epochs` returns the (index [B], numbers [B, 4]) of epochs, resumed after `start` batches."""
+    """A loader to compare: `epochs` returns each epoch's (index [B], numbers [B, 4]), resumed after `start` batches."""
 
     def __init__(
         self, seed: Callable[[int], Any], init: Callable[[int], Any] | None = None, stateful: type | None = None
@@ -276,7 +276,7 @@ class Peer:
         )
         if self.stateful is None:
             batches = torch.utils.data.BatchSampler(sampler, BATCH, drop_last=False)
-            if start:  # what a careful user does: the same order, without the batches that are done
+            if start:  # as a careful user resumes: the same order without the finished batches
                 batches = list(batches)[start:]
             loader = DataLoader(
                 dataset,
@@ -321,7 +321,7 @@ class Ours:
 
 
 def joined(batches: list) -> dict[int, tuple[float, ...]]:
-    """Row -> its numbers."""
+    """Row number -> its random numbers."""
     return {int(index): tuple(numbers.tolist()) for part in batches for index, numbers in zip(*part, strict=True)}
 
 
@@ -357,7 +357,7 @@ def versions() -> str:
 
 
 def peers() -> dict[str, Any]:
-    """The systems by name; None for one that is not installed."""
+    """The loaders by name; None for a missing package."""
 
     def seed_all(rank: int) -> None:
         random.seed(0)

@@ -1,11 +1,11 @@
-"""Writes the tables of the READMEs from benchmarks/figures/*.json, between <!-- figures: NAME --> and <!-- end -->.
+"""Write the tables of the READMEs from benchmarks/figures/*.json, between <!-- figures: NAME --> and <!-- end -->.
 
     make bench BENCH=tables
     make bench BENCH=tables ARGS="runs/clouds/003-small"      first adds the score of this finished run
 
-Runs of one recipe that differ in the seed alone become one line when they are named together. A new line replaces the
-one of the same competition and recipe in scores.json, but keeps its `note` about the data and comparable scores.
-engine.json, loaders.json and gpu.json are written by the benchmarks of these names: ARGS="--json PATH".
+Runs of one recipe that differ only in the seed become one line if they are given together. A new line replaces the
+line of the same competition and recipe in scores.json, but keeps its `note` about the data and comparable scores.
+The benchmarks engine, loaders and gpu write the files with their names: ARGS="--json PATH".
 """
 
 import argparse
@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 
 def score_of(folder: Path) -> dict[str, Any]:
-    """The line of scores.json that a finished run makes; raises UserError when it has no score."""
+    """The line of scores.json for a finished run; raises UserError if it has no score."""
     run = Run(folder, read_json(folder / "run.json", "competition", "recipe", "demo", "machine", "commit"))
     result = run.result
     if result is None or result["score"] is None:
@@ -76,7 +76,7 @@ def _key(line: dict[str, Any]) -> tuple:
 def scores(lines: Rows) -> list[str]:
     """A line for every competition, recipe and kind of rows; the score is the mean over the seeds.
 
-    Machines have letters, which are explained below the table.
+    Machines are given as letters, which are explained below the table.
     """
     machines = dict.fromkeys(line["machine"] for line in lines if line["machine"])
     letters = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}

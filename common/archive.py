@@ -78,7 +78,7 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
             if not nested:
                 return entries
             if depth == DEEPEST_NESTING:
-                raise Unsafe(f"{archive.name}: {nested[0]} is an archive in {DEEPEST_NESTING} archives: unpack it by "
+                raise Unsafe(f"{archive.name}: {nested[0]} is nested in {DEEPEST_NESTING} archives: unpack it by "
                              f"hand and pass DATA=/path/to/folder")  # fmt: skip
             for name in nested:
                 inner = folder / name
@@ -87,14 +87,14 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
                 place = _place(holder, PurePosixPath(name))
                 for inside, entry in _unpack_one(holder, folder, place, budget, shown=name).items():
                     if inside != name and inside in entries:
-                        raise Unsafe(f"{archive.name}: {inside} is there as a file and in {name}")
+                        raise Unsafe(f"{archive.name}: {inside} exists as a file and again in {name}")
                     entries[inside] = entry
                 if not (folder / name).is_file():
                     del entries[name]
                 holder.unlink()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some disk space" if full else "make the folder one that takes these files"
+        remedy = "free some disk space" if full else "use a folder that can hold these files"
         raise UserError(
             f"{folder}: {archive.name} could not be unpacked ({error.strerror or error}): {remedy}, then repeat the "
             "same command"
@@ -138,8 +138,8 @@ def refuse_bomb(name: str, size: int, packed: int, shown: str) -> None:
     """Raises Unsafe when `packed` bytes unpack to so large a `size` that they may be meant to fill disk or memory."""
     if size > max(HARMLESS_BYTES, LARGEST_RATIO * packed):
         raise Unsafe(
-            f"{shown}: {name} unpacks to more than {LARGEST_RATIO} times its size, as archives do that are made to "
-            "fill a disk. If it is meant to be so, unpack it by hand and pass DATA=/path/to/folder"
+            f"{shown}: {name} unpacks to more than {LARGEST_RATIO} times its size, like an archive made "
+            "to fill a disk. If you trust it, unpack it by hand and pass DATA=/path/to/folder"
         )
 
 
@@ -200,7 +200,7 @@ def opened(archive: Path, shown: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(archive)
     except DAMAGED as error:
-        raise Damaged(f"{shown} is not a whole zip archive ({error})") from error
+        raise Damaged(f"{shown} is not a complete zip archive ({error})") from error
 
 
 def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInfo]:
@@ -216,23 +216,23 @@ def _safe_files(stream: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInf
         kind = stat.S_IFMT(member.external_attr >> 16)
         problem = ""
         if name.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")) or not (parts or is_folder):
-            problem = "leads out of the folder"
+            problem = "points outside the folder"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a device, not a file"
         elif member.flag_bits & 1:
             problem = "is encrypted"
         elif str(PurePosixPath(name)) in found and not is_folder:
-            problem = "is there twice"
+            problem = "appears twice"
         elif len(parts) > DEEPEST_FOLDER:
-            problem = f"lies in {len(parts) - 1:,} folders, at most {DEEPEST_FOLDER - 1} are taken"
+            problem = f"is {len(parts) - 1:,} folders deep, expected at most {DEEPEST_FOLDER - 1}"
         elif (
             max((len(os.fsencode(part)) for part in parts), default=0) > LONGEST_PART
             or len(os.fsencode(name)) > LONGEST_NAME
         ):
-            problem = f"has a name of {len(os.fsencode(name)):,} bytes, longer than a file's may be"
+            problem = f"has a name of {len(os.fsencode(name)):,} bytes, too long for a file"
         if problem:
             entry = name if len(name) < SHOWN else f"{name[:SHOWN]}..."
-            raise Unsafe(f"{shown}: the entry {entry!r} {problem}: nothing of it was kept. Get the files "
+            raise Unsafe(f"{shown}: the entry {entry!r} {problem}: nothing was kept. Get the files "
                          f"from the competition's page by hand and pass DATA=/path/to/folder")  # fmt: skip
         if not is_folder and not any(map(is_foreign, parts)):
             found[str(PurePosixPath(name))] = member
@@ -243,7 +243,7 @@ def _make_folder(path: Path, folder: Path, shown: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise Unsafe(f"{shown}: {path.relative_to(folder)} is there as a file and as a folder") from error
+        raise Unsafe(f"{shown}: {path.relative_to(folder)} is both a file and a folder") from error
 
 
 def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, shown: str) -> Entry:
@@ -256,7 +256,7 @@ def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sho
                 digest.update(chunk)
                 out.write(chunk)
     except FileExistsError as error:
-        raise Unsafe(f"{shown}: {member.filename} is there twice") from error
+        raise Unsafe(f"{shown}: {member.filename} appears twice") from error
     if size != member.file_size:
         raise Damaged(f"{shown}: {member.filename} has {size} bytes, expected {member.file_size}")
     return Entry(size, digest.hexdigest())

@@ -65,12 +65,17 @@ class Kept:
     @staticmethod
     def of_run(run: Run, kind: str) -> "Kept":
         """The "oof" or "test" predictions that a run keeps; without any raises UserError with the remedy."""
-        values, ids = read_predictions(run.path, kind), run.path / f"{kind}_ids.txt"
+        again = f"delete {run.path / 'result.json'} and repeat its command, {run.provenance['command']}"
+        if run.is_blend:
+            again = "blend its runs again"
+        elif kind == "test" and any(run.path.glob("fold-*/model.pt")):
+            again = f"make predict COMP={run.provenance['competition']} RUN={run.name}"
+        values, ids = read_predictions(run.path, kind, again), run.path / f"{kind}_ids.txt"
         if values is None or not ids.is_file():
-            remedy = f"make predict COMP={run.provenance['competition']} RUN={run.name}" if kind == "test" else ""
             what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
-            raise UserError(f"{run.path} keeps no {what}: {remedy or 'leave it out, or train it with --fold all'}")
-        names = read_ids(run.path, kind)
+            remedy = again if kind == "test" else "leave it out, or train it with --fold all"
+            raise UserError(f"{run.path} has no {what}: {remedy}")
+        names = read_ids(run.path, kind, again)
         return Kept(run.name, str(run.path), values, names, np.arange(len(names)))
 
     @staticmethod
@@ -78,7 +83,7 @@ class Kept:
         """Read a CSV file: an id and predictions in every row, in the order of the columns and the shape of `like`."""
         (shape,) = like.shapes.values() if len(like.shapes) == 1 else (None,)
         if shape is None:
-            raise UserError(f"{path}: files have no place for predictions that are a tree ({', '.join(like.shapes)})")
+            raise UserError(f"{path}: a CSV cannot hold predictions with several parts ({', '.join(like.shapes)})")
         try:
             with open(path, newline="", encoding="utf-8-sig") as stream:
                 header, *table = csv.reader(stream)
@@ -86,7 +91,7 @@ class Kept:
             values = values.reshape(len(values), *shape)
         except (OSError, ValueError) as error:
             numbers = int(np.prod(shape))
-            raise UserError(f"{path} cannot be read ({error}): expected an id and {numbers} numbers a row") from error
+            raise UserError(f"{path} cannot be read ({error}): expected an id and {numbers} numbers per row") from error
         names = [row[0] for row in table if row]
         if len(set(names)) < len(names) or not np.isfinite(values).all():
             raise UserError(f"{path}: expected every id once, and finite numbers")
@@ -97,7 +102,7 @@ class Kept:
         place = dict(zip(self.ids, self.places.tolist(), strict=True))
         if missing := [name for name in ids if name not in place]:
             raise UserError(
-                f"{self.where} has no predictions of {len(missing)} of {len(ids)} rows, the first is {missing[0]}: "
+                f"{self.where} has no predictions for {len(missing)} of {len(ids)} rows, the first is {missing[0]}: "
                 f"blend predictions of the same rows"
             )
         return replace(self, ids=ids, places=np.array([place[name] for name in ids], int))
@@ -134,18 +139,20 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     name = competition.name
     there = given.name and (runs.folder_of(name, given.name) / "run.json").is_file()
     if there and not runs.load(name, given.name).is_unfinished_blend:
-        raise UserError(f"--name {given.name} is there already: give the blend another name")
+        raise UserError(f"--name {given.name} already exists: give the blend another name")
     members = _members(competition, given.run)
     base, config = members[0], members[0].config(competition.config_class)
     use_threads(config)
     found = raw.of_run(base.provenance, given.data, competition.write_demo)
     task = completed(competition.build(config, found, print), found)
     if task.fingerprint != base.provenance["data_fingerprint"]:
-        raise UserError(f"{found.path} is not what {base.name} was trained on: pass its files, DATA=folder-or-zip")
+        raise UserError(
+            f"{base.name} was trained on other data than {found.path}: pass its data with DATA=folder-or-zip"
+        )
     if folds.fingerprint(task.data.folds, task.data.ids) != base.provenance["folds_fingerprint"]:
         raise UserError(
-            f"{base.name} had other folds or ids than competitions/{name} makes of the same data now: blend with the "
-            f"code of its training (commit {base.provenance['commit']}), or train the runs again"
+            f"the code of competitions/{name} now makes other folds or ids than {base.name} was trained with: check "
+            f"out commit {base.provenance['commit']} to blend, or train the runs again"
         )
     oof = _aligned([Kept.of_run(run, "oof") for run in members], given.oof)
     row_of = {str(one): row for row, one in enumerate(task.data.ids)}
@@ -154,7 +161,7 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     rows, oof = rows[order], [one.taken([oof[0].ids[place] for place in order]) for one in oof]
     test = _aligned([Kept.of_run(run, "test") for run in members], given.test, list(map(str, task.data.test_ids)))
     if len(oof) != len(test):
-        raise UserError("--oof and --test: expected one file for each other, in one order: --oof a.csv --test b.csv")
+        raise UserError("--oof and --test: expected equally many files, in the same order: --oof a.csv --test b.csv")
     chosen, sampled = choose(task, config, oof, rows, given, space)
 
     provenance = provenance_of(competition, task, "blend", found) | {"demo": base.provenance["demo"]}
@@ -184,7 +191,7 @@ def _space(given: argparse.Namespace) -> Space:
     if given.by in ("nnls", "stack") and given.space != "plain":
         raise UserError(f"--space {given.space}: --by {given.by} combines predictions as they are, leave --space out")
     if given.by == "stack" and given.per_class:
-        raise UserError("--per-class: a stack sees all classes of all runs at once, leave it out")
+        raise UserError("--per-class: a stack uses all classes of all runs at once, leave it out")
     if word in ("plain", "rank") and not exponent:
         return {"plain": PLAIN, "rank": RANKS}[word]
     try:
@@ -211,7 +218,7 @@ def _members(competition: Competition, named: str | None) -> list[Run]:
         print(f"blending {', '.join(run.name for run in found)}")
     for run in found:
         if unlike := _unlike(found[0], run):
-            raise UserError(f"runs {found[0].name} and {run.name} have other {unlike}: blend runs that have the same")
+            raise UserError(f"runs {found[0].name} and {run.name} have different {unlike}: blend runs with the same")
     return found
 
 
@@ -224,7 +231,7 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
     """All members, reduced to the rows `ids` or else to the rows that all runs have; files must have all of these."""
     shapes = found[0].shapes
     if unlike := [one for one in found if one.shapes != shapes]:
-        raise UserError(f"{unlike[0].where} predicts {unlike[0].shapes} and {found[0].where} {shapes}: not blended")
+        raise UserError(f"{unlike[0].where} predicts {unlike[0].shapes}, but {found[0].where} {shapes}: leave one out")
     if ids is None:
         common = set(found[0].ids).intersection(*(one.ids for one in found))
         ids = [name for name in found[0].ids if name in common]
@@ -234,7 +241,7 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
     found = found + [replace(one, name=one.where) if stems.count(one.name) > 1 else one for one in added]
     names = [one.name for one in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{twice[0]} is there twice: name every run, and every file, once")
+        raise UserError(f"{twice[0]} appears twice: name every run, and every file, once")
     return [one.taken(ids) for one in found]
 
 
@@ -267,7 +274,7 @@ def _way(
     """The method that --by and --per-class name; raises UserError when the targets do not fit it."""
     needs_targets = given.by in ("nnls", "stack") or given.per_class
     if needs_targets and not isinstance(targets, torch.Tensor):
-        raise UserError(f"--by {given.by}: the targets are a tree, use --by hill without --per-class")
+        raise UserError(f"--by {given.by}: the targets have several parts, use --by hill without --per-class")
     truth = targets.numpy() if isinstance(targets, torch.Tensor) else None
     if truth is not None and without_ones(truth.shape) == without_ones(members.shape[1:]):
         truth = truth.reshape(members.shape[1:])  # [m, 1] is the same as [m], as for metrics
@@ -298,7 +305,7 @@ def _way(
             metric.score(members[0, :, 0], one_hot[:, 0].astype(np.float32))
         except (UserError, ValueError, RuntimeError, LookupError, TypeError) as error:
             raise UserError(
-                f"--per-class --by {given.by}: {metric.name} is not one of a single label's predictions ({error}): use "
+                f"--per-class --by {given.by}: {metric.name} cannot be computed for a single label ({error}): use "
                 f"--by nnls, or leave --per-class out"
             ) from error
     return ensemble.per_class(of_class)
@@ -348,7 +355,8 @@ def _gain(facts: dict[str, Any]) -> str:
     told = ", ".join(f"{name} {weight}" for name, weight in weights.items() if not isinstance(weight, list))
     alone = ", ".join(f"{name} {score:.5f}" for name, score in facts["scores"].items())
     return (
-        f"Before tuning, nested over folds: {facts['score']:.5f}, the plain mean {facts['mean']:.5f}, alone {alone}."
+        f"Before tuning, nested over folds: blend {facts['score']:.5f}, equal weights {facts['mean']:.5f}; "
+        f"single runs: {alone}."
         f"{' Weights: ' * bool(told)}{told}"
     )
 

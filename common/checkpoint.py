@@ -30,7 +30,7 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
                 raise EOFError(f"the checksum of {damaged} is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
-            raise EOFError(f"it holds a {type(found).__name__}, expected named parts")
+            raise EOFError(f"it holds a {type(found).__name__}, expected a dict of named parts")
         if missing := [key for key in keys if key not in found]:
             raise EOFError(f"it has no {', '.join(missing)}")
     except pickle.UnpicklingError as error:  # its message advises a mode that runs code from the file
@@ -51,8 +51,8 @@ def restoring(path: Path) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
         raise UserError(
-            f"{path} does not fit this network and these settings ({reason[:200]}): it is of other code or of another "
-            f"run. Put its own file back, or delete it and repeat the command"
+            f"{path} does not fit this network and these settings ({reason[:200]}): other code or another run "
+            f"wrote it. Restore the run's own file, or delete it and repeat the command"
         ) from error
 
 

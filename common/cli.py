@@ -53,11 +53,11 @@ def default_recipe(name: str, recipes: dict[str, Config], argv: list[str]) -> st
 
 
 def train(name: str, argv: list[str]) -> None:
-    """train a recipe, or go on with the interrupted run of the same command, then write the submission"""
+    """train a recipe, or resume the same command's interrupted run, then write the submission"""
     competition = competitions.load(name)
     parser = verb_parser("train", name, train.__doc__)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
-    parser.add_argument("--resume", **SWITCH, help="go on though code or data have changed")
+    parser.add_argument("--resume", **SWITCH, help="resume even if code or data have changed")
     recipes = competition.recipes
     parser.add_argument("--no-submission", action="store_true", help="train only; make predict writes it later")
     config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
@@ -76,9 +76,11 @@ def predict(name: str, argv: list[str]) -> None:
     parser.add_argument(
         "--fallback",
         action="store_true",
-        help="give rows of unreadable images the sample submission's own values, and name them",
+        help="fill rows of unreadable images with the sample submission's values, and list them",
     )
-    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="after these, --fallback for all rows left")
+    parser.add_argument(
+        "--budget", type=seconds, metavar="SECONDS", help="time limit; rows left then get --fallback values"
+    )
     given = parser.parse_args(argv)
     from common import predict as predicting
 
@@ -89,8 +91,8 @@ def tune(name: str, argv: list[str]) -> None:
     """search for settings with Optuna: every trial is a run; the same command resumes it (takes train's flags too)"""
     competition = competitions.load(name)
     own = verb_parser("tune", name, tune.__doc__)
-    own.add_argument("--search", metavar="SPACE", help="lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
-    own.add_argument("--trials", type=int, default=30, help="trials in all, those of before included [30]")
+    own.add_argument("--search", metavar="SPACE", help="such as lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
+    own.add_argument("--trials", type=int, default=30, help="number of trials, with those of earlier commands [30]")
     mine = Parser(add_help=False, allow_abbrev=False)
     mine.add_argument("--search")
     mine.add_argument("--trials")
@@ -113,7 +115,7 @@ def runs(name: str, argv: list[str]) -> None:
 
 
 def blend(name: str, argv: list[str]) -> None:
-    """combine runs by weights chosen on their out-of-fold predictions, nested over folds: a run of its own"""
+    """combine runs with weights chosen on their out-of-fold predictions, nested over folds, into a new run"""
     parser = verb_parser("blend", name, blend.__doc__)
     parser.add_argument("--run", metavar="NAME,NAME", help="runs to blend [all that are comparable with the best]")
     parser.add_argument("--by", default="hill", choices=("hill", "nnls", "optimum", "mean", "stack"),
@@ -151,7 +153,7 @@ def data(name: str, argv: list[str]) -> None:
     if source.url:
         own = f"a mirror of {source.url}: its host (https://host), or another archive's address"
         parser.add_argument("--url", default="", help=own)
-        parser.add_argument("--checksum", default="", help="of that archive: md5:... or sha256:... [the published one]")
+        parser.add_argument("--checksum", default="", help="its checksum, md5:... or sha256:... [the published one]")
     given = vars(parser.parse_args(argv))
     if path := given.pop("data"):
         raise UserError(f"DATA={path}: make data writes to data/{name}; DATA= is for make train")
@@ -166,7 +168,9 @@ def submit(name: str, argv: list[str]) -> None:
     parser.add_argument("--run", metavar="NAME", help="run whose newest submission is sent [the best one]")
     parser.add_argument("--file", metavar="CSV", help="file to send [chosen by the run]")
     parser.add_argument("--msg", metavar="TEXT", dest="message", help="message [run, recipe, score and commit]")
-    parser.add_argument("--wait", metavar="SECONDS", type=seconds, default=900.0, help="for the score, at most [900]")
+    parser.add_argument(
+        "--wait", metavar="SECONDS", type=seconds, default=900.0, help="longest wait for the score [900]"
+    )
     parser.add_argument("--force", **SWITCH, help="send a file that was sent before")
     given = vars(parser.parse_args(argv))
     from common.kaggle import submit as submits
@@ -188,15 +192,17 @@ def kernel(name: str, argv: list[str]) -> None:
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
         one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
-        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
+        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
         one.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
-        one.add_argument("--internet", choices=("on", "off"), default="on", help="in the notebook [on]")
-        one.add_argument("--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it so long [43200]")
+        one.add_argument("--internet", choices=("on", "off"), default="on", help="internet in the notebook [on]")
+        one.add_argument(
+            "--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it at most so long [43200]"
+        )
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
     config, checked = configured(parser, competition.recipes, training)  # the rest is passed on as it is
     if checked.data:
-        raise UserError(f"DATA={checked.data}: on Kaggle the files of {competition.source.slug or name} are at hand")
+        raise UserError(f"DATA={checked.data}: on Kaggle the notebook reads the competition's own files: leave it out")
     refuse_what_stays(competition, config, given.internet == "on")
     if config.precision == "auto" and given.accelerator.startswith(NO_BF16):
         training = [*training, "--precision", "fp16"]
@@ -221,8 +227,10 @@ def notebook(name: str, argv: list[str]) -> None:
     own = Parser(add_help=False, allow_abbrev=False)
     for one in (own, parser):
         one.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
-        one.add_argument("--limit", type=duration, default=duration("9h"), help="of the notebook's time: 9h, 30m [9h]")
-        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's name [{ACCELERATOR}]")
+        one.add_argument(
+            "--limit", type=duration, default=duration("9h"), help="the notebook's time limit: 9h, 30m [9h]"
+        )
+        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
         one.add_argument("--fetch", action="store_true", help="push nothing: follow the notebook pushed last")
         one.add_argument("--submit", action="store_true", help="submit this version of the notebook")
     own.add_argument("--data")
@@ -275,7 +283,7 @@ def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
 def _run(argv: list[str]) -> None:
     for word in argv:
         if not word.isascii() and word.encode(errors="surrogateescape") != word.encode(errors="replace"):
-            raise UserError(f"{word!r} is not UTF-8: give the file or the run a name that is")
+            raise UserError(f"{word!r} is not UTF-8: rename the file or the run")
     verb = argv[0]
     given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
     function = verb_of(verb, given)
@@ -305,6 +313,6 @@ def main(argv: list[str]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("stopped: the same command goes on where this left off", file=sys.stderr)
+        print("stopped: repeat the same command to go on from here", file=sys.stderr)
         return 130
     return 0

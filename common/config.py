@@ -24,7 +24,7 @@ def between(low: float, high: float) -> Rule:
 
 
 ABOVE_0: Rule = lambda value: value > 0, "above 0"
-BELOW_1: Rule = lambda value: 0 <= value < 1, "0 up to, not including, 1"
+BELOW_1: Rule = lambda value: 0 <= value < 1, "at least 0 and below 1"
 
 
 def flag(
@@ -50,19 +50,19 @@ class Config:
     """The settings of every competition. A competition's own config is a direct subclass; recipes stand beside it."""
 
     # What is trained on.
-    fold: str = flag("0", "fold to hold out for validation; 'all' trains every fold, 'none' trains on everything")
+    fold: str = flag("0", "fold to hold out for validation; 'all' trains every fold, 'none' trains on all rows")
     folds: int = flag(5, "number of folds", rule=at_least(2))
     seed: int = flag(0, "seed of the folds, the order, the augmentation, the weights and the dropout")
     pseudo: str = flag(
         "",
-        "finished runs, with commas: test rows with their predictions as targets train too (pseudo-labels)",
+        "pseudo-labels: also train on the test rows, with these finished runs' predictions (a,b) as targets",
         names="runs",
     )
-    pseudo_weight: float = flag(1.0, "weight of a test row's loss, where that of a training row is 1", rule=ABOVE_0)
+    pseudo_weight: float = flag(1.0, "loss weight of a pseudo-labelled test row; a training row has 1", rule=ABOVE_0)
     pseudo_min: float = flag(
         0.0,
-        "leave out test rows that are less sure: the largest probability of classes, or the mean of max(p, 1 - p) "
-        "over labels",
+        "leave out test rows with a lower confidence: the largest class probability, or the mean of max(p, 1 - p) over "
+        "labels",
         "probability",
         between(0, 1),
     )
@@ -73,7 +73,7 @@ class Config:
     )
     micro_batch: int | Literal["auto"] = flag(
         "auto",
-        "samples on the device at once; the step is that of the whole batch (but for BatchNorm)",
+        "samples on the device at once; the step equals that of the whole batch (except for BatchNorm)",
         "samples",
         (lambda value: value == "auto" or value >= 1, "auto or at least 1"),
     )
@@ -81,11 +81,11 @@ class Config:
     lr: float = flag(1e-3, "peak learning rate", "per optimizer step", ABOVE_0)
     weight_decay: float = flag(
         1e-2,
-        "weight decay, decoupled for adamw and radam, in the gradient of others; none on biases and normalisation",
+        "weight decay: decoupled for adamw and radam, L2 for sgd and adam; none on biases and normalisation",
         rule=at_least(0),
     )
     momentum: float = flag(0.9, "momentum of sgd, beta1 of the others", rule=BELOW_1)
-    schedule: Literal["cosine", "onecycle", "linear", "step", "constant"] = flag("cosine", "learning rate over the run")
+    schedule: Literal["cosine", "onecycle", "linear", "step", "constant"] = flag("cosine", "shape of the learning rate")
     warmup: float = flag(
         0.05, "part of the run in which the learning rate rises", "fraction of the steps", between(0, 1)
     )
@@ -95,13 +95,13 @@ class Config:
     )
     swa: float = flag(
         0.0,
-        "keep the plain mean of the weights over this last part of the steps, with BatchNorm's statistics estimated "
-        "again for it at the end (validations before have their mean); 0 is off",
+        "average the weights over this last part of the steps (SWA), and estimate BatchNorm's statistics anew at the "
+        "end (earlier validations use averaged ones); 0 is off",
         "fraction of the steps",
         between(0, 1),
     )
     # Evaluation and stopping.
-    evaluate_every: int = flag(1, "validate after this many epochs; the last epoch always", "epochs", at_least(1))
+    evaluate_every: int = flag(1, "validate once per this many epochs, and after the last", "epochs", at_least(1))
     keep: Literal["best", "last"] = flag("best", "weights to keep: of the best validation or of the last step")
     patience: int = flag(
         0, "stop after this many validations without a better score; 0 never stops", "validations", at_least(0)
@@ -112,22 +112,24 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
     workers: int | Literal["auto"] = flag(
         "auto",
-        "processes that read and augment files; auto is the cores less one, on a CPU a fourth of them; data held as "
-        "tensors need none",
+        "processes that read and augment files; auto: all cores but one for a GPU, a quarter of them for a CPU, none "
+        "for data held as tensors",
         "processes",
         (lambda value: value == "auto" or 0 <= value <= 1024, "auto or 0 to 1024"),
     )
     threads: int = flag(
-        0, "CPU threads of the training process; 0 takes the cores without a worker", "threads", between(0, 1024)
+        0, "CPU threads of the training process; 0: the cores that no worker uses", "threads", between(0, 1024)
     )
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     keep_memory: bool = flag(True, "on a CPU, keep freed memory for the next step: faster, but a higher peak")
     compile: bool = flag(False, "torch.compile the model: a minute more at the start, faster steps")
-    graph: bool = flag(True, "on a CUDA card, replay steps of a fixed shape as a CUDA graph: no waiting for Python")
+    graph: bool = flag(
+        True, "on a CUDA card, replay steps of a fixed shape as a CUDA graph, without waiting for Python"
+    )
     channels_last: bool = flag(False, "keep image tensors in channels-last order; always on a CUDA card")
     save_every: float = flag(60.0, "least time between two checkpoints inside an epoch", "seconds", at_least(0))
     track: Literal["none", "tensorboard", "wandb"] = flag(
-        "none", "send every epoch's figures there too (packages of their own; WANDB_MODE=offline keeps wandb's here)"
+        "none", "log every epoch there too (pip install its package; WANDB_MODE=offline keeps wandb's files here)"
     )
     bad_images: Literal["raise", "skip"] = flag("raise", "stop at an unreadable image, or leave it out and list it")
 
@@ -262,9 +264,9 @@ def checked(config: ConfigType) -> ConfigType:
                 raise _refused(item.name, value, expected)
     together = [
         ("swa", config.ema or config.patience or config.keep == "best", "0, or --ema 0, --patience 0 and --keep last"),
-        ("compile", config.checkpointing, "false, or --checkpointing false: torch compiles no blocks that recompute"),
+        ("compile", config.checkpointing, "false, or --checkpointing false: torch cannot compile checkpointed blocks"),
         ("pseudo_min", not config.pseudo, "0, or --pseudo RUN"),
-        ("patience", config.keep != "best", "0, or --keep best: what stopped early goes back to its best weights"),
+        ("patience", config.keep != "best", "0, or --keep best: early stopping keeps the best weights"),
     ]
     for name, clashes, expected in together:
         if getattr(config, name) and clashes:
@@ -297,8 +299,8 @@ def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collect
             continue
         if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
             raise UserError(
-                f"--{name.replace('_', '-')} {_value_text(value)}: this task has no network that would use it. Leave "
-                f"this flag out, of the recipe in config.py too"
+                f"--{name.replace('_', '-')} {_value_text(value)}: this task has no network that uses it. Leave "
+                f"it out, also in the recipe in config.py"
             )
 
 
@@ -326,9 +328,7 @@ def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> Confi
     A flag that is newer than the run gets its default. So the default of a new flag must be the earlier behaviour.
     """
     if gone := sorted(values.keys() - {item.name for item in fields(config_class)}):
-        raise UserError(
-            f"the run was made with settings that this version has no more ({', '.join(gone)}): train it again"
-        )
+        raise UserError(f"the run has settings that this version no longer has ({', '.join(gone)}): train it again")
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

@@ -19,7 +19,7 @@ def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.devi
     kind = next(kind for kind, there in available.items() if there) if config.device == "auto" else config.device
     if not available.get(kind.split(":")[0], False):
         there = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"--device {config.device} is not there: expected auto or one of {there}")
+        raise UserError(f"--device {config.device} is not available: expected auto or one of {there}")
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank + 1} of this machine has no card of its own (cards: {torch.cuda.device_count()}): "

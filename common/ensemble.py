@@ -64,7 +64,7 @@ def power(exponent: float) -> Space:
     def there(members: np.ndarray) -> np.ndarray:
         if members.size and members.min() < 0:
             raise UserError(
-                f"power:{exponent:g} has no place for a prediction of {members.min():.5g}: use --space plain"
+                f"power:{exponent:g} needs predictions of 0 or more, found {members.min():.5g}: use --space plain"
             )
         members = np.maximum(members, least)
         return members**exponent if exponent else np.log(members)
@@ -207,7 +207,9 @@ def least_squares(targets: np.ndarray) -> Choose:
         orthogonal, triangle = np.linalg.qr(flat[:, known].T)
         weights, _ = nnls(triangle, orthogonal.T @ wanted[known])
         if not weights.any():
-            raise UserError("least squares: no run has a positive weight, they predict the opposite: leave them out")
+            raise UserError(
+                "least squares: no run gets a positive weight, as they predict the opposite: leave them out"
+            )
         return Weighted(weights / weights.sum())
 
     return choose
@@ -245,7 +247,7 @@ def stacked(model: Any, targets: np.ndarray) -> Choose:
         classes = fitted.classes_.astype(int)
         if not 0 <= classes[0] <= classes[-1] < members.shape[2]:
             raise UserError(
-                f"a stack of {members.shape[2]} classes: the targets have {classes[0]} to {classes[-1]}, use --by hill"
+                f"a stack of {members.shape[2]} classes: found targets {classes[0]} to {classes[-1]}, use --by hill"
             )
 
         def chances(others: np.ndarray) -> np.ndarray:
@@ -289,8 +291,8 @@ def nested(
         raise UserError("a blend needs two runs or more: name them with RUN=one,two")
     if len(np.unique(parts)) < 2:
         raise UserError(
-            "a blend is scored on folds that had no part in choosing its weights, and these runs hold out a single "
-            "one: train them with --fold all, where the competition has folds"
+            "a blend is scored on other folds than its weights are chosen on, and these runs hold out a single one: "
+            "train them with --fold all, where the competition has folds"
         )
     if parts.shape != rows.shape or not np.isfinite(members).all():
         raise UserError(

@@ -43,7 +43,7 @@ def not_written(path: Path, error: OSError) -> UserError:
 def not_read(path: Path, error: Exception, again: str = "") -> UserError:
     """The error for a damaged file; `again` is the remedy, if that is not to delete its folder and train again."""
     again = again or f"delete {path.parent} and train again"
-    return UserError(f"{path} cannot be read ({error}): put a whole copy back, or {again}")
+    return UserError(f"{path} cannot be read ({error}): restore a complete copy, or {again}")
 
 
 def require_room(path: Path, size: float, what: str) -> None:
@@ -190,7 +190,7 @@ def locked(path: Path, busy: str = "") -> IO[str]:
         if error.errno not in NO_LOCKS:
             stream.close()
             raise UserError(f"{path} cannot be locked ({error.strerror or error}): repeat the same command") from error
-        print(f"note: {path.parent} is on a file system without locks: start no command twice at once there")
+        print(f"note: {path.parent} is on a file system without locks: do not run two commands on it at once")
     return stream
 
 
@@ -273,11 +273,14 @@ def write_npy(path: Path, array: "np.ndarray") -> None:
     write_with(path, lambda stream: np.save(stream, array, allow_pickle=False))
 
 
-def read_npy(path: Path) -> "np.ndarray":
-    """An array in the folder of a run, memory-mapped; raises UserError when it is damaged."""
+def read_npy(path: Path, again: str = "") -> "np.ndarray":
+    """An array in the folder of a run, memory-mapped; raises UserError when it is damaged.
+
+    `again` is passed to `not_read`.
+    """
     import numpy as np
 
     try:
         return np.lib.format.open_memmap(path, "r")  # numpy.load would take a damaged file for a pickle
     except (*NOT_NPY, OSError) as error:
-        raise not_read(path, error) from error
+        raise not_read(path, error, again) from error

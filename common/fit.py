@@ -77,7 +77,7 @@ def order_of(task: Task, config: Config, rows: np.ndarray) -> orders.Order:
     if len(others := np.setdiff1d(order(config.seed, 0).index, rows)):
         raise UserError(
             f"Data.order trains on {len(others)} rows that are not among the {len(rows)} it was given, the first is "
-            f"row {others[0]}: make it of its argument, as in lambda rows: orders.weighted(weights[rows], rows=rows)"
+            f"row {others[0]}: build it from its argument, as in lambda rows: orders.weighted(weights[rows], rows=rows)"
         )
     return order
 
@@ -112,7 +112,7 @@ def fit(
     folder = run.fold_folder(fold)
     if ranks.is_writer:
         remove_drafts(folder)
-    if ranks.broadcast((folder / FACTS).is_file()):
+    if ranks.broadcast(all((folder / name).is_file() for name in (FACTS, "model.pt"))):
         _remove_checkpoints(folder, ranks)
         if ranks.is_writer and fold is not None and read_predictions(folder, "oof") is None:
             _predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])

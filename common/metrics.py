@@ -146,7 +146,10 @@ def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:
             found, truth = found.reshape(plain), truth.reshape(expected)
     sizes = {len(tensor) for tensor in tensors_of((found, truth, *rest))}
     if len(sizes) > 1:
-        raise UserError(f"metric {metric.name}: a batch has {' and '.join(map(str, sorted(sizes)))} rows at once")
+        raise UserError(
+            f"metric {metric.name}: a batch has {' and '.join(map(str, sorted(sizes)))} rows of decisions and targets, "
+            "expected equally many"
+        )
     return found, truth, *rest
 
 
@@ -171,13 +174,15 @@ class _Sums:
         stats = self.metric.stats(*picked).detach()
         rows = len(tensors_of(picked)[0])
         if len(stats) != rows:
-            raise UserError(f"metric {self.metric.name}: statistics {tuple(stats.shape)} of {rows} rows, give [B, ...]")
+            raise UserError(
+                f"metric {self.metric.name}: statistics {tuple(stats.shape)} for {rows} rows: return [B, ...]"
+            )
         if self.sums is None:
             alone = self.metric.stats(*map_tree(lambda x: x[:1], picked)).shape[1:]
             if alone != stats.shape[1:]:
                 raise UserError(
                     f"metric {self.metric.name}: {rows} rows have statistics {tuple(stats.shape)}, but one row has "
-                    f"{(1, *alone)}: decisions and targets of other shapes were broadcast"
+                    f"{(1, *alone)}: decisions and targets of different shapes were broadcast"
                 )
             self.sums = torch.zeros(alone, dtype=torch.float64, device=stats.device)
             self.spoilt = torch.zeros((), dtype=torch.float64, device=stats.device)
@@ -371,7 +376,7 @@ def _regression(name: str, size: Callable, root: Callable, columnwise: bool, log
         decisions, targets = decisions.double(), targets.double()
         if logarithms:
             if bool((decisions <= -1).any()):
-                raise UserError(f"{name}: a decision is {float(decisions.min()):.4g}, clip them at 0 in postprocess")
+                raise UserError(f"{name}: found a decision of {float(decisions.min()):.4g}: clip at 0 in postprocess")
             decisions, targets = decisions.log1p(), targets.log1p()
         errors = size(decisions - targets)
         if not columnwise:
@@ -532,8 +537,8 @@ def _decided(name: str, decisions: Tensor, threshold: float | None) -> Tensor:
         return decisions
     if threshold is None:
         raise UserError(
-            f"metric {name} compares decisions, found scores ({decisions.dtype}): decide in postprocess, by `apply`, "
-            "as the CSV has to, or give it a threshold= where the CSV wants scores"
+            f"metric {name} needs decisions, found scores ({decisions.dtype}): decide in Postprocess's `apply`, or, if "
+            "the CSV holds scores, give the metric a threshold="
         )
     return decisions > threshold
 

@@ -47,7 +47,7 @@ def mistakes(
     predictions, targets = predictions[places].astype(np.float32), targets[places]
     ids = [str(ids[place]) if len(ids) else str(place) for place in places]
     if len(places) < len(known):
-        page.text(f"What follows is of {len(places):,} of {len(known):,} rows: evenly spaced, and with known targets.")
+        page.text(f"Below: {len(places):,} of {len(known):,} rows, evenly spaced among those with known targets.")
     rest = (ids, names, lambda rows: images(places[rows]))
     if of_classes:
         _classes(page, predictions, targets.astype(np.int64), *rest)
@@ -68,7 +68,9 @@ def _classes(page, scores, truth, ids, names, images) -> None:
     page.heading("Classes")
     if count <= CLASSES_SHOWN:
         page.figure(
-            confusion_matrix(confusion, names), "confusion", "Rows of every true class by the class they were given"
+            confusion_matrix(confusion, names),
+            "confusion",
+            "Confusion matrix: true class (row), predicted class (column)",
         )
     true, given, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
     f1 = 2 * right / np.maximum(true + given, 1)
@@ -91,9 +93,9 @@ def _classes(page, scores, truth, ids, names, images) -> None:
     def told(row: int) -> tuple:
         return ids[row], _with(names[truth[row]], of_true[row]), _with(names[found[row]], of_found[row])
 
-    header = ["row", "true", "found"]
+    header = ["row", "true", "predicted"]
     _gallery(page, "worst", "The worst mistakes: the true class has the lowest score", header, worst, told, images)
-    _gallery(page, "certain", "The most certain of the other mistakes", header, certain, told, images)
+    _gallery(page, "certain", "The most confident of the other mistakes", header, certain, told, images)
 
 
 def _labels(page, scores, truth, ids, names, images) -> None:
@@ -116,7 +118,7 @@ def _labels(page, scores, truth, ids, names, images) -> None:
         words = "none" if missed is None else _with(names[missed], scores[row, missed])
         return ids[row], words, _with(names[added], scores[row, added]), loss[row]
 
-    header = ["row", "least true", "most wrong", "log loss"]
+    header = ["row", "least likely true label", "likeliest wrong label", "log loss"]
     worst = np.argsort(-loss, kind="stable")[:ROWS_SHOWN]
     _gallery(page, "worst", "The rows with the highest log loss", header, worst, told, images)
 

@@ -31,13 +31,15 @@ def new(name: str, kind: str) -> None:
             (target / file).write_text(text)
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)
-        raise UserError(f"{target} cannot be written ({error.strerror or error}): free space, or own it") from error
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): free disk space, or make it writable"
+        ) from error
     print(f"competitions/{name} has {', '.join(texts)}, from templates/{kind}. Next:")
     for command, what in (
-        (f"make train COMP={name}", "on its demo data: a minute or two"),
-        (f'make test ARGS="-k {name}"', "the same killed, resumed and predicted again"),
-        (f"grep -n CHANGE competitions/{name}/*.py", "what to make your own, config.py first"),
-        (f"make data COMP={name}", "your files; then the first command again"),
+        (f"make train COMP={name}", "trains on its demo data: a minute or two"),
+        (f'make test ARGS="-k {name}"', "tests it: killed, resumed, predicted again"),
+        (f"grep -n CHANGE competitions/{name}/*.py", "lists the lines to change, config.py first"),
+        (f"make data COMP={name}", "downloads your files; then the first command again"),
     ):
         print(f"  {command:{len(name) + 34}}  {what}")
 
@@ -54,4 +56,4 @@ def _check_name(name: str, kind: str) -> None:
         )
         raise UserError(f"{what}. Try: make new COMP={near if words else 'name'} KIND={kind}")
     if there := [folder.name for folder in COMPETITIONS.iterdir() if folder.name.lower() == name.lower()]:
-        raise UserError(f"competitions/{there[0]} is there already, and stays as it is: choose another COMP=")
+        raise UserError(f"competitions/{there[0]} already exists and is not changed: choose another COMP=")

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from common import raw, submission
 from common import run as runs
+from common.batch import map_tree
 from common.competition import Competition
 from common.config import Config, differences, refuse_unused, with_flags
 from common.device import use_threads
@@ -43,7 +45,7 @@ NAMED = 20  # most rows that are printed
 class Fallback(NamedTuple):
     """A file must be written whatever happens: rows that cannot be predicted take the sample submission's values."""
 
-    values: Callable[[], dict[str, Sequence[str]]]  # id -> its other cells in the sample submission, read when needed
+    values: Callable[[], dict[str, list[Sequence[str]]]]  # id -> its rows in the sample submission, read when needed
     until: float  # deadline in time.monotonic(): rows not predicted by then take the sample's values
 
 
@@ -73,7 +75,7 @@ def write_submission(
     predictors = [None if not one.task.network or one.run.is_blend else predictor_of(*one) for one in members]
     rows = np.arange(len(first.task.data.test))
     streams = [
-        _test_rows(member, predictor, rows, f"predicting {member.run.name}" if member is first else None)
+        _batches(member, predictor, rows, f"predicting {member.run.name}" if member is first else None)
         for member, predictor in zip(members, predictors, strict=True)
     ]
     path = submission.SUBMISSIONS / competition / f"{_name_of(members, is_demo)}.csv"
@@ -117,21 +119,26 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
             )
         if member.task.fingerprint != first.task.fingerprint:
             print(
-                f"{first.run.name} and {member.run.name} are averaged, with the same ids but from files of other "
-                f"contents"
+                f"{first.run.name} and {member.run.name} are averaged: their test ids are the same, but not their data "
+                f"files"
             )
         if not member.as_trained:
             changes = "; ".join(differences(member.run.config(type(member.config)), member.config))
-            print(f"{member.run.name} was trained and scored otherwise ({changes}): its score is not this file's")
+            print(f"{member.run.name} predicts with other settings ({changes}): its CV score is not that of this file")
 
 
-def _test_rows(
+def _batches(
     member: Member, predictor: Predictor | None, rows: np.ndarray, label: str | None
-) -> Iterator[tuple[int, Predictions]]:
+) -> Iterator[tuple[list[int], Predictions]]:
     """The readable test rows and their predictions: made now or, without a predictor, those that the run has kept."""
     batches = predictor.batches(member.task.data.test, rows, label) if predictor else _kept_batches(member, rows)
     for index, predictions, *_ in batches:
-        for place, row in enumerate(index.tolist()):
+        yield index.tolist(), map_tree(torch.clone, predictions)  # `apply` may change them in place
+
+
+def _by_row(batches: Iterator[tuple[list[int], Predictions]]) -> Iterator[tuple[int, Predictions]]:
+    for index, predictions in batches:
+        for place, row in enumerate(index):
             yield row, part_of(predictions, place)
 
 
@@ -151,8 +158,8 @@ def keeps_test_rows(run: Run, task: Task) -> bool:
 
 def no_other_data(run: Run) -> UserError:
     return UserError(
-        f"{run.path} keeps predictions for {run.provenance['data']} as that was, and has no network to predict other "
-        f"data with: train a run on these"
+        f"{run.path} has no network to predict other data with, only predictions for {run.provenance['data']} as it "
+        f"was then: train a run on these data"
     )
 
 
@@ -172,9 +179,19 @@ def _aligned(
             pass  # at its end, the predictor records the rows that it left out
 
 
+def _averaged(
+    streams: Sequence[Iterator[tuple[list[int], Predictions]]], size: int
+) -> Iterator[tuple[list[int], Predictions]]:
+    """Batches of the mean over several runs, of the rows that every run has."""
+    together = _aligned([_by_row(stream) for stream in streams])
+    while chunk := list(islice(together, size)):
+        mean = collate([mean_of([predictions for _, predictions in sample]) for sample in chunk])
+        yield [sample[0][0] for sample in chunk], mean
+
+
 def _rows_of_csv(
     members: Sequence[Member],
-    streams: Sequence[Iterator[tuple[int, Predictions]]],
+    streams: Sequence[Iterator[tuple[list[int], Predictions]]],
     predictors: Sequence[Predictor | None],
     keep: Callable[[Predictions], None],
     lost: list[str],
@@ -183,24 +200,22 @@ def _rows_of_csv(
     """The rows of the CSV that were predicted before `until`; adds to `lost` which rows were not, and why."""
     first, (rules, tuned) = members[0], _rules_of(members)
     ids = first.task.data.test_ids
-    together = _aligned(streams)
+    batches = streams[0] if len(streams) == 1 else _averaged(streams, first.config.batch_size)
 
     def means() -> Iterator[tuple[list[int], Predictions]]:
-        while chunk := list(islice(together, first.config.batch_size)):
-            mean = collate([mean_of([predictions for _, predictions in sample]) for sample in chunk])
+        for index, mean in batches:
             keep(mean)
-            index = [sample[0][0] for sample in chunk]
             yield index, mean
             done = index[-1] + 1
             if until is not None and time.monotonic() > until and done < len(ids):
-                lost.append(f"{ids[done]} and what follows it: the time is over")
+                lost.append(f"{ids[done]} and all rows after it: the time is up")
                 break
 
     def rows(index: list[int], mean: Predictions) -> list[Sequence[Any]]:
         return list(first.task.submission.rows([ids[row] for row in index], rules.postprocess.apply(mean, tuned)))
 
     yield from _beside(rows, means())
-    together.close()
+    batches.close()
     for stream in streams:
         stream.close()  # only then does its predictor know the skipped rows
     skipped = {row: why for one in predictors if one for row, why in one.skipped.items()}
@@ -243,16 +258,23 @@ def _filled(
             continue
         values = fallback.values() if values is None else values
         filled.append(name)
-        yield name, *values[name]
+        yield from values[name]
     if row is not None or (filled and not lost):
-        raise UserError(f"the rows predicted are not the sample submission's (first without one: {filled[:1]})")
+        raise UserError(f"the predicted rows are not those of the sample submission (first missing id: {filled[:1]})")
     if filled:
         provenance["fallback"] = filled
         print(
-            f"{len(filled)} of {len(ids)} rows have the sample submission's own values ({', '.join(filled[:NAMED])}"
+            f"{len(filled)} of {len(ids)} rows have the sample submission's values ({', '.join(filled[:NAMED])}"
             f"{' ...' * (len(filled) > NAMED)}; all are in the file beside the CSV): {'; '.join(lost[:NAMED])}"
             f"{f' and {len(lost) - NAMED} more' * (len(lost) > NAMED)}"
         )
+
+
+def _rows_by_id(found: raw.RawData, sample: str) -> dict[str, list[Sequence[str]]]:
+    rows: dict[str, list[Sequence[str]]] = {}
+    for _, row in found.uncounted().rows(sample):
+        rows.setdefault(row[0], []).append(row)
+    return rows
 
 
 def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
@@ -263,7 +285,7 @@ def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
     better = max if members[0].task.metrics[0].higher_is_better else min
     run, task, result = better(found, key=lambda entry: entry[2]["score"])
     if len(members) > 1:
-        print(f"decided by what {run.name} tuned, the best of these runs")
+        print(f"decisions by the rules tuned in {run.name}, the best of these runs")
     return task, result["tuned"]
 
 
@@ -323,8 +345,7 @@ def predict(
     filled = None
     if is_filled:
         until = float("inf") if budget is None else start + budget
-        rows = partial(found.uncounted().rows, task.submission.sample)
-        filled = Fallback(lambda: {row[0]: row[1:] for _, row in rows()}, until)
+        filled = Fallback(partial(_rows_by_id, found, task.submission.sample), until)
     path = write_submission(name, members, any(demos), filled)
     if len(members) == 1 and not given.data:
         members[0].run.finish()

@@ -150,15 +150,18 @@ def write_ids(folder: Path, name: str, ids: Iterable[Any]) -> None:
     write_text(folder / f"{name}_ids.txt", "".join(f"{one}\n" for one in ids))
 
 
-def read_ids(folder: Path, name: str) -> list[str]:
-    """The ids that `write_ids` wrote; raises UserError when they are damaged, or not as many as the predictions."""
-    file, kept = folder / f"{name}_ids.txt", read_predictions(folder, name)
+def read_ids(folder: Path, name: str, again: str = "") -> list[str]:
+    """The ids that `write_ids` wrote; raises UserError when they are damaged, or not as many as the predictions.
+
+    `again` is passed to `not_read`.
+    """
+    file, kept = folder / f"{name}_ids.txt", read_predictions(folder, name, again)
     try:
         found = file.read_bytes().decode().split("\n")[:-1]  # no splitlines: an id may hold other line separators
         if kept is not None and len(found) != count_of(kept):
             raise ValueError(f"{len(found)} ids, expected {count_of(kept)} for the predictions beside it")
     except (ValueError, OSError) as error:
-        raise not_read(file, error) from error
+        raise not_read(file, error, again) from error
     return found
 
 
@@ -168,10 +171,13 @@ def row_numbers(folder: Path, name: str, ids: Iterable[Any]) -> np.ndarray:
     return np.array([row_of[one] for one in read_ids(folder, name)], np.int64)
 
 
-def read_predictions(folder: Path, name: str) -> Predictions | None:
-    """The predictions kept under `name`, as memory-mapped arrays [n, ...]; None where there are none."""
+def read_predictions(folder: Path, name: str, again: str = "") -> Predictions | None:
+    """The predictions kept under `name`, as memory-mapped arrays [n, ...]; None where there are none.
+
+    `again` is passed to `not_read`.
+    """
     files = {file.name[len(name) + 1 : -4]: file for file in folder.glob(f"{name}.*npy")}
-    return rebuilt({leaf: read_npy(file) for leaf, file in sorted(files.items())}) if files else None
+    return rebuilt({leaf: read_npy(file, again) for leaf, file in sorted(files.items())}) if files else None
 
 
 def remove_predictions(folder: Path, name: str) -> None:

@@ -123,7 +123,7 @@ def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sam
         except ValueError as error:
             raise UserError(
                 f"{fold_label(fold)}: --batch-size {config.batch_size} --micro-batch {config.micro_batch} leave a "
-                f"single sample, on which the model cannot be trained ({error}): choose others"
+                f"micro-batch of a single sample, on which the model cannot train ({error}): choose others"
             ) from error
 
 
@@ -176,7 +176,7 @@ def _check_rows(task: Task, decisions: object) -> None:
             problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
         elif cells[0] in told and not task.sample.several:
             problem = (
-                f"the id {cells[0]} has a row before it, expected one row for each id of {task.sample.where}, or "
+                f"the id {cells[0]} has an earlier row, expected one row for each id of {task.sample.where}, or "
                 f"Submission(several=True)"
             )
         else:
@@ -190,5 +190,5 @@ def _check_rows(task: Task, decisions: object) -> None:
     if missing := [name for name in ids if one_each and name not in told]:
         raise UserError(
             f"the submission would have no row for the id {missing[0]}, expected one for each of {task.sample.where}, "
-            f"also where the decision is that nothing is there. See `rows` in build()'s Submission"
+            f"also where nothing is found. See `rows` in build()'s Submission"
         )

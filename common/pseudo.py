@@ -67,8 +67,8 @@ class Pseudo:
             raise UserError(f"{told}: this task has no network to train on soft targets: leave it out")
         if self.task.data.pseudo is None:
             raise UserError(
-                f"{told}: {name} does not say how test rows become rows to train on: leave it out, or give build()'s "
-                f"Data a `pseudo`, from predictions of the test rows to a dataset with them as targets"
+                f"{told}: {name} cannot turn test rows into training rows: leave it out, or give build()'s Data a "
+                f"`pseudo`, a function from predictions of the test rows to a dataset with them as targets"
             )
         found = runs.finished(name, self.config.pseudo)
         for run in found:
@@ -138,12 +138,12 @@ class Pseudo:
             made = [self._predicted(member, fold) for member in self.members]
             forms = [{name: list(values.shape) for name, values in leaves(one).items()} for one in made]
             if any(form != forms[0] for form in forms):
-                raise UserError(f"--pseudo {self.config.pseudo}: the runs predict {forms}, expected one form of all")
+                raise UserError(f"--pseudo {self.config.pseudo}: the runs predict {forms}: expected equal shapes")
             for member in self.members:
                 if fold is not None and member.task.network and member.config.keep == "best":
                     run.log(
-                        f"{member.run.name} kept its best epoch by the score on {fold_label(fold)}, so much its labels "
-                        f"know of it (--keep last knows nothing)"
+                        f"{member.run.name} kept the epoch with the best score on {fold_label(fold)}, so its labels "
+                        f"leak a little of it (with --keep last nothing)"
                     )
             file.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(file, {"labels": mean_of(made)})
@@ -168,7 +168,7 @@ def choose(labels: Predictions, least: float) -> np.ndarray:
     rows = np.flatnonzero(sure.numpy() >= least)
     if not len(rows):
         raise UserError(
-            f"--pseudo-min {least}: no test row is so sure, the surest is {float(sure.max()):.4g}: expected a lower one"
+            f"--pseudo-min {least}: no test row is that confident, the highest is {float(sure.max()):.4g}: lower it"
         )
     return rows
 
@@ -180,7 +180,7 @@ def confidence(labels: Predictions) -> Tensor:
     UserError for values that are no probabilities.
     """
     if isinstance(labels, dict) or labels.min() < 0 or labels.max() > 1:
-        found = f"a tree of {', '.join(labels)}" if isinstance(labels, dict) else "not all from 0 to 1"
+        found = f"several parts ({', '.join(labels)})" if isinstance(labels, dict) else "not all from 0 to 1"
         raise UserError(f"--pseudo-min needs probabilities, and the predictions are {found}: leave it out")
     if labels.ndim == 2 and labels.shape[1] > 1 and bool(((labels.sum(1) - 1).abs() < SUM_TO_1).all()):
         return labels.amax(1)

@@ -48,7 +48,8 @@ class RawData:
             raise _forbidden(self.path, error) from error
         except (*DAMAGED, OSError) as error:
             raise UserError(
-                f"{self.path} is not a whole zip archive ({error}): {self._again}, or pass DATA=/path/to/folder-or-zip"
+                f"{self.path} is not a complete zip archive ({error}): {self._again}, or pass "
+                f"DATA=/path/to/folder-or-zip"
             ) from error
 
     @cached_property
@@ -168,7 +169,7 @@ class RawData:
         except UnicodeDecodeError as error:
             line = contents.count(b"\n", 0, error.start) + 1
             raise UserError(
-                f"{self.path}/{name} line {line}: byte {contents[error.start]:#04x} is no UTF-8 text: mend the "
+                f"{self.path}/{name} line {line}: byte {contents[error.start]:#04x} is not UTF-8 text: mend the "
                 f"file, or get it again with make data COMP={self.competition}"
             ) from error
 
@@ -245,7 +246,7 @@ class RawData:
                     return folder
             except OSError:
                 continue
-        raise UserError(f"neither {beside} nor {DATA / CACHE} can be written: free space or change their owner")
+        raise UserError(f"neither {beside} nor {DATA / CACHE} can be written: free disk space, or make them writable")
 
 
 def find(competition: str, given: str | None, write_demo: Callable[[Path], None], announce=print) -> RawData:
@@ -293,7 +294,7 @@ def of_run(provenance: dict[str, Any], given: str | None, write_demo: Callable[[
     if not given and not os.path.exists(known):
         if not visible(DATA / competition):
             raise UserError(
-                f"the run was trained on {known}, which is not here, nor is anything in {DATA / competition}: "
+                f"the run was trained on {known}, which is gone, and there is nothing in {DATA / competition}: "
                 f"make data COMP={competition}, or pass DATA=/path/to/folder-or-zip"
             )
         known = str(DATA / competition)
@@ -384,7 +385,7 @@ def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
             draft.mkdir()
             write_demo(draft)
             if not visible(draft):
-                raise UserError(f"competitions/{competition}: write_demo has written no file, expected the demo data")
+                raise UserError(f"competitions/{competition}: write_demo wrote no file, expected demo data")
             (draft / MADE_BY).write_text(made_by)
             shutil.rmtree(folder, ignore_errors=True)  # an empty one, or of another demo.py
             draft.rename(folder)

@@ -126,7 +126,7 @@ def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric
         page.table(columns, [[facts.get(name, "") for name in columns] for facts in folds])
     page.heading("Settings")
     changed = {name for name, value in settings.items() if recipe.get(name) != value}
-    page.text(f"Other than in the recipe: {', '.join(sorted(changed)) or 'nothing'}.")
+    page.text(f"Settings that differ from the recipe: {', '.join(sorted(changed)) or 'none'}.")
     names = sorted(settings, key=lambda name: name not in changed)
     page.table(["setting", "value", "recipe"], [(name, str(settings[name]), str(recipe.get(name))) for name in names])
     page.heading("Provenance")
@@ -145,7 +145,7 @@ def score_line(result: dict[str, Any]) -> str:
 
     words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
     if result["score"] != values[name] and not math.isnan(values[name]):
-        words += f", by rules that were tuned without them ({values[name]:.5f} by rules that were tuned on them)"
+        words += f", with rules tuned on other rows ({values[name]:.5f} with rules tuned on the same rows)"
     others = ", ".join(told(metric, value) for metric, value in values.items() if metric != name)
     return words + (f"; {others}" if others else "") + "."
 
@@ -154,7 +154,7 @@ def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Me
     """Add the curves of metrics.csv, and the best epoch of every fold."""
     page.heading("Training")
     curves = training_curves(history, [metric.name for metric in metrics])
-    page.figure(curves, "training", "Every epoch of every fold, before tta and tuning")
+    page.figure(curves, "training", "Every epoch of every fold, before TTA and tuning")
     metric = metrics[0]
     rows, best = [], []
     for fold in dict.fromkeys(line["fold"] for line in history):
@@ -167,8 +167,8 @@ def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Me
     if rows:
         spread = (float(np.std(best, ddof=1)),) if len(best) > 1 else ("",)
         rows += [("mean", "", "", "", float(np.mean(best))), ("standard deviation", "", "", "", *spread)]
-        called = f"{metric.name} then, before tta and tuning"
-        page.table(["", "epochs", "best epoch", "training loss then", called], rows)
+        called = f"its {metric.name}, before TTA and tuning"
+        page.table(["", "epochs", "best epoch", "its training loss", called], rows)
 
 
 def _called(fold: str) -> str:

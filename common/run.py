@@ -20,6 +20,7 @@ from common.progress import say
 
 RUNS = Path("runs")
 LONGEST_NAME = 100  # bytes of a run's name: any file system takes it, with the suffixes of files named after it
+CHANGED = ("data", "data_fingerprint", "code", "commit", "pseudo")  # facts with which RESUME=1 goes on
 FORMAT = 2  # version of a run's files; other versions of the kit have others
 
 
@@ -114,7 +115,7 @@ class Run:
         trained = self.provenance["outputs"]
         if trained != outputs:
             raise UserError(
-                f"run {self.name} was trained to predict {trained}, and the data have {outputs}: give it the data of "
+                f"run {self.name} was trained to predict {trained}, but the data have {outputs}: give it the data of "
                 f"its training, DATA={self.provenance['data']}, or train another run on these"
             )
 
@@ -194,8 +195,9 @@ def open_run(
     """The run to train: `name` if it is given, else an unfinished run of the same command, else a new one.
 
     A run is resumed only with the same settings, folds, code and data. `insist` allows other code and data, until the
-    run is trained: without a network it cannot predict other data. `before_new` is called before a new run is made, and
-    may raise. Raises UserError when the named run was started differently, listing what differs.
+    run is trained: without a network it cannot predict other data. What the run goes on with is then in its run.json.
+    `before_new` is called before a new run is made, and may raise. Raises UserError when the named run was started
+    differently, listing what differs.
     """
     if name is not None and not (folder_of(competition, name) / "run.json").is_file():
         before_new()
@@ -205,21 +207,21 @@ def open_run(
         settings, changes = _obstacles(run, config, provenance)
         final = settings or run.result is not None
         if settings or changes and (final or not insist):
-            remedy = "repeat its own command to resume it" if final else "RESUME=1 goes on all the same"
+            remedy = "repeat its own command to resume it" if final else "RESUME=1 resumes it anyway"
             raise UserError(
                 f"RUN={name} was started differently ({'; '.join(settings + changes)}): {remedy}, or name another "
                 f"RUN=, or delete {run.path}"
             )
-        return _resumed(run)
+        return _resumed(run, provenance if changes else None)
     for run in reversed(all_runs(competition)):
         if run.is_finished or run.is_blend:
             continue
         settings, changes = _obstacles(run, config, provenance)
         if not settings and (not changes or insist and run.result is None):
-            return _resumed(run)
+            return _resumed(run, provenance if changes else None)
         if not settings:
-            way = "; RESUME=1 goes on with that one" * (run.result is None)
-            print(f"{run.path} does not go on ({'; '.join(changes)}): this is a new run{way}")
+            way = "; RESUME=1 resumes that one" * (run.result is None)
+            print(f"{run.path} is not resumed ({'; '.join(changes)}): this is a new run{way}")
     before_new()
     return new_run(competition, None, config, provenance)
 
@@ -231,21 +233,35 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
     except UserError as error:
         return [str(error)], []
     before, changes = run.provenance, []
-    if before["data_fingerprint"] != provenance["data_fingerprint"]:
-        changes.append(f"data: {before['data']} -> {provenance['data']}, other contents")
-    elif before.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
-        settings.append("folds: other rows in them than when the run began")
+    same_data = before["data_fingerprint"] == provenance["data_fingerprint"]
+    if not same_data:
+        changes.append(f"data: {before['data']} -> {provenance['data']}, with other contents")
+    if before["demo"] != provenance["demo"]:
+        settings.append(f"demo data: {before['demo']} -> {provenance['demo']}")
+    if same_data or run.result is None:  # finished folds have kept row numbers, and models that know outputs by order
+        if before.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
+            settings.append("folds: their rows have changed since the run began")
+        if before.get("outputs") != provenance.get("outputs"):
+            settings.append(f"outputs: {before.get('outputs')} -> {provenance.get('outputs')}")
     code = provenance.get("code", {})
     changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
     labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a deleted run may have labelled all
-    changes += [f"run {name} was begun anew since" for name in labelling.keys() & then if labelling[name] != then[name]]
+    changes += [
+        f"run {name} was started anew since" for name in labelling.keys() & then if labelling[name] != then[name]
+    ]
     if run.result is not None:  # a trained run only predicts: with models any data, with kept predictions the same data
         changes = [] if any(run.path.glob("fold-*/model.pt")) else [one for one in changes if one.startswith("data: ")]
     return settings, changes
 
 
-def _resumed(run: Run) -> Run:
+def _resumed(run: Run, other: dict[str, Any] | None) -> Run:
+    """Lock the run and go on with it; `other` is the provenance that it goes on with, where that has changed."""
     run.lock()
+    if other:
+        before = {fact: run.provenance.get(fact) for fact in CHANGED if run.provenance.get(fact) != other.get(fact)}
+        run.provenance.update({fact: other.get(fact) for fact in before})
+        run.provenance["before"] = [*run.provenance.get("before", ()), {"until": now(), **before}]
+        run.write_json("run.json", run.provenance)
     if run.result is None:
         run.log(f"resuming {run.path}")
     return run
@@ -282,7 +298,7 @@ def new_run(
     run = Run(path, {"format": FORMAT, "run": path.name, **provenance, "created": now()})
     run.lock()
     if (path / "run.json").is_file() and not (blend and run.is_unfinished_blend):
-        raise UserError(f"another process has made {path} meanwhile: repeat the command, or name another run")
+        raise UserError(f"another process has just made {path}: repeat the command, or name another run")
     if blend:
         run.write_json("blend.json", blend)  # before run.json, so that no training resumes it
     write_text(path / "config.json", configs.to_json(config) + "\n")

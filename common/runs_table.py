@@ -15,7 +15,7 @@ from common import run as runs
 from common.competition import Competition
 from common.config import MACHINE_FIELDS, Config
 from common.errors import UserError
-from common.files import read_json, read_table, write_csv
+from common.files import not_read, read_json, read_table, write_csv
 from common.kaggle import ledger
 from common.run import Run
 
@@ -104,7 +104,7 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
         told = read_json(run.path / "blend.json", "by", "space", "members")
         return f"blend: {told['by']}, {told['space']}, {', '.join(told['members'])}"
     if recipe not in recipes:
-        return f"{recipe} (no such recipe now)"
+        return f"{recipe} (recipe no longer exists)"
     values, usual = read_json(run.path / "config.json"), vars(recipes[recipe])
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     changed = [
@@ -118,7 +118,10 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
 def _samples_per_second(table: Path) -> float | None:
     if not table.is_file():
         return None
-    speeds = [float(row["samples_per_second"]) for row in read_table(table) if row.get("samples_per_second")]
+    try:
+        speeds = [float(row["samples_per_second"]) for row in read_table(table) if row.get("samples_per_second")]
+    except ValueError as error:
+        raise not_read(table, error, "delete it, the table of runs does without it") from error
     return round(sum(speeds) / len(speeds), 1) if speeds else None
 
 
@@ -126,7 +129,7 @@ def _boards(competition: str) -> dict[str, dict[str, float | None]]:
     """The newest leaderboard scores of every run that was sent."""
     known = {}
     for row in ledger.read(competition):
-        scores = {name: float(text) if text else None for name, text in vars(row).items() if name in BOARDS}
+        scores = {name: ledger.number(text) for name, text in vars(row).items() if name in BOARDS}
         if row.run and any(score is not None for score in scores.values()):
             known[row.run] = scores
     return known
@@ -193,7 +196,9 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
         if other.complete:  # every fold as well, and not better
             if other.rows != best.rows:
                 told = _told(other.score, other.error)
-                notes.append(f"{other.name} has {told} on {other.rows:,} rows, so the two are not of the same ones")
+                notes.append(
+                    f"{other.name} has {told} on {other.rows:,} rows, so the two scores are not on the same rows"
+                )
             continue
         if sign * other.score <= sign * best.score and (best.complete or _common_folds(other, best)):
             continue  # fewer rows, and not even better on those

@@ -68,7 +68,7 @@ class Sample:
             if len(row) != len(header):
                 raise UserError(f"{where} line {line}: {len(row)} values, expected {len(header)}: {AGAIN}")
             if not row[0] or (row[0] in ids and not several):
-                twice = f"id {row[0]} is there twice, first in line {ids.get(row[0])}, expected it once or build()'s "
+                twice = f"id {row[0]} appears twice, first in line {ids.get(row[0])}, expected it once or build()'s "
                 problem = f"{twice}Submission(several=True)" if row[0] else "the id is empty"
                 raise UserError(f"{where} line {line}: {problem}: {AGAIN}")
             ids.setdefault(row[0], line)
@@ -87,7 +87,7 @@ class Sample:
     def check_ids(self, ids: Iterable[Any]) -> None:
         """Raises UserError when the ids to predict, in any order, are not the sample's; called before the training."""
         counts, asked = Counter(map(str, ids)), set(self.ids)
-        found = [f"id {name} is there twice" for name, count in counts.items() if count > 1]
+        found = [f"id {name} appears twice" for name, count in counts.items() if count > 1]
         found += [f"id {name} is not in the sample submission" for name in counts if name not in asked]
         found += [f"id {name} is missing" for name in self.ids if name not in counts]
         if found:
@@ -174,7 +174,7 @@ def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | 
     twice = name in seen
     seen.add(name)
     if twice:
-        return f"id {name} is there twice"
+        return f"id {name} appears twice"
     if expected is None:
         return f"id {name} is not in the sample submission"
     return None if name == expected else f"id {name}, expected {expected} (same ids in the same order as the sample)"

@@ -181,7 +181,7 @@ def _check_ids(name: str, ids: Sequence[str]) -> None:
     for one in map(str, ids):
         if "\n" in one:
             raise UserError(
-                f"the id {one!r} holds the end of a line, and a run keeps its ids a line each: mend the data"
+                f"the id {one!r} contains a line break, and a run saves its ids one per line: mend the data"
             )
         if one in seen:
             raise UserError(

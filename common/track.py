@@ -1,6 +1,7 @@
 """`--track tensorboard` or `--track wandb`: every row of metrics.csv goes there too.
 
-Both are optional packages, imported only when they are used. Every fold has its own curves in both.
+Both are optional packages, imported only when they are used. Every fold has its own curves in both; in wandb a fold
+that was resumed goes on in another run of the same name.
 """
 
 from collections.abc import Callable

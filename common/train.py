@@ -75,7 +75,7 @@ def train(
         if task.fit_predict and ranks.world > 1:  # the notebook on Kaggle starts one process for every card
             if not ranks.is_writer:
                 return
-            print(f"no network that {ranks.world} processes could train together: one of them does it all")
+            print(f"no network for {ranks.world} processes to train together: one of them does all the work")
             os.environ.pop("LOCAL_WORLD_SIZE", None)  # so that it uses all cores
             ranks = SINGLE
         use_threads(config, with_workers=needs_workers(task))
@@ -200,15 +200,20 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
 
 
 def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
-    """Write the run's page and its submission. A page that fails is only logged: it must not cost the submission."""
-    run = member.run
+    """Write the run's page and its submission. A page that fails is only logged: it must not cost the submission.
+
+    If the disk has refused the page, the run is left unfinished: the same command writes it again.
+    """
+    run, refused = member.run, False
     if not run.is_finished:
         try:
             write_report(member, recipe)
         except Exception as error:  # a plot may raise anything
             run.log(f"no report of {run.path}: {type(error).__name__}: {error}")
+            refused = isinstance(error, UserError) and isinstance(error.__cause__, OSError)
     path = write_submission(competition, [member], is_demo) if submits else None
-    run.finish()
+    if not refused:
+        run.finish()
     if run.report.is_file():
         print(f"report: {run.report}")
     if path:
@@ -333,5 +338,5 @@ def check(competition: Competition, config: Config, recipe: str, data: str | Non
     _refuse_unused(competition, task, config, recipe)
     check_before(task, competition, every_image=False)  # all were read just now
     try_out(task, config)
-    images = f"{len(paths)} images" if paths else "no image files, the tables"
+    images = f"{len(paths)} images" if paths else "the tables (no image files)"
     print(f"{competition.name} is in order: {images} of {found.path} can be read")

@@ -31,6 +31,7 @@ from common.competition import Competition
 from common.config import Config
 from common.errors import UserError, did_you_mean
 from common.files import locked, read_json, read_table
+from common.task import completed
 
 SECONDS = 0.5  # between two looks at a trial's curve
 GRACE = 60.0  # seconds that a stopped trial has to end by itself
@@ -51,7 +52,7 @@ def space_of(search: str, config: Config) -> Space:
         if name not in vars(config):
             raise UserError(f"--search {part}: no such setting.{did_you_mean(name, vars(config))}")
         if name in found:
-            raise UserError(f"--search {part}: {name} is there twice, expected each setting once")
+            raise UserError(f"--search {part}: {name} appears twice, expected each setting once")
         values = text.split("|") if "|" in text else text.removesuffix(":log").split(":")
         for value in values:
             configs.with_flags(config, argparse.Namespace(**{name: value}))
@@ -91,7 +92,8 @@ def tune(
 ) -> None:
     """Run the search until `trials` trials have ended; `given` are the flags of all trials.
 
-    `data` is the value of DATA=: a search on demo data is kept apart from one on the real data.
+    `data` is the value of DATA=. A search is known by its flags and by what it reads: scores on other data, such as the
+    demo data, cannot be compared.
     """
     if config.fold == "none":
         raise UserError("--fold none holds nothing out, so no trial has a score: give --fold 0 or --fold all")
@@ -99,10 +101,12 @@ def tune(
         raise UserError(f"TRIALS={trials}: expected at least 1")
     space, home = space_of(search, config), runs.RUNS / competition.name
     given = [f"--recipe={recipe}", *given]
-    words = [*sorted(given), search, configs.to_json(config), *["demo"] * raw.would_be_demo(competition.name, data)]
+    found = raw.find(competition.name, data, competition.write_demo)
+    fingerprint = completed(competition.build(config, found, lambda line: None), found).fingerprint
+    words = [*sorted(given), search, configs.to_json(config), fingerprint]
     name = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    busy = f"this search of {competition.name} runs already, in another process"
+    busy = f"this search of {competition.name} is already running in another process"
     with locked(home / f"tune-{name}.lock", busy), _told_of(home / "tune.db"):
         storage = optuna.storages.RDBStorage(f"sqlite:///{home / 'tune.db'}")
         direction = "maximize" if competition.source.higher_is_better else "minimize"
@@ -122,8 +126,8 @@ def _told_of(database: Path) -> Iterator[None]:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
-            f"{database} cannot be read or written ({reason}): free disk space and repeat the same command, put a "
-            f"whole copy back, or delete it, which begins its searches anew"
+            f"{database} cannot be read or written ({reason}): free disk space and repeat the same command, restore "
+            f"a complete copy, or delete it to start its searches anew"
         ) from error
 
 
@@ -136,7 +140,7 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 def _search(study: optuna.Study, space: Space, competition: str, given: list[str], trials: int) -> None:
     stopped = study.get_trials(states=[TrialState.RUNNING])  # of a search that was stopped
     for run in (trial.user_attrs["run"] for trial in stopped if "run" in trial.user_attrs):
-        busy = f"{run} is still trained by a process that a killed search has left: wait for it, or end it"
+        busy = f"{run} is still being trained by a process of a killed search: wait for it, or kill it"
         locked(runs.RUNS / competition / run / "lock", busy).close()
     for trial in stopped:
         study.tell(trial.number, state=TrialState.FAIL)
@@ -152,7 +156,7 @@ def _search(study: optuna.Study, space: Space, competition: str, given: list[str
         print(f"{run}: {' '.join(flags_of(trial.params))}: {told}", flush=True)
         failed = failed + 1 if state == TrialState.FAIL else 0
         if failed == FAILURES:
-            raise UserError(f"{FAILURES} trials failed one after the other, the last one of them: {told}")
+            raise UserError(f"{FAILURES} trials in a row failed, the last one: {told}")
 
 
 def _one(trial: Trial, competition: str, flags: list[str], run: str) -> tuple[TrialState, float | None, str]:

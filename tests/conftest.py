@@ -1,4 +1,4 @@
-"""Settings of the whole suite: no network, no variables from outside, real data only if it is there."""
+"""Settings of the whole suite: no network, no outside environment variables, real data only if present."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # some tests fork a process that trains; a 
 os.environ.setdefault("KIT_CARDS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # for tests/gpu
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, and its forks could not share a GPU
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    os.environ.pop(name, None)  # a suite started by torchrun would wait for the others
+    os.environ.pop(name, None)  # a suite started by torchrun would wait for other ranks
 
 # `make test` exports its variables to all child processes, and some tests call make.
 MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "COMP", "DATA", "RECIPE", "RUN", "FOLD", "ARGS")
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what is loaded by now stays: no collection need go through it
+    gc.freeze()  # modules loaded so far stay in memory, so later collections can skip them
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def no_page(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trainers():
-    """Start `python -m common` without the seconds for loading libraries; the kit's own code is loaded anew."""
+    """Run `python -m common` as forks with libraries loaded, which saves seconds; the kit itself is imported anew."""
     with forks(*LIBRARIES) as found:
         yield found
 

@@ -1,4 +1,4 @@
-"""Run Python programs as forks of a process that has already loaded their libraries, most of their start-up time.
+"""Run Python programs as forks of a process that has already loaded their libraries, which saves most start-up time.
 
 Apart from that a fork is like a new process: it has its own session, the given arguments, environment, working folder
 and streams, and it loads its own code from its own path.
@@ -64,7 +64,7 @@ class Forks:
 
 
 class Fork:
-    """The part of subprocess.Popen that the kit uses."""
+    """A forked program, with the methods of subprocess.Popen that the kit uses."""
 
     def __init__(self, line: socket.socket, command: Sequence[str], facts: dict, streams: Sequence[int]):
         self.args, self.returncode = command, None
@@ -97,7 +97,7 @@ class Fork:
 
 @contextmanager
 def forks(*modules: str) -> Iterator[Forks]:
-    """Fork from a process that has loaded `modules`, whose import must not read the environment or working folder."""
+    """Yield a Forks with `modules` imported, whose import must not read the environment or the working folder."""
     ours, theirs = socket.socketpair()
     with theirs:
         server = subprocess.Popen(
@@ -113,7 +113,7 @@ def forks(*modules: str) -> Iterator[Forks]:
     server.wait(timeout=60)
 
 
-# In the process that forks.
+# The code below runs in the process that forks.
 
 
 def forked(line: socket.socket) -> list[str]:
@@ -169,7 +169,7 @@ def main(words: list[str]) -> None:
 
 
 def end(code: object) -> NoReturn:
-    """Exit as the interpreter does, but without taking the loaded libraries apart, which would copy their memory."""
+    """Exit as the interpreter does, but without unloading the libraries, which would copy their memory."""
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)
         code = 1
@@ -191,4 +191,4 @@ if __name__ == "__main__":
         code = None
     except SystemExit as exit:
         code = exit.code
-    end(code)  # whatever else is raised is the interpreter's own
+    end(code)  # the interpreter handles any other exception

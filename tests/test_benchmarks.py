@@ -1,4 +1,4 @@
-"""The benchmarks start, say what is wrong with their arguments, and compare like with like; nothing is timed here."""
+"""The benchmarks start, refuse wrong arguments and compare equal work; nothing is timed here."""
 
 import importlib
 import json
@@ -78,7 +78,7 @@ def test_a_step_counts_by_the_least():
 
 @pytest.fixture
 def no_card(monkeypatch):
-    """The benchmark of a card on the CPU, as far as it has anything to run there."""
+    """Let the GPU benchmark run on the CPU with a small network; returns that network."""
     monkeypatch.setattr(gpu, "CARD", torch.device("cpu"))
     monkeypatch.setattr(gpu, "best_precision", lambda device: "fp32")
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -177,7 +177,7 @@ def test_the_bare_loops_take_every_row_once_in_every_turn():
     assert [process.exitcode for process in loops.processes] == [0, 0]
 
 
-# What is wrong is said.
+# Wrong arguments.
 
 
 def refusal(capsys, module, words: list[str], monkeypatch) -> str:
@@ -225,7 +225,7 @@ def test_types_of_arguments():
             arguments.height_and_width(text)
 
 
-# Whole runs are timed where none is finished yet.
+# Timing of whole runs: each in a new folder, because a finished run is not repeated.
 
 
 def test_kdd_trains_and_predicts_in_a_fresh_folder_every_time(monkeypatch, tmp_path):
@@ -244,7 +244,7 @@ def test_kdd_trains_and_predicts_in_a_fresh_folder_every_time(monkeypatch, tmp_p
     assert not any(folder.exists() for folder in folders)
 
 
-# Out of memory, and everything else.
+# Out of memory and other failures.
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Every competition folder, end to end on its sample and by the real command: killed, resumed, checked.
+"""Every competition folder, end to end on its demo data and by the real command: killed, resumed and compared.
 
-The command that nothing stops starts from nothing; those that are killed, go on or predict again are forks of a process
-that has the libraries (tests/forks.py), whose start takes a tenth of the time. The folders are found, not listed: a new
-competition is tested from its first commit.
+The uninterrupted command runs in a new interpreter. Commands that are killed, resumed or predict again are forks of a
+process that has loaded the libraries (tests/forks.py), which start in a tenth of the time. The folders are discovered,
+not listed, so a new competition is tested from its first commit.
 """
 
 import csv
@@ -48,7 +48,7 @@ def train(competition: str, *flags: str) -> list[str]:
 
 
 def killed(forks: Forks, folder: Path, words: list[str], when) -> bool:
-    """Start the command and SIGKILL it as soon as `when()` holds; False when it ended before."""
+    """Start the command and SIGKILL it as soon as `when()` is true; returns False if it ended before."""
     with open(os.devnull, "w") as nothing:
         child = forks.Popen(command(*words), cwd=folder, env=environment(), stdout=nothing, stderr=nothing)
     deadline = time.monotonic() + LIMIT_SECONDS
@@ -61,7 +61,7 @@ def killed(forks: Forks, folder: Path, words: list[str], when) -> bool:
 
 
 def metrics(home: Path) -> list[dict[str, str]]:
-    """metrics.csv without what differs between two equal runs; a competition without a network has none."""
+    """The rows of metrics.csv without MACHINE_COLUMNS, as times; [] for a competition without a network."""
     if not (home / "metrics.csv").is_file():
         return []
     with open(home / "metrics.csv", newline="") as stream:
@@ -110,7 +110,7 @@ def test_sample_to_submission_killed_and_resumed(competition, tmp_path, trainers
     def further() -> bool:
         return finished() > before or "epoch" in log.read_text().partition("resumed")[2]
 
-    words = train(competition, "--save-every", "0")  # a checkpoint after every step, of which the others need none
+    words = train(competition, "--save-every", "0")  # a checkpoint after every step, for this run only
     assert killed(trainers, broken, words, lambda: finished() or any(checkpoint.rglob("last.pt"))), (
         "ended before a checkpoint"
     )

@@ -1,4 +1,4 @@
-"""The front door: what make prints and which command it runs, without installing or training anything."""
+"""The Makefile: what make prints and which commands it runs, without installing or training anything."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_help_names_every_target_and_competition():
 
 @pytest.fixture
 def run(tmp_path):
-    """Makes targets in a copy of the repository whose `python -m common` writes its words down instead."""
+    """Run make in a copy whose `python -m common` only records its arguments; returns these, or make's error line."""
     common = tmp_path / "common"
     common.mkdir()
     for file in (ROOT / "common").iterdir():
@@ -168,7 +168,7 @@ def test_a_full_disk_is_named_before_anything_is_installed(tmp_path):
 
     def run(free: int) -> subprocess.CompletedProcess:
         environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "FREE": str(free)}
-        line = ["make", "test", "PYTHON=echo"]  # what would install prints its arguments
+        line = ["make", "test", "PYTHON=echo"]  # echo prints the commands that would install
         return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
     refused, accepted = run(2_100_000), run(9_000_000)

@@ -1,4 +1,4 @@
-"""The README's code runs, its commands are targets that exist, its tables are those of benchmarks/figures."""
+"""The READMEs: their code runs, their commands are accepted by make, their tables match benchmarks/figures."""
 
 import json
 import re
@@ -25,7 +25,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DO
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_code_of_the_readme_runs(number, tmp_path):
     if BLOCKS[number].startswith("# competitions/"):
-        compile(BLOCKS[number], "README.md", "exec")  # a page of a competition, which tests/test_templates.py runs
+        compile(BLOCKS[number], "README.md", "exec")  # an example competition, which tests/test_templates.py runs
         return
     ran = subprocess.run(
         [sys.executable, "-c", BLOCKS[number]],
@@ -64,7 +64,7 @@ def test_the_tables_are_what_the_figures_give():
 
 
 def finished(folder: Path, seed: int, score: float | None, **changes) -> Path:
-    """A run of digit_recognizer, recipe fast, as the files of the core say it."""
+    """Write the files of a finished run of digit_recognizer with the recipe fast."""
     folder.mkdir()
     facts = {"competition": "digit_recognizer", "recipe": "fast", "demo": False, "machine": "1 CPU", "commit": "abc"}
     (folder / "run.json").write_text(json.dumps(facts))

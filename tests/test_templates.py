@@ -1,4 +1,4 @@
-"""What `make new` copies trains at once and is one page; three trials are what a newcomer would write."""
+"""The templates that `make new` copies are one page and train at once, like three trials as a newcomer writes them."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ def lines_of(folder: Path) -> int:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, no_page):
-    """A place of its own for competitions, data and runs, in this process."""
+    """A temporary folder for competitions, data and runs, used by this process."""
     folder, loaded = tmp_path / "competitions", set(sys.modules)
     folder.mkdir()
     monkeypatch.setattr(competition, "COMPETITIONS", folder)
@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch, no_page):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with everything of this one but its competitions, for commands of their own."""
+    """A checkout with links to this one's files but without its competitions, for commands in new processes."""
     for name in ("common", "templates", "benchmarks", "Makefile", "requirements.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "competitions").mkdir()
@@ -53,7 +53,7 @@ def checkout(tmp_path):
 
 
 def trained(name: str, *flags: str) -> tuple[dict, list[dict[str, str]]]:
-    """result.json and the rows of the submission of a run in this process."""
+    """Train a run in this process; returns its result.json and the rows of its submission."""
     words = ["train", name, "--recipe", "smoke", "--run", "a", "--workers", "0", *flags]
     assert cli.main(words) == 0
     with open(Path("submissions") / name / "a-demo.csv", newline="") as stream:
@@ -67,7 +67,7 @@ def test_a_template_is_one_page(kind):
 
 @pytest.mark.parametrize(
     ("trial", "score"), [("auc_images", 0.9), ("rmse_table", 15.0), ("boosted_table", 15.0)]
-)  # of the targets' deviation, 21
+)  # the two RMSEs; the standard deviation of the targets is 21
 def test_a_trial_is_sixty_lines_and_finds_what_its_data_hold(here, trial, score):
     assert lines_of(TRIALS / trial) <= 60
     os.symlink(TRIALS / trial, here / "competitions" / trial)
@@ -84,7 +84,7 @@ def test_a_trial_is_sixty_lines_and_finds_what_its_data_hold(here, trial, score)
 
 @pytest.mark.parametrize("name", [*KINDS, "boosted_table"])
 def test_a_new_competition_passes_the_test_of_every_competition(checkout, trainers, monkeypatch, name):
-    """Killed twice, resumed to equal bits, predicted again: the folder is there and nothing else was edited."""
+    """Killed twice, resumed to equal bits and predicted again, with only the new folder added to the checkout."""
     if name in KINDS:
         made = make(checkout, "new", f"COMP=my_{name}", f"KIND={name}")
         assert made.returncode == 0 and f"make train COMP=my_{name}" in made.stdout, made.stderr
@@ -146,7 +146,7 @@ def test_lightgbm_takes_a_column_of_more_texts_than_a_network(here, capsys):
     ("kind", "flags"), [("images", ()), ("masks", ("--pseudo-min", "0.5")), ("table", ()), ("table", ("boosting",))]
 )
 def test_a_template_trains_on_pseudo_labels(here, kind, flags):
-    """Of a run of the same network; of LightGBM for the network of the table."""
+    """The pseudo-labels come from a run of the same network; for the table also from LightGBM."""
     new.new("lynx", kind)
     teacher = ("--model", "boosting", "--trees", "20") if "boosting" in flags else ()
     trained("lynx", *teacher)
@@ -160,7 +160,7 @@ def test_a_template_trains_on_pseudo_labels(here, kind, flags):
 
 
 def test_masks_of_the_template_may_be_files(here):
-    """The comment in its task.py is right."""
+    """The change that the comment in the template's task.py describes works."""
     new.new("lynx", "masks")
     task = here / "competitions" / "lynx" / "task.py"
     text = task.read_text()
@@ -174,7 +174,7 @@ def test_masks_of_the_template_may_be_files(here):
     text = text.replace("masks=masks", "masks=masks, of_mask=binary")
     text = text.replace("import ImageDataset", "import ImageDataset, binary")
     task.write_text(text)
-    from competitions.lynx import demo  # made now, of this text
+    from competitions.lynx import demo  # not at the top: `new` has just made it
 
     def with_files(folder: Path, write=demo.write_demo) -> None:
         import cv2
@@ -206,8 +206,8 @@ def test_masks_of_the_template_may_be_files(here):
         ("größe", "table", ["COMP=größe", "letters, digits and _"]),
         ("class", "masks", ["COMP=class", "make new COMP=comp_class KIND=masks"]),
         ("demo", "masks", ["COMP=demo", "make new COMP=comp_demo"]),
-        ("there", "masks", ["competitions/there is there already", "another COMP="]),
-        ("There", "masks", ["competitions/there is there already"]),  # one folder on a Mac
+        ("there", "masks", ["competitions/there already exists", "another COMP="]),
+        ("There", "masks", ["competitions/there already exists"]),  # the same folder on a Mac
         ("cats", "", ["KIND= is missing", "images, masks, table"]),
         ("cats", "image", ["KIND=image", "make new COMP=cats KIND=images"]),
         ("cats", "segmentation", ["KIND=segmentation: expected one of images, masks, table"]),
@@ -260,7 +260,7 @@ def test_no_word_of_the_template_is_left(here, kind):
     ("kind", "old", "other", "words"),
     [
         ("table", '("price",)', '("cost",)',
-         ["missing: cost", "train.csv", "name its own columns in task.py", "lynx/demo.py"]),
+         ["missing: cost", "train.csv", "name the file's columns in task.py", "lynx/demo.py"]),
         ("table", "(network, config, rows, targets)", "(network, config, rows, np.c_[targets, targets])",
          ["the loss does not take the outputs float32 [2, 2]", "targets float32 [2, 1]", "build()"]),
         ("table", "    return task(network", "    task(network",

@@ -1,7 +1,7 @@
-"""The same training as the peers' own documentation writes it; each is imported only when it runs.
+"""The same training with other libraries (peers), written as in their documentation; each is imported when it runs.
 
-The micro-batches lie ready in a list. accelerate sees the end of the data only in a DataLoader, and Keras makes one of
-all that it gets, so for these two its cost counts.
+The micro-batches are ready in a list. accelerate and Keras get them through a DataLoader, whose time is included:
+accelerate detects the end of the data only there, and Keras would wrap the list in a loader itself.
 """
 
 import importlib.metadata
@@ -22,9 +22,9 @@ ACCUMULATE = 4
 
 @dataclass
 class Work:
-    """One training: `optimizer(model's parameters)`, a mean loss for those who divide, an exact one for the kit.
+    """One training: model, optimizer, batches, `loss` (a batch's mean) for the peers and `exact_loss` for the kit.
 
-    `micro_batches` are the (inputs, targets) of the batches' micro-batches, as views of the same memory.
+    `micro_batches` are the batches' micro-batches as (inputs, targets), views of the same memory.
     """
 
     model: nn.Module
@@ -44,7 +44,7 @@ class Work:
         return self.make_optimizer(model.parameters())
 
     def tick(self) -> None:
-        """The beginning of an optimizer step, and the end of the last one."""
+        """Record the time at which an optimizer step begins or the last one ends."""
         self.ticks.append(time.perf_counter())
 
 
@@ -84,7 +84,7 @@ def accelerate(work: Work) -> None:
 
 
 class Batches:
-    """What Lightning iterates over without a DataLoader: a list would be several loaders to it."""
+    """An iterable that Lightning accepts in place of a DataLoader; it would take a list for several loaders."""
 
     def __init__(self, micro_batches: list):
         self.micro_batches = micro_batches
@@ -131,7 +131,7 @@ def lightning(work: Work) -> None:
 
 
 def keras(work: Work) -> None:
-    """Keras with its torch backend and its own layers, the weights carried over and back; 32 bits."""
+    """Keras with its torch backend and its own layers; weights are copied there and back; always in float32."""
     import keras
 
     network = [_keras_layer(keras, layer) for layer in work.model]
@@ -145,7 +145,7 @@ def keras(work: Work) -> None:
     rate = plain.param_groups[0]["lr"]
     model.compile(
         optimizer=made(learning_rate=rate, gradient_accumulation_steps=ACCUMULATE),
-        loss=lambda targets, outputs: work.loss(outputs, targets.to(target_type)),  # Keras hands floats on
+        loss=lambda targets, outputs: work.loss(outputs, targets.to(target_type)),  # Keras passes targets as floats
     )
 
     class Clock(keras.callbacks.Callback):
@@ -167,7 +167,7 @@ def _single(micro_batches: list) -> list:
 
 
 def _turned(weight: torch.Tensor) -> Any:
-    """[out, in, ...] to the order of Keras, [..., in, out]."""
+    """A weight [out, in, ...] in the axis order of Keras, [..., in, out]."""
     return weight.detach().float().movedim((0, 1), (-1, -2)).numpy()
 
 
@@ -192,12 +192,12 @@ PACKAGES = {"Fabric": "lightning", "Lightning": "lightning", "accelerate": "acce
 
 
 def versions() -> str:
-    """Of every peer, in one line."""
+    """The versions of all peers in one line."""
     return ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PEERS)
 
 
 def installed(name: str) -> str | None:
-    """The version of a peer, None when it is missing; what is no peer needs no package."""
+    """The version of a peer's package, None if it is missing; torch's version for loops that are no peers."""
     try:
         return importlib.metadata.version(PACKAGES.get(name, "torch"))
     except importlib.metadata.PackageNotFoundError:

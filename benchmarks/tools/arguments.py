@@ -1,4 +1,4 @@
-"""Types of arguments: what is wrong is said before anything is measured."""
+"""Argument types, which refuse wrong values before anything is measured."""
 
 from argparse import ArgumentTypeError
 from pathlib import Path

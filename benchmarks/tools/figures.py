@@ -15,7 +15,7 @@ CPU_FACTS = Path("/proc/cpuinfo")  # Linux only
 
 
 def facts(**more: Any) -> dict[str, Any]:
-    """Hardware, versions and commit that figures belong to; `more` are those of one benchmark."""
+    """Hardware, versions and commit of a benchmark's figures; `more` are facts of the one benchmark."""
     lines = CPU_FACTS.read_text().splitlines() if CPU_FACTS.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -24,14 +24,14 @@ def facts(**more: Any) -> dict[str, Any]:
 
 
 def one_line(found: dict[str, Any]) -> str:
-    """The facts of a file without its tables."""
+    """The facts of a figures file in one line, without its tables."""
     return ", ".join(f"{name} {value}" for name, value in found.items() if not isinstance(value, list))
 
 
 def measure(parts: dict[str, Callable], found: dict[str, Any], file: str | None, *arguments: Any) -> None:
-    """Run each part with `arguments`, print its rows under its docstring's first line, and write what is there so far.
+    """Run each part with `arguments`, print its rows under its docstring's first line, and save the figures so far.
 
-    `file` holds `found`, which is what `facts` returned, and the rows of each part under the part's name.
+    `file` gets `found` (the result of `facts`) and each part's rows under the part's name.
     """
     print(one_line(found))
     for name, part in parts.items():
@@ -48,7 +48,7 @@ def write(file: Path, found: Any) -> None:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The rows as lines of Markdown, one column for every name in them."""
+    """The rows as lines of a Markdown table, one column for every key."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [[_shown(row.get(name, "")) for name in names] for row in rows]

@@ -1,4 +1,4 @@
-"""Ways are measured in turn, so that a busy moment of the machine meets all of them and not one."""
+"""Measure several ways in turn, so that a busy moment of the machine affects all of them and not just one."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 def in_turns(ways: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
-    """What each way returned, round by round."""
+    """The results of each way, one per round; every round runs all ways once."""
     results: dict[str, list[Result]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -18,7 +18,7 @@ def in_turns(ways: dict[str, Callable[[], Result]], rounds: int) -> dict[str, li
 
 
 def least_seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each way in the round that disturbed it least."""
+    """Seconds of each way in its fastest round, the one least disturbed by other processes."""
     clocked = {name: partial(seconds, way) for name, way in ways.items()}
     return {name: min(taken) for name, taken in in_turns(clocked, rounds).items()}
 

@@ -35,7 +35,7 @@ def prepare(
         train_depthwise_in_float32(model)
     if checkpointing:
         names = enable_checkpointing(model)
-        what = f"{len(names)} blocks keep their inputs only" if names else "the model's own way"
+        what = f"{len(names)} blocks keep only their inputs" if names else "the model's own"
         log(f"checkpointing: {what}")
     if compiled:
         model.compile()
@@ -87,8 +87,8 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
             names.append(name)
     if not names:
         raise UserError(
-            f"--checkpointing finds no block of 2 to {largest} layers in {type(model).__name__}: give its forward pass "
-            f"modules of that size, or train without"
+            f"--checkpointing finds no block of 2 to {largest} layers in {type(model).__name__}: group its layers "
+            f"into modules of that size, or train without it"
         )
     return names
 

@@ -195,7 +195,9 @@ def _is_launched() -> bool:
     found = " ".join(f"{name}={given[name]}" for name in numbers if os.environ.pop(name, ""))
     if found:
         absent = ", ".join(name for name, value in given.items() if not value) or "numbers in all of them"
-        print(f"{found} ignored: no launch by torchrun, which sets {absent} too. Several processes: make train NPROC=2")
+        print(
+            f"{found} ignored: not started by torchrun, which also sets {absent}. Several processes: make train NPROC=2"
+        )
     return False
 
 

@@ -81,13 +81,13 @@ class Replay:
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
         self._refused, self._graph, self._results, self._batch, self._held = True, None, None, None, None
-        self._engine.log(f"steps are not replayed: {why}")
+        self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
     def make_room(self) -> bool:
         """Free the memory of the graph; return whether there was one."""
         if self._graph is None:
             return False
-        self.give_up("the graph leaves too little memory for the rest")
+        self.give_up("it leaves too little memory for the rest")
         memory.release()
         return True
 
@@ -101,7 +101,7 @@ class Replay:
         if why := watch.why:
             self.give_up(why)
         elif len(self._seen) == 2 and self._seen[0] != self._seen[1]:
-            self.give_up("two steps of the same shape do not do the same")
+            self.give_up("two steps of the same shape run different operations")
         return report
 
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
@@ -113,7 +113,7 @@ class Replay:
             return report  # fp16 may begin with too large a factor: try again with the next step
         once, fits = memory.attempt(partial(_copies, [*state, _told(report)])) if fits else (None, False)
         if not fits:
-            self.give_up("there is no memory left for comparing them with the eager ones")
+            self.give_up("no memory is left to compare it with a normal step")
             return report
         sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
         _put_back(state, start)
@@ -126,7 +126,7 @@ class Replay:
             found = _distances([*state, [value, norm]], once)
             if all(far <= TOLERANCE * size + 4 * noise for far, size, noise in zip(found, sizes, noises, strict=True)):
                 return engine.noted(batch, step_number, value, norm, outcome)
-            self.give_up(f"step {step_number + 1} of the graph differs from the same step without it")
+            self.give_up(f"its step {step_number + 1} differs from the same step without it")
         _put_back(state, once)
         memory.release()
         return report
@@ -228,13 +228,13 @@ class Watch(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if self._surroundings() != self._before:
-            self.why = "the model draws from random or np.random, or puts a new tensor in the place of a buffer"
+            self.why = "the model draws from random or np.random, or replaces a buffer by a new tensor"
 
     def __torch_dispatch__(self, operation: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
         named = named or {}
         found = operation(*inputs, **named)
         if reads_the_device(operation, inputs):
-            self.why = f"{operation} needs the host to read a result"
+            self.why = f"{operation} makes the CPU wait for a result"
         devices = {x.device.type for x in (*inputs, found) if isinstance(x, Tensor) and x.ndim}
         to_the_device = operation.overloadpacket in TO_THE_DEVICE and found.device == self._engine.device
         if len(devices) > 1 and not to_the_device:

@@ -138,7 +138,7 @@ class Engine:
         """Go on with another loss; raises UserError if it has parameters, which the optimizer would not know."""
         if isinstance(loss, nn.Module):
             if any(True for _ in loss.parameters()):
-                raise UserError(f"{loss} has parameters: a loss that takes the place of another must have none")
+                raise UserError(f"{loss} has parameters: a loss that replaces another must have none")
             loss.to(self.device)
         self._take(loss)
 
@@ -609,8 +609,8 @@ class Engine:
             self._writes = True  # from now on they get copies
             if self._passes > 1:
                 raise UserError(
-                    f"the model or the loss changed its input in place in step {step_number + 1}, and had not in the "
-                    "first one: the second pass over the batch saw other numbers. Let it work on a copy, x.clone()"
+                    f"the model or the loss changed its input in place in step {step_number + 1}, but not in "
+                    "the first step: the second pass over the batch saw other numbers. Let it work on a copy, x.clone()"
                 )
         if self._watching and not self._draws:
             drawn = self._drawn()
@@ -657,21 +657,23 @@ class Engine:
                 * (self.kind == "whole_batch")
             )
         self.micro_batch, self.limited, self._told = (largest + 1) // 2, True, False
-        self.log(f"out of memory at {largest} samples: the same batch again in micro-batches of {self.micro_batch}")
+        self.log(f"out of memory at {largest} samples: repeating the batch in micro-batches of {self.micro_batch}")
 
     def _tell_once(self, count: int) -> None:
         if self._told:
             return
         self._told = True
         whole = count <= self.micro_batch
-        self.log(f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch of {count}"))
+        self.log(
+            f"micro-batch {self.micro_batch}: " + ("the whole batch fits" if whole else f"a batch has {count} samples")
+        )
         if not whole and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
             self.log(
                 f"BatchNorm normalises over micro-batches of up to {self.micro_batch} samples, not over the batch "
-                f"of {count}: another --micro-batch is another function for it"
+                f"of {count}: results differ with another --micro-batch"
             )
         if not whole and any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.model.modules()):
-            self.log("dropout draws a mask for every micro-batch: another --micro-batch draws others")
+            self.log("dropout draws a mask for each micro-batch: results differ with another --micro-batch")
 
 
 WAYS = {"per_sample": Engine._per_sample, "sums": Engine._sums, "whole_batch": Engine._whole_batch}
@@ -738,9 +740,9 @@ def joined(parts: tuple[Tree, ...], sizes: tuple[int, ...]) -> tuple[list[bool],
         rows.append(all(part.ndim and len(part) == size for part, size in zip(column, sizes, strict=True)))
         if not rows[-1] and not all(torch.equal(part, column[0]) for part in column[1:]):
             raise UserError(
-                f"an output of the model has shape {list(column[0].shape)} for {sizes[0]} samples, and other values "
-                "in every micro-batch: a loss over the whole batch needs a row for every sample, shape "
-                f"[{sizes[0]}, ...]. Without one the batch must not be cut: --micro-batch {sum(sizes)}"
+                f"an output of the model has shape {list(column[0].shape)} for {sizes[0]} samples, and its values "
+                "differ between micro-batches: a loss over the whole batch needs a row for every sample, shape "
+                f"[{sizes[0]}, ...]. Or keep the batch whole: --micro-batch {sum(sizes)}"
             )
         tensors.append(torch.cat(column) if rows[-1] else column[0].detach())
     return rows, rebuilt(parts[0], tensors)

@@ -32,7 +32,7 @@ def board(competition: str, source: Source) -> None:
         try:
             scores = leaderboard(site)
         except UserError as error:
-            print(f"no ranks: {error}")
+            print(f"no ranks are shown: {error}")
     except UserError as error:
         failure = error
     if not rows and failure is None:
@@ -44,7 +44,7 @@ def board(competition: str, source: Source) -> None:
         draw(rows, source, path)
         print(f"plot: {path}")
     if failure:
-        raise UserError(f"not refreshed: {failure}")
+        raise UserError(f"scores not refreshed: {failure}")
 
 
 def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:
@@ -70,7 +70,7 @@ def leaderboard(site: Site) -> list[float]:
 
 def rank(score: str, scores: list[float], higher_is_better: bool) -> int | None:
     """Rank of a public score among all teams: one more than the number of better scores."""
-    if (own := _number(score)) is None:
+    if (own := ledger.number(score)) is None:
         return None
     return 1 + sum(other > own if higher_is_better else other < own for other in scores)
 
@@ -94,7 +94,7 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
 
     figure, axes = subplots(7, 6)
     for name, marker in (("public", "o"), ("private", "s")):
-        points = [(row.run, _number(row.validation), _number(getattr(row, name))) for row in rows]
+        points = [(row.run, ledger.number(row.validation), ledger.number(getattr(row, name))) for row in rows]
         points = [(run, x, y) for run, x, y in points if x is not None and y is not None]
         if not points:
             continue
@@ -110,10 +110,3 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
     axes.set(xlabel="validation", ylabel="leaderboard", title=source.slug)
     without_markup(figure)
     write_with(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -49,7 +49,7 @@ class Answer:
         """The most informative line: the last one of stderr, or of stdout when stderr is empty."""
         lines = [line.strip() for line in (self.err.strip() or self.out.strip()).splitlines()]
         lines = [line for line in lines if line and not re.match(r"\d+%\|", line)]
-        return lines[-1][:300] if lines else f"it said nothing, exit status {self.status}"
+        return lines[-1][:300] if lines else f"no output, exit status {self.status}"
 
 
 class Transient(UserError):
@@ -247,13 +247,13 @@ class Site:
              f"Kaggle does not accept {where} (401){shadow}. Create a new token at "
              "https://www.kaggle.com/settings/api, then repeat the same command"),
             (r"accepts submissions from (notebooks|kernels)", UserError,
-             f"{source.page} takes submissions from notebooks alone: make notebook, with the same COMP= and RUN= and "
+             f"{source.page} takes submissions only from notebooks: make notebook, with the same COMP= and RUN= and "
              "ARGS=--submit, pushes one that predicts there, and submits it"),
             (r"accept\b.*\brules|rules\b.*\baccept|competitions.participate", UserError,
              f"Kaggle says {said!r}. Open {rules} in a browser, accept the rules as the owner of {where} (for a closed "
              "competition: Late Submission), then repeat the same command"),
             (r"No space left on device|Errno 28\b|Disk quota exceeded", UserError,
-             "the disk is full: free some space, then repeat the same command; it goes on there"),
+             "the disk is full: free some space, then repeat the same command; it goes on from there"),
             (UNREACHABLE, Transient,
              f"Kaggle cannot be reached ({reason}): check the network, and "
              "HTTPS_PROXY where there is a proxy, then repeat the same command"),

@@ -98,7 +98,7 @@ def _with_key(name: str, key: str, where: str, child: dict[str, str]) -> Account
 def _sendable(secret: str, where: str) -> str:
     """The secret; raises UserError, without showing it, if it has a character that no HTTP header can hold."""
     if not (secret.isascii() and secret.isprintable()):
-        raise UserError(f"{where}: it holds a control character or an accented letter, no token does: {RECIPE}")
+        raise UserError(f"{where}: it holds a control character or an accented letter, which no token has: {RECIPE}")
     return secret
 
 

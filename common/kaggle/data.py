@@ -121,8 +121,8 @@ def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only
     """Whether the data match their manifest. Raises UserError for files that were put there by hand."""
     if there is None and (found := sorted(path.name for path in visible(home))):
         raise UserError(
-            f"{home} holds files that make data has not put there ({', '.join(found[:3])}): move them away, use them "
-            f"as they are (make train COMP={home.name}), or have them moved to {home}.before with FORCE=1"
+            f"{home} holds files that make data did not put there ({', '.join(found[:3])}): move them away, use them "
+            f"as they are (make train COMP={home.name}), or let FORCE=1 move them to {home}.before"
         )
     names = source.labels if labels_only else None
     if there is None or (there.part != "all" and not labels_only) or set(names or ()) - there.files.keys():

@@ -119,3 +119,11 @@ def put(competition: str, row: Row, remove: bool = False) -> None:
     """Replace the claim by `row`, or remove the claim if nothing was sent."""
     with changing(competition) as rows:
         rows[:] = [*(other for other in rows if other.message != row.message), *([] if remove else [row])]
+
+
+def number(text: str) -> float | None:
+    """A score as a number; None where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -76,8 +76,8 @@ def _placing(home: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{home} could not be put in place ({error.strerror or error}): check who owns it, and where it is a mount "
-            "point mount the folder above it; then repeat the same command, it goes on where it stopped"
+            f"{home} could not be put in place ({error.strerror or error}): check who owns it (if it is a mount "
+            "point, mount the folder above it), then repeat the same command, it goes on where it stopped"
         ) from error
 
 
@@ -123,5 +123,5 @@ def settle(home: Path, kept: str) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         if own:
-            print(f"{before} takes the files in {home} that make data has not brought: {some(sorted(own), by='; ')}")
+            print(f"moved to {before}, as make data did not fetch them: {some(sorted(own), by='; ')}")
         shutil.rmtree(aside)

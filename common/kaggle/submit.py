@@ -235,9 +235,9 @@ def _follow(site: Site, row: ledger.Row, wait: float, poll: float) -> None:
     try:
         is_scored = until(look, f"waiting for the score of {name}", wait, poll)
     except Transient as error:
-        raise UserError(f"{name} is sent, but its score is not known: {error}") from error
+        raise UserError(f"{name} was sent, but its score is not known: {error}") from error
     if not is_scored:
-        print(f"{name} is sent but not scored after {wait:.0f} s: make board COMP={competition} shows the score later")
+        print(f"{name} was sent but not scored after {wait:.0f} s: make board COMP={competition} shows the score later")
         return
     if row.status == FAILED:
         why = row.reason or "it gives no reason"

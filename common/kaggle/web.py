@@ -59,7 +59,7 @@ def plain(source: Source, work: Path, draft: Path, url: str, checksum: str) -> t
         raise UserError(f"--checksum {checksum}: expected md5: and 32 hexadecimal digits, or sha256: and 64")
     if "@" in urlsplit(url).netloc:
         raise UserError(
-            "--url: the address has a user name or a password before its host, which is not sent: leave them out, or "
+            "--url: a user name or password in the address is never sent: leave it out, or "
             "get the archive by hand and pass DATA=/path/to/zip"
         )
     address, record = url or source.url, source.checksum_url

@@ -113,8 +113,8 @@ def refuse_generators(dataset: Any) -> None:
     """Raises UserError naming a generator that a dataset of batches holds."""
     for path, found in held_generators(dataset):
         raise UserError(
-            f"{path} is a {type(found).__name__}, but batch(indices, keys) may draw from `keys` alone: other numbers "
-            "would depend on which samples come together"
+            f"{path} is a {type(found).__name__}, but batch(indices, keys) may draw only from `keys`: other random "
+            "numbers would depend on which samples share a batch"
         )
 
 

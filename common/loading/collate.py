@@ -71,9 +71,7 @@ def _check_containers(samples: list[Any]) -> None:
 
     found = set(map(described, samples))
     if len(found) > 1:
-        raise UserError(
-            f"at one place the samples of a batch hold {' and '.join(sorted(found)[:3])}: expected one kind"
-        )
+        raise UserError(f"the samples of a batch hold {' and '.join(sorted(found)[:3])}: expected one kind")
 
 
 def join(trees: list[Tree], pinned: bool = False) -> Tree:
@@ -118,6 +116,6 @@ def as_tensor(array: np.ndarray | np.generic) -> Tensor:
     if array.dtype.kind not in "biufc":
         raise UserError(
             f"an array of {array.dtype}, the first is {str(next(array.flat, ''))[:30]!r}: expected numbers. In "
-            f"build(), make class numbers of names for dataset and metric, and names of them in Submission's `rows`"
+            f"build(), turn names into class numbers for dataset and metric, and back into names in Submission's `rows`"
         )
     return torch.from_numpy(array if array.flags.writeable and array.flags.forc else array.copy())

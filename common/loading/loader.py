@@ -175,8 +175,8 @@ class Loader:
         while True:
             if self.workers and self._workers.stream is not stream:
                 raise RuntimeError(
-                    "an epoch went on after another was begun, or after the loader was closed: the workers serve one "
-                    "at a time"
+                    "an earlier epoch was continued after another had begun, or after the loader was closed: the "
+                    "workers load one epoch at a time"
                 )
             key, answer = stream.receive()
             if isinstance(key, CheckKey):

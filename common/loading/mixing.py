@@ -140,7 +140,9 @@ def _as_amounts(target: Tensor, classes: int | None) -> Tensor:
             raise UserError(f"a target of class {outside[0]} cannot be blended: the mix expects 0 to {classes - 1}")
         return torch.nn.functional.one_hot(target.long(), classes).float()
     if target.ndim == 1 and target.dtype != torch.bool:
-        raise UserError("integer targets [B] cannot be blended: give the mix their number, such as MixUp(classes=10)")
+        raise UserError(
+            "class numbers [B] cannot be blended: give the mix the number of classes, as in MixUp(classes=10)"
+        )
     return target.float()
 
 

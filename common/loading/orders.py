@@ -88,7 +88,7 @@ def by_rarity(labels: Any) -> np.ndarray:
     """
     labels = csr_matrix(labels)
     if len(bare := np.flatnonzero(np.diff(labels.indptr) == 0)):
-        raise UserError(f"by_rarity: {len(bare)} rows have no label, the first is row {bare[0]}: expected one of each")
+        raise UserError(f"by_rarity: {len(bare)} rows have no label, the first is row {bare[0]}: every row needs one")
     counts = np.asarray(labels.sum(axis=0, dtype=np.int64)).ravel()
     of_label = np.clip(np.log(0.5 * counts.sum() / np.maximum(counts, 1)), 1, 10)
     return np.maximum.reduceat(of_label[labels.indices], labels.indptr[:-1])
@@ -128,7 +128,7 @@ def joined(order: Order, rows: np.ndarray) -> Order:
     def both(seed: int, epoch: int) -> Plan:
         plan = order(seed, epoch)
         if plan.sizes is not None:
-            raise UserError("no rows can join an order that decides what makes a batch, such as `grouped`")
+            raise UserError("rows cannot be added to an order that fixes its batches, such as `grouped`")
         total = len(plan.index) + len(rows)
         generator = KeyedGenerator().jump(seed, epoch, 1, stream=ORDER_STREAM)
         place = generator.permutation(total)[: len(rows)]

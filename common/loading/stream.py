@@ -17,8 +17,8 @@ Key = PieceKey | CheckKey
 Answer = Piece | dict[int, bytes]
 PIECES_AHEAD = 3  # per worker: two batches ready and one being loaded
 CROWDED = (
-    "shared memory (/dev/shm) is too small for these samples, which go through slower pipes: give the container more "
-    "(docker run --shm-size 1g), or use --workers 0"
+    "shared memory (/dev/shm) is too small for these samples, so they go through slower pipes: give the container "
+    "more (docker run --shm-size 1g), or use --workers 0"
 )
 
 

@@ -107,5 +107,5 @@ def _pick(key: str | None, tree: Tree, name: str) -> Tree:
         return tree
     if not isinstance(tree, dict) or key not in tree:
         has = f"keys {sorted(tree)}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
-        raise UserError(f"the loss has a head {key!r} but the {name} are {has}: name the heads alike in both")
+        raise UserError(f"the loss has a head {key!r} but the {name} are {has}: use the same names in both")
     return tree[key]

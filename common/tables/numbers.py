@@ -58,12 +58,12 @@ def _cells(table: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
     column = table[name]
     if numeric != is_numeric_dtype(column) and column.notna().any() and not is_bool_dtype(column):
         raise UserError(
-            f"column {name} has numbers in one table and texts in another: give tables.read its kind, {name!r}: "
-            f"number(blank=True), which names the line, or str"
+            f"column {name} has numbers in one table and texts in another: give tables.read {name!r}: "
+            f"number(blank=True), which names the bad line, or {name!r}: str"
         )
     if numeric and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
         raise UserError(
-            f"column {name} is infinite somewhere: give tables.read {name!r}: number(), which names the line"
+            f"column {name} holds an infinite value: give tables.read {name!r}: number(), which names the line"
         )
     return column.astype(np.float64) if numeric else column
 
@@ -78,7 +78,7 @@ def _of_texts(columns: list[pd.Series]) -> list[np.ndarray]:
     if (count := max(column.nunique() for column in columns)) > MANY:
         raise UserError(
             f"column {columns[0].name} has {count:,} different texts, at most {MANY:,} can become 0/1 columns: leave "
-            f"it out of the features, or make numbers of it"
+            f"it out of the features, or turn it into numbers"
         )
     texts = sorted(columns[0].dropna().unique())
     codes = [pd.Index(texts, dtype=object).get_indexer(column.astype(object)) for column in columns]

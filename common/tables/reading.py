@@ -65,7 +65,7 @@ def read(
         value = table[id][line]
         first = table.index[np.argmax(table[id] == value)]
         raise UserError(
-            f"{raw.path}/{name} line {line}: {id} {_cut(value)!r} is there twice, first in line {first}: {again}"
+            f"{raw.path}/{name} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {again}"
         )
     return table if lines else table.reset_index(drop=True)
 
@@ -158,7 +158,7 @@ class _File:
         except UnicodeDecodeError as error:
             at = line + block.count(b"\n", 0, error.start)
             byte = block[error.start]
-            raise UserError(f"{self.where} line {at}: byte {byte:#04x} is no {encoding.upper()} text: save the file "
+            raise UserError(f"{self.where} line {at}: byte {byte:#04x} is not {encoding.upper()} text: save the file "
                             f"as UTF-8, {self.again}") from error  # fmt: skip
 
     def header(self, head: bytes) -> list[str]:
@@ -177,15 +177,15 @@ class _File:
             f"{len(found)} columns, expected {len(self.columns)}" if extra or many and missing else "",
             f"its cells are separated by {separator!r}, not by commas" if separator else "",
             f"missing: {_some(missing)}" if missing else "",
-            f"spelt otherwise: {', '.join(renamed[:3])}" if renamed else "",
+            f"spelt differently: {', '.join(renamed[:3])}" if renamed else "",
             f"not expected: {_some(extra)}" if extra or missing and len(found) > 9 and self.others == "refuse" else "",
-            f"there twice: {_some(twice)}" if twice else "",
+            f"more than once: {_some(twice)}" if twice else "",
         ]
         told = "; ".join(fact for fact in facts if fact)
         if not told and self.others == "refuse" and found != list(self.columns):
-            told = "the columns stand in another order"
+            told = "the columns are in another order"
         if told:
-            build = "name its own columns in task.py, or " * bool(missing)
+            build = "name the file's columns in task.py, or " * bool(missing)
             raise UserError(
                 f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {build}{self.again}"
             )

@@ -78,7 +78,7 @@ def start_from(
     missing = [key for key in own if key not in places and not key.endswith(UNTRAINED)]
     if not places:
         raise UserError(
-            f"{FLAG} {weights}: nothing in it is of {name} (it has {some(list(found))}; expected {some(list(own))}): "
+            f"{FLAG} {weights}: it has no tensor of {name} (it has {some(list(found))}; expected {some(list(own))}): "
             f"give weights of that network, or {scratch}"
         )
     if missing:
@@ -234,9 +234,9 @@ def _published(fetch: Callable[[], nn.Module], name: str, scratch: str) -> nn.Mo
     except Exception as error:  # each generation of the hub's library fails with errors of another network library
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{FLAG} imagenet: those of {name} are not in the cache and cannot be fetched ({reason[0][:120]}): connect "
-            f"to the network, or set HF_HOME to a folder that holds them, or give a file that does, {FLAG} PATH, or "
-            f"train from scratch with {scratch}"
+            f"{FLAG} imagenet: the weights of {name} are not cached and cannot be fetched ({reason[0][:120]}): connect "
+            f"to the network, set HF_HOME to a folder that has them, give a file with {FLAG} PATH, or train from "
+            f"scratch with {scratch}"
         ) from error
 
 

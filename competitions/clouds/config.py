@@ -23,25 +23,23 @@ class CloudConfig(Config):
     """The settings of clouds: the network, its input size, the augmentation and the parts of the loss."""
 
     size: tuple[int, int] = flag(
-        (384, 576), "height and width the network works at, up to 1400,2100", "pixels", at_least(64)
+        (384, 576), "height and width of the network's input, up to 1400,2100", "pixels", at_least(64)
     )
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
-    decoder_width: float = flag(1.0, "channels of the decoder", "times the library's", between(0.1, 4))
+    decoder_width: float = flag(1.0, "channels of the decoder", "times the default", between(0.1, 4))
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")
     encoder_weights: str = flag(
         "imagenet", "where the encoder starts: imagenet, none, or a file or folder of weights", names="weights"
     )
     encoder_lr: float = flag(0.3, "learning rate of the encoder", "times lr", at_least(0))
     class_head: Literal["pooled", "topk"] = flag(
-        "pooled", "presence of a class from the deepest features, or from its ten likeliest pixels"
+        "pooled", "predict whether a class is there from the pooled deepest features, or from its ten likeliest pixels"
     )
-    dropout: float = flag(
-        0.2, "part of the deepest features that the class head does without in training", rule=between(0, 1)
-    )
-    augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
-    blackout: float = flag(0.1, "part of the training images that lose a class", "fraction", between(0, 1))
+    dropout: float = flag(0.2, "dropout rate of the class head's input, the deepest features", rule=between(0, 1))
+    augment: Literal["none", "light", "strong"] = flag("light", "augmentation of the training images")
+    blackout: float = flag(0.1, "share of training images with one class painted black", "fraction", between(0, 1))
     cutmix: float = flag(
-        0.0, "part of the pairs of training images in which a box of the other is pasted", "fraction", between(0, 1)
+        0.0, "share of training images with a box of another pasted in (CutMix)", "fraction", between(0, 1)
     )
     bce: float = flag(1.0, "weight of the pixels' cross-entropy", rule=at_least(0))
     dice: float = flag(1.0, "weight of the Dice loss over the batch", rule=at_least(0))

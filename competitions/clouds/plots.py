@@ -33,22 +33,26 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
     scores = np.array([decision.dice_of_masks(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
 
     page.text(
-        f"{len(rows)} images that the network was not trained on. The rules were chosen on these images; 'held out' "
-        f"chooses them on four fifths and scores the fifth, part by part."
+        f"{len(rows)} images that the network was not trained on. The rules were tuned on these images. 'Held out' "
+        f"is the Dice of each fifth of them with rules tuned on the other four."
     )
     page.table(["rules", "held out"], tuned["held_out"].items())
     stages = ", ".join(f"{stage} {value:.4f}" for stage, value in tuned["held_out"].items())
-    run.log(f"rules chosen on one part of the images and scored on the rest: {stages}")
+    run.log(f"Dice of rules tuned on some images and scored on the others: {stages}")
     present = files.runs.present()[rows].mean(0)
     facts = [
         (name, float(scores[:, label].mean()), float(present[label]), *tuned["rules"][name].values())
         for label, name in enumerate(CLASSES)
     ]
-    page.table(["class", "Dice", "in part of the images", *tuned["rules"][CLASSES[0]]], facts)
+    page.table(["class", "Dice", "share of images", *tuned["rules"][CLASSES[0]]], facts)
     page.figure(class_scores(scores, present), "dice", "Dice of each class, and the score of leaving every mask empty")
     some = np.linspace(0, len(rows) - 1, min(CURVE_IMAGES, len(rows))).astype(int)
     tables = tuning.tables(part_of(predictions, some), lambda at: truth[some[at]](), tuned["presence"])
-    page.figure(threshold_curves(tables, tuned), "thresholds", f"Dice of {len(some)} images along each threshold")
+    page.figure(
+        threshold_curves(tables, tuned),
+        "thresholds",
+        f"Dice of {len(some)} images against each threshold, dotted: the tuned one",
+    )
 
     order = np.argsort(-scores.mean(1), kind="stable")
     for place, at in enumerate(order[np.linspace(0, len(order) - 1, min(OVERLAYS, len(order))).astype(int)]):
@@ -117,7 +121,7 @@ def threshold_curves(tables: list[tuning.Table], tuned: dict[str, Any]) -> Figur
                 means.append(float(tuning.dice_of(table, rule).mean()))
             axes.plot(grid, means, color=np.array(COLOURS[name]) / 255, label=name)
             axes.axvline(kept[part], color=np.array(COLOURS[name]) / 255, linestyle=":", linewidth=1)
-        axes.set_xlabel({"gate": "gate", "top": "pixel threshold", "size": "least region, pixels"}[part])
+        axes.set_xlabel({"gate": "gate", "top": "pixel threshold", "size": "smallest region, pixels"}[part])
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Dice")
     figure.axes[0].legend(frameon=False)

@@ -69,8 +69,8 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     if size != MASK_SIZE:
         runs = replace(runs, size=size)
         announce(
-            f"{raw.path}/train.csv: the runs are those of {size[0]}x{size[1]} masks, not of the competition's "
-            f"{MASK_SIZE[0]}x{MASK_SIZE[1]} (none goes beyond, and columns are {size[0]} apart), and are read so"
+            f"{raw.path}/train.csv: run lengths are read as {size[0]}x{size[1]} masks, not the competition's "
+            f"{MASK_SIZE[0]}x{MASK_SIZE[1]}: all fit into them, with columns {size[0]} pixels apart"
         )
     test_paths = _paths(folder / "test_images", list(test_classes), "sample_submission.csv", raw.lenient)
     for image, labels in test_classes.items():
@@ -103,7 +103,7 @@ def _train(raw: RawData) -> tuple[list[str], Runs]:
         masks = cells.setdefault(image, [None] * len(CLASSES))
         where = f"{raw.path}/train.csv line {line} ({image}, {CLASSES[label]})"
         if masks[label] is not None:
-            raise UserError(f"{where}: this image and class are there twice: {AGAIN}")
+            raise UserError(f"{where}: this image and class appear twice: {AGAIN}")
         try:
             runs = rle.parse(text)
         except ValueError as error:
@@ -142,8 +142,8 @@ def _size_of(runs: Runs, paths: list[Path], name: str) -> tuple[int, int]:
     if ends.max() > height * 2 * MASK_SIZE[1]:
         return MASK_SIZE
     raise UserError(
-        f"{name}: the runs are those of masks {height} pixels high, as neighbouring columns are so far apart, and the "
-        f"images are {stored[0]}x{stored[1]}: expected runs for {MASK_SIZE[0]}x{MASK_SIZE[1]}, or for the size of "
+        f"{name}: columns of the run lengths are {height} pixels apart, so masks are that high, but the images are "
+        f"{stored[0]}x{stored[1]}: expected run lengths for {MASK_SIZE[0]}x{MASK_SIZE[1]}, or for the size of "
         f"the images: {AGAIN}"
     )
 
@@ -164,11 +164,11 @@ def _test(raw: RawData) -> dict[str, list[int]]:
         where = f"{raw.path}/sample_submission.csv line {line} ({image}, {CLASSES[label]})"
         if image in classes and image != last:
             raise UserError(
-                f"{where}: the rows of an image are not together, and a submission is written image by image: sort the "
-                f"file by {COLUMNS[0]}"
+                f"{where}: the rows of this image are not together, but a submission is written image by image: sort "
+                f"the file by {COLUMNS[0]}"
             )
         if label in classes.setdefault(image, []):
-            raise UserError(f"{where}: this image and class are there twice: {AGAIN}")
+            raise UserError(f"{where}: this image and class appear twice: {AGAIN}")
         classes[image].append(label)
         last = image
     return classes

@@ -34,7 +34,7 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     if not config.classes and config.class_head == "pooled":
         raise UserError("--classes 0 leaves the class head untrained: give it a weight, or --class-head topk")
     if raw.is_demo and config.encoder_weights == "imagenet":
-        log("demo: the encoder starts from scratch (--encoder-weights none), generated clouds need no ImageNet")
+        log("demo: the encoder starts from scratch (--encoder-weights none), as generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)
     files = reader.read(raw, log)
     valid = cloud_images(files.train_paths, config.size, files.runs)

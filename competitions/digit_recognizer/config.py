@@ -17,11 +17,13 @@ SOURCE = Source(
 class DigitConfig(Config):
     """The settings of Digit Recognizer: the network's size and the strength of the augmentation."""
 
-    width: int = flag(32, "channels of the first scale; the others have 2 and 4 times as many", "channels", at_least(1))
+    width: int = flag(
+        32, "channels of the first stage; the next ones have 2 and 4 times as many", "channels", at_least(1)
+    )
     kernel: int = flag(5, "side of the larger convolutions", "pixels", (lambda side: side % 2 == 1, "an odd number"))
-    dropout: float = flag(0.0, "part of the last features that is left out in training", rule=between(0, 1))
-    rotation: float = flag(12.0, "largest turn of a training image", "degrees", at_least(0))
-    scale: float = flag(0.12, "largest change of width and of height", "log of the factor", at_least(0))
+    dropout: float = flag(0.0, "dropout rate of the last features", rule=between(0, 1))
+    rotation: float = flag(12.0, "largest rotation of a training image", "degrees", at_least(0))
+    scale: float = flag(0.12, "largest scaling of width and of height", "log of the factor", at_least(0))
     shear: float = flag(0.12, "largest slant", "pixels per pixel of height", at_least(0))
     shift: float = flag(2.0, "largest shift to each side", "pixels", at_least(0))
     elastic: float = flag(0.8, "standard deviation of the elastic bending", "pixels", at_least(0))

@@ -39,7 +39,7 @@ def read(raw: RawData) -> DigitFiles:
     ids = _ids(raw.uncounted(), len(test))
     beside = raw.path if raw.path.is_dir() else raw.path.parent
     if raw.cache.parent != beside and set(raw.cache.glob("*.npy")) != known:
-        print(f"{beside} cannot be written: what was read is cached in {raw.cache} instead")
+        print(f"{beside} cannot be written: the tables are cached in {raw.cache} instead")
     return DigitFiles(
         images=train[:, 1:].reshape(-1, 1, SIZE, SIZE).copy(),
         labels=train[:, 0].astype(np.int64),

@@ -38,13 +38,13 @@ class TagConfig(Config):
     stage: Literal["1", "2"] = flag("1", "test images and sample submission of this stage", predicts=True)
     rows: Literal["train", "validated", "both", "tuning"] = flag(
         "train",
-        "the training images in folds; all of them, validated on the tuning images (fold 0); both, the tuning "
-        "images in folds; or the tuning images alone, in folds",
+        "folds of the training images; all of them, validated on the tuning images (fold 0); both, in folds of the "
+        "tuning images; or folds of the tuning images alone",
     )
     start_from: str = flag(
-        "", "finished run whose weights to start from; heads that are absent here are dropped", names="runs"
+        "", "finished run to take the initial weights from; its heads that are not used here are dropped", names="runs"
     )
-    trains: Literal["all", "heads"] = flag("all", "what is trained; heads leaves the backbone as it is")
+    trains: Literal["all", "heads"] = flag("all", "what is trained; heads keeps the backbone frozen")
     size: tuple[int, int] = flag((224, 224), "height and width of the images", "pixels", at_least(32))
     detail: float = flag(
         1.0, "images are kept this much larger than --size, so that crops keep their detail", "times", at_least(1)
@@ -58,28 +58,33 @@ class TagConfig(Config):
         "where the backbone starts: none, as the competition forbade others, imagenet, or a file of weights",
         names="weights",
     )
-    dropout: float = flag(0.2, "part of the pooled features that the heads do without in training", rule=between(0, 1))
-    augment: Literal["none", "light", "heavy"] = flag("heavy", "changes of the training images")
+    dropout: float = flag(0.2, "dropout rate of the heads' input, the pooled features", rule=between(0, 1))
+    augment: Literal["none", "light", "heavy"] = flag("heavy", "augmentation of the training images")
     mix: Literal["none", "mixup", "cutmix", "both"] = flag(
-        "none", "blend half of the pairs of training images and their labels; both blends four fifths, either way"
+        "none", "blend half of the training images, and labels, with another; both: four fifths, by mixup or cutmix"
     )
     sampling: Literal["shuffled", "weighted"] = flag("shuffled", "every image once an epoch, or rare labels more often")
     classifier: float = flag(1.0, "weight of the classifier's loss; 0 leaves the head out", rule=at_least(0))
     loss: Literal["bce", "focal", "f2", "bce+f2", "pvn"] = flag(
-        "f2", "of the classifier; f2 is the soft F2 of each image, pvn a softmax of each positive against all negatives"
+        "f2", "the classifier's loss; f2: soft F2 of each image; pvn: softmax of each positive against all negatives"
     )
     embedding: float = flag(0.0, "weight of the embedding head's loss; 0 leaves the head out", rule=at_least(0))
-    embedding_loss: Literal["cosine", "mse"] = flag("cosine", "distance to the sum of the label vectors")
+    embedding_loss: Literal["cosine", "mse"] = flag("cosine", "distance to the sum of the image's label vectors")
     embedding_dim: int = flag(512, "length of a label vector", rule=at_least(1))
-    embedding_kind: Literal["ppmi", "pmi"] = flag("ppmi", "what the label vectors factor; pmi is the blog's matrix")
-    smoothing: float = flag(3.0, "imagined images added to every pair of labels", "images", at_least(0))
+    embedding_kind: Literal["ppmi", "pmi"] = flag(
+        "ppmi", "matrix that is factored into label vectors; pmi is the blog's"
+    )
+    smoothing: float = flag(3.0, "pseudo-count of images added to every pair of labels", "images", at_least(0))
     count: float = flag(
         0.0,
-        "weight of the loss of the number of labels, which only helps the training; 0 leaves the head out",
+        "loss weight of the head that counts labels, an auxiliary task; 0 leaves the head out",
         rule=at_least(0),
     )
     clusters: int = flag(
-        0, "clusters of labels of which at most one to three are kept; 0 never trims", "clusters", at_least(0)
+        0,
+        "clusters of labels; an image keeps at most one to three of each, as tuned; 0: no limit",
+        "clusters",
+        at_least(0),
     )
 
 

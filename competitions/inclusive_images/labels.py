@@ -27,7 +27,7 @@ class LabelIndex:
         self.names = tuple((names or {}).get(code, code) for code in self.codes)
         if len(self.column) != len(self.codes):
             twice = next(code for code, count in Counter(self.codes).items() if count > 1)
-            raise UserError(f"{CLASSES}: the code {twice} is there twice: {AGAIN}")
+            raise UserError(f"{CLASSES}: the code {twice} appears twice: {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -123,7 +123,7 @@ def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
         some = ", ".join(list(counts.untrainable)[:3]) or "none"
         raise UserError(
             f"{raw.path}/{TRAIN}: no row has a trainable label of confidence above 0 (codes found: {some}): "
-            f"the file and {CLASSES} must be of one competition; {AGAIN}"
+            f"the file and {CLASSES} must belong to one competition; {AGAIN}"
         )
     return table
 

@@ -79,6 +79,6 @@ def start_from(model: TagNet, file: Path) -> None:
     if wrong or taken.keys() - own.keys():
         raise UserError(
             f"{file} holds another network (first difference: {(wrong or sorted(taken.keys() - own.keys()))[0]}): "
-            f"start from a run with the same --backbone, labels and heads, and of a transformer with the same --size"
+            f"start from a run with the same --backbone, labels and heads (for a transformer also --size)"
         )
     model.load_state_dict(taken | {"projections": own["projections"]})

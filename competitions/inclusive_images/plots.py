@@ -32,7 +32,7 @@ def report(
         page.figure(
             similarities(embedding, common[:HEAT_LABELS], names),
             "similarity",
-            "Cosine similarity of the most frequent labels, each beside those it resembles",
+            "Cosine similarity of the most frequent labels, ordered so that similar ones are neighbours",
         )
         page.figure(vector_map(embedding, common[:MAP_LABELS], names), "map", "The label vectors in two dimensions")
     if (run.path / "oof.npy").is_file():
@@ -48,8 +48,8 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
     page.table(["rule", "value"], result["tuned"]["rule"].items())
     page.text(
         f"Mean F2 on {len(rows)} images that the network was not trained on: {result['metrics']['f2']:.4f} with the "
-        f"rule that is best for these images; {result['score']:.4f} with rules chosen on four fifths of them and "
-        f"scored on the fifth. Below: {len(shown)} of them."
+        f"rule that is best for these images; {result['score']:.4f} with rules tuned on four fifths of them and "
+        f"scored on the other fifth. Below: {len(shown)} of these images."
     )
     counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
     bands = frequency_bands(counts)

@@ -139,11 +139,13 @@ def _with_files(
     paths = match_images(folder, table.ids)
     kept = np.array([row for row, path in enumerate(paths) if path is not None])
     if not len(kept) and lenient:
-        announce(f"{folder}: no image is here, folds and label vectors are those of all {len(table):,} labelled ones")
+        announce(
+            f"{folder}: no image is here, so folds and label vectors are made from all {len(table):,} labelled ones"
+        )
         return table, [folder / str(name) for name in table.ids]
     if not len(kept):
         raise UserError(
-            f"{folder} holds no image of the {len(table):,} that have labels: put them there as IMAGEID.jpg, with "
+            f"{folder} holds none of the {len(table):,} labelled images: put them there as IMAGEID.jpg, with "
             f"make data COMP=inclusive_images or from Open Images"
         )
     if missing := len(table) - len(kept):

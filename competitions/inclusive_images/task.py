@@ -173,7 +173,7 @@ def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
     unknown = [code for code in codes if code not in trainable]
     if unknown:
         return f"{unknown[0]} is not in classes-trainable.csv"
-    return "a label is there twice" if len(set(codes)) < len(codes) else None
+    return "a label appears twice" if len(set(codes)) < len(codes) else None
 
 
 def _report(

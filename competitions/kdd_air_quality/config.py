@@ -15,7 +15,7 @@ FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above
 # settings that stop or choose weights by the held-out days: the score on these days would be too good.
 USES = "epochs micro_batch optimizer lr weight_decay momentum schedule warmup clip_norm ema swa checkpointing compile"
 USES = (*USES.split(), "graph", "track")
-NOWHERE_TO_SUBMIT = "KDD Cup 2018 was judged at biendata.xyz, which is closed to forecasts: they are scored locally"
+NOWHERE_TO_SUBMIT = "biendata.xyz, which judged KDD Cup 2018, takes no more forecasts: they are scored locally"
 
 SOURCE = Source(
     slug="",
@@ -43,23 +43,25 @@ class Config(common.Config):
     # The network is small: bfloat16 saves seconds at most, and a score should not depend on the CPU's instructions.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("fp32", "precision of the network")
     save_every: float = flag(20.0, "least time between two checkpoints of the network", "seconds")
-    models: str = flag("medians,linear,boosting,mlp", "models to fit and blend; prophet too, which takes the longest")
+    models: str = flag("medians,linear,boosting,mlp", "models to fit and blend; also prophet, the slowest")
     model: str = flag("", "one model alone: the same as --models with a single name")
     first_day: str = flag("", "first submit day of a backtest, as 2018-03-01; day D forecasts D+1 and D+2 in UTC")
-    last_day: str = flag("", "last submit day; train then knows nothing after it")
-    backtest_days: int = flag(56, "last submit days, on whose forecasts the blend is fitted", "days", at_least(1))
-    refit_days: int = flag(31, "a backtest fits every model again after this many days", "days", at_least(1))
+    last_day: str = flag("", "last submit day; train uses no data after it")
+    backtest_days: int = flag(56, "last submit days on whose forecasts the blend is fitted", "days", at_least(1))
+    refit_days: int = flag(31, "days after which a backtest fits every model again", "days", at_least(1))
     jobs: int = flag(-1, "fits at the same time", "processes", JOBS)
     beijing_windows: str = flag("golden_5", "windows of the medians in Beijing")
     london_windows: str = flag("fib_9", "windows of the medians in London")
     boosting_rounds: int = flag(250, "trees of each boosted model", "trees", at_least(1))
-    boosting_seeds: int = flag(4, "boosted models per city and kind of tree, each on other rows", "models", at_least(1))
+    boosting_seeds: int = flag(
+        4, "boosted models per city and kind of tree, each on different rows", "models", at_least(1)
+    )
     boosting_fraction: float = flag(
         0.08, "part of all rows (origin, hour, series) that a tree model sees", "", FRACTION
     )
     history_days: int = flag(1, "days of hours before the origin that the network sees", "days", at_least(1))
     windows: str = flag("golden_1", "median windows that the network sees")
-    train_days: int = flag(420, "last origins that the network is trained on", "days", at_least(1))
+    train_days: int = flag(420, "number of last origins to train the network on", "days", at_least(1))
     units: int = flag(128, "width of the network", rule=at_least(1))
     dropout: float = flag(0.5, "dropout of the network", rule=between(0, 1))
 
@@ -96,7 +98,7 @@ def refuse_folds(config: Config) -> None:
 
 
 def predict(competition: str, argv: list[str]) -> None:
-    """forecast any submit days with a fitted run, from what was known before each of them"""
+    """forecast any submit days with a fitted run, from the data before each of them"""
     from common.cli import verb_parser
 
     parser = verb_parser("predict", competition, predict.__doc__)
@@ -116,7 +118,7 @@ def backtest(competition: str, argv: list[str]) -> None:
     from common.cli import configured, verb_parser
 
     parser = verb_parser("backtest", competition, backtest.__doc__)
-    parser.add_argument("--run", metavar="NAME", help="finished run whose models are used as they are [fit as needed]")
+    parser.add_argument("--run", metavar="NAME", help="finished run whose models are used as they are [fit new ones]")
     config, given = configured(parser, RECIPES, argv)
     from competitions.kdd_air_quality import pipeline
 

@@ -35,7 +35,9 @@ def predict(competition: str, given: argparse.Namespace) -> None:
         given.run = ",".join(run.name for run in chosen)
         return predicting.predict(competitions.load(competition), given)
     if len(chosen) > 1:
-        raise UserError(f"RUN={given.run}: days and other data are forecast with one run: name one, or leave them out")
+        raise UserError(
+            f"RUN={given.run}: --first-day, --last-day and DATA= need a single run: name one, or leave them out"
+        )
     run = chosen[0]
     asked, observations, demo = _opened(run, given.data)
     first = given.first_day or given.last_day or observations.last_day
@@ -122,7 +124,7 @@ def _forecasts(run: Run, observations: Observations, days: np.ndarray) -> dict[s
     tuned, last = run.result["tuned"], parse_day(run.result["tuned"]["last_day"])
     if days[0] < last:
         print(
-            f"warning: {run.path} was fitted on everything before {first_hour(last)}, so its forecasts of earlier days "
+            f"warning: {run.path} was fitted on everything before {first_hour(last)}, so its scores on earlier days "
             f"({days[0]} ...) are too good. For a fair score: make backtest COMP={run.provenance['competition']} "
             f"without --run"
         )
@@ -151,7 +153,7 @@ def _score(run: Run, given: argparse.Namespace) -> None:
     free = {"first_day": "", "last_day": "", "jobs": own.jobs}
     if others := differences(own, replace(config, **free)):
         raise UserError(
-            f"{'; '.join(others)}: {run.path} was fitted with other settings, and --run scores it as it is: leave "
+            f"{'; '.join(others)}: {run.path} was fitted with other settings, but --run scores it as it is: leave "
             f"these flags out, or leave out --run to fit models with them"
         )
     observations = _opened(run, given.data)[1]

@@ -140,7 +140,7 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
         return None
     for column in frame.columns:
         if (pollutant := _pollutant(column)) and column != pollutants[pollutant]:
-            raise ValueError(f"{column} and {pollutants[pollutant]} both say {pollutant}: remove or rename one")
+            raise ValueError(f"{column} and {pollutants[pollutant]} both hold {pollutant}: remove or rename one")
     values = {pollutant: _numbers(name, frame[column], warnings) for pollutant, column in pollutants.items()}
     hours, has_hour = _hours(frame[time])
     table = pd.DataFrame({"station": frame[station], "hour": hours, **values})
@@ -149,7 +149,7 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
     for left_out, why in ((unreadable, "cannot be read"), (hourless, "has no hour")):
         if left_out.any():
             warnings.append(
-                f"{name}: {int(left_out.sum())} rows are left out, their time {why}, such as "
+                f"{name}: {int(left_out.sum())} rows are left out because their time {why}, such as "
                 f"{str(frame[time][left_out].iloc[0])!r}: expected year, month, day and hour as in 2018-01-31 05:00"
             )
     return table[there & ~unreadable & ~hourless]
@@ -171,7 +171,7 @@ def _numbers(name: str, column: pd.Series, warnings: list[str]) -> pd.Series:
     lost = lost[lost.str.strip() != ""]
     if len(lost):
         warnings.append(
-            f"{name}: {len(lost)} values of {column.name.strip()} are no numbers and count as missing, such as "
+            f"{name}: {len(lost)} values of {column.name.strip()} are not numbers and count as missing, such as "
             f"{lost.iloc[0]!r}: expected one such as 12.5"
         )
     return numbers
@@ -191,7 +191,7 @@ def _without_sentinels(name: str, table: pd.DataFrame, warnings: list[str]) -> p
     if counts:
         told = ", ".join(f"{value:g} ({count} times)" for value, count in counts.most_common(3))
         warnings.append(
-            f"{name}: {counts.total()} values count as missing, as no instrument measures them: {told}"
+            f"{name}: {counts.total()} implausible values count as missing: {told}"
             f"{' ...' if len(counts) > 3 else ''}: leave the cells of missing values blank"
         )
     return table
@@ -329,7 +329,7 @@ def _gaps(observations: Observations, raw: RawData) -> list[str]:
                 f"or use a sample submission without its stations"
             )
     empty = ", ".join(np.array(network.names)[~there])
-    return [f"no observation at all, forecast from the city: {empty}"] * bool(empty)
+    return [f"forecast from the rest of the city, as they have no observation: {empty}"] * bool(empty)
 
 
 def known_before(observations: Observations, day: np.datetime64) -> Observations:

@@ -44,7 +44,7 @@ def summarise(folder: Path, observations: Observations, periods: list[np.ndarray
     print(f"\n{figures.to_string(index=False, float_format='%.4f')}")
     late = days[days > last_scored_day(observations.end)]
     if len(late):
-        print(f"not scored, the data end before their 48 hours do: {', '.join(map(str, late))}")
+        print(f"not scored, as the data end before their 48 hours do: {', '.join(map(str, late))}")
     print(parts[parts["by"].isin(("pollutant", "hour band"))].to_string(index=False, float_format="%.4f"))
     daily = pd.DataFrame({"day": days.astype(str), **scores})
     for name, frame in (("metrics", figures), ("scores", daily), ("breakdown", parts)):

@@ -56,7 +56,7 @@ def asked_by(lines: Iterable[str], where: str) -> Asked:
     if fault := next(iter(submission.faults([COLUMNS, *draft], sample, valid)), None):
         raise UserError(
             f"no valid CSV can be written for {where}, {fault}: expected London's O3 blank or a number from 0 up. Mend "
-            f"it, or remove it for the official ids"
+            f"the file, or remove it to use the official ids"
         )
     return result
 

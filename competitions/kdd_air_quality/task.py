@@ -145,9 +145,9 @@ def checked(
     """
     if first_hour(first) <= known.start:
         raise UserError(
-            f"{len(known.values) // 24} days of history leave nothing before {first}, where the {config.backtest_days} "
-            f"days begin that the blend is fitted on: add earlier files, choose a later --first-day, or use fewer "
-            f"--backtest-days"
+            f"{len(known.values) // 24} days of history leave nothing before {first}, the first of the "
+            f"{config.backtest_days} days that the blend is fitted on: add earlier files, choose a later --first-day, "
+            f"or use fewer --backtest-days"
         )
     models.refuse_short_history(known_before(known, first), config)
     refuse_unscored(known, scored)
@@ -172,7 +172,9 @@ def facts_of(observations: Observations, day: np.datetime64, warnings: Sequence[
 def short_history(observations: Observations, config: Config) -> list[str]:
     """A warning if the history is shorter than the longest window, else []; raises UserError for an unknown window."""
     days, longest = len(observations.values) // 24, models.longest_window(config)
-    told = f"{days} days of history, the longest window has {longest}: windows end where the data begin"
+    told = (
+        f"{days} days of history, fewer than the longest window has ({longest}): windows are cut where the data begin"
+    )
     return [told] if days < longest else []
 
 
@@ -180,6 +182,6 @@ def refuse_unscored(observations: Observations, days: np.ndarray) -> None:
     """Raise UserError, before anything is fitted, if these days have no point that can be scored."""
     if not metric.valid_points(observations.truth(days), observations.network.stations).any():
         raise UserError(
-            f"nothing can be scored of the forecasts of {days[0]} to {days[-1]}: no hour after them has a value of "
+            f"the forecasts of {days[0]} to {days[-1]} cannot be scored: no hour after them has a value of "
             f"every pollutant of a station. Expected earlier days (--last-day), or the files of the days after them"
         )

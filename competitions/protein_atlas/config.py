@@ -20,7 +20,7 @@ Loss = Literal["bce", "focal", "soft_f1", "soft_f1_samples", "soft_f1_both", "fo
 class ProteinConfig(Config):
     """The settings of protein_atlas: the network, its input size, its losses, and the choice of thresholds."""
 
-    size: tuple[int, int] = flag((256, 256), "height and width the network works at", "pixels", at_least(32))
+    size: tuple[int, int] = flag((256, 256), "height and width of the network's input", "pixels", at_least(32))
     cache_gb: float = flag(
         20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
     )
@@ -29,19 +29,17 @@ class ProteinConfig(Config):
         "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"
     )
     yellow: Literal["mean", "red", "green", "blue"] = flag(
-        "mean", "what the fourth channel's weights start as: the mean of the three, or a copy of one"
+        "mean", "initial weights of the fourth channel: the mean of the other three, or a copy of one"
     )
-    dropout: float = flag(
-        0.25, "part of the pooled features that the head does without in training", rule=between(0, 1)
-    )
-    augment: Literal["none", "light", "strong"] = flag("light", "changes of the training images")
+    dropout: float = flag(0.25, "dropout rate of the head's input, the pooled features", rule=between(0, 1))
+    augment: Literal["none", "light", "strong"] = flag("light", "augmentation of the training images")
     sampling: Literal["shuffled", "weighted"] = flag("weighted", "every image once an epoch, or rare labels more often")
-    loss: Loss = flag("bce", "soft_f1 is per class over the whole batch, soft_f1_samples per image, soft_f1_both both")
-    then: Literal["none", Loss] = flag("soft_f1", "the loss that follows")
-    then_from: float = flag(0.5, "part of the epochs after which --then follows", "fraction", between(0, 1))
-    alternate: bool = flag(False, "from there on --then and --loss take turns, epoch by epoch")
+    loss: Loss = flag("bce", "soft_f1: per class over the whole batch; soft_f1_samples: per image; soft_f1_both: both")
+    then: Literal["none", Loss] = flag("soft_f1", "the loss of the later epochs, from --then-from on")
+    then_from: float = flag(0.5, "part of the epochs after which --then replaces --loss", "fraction", between(0, 1))
+    alternate: bool = flag(False, "from --then-from on, --then and --loss take turns, epoch by epoch")
     thresholds: Literal["best", "matching", "half"] = flag(
-        "best", "of each label: that of the best out-of-fold F1, as frequent as in train.csv, or one half"
+        "best", "of each label: for the best out-of-fold F1, for its frequency in train.csv, or 0.5"
     )
 
 

@@ -27,16 +27,14 @@ def report(
 ) -> None:
     """Add the plots to the run's report; `labels` [n, 28] are the true labels of the images."""
     page.heading("Labels that come together")
-    page.figure(
-        together(labels), "together", "Part of the images with the label of the row that have that of the column"
-    )
+    page.figure(together(labels), "together", "Share of the images with the row's label that also have the column's")
     if (run.path / "oof_ids.txt").is_file():
         rows = row_numbers(run.path, "oof", ids)
         scores, truth = unpack(read_predictions(run.path, "oof")), labels[rows]
         _labels(page, scores, truth, labels.mean(0), run.result["tuned"], apply)
         there = np.flatnonzero(truth.any(0))
         words = (
-            "Images that have the label and the lowest scores, then those without it and the highest: protein green, "
+            "For each label, images with it and the lowest scores, then without it and the highest: protein green, "
             "microtubules red, nucleus blue, endoplasmic reticulum yellow"
         )
         page.figure(worst(images, rows, scores.numpy(), truth > 0, there), "worst_of_labels", words)
@@ -47,8 +45,10 @@ def _labels(page: Report, scores: Tensor, truth: np.ndarray, rates: np.ndarray, 
     f1 = {label: f_beta(1, "micro").score(found[:, label], truth[:, label]) for label in there}
     page.heading("F1 of the labels")
     always = (2 * truth.sum(0) / (truth.sum(0) + len(truth)))[there].mean()
-    page.text(f"Without looking at an image, by giving every label to each, the macro F1 is {always:.4f}.")
-    page.figure(against_frequency(f1, rates), "frequency", "F1 of every label against how often it is there")
+    page.text(f"Giving every label to every image has a macro F1 of {always:.4f}.")
+    page.figure(
+        against_frequency(f1, rates), "frequency", "F1 of each label against its frequency in the training images"
+    )
     cells = zip(there, truth.sum(0)[there], found.sum(0)[there], f1.values(), strict=True)
     lines = [(NAMES[label], *rest, tuned["thresholds"][label]) for label, *rest in cells]
     page.table(["label", "images", "found", "F1", "threshold"], sorted(lines, key=lambda line: line[3]))

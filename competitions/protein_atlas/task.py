@@ -46,7 +46,7 @@ AGAIN = "mend the file, or get it again with make data COMP=protein_atlas"
 def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read and check the files and build the Task; raises UserError for wrong settings or files."""
     if config.size[0] != config.size[1]:
-        raise UserError(f"--size {config.size[0]},{config.size[1]}: expected a square, as images are turned")
+        raise UserError(f"--size {config.size[0]},{config.size[1]}: expected a square, as images are rotated")
     if config.alternate and config.then == "none":
         raise UserError("--alternate true --then none: expected a second loss to take turns with, such as --then bce")
     ids, labels, paths = _train(raw)
@@ -120,7 +120,7 @@ def _fault(values: Sequence[str]) -> str | None:
         return f"label {unknown[0][:20]}, expected whole numbers from 0 to {LABELS - 1} with spaces between"
     if not labels:
         return f"no label, expected at least one of 0 to {LABELS - 1}"
-    return "a label is there twice" if len(set(labels)) < len(labels) else None
+    return "a label appears twice" if len(set(labels)) < len(labels) else None
 
 
 def _rows(ids: Sequence[str], found: Tensor) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ class MyConfig(Config):
     encoder_weights: str = flag(
         "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"
     )
-    dropout: float = flag(0.2, "part of the last features that is left out in training", rule=between(0, 1))
+    dropout: float = flag(0.2, "dropout rate of the last features", rule=between(0, 1))
 
 
 DEFAULT = MyConfig(epochs=10, batch_size=32, lr=3e-4, ema=0.99)

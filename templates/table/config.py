@@ -18,8 +18,8 @@ class MyConfig(Config):
     """Each field is a flag: make train COMP=my_competition ARGS="--width 512". Common flags: common/config.py."""
 
     model: Literal["network", "boosting"] = flag("network", "a small network, or LightGBM")
-    width: int = flag(256, "values in a hidden layer of the network", rule=at_least(1))
-    dropout: float = flag(0.1, "part of a hidden layer that is left out in training", rule=between(0, 1))
+    width: int = flag(256, "units of a hidden layer of the network", rule=at_least(1))
+    dropout: float = flag(0.1, "dropout rate of a hidden layer", rule=between(0, 1))
     trees: int = flag(500, "trees of LightGBM", rule=at_least(1))
     leaves: int = flag(31, "leaves of a tree", rule=at_least(2))
     tree_lr: float = flag(0.05, "learning rate of LightGBM", rule=between(0, 1))

@@ -1,4 +1,4 @@
-"""`make blend` on toy runs: never predicts, honest scores, refusals, foreign files, and the run that comes of it."""
+"""`make blend` on toy runs: it never predicts, scores are nested, bad input is refused, other programs' files join."""
 
 import argparse
 import csv
@@ -102,7 +102,7 @@ def test_oof_and_test_predictions_are_those_of_a_slow_nested_loop(given):
 def test_the_submission_the_table_and_predict_know_the_blend(capsys):
     folder, result = blended("known")
     shown = capsys.readouterr().out
-    assert "the plain mean" in shown and shown.strip().splitlines()[-1] == "submission: submissions/toy/known-demo.csv"
+    assert "equal weights" in shown and shown.strip().splitlines()[-1] == "submission: submissions/toy/known-demo.csv"
     rows = list(csv.DictReader(open("submissions/toy/known-demo.csv")))
     assert [int(row["label"]) for row in rows] == kept("known", "test")[1].argmax(1).tolist()
     sidecar = json.loads(Path("submissions/toy/known-demo.json").read_text())
@@ -145,7 +145,7 @@ def labelled(metric):
 
 def test_every_label_on_its_own_needs_a_metric_of_one(monkeypatch):
     monkeypatch.setattr(toy, "build", labelled(f_beta(1, "macro").on(lambda found, true: (found[:, :2], true[:, :2]))))
-    with pytest.raises(UserError, match="--by hill: f1_macro is not one of a single label's .* use --by nnls"):
+    with pytest.raises(UserError, match="--by hill: f1_macro cannot be computed for a single label .* use --by nnls"):
         blended("refused", per_class=True)
     assert not Path("runs/toy/refused").exists()
     assert np.shape(list(blended("labels", by="nnls", per_class=True)[1]["blend"]["weights"].values())) == (3, 3)
@@ -164,7 +164,7 @@ def test_a_blend_predicts_no_other_data_and_takes_no_flag_of_networks(tmp_path):
     before = Path("submissions/toy/mine-demo.csv").read_bytes()
     toy.write_demo(tmp_path)
     (tmp_path / "seed.txt").write_text("2")
-    with pytest.raises(UserError, match="mine keeps predictions for .* and has no network to predict other data"):
+    with pytest.raises(UserError, match="mine has no network to predict other data with, only predictions for"):
         predict_again("--run", "mine", "--data", str(tmp_path))
     with pytest.raises(UserError, match="--tta false: this task has no network"):
         predict_again("--run", "mine", "--tta", "false")
@@ -192,8 +192,8 @@ def test_files_of_other_programs_join_by_their_ids():
     np.testing.assert_allclose(kept("foreign", "test")[1], test[:, ::-1], rtol=1e-6)
     cases = [
         ({"oof": oof}, "--oof and --test"),
-        ({"oof": foreign("few.csv", ids[:-1], sure[:-1]), "test": other}, "few.csv has no predictions of 1 of 120"),
-        ({"oof": foreign("thin.csv", ids, sure[:, :2]), "test": other}, "3 numbers a row"),
+        ({"oof": foreign("few.csv", ids[:-1], sure[:-1]), "test": other}, "few.csv has no predictions for 1 of 120"),
+        ({"oof": foreign("thin.csv", ids, sure[:, :2]), "test": other}, "3 numbers per row"),
         ({"oof": foreign("nan.csv", ids, sure * np.nan), "test": other}, "finite numbers"),
     ]
     for given, words in cases:
@@ -212,10 +212,10 @@ def test_files_of_one_name_are_told_apart_by_their_folders(monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
     _, result = blended("same", "one", oof="~/lgbm/one.csv,xgb/one.csv", test="~/lgbm/test.csv,xgb/test.csv", by="mean")
     assert set(result["blend"]["weights"]) == {"one", f"{Path.cwd()}/lgbm/one.csv", "xgb/one.csv"}
-    with pytest.raises(UserError, match="xgb/one.csv is there twice"):
+    with pytest.raises(UserError, match="xgb/one.csv appears twice"):
         blended("refused", "one", oof="xgb/one.csv,xgb/one.csv", test="xgb/test.csv,lgbm/test.csv")
     foreign("negative.csv", ids, oof - 0.5)
-    with pytest.raises(UserError, match="power:0 has no place for a prediction of -0.[345].*: use --space plain"):
+    with pytest.raises(UserError, match="power:0 needs predictions of 0 or more, found -0.[345].*: use --space plain"):
         blended("refused", "one", oof="negative.csv", test="xgb/test.csv", space="power:0")
     assert not Path("runs/toy/refused").exists()
 
@@ -224,7 +224,7 @@ def test_ids_that_the_code_names_otherwise_now_are_refused(monkeypatch):
     whole = toy.build
     renamed = lambda *given: toy.changed(whole(*given), ids=[f"r{row}/0" for row in range(120)])  # noqa: E731
     monkeypatch.setattr(toy, "build", renamed)
-    with pytest.raises(UserError, match="one had other folds or ids than competitions/toy makes of the same data now"):
+    with pytest.raises(UserError, match="competitions/toy now makes other folds or ids than one was trained with"):
         blended("refused")
     assert not Path("runs/toy/refused").exists()
 
@@ -237,15 +237,15 @@ def test_what_does_not_go_together_is_refused(request):
     for file in Path("runs/toy/unpredicted").glob("test*"):
         file.unlink()
     cases = [
-        ({"run": "one,folds"}, "other folds"),
-        ({"run": "one,rows"}, "other data"),
+        ({"run": "one,folds"}, "different folds"),
+        ({"run": "one,rows"}, "different data"),
         ({"run": "one,unpredicted"}, "make predict COMP=toy RUN=unpredicted"),
         ({"run": "one"}, "two runs or more"),
         ({"run": "one,one"}, "twice"),
         ({"by": "nnls", "space": "rank"}, "leave --space out"),
         ({"space": "power:x"}, "power:P"),
         ({"space": "power:nan"}, "power:P"),
-        ({"name": "one"}, "one is there already"),
+        ({"name": "one"}, "one already exists"),
         ({"name": "one,two"}, "bytes without / and ,"),
     ]
     for given, words in cases:
@@ -254,11 +254,23 @@ def test_what_does_not_go_together_is_refused(request):
     assert not Path("runs/toy/refused").exists()
 
 
+def test_damaged_predictions_cost_no_training(request):
+    folder = Path(shutil.copytree("runs/toy/weak", "runs/toy/cut"))
+    request.addfinalizer(partial(shutil.rmtree, folder.absolute()))
+    whole = {name: (folder / name).read_bytes() for name in ("test.npy", "test_ids.txt", "oof.npy", "oof_ids.txt")}
+    for name, content in whole.items():
+        (folder / name).write_bytes(content[: len(content) // 2])
+        remedy = "make predict COMP=toy RUN=" if name.startswith("test") else "delete runs/toy/cut/result.json and"
+        with pytest.raises(UserError, match=f"cut/{name} cannot be read .* or {remedy}"):
+            blended("refused", "one,cut")
+        (folder / name).write_bytes(content)
+
+
 def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypatch):
     def stop(*given):
         raise KeyboardInterrupt
 
-    for part in (runs, blending):  # while run.json is written, and while it is scored
+    for part in (runs, blending):  # while run.json is written, and while the blend is scored
         with monkeypatch.context() as patch:
             if part is runs:
                 patch.setattr(runs.Run, "log", stop)
@@ -270,7 +282,7 @@ def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypa
         runs.finished("toy", "stopped")
     _, result = blended("stopped")
     assert result["score"] == blended("unstopped")[1]["score"]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         blended("stopped", by="mean")
 
 
@@ -302,7 +314,7 @@ def test_a_tree_is_combined_leaf_by_leaf(tmp_path):
 @pytest.mark.parametrize(("shape", "wanted"), [((90, 1), (90,)), ((90,), (90, 1))])
 @pytest.mark.parametrize("by", ["nnls", "stack"])
 def test_a_column_and_its_numbers_are_the_same_targets(shape, wanted, by):
-    """As for metrics: predictions [m, 1] of targets [m] are no single class of class numbers."""
+    """As in metrics, predictions [m, 1] match targets [m], which are then not read as class numbers."""
     random = np.random.default_rng(0)
     truth = random.normal(size=90).astype(np.float32)
     members = np.stack([truth + random.normal(0, off, 90).astype(np.float32) for off in (0.1, 1)])

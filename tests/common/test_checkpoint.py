@@ -34,13 +34,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit of the weights: torch would read over it."""
+    """Flip one bit of the weights; torch alone would not notice it."""
     at = data.index(bytes(1000)) + 500
     return data[:at] + b"\1" + data[at + 1 :]
 
 
 def packed_otherwise(data: bytes) -> bytes:
-    """A flipped bit of the table of contents calls the first part deflated."""
+    """Flip a bit in the zip directory, so that the first part is marked as compressed."""
     at = data.index(b"PK\1\2") + 10
     return data[:at] + b"\10" + data[at + 1 :]
 

@@ -1,4 +1,4 @@
-"""The command line before any training: verbs, competitions, recipes and flags that are not there, and bad values."""
+"""The command line before any training: unknown verbs, competitions, recipes and flags, and bad values."""
 
 import builtins
 
@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_with_the_value_and_leaves_no_run(argv, words, cap
 
 
 def test_a_broken_competition_stops_no_other(tmp_path, monkeypatch):
-    """Half of a config.py, as it is while it is edited."""
+    """The broken competition has half a config.py, as while somebody edits it."""
     for name in ("digit_recognizer", "lynx"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.py").write_text("SOURCE = (")
@@ -100,7 +100,7 @@ def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
 
 
 def test_demo_data_take_the_recipe_that_is_made_for_them(tmp_path):
-    """What takes hours on real data is not what a new user's first command should do."""
+    """A new user's first command should not run a recipe that takes hours on real data."""
     for name in competitions.names():
         recipes = competitions.load(name).recipes
         expected = "demo" if "demo" in recipes else "default"

@@ -73,7 +73,7 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     ],
 )
 def test_a_recipe_has_the_types_of_the_flags(field, written, value):
-    """Else a run would not be the one that its own config.json tells of, and could not be resumed."""
+    """Otherwise the config would differ from the one read back from config.json, and the run could not be resumed."""
     config = parse(config=replace(Example(), **{field: written}))
     assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
     assert from_values(Example, json.loads(to_json(config))) == config
@@ -110,7 +110,7 @@ def test_predictions_have_the_flags_that_shaped_no_weights():
         (["--epoch", "1"], ["--epoch", "Did you mean --epochs?"]),
         (["--lr", "fast"], ["--lr fast", "float"]),
         (["--lr", "-1"], ["--lr -1", "above 0"]),
-        (["--momentum", "1"], ["--momentum 1", "not including, 1"]),
+        (["--momentum", "1"], ["--momentum 1", "at least 0 and below 1"]),
         (["--swa", "0.2"], ["--swa 0.2", "--keep last"]),
         (["--compile", "--checkpointing"], ["--compile true", "--checkpointing false"]),
         (["--swa", "0.2", "--keep", "last", "--ema", "0.9"], ["--swa 0.2", "--ema 0"]),
@@ -151,7 +151,7 @@ def test_json_round_trip_keeps_every_value_and_type():
 def test_a_flag_newer_than_the_run_has_its_default_and_one_that_is_gone_is_refused():
     old = Config(lr=0.5)
     assert from_values(Example, json.loads(to_json(old))) == Example(**vars(old))
-    with pytest.raises(UserError, match="no more .head, hull, scales, size, width.: train it again"):
+    with pytest.raises(UserError, match="no longer has .head, hull, scales, size, width.: train it again"):
         from_values(Config, json.loads(to_json(parse("--size", "10,20"))))
 
 

@@ -1,4 +1,4 @@
-"""Blends against slow loops and grids, and their scores: rows have no part in choosing what they are scored by."""
+"""Blends against slow loops and grids; weights are never chosen on the rows that they are scored on."""
 
 from itertools import product
 
@@ -39,7 +39,7 @@ def test_means_in_every_space():
 
 
 def climb_slowly(rounds, worth):
-    """Every mean of a multiset that the greedy way goes through, formed anew."""
+    """Greedy hill climbing that computes the mean of all chosen runs anew for every candidate."""
     chosen, best = [], (-np.inf, None)
     for _ in range(rounds):
         scores = [worth(MEMBERS[[*chosen, run]].astype(np.float64).mean(0)) for run in range(4)]
@@ -86,7 +86,7 @@ def test_least_squares_has_no_negative_weight():
     assert ensemble.least_squares(np.zeros((M, C)))(MEMBERS, ROWS).weights.tolist() == [0.25] * 4, (
         "nothing to choose by"
     )
-    with pytest.raises(UserError, match="no run has a positive weight"):
+    with pytest.raises(UserError, match="no run gets a positive weight"):
         ensemble.least_squares(-np.ones((M, C)))(MEMBERS, ROWS)
     with pytest.raises(UserError, match="do not fit targets"):
         ensemble.least_squares(np.ones((M, C + 1)))(MEMBERS, ROWS)
@@ -132,7 +132,7 @@ def LOSS_ANY(predictions, rows):
 
 
 def test_noise_gains_nothing():
-    """Chosen among sixty runs that say nothing, on the very rows, the AUC looks good."""
+    """A blend of sixty runs of noise has a good AUC on the rows that it was chosen on, but not out of fold."""
     truth, noise = RNG.integers(0, 2, M), RNG.random((60, M)).astype(np.float32)
     objective = maximise(metrics.roc_auc(), truth)
     blend = nested(noise, PARTS, ensemble.hill_climbing(objective), objective, leave_out=False)
@@ -167,18 +167,18 @@ def test_stack_of_logistic_regression():
 
 
 def test_a_stack_knows_the_classes_that_a_part_lacks():
-    """The third class is in part 0 alone, so nothing fitted without part 0 has heard of it."""
+    """The third class is in part 0 alone, so a stack fitted without part 0 has never seen it."""
     rare = np.where((CLASS == 2) & (PARTS != 0), 0, CLASS)
     predictions = nested(MEMBERS, PARTS, ensemble.stacked(LogisticRegression(), rare), LOSS, False).predictions
     assert (predictions[PARTS == 0, 2] == 0).all() and (predictions[PARTS != 0, 2] > 0).all()
     np.testing.assert_allclose(predictions.sum(1), 1, rtol=1e-5)
-    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "have -1 to 1"), (CLASS * np.nan, "NaN")):
+    for targets, words in ((0 * CLASS, "classes"), (CLASS - 1, "targets -1 to 1"), (CLASS * np.nan, "NaN")):
         with pytest.raises(UserError, match=words):
             ensemble.stacked(LogisticRegression(), targets)(MEMBERS, ROWS)
 
 
 def test_a_blend_may_need_a_run():
-    """The other one predicts the opposite: no blend without the first, and its cost is not known."""
+    """The second run predicts the opposite, so there is no blend without the first, and no score for leaving it out."""
     truth = RNG.normal(size=M)
     objective = maximise(metrics.rmse(), truth)
     blend = nested(np.stack([truth, -truth]), PARTS, ensemble.least_squares(truth), objective)

@@ -1,4 +1,4 @@
-"""Files are replaced as a whole; what a killed writer left goes; tables hold no formulas."""
+"""Files are replaced as a whole, drafts of killed writers are removed, and tables hold no formulas."""
 
 import csv
 import errno
@@ -21,7 +21,7 @@ ROOT = Path(files.__file__).parents[1]
 
 
 def limited(size: int):
-    """The operating system itself refuses to write more bytes into a file than these."""
+    """Make the operating system refuse to write more than `size` bytes into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -81,7 +81,7 @@ def test_a_draft_that_another_writer_took_for_a_dead_one_before_it_was_locked_is
 
 
 def test_a_draft_that_has_become_the_file_is_not_a_dead_one(tmp_path, monkeypatch):
-    """Between the look and the lock its writer may put it in place and begin another of the same name."""
+    """Before the cleaner has locked the draft, its writer may finish it and begin another one of the same name."""
     flock, draft = files.fcntl.flock, tmp_path / ".a.json.4711.part"
     draft.write_text("first")
 
@@ -143,7 +143,7 @@ def test_no_cell_is_a_formula_and_all_are_read_back(tmp_path):
 @pytest.mark.parametrize("text", ['{"half', "[1]", "null", '{"a": 1}', "[" * 100_000, "\xff"])
 def test_damaged_json_is_one_line(tmp_path, text):
     (tmp_path / "run.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match="run.json cannot be read .*put a whole copy back"):
+    with pytest.raises(UserError, match="run.json cannot be read .*restore a complete copy"):
         files.read_json(tmp_path / "run.json", "data")
     (tmp_path / "run.json").write_text('{"data": 1}')
     assert files.read_json(tmp_path / "run.json", "data") == {"data": 1}
@@ -152,7 +152,7 @@ def test_damaged_json_is_one_line(tmp_path, text):
 @pytest.mark.parametrize("content", [b"fold;id\n0;a\n", b"fold,id\n0,\xe4\n", b""])
 def test_a_table_that_a_spreadsheet_changed_is_one_line(tmp_path, content):
     (tmp_path / "folds.csv").write_bytes(content)
-    with pytest.raises(UserError, match="folds.csv cannot be read .*put a whole copy back"):
+    with pytest.raises(UserError, match="folds.csv cannot be read .*restore a complete copy"):
         list(files.read_table(tmp_path / "folds.csv", "fold"))
     (tmp_path / "folds.csv").write_text("\ufefffold,id\r\n0,a\r\n", encoding="utf-8")
     assert list(files.read_table(tmp_path / "folds.csv", "fold")) == [{"fold": "0", "id": "a"}]
@@ -166,7 +166,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     files.locked(tmp_path / "run" / "lock", "busy").close()
-    assert "run is on a file system without locks: start no command twice" in capsys.readouterr().out
+    assert "run is on a file system without locks: do not run two commands" in capsys.readouterr().out
     files.write_text(tmp_path / "run" / "a.json", "{}")
     with files.alone_in(tmp_path) as alone:
         assert not alone

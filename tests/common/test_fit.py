@@ -27,7 +27,7 @@ CONFIG = replace(
 
 
 class Net(nn.Module):
-    """Neither dropout nor BatchNorm: the cut into micro-batches then changes nothing."""
+    """Has neither dropout nor BatchNorm, so that cutting a batch into micro-batches changes nothing."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def task_of(config, **changes):
 
 
 def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
-    """Averaged weights, mean loss of every epoch and learning rate at its end: one graph a batch."""
+    """Train with one graph per batch; returns averaged weights, and each epoch's mean loss and last learning rate."""
     rows = np.flatnonzero(task.data.folds != fold)
     torch.manual_seed(keyed_seed(config.seed, fold))
     model = task.network.model()
@@ -91,7 +91,7 @@ def by_hand(task, config, fold: int) -> tuple[dict, list[float], list[float]]:
 
 
 def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
-    """Of two seeds nothing but the dropout differs here: rows in order, no augmentation, one first weight for all."""
+    """Only dropout can differ between seeds: the order and the initial weights are fixed, and nothing is augmented."""
     monkeypatch.chdir(tmp_path)
 
     def first() -> nn.Module:
@@ -114,7 +114,7 @@ def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("higher", [True, False])
 def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch, higher):
-    """A correlation of constant predictions has none, and an untrained network predicts constants."""
+    """The correlation of constant predictions is NaN, and an untrained network may predict constants."""
     monkeypatch.chdir(tmp_path)
     scores = iter([math.nan, 0.7, math.nan, 0.8, 0.6])
     kept = []

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, scipy and slow loops; in one piece, in batches, over two ranks; and their errors."""
+"""Metrics and their standard errors against scikit-learn, scipy and slow loops: at once, in batches, on two ranks."""
 
 import math
 import threading
@@ -139,13 +139,13 @@ def test_sizes_of_one_are_dropped_and_other_shapes_refused(case):
 
 
 def test_statistics_that_broadcast_are_refused():
-    """Inside of trees the shapes are not known; what one row gives alone tells."""
+    """Shapes inside a tree cannot be compared, so the statistics of a single row show whether a metric broadcasts."""
     squares = Metric("squares", lambda d, t: (d["a"] - t["a"]) ** 2, lambda sums, count: float(sums.mean()) / count)
     column = torch.zeros(5, 1)
     assert squares.score({"a": column}, {"a": column + 2}) == 4
     with pytest.raises(UserError, match=r"5 rows have statistics \(5, 5\), but one row has \(1, 1\): .* broadcast"):
         squares.score({"a": column}, {"a": column[:, 0]})
-    with pytest.raises(UserError, match=r"statistics \(\) of 5 rows|of 5 rows, give"):
+    with pytest.raises(UserError, match=r"statistics \(\) for 5 rows|for 5 rows: return"):
         Metric("one", lambda d, t: d.mean(0)).score(column, column)
     with pytest.raises(UserError, match="either stats"):
         Metric("none")
@@ -187,7 +187,7 @@ def test_dice_of_images_and_of_the_set():
     assert metrics.dice("set").score(found, truth) == pytest.approx((2 * both.sum(0) / total.sum(0)).mean())
     flat = sk.f1_score(truth[:, 0].ravel(), found[:, 0].ravel())
     assert metrics.dice("set").score(found[:, :1], truth[:, 0]) == pytest.approx(flat)
-    with pytest.raises(UserError, match="decide in postprocess, by `apply`"):
+    with pytest.raises(UserError, match="decide in Postprocess's `apply`"):
         metrics.dice().score(found * 0.4, truth)
 
 
@@ -231,7 +231,7 @@ def test_what_has_no_score_is_nan():
 
 @pytest.mark.parametrize("of", [metrics.roc_auc, metrics.average_precision])
 def test_a_column_of_which_nobody_knows_a_target_has_no_score(of):
-    """A standard error leaves groups of rows out: all that is known of a rare column may be in one of them."""
+    """A standard error leaves out groups of rows, and one of them may hold all known targets of a rare column."""
     truth = np.full((N, 2), np.nan)
     truth[:, 0], truth[7, 1] = ONE, 1
     scores = Scores((of(one_class="skip"),), with_errors=True)
@@ -246,10 +246,10 @@ def test_a_column_of_which_nobody_knows_a_target_has_no_score(of):
 
 def test_what_a_metric_cannot_compare_is_refused():
     for metric, decisions, message in (
-        (metrics.accuracy(), P[:, 0], "compares decisions, found scores"),
+        (metrics.accuracy(), P[:, 0], "needs decisions, found scores"),
         (metrics.log_loss(), P[:, 0] * 3, "needs probabilities, found 0"),
         (metrics.quadratic_kappa(), P[:, 0], "round the decisions"),
-        (metrics.rmsle(), P[:, 0] - 1.5, "clip them at 0"),
+        (metrics.rmsle(), P[:, 0] - 1.5, "clip at 0"),
         (metrics.map_at_k(3), P[:, 0], "map_at_3: decisions"),
     ):
         with pytest.raises(UserError, match=message):
@@ -259,7 +259,7 @@ def test_what_a_metric_cannot_compare_is_refused():
 
 
 class Together(Ranks):
-    """Ranks that are threads: the real ones are processes, and have tests of their own."""
+    """Ranks that are threads. Real ranks are processes and have tests of their own."""
 
     def exchanged(self, value):
         self.box[self.rank] = value

@@ -1,4 +1,4 @@
-"""Predictions: means over models and views, batches that do not fit, and which run decides what."""
+"""Predictions: means over models and TTA, batches too large for memory, and which run's tuned values decide."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def _here(tmp_path, monkeypatch, no_page):
 
 
 class Small(nn.Module):
-    """Gives back what it gets, and has memory for `limit` rows."""
+    """Returns its inputs; a batch of more than `limit` rows runs out of memory."""
 
     def __init__(self, limit=10**9):
         super().__init__()
@@ -65,7 +65,7 @@ def test_predictions_are_means_over_models_and_tta():
 
 
 class Counted(nn.Module):
-    """Two outputs and one that has no rows; notes how many rows each pass had."""
+    """Returns an output with rows and one without; `passes` records the number of rows of every pass."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Counted(nn.Module):
 
 
 def test_a_card_predicts_all_tta_of_one_shape_in_one_pass():
-    """What `joins_tta` does on a card, forced here: the same predictions in one pass, unless shapes differ."""
+    """`joins_tta`, forced here on a CPU: the same predictions from a single pass, unless shapes differ."""
     rows = {"x": torch.arange(24.0).reshape(4, 6)}
     flip = TTA("flip", lambda tree: {"x": tree["x"].flip(1)}, lambda p: p.flip(1))
     shorter = TTA("shorter", lambda tree: {"x": tree["x"][:, :3]}, lambda p: torch.cat((p, p), 1))
@@ -155,6 +155,15 @@ def test_predictions_of_other_data_are_not_kept_for_blends():
     assert Path("submissions/toy/one-demo.csv").read_bytes() != before[1]
 
 
+def test_a_run_that_went_on_with_other_data_keeps_predictions_of_these(monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.train.finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        toy_train("one")
+    Path("data/demo/toy/seed.txt").write_text("2")
+    train(toy.TOY, toy.RECIPES["default"], "default", None, "one", insist=True)
+    assert len(np.load("runs/toy/one/test.npy")) == toy.TEST_ROWS
+
+
 def test_the_rows_of_the_csv_stand_in_the_order_of_the_sample(monkeypatch):
     toy_train(fold="0")
     rows = Path("submissions/toy/one-demo.csv").read_text().split()
@@ -175,7 +184,7 @@ def test_what_was_fitted_without_a_network_predicts_no_other_data(monkeypatch):
     Path("other").mkdir()
     toy.write_demo(Path("other"))
     Path("other/seed.txt").write_text("2")
-    with pytest.raises(UserError, match="one keeps predictions for .*data/demo/toy as that was, and has no network"):
+    with pytest.raises(UserError, match="one has no network .*, only predictions for .*data/demo/toy as it was then"):
         predict_again("--run", "one", "--data", "other")
 
 
@@ -191,7 +200,7 @@ def test_what_was_fitted_on_data_that_are_mended_since_is_fitted_again(monkeypat
     Path("data/demo/toy/seed.txt").write_text("2")
     monkeypatch.setattr(toy, "build", lambda *given: replace(whole(*given), **only))
     again()
-    assert "001-default-demo does not go on (data: " in capsys.readouterr().out
+    assert "001-default-demo is not resumed (data: " in capsys.readouterr().out
     assert [path.name for path in Path("submissions/toy").glob("*.csv")] == ["002-default-demo.csv"]
 
 
@@ -206,7 +215,7 @@ def test_runs_predict_only_the_outputs_of_their_training(monkeypatch):
     with pytest.raises(UserError, match="run one predicts a, b, c, run two b, a, c: average runs of the same data"):
         predict_again("--run", "one,two")
     meaning[0] = "c, b, a"
-    with pytest.raises(UserError, match="run one was trained to predict a, b, c, and the data have c, b, a.* DATA="):
+    with pytest.raises(UserError, match="run one was trained to predict a, b, c, but the data have c, b, a.* DATA="):
         predict_again("--run", "one")
     assert sorted(Path("submissions/toy").iterdir()) == written
 
@@ -221,7 +230,7 @@ def test_the_runs_of_an_average_name_its_file_as_long_as_a_file_system_takes_it(
     told = name(*long)
     assert told.startswith(f"{long[0]}+4-more-") and told != name(*long[:4], long[0]) and told == name(*long)
     for path in (tmp_path / f"{told}.csv", tmp_path / f"{name(*long[:2])}.csv"):
-        with replacing(path, "w") as stream:  # the longest name on the way there
+        with replacing(path, "w") as stream:  # the draft has the longest name
             stream.write("")
 
 
@@ -233,11 +242,11 @@ def test_the_run_with_the_best_score_decides(higher, decider, capsys):
         for name, score in (("one", 0.1), ("two", 0.7), ("three", 0.4))
     ]
     assert predict._rules_of(members)[1] == {"of": decider}
-    assert f"decided by what {decider} tuned" in capsys.readouterr().out
+    assert f"decisions by the rules tuned in {decider}" in capsys.readouterr().out
 
 
 class Unreadable:
-    """The rows of a dataset as images, some of which cannot be read."""
+    """A dataset whose images `bad` cannot be read."""
 
     def __init__(self, rows: toy.ToyRows, bad: set[int]):
         self.rows, self.bad = rows, bad
@@ -256,7 +265,7 @@ def lines(name: str) -> list[str]:
 
 
 def fill(monkeypatch, *bad: set[int]) -> None:
-    """Let the sample submission hold 2 everywhere, and the test rows of the runs in turn be unreadable."""
+    """Fill the sample submission with 2, and make the given test rows of each run in turn unreadable."""
     sample, turns, build = Path("data/demo/toy/sample_submission.csv"), list(bad), toy.build
     sample.write_text(sample.read_text().replace(",0\n", ",2\n"))
 
@@ -278,11 +287,11 @@ def test_rows_of_unreadable_images_fall_back_when_asked(monkeypatch, capsys):
     expected = ["t0,2" if row == 0 else "t17,2" if row == 17 else line for row, line in enumerate(whole)]
     assert lines("one") == expected
     assert json.loads(Path("submissions/toy/one-demo.json").read_text())["fallback"] == ["t0", "t17"]
-    assert "2 of 30 rows have the sample submission's own values (t0, t17" in capsys.readouterr().out
+    assert "2 of 30 rows have the sample submission's values (t0, t17" in capsys.readouterr().out
 
 
 def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
-    """As kinds of damage of an image; a row that falls back has the sample's one."""
+    """As when an image has one row per kind of damage; an id that falls back has the sample's rows."""
     build = toy.build
 
     def rows(ids, decisions):
@@ -296,8 +305,10 @@ def test_an_id_has_as_many_rows_as_are_decided(monkeypatch):
     assert all(found == [f"{name},{label}" for label in range(len(found))] for name, found in per_id.items())
     assert json.loads(Path("submissions/toy/one-demo.json").read_text())["several_rows"] is True
     fill(monkeypatch, {0, 17})
+    sample = Path("data/demo/toy/sample_submission.csv")
+    sample.write_text(sample.read_text().replace("t17,2\n", "t17,2\nt17,1\n"))
     predict_again("--run", "one", "--fallback")
-    per_id |= {name: [f"{name},2"] for name in ("t0", "t17")}
+    per_id |= {"t0": ["t0,2"], "t17": ["t17,2", "t17,1"]}
     assert lines("one") == [line for name in per_id for line in per_id[name]]
 
 
@@ -318,7 +329,17 @@ def test_what_the_time_does_not_allow_falls_back(monkeypatch, capsys):
     fill(monkeypatch)
     predict_again("--run", "one", "--budget", "0")
     assert lines("one") == whole[:16] + [f"t{row},2" for row in range(16, 30)], "one batch, then the time is over"
-    assert "t16 and what follows it: the time is over" in capsys.readouterr().out
+    assert "t16 and all rows after it: the time is up" in capsys.readouterr().out
     predict_again("--run", "one", "--budget", "3600")
     assert lines("one") == whole
     assert "fallback" not in json.loads(Path("submissions/toy/one-demo.json").read_text())
+
+
+def test_decisions_may_be_made_in_place(monkeypatch):
+    whole = toy.build
+    apart = toy_train("one")
+    again = lambda predictions, tuned: predictions.mul_(2).argmax(1)  # noqa: E731
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), apply=again))
+    before = (apart / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()
+    predict_again("--run", "one")
+    assert ((apart / "test.npy").read_bytes(), Path("submissions/toy/one-demo.csv").read_bytes()) == before

@@ -1,4 +1,4 @@
-"""Kept predictions are read back as they were, or refused: never as other numbers."""
+"""Saved predictions are read back unchanged, or refused if damaged."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from common.predictions import PredictionWriter, check_names, read_ids, read_pre
 
 
 def test_rows_of_another_shape_are_refused_and_leave_nothing(tmp_path):
-    """Images of several sizes, a batch each: as bytes behind each other they would be read as other images."""
+    """Image sizes may differ between batches; a single array would then be read back as other images."""
     told = pytest.raises(UserError, match=r"predictions masks of a row have the shape \[3, 2\].* before \[2, 3\]")
     with told, PredictionWriter(tmp_path, "oof", 2, "float32") as writer:
         writer.add({"masks": torch.ones(1, 2, 3)})
@@ -39,16 +39,18 @@ def test_names_are_read_back(tmp_path):
 def test_damaged_predictions_are_one_line(tmp_path, damage):
     write_npy(tmp_path / "oof.npy", np.ones((2, 3)))
     (tmp_path / "oof.npy").write_bytes(damage((tmp_path / "oof.npy").read_bytes()))
-    with pytest.raises(UserError, match="oof.npy cannot be read .*put a whole copy back, or delete .* and train again"):
+    with pytest.raises(
+        UserError, match="oof.npy cannot be read .*restore a complete copy, or delete .* and train again"
+    ):
         read_predictions(tmp_path, "oof")
 
 
 @pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-3], lambda whole: b"\xff" + whole])
 def test_ids_that_are_not_those_of_the_predictions_are_refused(tmp_path, damage):
-    """A blend would take the rows that are left for all."""
+    """A blend would take the remaining ids for all of them."""
     write_npy(tmp_path / "oof.npy", np.ones((2, 3)))
     write_ids(tmp_path, "oof", ["a\r", "b"])
     assert read_ids(tmp_path, "oof") == ["a\r", "b"]
     (tmp_path / "oof_ids.txt").write_bytes(damage((tmp_path / "oof_ids.txt").read_bytes()))
-    with pytest.raises(UserError, match="oof_ids.txt cannot be read .*put a whole copy back"):
+    with pytest.raises(UserError, match="oof_ids.txt cannot be read .*restore a complete copy"):
         read_ids(tmp_path, "oof")

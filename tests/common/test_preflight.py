@@ -1,4 +1,4 @@
-"""What would fail after hours is told before the training, and nothing of a run is left behind."""
+"""Errors that would come after hours are raised before the training, and leave no run behind."""
 
 import shutil
 from collections import namedtuple
@@ -70,7 +70,7 @@ class Heavy(toy.ToyRows):
         ({"pretrain": lambda model: read(Path("gone.pth"))}, "--encoder-weights gone.pth cannot be read"),
         ({"tta": (TTA("as is"), TTA("halved", lambda x: x[:1]))}, "the TTA 'halved' gives predictions of"),
         ({"model": lambda: nn.LSTM(16, 3)}, "the loss does not take the outputs .*float32.*make them fit each other"),
-        ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy compares decisions, found scores"),
+        ({"apply": lambda p, tuned: p[:, 0]}, "metric accuracy needs decisions, found scores"),
         ({"apply": lambda p, tuned: p.argmax(1) + 7}, "a row of the submission would be t0,.*: label .* is not 0 to 2"),
         ({"rows": lambda ids, d: [(name, 1, 2) for name in ids]}, "3 values, expected 2"),
         ({"predict": lambda o: o - 9, "kept": "uint8"}, "predictions from -.* cannot be kept as uint8: expected prob"),
@@ -84,7 +84,7 @@ class Heavy(toy.ToyRows):
         ),
         ({"apply": lambda p, tuned: np.array(["cat", "dog", "owl"])[p.argmax(1)]}, "array of <U3, .*names.*`rows`"),
         ({"apply": lambda p, tuned: ["cat"] * len(p)}, "array of <U3, the first is 'cat': expected numbers"),
-        ({"rows": lambda ids, d: [(name, 1) for name in ids * 2]}, "would be t0,1: the id t0 has a row before it"),
+        ({"rows": lambda ids, d: [(name, 1) for name in ids * 2]}, "would be t0,1: the id t0 has an earlier row"),
         ({"rows": lambda ids, d: [(name, 1) for name in ids[1:]]}, "no row for the id t0, expected one for each"),
     ],
 )
@@ -101,12 +101,12 @@ def test_it_is_told_before_the_training(changes, words, monkeypatch):
     [({"batch_size": 79}, "--batch-size 79"), ({"micro_batch": 1}, "--micro-batch 1"), ({"micro_batch": 2}, "single")],
 )
 def test_batchnorm_is_not_left_with_a_single_sample(changes, words):
-    """80 rows in batches of 79, in fold 2 as in any: not after an epoch, or the folds before it."""
+    """80 rows in batches of 79 leave one row over; this is refused before the first epoch, in every fold."""
     with pytest.raises(UserError, match=f"fold 2: .*{words}.*Expected more than 1 value"):
         toy_train(fold="2", **({"batch_size": 13} | changes))
     assert not Path("runs").exists()
     try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77))
-    with pytest.raises(UserError, match="single"):  # the last three of 80 rows are two and one
+    with pytest.raises(UserError, match="single"):  # two ranks share the last three of 80 rows: two and one
         try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77), world=2)
 
 
@@ -127,7 +127,7 @@ def test_the_disk_has_room_for_what_the_run_keeps(monkeypatch):
 
 
 def test_predictions_in_bfloat16_do_not_tie():
-    """The last layer computes in float32: as many different predictions as rows, where bfloat16 has a few hundred."""
+    """The last layer computes in float32, so that predictions differ; bfloat16 has only a few hundred values."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.Identity()).eval()
     rows = torch.randn(2000, 8)

@@ -1,4 +1,4 @@
-"""What is shown of long work: a bar on a terminal, and a plain line now and then anywhere else."""
+"""Progress of long work: a bar on a terminal, and otherwise a plain line now and then."""
 
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Pseudo-labels: of models that never saw the fold, weighed and chosen as asked, the same after a kill."""
+"""Pseudo-labels: from models that never saw the fold, weighted and selected by the flags, the same after a kill."""
 
 import shutil
 from dataclasses import replace
@@ -53,7 +53,7 @@ def soft(rows: int = toy.TEST_ROWS) -> torch.Tensor:
 
 
 def predicted(run: str, fold: int) -> torch.Tensor:
-    """What one model of a run says of the test rows, by hand."""
+    """The test predictions of one model of a run, computed by hand: the mean over both TTA."""
     task = toy.made()
     model = load_model(Path(f"runs/toy/{run}/fold-{fold}/model.pt"), task, toy.RECIPES["default"], torch.device("cpu"))
     inputs = task.data.test.inputs
@@ -65,7 +65,7 @@ def predicted(run: str, fold: int) -> torch.Tensor:
 
 
 def poisoned(*given):
-    """The toy with other labels in fold 1."""
+    """The toy with false labels in fold 1."""
     task = BUILD(*given)
     held = torch.from_numpy(task.data.folds == 1)
     for rows in (task.data.train, task.data.valid):
@@ -114,9 +114,9 @@ def test_with_fold_none_all_models_label_together():
 def test_the_best_epoch_of_a_fold_is_told_to_know_it():
     toy_train("a", keep="best")
     toy_train("b", pseudo="a")
-    assert "a kept its best epoch by the score on fold 0" in Path("runs/toy/b/log.txt").read_text()
+    assert "a kept the epoch with the best score on fold 0" in Path("runs/toy/b/log.txt").read_text()
     toy_train("c", pseudo="a", fold="none", keep="last")
-    assert "kept its best epoch" not in Path("runs/toy/c/log.txt").read_text(), "nothing is held out"
+    assert "kept the epoch with" not in Path("runs/toy/c/log.txt").read_text(), "nothing is held out"
 
 
 def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatch):
@@ -134,15 +134,15 @@ def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatc
     np.testing.assert_array_equal(joined(2, pseudo="trees", fold="2").data.train.test.targets, given[2])
     with pytest.raises(UserError, match="--pseudo trees: this task has no network"):
         toy_train("more", epochs=1, pseudo="trees")
-    assert "kept its best epoch" not in Path("student/log.txt").read_text(), "it has no epochs"
+    assert "kept the epoch with" not in Path("student/log.txt").read_text(), "it has no epochs"
     shutil.rmtree("student")
     reversed_ids = [f"t{row}" for row in reversed(range(30))]
     monkeypatch.setattr(toy, "build", lambda *given: toy.changed(build(*given), test_ids=reversed_ids))
-    with pytest.raises(UserError, match="trees keeps predictions for .* as that was, .* train a run on these"):
+    with pytest.raises(UserError, match="trees has no network .* as it was then: train a run on these"):
         joined(2, pseudo="trees", fold="2")
     monkeypatch.setattr(toy, "build", build)
     Path("data/demo/toy/seed.txt").write_text("2")  # other contents under the same ids
-    with pytest.raises(UserError, match="trees keeps predictions for .* as that was"):
+    with pytest.raises(UserError, match="trees has no network .* as it was then"):
         joined(2, pseudo="trees", fold="2")
 
 
@@ -158,7 +158,7 @@ def test_a_run_without_a_network_labels_with_what_it_kept_of_the_fold(monkeypatc
         ({"fold": "none"}, {}, "trained with --fold none .* of fold 0: train it with --fold all$"),
         ({}, {"pseudo": "nobody"}, "RUN=nobody: there is no such run"),
         ({}, {"pseudo": "", "pseudo_min": 0.5}, "--pseudo-min 0.5: expected 0, or --pseudo RUN"),
-        ({}, {"pseudo_min": 0.999}, "--pseudo-min 0.999: no test row is so sure, the surest is 0"),
+        ({}, {"pseudo_min": 0.999}, "--pseudo-min 0.999: no test row is that confident, the highest is 0"),
     ],
 )
 def test_refused(teacher, changes, told):
@@ -166,7 +166,7 @@ def test_refused(teacher, changes, told):
     with pytest.raises(UserError, match=told):
         toy_train("student", **vars(checked(replace(toy.RECIPES["default"], **{"pseudo": "teacher"} | changes))))
     made = Path("runs/toy/student").exists()
-    assert made == ("surest" in told), "a run is made only when nothing but its labels is left to go wrong"
+    assert made == ("confident" in told), "a run is made only when nothing but its labels is left to go wrong"
 
 
 def test_refused_where_it_cannot_be_trained_on(monkeypatch):
@@ -182,7 +182,7 @@ def test_refused_where_it_cannot_be_trained_on(monkeypatch):
         toy_train("student", pseudo="teacher")
     Path("runs/toy/teacher/blend.json").unlink()
     monkeypatch.setattr(toy, "build", lambda *of: toy.changed(BUILD(*of), pseudo=None))
-    with pytest.raises(UserError, match="toy does not say how test rows become rows to train on: leave it out, or"):
+    with pytest.raises(UserError, match="toy cannot turn test rows into training rows: leave it out, or"):
         toy_train("student", pseudo="teacher")
     others = [f"u{row}" for row in range(30)]
     monkeypatch.setattr(
@@ -250,7 +250,7 @@ def test_training_rows_keep_their_bytes_and_their_keys():
 
 
 def test_samples_join_as_batches_do_with_workers_and_without():
-    """Generators of every kind, albumentations among them, and weights that the training rows have already."""
+    """For every kind of generator, including albumentations, and for training rows that already have weights."""
     train = JoinedSamples(Everything(), Everything(), np.array([3, 1]), 0.5, (torch.zeros(1, 8, 8, 2), torch.zeros(1)))
     order = orders.joined(orders.shuffled(23), np.array([23, 24]))
     found = []
@@ -274,7 +274,7 @@ def test_samples_join_as_batches_do_with_workers_and_without():
 
 @pytest.mark.parametrize("mix", [MixUp(0.4), CutMix(), OneOf(MixUp(0.4), CutMix())])
 def test_a_pair_of_both_kinds_blends_its_weights_like_its_targets(mix):
-    """Every row has a class of its own, so a target tells how much of which row is in a sample."""
+    """Every row has a class of its own, so a mixed target shows the share of each row."""
     images = torch.arange(12.0).reshape(12, 1, 1, 1).expand(12, 1, 8, 8)
     train, test = TableDataset(images[:8], torch.arange(8)), TableDataset(images[8:], torch.eye(12)[8:])
     rows = np.arange(4)
@@ -301,7 +301,7 @@ def test_an_order_stays_and_the_test_rows_come_once_among_it():
     places = [np.flatnonzero(plan.index >= 40).tolist() for plan in plans]
     assert len(set(map(tuple, places))) == 3
     np.testing.assert_array_equal(order(0, 1).index, plans[1].index)
-    with pytest.raises(UserError, match="no rows can join an order that decides what makes a batch"):
+    with pytest.raises(UserError, match="rows cannot be added to an order that fixes its batches"):
         orders.joined(orders.grouped(np.array([0, 0, 1])), np.array([3]))(0, 0)
 
 
@@ -367,7 +367,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [0, 3, 9, 24])
 def test_killed_it_goes_on_to_the_same_bits(step, monkeypatch):
-    """Eight steps an epoch: before the first one, inside an epoch, in the second fold."""
+    """Eight steps per epoch: killed before the first step, inside an epoch, or in the second fold."""
     toy_train("teacher", fold="all", epochs=1)
     changes = {"fold": "all", "epochs": 2, "save_every": 0, "pseudo": "teacher", "pseudo_weight": 0.5}
     straight = toy_train("straight", **changes)
@@ -406,7 +406,9 @@ def test_it_does_not_go_on_with_another_run_of_the_same_name(monkeypatch):
         toy_train("student", pseudo="teacher")
     shutil.rmtree("runs/toy/teacher")
     toy_train("teacher", epochs=2)
-    with pytest.raises(UserError, match="student was started differently .run teacher was begun anew since.: RESUME=1"):
+    with pytest.raises(
+        UserError, match="student was started differently .run teacher was started anew since.: RESUME=1"
+    ):
         toy_train("student", pseudo="teacher")
 
 

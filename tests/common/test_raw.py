@@ -1,4 +1,4 @@
-"""Where the data comes from: the given path, data/<competition>, or the sample, with folder and archive alike."""
+"""Data come from the given path, data/<competition> or the demo; folders and archives are read alike."""
 
 import csv
 import errno
@@ -100,7 +100,7 @@ def test_processes_that_unpack_at_once_agree(tmp_path, monkeypatch):
 
     def overtaken(packed, folder):
         entries = unpack_into(packed, folder)
-        unpack_into(packed, target)  # another process is done first
+        unpack_into(packed, target)  # another process finishes first
         return entries
 
     monkeypatch.setattr(common_archive, "unpack_into", overtaken)
@@ -116,7 +116,7 @@ def test_a_demo_that_writes_nothing_hides_no_later_mend(tmp_path, fault):
         if fault:
             raise fault
 
-    with pytest.raises(type(fault) if fault else UserError, match=None if fault else "write_demo has written no file"):
+    with pytest.raises(type(fault) if fault else UserError, match=None if fault else "write_demo wrote no file"):
         raw.find("toy", None, broken, str)
     assert list((tmp_path / "data" / "demo").iterdir()) == []
     (tmp_path / "data" / "demo" / "toy").mkdir()  # as earlier versions left it
@@ -222,10 +222,10 @@ def test_a_run_on_the_sample_predicts_the_sample_whatever_came_later(tmp_path):
 
 
 def test_a_run_of_another_machine_takes_the_data_of_this_one(tmp_path):
-    """Those of Kaggle are noted as /kaggle/input/...; demo data never stand in for them."""
+    """A run from Kaggle names its data /kaggle/input/...; demo data never replace them."""
     provenance = {"competition": "toy", "demo": False, "data": "/kaggle/input/competitions/toy"}
     with pytest.raises(
-        UserError, match="trained on /kaggle/input/competitions/toy, which is not here, .* make data COMP=toy"
+        UserError, match="trained on /kaggle/input/competitions/toy, which is gone, .* make data COMP=toy"
     ):
         raw.of_run(provenance, None, sample)
     home = tmp_path / "data" / "toy"
@@ -248,7 +248,7 @@ def test_an_encrypted_archive_is_named(tmp_path):
     path = archive(tmp_path / "toy.zip", train="x" * 100)
     data = bytearray(path.read_bytes())
     central = data.index(b"PK\x01\x02")
-    data[6] |= 1  # the flag of encryption in the member's own header and in the directory
+    data[6] |= 1  # the encryption flag in the member's own header; the next line sets it in the directory
     data[central + 8] |= 1
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="train.csv .*encrypted"):
@@ -271,7 +271,7 @@ def test_text_is_utf8_without_a_mark_and_a_bad_byte_is_named(tmp_path):
 
 
 def test_files_that_may_not_be_read(tmp_path, monkeypatch):
-    """As another user's: the tests may run as root, whom no permission stops."""
+    """Permission errors are simulated, because the tests may run as root, which may read every file."""
 
     def forbidden(*given, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -308,7 +308,7 @@ def test_a_name_that_an_archive_has_twice_is_refused(tmp_path, other):
 
 @pytest.mark.parametrize("cut", ['2,"0\n3,0\n', '2,"0', '2,"', '2,"0\n\n"", ""\n'])
 def test_a_quote_that_is_not_closed_is_refused_by_its_line(tmp_path, cut):
-    """Its cell would take all the rows behind it: a file that was cut off there has lost as many."""
+    """Its cell would swallow all the rows after it, without any error when the file is cut off there."""
     (tmp_path / "a.csv").write_text(f'id,y\n\n1,"0\n"\n{cut}')
     data = raw.RawData(tmp_path, "toy")
     with pytest.raises(UserError, match=r"a.csv line 5: a quote opens here and is not closed: mend the file"):
@@ -342,7 +342,7 @@ def test_errors_name_the_path_and_the_next_command(tmp_path):
     with pytest.raises(UserError, match=f"or pass DATA={tmp_path}/home/toy$"):
         raw.RawData(tmp_path / "home", "toy").open("train.csv")
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="not a whole zip archive.*make data COMP=toy"):
+    with pytest.raises(UserError, match="not a complete zip archive.*make data COMP=toy"):
         raw.RawData(path, "toy").read("train.csv")
 
 
@@ -361,7 +361,7 @@ def test_a_member_that_cannot_be_inflated_is_named(tmp_path):
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("train.csv", "label,pixel0\n" * 1000)
     content = bytearray(packed.read_bytes())
-    content[30 + len("train.csv")] = 0xFF  # the first byte of the stream: no such kind of block
+    content[30 + len("train.csv")] = 0xFF  # the first byte of the stream: an invalid type of block
     packed.write_bytes(content)
     with pytest.raises(UserError, match="train.csv is damaged.*make data COMP=toy"):
         raw.RawData(packed, "toy").read("train.csv")
@@ -373,12 +373,12 @@ def test_the_cache_lies_beside_the_data_or_where_it_can(tmp_path, monkeypatch):
     assert raw.RawData(folder, "toy").cache == folder / "cache"
     read_only = tmp_path / "read-only"
     read_only.mkdir()
-    (read_only / "cache").touch()  # a folder of that name cannot be made: as on a disk without write permission
+    (read_only / "cache").touch()  # so that the folder cannot be created, as without write permission
     assert raw.RawData(read_only, "toy").cache == raw.DATA / "cache" / "toy"
 
 
 def test_a_cache_is_made_again_when_a_file_was_touched(tmp_path):
-    """Somebody may mend a cell without changing the file's size."""
+    """A corrected cell may leave the file's size unchanged."""
     file = tmp_path / "a"
     file.write_bytes(b"1")
     data, before = raw.RawData(tmp_path, "toy"), raw.RawData(tmp_path, "toy").cache_key("a")

@@ -1,4 +1,4 @@
-"""The page holds its plots itself, words cannot become markup, and what it says of a run is what its files say."""
+"""The page embeds its plots, text cannot become markup, and its numbers are those of the run's files."""
 
 import base64
 import csv
@@ -40,7 +40,7 @@ def test_page_is_one_file_with_everything(tmp_path):
 
 
 def every_text(name):
-    """A figure with a name wherever a plot can show one."""
+    """A figure that shows `name` in every kind of text that a plot has."""
     figure = Figure(layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar([name, "other"], [1, 2], label=name)
@@ -62,7 +62,7 @@ def pixels(figure):
 
 
 def test_names_in_plots_are_never_markup(tmp_path):
-    """The same pixels as with matplotlib's own way to write a dollar."""
+    """The pixels are the same as with dollars escaped in matplotlib's own way."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     page = Report(tmp_path, "names")
@@ -113,7 +113,7 @@ def test_every_run_has_a_page(run):
     assert "<td>mean</td><td></td><td></td><td></td><td>0.3050</td>" in html
     assert f"<td>standard deviation</td><td></td><td></td><td></td><td>{0.01 / 2**0.5:.4f}</td>" in html
     assert "<td>0</td><td>7.5000</td><td></td>" in html and "<td>1</td><td></td><td>8</td>" in html
-    assert "Other than in the recipe: lr." in html and "<td>lr</td><td>0.1</td><td>0.2</td>" in html
+    assert "Settings that differ from the recipe: lr." in html and "<td>lr</td><td>0.1</td><td>0.2</td>" in html
     assert "make &lt;this&gt;" in html and "<b>" not in html
     assert not re.search(r'(src|href)="(?!data:)', html)
     lower = default_report(run, {}, (rmse().on(None, "accuracy"),), {}).write().read_text()
@@ -143,8 +143,7 @@ def test_curves_of_one_epoch_can_be_read():
 def test_a_run_of_rules_names_both_of_its_scores():
     tuned = {"monitor": "f2", "score": 0.5, "metrics": {"f2": 0.6}, "rows": 10}
     assert score_line(tuned) == (
-        "CV score: f2 0.50000 on 10 rows, by rules that were tuned without them (0.60000 by rules that were "
-        "tuned on them)."
+        "CV score: f2 0.50000 on 10 rows, with rules tuned on other rows (0.60000 with rules tuned on the same rows)."
     )
     nan = float("nan")
     told = score_line({"monitor": "auc", "score": nan, "metrics": {"auc": nan}, "rows": 9})
@@ -153,7 +152,7 @@ def test_a_run_of_rules_names_both_of_its_scores():
 
 
 class Told(Report):
-    """A page that remembers its tables and plots."""
+    """A page that records its tables and plots."""
 
     def __init__(self, folder):
         super().__init__(folder, "told")
@@ -182,8 +181,8 @@ def test_mistakes_of_classes(tmp_path):
     names = [MARKUP, "b", "c"]
     mistakes.mistakes(page, scores, truth, [f"r{row}" for row in range(60)], names, lambda rows: images[rows])
     assert titles(page.plots["worst"]) == [
-        f"r7\ntrue b (0.05)\nfound {MARKUP} (0.55)",
-        "r20\ntrue b (0.3)\nfound c (0.7)",
+        f"r7\ntrue b (0.05)\npredicted {MARKUP} (0.55)",
+        "r20\ntrue b (0.3)\npredicted c (0.7)",
     ]
     np.testing.assert_array_equal(page.plots["worst"].axes[0].images[0].get_array(), images[7, 0])
     confusion = np.array(page.plots["confusion"].axes[0].images[0].get_array())

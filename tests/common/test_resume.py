@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment goes on to the same bits, and loses nothing."""
+"""A run that was stopped at any moment resumes, loses nothing and ends with the same bits."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("step", [1, 4, 5, 14])
 def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch):
-    """Five batches an epoch: inside an epoch, at its end, after a validation, in the last epoch."""
+    """Five batches per epoch: stopped inside an epoch, at its end, after a validation, or in the last epoch."""
     straight = toy_train("straight", keep=keep, save_every=0)
     original = Engine.step
 
@@ -50,7 +50,7 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(step, keep, monkeypatch)
 
 
 class RootOfMean:
-    """sqrt of the mean cross-entropy: one sum, so that the engine learns from the first batch to take one pass."""
+    """sqrt of the mean cross-entropy: a loss over a single sum, which the engine detects in the first batch."""
 
     def stats(self, outputs, targets):
         return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
@@ -61,7 +61,7 @@ class RootOfMean:
 
 @pytest.mark.parametrize("step", [2, 5, 6, 10, 13])
 def test_losses_that_take_turns_go_on_with_the_same_bits(step, monkeypatch):
-    """Five batches an epoch, the loss changes with each: stopped inside an epoch and on its border."""
+    """Five batches per epoch, and the losses alternate by epoch: stopped inside an epoch and at its end."""
     losses = (CrossEntropy(), RootOfMean())
     build = toy.build
     monkeypatch.setattr(toy, "build", lambda *of: toy.changed(build(*of), loss_of=lambda epoch: losses[epoch % 2]))
@@ -85,8 +85,8 @@ def test_losses_that_take_turns_go_on_with_the_same_bits(step, monkeypatch):
 
 
 def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) -> tuple[int | None, list[Path]]:
-    """toy_train in a process of its own, which SIGKILLs itself at the first replacement of `killed_at`, before or
-    after it; its exit code and the files that it replaced."""
+    """Run toy_train in a process that SIGKILLs itself before or after it first replaces the file `killed_at`; returns
+    the exit code and the files that were replaced."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -116,14 +116,14 @@ def in_a_child(killed_at: Path | None = None, before: bool = True, **changes) ->
 
 
 def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits(page, monkeypatch):
-    """Real kills of real processes, before or after the first writing of every file: settings, weights, CSV ...
+    """A real process is killed before or after it first writes each of its files: settings, weights, CSV ...
 
-    The report's plots are files too, but drawing them again and again would take most of the time.
+    The report's plots are replaced, because drawing them every time would take most of the test's time.
     """
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **how: file.write(b"a plot"))
     monkeypatch.setattr("common.report.without_markup", lambda figure: None)
     changes = {"fold": "all", "epochs": 2, "save_every": 0}
-    straight = toy_train("straight", **changes)  # also loads what every child would load for itself
+    straight = toy_train("straight", **changes)  # also imports modules that every child would import itself
     code, places = in_a_child(**changes)
     assert code == 0 and len(places) > 20
     shutil.rmtree("runs/toy/broken")
@@ -142,13 +142,13 @@ def test_sigkill_at_every_file_that_is_written_ends_with_the_same_bits(page, mon
     } <= names
     for number, place in enumerate(places):
         code, _ = in_a_child(killed_at=place, before=number % 2 == 0, **changes)
-        assert code in (0, -signal.SIGKILL), place  # 0: the file was whole already
+        assert code in (0, -signal.SIGKILL), place  # 0: the file was written by an earlier child
     code, _ = in_a_child(**changes)
     assert code == 0 and same(straight, Path("runs/toy/broken"))
 
 
 def test_stopped_after_the_training_the_same_command_only_predicts(page, monkeypatch):
-    """Without RUN=: a run whose file is not written yet is not a finished one, however long it trained."""
+    """Also without RUN=: a run counts as unfinished until its CSV is written, even if its training is complete."""
     config = toy.RECIPES["smoke"]
     reported = []
     whole = toy.build
@@ -196,7 +196,7 @@ def test_stopped_after_the_last_checkpoint_the_metrics_are_whole(epochs, monkeyp
 
 
 class InUnitsOfItsMean(torch.nn.Module):
-    """Cross-entropy divided by its moving mean: a loss that remembers what it was shown."""
+    """Cross-entropy divided by its moving mean: a loss with a state that training changes."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +210,7 @@ class InUnitsOfItsMean(torch.nn.Module):
 
 
 def drawn_elsewhere():
-    """A network whose first weights come from numpy and from Python's generator, as older ones do."""
+    """A network whose initial weights come from numpy's and Python's generators, as in older code."""
     model = torch.nn.Linear(16, 3)
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(np.random.randn(3, 16) / 4))
@@ -219,7 +219,7 @@ def drawn_elsewhere():
 
 
 def test_a_fold_begins_alike_in_every_process(monkeypatch):
-    """Whatever was tried out or trained in it before: neither weights nor the loss bring anything along."""
+    """A fold's initial weights and loss depend on no preflight step and on no fold trained earlier in the process."""
     build = toy.build
     monkeypatch.setattr(
         toy, "build", lambda *of: toy.changed(build(*of), loss=InUnitsOfItsMean(), model=drawn_elsewhere)
@@ -252,7 +252,7 @@ def test_what_killed_writers_left_is_removed():
     (folder / ".last.pt.123.part").write_bytes(b"half")
     toy_train()
     assert not list(folder.glob(".*.part"))
-    (folder / "last.pt").write_bytes(b"old")  # killed between fold.json and its removal
+    (folder / "last.pt").write_bytes(b"old")  # killed after fold.json was written, before last.pt was removed
     Path("runs/toy/one/result.json").unlink()
     toy_train()
     assert not (folder / "last.pt").exists()

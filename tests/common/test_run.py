@@ -1,4 +1,4 @@
-"""Runs: numbered, resumed by the same command, refused by another one, never trained twice at once."""
+"""Runs are numbered, resumed by the same command only, and never trained by two processes at once."""
 
 import errno
 import json
@@ -45,9 +45,9 @@ def test_a_named_run_resumes_with_its_own_config_only():
     assert open_run("mine").name == "mine" == open_run("mine").name
     with pytest.raises(UserError, match="lr: 0.001 -> 0.1; seed: 0 -> 3|seed: 0 -> 3; lr: 0.001 -> 0.1"):
         open_run("mine", replace(Config(), lr=0.1, seed=3))
-    with pytest.raises(UserError, match="data: /data -> /data, other contents.*RESUME=1"):
+    with pytest.raises(UserError, match="data: /data -> /data, with other contents.*RESUME=1"):
         open_run("mine", data_fingerprint="g")
-    with pytest.raises(UserError, match="folds: other rows in them than when the run began"):
+    with pytest.raises(UserError, match="folds: their rows have changed since the run began"):
         open_run("mine", folds_fingerprint="h")
 
 
@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
     capsys.readouterr()
     second = open_run(code={"common": "1", "competitions/toy": "2"})
     assert second.name == "002-fast-demo"
-    assert f"{first.path} does not go on (code of competitions/toy/ changed since)" in capsys.readouterr().out
+    assert f"{first.path} is not resumed (code of competitions/toy/ changed since)" in capsys.readouterr().out
     changed = {"code": {"common": "3", "competitions/toy": "3"}, "data_fingerprint": "g"}
     insisting = runs.open_run("toy", None, Config(), PROVENANCE | changed, insist=True)
     insisting._lock[0].close()
@@ -69,6 +69,32 @@ def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
     first.fold_folder(0).mkdir()
     (first.fold_folder(0) / "model.pt").write_bytes(b"")
     assert open_run(first.name, **changed).name == first.name, "what is trained is only predicted"
+
+
+def test_what_a_run_goes_on_with_is_in_its_file_and_needs_no_second_insisting():
+    then, new = {"commit": "a", "folds_fingerprint": "x", "outputs": "cat"}, {"data_fingerprint": "g", "commit": "b"}
+    run = open_run("mine", **then)
+    runs.open_run("toy", "mine", Config(), PROVENANCE | then | new, insist=True)._lock[0].close()
+    kept = json.loads((run.path / "run.json").read_text())
+    assert kept == run.provenance | new | {"before": [kept["before"][0] | {"data_fingerprint": "f", "commit": "a"}]}
+    assert open_run("mine", **then | new).name == "mine"
+    for other, told in (
+        ({"folds_fingerprint": "y"}, "folds: their rows have changed"),
+        ({"outputs": "dog"}, "outputs: cat -> dog"),
+    ):
+        with pytest.raises(UserError, match=told):
+            runs.open_run("toy", "mine", Config(), PROVENANCE | then | {"data_fingerprint": "h"} | other, insist=True)
+
+
+def test_what_was_trained_on_demo_data_predicts_no_real_data():
+    run = open_run()
+    run.write_result({"score": 1.0})
+    run.fold_folder(0).mkdir()
+    (run.fold_folder(0) / "model.pt").write_bytes(b"")
+    assert open_run().name == run.name
+    assert open_run(data_fingerprint="g", demo=False).name == "002-fast"
+    with pytest.raises(UserError, match="demo data: True -> False"):
+        open_run(run.name, data_fingerprint="g", demo=False)
 
 
 def test_the_code_of_a_run_is_that_of_the_core_and_of_its_competition(tmp_path, monkeypatch):
@@ -132,7 +158,7 @@ def test_folders_that_cannot_be_made_are_named(monkeypatch):
 
 
 def test_a_name_that_is_no_folder_is_refused_at_once(tmp_path):
-    """A run moved to a disk that is gone, a file: the search for a free number would never end."""
+    """A link to a missing disk, or a file: otherwise the search for a free number would never end."""
     Path("runs/toy").mkdir(parents=True)
     Path("runs/toy/moved").symlink_to(tmp_path / "gone")
     Path("runs/toy/runs.csv").write_text("")
@@ -148,7 +174,7 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again():
     def other():
         open_run("mine", Config(lr=0.25)).write_result({"score": 1.0})
 
-    with pytest.raises(UserError, match="another process has made runs/toy/mine meanwhile"):
+    with pytest.raises(UserError, match="another process has just made runs/toy/mine"):
         runs.open_run("toy", "mine", Config(), PROVENANCE, before_new=other)
     assert runs.load("toy", "mine").config(Config).lr == 0.25
 

@@ -1,4 +1,4 @@
-"""The table of runs, and the choice among them: common rows only, and why."""
+"""The table of runs, and the choice of the best one: by scores on common rows only, with the reason."""
 
 import csv
 import fcntl
@@ -25,7 +25,7 @@ def _here(tmp_path, monkeypatch, no_page):
 
 
 def made(name, score=None, by_fold=(), error=0.01, fold="0", folds="same", created="1", **config) -> Path:
-    """The files of a run as the table reads them; by_fold {fold: score}, ten rows in each of three folds."""
+    """Write the files of a run that the table reads; `by_fold` is {fold: score}, and each of 3 folds has ten rows."""
     folder = Path("runs/toy") / name
     folder.mkdir(parents=True)
     facts = {"format": runs.FORMAT, "run": name, "competition": "toy", "recipe": "default", "demo": False, "data": "d"}
@@ -49,7 +49,7 @@ ALL = {"0": 0.80, "1": 0.81, "2": 0.88}
 
 def test_a_lucky_fold_does_not_beat_the_average_over_all():
     made("all", 0.83, ALL, fold="all")
-    made("lucky", 0.89, {"2": 0.89}, fold="2")  # 0.01 better than `all` is on fold 2, far above its 0.83
+    made("lucky", 0.89, {"2": 0.89}, fold="2")  # on fold 2 just 0.01 above `all`, though far above 0.83
     name, why = runs_table.best_run("toy", ["lucky", "all"], True)
     assert name == "all" and "0.83000 ± 0.01000 on 30 rows" in why
     assert "common rows (fold 2) it has 0.89000 and all 0.88000, not better" in why
@@ -77,7 +77,7 @@ def test_runs_of_other_rows_are_named():
     made("all", 0.83, ALL, fold="all")
     made("two", 0.82, {"0": 0.8, "1": 0.8}, fold="all")
     name, why = runs_table.best_run("toy", ["all", "two"], True)
-    assert name == "all" and "two has 0.82000 ± 0.01000 on 20 rows, so the two are not of the same ones" in why
+    assert name == "all" and "two has 0.82000 ± 0.01000 on 20 rows, so the two scores are not on the same rows" in why
 
 
 def test_every_fold_of_a_part_of_the_data_does_not_beat_more_rows():
@@ -97,7 +97,7 @@ def test_lower_is_better_where_the_competition_says_so_and_runs_without_scores_a
 
 
 def test_the_only_fold_there_is_counts_as_every_fold():
-    """A time split: rows of fold 0 are held out, the rest trains always."""
+    """As in a time split: fold 0 is held out, and all other rows always train."""
     folder = made("split", 0.7, {"0": 0.7}, fold="0", folds="time")
     (folder / "folds.csv").write_text("id,fold\na,0\nb,-1\n")
     (line,) = runs_table.lines("toy", toy.RECIPES, True)
@@ -123,6 +123,16 @@ def test_the_table_has_scores_settings_boards_and_marks_what_is_not_finished():
     assert "lr 0.5" in good.settings and "fold all" in good.settings
     assert bad.settings == "default" and bad.folds == "1", "workers change nothing that is computed"
     assert pending.per_second == 15
+
+
+def test_cells_that_are_no_number_are_one_line_or_no_score():
+    folder = made("good", 0.9, ALL, fold="all", created="1")
+    ledger.put("toy", ledger.Row("2026-01-01T00:00:00", "f.csv", run="good", public="n/a", private="0.7", ref="9"))
+    (line,) = runs_table.lines("toy", toy.RECIPES, True)
+    assert (line.public, line.private) == (None, 0.7)
+    (folder / "metrics.csv").write_text("fold,epoch,samples_per_second\n1,1,1O\n")
+    with pytest.raises(UserError, match="good/metrics.csv cannot be read .*'1O'.*: restore .* copy, or delete it,"):
+        runs_table.lines("toy", toy.RECIPES, True)
 
 
 def test_runs_of_the_kit_show_up_on_the_terminal_in_the_csv_and_on_the_page(capsys):

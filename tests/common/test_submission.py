@@ -49,7 +49,7 @@ def test_a_good_submission_is_written_with_its_origin(tmp_path):
         ([(1, 7), (2, 0)], "line 4: id 3 is missing"),
         ([(1, 7), (2, 0), (3, 1), (4, 1)], "line 5: id 4 is not in the sample"),
         ([(2, 7), (1, 0), (3, 1)], "line 2: id 2, expected 1"),
-        ([(1, 7), (1, 0), (3, 1)], "line 3: id 1 is there twice"),
+        ([(1, 7), (1, 0), (3, 1)], "line 3: id 1 appears twice"),
         ([(1, 7), (2, float("nan")), (3, 1)], "line 3: id 2 has the value nan"),
         ([(1, 7), (2, float("-inf")), (3, 1)], "line 3: id 2 has the value -inf"),
         ([(1, 7), (2, "+Infinity"), (3, 1)], "line 3: id 2 has the value .Infinity"),
@@ -197,7 +197,7 @@ def test_numbers_of_every_library_are_written(tmp_path):
         (["id,y,y", "a,1,1"], "each with a name of its own"),
         (["id,y"], "has a header and no rows"),
         (["id,y", "a,1", "", "b,1,2"], "line 4: 3 values, expected 2"),
-        (["id,y", "a,1", "a,2"], "line 3: id a is there twice, first in line 2"),
+        (["id,y", "a,1", "a,2"], "line 3: id a appears twice, first in line 2"),
         (["id,y", ",1"], "line 2: the id is empty"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_sample_of_another_name_is_named(tmp_path):
     ("ids", "told"),
     [
         (["1", "2"], "id 3 is missing"),
-        (["1", "1", "3"], "id 1 is there twice, id 2 is missing"),
+        (["1", "1", "3"], "id 1 appears twice, id 2 is missing"),
         (["1", "2", "3", "4"], "id 4 is not in the sample submission"),
     ],
 )
@@ -249,12 +249,12 @@ SEVERAL = sample_of("id,runs", "a,1 1", "b,1 1", "b,", "c,1 1", several=True)
         (["a 1 2", "b ", "c 1 1", "c 4 4"], None),
         (["a 1 2", "a 3 3", "c 1 1"], "line 4: id c, expected b"),
         (["a 1 2", "b 3 3"], "line 4: id c is missing"),
-        (["a 1 2", "b 3 3", "a 4 4", "c 1 1"], "line 4: id a is there twice"),
+        (["a 1 2", "b 3 3", "a 4 4", "c 1 1"], "line 4: id a appears twice"),
         (["a 1 2", "b 3 3", "c 4 4", "d 1 1"], "line 5: id d is not in the sample"),
     ],
 )
 def test_an_id_has_several_rows_where_the_task_says_so(tmp_path, rows, told):
-    """As the ships of an image, or its kinds of damage: the rows of an id follow each other, none is left out."""
+    """As with several objects in an image: the rows of an id must be adjacent, and no id may be missing."""
     assert SEVERAL.ids == ("a", "b", "c")
     path, cells = tmp_path / "x.csv", [row.split(" ", 1) for row in rows]
     if told is None:
@@ -266,7 +266,7 @@ def test_an_id_has_several_rows_where_the_task_says_so(tmp_path, rows, told):
         with pytest.raises(UserError, match=told):
             submission.write(path, SEVERAL, cells, None, {})
         assert not path.exists()
-    with pytest.raises(UserError, match="id b is there twice, first in line 3, .*Submission.several=True"):
+    with pytest.raises(UserError, match="id b appears twice, first in line 3, .*Submission.several=True"):
         sample_of("id,runs", "a,1 1", "b,1 1", "b,")
 
 
@@ -304,7 +304,7 @@ def test_blank_lines_of_the_sample_do_not_count(tmp_path):
 
 
 def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):
-    """It refuses to delete the draft too, whether there is one or not."""
+    """Deleting the draft fails as well, even if there is none."""
 
     def read_only(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")

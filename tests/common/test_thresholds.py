@@ -21,9 +21,9 @@ def scored():
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 @pytest.mark.parametrize("change", [lambda p: p, lambda p: p - 2, lambda p: np.maximum(p - 0.3, 0)])
 def test_the_best_threshold_is_that_of_a_slow_search(scored, beta, change):
-    """Of probabilities, of numbers below 0 such as logits, and of probabilities that were rounded to 0."""
+    """For probabilities, for scores below 0 such as logits, and for scores of which many are exactly 0."""
     scores, truth = change(scored[0]), scored[1]
-    truth[:, 0] |= np.arange(len(truth)) % 5 > 0  # so frequent that all rows are the best
+    truth[:, 0] |= np.arange(len(truth)) % 5 > 0  # so frequent that predicting it for all rows is best
     found = best_f_beta(scores, truth, beta)
     for label in range(4):
         tried = [

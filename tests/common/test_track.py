@@ -1,4 +1,4 @@
-"""Trackers, read back with their own readers where they are installed; nothing of them is imported when not asked."""
+"""Logs of the trackers are read back with the trackers' own readers; without a tracker none is imported."""
 
 import csv
 import struct
@@ -39,16 +39,16 @@ def test_tensorboard_has_every_row_of_metrics_csv():
 
 
 def records(log: bytes) -> Iterator[bytes]:
-    """Those of a .wandb file, a log as LevelDB writes it: blocks of 32 KiB, pieces of 4 kinds; its head has 7 bytes."""
+    """Records of a .wandb file, a LevelDB log: a head of 7 bytes, then blocks of 32 KiB with chunks of 4 kinds."""
     place, whole, block = 7, b"", 2**15
     while place + 7 <= len(log):
-        if block - place % block < 7:  # too small for another piece
+        if block - place % block < 7:  # too small for another chunk
             place += block - place % block
             continue
         size, kind = struct.unpack("<HB", log[place + 4 : place + 7])
         whole += log[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # all of a record, or its last piece
+        if kind in (1, 4):  # a whole record, or its last chunk
             yield whole
             whole = b""
 

@@ -1,6 +1,7 @@
-"""The loop and the run around it, on the toy competition: folds, NaN, early stop, averages, errors."""
+"""The training loop and its run on the toy competition: folds, NaN, early stopping, averages, errors."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from common import run as runs
 from common.engine.ranks import Ranks
 from common.errors import BadImage, UserError
-from common.files import read_json
+from common.files import not_written, read_json
 from common.inference import load_models
 from common.losses import protocol
 from common.predictions import read_ids
@@ -124,7 +125,7 @@ def test_every_fold_of_a_task_without_a_network_tells_its_score(capsys):
 
 @pytest.mark.usefixtures("_no_network")
 def test_of_several_processes_one_does_all_for_a_task_without_a_network(monkeypatch):
-    """As on Kaggle, where the notebook starts a process for every card; here any word to the others would fail."""
+    """As on Kaggle, where the notebook starts a process per GPU; here any message between ranks would fail."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in (1, 0):
         monkeypatch.setattr(Ranks, "from_environment", staticmethod(lambda rank=rank: Ranks(rank, 2, rank)))
@@ -147,7 +148,7 @@ def test_a_task_without_a_network_that_predicts_nothing_is_told(monkeypatch):
     [({"lr": 0.5}, "--lr 0.5"), ({"tta": False}, "--tta false"), ({"rows": 99, "keep": "last"}, "--keep last")],
 )
 def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
-    with pytest.raises(UserError, match=f"^{flag}: this task has no network .*Leave this flag out"):
+    with pytest.raises(UserError, match=f"^{flag}: this task has no network .*Leave it out"):
         toy_train(**changes)
     with pytest.raises(UserError, match=f"^{flag}: "):
         check(toy.TOY, replace(toy.RECIPES["default"], **changes), "default", None)
@@ -158,9 +159,9 @@ def test_a_flag_that_only_networks_have_is_refused_without_one(changes, flag):
 def test_a_recipe_with_settings_of_networks_is_refused_without_one(monkeypatch):
     other = replace(toy.RECIPES["default"], schedule="step", epochs=2)
     monkeypatch.setitem(toy.RECIPES, "other", other)
-    with pytest.raises(UserError, match="^--schedule step: .*of the recipe in config.py too"):
+    with pytest.raises(UserError, match="^--schedule step: .*in the recipe in config.py"):
         train(toy.TOY, other, "other")
-    train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # by another flag it may have no network
+    train(toy.TOY, replace(other, rows=99, seed=1), "other", None, "one")  # with rows=99 it may have no network
     with pytest.raises(UserError, match="^--tta false: "):
         predict_again("--run", "one", "--tta", "0")
 
@@ -225,7 +226,7 @@ FOLDS = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1])
 
 
 class Broken:
-    """Twelve images, of which the third and the tenth cannot be read, or others."""
+    """Twelve images, of which those in rows `bad` cannot be read."""
 
     def __init__(self, bad=(2, 9)):
         self.bad = bad
@@ -251,7 +252,7 @@ class Temperature(torch.nn.Module):
 
 
 def test_folds_share_no_weights_of_the_loss(monkeypatch):
-    """Fold 1 begins from the loss as it was built, whether fold 0 was trained just before it or in another process."""
+    """Fold 1 begins with a newly built loss, whether or not fold 0 was trained before it in the same process."""
     whole = toy.build
     monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), loss=Temperature()))
     together = weights(toy_train("all", fold="all", lr=0.05))
@@ -261,7 +262,7 @@ def test_folds_share_no_weights_of_the_loss(monkeypatch):
 
 @pytest.mark.parametrize("fold", [0, 1])
 def test_a_missing_fold_is_named_and_trained_again(fold):
-    """No CSV without it; with it everything is as it was, though the other folds' predictions were joined already."""
+    """Without it no CSV is written; trained again, it gives the same bits, although the folds were joined before."""
     straight, folder = toy_train("straight", fold="all"), toy_train(fold="all")
     table = Path("submissions/toy/one-demo.csv")
     table.unlink()
@@ -271,6 +272,15 @@ def test_a_missing_fold_is_named_and_trained_again(fold):
     assert not table.exists()
     (folder / "result.json").unlink()
     assert same(straight, toy_train(fold="all"))
+
+
+def test_a_model_alone_that_is_gone_is_trained_again():
+    whole, folder = toy_train("whole", fold="all"), toy_train("one", fold="all")
+    (folder / "fold-1" / "model.pt").unlink()
+    with pytest.raises(UserError, match="fold-1/model.pt of 3 models of the run is missing: delete .*result.json"):
+        predict_again("--run", "one")
+    (folder / "result.json").unlink()
+    assert same(whole, toy_train("one", fold="all"))
 
 
 def test_a_damaged_table_of_a_finished_fold_is_one_line():
@@ -295,7 +305,7 @@ def test_flags_of_predict_do_not_hide_behind_the_score_of_the_training():
 
 
 def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
-    """--swa: equal weights over the last steps, and running statistics from passes over the training rows."""
+    """--swa averages the weights of the last steps equally, and takes BatchNorm's statistics from the training rows."""
     from common.engine.average import Average
 
     taken = []
@@ -321,13 +331,13 @@ def test_the_mean_of_the_last_weights_has_batchnorm_of_its_own(monkeypatch):
 
 
 def test_batchnorm_is_estimated_again_in_parts_of_more_than_one_sample():
-    """82 training rows in parts of at most 9: batches of 41 are cut evenly, batches of 9 leave one over."""
+    """82 training rows in micro-batches of at most 9: batches of 41 are cut evenly, batches of 9 leave one row over."""
     folder = toy_train(rows=123, batch_size=41, micro_batch=9, swa=0.5, ema=0.0, keep="last")
     assert (folder / "result.json").is_file()
 
 
 class SecondOfTwo(Ranks):
-    """What a second process sees, which has a disk of its own: the first one answers from `said`."""
+    """The second of two processes, on a disk of its own; it receives the broadcasts `said` from the first one."""
 
     def __init__(self, said: list):
         super().__init__(1, 2, 1)
@@ -379,6 +389,23 @@ def test_a_page_that_fails_stands_in_nobodys_way(page, monkeypatch, capsys):
     assert Path("submissions/toy/one-demo.csv").is_file() and not (folder / "unfinished").exists()
 
 
+def test_a_page_that_the_disk_refuses_is_written_by_the_same_command(page, monkeypatch, capsys):
+    def full(path, writer):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        raise not_written(path, error) from error
+
+    again = lambda: train(toy.TOY, toy.RECIPES["default"], "default")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("common.report.write_with", full)
+        again()
+    told = capsys.readouterr().out
+    assert "repeat the same command" in told and "submission: submissions/toy/001-default-demo.csv" in told
+    again()
+    assert [file.parent.name for file in Path("runs/toy").glob("*/report.html")] == ["001-default-demo"]
+    again()
+    assert Path("runs/toy/002-default-demo").is_dir()
+
+
 def test_a_network_whose_train_returns_nothing_trains_and_predicts(monkeypatch):
     class Frozen(torch.nn.Linear):
         def train(self, mode=True):
@@ -397,7 +424,7 @@ def test_no_tta_at_all_is_that_of_the_inputs_as_they_are(monkeypatch):
 
 
 def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
-    """JSON has text as keys and lists for arrays: a decision finds there what it finds while it is scored."""
+    """JSON turns keys into text and arrays into lists, so decisions are scored with values that went through JSON."""
     whole = toy.build
     changes = {
         "tune": lambda predictions, rows: {2: np.float32(1), "others": np.zeros(2)},
@@ -413,7 +440,7 @@ def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
 
 
 def test_columns_of_pandas_are_taken_by_place(monkeypatch):
-    """Rows of a table that was shuffled keep the numbers that they had."""
+    """Rows of a shuffled pandas table keep their old index labels, which must not be used as row numbers."""
     order = np.random.default_rng(0).permutation(120)
     ids, whole = [f"r{row}" for row in range(120)], toy.build
     columns = {"ids": pd.Series(ids, index=order), "folds": pd.Series(np.arange(120) % 3, index=order)}
@@ -437,6 +464,6 @@ def test_ids_are_kept_whatever_ends_a_line_elsewhere(page, monkeypatch):
     assert set(read_ids(folder, "oof")) <= {f"r{row}\u2028\x0b\x85\rx" for row in range(120)}
     assert "no report" not in (folder / "log.txt").read_text() and (folder / "report.html").is_file()
     monkeypatch.setattr(toy, "build", partial(build, "\n"))
-    with pytest.raises(UserError, match=r"the id 'r0\\nx' holds the end of a line"):
+    with pytest.raises(UserError, match=r"the id 'r0\\nx' contains a line break"):
         toy_train("two")
     assert not Path("runs/toy/two").exists()

@@ -1,4 +1,4 @@
-"""`make tune`: spaces, trials as processes, pruning, a search that goes on, and the best one's command."""
+"""`make tune`: search spaces, trials as processes, pruning, resumed searches, and the command of the best trial."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import locked
 from tests.common import toy
 
-# A trial without torch: its curve grows to 1 - |lr - 0.03|, an epoch in 0.1 seconds. It notes how often it was begun.
+# A trial without torch: its score grows by epoch to 1 - |lr - 0.03|. It records how often it was started.
 TRAINER = """
 import json, pathlib, sys, time
 words = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
@@ -37,7 +37,7 @@ for epoch in range(int(words["epochs"])):
     time.sleep(float(words["tick"]))
 (folder / "result.json").write_text(json.dumps({"score": 1 - abs(lr - 0.03)}))
 """
-# The kit's own command line, with the toy in the place of the competitions.
+# The kit's own command line, with the toy as its only competition.
 KIT = """
 import sys
 from common import cli, competition
@@ -96,7 +96,7 @@ def test_spaces_have_the_types_of_the_settings():
     [
         ("lrr=0:1", "Did you mean lr"),
         ("lr=0:1", "above 0"),
-        ("lr=0.1:1,--lr=0.01:1", "lr is there twice"),
+        ("lr=0.1:1,--lr=0.01:1", "lr appears twice"),
         ("lr=0.1:0.01", "low below high"),
         ("lr=0.1", "low:high of a number"),
         ("clip_norm=0:1:log", "above 0 for :log"),
@@ -130,7 +130,7 @@ def test_a_search_counts_goes_on_and_ends_with_the_best_command(trainer, capsys)
     assert "importance: lr 1.00" in shown and "data:image/png" in page and "tune-" in page
 
 
-def test_a_search_is_known_by_its_settings(monkeypatch):
+def test_a_search_is_known_by_its_settings_and_its_data(monkeypatch):
     names = []
     monkeypatch.setattr(tune, "_search", lambda study, *_: names.append(study.study_name))
     monkeypatch.setattr(tune, "_tell", lambda *_: None)
@@ -146,9 +146,11 @@ def test_a_search_is_known_by_its_settings(monkeypatch):
         config = with_flags(recipe, parser.parse_args(given))
         tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
     Path("data/toy").mkdir(parents=True)
-    Path("data/toy/seed.txt").write_text("1")
-    tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
-    assert len(set(names)) == 4 and names[0] == names[3] != names[4], "demo data have trials of their own"
+    toy.write_demo(Path("data/toy"))
+    for seed in ("2", "3"):
+        Path("data/toy/seed.txt").write_text(seed)
+        tune.tune(toy.TOY, config, "default", "lr=0.01:0.1", 2, given)
+    assert names[0] == names[3] and len(set(names)) == 5, "demo data and other contents have trials of their own"
 
 
 def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):
@@ -177,7 +179,7 @@ def test_pruning_ends_the_process_and_keeps_its_run(trainer, monkeypatch):
 def test_a_stopped_search_goes_on_with_the_run_of_the_stopped_trial(trainer):
     code = (
         "import signal, sys; from common import tune; from tests.common import toy; tune.SECONDS = 0.02\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell may have had ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have set it to be ignored
         "tune.command = lambda competition, flags, run: [sys.executable, 'trainer.py', *flags, f'--run={run}']\n"
         "tune.tune(toy.TOY, toy.RECIPES['default'], 'default', 'lr=0.01:0.1', 2, ['--epochs=2', '--tick=TICK'])"
     )
@@ -198,7 +200,7 @@ def test_a_stopped_search_goes_on_with_the_run_of_the_stopped_trial(trainer):
 
 
 def test_failures_are_told_and_three_in_a_row_end_the_search(trainer, capsys):
-    with pytest.raises(UserError, match="3 trials failed.*no longer finite"):
+    with pytest.raises(UserError, match="3 trials in a row failed.*no longer finite"):
         search("lr=0.6:0.9", 10)
     assert [one.state.name for one in study().trials] == ["FAIL"] * 3
 
@@ -222,7 +224,7 @@ def test_trials_are_runs_of_the_kit_without_submissions(monkeypatch, tmp_path, c
 
 
 def test_a_search_that_is_terminated_ends_its_trial(trainer, monkeypatch):
-    """What a killed search leaves behind would hold the run that the next one goes on with."""
+    """A trial left behind would hold the lock of the run that the next search resumes."""
     children, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *of, **how: children.append(popen(*of, **how)) or children[-1])
     monkeypatch.setattr(tune, "time", SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM)))
@@ -248,7 +250,7 @@ def test_a_trial_that_a_killed_search_has_left_is_waited_for(trainer, monkeypatc
             search("lr=0.01:0.1", 1)
     (trial,) = study().trials
     with locked(Path("runs/toy") / trial.user_attrs["run"] / "lock"):
-        with pytest.raises(UserError, match="-000 is still trained by a process that a killed search has left"):
+        with pytest.raises(UserError, match="-000 is still being trained by a process of a killed search"):
             search("lr=0.01:0.1", 1)
         assert [one.state.name for one in study().trials] == ["RUNNING"]
     search("lr=0.01:0.1", 1)

@@ -83,7 +83,7 @@ def build(config: ToyConfig, raw: RawData, log=print) -> Task:
 
 
 class Toy:
-    """Stands in for a common.competition.Competition; it looks up this module's functions, so tests can patch them."""
+    """Stands in for a common.competition.Competition; it calls this module's functions, so tests can patch them."""
 
     name = "toy"
     source = Source(slug="toy", expected=("seed.txt",), higher_is_better=True)
@@ -110,7 +110,7 @@ def made(config: ToyConfig | None = None, **changes) -> Task:
 
 
 def changed(task: Task, **changes) -> Task:
-    """The Task with `changes`, each applied to Data, Network, Postprocess, Submission or the Task by its name."""
+    """The Task with `changes`; each goes to the part that has a field of its name, or else to the Task itself."""
     for part in ("data", "network", "postprocess", "submission"):
         value = getattr(task, part)
         own = {name: changes.pop(name) for name in list(changes) if hasattr(value, name)}

@@ -1,4 +1,4 @@
-"""A run goes on when a file is mended that trains nothing."""
+"""The data fingerprint ignores files that do not affect training, so that a run can continue after their repair."""
 
 import pytest
 

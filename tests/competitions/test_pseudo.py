@@ -1,4 +1,4 @@
-"""Test rows with predictions as targets: what the losses of the competitions make of them."""
+"""Pseudo-labelled test rows: the competitions' losses take them in one batch with training rows."""
 
 from dataclasses import replace
 

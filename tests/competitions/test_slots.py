@@ -1,4 +1,4 @@
-"""Slots of the competitions that only a whole task shows: TTA, tuning on the right rows, folds and precision."""
+"""Slots of the competitions that need a whole Task to be tested: TTA, tuning rows, folds and precision."""
 
 from dataclasses import replace
 
@@ -13,14 +13,14 @@ from common.loading.loader import Loader
 from common.raw import RawData
 from common.task import Task, completed
 
-NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")  # those that fill in a Task
+NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("competitions.clouds.demo.TRAIN_IMAGES", 8)  # they are large
+        patch.setattr("competitions.clouds.demo.TRAIN_IMAGES", 8)  # few, because the images are large
         patch.setattr("competitions.clouds.demo.TEST_IMAGES", 1)
         for name in NETWORKS:
             folder = tmp_path_factory.mktemp(name)
@@ -59,7 +59,7 @@ def test_tta_changes_every_image_by_itself(tasks, name):
 
 
 def test_flips_of_clouds_are_undone(tasks):
-    def network(images):  # knows no place, so a flipped image has the flipped masks
+    def network(images):  # treats all positions alike, so a flipped image has flipped masks
         values = images.float().mean(1, keepdim=True).expand(-1, 4, -1, -1) / 255
         return {"pixels": values, "classes": values.mean((2, 3))}
 
@@ -78,7 +78,7 @@ def test_the_mirror_of_inclusive_images_swaps_left_and_right(tasks):
 
 @pytest.mark.parametrize("name", ["clouds", "inclusive_images"])
 def test_tuning_compares_a_prediction_with_its_own_row(tasks, name):
-    """Predictions that are the truth, for rows in any order, are worth 1."""
+    """Predictions equal to the truth score 1, whatever the order of the rows."""
     task = tasks[name]
     rows = np.random.default_rng(0).permutation(len(task.data.ids))[:12]
     truth = [task.data.valid[int(row)][1] for row in rows]

@@ -1,4 +1,4 @@
-"""What only a CUDA card shows. Run by test_card.py; alone: `pytest tests/gpu/on_card.py --confcutdir=tests/gpu`."""
+"""Tests that need a CUDA card, run by test_card.py; alone: `pytest tests/gpu/on_card.py --confcutdir=tests/gpu`."""
 
 import gc
 from dataclasses import replace
@@ -73,7 +73,7 @@ def engine_for(model: nn.Module, loss, optimizer=torch.optim.AdamW, **settings) 
 
 @pytest.mark.parametrize("loss, hot", [(CrossEntropy(), False), (SoftFBeta(1.0, "macro"), True)])
 def test_real_out_of_memory(loss, hot):
-    """As much memory as a quarter of the batch takes; the gradient is that of smaller micro-batches."""
+    """With too little memory for the whole batch, the gradient equals that of fixed small micro-batches."""
     batch, gradients = images(64, size=256, hot=hot), []
     whole = torch.cuda.get_device_properties(CARD).total_memory
     for share in (1.0, None):
@@ -106,7 +106,7 @@ def test_every_precision_trains(precision, micro_batch):
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("loss, hot", [(CrossEntropy(), False), (BCE(), True), (SoftFBeta(1.0, "macro"), True)])
 def test_replayed_steps_are_the_eager_ones(loss, hot, optimizer, precision):
-    """With dropout, BatchNorm, an average, a rate that changes and a short batch in between."""
+    """CUDA graph replay with dropout, BatchNorm, weight averaging, a changing learning rate and one short batch."""
     found, said = [], []
     for graph in (False, True):
         model = network()
@@ -181,7 +181,7 @@ def test_a_loss_that_reads_the_card_is_found_out():
 
 
 def test_a_capture_that_fails_leaves_everything_usable():
-    """Waiting for the card is no operation that could be seen beforehand, and is forbidden in a capture."""
+    """A synchronize cannot be detected before the capture, where it is forbidden, so the capture itself fails."""
 
     def loss(outputs, targets):
         torch.cuda.synchronize()
@@ -191,7 +191,9 @@ def test_a_capture_that_fails_leaves_everything_usable():
     engine = engine_for(network(), loss, graph=True, log=said.append)
     losses = [float(engine.step(on_card(images(16)), step).loss) for step in range(12)]
     engine.settle()
-    assert [line for line in said if "not replayed: the capture failed" in line] and engine.replay._graph is None
+    assert [
+        line for line in said if "not replayed as a CUDA graph: the capture failed" in line
+    ] and engine.replay._graph is None
     assert torch.cuda.current_stream() == stream and losses[-1] < losses[0]
     assert torch.rand(3, device=CARD).isfinite().all(), "the generator does not wait for the end of the capture"
 

@@ -1,4 +1,4 @@
-"""Where there is a CUDA card: the checks of on_card.py, in a process of their own, for this one hides its cards."""
+"""If there is a CUDA card, run the tests of on_card.py in a new process, because this one hides its cards."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ def test_on_a_card():
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     if os.environ["KIT_CARDS"] != "all":
         environment["CUDA_VISIBLE_DEVICES"] = os.environ["KIT_CARDS"]
-    # Without the suite's conftest.py, which hides the card.
+    # --confcutdir keeps the suite's conftest.py, which hides the cards, from being loaded.
     words = ["-m", "pytest", "tests/gpu/on_card.py", "--confcutdir=tests/gpu", "-p", "no:cacheprovider", "-x"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode == 5 or "no card is visible" in done.stdout:

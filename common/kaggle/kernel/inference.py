@@ -33,7 +33,7 @@ RUN_FILES = ("config.json", "run.json", "result.json", "fold-*/model.pt", "fold-
 PREDICTION = (
     START
     + """
-# %% The test set that is mounted, by the same command as at home; its sample submission decides the rows.
+# %% Predict the mounted test set, with the same command as at home. Its sample submission decides the rows.
 command = [sys.executable, "-m", "common", {words}, "--data", str(data)]
 left = max(1.0, END - time.monotonic())
 command += ["--fallback", "--budget", str(left)]
@@ -42,7 +42,7 @@ status = subprocess.run(command, cwd=KIT, env=environment | offline, timeout=lef
 assert status == 0, f"the prediction ended with status {{status}}"
 (table,) = (KIT / "submissions" / "{competition}").glob("*.csv")
 shutil.copyfile(table, WORKING / "submission.csv")
-shutil.copyfile(table.with_suffix(".json"), WORKING / "submission.json")  # with the rows that fell back
+shutil.copyfile(table.with_suffix(".json"), WORKING / "submission.json")  # lists the rows with fallback values
 print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
 """
 )
@@ -109,7 +109,7 @@ def publish(competition: Competition, given: argparse.Namespace, words: Sequence
         with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
             written_there = fetched(site, facts["kernel"], "submission.csv", Path(place))
             if written_there is None:
-                raise UserError(f"https://www.kaggle.com/code/{facts['kernel']} left no submission.csv: see its log")
+                raise UserError(f"https://www.kaggle.com/code/{facts['kernel']} wrote no submission.csv: see its log")
             _print_difference(written_there, Path(facts["table"]))
         if given.submit:
             submit_version(site, facts, Path(facts["table"]), min(poll, 4.0))
@@ -158,22 +158,22 @@ def _print_budget(table: Path, seconds: float, limit: float) -> None:
     )
     if seconds > limit:
         slow = (
-            f"the public test set alone takes {seconds:,.0f} s here, and the limit is {limit:,.0f} s: fewer runs or "
-            f"folds, --tta no, or a longer --limit"
+            f"the public test set alone takes {seconds:,.0f} s here, and the limit is {limit:,.0f} s: use fewer "
+            f"runs or folds, --tta no, or a longer --limit"
         )
         if torch.cuda.is_available():
             raise UserError(slow)
-        print(f"note: {slow}. Kaggle's card is faster than this CPU; what it does not predict in time falls back")
+        print(f"note: {slow}. Kaggle's card is faster than this CPU; rows not predicted in time get fallback values")
 
 
 def _print_difference(there: Path, here: Path) -> None:
     """Print whether the notebook's file equals the one written on this machine."""
     if there.read_bytes() == (here.read_bytes() if here.is_file() else None):
-        print(f"the notebook's submission.csv is {here}, byte for byte")
+        print(f"the notebook's submission.csv equals {here}, byte for byte")
         return
     ours, theirs = (file.read_text(encoding="utf-8").splitlines() if file.is_file() else [] for file in (here, there))
     same = len(set(ours[1:]) & set(theirs[1:]))
     print(
-        f"the notebook's submission.csv has {len(theirs) - 1:,} rows, {same:,} of its lines as in {here}; another "
-        f"machine rounds otherwise, but most should be the same"
+        f"the notebook's submission.csv has {len(theirs) - 1:,} rows, {same:,} of them as in {here}; machines round "
+        f"differently, but most should be the same"
     )

@@ -43,11 +43,11 @@ START = """# %% [markdown]
 import hashlib, importlib.util, json, os, shutil, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
-END = time.monotonic() + {seconds}  # when the work is stopped, so that what it has made is kept
+END = time.monotonic() + {seconds}  # the work stops then, so that its files are kept
 KAGGLE = Path(os.environ.get("KIT_KAGGLE", "/kaggle"))
 INPUT, WORKING, KIT = KAGGLE / "input", KAGGLE / "working", KAGGLE.parent / "tmp" / "kit"
 
-# %% The code: Kaggle may have unpacked the archive of the data set or not.
+# %% Unpack or copy the code: Kaggle may have unpacked its archive already.
 shutil.rmtree(KIT, ignore_errors=True)
 KIT.mkdir(parents=True)
 for archive in INPUT.rglob("{archive}"):
@@ -60,14 +60,14 @@ assert found == "{version}", f"the code here is version {{found}}, expected {ver
 data = next(path for path in (INPUT / "competitions" / "{slug}", INPUT / "{slug}") if path.is_dir())
 environment = os.environ | {{"PYTHONPATH": str(KIT), "NO_ALBUMENTATIONS_UPDATE": "1"}}
 
-# %% The competition's own archives, unpacked as `make data` does at home; nothing can be written beside them.
+# %% Unpack the competition's own archives, as `make data` does at home, into a folder that can be written.
 if any(data.rglob("*.zip")):
     packed, data = data, KIT / "data" / "unpacked"
     shutil.copytree(packed, data, copy_function=os.symlink)
     unpack = "import sys, pathlib, common.archive as a; a.unpack_links(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", unpack, str(data)], cwd=KIT, env=environment, check=True)
 
-# %% What this image lacks, in the versions of requirements.txt.
+# %% Install the packages that this image lacks, in the versions of requirements.txt.
 missing = [pin for module, pin in {needed}.items() if importlib.util.find_spec(module) is None]
 install = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *{options}, *missing]
 if missing:
@@ -78,11 +78,11 @@ if missing:
 TRAINING = (
     START
     + """
-# %% The run of the session before, where it was not finished.
+# %% Unpack the unfinished run of the previous session, if there is one.
 for archive in INPUT.rglob("{output}"):
     zipfile.ZipFile(archive).extractall(KIT)
 
-# %% The training: the same command as at home, with a process for every card.
+# %% Train, with the same command as at home and a process for every GPU.
 import torch
 
 cards = torch.cuda.device_count()
@@ -92,7 +92,7 @@ training = subprocess.Popen(command, cwd=KIT, env=environment, start_new_session
 try:
     status = training.wait(max(1, END - time.monotonic()))
 except subprocess.TimeoutExpired:
-    print("the session ends: the training is stopped, and the next notebook goes on with it", flush=True)
+    print("the session ends: stopping the training, which the next notebook resumes", flush=True)
     for number, patience in ((signal.SIGINT, {patience}), (signal.SIGKILL, 60)):
         try:
             os.killpg(training.pid, number)
@@ -103,7 +103,7 @@ except subprocess.TimeoutExpired:
     status = 0 if training.returncode == 0 else None  # it may have ended just then
 assert status in (0, None), f"the training ended with status {{status}}"
 
-# %% The run and its submission, for `make kernel` to fetch.
+# %% Pack the run and its submission for `make kernel` to fetch.
 files = sorted(file for folder in ("runs", "submissions") for file in (KIT / folder).rglob("*") if file.is_file())
 with zipfile.ZipFile(WORKING / "{output}", "w") as out:
     for file in files:
@@ -146,18 +146,18 @@ def refuse_what_stays(competition: Competition, config: Config, internet: bool) 
         value, names = getattr(config, item.name), item.metadata.get("names")
         given = f"--{item.name.replace('_', '-')} {value}"
         if names == "runs" and value:
-            raise UserError(f"{given}: no run of this machine goes to Kaggle: make train COMP={name}")
+            raise UserError(f"{given}: this machine's runs are not uploaded to Kaggle: make train COMP={name}")
         if names != "weights" or value == "none" or value.startswith("/kaggle/"):
             continue
         home, path = f"competitions/{name}/", os.path.normpath(value)
         if value == "imagenet" and not internet:
             raise UserError(
-                f"{given} --internet off: these weights come from the internet: leave out --internet off, or put a "
-                f"file of them into {home} and give that"
+                f"{given} --internet off: these weights come from the internet: leave out --internet off, or put "
+                f"them into a file in {home} and give its path"
             )
         if value != "imagenet" and not any(f"{one}/".startswith(f"{path}/") for one in code(name)):
             raise UserError(
-                f"{given}: of this machine's files only those in {home} go to Kaggle: copy it there, and give its path "
+                f"{given}: only files in {home} are uploaded to Kaggle: copy it there, and give its path "
                 f"from here, --{item.name.replace('_', '-')} {home}{Path(value).name}"
             )
 

@@ -78,7 +78,7 @@ def kernel(
             follow_notebook(site, facts["kernel"], wait, poll, outage)
             is_done = _fetch(site, facts, record)
         if not is_done and fetch:
-            print(f"the run is not finished: make kernel COMP={competition} with the same flags goes on with it")
+            print(f"the run is not finished: make kernel COMP={competition} with the same flags resumes it")
             return
 
 
@@ -92,7 +92,7 @@ def _fetch(site: Site, facts: dict, record: Path) -> bool:
                 f"https://www.kaggle.com/code/{facts['kernel']} version {facts['version']}: a whole session brought no "
                 "new checkpoint: see its log there"
             )
-        print(f"version {facts['version']} has used up its session, the run goes on in another one")
+        print(f"version {facts['version']} has used up its session, the next one resumes the run")
         return False
     table = Path(facts.get("fetched", ""))
     if table.is_file():
@@ -124,8 +124,8 @@ def push(
     pins, version = needed(files), before.get("code")
     if not internet and before.get("internet"):
         raise UserError(
-            f"--internet off: the run was begun with it on, so its code on Kaggle has no wheels: go on with --internet "
-            f"on, or delete {runs.RUNS / competition / 'kernel.json'} to begin another run"
+            f"--internet off: the run was begun with --internet on, so its code on Kaggle has no wheels: go on with "
+            f"--internet on, or delete {runs.RUNS / competition / 'kernel.json'} to begin another run"
         )
     if not before:
         files |= {} if internet else wheels(pins.values(), folder / "wheels")
@@ -234,7 +234,7 @@ def push_notebook(
     except Transient as failure:
         reason = str(failure).partition(": repeat the same command")[0]
         raise UserError(
-            f"{reason}. Kaggle may have taken it all the same, and a second push runs a second time: look at {page} "
+            f"{reason}. Kaggle may have accepted it anyway, and a second push runs it a second time: look at {page} "
             f"first, and if no new version runs there, make {verb} COMP={site.competition} again"
         ) from failure
     pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)

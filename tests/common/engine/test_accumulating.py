@@ -39,7 +39,7 @@ def weights(model):
 
 
 def expected(name, rows, groups, share_by_size=False):
-    """The wrapped optimizer, one step per group of batches along their averaged gradient."""
+    """Weights after one step of the wrapped optimizer per group of batches, each on the group's averaged gradient."""
     model = make()
     optimizer = OPTIMIZERS[name](model.parameters())
     start = 0
@@ -76,7 +76,7 @@ def test_every_fourth_step_is_an_update_and_the_rest_is_flushed(name, set_to_non
 @every_optimizer
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_loop_that_zeroes_after_its_step_starts_every_epoch_clean(name, set_to_none):
-    """backward, step, zero_grad, and the flush at the end: the mean that it steps along must not stay in .grad."""
+    """`flush` at the end of an epoch must not leave its averaged gradient in .grad for the next epoch."""
     model, rows = make(), batches(15)
     optimizer = AccumulatingOptimizer(OPTIMIZERS[name](model.parameters()), 4)
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_saved_in_the_middle_of_a_batch(name, stop):
 
 
 def test_naive_steps_are_visibly_different():
-    """The control: four updates are not one."""
+    """Control: four separate updates give other weights than one accumulated update."""
     model, rows = make(), batches(8)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     for batch in rows:
@@ -201,7 +201,7 @@ def test_weights_of_an_open_batch_are_kept():
 )
 @pytest.mark.parametrize("seen", [0, 3, 5])
 def test_a_copy_goes_on_where_the_optimizer_stood(copied, seen):
-    """Two small batches into an update, for instance: its sums, moments and counts are in the copy, and apart."""
+    """A copy, even in the middle of an update, has its own sums, moments and counts."""
 
     def trained(model, optimizer, steps):
         for step in steps:

@@ -1,4 +1,4 @@
-"""Averages against sums written out, and statistics against numpy."""
+"""Averaged weights against explicit sums, and re-estimated BatchNorm statistics against those of the whole data."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def make():
 
 
 def walk(model, steps):
-    """Random weights at every step; yields after each one."""
+    """Set random weights at every step and yield after each step."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         with torch.no_grad():
@@ -88,7 +88,7 @@ def test_tied_weights_are_one():
 
 
 def test_batchnorm_of_the_present_weights():
-    """Unequal batches; mean and variance of the first layer's outputs, without dropout and without gradients."""
+    """From batches of unequal sizes: mean and variance of the first layer's outputs, without dropout or gradients."""
     model = make()
     rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(2)).double()
     model(rows * 3 + 1)

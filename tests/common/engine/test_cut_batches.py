@@ -1,4 +1,4 @@
-"""Models and losses out of the ordinary: the gradient of a cut batch is that of one graph, or there is an error."""
+"""Unusual models and losses: a batch in micro-batches has the gradient of one graph, or raises an error."""
 
 import random
 from collections import OrderedDict, namedtuple
@@ -28,7 +28,7 @@ from tests.common.engine.toys import (
 
 
 def gradients_of(engine: Engine, batch: Batch, step: int = 0) -> Tensor:
-    """Of all that the optimizer steps; zeros where there is none."""
+    """Gradients of all parameters of the optimizer, in one vector; zeros for a parameter without a gradient."""
     engine.gradients(batch, step)
     parameters = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]).clone()
@@ -51,7 +51,7 @@ def assert_equal(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 class HeadInValue(nn.Module):
-    """Sums whose value uses a head that neither the loss nor the model holds."""
+    """A loss over sums whose value uses a head that belongs neither to the loss nor to the model."""
 
     def __init__(self, head: nn.Module, single: bool):
         super().__init__()
@@ -151,7 +151,7 @@ def test_complex_outputs():
 
 
 class Dropped(nn.Module):
-    """Layers dropped by Python's generators, as in stochastic depth written by hand."""
+    """Drops layers with Python's generators, as in hand-written stochastic depth."""
 
     def __init__(self, draw):
         super().__init__()
@@ -202,7 +202,7 @@ def test_drawing_from_pythons_generators_is_noticed_from_the_epoch_on_in_which_i
 
 
 class Remembers(nn.Module):
-    """A loss with a buffer of its own, which its statistics use and move, or its value does."""
+    """A loss with a buffer that its statistics use and update; `value` updates it too."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -263,7 +263,7 @@ def test_weights_with_a_negative_sum_divide_like_any_other(name):
 
 
 class Sometimes(nn.Module):
-    """The first rows go through the network, a micro-batch of others does not."""
+    """Only rows with a first input above 0 use the network; outputs of a micro-batch without any have no graph."""
 
     def __init__(self):
         super().__init__()
@@ -303,7 +303,7 @@ class Found:
 
 
 class ModelOutput(OrderedDict):
-    """As in transformers: a dictionary whose keys are attributes too."""
+    """As in transformers: a dictionary whose keys are also attributes."""
 
     def __init__(self, **values):
         super().__init__(values)
@@ -346,7 +346,7 @@ def test_containers_of_outputs(container, precision):
 
 
 class WithTemperature(nn.Module):
-    """Outputs that belong to no sample, as CLIP's temperature: computed from the weights, or a weight itself."""
+    """Has outputs without rows, such as CLIP's temperature: computed from a weight, or if `bare` the weight itself."""
 
     def __init__(self, bare: bool):
         super().__init__()
@@ -369,7 +369,7 @@ def test_outputs_that_belong_to_no_sample(bare):
 
 
 class OfAllOutputs:
-    """Two sums or more, of outputs of which only the first has rows."""
+    """A loss over several sums that uses three outputs, of which only the first has rows."""
 
     def stats(self, outputs, targets):
         logits, temperatures, centres = outputs
@@ -380,7 +380,7 @@ class OfAllOutputs:
 
 
 def test_outputs_that_seem_to_have_rows():
-    """As many temperatures as a micro-batch has samples: taken for its rows they would be three times as many."""
+    """As many temperatures as a micro-batch has samples: joined over 3 micro-batches like rows, they would be 12."""
 
     class Temperatures(WithTemperature):
         def forward(self, inputs):
@@ -393,7 +393,7 @@ def test_outputs_that_seem_to_have_rows():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_sums_that_the_loss_itself_learns(frozen):
-    """Its parameters are used in the statistics; with the model frozen nothing goes back through the outputs."""
+    """The statistics use the loss's own parameters; with a frozen model the outputs need no gradient."""
 
     class Prototypes(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Every shipped loss, cut into micro-batches: the gradient of one graph."""
+"""For every shipped loss, a batch in micro-batches has the gradient of one graph."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ROWS = 37
 
 
 class NearIdentity(nn.Module):
-    """Turns every row of a tree of outputs a little: a model whose outputs are as the loss wants them."""
+    """A model that takes outputs fit for the loss as its inputs and returns them slightly changed."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -41,7 +41,7 @@ def test_gradient_of_one_graph(case: Case, weighted):
     assert kind(loss) == case.kind and float(expected.norm()) > 0
     for micro_batch in (1, 3, 7, 16, ROWS):
         engine = make_engine(model, loss, micro_batch=micro_batch)
-        for step in range(2):  # a loss over a single sum goes another way from the second batch on
+        for step in range(2):  # a loss over a single sum is computed differently from the second batch on
             found = engine.gradients(batch, step)
             assert relative_error(gradient_of(model, loss), expected) <= 1e-12, (micro_batch, step)
             torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14, check_dtype=False)

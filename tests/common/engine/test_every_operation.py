@@ -1,4 +1,4 @@
-"""Out of memory at every operation of a step, from the first to the last before the update: the exact gradient."""
+"""Out of memory at any operation of a step before its update: the repeated step has the exact gradient."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ from tests.common.engine.toys import (
 
 
 class FailsAt(TorchDispatchMode):
-    """Raises out of memory at the operation of number `at`; counts them all."""
+    """Counts operations, and raises out of memory at operation number `at`."""
 
     def __init__(self, at: int | None = None):
         super().__init__()
         self.at, self.count, self.ended = at, 0, False
 
     def end(self) -> None:
-        """Nothing fails after the failure: no need to look on."""
+        """Stop counting: after the failure no other operation fails."""
         self.ended = True
         super().__exit__(None, None, None)
 
@@ -78,7 +78,7 @@ def test_a_step_that_failed_anywhere_is_exact_in_the_end(name, way, monkeypatch)
     make, change = KINDS[name]
     micro_batch, weighted, ahead = WAYS[way]
     if ahead and name not in ("cross-entropy", "whole batch"):
-        return  # what a card does otherwise comes after the gradient
+        return  # on a GPU only operations after the gradient differ
     batch, loss, model = change(make_batch(6, weighted)), make(), small_model()
     _, expected = reference(model, loss, batch)
     found = []
@@ -98,7 +98,7 @@ def test_a_step_that_failed_anywhere_is_exact_in_the_end(name, way, monkeypatch)
             assert engine.limited and int(model[1].count) == cut, f"operation {at}"
         return failing.count
 
-    operations = attempt(None) - ahead  # the last one there sends the outcome of the finished step
+    operations = attempt(None) - ahead  # if ahead, the last operation copies the outcome of the finished step
     for at in range(operations):
         attempt(at)
     assert len(found) == operations + 1

@@ -1,4 +1,4 @@
-"""A process is one of several only when torchrun's variables are complete: clusters and notebooks set some of them."""
+"""A process is a rank only if all of torchrun's variables are set; clusters and notebooks set some of them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Out of memory: at every place of a batch, whatever the error says, and what is kept of it."""
+"""Out of memory: recognised in any library's message, exact at every place in a batch, and remembered."""
 
 import ctypes
 import gc
@@ -72,7 +72,7 @@ def test_parts_cover_everything_evenly(count, largest):
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("at", range(4))
 def test_a_batch_that_failed_anywhere_is_exact_in_the_end(name, phase, at, monkeypatch):
-    """Full at the at-th micro-batch of 16, then at the at-th of 8 where there are as many; at most 4 rows fit."""
+    """Only 4 rows fit: fails at micro-batch number `at` of 16 rows, then of 8 rows, if there are so many."""
     monkeypatch.setattr(memory, "release", lambda: None)  # collecting garbage takes most of a test's time
     small = SmallMemory(4, phase, at)
     model, loss, batch = make_model(small), LOSSES[name](), make_batch(61, weighted=True)
@@ -230,7 +230,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's malloc only")
 def test_freed_memory_is_kept_or_given_back():
-    """Counted in faults, at least one for each of 64 blocks when the system has to clear it again."""
+    """Counts page faults: memory that was given back to the system costs at least one fault in each of 64 blocks."""
 
     def cleared(choice):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Groups that cover every parameter once, and state that is there before the first step."""
+"""Parameter groups cover every parameter once, and optimizer states are allocated before the first step."""
 
 from types import SimpleNamespace
 
@@ -45,7 +45,7 @@ def test_rates_by_the_longest_name_and_no_decay_on_vectors():
         model.encoder[0].bias: (0.01, 0.0),
         model.encoder[1].weight: (0.01, 0.0),
         model.encoder[2].weight: (0.05, 0.01),
-        model.encoder_head.weight: (0.1, 0.01),  # "encoder" is a module, not the beginning of a word
+        model.encoder_head.weight: (0.1, 0.01),  # "encoder" matches the module, not a prefix of a name
         model.scale: (0.1, 0.0),
     }
     for parameter, values in expected.items():

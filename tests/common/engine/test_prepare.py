@@ -33,7 +33,7 @@ def deep(blocks=6, width=20):
 
 
 def flat():
-    """A plain nn.Sequential has no blocks of its own; its one larger member stays a member."""
+    """A plain nn.Sequential without repeated blocks; its only larger member stays a single member."""
     torch.manual_seed(0)
     rows = []
     for _ in range(8):
@@ -42,7 +42,7 @@ def flat():
 
 
 class Unusual(nn.Module):
-    """Writes to its input, which the layers before it and its own end see, and draws from Python's generators."""
+    """Changes its input in place, which its own output and the layer before see, and draws from Python's generators."""
 
     def __init__(self, width):
         super().__init__()
@@ -131,12 +131,12 @@ def test_nothing_to_recompute_is_said():
         enable_checkpointing(nn.Linear(3, 3))
     said = []
     prepare(deep(), checkpointing=True, log=said.append)
-    assert said == ["checkpointing: 6 blocks keep their inputs only"]
+    assert said == ["checkpointing: 6 blocks keep only their inputs"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "pit_ti_224", "nasnetalarge"])
 def test_timm_models(name):
-    """With and without BatchNorm; the own method of pit_ti_224 refuses, and the kit's takes its place."""
+    """With and without BatchNorm; pit_ti_224's own checkpointing raises, so the kit's is used instead."""
     settings = {"num_classes": 3}
     settings |= {"vit_tiny_patch16_224": {"img_size": 32, "depth": 2}, "pit_ti_224": {"img_size": 32}}.get(name, {})
     if name == "nasnetalarge":
@@ -155,7 +155,7 @@ def test_timm_models(name):
 
 
 def test_a_way_of_its_own_that_does_nothing_is_not_relied_on():
-    """As the refusals of timm's models under python -O, which leaves out assertions."""
+    """As for timm's models under python -O, where the assertion that would raise is left out."""
     model = unusual()
     model.set_grad_checkpointing = lambda enable: None
     assert len(enable_checkpointing(model)) == 6
@@ -176,7 +176,7 @@ def fail(error, enable):
 
 
 def test_depthwise_convolutions_train_in_float32_where_the_rest_is_bf16():
-    """As if they stood outside of autocast; a copy has its own, and nothing changes in evaluation."""
+    """They run as if outside of autocast; a copied model wraps its own layers, and evaluation does not change."""
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1), nn.Flatten()
     plain, prepared = nn.Sequential(*layers), deepcopy(nn.Sequential(*layers))

@@ -1,4 +1,4 @@
-"""Two real processes with unequal shares against a single one."""
+"""Two real processes with unequal shares of the rows, compared with a single process."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ from tests.common.engine.toys import LOSSES, make_batch, make_model, reference, 
 from tests.common.test_fit import CONFIG, task_of
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 120  # from the moment that the processes have met: importing torch can take as long on a busy machine
+SECONDS = 120  # counted once both are connected; importing torch before can take as long on a busy machine
 
 
 def free_port() -> int:
-    """Below those that the system hands out itself: a test beside this one gets none of them before it is used."""
+    """A port below the range that the system assigns, so that no parallel test is given it before it is used."""
     first = 20_000 + os.getpid() % 10_000
     for port in range(first, first + 100):
         with socket.socket() as free, contextlib.suppress(OSError):
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def run_two(scenario: str, folder: Path) -> list[subprocess.CompletedProcess]:
-    """Two processes as torchrun starts them; killed SECONDS after they have met."""
+    """Run two processes as torchrun starts them; they are killed SECONDS after they connected."""
     port = free_port()
     shared = os.environ | {
         "WORLD_SIZE": "2",
@@ -69,7 +69,7 @@ def run_two(scenario: str, folder: Path) -> list[subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """The folder of what two processes did; they start once, which takes longer than all that they do."""
+    """The folder with the results of two processes, started once because starting takes longer than their work."""
     folder = tmp_path_factory.mktemp("ranks")
     ended = run_two("exact,talk,trained", folder)
     assert [child.returncode for child in ended] == [0, 0], ended[0].stderr + ended[1].stderr
@@ -102,7 +102,7 @@ def test_the_gradient_of_a_single_process(exact, name, shares, rows):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_out_of_memory_on_one_rank_shrinks_both(exact, name, phase):
-    """50 and 40 rows, and 8 that fit on the second rank."""
+    """The ranks have 50 and 40 rows, and only 8 fit on the second one."""
     _, expected = reference(make_model(), LOSSES[name](), make_batch(90, weighted=True))
     for rank in range(2):
         assert relative_error(exact[rank][f"{name}, full in {phase}"][1], expected) <= 1e-12
@@ -136,7 +136,7 @@ def test_a_fold_trained_by_two_is_that_of_one(done, tmp_path, monkeypatch):
     for name in set(one.dtype.names) - set(MACHINE_COLUMNS):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, err_msg=name)
     assert np.array_equal(np.load(shared / "oof_rows.npy"), np.load(alone / "oof_rows.npy"))
-    rows = said_by(done / "trained")  # (own, of both) of every step
+    rows = said_by(done / "trained")  # (rows of this rank, rows of both) for every step
     assert [a + b for (a, _), (b, _) in zip(*rows, strict=True)] == [total for _, total in rows[0]] == 3 * [16, 16, 1]
 
 
@@ -158,7 +158,7 @@ def test_alone_everything_is_at_once():
 
 
 def test_statistics_of_ranks_are_averaged_by_what_they_saw(monkeypatch):
-    """Another rank has the means 5 and 7 of one sample, and counts 9 batches."""
+    """The other rank has means 5 and 7 from a single sample, and has counted 9 batches."""
     monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor + torch.tensor([5.0, 7.0, 1.0]))
     monkeypatch.setattr(Ranks, "max_", lambda self, tensor: tensor.clamp(min=9))
     for weight, expected in ((3, [2, 4]), (0, [5, 7])):
@@ -169,7 +169,7 @@ def test_statistics_of_ranks_are_averaged_by_what_they_saw(monkeypatch):
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_a_gradient_that_others_sent_lies_in_memory_as_its_weight_does(name, monkeypatch):
-    """A rank without samples takes the others' gradient; fused kernels do not look at strides."""
+    """A rank without samples gets its gradient from the others, and fused kernels ignore its strides."""
     weights, gradient = torch.randn(2, 4, 3, 3, 3)
     monkeypatch.setattr(Ranks, "sum_", lambda self, flat: flat + torch.cat((gradient.reshape(-1), torch.ones(1))))
     found, expected = (

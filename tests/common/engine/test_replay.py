@@ -1,4 +1,4 @@
-"""The way of a card, forced on a CPU: no step waits, and steps of one shape are replayed by a stand-in of the graph."""
+"""The engine's GPU mode, forced on a CPU: no step waits, and a stand-in for the CUDA graph replays equal shapes."""
 
 import random
 import re
@@ -28,11 +28,11 @@ from tests.common.engine.toys import (
 )
 
 SHIPPED = {"shipped": CrossEntropy(), "bce": BCE(), "soft F1": SoftFBeta(1.0, "macro"), "RMSE": RMSE()}
-GRAPHABLE = [name for name in LOSSES if name not in ("sums", "one sum")]  # their one_hot reads the targets on a CPU
+GRAPHABLE = [name for name in LOSSES if name not in ("sums", "one sum")]  # on a CPU their one_hot reads the targets
 
 
 class Again:
-    """A graph that runs the captured work once more at every replay."""
+    """A stand-in for a CUDA graph that runs the captured function again at every replay."""
 
     made = 0
 
@@ -44,7 +44,7 @@ class Again:
 
 
 def ahead(model, loss, optimizer=torch.optim.AdamW, graph=None, log=silent, **settings) -> Engine:
-    """An engine as on a card; `graph` stands in for the CUDA graph."""
+    """An engine that runs as on a GPU; `graph` stands in for the CUDA graph."""
     made = optimizer(parameters_of(model, loss), lr=0.125, fused=True)
     engine = Engine(model, loss, made, log=log, **settings)
     engine.run_ahead()
@@ -125,7 +125,7 @@ def test_running_ahead_trains_as_waiting_does(name, micro_batch):
 
 
 class Late:
-    """An event that has happened only when somebody waits for it."""
+    """An event that is never ready unless somebody waits for it."""
 
     def record(self):
         self.waited = False
@@ -196,7 +196,7 @@ def test_fp16_scale_follows_the_same_rule_without_waiting():
 @pytest.mark.parametrize("name", [*GRAPHABLE, *SHIPPED])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_replayed_steps_are_the_eager_ones(name, optimizer):
-    """With a rate that changes, a short last batch in between, dropout, and weights."""
+    """With a changing learning rate, a short batch in between, dropout and sample weights."""
     found, Again.made = [], 0
     for graph in (None, Again):
         torch.manual_seed(3)
@@ -264,9 +264,9 @@ class Counting:
     [
         (nn.Identity(), by_value, "_local_scalar_dense"),
         (nn.Identity(), by_rows, "nonzero|index"),
-        (nn.Identity(), Counting(), "do not do the same"),
+        (nn.Identity(), Counting(), "run different operations"),
         (Drawing(), cross_entropy, "draws from random"),
-        (Assigning(), cross_entropy, "new tensor in the place of a buffer"),
+        (Assigning(), cross_entropy, "replaces a buffer by a new tensor"),
     ],
 )
 def test_what_needs_the_host_is_found_out(extra, loss, why):
@@ -297,7 +297,7 @@ def test_a_capture_that_fails_goes_on_eagerly(error, told):
 
 
 class Stale(Again):
-    """Graphs as they must not be: `fault` is done before every replay."""
+    """A faulty graph: calls `fault` before every replay."""
 
     def __init__(self, device, fault):
         super().__init__(device)
@@ -323,7 +323,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_graph_that_does_something_else_is_dropped(name):
-    """At its first step, and the weights go on as if there had been none."""
+    """It is dropped at its first step, and the weights are the same as without a graph."""
     found, said = [], []
     for faulty in (False, True):
         model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2))
@@ -332,7 +332,7 @@ def test_a_graph_that_does_something_else_is_dropped(name):
             engine.replay = Replay(engine, partial(Stale, fault=FAULTS[name](engine)))
         values = [engine.step(make_batch(12, seed=step), step).loss for step in range(8)]
         found.append([*state_of(model, engine), *values])
-    assert len([line for line in said if "of the graph differs" in line]) == 1 and engine.replay._graph is None
+    assert len([line for line in said if "differs from the same step" in line]) == 1 and engine.replay._graph is None
     for eager, dropped in zip(*found, strict=True):
         torch.testing.assert_close(dropped, eager, rtol=1e-7, atol=1e-8)
 

@@ -1,4 +1,4 @@
-"""One step of the engine against one graph over the whole batch."""
+"""One step of the engine, compared with one graph over the whole batch."""
 
 import random
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_gradient_of_one_graph_for_every_micro_batch(name, weighted, micro_batch
 
 @every_loss
 def test_the_second_batch_is_as_exact_as_the_first(name):
-    """A loss over one sum takes two passes in its first batch and one from then on."""
+    """A loss over one sum takes two passes for the first batch, and one pass for later ones."""
     model, loss = make_model(), LOSSES[name]()
     engine = make_engine(model, loss, micro_batch=8)
     for number in range(3):
@@ -60,7 +60,7 @@ def test_the_second_batch_is_as_exact_as_the_first(name):
 
 
 def forwards(model: nn.Module) -> list[int]:
-    """Sizes of the batches that the model has seen, from now on."""
+    """A list to which every later forward pass of the model appends its batch size."""
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     return sizes
@@ -80,7 +80,7 @@ def test_passes_over_a_batch(loss, passes):
 
 
 def test_sums_of_large_outputs_are_exact_without_keeping_them(monkeypatch):
-    """The loss is called once a sample where outputs are small, and in both passes where they are not."""
+    """The loss sees each sample once if the outputs are small enough to be kept, else in both passes."""
     model, loss, batch = make_model(), SoftF1(), make_batch(37, weighted=True)
     _, expected = reference(model, loss, batch)
     calls, stats = [], loss.stats
@@ -104,7 +104,7 @@ def naive(model, loss_of_batch, batch, cut):
 
 
 def test_naive_accumulation_is_visibly_wrong():
-    """The control: a test that could not fail would pass with these too."""
+    """Control: for these losses the naive gradient is far off, so the exactness tests can fail."""
     batch, model, f1 = make_batch(64), make_model(), SoftF1()
     _, expected = reference(model, f1, batch)
     wrong = naive(model, lambda outputs, targets: f1.value(f1.stats(outputs, targets).sum(0), None), batch, 4)
@@ -114,7 +114,7 @@ def test_naive_accumulation_is_visibly_wrong():
     assert relative_error(gradient_of(model, None), expected) <= 1e-12
 
     lovasz = LovaszSoftmax()
-    model[-1].weight.data *= 10  # as sure of itself as a trained one
+    model[-1].weight.data *= 10  # logits as large as those of a trained model
     _, expected = reference(model, lovasz, batch)
     wrong = naive(model, lambda outputs, targets: lovasz(outputs, targets, None), batch, 4)
     assert relative_error(wrong, expected) > 0.5
@@ -123,7 +123,7 @@ def test_naive_accumulation_is_visibly_wrong():
 
 
 def test_short_last_batch_is_a_whole_update():
-    """N = 37, batches of 8, 4 of them a batch: the last batch has 5 samples and steps by their own mean."""
+    """Of 37 rows in batches of 32, the last batch has 5 samples and steps by their own mean."""
     model, rows = make_model(), make_batch(37)
     last = rows.slice(32, 37)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -145,7 +145,7 @@ def test_a_parameter_in_the_loss_gets_its_gradient_once(make):
 
 
 class Centres(nn.Module):
-    """A loss over the whole batch whose parameter is used transposed, and so has a transposed gradient."""
+    """A whole-batch loss that uses its parameter transposed, so that the gradient has transposed strides."""
 
     whole_batch = True
 
@@ -169,7 +169,7 @@ def test_fused_updates_of_a_parameter_in_the_loss_are_those_of_the_whole_batch(o
 
 
 def test_what_carries_no_graph_does_not_stop_a_cut_batch():
-    """Frozen weights in a loss over the whole batch, and an output that the model has detached."""
+    """With a frozen parameter in a whole-batch loss, and with an output that the model has detached."""
 
     class Heads(nn.Module):
         def __init__(self):
@@ -230,7 +230,7 @@ def test_trees_of_inputs_outputs_and_targets():
 
 @pytest.mark.parametrize("name", ["cross-entropy", "sums", "whole batch"])
 def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
-    """Against one graph over the same micro-batches, drawn in the same order."""
+    """Compared with one graph over the same micro-batches in the same order."""
     model, loss, batch = make_model(nn.Dropout(0.3)), LOSSES[name](), make_batch(32)
     engine = make_engine(model, loss, micro_batch=8, seed=5)
     engine.gradients(batch, 3)
@@ -291,7 +291,7 @@ def test_clipping_is_once_and_over_everything():
     _, gradient = reference(whole, loss, batch)
     report = make_engine(cut, loss, lr=1.0, micro_batch=5, clip_norm=0.05).step(batch, 0)
     assert float(report.gradient_norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
-    loss.log_scale.data.fill_(0.3)  # the step has moved it
+    loss.log_scale.data.fill_(0.3)  # the step has changed it
     reference(whole, loss, batch)
     norm = nn.utils.clip_grad_norm_([*whole.parameters(), *loss.parameters()], 0.05)
     assert norm > 0.05, "a test in which nothing is clipped"
@@ -418,7 +418,7 @@ def test_fp16_gradients_are_unscaled(name):
 
 
 def test_fp16_scale_follows_torchs_scaler():
-    """Overflows and good steps in a mixed order: the factor of torch.amp.GradScaler, and no update at an overflow."""
+    """Overflows and good steps mixed: the factor is that of torch.amp.GradScaler, and an overflow updates nothing."""
     model = make_model().float()
     batch = make_batch(8)
     batch = Batch(batch.inputs.float(), batch.targets, batch.index)
@@ -428,9 +428,9 @@ def test_fp16_scale_follows_torchs_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     other = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([other], lr=0.1)
-    scaler.scale(other.sum())  # torch's scaler makes its factor at the first use
+    scaler.scale(other.sum())  # torch's scaler creates its factor at the first use
     for number, good in enumerate([1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]):
-        factor[0] = 1.0 if good else 1e36  # finite in float32, not after the scale
+        factor[0] = 1.0 if good else 1e36  # finite in float32, but not once scaled
         before = [parameter.detach().clone() for parameter in model.parameters()]
         engine.step(batch, number)
         moved = not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -442,7 +442,7 @@ def test_fp16_scale_follows_torchs_scaler():
 
 
 def test_fp16_stops_when_no_scale_can_help():
-    """A gradient that is NaN with every factor is an error, as in fp32, and not a training without updates."""
+    """A gradient that is NaN at every scale raises as in fp32, instead of training on without updates."""
     model, batch = make_model().float(), make_batch(8)
     batch = Batch(batch.inputs.float(), batch.targets, batch.index)
     engine = make_engine(model, lambda outputs, targets: (outputs.sum(1) * 0).sqrt(), precision="fp16")

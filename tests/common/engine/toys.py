@@ -1,4 +1,4 @@
-"""Small models, losses of each kind and a memory that is full when told: what the tests of the engine share."""
+"""Shared by the tests of the engine: small models, losses of each kind, and a simulated lack of memory."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class ScaledEntropy(nn.Module):
-    """A per-demo loss with a learnt temperature and a mass per sample: class weights."""
+    """A per-sample loss with a learnt temperature, and class weights as the mass of each sample."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class SoftF1:
 
 
 class RootMeanSquare:
-    """One sum, so one pass."""
+    """A loss over one sum, which takes one pass."""
 
     def stats(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return ((outputs - F.one_hot(targets, CLASSES)) ** 2).mean(1)
@@ -68,7 +68,7 @@ class RootMeanSquare:
 
 
 class Contrast(nn.Module):
-    """All pairs of samples, with a learnt temperature: nothing to add up."""
+    """A whole-batch loss over all pairs of samples, with a learnt temperature."""
 
     whole_batch = True
 
@@ -141,7 +141,7 @@ class FullMemory(torch.autograd.Function):
 
 
 class SmallMemory(nn.Module):
-    """Raises `error` at call number `at` of this `phase` while a micro-batch has more than `limit` rows."""
+    """Raises `error` in this `phase` at a micro-batch of more than `limit` rows, after letting `at` of them pass."""
 
     def __init__(self, limit: int, phase: str = "forward", at: int = 0, error: Exception | None = None):
         super().__init__()

@@ -1,6 +1,6 @@
-"""What one of several processes does in the tests of ranks.
+"""The program of each process in the tests of ranks.
 
-python -m tests.common.engine.two_ranks SCENARIO,SCENARIO... FOLDER: each in a folder of its name.
+python -m tests.common.engine.two_ranks SCENARIO,SCENARIO... FOLDER: writes FOLDER/SCENARIO/RANK.pt for each.
 """
 
 import os
@@ -22,7 +22,7 @@ from common.run import Run
 from tests.common.engine.toys import LOSSES, SmallMemory, gradient_of, make_batch, make_engine, make_model
 from tests.common.test_fit import CONFIG, task_of
 
-SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # rows of rank 0, of rank 1
+SHARES = {"unequal": (0, 50, 90), "one empty": (0, 3, 3)}  # bounds of the rows of rank 0 and rank 1
 
 
 def share_of(ranks: Ranks, shares: str):
@@ -32,7 +32,7 @@ def share_of(ranks: Ranks, shares: str):
 
 
 def exact(ranks: Ranks, folder: Path) -> None:
-    """Gradients for every kind of loss, with and without memory for all of them on the second rank only."""
+    """Gradients for every kind of loss, with enough memory, and with too little on the second rank."""
     found = {}
     for name in LOSSES:
         for shares in SHARES:
@@ -52,7 +52,7 @@ def exact(ranks: Ranks, folder: Path) -> None:
 
 
 def talk(ranks: Ranks, folder: Path) -> None:
-    """The small calls, BatchNorm's statistics, a frozen parameter, and steps that keep the ranks equal."""
+    """Call every method of Ranks once, after steps with BatchNorm and a frozen parameter that keep the ranks equal."""
     model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2))
     model[0].bias.requires_grad_(False)
     engine = make_engine(model, LOSSES["cross-entropy"](), micro_batch=16, clip_norm=0.1, ranks=ranks)
@@ -73,7 +73,7 @@ def talk(ranks: Ranks, folder: Path) -> None:
 
 
 def killed(ranks: Ranks, folder: Path) -> None:
-    """The second process dies in its third step, as if somebody had killed it."""
+    """The second process is killed in its third step."""
     engine = make_engine(make_model(), LOSSES["cross-entropy"](), micro_batch=16, ranks=ranks)
     for step in range(10):
         if step == 2 and not ranks.is_writer:
@@ -82,7 +82,7 @@ def killed(ranks: Ranks, folder: Path) -> None:
 
 
 def trained(ranks: Ranks, folder: Path) -> None:
-    """A whole fold of the toy, validated, averaged and with a batch of one row at the end."""
+    """Train a whole fold of the toy, with validation, averaged weights, and a last batch of one row."""
     rows, step = [], Engine.step
 
     def counting(self, batch, number):
@@ -99,7 +99,7 @@ def trained(ranks: Ranks, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.optim.SGD(make_model().parameters())  # the first optimizer imports torch's compiler, for seconds
+    torch.optim.SGD(make_model().parameters())  # the first optimizer imports torch's compiler, which takes seconds
     memory.release = lambda: None  # collecting garbage takes most of the time of so small an example
     try:
         with Ranks.from_environment(patience_minutes=2) as all_ranks:

@@ -1,4 +1,4 @@
-"""The real kaggle program against the loopback server: an environment of its own, an empty folder to work in."""
+"""Fixtures that run the real kaggle program against the loopback server, in an empty folder and a clean environment."""
 
 import os
 import signal
@@ -19,14 +19,14 @@ SOURCE = Source(SLUG, ("train.csv", "sample_submission.csv"), higher_is_better=T
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C works, also in programs started here: shells have it ignored by what they start in the background."""
+    """Make Ctrl-C work here and in child processes: a shell lets its background jobs ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def wheel(name: str, folder: Path) -> None:
-    """The installed package as the wheel that it was installed from."""
+    """Pack an installed package into a wheel in `folder`, like the one that it was installed from."""
     found = metadata.distribution(name)
     tag = next(line for line in found.read_text("WHEEL").splitlines() if line.startswith("Tag: ")).removeprefix("Tag: ")
     with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-{found.version}-{tag}.whl", "w") as out:
@@ -45,7 +45,7 @@ def wheels(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch, wheels):
-    """pip here has the folder of wheels and no index."""
+    """Let pip install from the folder of wheels only, without a package index."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
 
@@ -57,19 +57,19 @@ def source() -> Source:
 
 @pytest.fixture(scope="session")
 def programs():
-    """The kaggle program and asked.py without the time that their libraries take to load; nothing of theirs is kept."""
+    """Run the kaggle program and asked.py as forks with their libraries loaded: quicker, and no state is shared."""
     with forks("kagglesdk", "bleach", "dateutil.parser", "dotenv", "packaging.version", "slugify", "tqdm.cli") as found:
         yield found
 
 
 @pytest.fixture
 def real_start():
-    """A test that asks for this starts the kaggle program from nothing, as the kit does."""
+    """Request this fixture to start the kaggle program as a new process, as the kit does, instead of as a fork."""
 
 
 @pytest.fixture
 def kaggle(request, tmp_path, monkeypatch):
-    """A server, and an environment in which the kaggle program finds it: no test reaches the network or a real home."""
+    """A fake Kaggle server and an environment that points to it: no test reaches the network or a real home folder."""
     server = Kaggle()
     home = tmp_path / "home"
     for folder in (home, tmp_path / "here", tmp_path / "temporary"):
@@ -80,13 +80,13 @@ def kaggle(request, tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     for name, value in {
         "HOME": str(home),
-        "TMPDIR": str(tmp_path / "temporary"),  # where the program notes its uploads
+        "TMPDIR": str(tmp_path / "temporary"),  # where the program records its uploads
         "KAGGLE_USERNAME": USER,
         "KAGGLE_KEY": KEY,
         "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
         "http_proxy": server.address,
         "KIT_PATIENCE": "20",
-        "LANGUAGE": "C",  # the program looks for no translation, a fourth of its time
+        "LANGUAGE": "C",  # skips the program's search for translations, a quarter of its run time
     }.items():
         monkeypatch.setenv(name, value)
     if "real_start" not in request.fixturenames:
@@ -97,7 +97,7 @@ def kaggle(request, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_secrets(kaggle, tmp_path, capfd):
-    """Fails the test when a planted secret was printed or written to a file of the kit."""
+    """Fail the test if a planted secret was printed or written to a file of the kit."""
     yield
     shown = capfd.readouterr()
     for secret in (KEY, TOKEN, "signed-secret"):

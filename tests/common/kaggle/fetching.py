@@ -1,4 +1,4 @@
-"""make data of the toy competition, and what it leaves on the disk: what its tests share."""
+"""Helpers that run `make data` for the toy competition and inspect the files that it leaves on disk."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def fetch(source, **options):
 
 
 def contents(folder: Path = HOME) -> dict[str, bytes]:
-    """The files without the manifest."""
+    """Relative path -> content of every file in `folder` except the manifest."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != manifest.NAME]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -24,23 +24,23 @@ def leftovers() -> set[str]:
 
 
 def assert_nothing_kept():
-    """No data, no manifest, no half of anything; a download to be resumed is the only thing that may stay."""
+    """Check that no data, manifest or partial files remain; only a resumable download may stay."""
     assert leftovers() <= {".toy.download"}
 
 
 def big(kaggle, size=3_000_000):
-    """An archive that is worth resuming."""
+    """Let the server offer an archive that is large enough to be resumed."""
     kaggle.files["train.csv"] = os.urandom(size)
     _offer(kaggle)
 
 
 def with_images(kaggle, count=3):
-    """Images beside the tables."""
+    """Let the server offer images beside the tables."""
     kaggle.files |= {f"train_images/{n}.jpg": b"%d" % n for n in range(count)}
     _offer(kaggle)
 
 
 def _offer(kaggle) -> None:
-    """The listing and the archive of the files that the server holds by now."""
+    """Rebuild the server's listing and archive from its current files."""
     kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
     kaggle.archive = archive(kaggle.files)

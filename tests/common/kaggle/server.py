@@ -1,4 +1,4 @@
-"""A Kaggle on loopback: it speaks the protocol of the kaggle program, as a proxy, and misbehaves on request."""
+"""A fake Kaggle server on loopback: an HTTP proxy that answers the kaggle program and simulates faults on request."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def archive(files: dict[str, bytes | str], compression: int = zipfile.ZIP_DEFLAT
 
 @dataclass
 class Reply:
-    """An answer other than 200 with JSON; `message` makes it the JSON error of the protocol."""
+    """An answer other than status 200 with JSON; with `message` its body is a JSON error as Kaggle sends it."""
 
     status: int = 200
     message: str | None = None
@@ -32,14 +32,14 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-HANG, DROP = "hang", "drop"  # answer nothing and keep the line, or close it
+HANG, DROP = "hang", "drop"  # send no answer and keep the connection open, or close it
 
 
 class Kaggle(ThreadingHTTPServer):
-    """State and faults of the server.
+    """The server with its state and its faults.
 
-    `on[name]` is the answer to a method of the API (or to PUT, GET): a dict (JSON), a Reply, HANG, DROP, a function of
-    the request's body, or a list of those that is used up one by one, the last one for ever.
+    `on[name]` overrides the answer to an API method (or to PUT, GET): a dict (JSON), a Reply, HANG, DROP, a function of
+    the request's body, or a list of such answers, used one after the other; the last one is then repeated.
     """
 
     daemon_threads = True
@@ -60,7 +60,7 @@ class Kaggle(ThreadingHTTPServer):
         self.public, self.private = "0.9", "0.8"
         self.outcome, self.reason = "COMPLETE", ""
         self.allowed_now = 9
-        self.cut_after: list[int] = []  # bytes after which a download is cut, one entry per request
+        self.cut_after: list[int] = []  # bytes after which the connection is closed, one entry per request
         self.stall_after: int | None = None
         self.bytes_per_second: float = 0
         self.sent = 0  # bytes of files, all downloads together
@@ -87,12 +87,12 @@ class Kaggle(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        """Clients that are killed leave broken pipes behind: expected here."""
+        """Ignore errors: clients that tests kill leave broken pipes behind."""
 
     def calls(self, name: str) -> list[dict]:
         return [body for asked, body, _ in self.asked if asked == name]
 
-    # What the API answers when nothing is wrong.
+    # Answers of the API without faults.
 
     def ListDataFiles(self, body: dict) -> dict:
         size, start = body.get("pageSize", 20), int(body.get("pageToken") or 0)
@@ -188,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Kaggle
 
     def log_message(self, *args) -> None:
-        """Quiet."""
+        """Discard the log lines."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         name = "PUT"
-        if self.server.on.get(name) == DROP:  # in the middle of the body
+        if self.server.on.get(name) == DROP:  # before the body is read
             self.server.asked.append((name, {}, dict(self.headers)))
             self.close_connection = True
             self.connection.shutdown(2)
@@ -222,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
             reply = Reply(200)
         if callable(reply) and not isinstance(reply, Reply):
             reply = reply(body)
-        if reply is None:  # already sent
+        if reply is None:  # `storage` has already sent the answer
             return
         if reply == HANG:
             server.released.wait(60)
@@ -255,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         return server.files.get(path.partition("/files/")[2])
 
     def storage(self, body: dict) -> Reply | None:
-        """A file with Range and If-Range, cut or stalled as the server says."""
+        """Send a file, honouring Range and If-Range, cut or stalled by the server's `cut_after` and `stall_after`."""
         server, content = self.server, self.content(body["path"])
         if content is None:
             return Reply(404)

@@ -1,4 +1,4 @@
-"""What may be in an archive: damage, malice, archives in archives; nothing of a bad one is kept."""
+"""Damaged, malicious and nested archives: none of the files of a bad archive are kept."""
 
 import errno
 import io
@@ -46,8 +46,8 @@ def test_twice_corrupt_is_refused(kaggle, source):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda k: setattr(k, "archive", k.archive[:-30]), "not a whole zip archive"),
-        (lambda k: setattr(k, "archive", b"<html>please log in</html>"), "not a whole zip archive"),
+        (lambda k: setattr(k, "archive", k.archive[:-30]), "not a complete zip archive"),
+        (lambda k: setattr(k, "archive", b"<html>please log in</html>"), "not a complete zip archive"),
         (lambda k: k.listing.update({"train.csv": 99}), "train.csv has 13 bytes, Kaggle lists 99 .FORCE=1 keeps"),
         (lambda k: k.listing.update({"more.csv": 1}), "more.csv is missing"),
     ],
@@ -60,7 +60,7 @@ def test_incomplete_archives(kaggle, source, spoil, message):
 
 
 def test_a_whole_archive_without_what_is_expected_is_fetched_once(kaggle, source):
-    """The config.py of a new competition names files that it does not have: no second download mends that."""
+    """A wrong `expected` in a new competition's config.py: downloading the archive again would not help."""
     wrong = replace(source, expected=("train.csv", "train/*.jpg"))
     with pytest.raises(UserError, match=r"has no train/\*.jpg .found: sample_submission.csv, train.csv.: correct `exp"):
         fetch(wrong)
@@ -93,19 +93,19 @@ def encrypted() -> bytes:
 
 
 MALICIOUS = {
-    "parent": (archive({"../evil.txt": b"x"}), "leads out of the folder"),
-    "hidden parent": (archive({"train_images/../../evil.txt": b"x"}), "leads out of the folder"),
-    "batches parent": (archive({"..\\evil.txt": b"x"}), "leads out of the folder"),
-    "absolute": (archive({"/tmp/kaggle-starter-kit-evil.txt": b"x"}), "leads out of the folder"),
-    "drive": (archive({"C:/evil.txt": b"x"}), "leads out of the folder"),
+    "parent": (archive({"../evil.txt": b"x"}), "points outside the folder"),
+    "hidden parent": (archive({"train_images/../../evil.txt": b"x"}), "points outside the folder"),
+    "batches parent": (archive({"..\\evil.txt": b"x"}), "points outside the folder"),
+    "absolute": (archive({"/tmp/kaggle-starter-kit-evil.txt": b"x"}), "points outside the folder"),
+    "drive": (archive({"C:/evil.txt": b"x"}), "points outside the folder"),
     "link": (link("/etc/passwd"), "is a link or a device"),
     "encrypted": (encrypted(), "is encrypted"),
-    "file and folder": (archive({"a": b"x", "a/b": b"y"}), "is there as a file and as a folder|there twice"),
+    "file and folder": (archive({"a": b"x", "a/b": b"y"}), "is both a file and a folder|appears twice"),
     "bomb": (archive({"zeros.csv": bytes(100 << 20)}), "unpacks to more than 200 times its size"),
-    "nested": (archive({"inner.zip": archive({"../../evil.txt": b"x"})}), "inner.zip: the entry.*leads out"),
-    "two thousand folders": (archive({"a/" * 2000 + "x.csv": b"1"}), "lies in 2,000 folders, at most 63 are taken"),
-    "a long name": (archive({f"a/{'é' * 150}.jpg": b"1"}), "has a name of 306 bytes, longer than a file's may be"),
-    "a long path": (archive({f"{'é' * 100}/" * 6 + "x.jpg": b"1"}), "has a name of 1,211 bytes, longer than"),
+    "nested": (archive({"inner.zip": archive({"../../evil.txt": b"x"})}), "inner.zip: the entry.*points outside"),
+    "two thousand folders": (archive({"a/" * 2000 + "x.csv": b"1"}), "is 2,000 folders deep, expected at most 63"),
+    "a long name": (archive({f"a/{'é' * 150}.jpg": b"1"}), "has a name of 306 bytes, too long for a file"),
+    "a long path": (archive({f"{'é' * 100}/" * 6 + "x.jpg": b"1"}), "has a name of 1,211 bytes, too long"),
     "nested bomb": (
         archive({f"{n}.zip": archive({"zeros.csv": bytes(40 << 20)}) for n in range(2)}),
         "unpacks to more than 200 times its size",
@@ -113,7 +113,7 @@ MALICIOUS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["absolute", "bomb"])  # the others below: it is the same function that refuses
+@pytest.mark.parametrize("kind", ["absolute", "bomb"])  # `unpack`, which refuses them, is tested with all kinds below
 def test_malicious_archives_leave_nothing(kaggle, source, tmp_path, kind):
     before = {str(path) for path in tmp_path.rglob("*") if "here/data" not in str(path)}
     kaggle.archive, message = MALICIOUS[kind]
@@ -146,12 +146,12 @@ def test_whatever_byte_is_damaged_the_archive_is_named(tmp_path, kind):
         (tmp_path / "in.zip").write_bytes(content)
         try:
             unpack(tmp_path / "in.zip", tmp_path / f"out{place}")
-        except (archives.Damaged, archives.Unsafe):  # any other UserError blames the folder or the disk
+        except (archives.Damaged, archives.Unsafe):  # any other UserError would blame the folder or the disk
             assert not (tmp_path / f"out{place}").exists()
 
 
 def test_a_member_that_lies_about_its_size(tmp_path):
-    """The header says 10 bytes, the data unpack to 10 MB: reading stops there, and the checksum tells."""
+    """The header gives 10 bytes, the data unpack to 10 MB: reading stops after 10 bytes and the checksum fails."""
     content = bytearray(archive({"train.csv": bytes(10 << 20)}))
     for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
         struct.pack_into("<I", content, content.index(signature) + offset, 10)
@@ -175,7 +175,7 @@ def test_a_file_system_that_does_not_take_a_name_is_not_said_to_be_full(tmp_path
 
     (tmp_path / "in.zip").write_bytes(archive({"a.csv": b"1"}))
     monkeypatch.setattr(archives, "_extract", too_long)
-    with pytest.raises(UserError, match="could not be unpacked .File name too long.: make the folder one that takes"):
+    with pytest.raises(UserError, match="could not be unpacked .File name too long.: use a folder that can hold"):
         unpack(tmp_path / "in.zip", tmp_path / "out")
 
 

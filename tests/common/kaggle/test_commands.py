@@ -1,4 +1,4 @@
-"""Each make target once, by make, from an empty folder: the words on the command line reach the right place."""
+"""Run each make target once from an empty folder: the variables of its command line reach the right option."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ GOOD = "ImageId,Label\n1,7\n2,3\n"
 
 @pytest.fixture
 def make(kaggle, tmp_path):
-    """Run a target in a folder with the kit's files as links, so that data/ and submissions/ are the test's own."""
+    """Run a target in a folder of links to the kit's files, with its own data/ and submissions/."""
     if shutil.which("make") is None:
         pytest.skip("no make here")
     here = tmp_path / "checkout"

@@ -1,4 +1,4 @@
-"""Which account is used, said without its secret; and the kaggle program agrees with the choice."""
+"""Which account is used and how it is reported without its secret; the kaggle program makes the same choice."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ def place(home: Path, name: str, content: str, mode: int = 0o600) -> Path:
 
 
 def login() -> dict:
-    """In the order in which `kaggle auth login` saves it."""
+    """A login with its entries in the order in which `kaggle auth login` saves them."""
     return {"refresh_token": "oauth-refresh-secret", "access_token": "oauth-access-secret",
             "access_token_expiration": "2099-01-01T00:00:00+00:00", "username": USER, "scopes": []}  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_the_order_is_environment_then_files(tmp_path):
         ("kaggle/access_token", "filed-token-123\n", "access_token", "token"),
     ]
     environment = {"HOME": str(tmp_path)}
-    for name, content, where, kind in files:  # each one hides those before
+    for name, content, where, kind in files:  # each file takes precedence over those placed before
         place(tmp_path, f".{name}", content)
         account = credentials.find(environment)
         assert where in account.where and account.kind == kind
@@ -160,7 +160,7 @@ def test_the_environment_wins_over_a_token_file(kaggle, tmp_path):
 
 
 def test_the_kaggle_program_is_found_in_a_checkout_that_was_moved(kaggle, tmp_path, monkeypatch):
-    """The scripts of its environment still begin with the old place."""
+    """The first lines of the scripts in its .venv/bin still name the old path of the interpreter."""
     moved = tmp_path / "moved"
     (moved / "bin").mkdir(parents=True)
     for path in Path(sys.prefix).iterdir():
@@ -198,7 +198,7 @@ def test_the_environment_wins_over_the_token_of_a_kaggle_notebook(kaggle, tmp_pa
 
 @pytest.mark.parametrize("end", ["\r", "\n", " \r\n"])
 def test_line_ends_around_a_secret_are_left_out(kaggle, monkeypatch, end):
-    """As an .env file written on Windows brings them: the kaggle program shows the whole token then."""
+    """An .env file written on Windows brings such line ends, and the kaggle program then prints the whole token."""
     monkeypatch.setenv("KAGGLE_KEY", KEY + end)
     assert run_kaggle(credentials.find(), "competitions", "files", SLUG).status == 0
     assert kaggle.asked[-1][2]["Authorization"] == BASIC
@@ -230,7 +230,7 @@ def test_a_login_names_the_owner_of_a_notebook(kaggle, source, tmp_path, monkeyp
 
 @pytest.mark.parametrize("home", [None, "/proc/none"])
 def test_no_home_folder(kaggle, real_start, tmp_path, monkeypatch, home):
-    """Containers have no home, or one that cannot be written: the kaggle program alone dies with a traceback there."""
+    """Some containers have no home folder or a read-only one: without the kit, kaggle fails with a traceback there."""
     if home is None:
         monkeypatch.delenv("HOME")
     else:

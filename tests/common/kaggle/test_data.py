@@ -1,4 +1,4 @@
-"""make data against everything that Kaggle, the network, the disk and an archive can do."""
+"""make data with faults of Kaggle, the network, the disk and the archive."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_secrets")
 DENIED = b"<html>Forbidden</html>"
 
 
-# What works.
+# Without faults.
 
 
 def test_data_arrives_whole_and_a_second_call_does_nothing(kaggle, source, real_start, capfd):
@@ -86,7 +86,7 @@ def test_labels_alone(kaggle, source, capfd):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_labels_that_were_changed_in_place_are_fetched_again(kaggle, source, force):
-    """No copy is left that is the same file under another name."""
+    """The download folder keeps no hard link to the label file: it would change with it and pass as downloaded."""
     fetch(source, labels_only=True)
     with open(HOME / "train.csv", "ab") as stream:
         stream.write(b"2,1\n")
@@ -95,7 +95,7 @@ def test_labels_that_were_changed_in_place_are_fetched_again(kaggle, source, for
 
 
 def test_further_labels_and_labels_in_folders(kaggle, source):
-    """A competition's SOURCE may name more of them since the last call; two may differ by their folders alone."""
+    """SOURCE may name more label files than at the last call, and two with the same name in different folders."""
     more = {"old/train.csv": b"id,label\n3,1\n"}
     kaggle.files |= more
     fetch(source, labels_only=True)
@@ -165,7 +165,7 @@ def test_a_listing_of_many_pages_is_read_to_its_end(kaggle, source):
     assert contents() == kaggle.files
 
 
-# What Kaggle says.
+# Errors that Kaggle returns.
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_server_that_never_answers(kaggle, source, monkeypatch):
 
 @pytest.mark.parametrize("token", [False, True])
 def test_no_network(kaggle, source, monkeypatch, token):
-    """Nobody listens there: with a token the kaggle program shows a traceback, the kit one line."""
+    """No server listens at the proxy's port: with a token the kaggle program shows a traceback, the kit one line."""
     if token:
         monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     monkeypatch.setenv("http_proxy", "http://someone:planted-key-0123456789@127.0.0.1:9")
@@ -221,7 +221,7 @@ def test_no_network(kaggle, source, monkeypatch, token):
     assert "\n" not in str(raised.value) and KEY not in str(raised.value)
 
 
-# What happens on the way.
+# Interrupted downloads.
 
 
 def test_a_short_cut_is_mended_by_the_kaggle_program(kaggle, source):
@@ -284,7 +284,7 @@ data.fetch("toy", SOURCE)
 
 
 def started() -> subprocess.Popen:
-    """make data in a process of its own, when its download has begun."""
+    """Start make data in its own process and wait until its download has begun."""
     child = subprocess.Popen([sys.executable, "-c", CHILD, Path(__file__).parents[3]], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(Path("data").glob(".toy.download/*.zip")) and time.monotonic() < deadline:
@@ -293,7 +293,7 @@ def started() -> subprocess.Popen:
 
 
 def test_killed_and_started_again(kaggle, source):
-    """The kaggle program outlives its kit, waiting for ever: the next call ends it and goes on from its bytes."""
+    """The kaggle program outlives the killed kit and waits for ever: the next call ends it and resumes its download."""
     big(kaggle)
     kaggle.stall_after = 2_000_000
     child = started()
@@ -310,7 +310,7 @@ def test_the_kaggle_program_is_interrupted_and_exits_with_0(kaggle, source, real
     over = threading.Event()
 
     def interrupt():
-        # Not before it waits for bytes that do not come, and more than once: Python ignores one inside a destructor.
+        # Wait until the download has stalled. Then interrupt repeatedly: Python ignores a SIGINT inside a destructor.
         deadline = time.monotonic() + 60
         arrived = 0
         while arrived < 1_000_000 and time.monotonic() < deadline:
@@ -345,7 +345,7 @@ def test_a_disk_that_is_too_small_is_told_from_the_listing(kaggle, source):
 
 
 def test_what_is_unpacked_already_needs_no_space_again(kaggle, source, monkeypatch):
-    """The last page of a long listing comes when the archive is unpacked, on a disk that just holds both."""
+    """The listing's last page arrives after unpacking, on a disk with just enough room for archive and files."""
     kaggle.files |= {f"train_images/{n}.jpg": b"%d" % n for n in range(250)}
     big(kaggle, 20_000_000)
     room = 2 * len(kaggle.archive) + archives.SPARE_BYTES
@@ -370,7 +370,7 @@ def test_what_is_unpacked_already_needs_no_space_again(kaggle, source, monkeypat
 
 
 def test_a_disk_that_fills_up_on_the_way(kaggle, source, tmp_path):
-    """On a disk of two megabytes of its own, as make data would meet it; the listing says nothing of the size."""
+    """Mount a real file system of two megabytes. The listing is empty, so the size is not known beforehand."""
     big(kaggle)
     kaggle.listing = {}
     code = (

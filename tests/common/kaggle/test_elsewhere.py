@@ -1,4 +1,4 @@
-"""Data that is not on Kaggle: plain downloads, resumed, checked, in bounded time."""
+"""Data that are not on Kaggle: plain downloads, which are resumed, verified and limited in time."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_secrets")
 
 @pytest.fixture
 def elsewhere(kaggle, monkeypatch):
-    """The record of an archive on a server with the paths of zenodo.org; no Kaggle account is needed."""
+    """A Source whose archive and record lie at the paths of zenodo.org; no Kaggle account is set."""
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.delenv("http_proxy")
@@ -43,7 +43,7 @@ def test_plain_download_with_a_published_checksum(kaggle, elsewhere):
 
 
 def test_plain_download_is_resumed(kaggle, elsewhere, monkeypatch):
-    kaggle.cut_after = [10**9, 500_000, 300_000]  # the record, then two cuts
+    kaggle.cut_after = [10**9, 500_000, 300_000]  # the record whole, then two cuts of the archive
     fetch(elsewhere, url=kaggle.address)
     ranges = [headers.get("Range") for asked, _, headers in kaggle.asked if asked == "GET"]
     assert ranges == [None, None, "bytes=500000-", "bytes=800000-"] and len(contents()) == 1
@@ -72,7 +72,7 @@ def test_a_checksum_that_cannot_be_one_is_refused_before_the_download(kaggle, el
 def test_a_refused_archive_does_not_stand_in_for_another(kaggle, elsewhere):
     bad, good = (archive({name: b"1", "series.tsf": b"2"}) for name in ("../evil.txt", "notes.txt"))
     kaggle.blobs |= {"/bad/series.zip": bad, "/good/series.zip": good}
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="points outside the folder"):
         fetch(elsewhere, url=f"{kaggle.address}/bad/series.zip", checksum=f"md5:{hashlib.md5(bad).hexdigest()}")
     fetch(elsewhere, url=f"{kaggle.address}/good/series.zip", checksum=f"md5:{hashlib.md5(good).hexdigest()}")
     assert contents() == {"notes.txt": b"1", "series.tsf": b"2"}
@@ -97,7 +97,7 @@ def test_the_signature_of_an_address_is_neither_shown_nor_kept(kaggle, elsewhere
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        (f"http://me:signed-secret@127.0.0.1{SIGNED}", "a user name or a password before its host"),
+        (f"http://me:signed-secret@127.0.0.1{SIGNED}", "a user name or password in the address"),
         (f"http://127.0.0.1:9/a b{SIGNED}", "cannot be read .URL can't contain control characters"),
         (f"127.0.0.1{SIGNED}", "expected an address like https://host/path"),
         (f"http://127.0.0.1/other{SIGNED.replace('series', 'other')}", "no checksum is known for other.zip"),
@@ -129,7 +129,7 @@ def test_plain_download_failures(kaggle, elsewhere, monkeypatch, fault, message)
 
 
 def test_a_silent_server_is_left_within_the_patience(kaggle, elsewhere, monkeypatch):
-    """All attempts together, not each of them."""
+    """KIT_PATIENCE limits all attempts together, not each of them."""
     waited = []
 
     def silent(opener, request, timeout):
@@ -160,7 +160,7 @@ def test_a_competition_that_is_nowhere(kaggle):
 
 
 def test_a_line_that_breaks_often_but_goes_on_is_followed(kaggle, elsewhere):
-    kaggle.cut_after = [10**9, *[300_000] * 6]  # the record, then more cuts than attempts
+    kaggle.cut_after = [10**9, *[300_000] * 6]  # the record whole, then more cuts of the archive than attempts
     fetch(elsewhere, url=kaggle.address)
     assert len(contents()["series.tsf"]) == 2_000_000
 
@@ -210,7 +210,7 @@ def test_missing_images_are_counted_and_named(kaggle, source):
 
 @pytest.fixture
 def many(kaggle, source, monkeypatch):
-    """A competition with forty images elsewhere, on the same server, and its files fetched already."""
+    """A competition with forty images outside Kaggle (on the same test server) and its files already fetched."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     kaggle.files["train.csv"] = b"ImageID\n" + b"".join(b"im%d\n" % n for n in range(40))
     kaggle.listing["train.csv"] = len(kaggle.files["train.csv"])
@@ -239,7 +239,7 @@ def test_images_that_do_not_fit_on_the_disk(kaggle, many, monkeypatch):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_images_are_fetched_by_one_command_at_a_time(kaggle, many, monkeypatch, force):
-    """Another one meets the lock, also where the files were fetched anew first."""
+    """A second command is refused by the lock, even if the first one has fetched the files again (`force`)."""
 
     def meanwhile(home, source, count):
         with pytest.raises(UserError, match="data/toy is being downloaded by another process"):

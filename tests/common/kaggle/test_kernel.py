@@ -1,4 +1,4 @@
-"""make kernel: the code there, the notebook run, its results back; and every failure that exits 0 told."""
+"""make kernel uploads the code, runs the notebook, fetches its results, and reports failures that exit with 0."""
 
 import _thread
 import hashlib
@@ -39,7 +39,7 @@ GOOD = "id,label\n1,0\n2,1\n"
 
 
 def output(run: str = "001-best") -> bytes:
-    """What the notebook leaves: a finished run and its submission."""
+    """The archive that the notebook leaves: a finished run and its submission."""
     provenance = {"competition": "toy", "run": run, "score": 0.9, "monitor": "accuracy", "demo": False,
               "sha256": hashlib.sha256(GOOD.encode()).hexdigest(), "created": "2026-01-02T00:00:00Z"}  # fmt: skip
     return archive(
@@ -160,7 +160,7 @@ def test_a_blip_while_the_notebook_runs_is_waited_out(kaggle, source):
         ({"GetKernelSessionStatus": Reply(401)}, "Kaggle refuses it", 60),
         ({"ListKernelSessionOutput": Reply(503)}, "fetching the output of someone/kit-toy: Kaggle itself fails", 60),
         ({"GET": Reply(503, "odd")}, "kit-state.json of someone/kit-toy cannot be read", 60),
-        ({"GET": [Reply(body=b'{"checkpoint": ""}'), Reply(503)]}, "kit-output.zip is not a whole zip archive", 60),
+        ({"GET": [Reply(body=b'{"checkpoint": ""}'), Reply(503)]}, "kit-output.zip is not a complete zip archive", 60),
     ],
 )
 def test_failures_after_the_push_name_the_command_that_pushes_nothing(kaggle, source, fault, message, wait):
@@ -181,7 +181,7 @@ def test_a_push_whose_answer_is_lost_is_not_said_to_have_failed(kaggle, source):
 
     kaggle.on = {"SaveKernel": lost}
     with pytest.raises(
-        UserError, match="Kaggle may have taken it.*look at https://www.kaggle.com/code/someone/kit-toy"
+        UserError, match="Kaggle may have accepted it.*look at https://www.kaggle.com/code/someone/kit-toy"
     ):
         kernel(source)
 
@@ -235,7 +235,7 @@ def test_a_notebook_that_fails_is_told_with_the_end_of_its_log(kaggle, source, p
     assert not Path("submissions").exists()
 
 
-# torchrun's and the notebook's own words after the training has said why it failed.
+# Errors of torchrun and of the notebook that follow the training's own error message.
 NOTEBOOK = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
 \x1b[0;31mAssertionError\x1b[0m                     Traceback (most recent call last)
@@ -270,7 +270,7 @@ def test_a_failed_notebook_is_told_with_or_without_its_log(kaggle, source, pushe
 
 def test_a_malicious_output_leaves_nothing(kaggle, source, pushed, tmp_path):
     kaggle.kernel_files[OUTPUT], kaggle.kernel_states = archive({"../../evil.txt": b"x"}), ["COMPLETE"]
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="points outside the folder"):
         kernel(source, fetch=True)
     assert not list(tmp_path.rglob("evil.txt")) and not Path("submissions").exists()
 
@@ -290,7 +290,7 @@ def test_fetching_again_copies_nothing_again(kaggle, source, offline, capfd):
 
 @pytest.fixture
 def sessions(kaggle):
-    """Let every push find what the notebook leaves: the checkpoint of its unfinished run, or "" with a submission."""
+    """Set the checkpoint that each pushed notebook leaves: that of its unfinished run, or "" for a finished one."""
 
     def scripted(*checkpoints):
         left = list(checkpoints)
@@ -312,7 +312,7 @@ def test_a_run_goes_on_in_further_notebooks_until_it_is_finished(kaggle, source,
     assert {push["sessionTimeoutSeconds"] for push in pushes} == {7200}
     assert len(kaggle.calls("CreateDataset")) == 1 and not kaggle.calls("CreateDatasetVersion"), "the same code"
     assert Path("submissions/toy/001-best.csv").read_text() == GOOD
-    assert "the run goes on in another one" in capfd.readouterr().out
+    assert "the next one resumes the run" in capfd.readouterr().out
     sessions("")
     kernel(source, ("--run", "mine"))
     assert not kaggle.calls("SaveKernel")[-1].get("kernelDataSources"), "a finished run is not gone on with"
@@ -325,7 +325,7 @@ def test_a_later_command_goes_on_with_the_run_and_another_one_does_not(kaggle, s
         kernel(source, ("--run", "mine"), wait=0.01)
     kaggle.kernel_states = ["COMPLETE"]
     kernel(source, fetch=True)
-    assert "the run is not finished: make kernel COMP=toy with the same flags goes on" in capfd.readouterr().out
+    assert "the run is not finished: make kernel COMP=toy with the same flags resumes it" in capfd.readouterr().out
     assert not Path("submissions").exists() and len(kaggle.calls("SaveKernel")) == 1
     kernel(source, ("--run", "mine"))
     assert kaggle.calls("SaveKernel")[-1]["kernelDataSources"] == ["someone/kit-toy"]
@@ -361,9 +361,13 @@ def test_cards_without_bf16_train_in_fp16(monkeypatch, words, trained):
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("digit_recognizer", "--pseudo 003-best", "--pseudo 003-best: no run of this machine goes to Kaggle: make tra"),
-        ("clouds", "--encoder-weights /home/me/b3.pth", "in competitions/clouds/ go .* competitions/clouds/b3.pth$"),
-        ("clouds", "--encoder-weights competitions/clouds/none.pth", "files only those in competitions/clouds/ go to"),
+        (
+            "digit_recognizer",
+            "--pseudo 003-best",
+            "--pseudo 003-best: this machine's runs are not uploaded to Kaggle: make tra",
+        ),
+        ("clouds", "--encoder-weights /home/me/b3.pth", "in competitions/clouds/ are .* competitions/clouds/b3.pth$"),
+        ("clouds", "--encoder-weights competitions/clouds/none.pth", "only files in competitions/clouds/ are uploaded"),
         ("clouds", "--internet off", "--encoder-weights imagenet --internet off: these weights come from the internet"),
         ("inclusive_images", "--epochs 1", "training images of inclusive_images are not on Kaggle .1,743,042 images"),
     ],
@@ -378,7 +382,7 @@ def test_runs_to_start_from_are_refused_before_a_push():
     elsewhere = replace(competition.load("inclusive_images").source, images=None)
     one = competition.Competition("inclusive_images", SimpleNamespace(SOURCE=elsewhere))
     config = replace(competition.load("inclusive_images").recipes["default"], start_from="002-a")
-    with pytest.raises(UserError, match="--start-from 002-a: no run of this machine goes to Kaggle"):
+    with pytest.raises(UserError, match="--start-from 002-a: this machine's runs are not uploaded"):
         refuse_what_stays(one, config, True)
 
 
@@ -394,14 +398,16 @@ def test_what_is_on_kaggle_is_pushed(monkeypatch, words):
 
 
 def test_a_run_that_was_begun_with_the_internet_goes_on_with_it(kaggle, source, sessions, offline):
-    """The data set of its code has no wheels, and stays as it is."""
+    """The data set with its code has no wheels and is not replaced."""
     sessions("abc", "")
     kaggle.on["GetKernelSessionStatus"] = [{"status": "COMPLETE"}, {"status": "ERROR"}]
     with pytest.raises(UserError, match="ended with ERROR"):
         kernel(source)
     record = Path("runs/toy/kernel.json")
     record.write_text(json.dumps(json.loads(record.read_text()) | {"checkpoint": "abc"}))
-    with pytest.raises(UserError, match="--internet off: the run was begun with it on, so its code on Kaggle has no"):
+    with pytest.raises(
+        UserError, match="--internet off: the run was begun with --internet on, so its code on Kaggle has no"
+    ):
         kernel(source, internet=False)
     record.unlink()
     del kaggle.on["GetKernelSessionStatus"]
@@ -418,7 +424,7 @@ def test_data_from_elsewhere_has_no_notebook(kaggle, source):
 
 @pytest.mark.parametrize("name", ["toy", "human_protein_atlas_image_classification", "Lynx__2_", f"a{'_' * 40}b"])
 def test_the_notebooks_of_a_competition_have_names_of_their_own(name):
-    """And those that Kaggle makes of their titles, and of the title of the data set with their code."""
+    """The slugs that Kaggle makes of their titles, and of the title of the data set with their code, match too."""
     names = [kernels.name_of(name), kernels.name_of(name, "predict")]
     assert len(set(names)) == 2 and max(map(len, names)) <= 40
     assert [slugify(f"{one} code") for one in names] == [f"{one}-code" for one in names]
@@ -469,9 +475,9 @@ pathlib.Path("submissions/toy/1.csv").write_text("id\\n1\\n")
 
 @pytest.fixture
 def machine(tmp_path, trainers):
-    """Run a notebook's cells with the folders of Kaggle moved, on a kit whose training is a stub.
+    """Run a notebook's cells with Kaggle's folders below `tmp_path`, on a kit whose training is a stub.
 
-    They run as a fork of a process that has torch, which they import to count the cards.
+    They run as a fork of a process that has loaded torch, which they import to count the GPUs.
     """
     kit = tmp_path / "kit-source"
     (kit / "common").mkdir(parents=True)
@@ -522,7 +528,7 @@ def test_a_session_ends_in_time_and_the_next_one_goes_on(machine):
     run, inputs, working = machine
     done = run(words=("--slow",), seconds=MARGIN_SECONDS + 5.0)
     assert done.returncode == 0, done.stderr
-    assert "the session ends: the training is stopped" in done.stdout
+    assert "the session ends: stopping the training" in done.stdout
     assert packed(working) == ["runs/toy/1/0.pt", "runs/toy/1/run.json", "runs/toy/1/stopped.txt"]
     assert len(json.loads((working / STATE).read_text())["checkpoint"]) == 64
     assert not (working / "submission.csv").exists()
@@ -535,7 +541,7 @@ def test_a_session_ends_in_time_and_the_next_one_goes_on(machine):
 
 
 def test_a_training_that_ends_as_it_is_stopped_is_finished(machine):
-    """Or the next session would begin it anew."""
+    """Otherwise the next session would start the training again."""
     run, _, working = machine
     done = run(words=("--slow", "--late"), seconds=MARGIN_SECONDS + 5.0)
     assert done.returncode == 0, done.stderr
@@ -545,7 +551,7 @@ def test_a_training_that_ends_as_it_is_stopped_is_finished(machine):
 
 
 def test_archives_among_the_competitions_files_are_unpacked(machine):
-    """Kaggle mounts them as they are, where nothing can be written."""
+    """Kaggle mounts the archives still packed, in a read-only folder."""
     run, inputs, _ = machine
     home = inputs / "competitions" / SLUG
     (home / "train.csv").unlink()

@@ -1,4 +1,4 @@
-"""make notebook: pushed through the real kaggle program, and run as Kaggle would, offline and on other test sets."""
+"""make notebook: pushed by the real kaggle program, and run as on Kaggle, offline and with other test sets."""
 
 import json
 import os
@@ -28,7 +28,7 @@ COMP, HIDDEN = "digit_recognizer", "segmentation_models_pytorch"  # a module tha
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A working folder with two finished runs on files that are no demo data."""
+    """A working folder with two finished runs; their files are the demo's, but do not count as demo data."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "real").mkdir()
     write_demo(folder / "real")
@@ -43,7 +43,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory) -> Path:
-    """The Python of a fresh environment that has what this one has, except the hidden module."""
+    """The interpreter of a new environment with the same packages as this one except the HIDDEN module."""
     folder = tmp_path_factory.mktemp("image")
     venv.create(folder, symlinks=True)
     (there,) = folder.glob("lib/python*/site-packages")
@@ -54,7 +54,7 @@ def image(tmp_path_factory) -> Path:
 
 
 class Machine:
-    """Kaggle's folders below `root`, a Python without the hidden module, and a network that refuses."""
+    """Kaggle's folders below `root`, an interpreter without the HIDDEN module, and no network."""
 
     def __init__(self, root: Path, python: Path, slug: str = "digit-recognizer"):
         self.root, self.python, self.working = root, python, root / "kaggle/working"
@@ -77,7 +77,7 @@ class Machine:
 
 @pytest.fixture
 def lacking(image):
-    """The same without what a notebook has installed there."""
+    """Remove the HIDDEN module again if an earlier test's notebook installed it in `image`."""
     for left in image.parents[1].glob(f"lib/python*/site-packages/{HIDDEN}*"):
         shutil.rmtree(left)
 
@@ -90,7 +90,7 @@ def machine(tmp_path, image):
 @pytest.mark.usefixtures("lacking")
 def test_the_pushed_notebook_predicts_as_home_does_and_is_submitted(kaggle, machine, home, offline, monkeypatch, capfd):
     monkeypatch.chdir(home)
-    monkeypatch.setenv("KIT_PATIENCE", "300")  # the push waits for the notebook to have run
+    monkeypatch.setenv("KIT_PATIENCE", "300")  # the push takes as long as the notebook, which `saved` runs
     monkeypatch.setattr(inference, "publish", partial(inference.publish, poll=0.05))
     shutil.copytree(home / "real", machine.data, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
 
@@ -138,9 +138,9 @@ DigitNet.forward = forward
 
 @pytest.fixture
 def pushed(home, machine, offline, monkeypatch, tmp_path):
-    """Put the kit of run `one` on the machine, without the files that are left out; returns its notebook.
+    """Put the kit with a run on the machine, without the files whose names contain `leave_out`; return its notebook.
 
-    Its network finds no memory for more samples than `memory`.
+    With `memory`, its network raises an out-of-memory error for batches of more samples than that.
     """
     monkeypatch.chdir(home)
 
@@ -161,7 +161,7 @@ def test_another_test_set_decides_the_rows_in_whatever_memory(machine, pushed, h
     shutil.copy(home / "real/train.csv", machine.data)
     header, *lines = (home / "real/test.csv").read_text().splitlines()
     (machine.data / "test.csv").write_text("\n".join([header, *(lines[::-1] + lines)[:rows]]) + "\n")
-    order = [*range(2, rows + 1), 1]  # not that of test.csv
+    order = [*range(2, rows + 1), 1]  # not the order of test.csv
     sample = "ImageId,Label\n" + "".join(f"{row},0\n" for row in order)
     (machine.data / "sample_submission.csv").write_text(sample)
     done = machine.run(pushed(memory=50))
@@ -211,12 +211,12 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, tmp_p
     facts.write_text(json.dumps(json.loads(before) | {"demo": True}))
     assert cli.main(["notebook", COMP, "--run", "two"]) == 1 and "means nothing on Kaggle" in capfd.readouterr().err
     facts.write_text(before)
-    Path(f"runs/{COMP}/notebook.json").unlink(missing_ok=True)  # of another test
+    Path(f"runs/{COMP}/notebook.json").unlink(missing_ok=True)  # left by another test
     assert cli.main(["notebook", COMP, "--fetch"]) == 1 and "no such notebook" in capfd.readouterr().err
     assert kaggle.asked == []
 
 
-# What makes the demo data of the competitions of images smaller.
+# Constants of the demo modules, set to make the demo data of the image competitions smaller.
 FEW = {
     "clouds": {"TRAIN_IMAGES": 9, "TEST_IMAGES": 4},
     "inclusive_images": {"IMAGES": {"train_images": 42, "tuning": 4, "test": 6}},
@@ -228,7 +228,7 @@ FEW = {
 def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     name, image, offline, no_page, monkeypatch, tmp_path
 ):
-    """Fewer test images in another order; one is damaged and one is not there, of those of four colours one each."""
+    """Fewer test images in another order, one damaged and one missing; of a four-colour image only one file is."""
     monkeypatch.chdir(tmp_path)
     loaded, demo = competition.load(name), import_module(f"competitions.{name}.demo")
     for number, value in FEW[name].items():
@@ -239,7 +239,7 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     given = ["--recipe", "smoke", "--epochs", "1", "--data", str(machine.data), "--no-submission"]
     assert cli.main(["train", name, *given, *words]) == 0
     shutil.rmtree(machine.data / "cache", ignore_errors=True)
-    if loaded.source.images:  # Kaggle does not have these
+    if loaded.source.images:  # these images are not on Kaggle
         shutil.rmtree(machine.data / loaded.source.images.folder)
 
     (sample,) = machine.data.glob("*sample_submission.csv")
@@ -260,7 +260,7 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     assert [row for row in found.splitlines() if row.startswith((images[0], images[-1]))] == lost
     ids = [row.split(",")[0] for row in lost]
     assert json.loads((machine.working / "submission.json").read_text())["fallback"] == ids
-    told = next(line for line in done.stdout.splitlines() if "the sample submission's own values" in line)
+    told = next(line for line in done.stdout.splitlines() if "the sample submission's values" in line)
     assert told.startswith(f"{len(ids)} of {len(rows)} rows") and f"{damaged} " in told
     assert missing.stem in told and "cannot be opened (No such file" in told
     assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words]) == 0
@@ -284,7 +284,7 @@ def test_the_notebooks_file_is_compared_by_its_rows(tmp_path, capsys, there, sam
     for name, rows in (("here", "1,0\n2,1\n"), ("there", there)):
         (tmp_path / name).write_text(f"id,label\n{rows}")
     inference._print_difference(tmp_path / "there", tmp_path / "here")
-    assert f"has 2 rows, {same} of its lines as in" in capsys.readouterr().out
+    assert f"has 2 rows, {same} of them as in" in capsys.readouterr().out
 
 
 def test_a_competition_that_is_not_on_kaggle_has_no_notebook(kaggle, capfd):

@@ -1,4 +1,4 @@
-"""The user's own files beside those of make data: none is lost, whatever stops an installation."""
+"""The user's own files in the data folder: none is lost, even if make data is stopped half-way."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_secrets")
 def test_files_put_there_by_hand_are_not_replaced_unasked(kaggle, source):
     HOME.mkdir(parents=True)
     (HOME / "train.csv").write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that make data has not put there \(train.csv\).*FORCE=1"):
+    with pytest.raises(UserError, match=r"holds files that make data did not put there \(train.csv\).*FORCE=1"):
         fetch(source)
     assert contents() == {"train.csv": b"mine"} and kaggle.asked == []
 
@@ -54,7 +54,7 @@ def test_what_a_file_manager_leaves_does_not_count(kaggle, source):
 
 
 def own(*names: str) -> dict[str, bytes]:
-    """Files that the user has put there."""
+    """Write files of the user into the data folder; returns their contents by name."""
     files = {name: f"my {name}".encode() for name in names}
     for name, content in files.items():
         (HOME / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,7 @@ def test_force_keeps_files_put_there_by_hand_in_a_folder_of_their_own(kaggle, so
     mine = own("notes.txt", "train.csv", "sample_submission.csv/old.csv")
     fetch(source, force=True)
     assert contents() == kaggle.files and contents(Path("data/toy.before")) == mine
-    assert "data/toy.before takes the files in data/toy that make data has not brought: notes.txt; " in (
-        capfd.readouterr().out
-    )
+    assert "moved to data/toy.before, as make data did not fetch them: notes.txt; " in (capfd.readouterr().out)
     fetch(source, force=True)
     assert leftovers() == {"toy", "toy.before"}, "nothing of the user's is in the way now"
     (HOME / ".manifest.json").unlink()
@@ -107,7 +105,7 @@ def test_images_from_elsewhere_move_on_to_the_new_folder(kaggle, source):
 
 
 def without(kaggle, *names):
-    """The competition has these files no more."""
+    """Remove these files from the competition on the server."""
     for name in names:
         del kaggle.files[name]
     kaggle.listing = {name: len(content) for name, content in kaggle.files.items()}
@@ -117,7 +115,7 @@ def without(kaggle, *names):
 @pytest.mark.parametrize("then", [{}, {"force": True}, {"labels_only": True}])
 @pytest.mark.parametrize("renames", [1, 2])
 def test_stopped_between_the_renames_and_after_them(kaggle, source, monkeypatch, then, renames):
-    """As a kill would: nothing is tidied up. Old files never stay among new ones, and no file of the user's is lost."""
+    """Stop without any cleanup, as a kill does. Old files are never mixed with new ones, the user's are not lost."""
     with_images(kaggle)
     fetch(source)
     mine, old = own("mine.txt"), dict(kaggle.files)
@@ -161,7 +159,7 @@ def test_a_folder_that_cannot_be_moved_stays_as_it_is(kaggle, source, monkeypatc
 
 
 def test_a_link_to_a_folder_on_a_larger_disk(kaggle, source, monkeypatch):
-    """Everything happens beside the folder that it leads to; the small disk has no room for the archive either."""
+    """Download and unpack beside the link's target: the small disk has no room even for the archive."""
     small, usage = Path("data").absolute(), shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0) if path == small else usage(path))
     Path("large/toy").mkdir(parents=True)
@@ -174,7 +172,7 @@ def test_a_link_to_a_folder_on_a_larger_disk(kaggle, source, monkeypatch):
 
 
 def test_files_that_others_hold_keep_their_content(kaggle, source):
-    """What a replaced file links to, its other names and who has it open."""
+    """Replacing a file must not change the target of a link, its other hard links or what an open file reads."""
     with_images(kaggle)
     fetch(source)
     old = dict(kaggle.files)

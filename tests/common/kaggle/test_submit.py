@@ -1,4 +1,4 @@
-"""make submit and make board: nothing bad is sent, nothing is believed until Kaggle lists it, nothing is lost."""
+"""make submit and make board: no bad file is sent, Kaggle's list decides what arrived, and no entry is lost."""
 
 import _thread
 import csv
@@ -50,7 +50,7 @@ def _data(kaggle):
 
 
 def written(run="001-best", score=0.9, text=GOOD, finished="2026-01-01T00:00:00Z", fold=None, **provenance) -> Path:
-    """A submission with its sidecar and its finished run, as make train leaves them."""
+    """Write a submission with its sidecar and its finished run, as make train leaves them; returns the CSV's path."""
     path = HOME / f"{run}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -86,7 +86,7 @@ def sent(kaggle) -> list[str]:
     return [text.decode() for text in kaggle.uploads]
 
 
-# What is chosen and what is refused; none of these asks Kaggle anything.
+# Files that are chosen or refused; no request is sent to Kaggle.
 
 
 def choice(module, **options):
@@ -192,7 +192,7 @@ def test_nowhere_to_submit(kaggle, module):
             command()
 
 
-# What is sent and what comes back.
+# Sending, and Kaggle's answers.
 
 
 def test_the_round_trip(kaggle, module, real_start, capfd):
@@ -260,7 +260,7 @@ def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module)
         ({"StartSubmissionUpload": Reply(403)}, "rules are not accepted"),
         (
             {"CreateSubmission": Reply(400, "This competition only accepts Submissions from Notebooks")},
-            "from notebooks alone: make notebook.*ARGS=--submit",
+            "only from notebooks: make notebook.*ARGS=--submit",
         ),
         ({"CreateSubmission": Reply(500)}, "Kaggle itself fails"),
         ({"CreateSubmission": {"message": "We will think about it"}}, "the upload failed .*We will think about it"),
@@ -387,7 +387,7 @@ def test_a_ledger_with_a_byte_order_mark_is_read(kaggle, module):
 
 @pytest.fixture
 def after_sending(kaggle):
-    """Let the listing answer with each of these in turn once something was submitted."""
+    """Set the answers that the listing gives one after the other once a file was submitted; the last one repeats."""
 
     def answers(*replies):
         left = list(replies)
@@ -417,7 +417,7 @@ def test_a_blip_after_sending_is_waited_out(kaggle, module, after_sending):
 def test_a_longer_failure_after_sending_leaves_it_to_the_board(kaggle, module, after_sending):
     written()
     after_sending(Reply(503))
-    with pytest.raises(UserError, match="001-best.csv is sent, but its score is not known: .*503") as raised:
+    with pytest.raises(UserError, match="001-best.csv was sent, but its score is not known: .*503") as raised:
         submit(module, wait=0.01)
     assert "go on with make board COMP=toy" in str(raised.value) and "same command" not in str(raised.value)
     assert [(row["status"], row["ref"]) for row in ledger()] == [("PENDING", "")]
@@ -469,7 +469,7 @@ except UserError as error: sys.exit(str(error))
 
 
 def started() -> subprocess.Popen:
-    """make submit in a process of its own."""
+    """Start make submit in its own process."""
     return subprocess.Popen([sys.executable, "-c", CHILD, Path(__file__).parents[3]], stderr=subprocess.PIPE, text=True)
 
 
@@ -497,7 +497,7 @@ def test_two_commands_at_once_send_it_once(kaggle):
     def together(body):
         with suppress(threading.BrokenBarrierError):
             both.wait(timeout=20)
-        both.abort()  # only the two looks before sending wait for each other
+        both.abort()  # only each process's first request, before it sends, waits for the other's
         return kaggle.ListSubmissions(body)
 
     written()
@@ -561,7 +561,7 @@ def test_no_cell_is_a_formula_and_every_one_comes_back(text):
 
 
 def test_somebody_elses_submission_is_not_taken_for_ours(kaggle, module):
-    """A team mate submits a file of the same name at the same moment."""
+    """A teammate submits a file of the same name at the same moment."""
 
     def both(body):
         answer = kaggle.submitted(body["submissionDescription"], "001-best.csv")
@@ -599,7 +599,7 @@ def test_a_file_of_the_users_own_is_sent_without_a_score(kaggle, module, neighbo
 
 
 def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, module):
-    """Numbers in the sample of such a column only hold a place: the sidecar, or else the Task, says so."""
+    """Numbers in such a column of the sample are placeholders: the sidecar, or else the Task, declares text columns."""
     words = "id,label\n1,cat\n2,dog\n"
     written(text=words)
     with pytest.raises(UserError, match="expected a finite number in label"):
@@ -615,7 +615,7 @@ def test_columns_of_words_may_hold_words_whatever_the_sample_has_there(kaggle, m
 def test_ids_may_have_several_rows_where_the_task_says_so(kaggle, module):
     text = "id,label\n1,5\n1,6\n2,7\n"
     written(text=text)
-    with pytest.raises(UserError, match="id 1 is there twice"):
+    with pytest.raises(UserError, match="id 1 appears twice"):
         submit(module)
     written("002-best", text=text, several_rows=True)
     Path("mine.csv").write_text(text.replace("7", "8"))
@@ -646,7 +646,7 @@ def test_the_board_joins_the_ledger_and_kaggle(kaggle, module, real_start, capfd
 
 
 def test_submissions_on_later_pages_of_kaggles_list_are_joined_too(kaggle, module, capfd):
-    """A season of daily submissions is longer than the largest page."""
+    """Daily submissions over a whole competition fill more than the largest page."""
     written()
     submit(module)
     for number in range(PAGE):
@@ -669,7 +669,7 @@ def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
     kaggle.on = {"DownloadLeaderboard": Reply(403, "Permission denied")}
     boards.board("toy", module.source)
     out = capfd.readouterr().out
-    assert "no ranks: reading the leaderboard of toy-competition: Kaggle refuses it" in out
+    assert "no ranks are shown: reading the leaderboard of toy-competition: Kaggle refuses it" in out
     assert (HOME / "board.png").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Datasets that draw from everything a dataset can draw from; importable, so that spawned workers find them."""
+"""Datasets that draw from generators of every kind, in a module that spawned workers can import."""
 
 import hashlib
 import random
@@ -15,7 +15,7 @@ ROWS = 23
 
 
 class Everything:
-    """Four-channel images and masks through a nested pipeline, and a number from every kind of generator."""
+    """Four-channel images and masks through a nested pipeline, and a number from each kind of generator."""
 
     def __init__(self):
         inner = A.Compose(
@@ -50,7 +50,7 @@ class Everything:
 
 
 class Numbers:
-    """The first number of every row's own generator."""
+    """Returns the first two numbers of each row's own generator."""
 
     def __init__(self, rows: int = 64):
         self.rows = rows
@@ -76,7 +76,7 @@ class Holey(Numbers):
 
 
 class Batches:
-    """The numbers of `Numbers` in another form: many at once."""
+    """Returns whole batches of keyed numbers, not single samples."""
 
     def __len__(self) -> int:
         return 64
@@ -145,7 +145,7 @@ class HoldsClosure(Numbers):
 
 
 def digest(*batches: Batch) -> str:
-    """sha256 of all that several batches hold, joined row by row as if they were one."""
+    """sha256 of the contents of several batches, concatenated as if they were one batch."""
     found = hashlib.sha256()
     trees = [tensors_of((w.inputs, w.targets, w.index, *([] if w.weights is None else [w.weights]))) for w in batches]
     for parts in zip(*trees, strict=True):

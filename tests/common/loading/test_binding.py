@@ -76,7 +76,7 @@ def test_generators_are_found_wherever_they_hide():
 
 
 class NamesAttributes:
-    """Its attributes are called like a module that others use, and like that module's generator."""
+    """Has attributes with the names of an imported module and of that module's generator."""
 
     noises, GENERATOR = "loud", 1
 
@@ -108,7 +108,7 @@ def test_what_is_no_generator_is_not_found():
 
 
 def test_paths_are_not_looked_into(monkeypatch):
-    """Every loader of a process looks for generators, and a data set of images holds a path for each."""
+    """Every loader searches its dataset for generators, and a dataset of images may hold very many paths."""
     looked = []
     monkeypatch.setattr("common.loading.binding._parts", lambda *given: looked.append(given) or _parts(*given))
     paths = [Path(f"{number}.jpg") for number in range(1000)]
@@ -148,7 +148,7 @@ def test_every_kind_of_generator_restarts(generator):
         if isinstance(generator, torch.Generator):
             return torch.randn(5, generator=generator).tolist()
         if isinstance(generator, random.Random):
-            return [generator.gauss(0, 1) for _ in range(5)]  # leaves half a pair behind
+            return [generator.gauss(0, 1) for _ in range(5)]  # an odd number leaves one of a pair behind
         narrow = (
             generator.integers(9, size=3, dtype=np.uint32)
             if hasattr(generator, "integers")
@@ -212,7 +212,7 @@ def test_a_batch_that_holds_a_generator_is_refused():
 
 
 class Drawing:
-    """Batches of numbers that `draw` makes of (size, indices, keys)."""
+    """Returns `draw(size, indices, keys)` as its batches."""
 
     def __init__(self, draw):
         self.draw = draw
@@ -277,7 +277,7 @@ def test_hidden_generators_are_the_same_in_workers(dataset):
 
 
 def flips(rekey, count=400):
-    """Which of three flips (left and right, up and down, black and white) happened, [count, 3]."""
+    """Whether each of three flips (horizontal, vertical, inverted colours) happened, [count, 3]."""
     pipeline = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.InvertImg(p=0.5)])
     image = np.repeat(np.array([[0, 1], [2, 3]], np.uint8)[:, :, None], 3, axis=2)
     restart, corner = rekey(pipeline), []

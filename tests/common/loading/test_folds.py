@@ -67,7 +67,7 @@ def test_groups_stay_together_and_folds_are_about_equal():
 
 @pytest.mark.parametrize("sizes", ["equal", "few and skewed"])
 def test_stratified_groups_are_better_balanced_than_those_of_scikit_learn(sizes):
-    """Sum over folds, classes and all rows of the squared distance from an equal part, over twenty data sets."""
+    """Compares sums over folds, classes and all rows of squared deviations from an equal share, on twenty data sets."""
     found = {"own": [], "scikit-learn": []}
     for seed in range(20):
         random = np.random.default_rng(seed)
@@ -151,6 +151,6 @@ def test_a_blank_is_no_group_and_no_class(groups):
 
 
 def test_large_groups_are_dealt_first():
-    """Dealt in the order of their names, the small ones would leave no way to balance the large one."""
+    """If small groups were dealt first, nothing would be left to balance the large one."""
     groups = np.repeat(np.arange(9), [8, 1, 1, 1, 1, 1, 1, 1, 1])
     assert all(np.bincount(folds.grouped(groups, 2, seed)).tolist() == [8, 8] for seed in range(9))

@@ -38,7 +38,7 @@ def test_numbers_do_not_depend_on_the_batching(seed, size, cut, shape):
 
 def test_a_state_left_in_the_middle_has_no_influence():
     keyed = KeyedGenerator()
-    fresh = keyed.jump(1, 2, 3).integers(0, 100, 5, dtype=np.uint32)  # 32-bit draws leave half a word behind
+    fresh = keyed.jump(1, 2, 3).integers(0, 100, 5, dtype=np.uint32)  # leaves half a word behind
     keyed.jump(1, 2, 4).standard_normal(7)
     np.testing.assert_array_equal(keyed.jump(1, 2, 3).integers(0, 100, 5, dtype=np.uint32), fresh)
 

@@ -23,7 +23,7 @@ SIZE = 3  # 23 rows make 7 batches of 3 and one of 2: work for 8 workers
 
 
 def digests(dataset, epoch=0, starts=(0,), order=None, **settings):
-    """Digest of every batch, its ranks joined, for each of the batches that the epoch begins at."""
+    """For each first batch in `starts`, the digests of the batches from it on, each with all ranks' shares joined."""
     world = settings.pop("world", 1)
     order = order or orders.shuffled(len(dataset))
     loaders = [Loader(dataset, order, SIZE, seed=5, rank=rank, world=world, **settings) for rank in range(world)]
@@ -96,7 +96,7 @@ def test_workers_for_any_seed(seed, workers, start):
     expected = [digest(w) for w in Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=seed).epoch(3, start)]
     with Loader(Everything(), orders.shuffled(ROWS), SIZE, seed=seed, workers=workers) as loader:
         for _ in loader.epoch(2):
-            break  # an epoch that is left early must not leak into the next one
+            break  # an epoch that is left early must not affect the next one
         assert [digest(w) for w in loader.epoch(3, start)] == expected
 
 
@@ -142,7 +142,7 @@ def test_two_epochs_at_once_share_no_workers():
         left_early, other = loader.epoch(0), loader.epoch(1)
         next(left_early)
         assert [batch.number for batch in other] == [0, 1, 2, 3]
-        with pytest.raises(RuntimeError, match="after another was begun"):
+        with pytest.raises(RuntimeError, match="after another had begun"):
             next(left_early)
 
 
@@ -252,7 +252,7 @@ def test_mirrored_arrays_and_numbers_become_tensors():
 
 
 class Given(Numbers):
-    """What `makes` makes of each row."""
+    """The inputs of each row are `makes(row)`."""
 
     def __init__(self, makes):
         super().__init__(4)
@@ -275,7 +275,7 @@ class Given(Numbers):
 )
 def test_types_that_meet_in_a_batch_become_one_for_any_workers(first, others, dtype):
     found = []
-    for workers in (0, 2):  # which load two rows each
+    for workers in (0, 2):  # two workers load two rows each
         dataset = Given(lambda index: first if index < 2 else others)
         with Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader:
             found.append(next(loader.epoch(0)).inputs)

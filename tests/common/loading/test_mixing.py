@@ -79,10 +79,10 @@ def test_what_cannot_be_mixed_is_refused():
     with pytest.raises(UserError, match="MixUp\\(classes=10\\)"):
         mixed(MixUp(), CLASSES)
     for mix in (MixUp(0.0, classes=10), CutMix(-1, classes=10), MixUp(np.nan, classes=10)):
-        with pytest.raises(UserError, match="expected an alpha above 0"):  # all would be NaN, and weigh nothing
+        with pytest.raises(UserError, match="expected an alpha above 0"):  # otherwise all would be NaN without an error
             mixed(mix, CLASSES)
     for inputs in (CLASSES, {"image": IMAGES, "camera": CLASSES.to(torch.uint8)}, torch.zeros(SIZE, 7).long()):
-        with pytest.raises(UserError, match=r"MixUp cannot blend an input \[40"):  # the mean of two names is a third
+        with pytest.raises(UserError, match=r"MixUp cannot blend an input \[40"):  # camera numbers have no mean
             mixed(MixUp(classes=5), CLASSES, inputs)
     for mix in (MixUp(classes=4), CutMix(classes=4)):
         with pytest.raises(UserError, match="class 4 cannot be blended: the mix expects 0 to 3"):
@@ -94,7 +94,7 @@ def test_what_cannot_be_mixed_is_refused():
 
 
 def test_the_area_of_cutmix_follows_the_beta_distribution():
-    """Boxes whose centre is far from the border: 1 - l of the area, l from Beta(1, 1)."""
+    """A box far from the border covers 1 - l of the area, with l from Beta(1, 1)."""
     count, side = 4000, 60
     images = torch.zeros(count, 1, side, side)
     images[1::2] = 1

@@ -32,7 +32,7 @@ def test_weighted_draws_with_the_given_rates_and_counts_repeats():
     rates = np.bincount(plan.index, minlength=4) / len(plan.index)
     np.testing.assert_allclose(rates, weights / weights.sum(), atol=0.01)
     seen = {}
-    for index, draw in zip(plan.index.tolist(), plan.draw.tolist(), strict=True):  # the slow way
+    for index, draw in zip(plan.index.tolist(), plan.draw.tolist(), strict=True):  # count the repeats in a slow loop
         assert draw == seen.get(index, 0)
         seen[index] = draw + 1
 
@@ -81,7 +81,7 @@ def test_no_rows_are_refused():
     "rows", [np.arange(9) > 4, [True, False], np.array([0.0, 1.0]), np.array([2, -1]), np.array([[0, 1]])]
 )
 def test_what_is_no_list_of_row_numbers_is_refused(rows):
-    """A mask would be the rows 0 and 1, many times."""
+    """A boolean mask would be read as row numbers 0 and 1."""
     for make in (orders.shuffled, orders.sequential, lambda rows: orders.weighted(np.ones(len(rows)), rows=rows)):
         with pytest.raises(UserError, match=r"expected row numbers \[n\] from 0 up; of a mask .* np.flatnonzero"):
             make(rows)
@@ -108,7 +108,7 @@ def test_groups_come_in_another_order_in_every_epoch():
 
 @pytest.mark.parametrize("bare", [2, 4])
 def test_rarity_needs_a_label_in_every_row(bare):
-    """A row without one would have the weight of the row after it, and the last row none."""
+    """Otherwise a row without a label would get the weight of the next row, and the last row none."""
     labels = np.eye(5)
     labels[bare] = 0
     with pytest.raises(UserError, match=f"1 rows have no label, the first is row {bare}"):

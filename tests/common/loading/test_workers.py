@@ -1,4 +1,4 @@
-"""Worker processes: who loads what and when, what is left of them, and how samples travel."""
+"""Worker processes: which worker loads which rows and when, how workers end, and how samples are sent."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from tests.common.loading.datasets import Numbers, digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
 ROOT = Path(__file__).parents[3]
-LIMIT = 60.0  # seconds until a test gives up waiting for something that is certain to come
+LIMIT = 60.0  # seconds until a test stops waiting for something that should certainly happen
 
 
 def wait_until(holds, limit=LIMIT):
@@ -30,7 +30,7 @@ def wait_until(holds, limit=LIMIT):
 
 
 class Noted(Numbers):
-    """Appends the rows that are loaded to a file for every process; waits while `gate` is there."""
+    """Appends each loaded row to a file per process, and waits while the file `gate` exists."""
 
     def __init__(self, folder: Path, rows: int = 64):
         super().__init__(rows)
@@ -48,7 +48,7 @@ class Noted(Numbers):
 
 
 def test_workers_load_the_first_batch_together(tmp_path):
-    """Sixteen samples by two workers take the time of eight; the check comes after them."""
+    """Two workers share the first sixteen samples, eight each, before they load any again for the check."""
     dataset = Noted(tmp_path)
     with Loader(dataset, orders.sequential(64), 16, seed=0, workers=2) as loader:
         list(loader.epoch(0))
@@ -70,7 +70,7 @@ def test_the_next_epoch_is_loaded_while_nobody_asks(tmp_path, start):
     expected = [digest(batch) for batch in Loader(Numbers(64), order, 16, seed=0).epoch(1)]
     with Loader(dataset, order, 16, seed=0, workers=2, epochs=2) as loader:
         assert len(list(loader.epoch(0, start))) == 4 - start
-        done = 64 - 16 * start + 3 * 8  # samples, and the checks: eight rows, and eight of two epochs
+        done = 64 - 16 * start + 3 * 8  # samples and checks: eight rows, and eight of each of two epochs
         wait_until(lambda: sum(map(len, dataset.loaded())) == done + 2 * stream.PIECES_AHEAD * 8)
         (tmp_path / "gate").touch()  # from here on no sample can be loaded
         epoch = loader.epoch(1)
@@ -91,7 +91,7 @@ def test_another_epoch_than_the_next_is_right_too():
 
 
 class KeepsCrops(Numbers):
-    """A cache that is filled with a random crop at first use."""
+    """Keeps the random crop of a row's first load in a cache."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ class HashesText(Numbers):
 
 
 class Counts(Numbers):
-    """A curriculum by the number of calls."""
+    """A curriculum that depends on the number of calls."""
 
     calls = 0
 
@@ -147,7 +147,7 @@ def test_what_two_processes_see_differently_is_refused(dataset, method, workers)
 
 
 class Images(Numbers):
-    """Large samples: an image of 300 kB, a mask of two bytes a value, and numbers."""
+    """Large samples: an image of 300 kB, a bfloat16 tensor, and numbers."""
 
     def sample(self, index, rng):
         image = rng.integers(0, 256, (3, 320, 320), dtype=np.uint8)
@@ -178,7 +178,7 @@ class Large(Numbers):
     def __init__(self):
         super().__init__()
         self.table = np.zeros(10_000)
-        self.tensor = torch.zeros(10**6)  # goes as shared memory
+        self.tensor = torch.zeros(10**6)  # sent through shared memory
 
 
 def test_what_workers_are_sent_is_measured(monkeypatch):
@@ -252,7 +252,7 @@ def is_alive(process: int) -> bool:
     "method, doing", [("fork", "pipe"), ("fork", "decode"), ("fork", "start"), ("spawn", "pipe"), ("spawn", "start")]
 )
 def test_workers_end_with_their_trainer_and_hold_no_lock(tmp_path, method, doing):
-    """All ranks are killed: the run can be locked again at once, and no worker is left."""
+    """After all ranks are killed, the run can be locked again at once, and no worker is left."""
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Every shipped loss with fitting random outputs and targets: the list that the tests of losses and engine run over."""
+"""Every shipped loss with random outputs and targets that suit it, for the tests of losses and of the engine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from common.losses import (
     Weighted,
 )
 
-Sample = Callable[[int, torch.Generator], tuple]  # n, generator -> outputs, targets, trees with n rows
+Sample = Callable[[int, torch.Generator], tuple]  # (n, generator) -> (outputs, targets), trees with n rows
 
 
 @dataclass(frozen=True)
 class Case:
-    """`make()` builds the loss, `sample(n, seed)` gives float64 outputs and targets of n samples, some empty."""
+    """`make()` builds the loss; `sample(n, seed)` returns float64 outputs and targets of n samples, some empty."""
 
     name: str
     kind: str
@@ -50,14 +50,14 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def bits(generator: torch.Generator, *shape: int, rate: float = 0.4) -> Tensor:
-    """Random 0/1 float64; every third sample, from the first, has no target at all."""
+    """Random 0/1 float64; samples 0, 3, 6, ... are all 0."""
     found = (torch.rand(*shape, generator=generator) < rate).double()
     found[::3] = 0
     return found
 
 
 def with_gaps(generator: torch.Generator, targets: Tensor) -> Tensor:
-    """A copy with a fifth of the targets missing, and all those of every fourth sample."""
+    """A copy with about a fifth of the targets NaN, and all targets of samples 1, 5, 9, ..."""
     gaps = torch.rand(targets.shape, generator=generator) < 0.2
     gaps[1::4] = True
     return targets.masked_fill(gaps, float("nan"))

@@ -1,4 +1,4 @@
-"""Losses of labels against torch, scikit-learn, segmentation_models_pytorch and slow loops."""
+"""Classification losses against torch, scikit-learn, segmentation_models_pytorch and slow loops."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_cross_entropy_is_torchs(generator, draw, weights, smoothing: float):
 
 @pytest.mark.parametrize("weights", [None, torch.linspace(1, 2, 200)])
 def test_cross_entropy_of_small_integers_is_that_of_large_ones(generator, weights):
-    """Class 156 is -100 in uint8, and uint8 as an index is a mask."""
+    """In uint8, -100 wraps to 156, which is a valid class; and torch reads a uint8 index as a mask."""
     outputs, targets = torch.randn(3, 200, generator=generator), torch.tensor([156, 0, 3], dtype=torch.uint8)
     for ignored in (-100, None):
         loss = CrossEntropy(weights, ignore_index=ignored)
@@ -116,7 +116,7 @@ def test_focal_with_gamma_zero_is_bce(generator):
 def test_f_beta_of_hard_predictions_is_scikit_learns(average: str, beta: float, seed: int):
     generator = torch.Generator().manual_seed(seed)
     predicted, targets = bits(generator, 12, 5, rate=0.6), bits(generator, 12, 5)
-    predicted[3], predicted[:, 2], targets[:, 2] = 0, 0, 0  # empty on both sides: 0/0, which is a hit
+    predicted[3], predicted[:, 2], targets[:, 2] = 0, 0, 0  # empty in both: 0/0, which counts as 1
     targets[:, 4] = 0  # false positives only
     expected = 1 - fbeta_score(
         targets.int().numpy(), predicted.int().numpy(), beta=beta, average=average, zero_division=1
@@ -163,7 +163,7 @@ def test_cosine_proximity_has_a_bounded_gradient_at_an_output_of_zero(generator)
 
 
 def positives_versus_negatives_slowly(outputs: Tensor, targets: Tensor) -> float:
-    """The definition, one positive at a time, over the images that have one."""
+    """The definition, computed for one positive at a time; images without a positive do not count."""
     images = []
     for logits, marks in zip(outputs, targets, strict=True):
         rivals = [math.exp(z) for z, mark in zip(logits, marks, strict=True) if mark == 0]
@@ -179,8 +179,8 @@ def positives_versus_negatives_slowly(outputs: Tensor, targets: Tensor) -> float
 
 def test_positives_versus_negatives_is_the_slow_loop(generator):
     outputs, targets = multilabel(20, generator)
-    targets[4] = 1  # every label: no rival, no loss
-    targets[5, 2] = float("nan")  # neither positive nor a rival
+    targets[4] = 1  # all labels are positive: no negatives, so no loss
+    targets[5, 2] = float("nan")  # neither positive nor negative
     assert (targets.nansum(1) == 0).any()
     slow = positives_versus_negatives_slowly(outputs, targets)
     close(batch_value(PositivesVersusNegatives(), outputs, targets), slow)
@@ -204,7 +204,7 @@ def test_positives_versus_negatives_of_an_image_with_every_label_has_gradient_ze
 
 
 def test_positives_versus_negatives_never_holds_positives_times_classes():
-    """200 positives of 7,178 classes: the graph keeps some arrays of the size of the outputs, not hundreds."""
+    """With 200 positives of 7,178 classes, the graph keeps a few arrays of the outputs' size, not hundreds."""
     outputs = torch.randn(4, 7178, requires_grad=True)
     targets = torch.zeros(4, 7178)
     targets[:, :200] = 1

@@ -1,4 +1,4 @@
-"""A combination is the weighted sum of the batch values of its parts, whatever kinds and masses these have."""
+"""A combined loss is the weighted sum of its parts' batch values, for parts of any kinds and masses."""
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_a_head_that_is_not_there_is_named():
 
 
 def test_a_share_without_samples_has_rows_of_the_same_width(batch):
-    """One of several processes may get no sample of a short batch, or only unreadable ones."""
+    """A rank may get no sample of a short batch, or only unreadable ones."""
     loss = Weighted((BCE(), 0.5), (BCE(present_only=True), 2.0), (Weighted((Focal(), 0.3), (BCE(True), 0.2)), 3.0))
     outputs, targets, weights = batch
     for values in (loss(outputs, targets), loss(outputs[:0], targets[:0])):

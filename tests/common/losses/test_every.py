@@ -1,4 +1,4 @@
-"""What holds for every shipped loss: kind, weights, cuts, gradients, half precision, targets that are empty."""
+"""Properties of every shipped loss: kind, weights, micro-batches, gradients, half precision, empty targets."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def rows(tree, index):
 
 
 def gradients(loss, outputs, targets, weights=None) -> tuple[Tensor, list[Tensor]]:
-    """The batch value, and its gradient for every tensor of the outputs."""
+    """The batch value and its gradient with respect to every tensor of the outputs."""
     outputs = map_tree(lambda tensor: tensor.detach().clone().requires_grad_(), outputs)
     value = batch_value(loss, outputs, targets, weights)
     return value.detach(), list(torch.autograd.grad(value, tensors_of(outputs), allow_unused=True))
@@ -83,12 +83,12 @@ def test_gradcheck(case: Case):
 
 
 def nothing(targets: Tensor) -> Tensor:
-    """Targets with nothing to find: no label, no mask, all background, all zero."""
+    """Empty targets: no label, no mask, all background, all zero."""
     return torch.zeros_like(targets)
 
 
 def unknown(targets: Tensor) -> Tensor:
-    """Targets of which none is known or counts."""
+    """Targets that are all missing or ignored."""
     return torch.full_like(targets, float("nan") if targets.is_floating_point() else -100)
 
 
@@ -140,7 +140,7 @@ def test_weights_that_are_all_zero_give_zero(case: Case):
 
 
 def naive(loss, outputs: Tensor, targets: Tensor, size: int) -> Tensor:
-    """The gradient of the mean over micro-batches: what accumulation usually means."""
+    """The gradient of usual accumulation: of the mean over the losses of the micro-batches."""
     parts = range(0, len(targets), size)
     found = [gradients(loss, rows(outputs, slice(i, i + size)), rows(targets, slice(i, i + size)))[1][0] for i in parts]
     return torch.cat(found) / len(parts)

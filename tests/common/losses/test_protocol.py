@@ -1,4 +1,4 @@
-"""How a loss is told apart, what is refused, and that the messages show the way out."""
+"""How the kind of a loss is recognised, which losses are refused, and that the messages show the remedy."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def per_sample(outputs, targets):
 
 
 class Total:
-    """A loss over sums, with nothing of the library in it."""
+    """A loss over sums that uses nothing of the kit."""
 
     def stats(self, outputs, targets):
         return outputs * targets
@@ -81,7 +81,7 @@ def test_whole_batch_passes_weights_only_to_those_that_take_them():
     outputs, weights = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
     assert batch_value(with_weights, outputs, outputs) == 3
     assert batch_value(with_weights, outputs, outputs, weights) == 6
-    with pytest.raises(UserError, match="takes none"):  # its third argument, `weight`, is something else
+    with pytest.raises(UserError, match="takes none"):  # its third argument, `weight`, is not the sample weights
         batch_value(whole_batch(F.cross_entropy), torch.randn(3, 2), torch.tensor([0, 1, 1]), weights)
 
 

@@ -1,4 +1,4 @@
-"""Losses of numbers against torch, scikit-learn and their definitions."""
+"""Regression losses against torch, scikit-learn and their definitions."""
 
 import numpy as np
 import pytest

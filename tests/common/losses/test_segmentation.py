@@ -1,4 +1,4 @@
-"""Losses of masks against segmentation_models_pytorch, scikit-learn and sets of pixels."""
+"""Segmentation losses against segmentation_models_pytorch, scikit-learn and sets of pixels."""
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -130,7 +130,7 @@ def test_lovasz_hinge_is_that_of_segmentation_models(generator, per_image: bool)
     outputs, targets = normal(generator, 5, 3, 6, 7), bits(generator, 5, 3, 6, 7)
     theirs = smp.losses.LovaszLoss("binary", per_image=per_image)
     expected = torch.stack([theirs(outputs[:, c].float(), targets[:, c].float()) for c in range(3)]).mean()
-    close(batch_value(LovaszHinge(per_image), outputs, targets), expected, 2e-6)  # theirs counts in float32
+    close(batch_value(LovaszHinge(per_image), outputs, targets), expected, 2e-6)  # theirs computes in float32
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -145,7 +145,7 @@ def test_lovasz_softmax_is_that_of_segmentation_models(generator, per_image: boo
 
 
 def test_lovasz_hinge_of_hard_errors_is_the_jaccard_loss(generator):
-    """The extension equals the set function at its corners: hinge errors of 0 and 2 give twice 1 - Jaccard."""
+    """At hinge errors of only 0 and 2, the Lovász extension is twice the Jaccard loss."""
     predicted, targets = bits(generator, 4, 1, 6, 7, rate=0.6), bits(generator, 4, 1, 6, 7)
     expected = 2 * (1 - jaccard_score(targets.flatten().int().numpy(), predicted.flatten().int().numpy()))
     close(batch_value(LovaszHinge(), 2 * predicted - 1, targets), expected)
@@ -186,7 +186,7 @@ def test_present_only_of_labels_without_pixels(generator):
     ],
 )
 def test_masks_of_classes_may_be_of_every_integer_type(generator, loss, dtype):
-    """Class 156 is -100 in uint8."""
+    """In uint8, -100 wraps to 156, which is a valid class."""
     outputs, targets = normal(generator, 3, 160, 4, 5), torch.randint(0, 2, (3, 4, 5), generator=generator)
     if dtype in (torch.uint8, torch.int16):
         targets[0, 0, 0] = 156

@@ -1,4 +1,4 @@
-"""Tables to numbers against scikit-learn and pandas; batches against indexing."""
+"""Tables turned into numbers, against scikit-learn and pandas; batches, against indexing."""
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ def test_numbers_have_mean_0_and_deviation_1_of_the_first_table():
 
 
 def test_a_column_that_is_always_the_same_is_0():
-    """0.1 three times has a deviation of 1e-17, by which another number would become 7e15."""
+    """Three times 0.1 has a standard deviation of 1e-17 from rounding; divided by it, another value would be 7e15."""
     for same in ([3.0, 3.0], [0.1, 0.1, 0.1], [0.1, np.nextafter(0.1, 1)], [1e9 + 0.1] * 1001, [np.nan, np.nan], [7]):
         train, test = standardised(pd.DataFrame({"a": same}), pd.DataFrame({"a": [0.2, 1e9]}))
         assert not train[:, 0].any() and not test[:, 0].any()

@@ -1,4 +1,4 @@
-"""Tables against pandas where they are whole, and a message with file, line, column and value where they are not."""
+"""Valid tables are read as by pandas; faulty ones raise a message with file, line, column and value."""
 
 import io
 import zipfile
@@ -18,7 +18,7 @@ CSV = 'id,count,size,name,more\na,1,2.5,"x, y",7\nb,2,,NA,8\nc,3,1e1,,9\n'
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a text or bytes as the table t.csv; what else is given goes to tables.read."""
+    """A function that reads text or bytes as the table t.csv; it passes options on to tables.read."""
 
     def given(contents, columns=COLUMNS, **options) -> pd.DataFrame:
         raw = contents.encode() if isinstance(contents, str) else contents
@@ -55,7 +55,7 @@ def test_cells_have_the_types_of_their_columns(read):
     ],
 )
 def test_of_many_faults_the_first_of_the_first_row_is_told(read, lines, place):
-    """Among columns of one kind and of several, whatever the order in which they are asked for."""
+    """For faults in columns of one kind or of several, in any order of the requested columns."""
     kinds = {"d": whole(), "c": whole(), "b": number(0, 9), "a": whole()}
     assert place in fault(read, f"a,b,c,d\n{lines}", kinds)
 
@@ -140,10 +140,10 @@ def changed(line: int, old: str, new: str) -> str:
 
 FAULTS = {
     "missing": (changed(1, "count", "number"), ["missing: count"]),
-    "other case": (changed(1, "count", "Count"), ["missing: count", "spelt otherwise: 'Count' for count"]),
+    "other case": (changed(1, "count", "Count"), ["missing: count", "spelt differently: 'Count' for count"]),
     "spaces": (changed(1, "count", " count "), ["missing: count", "' count ' for count"]),
     "quoted twice": (changed(1, "count", "'count'"), ["missing: count", "\"'count'\" for count"]),
-    "there twice": (changed(1, "more", "count"), ["there twice: count"]),
+    "there twice": (changed(1, "more", "count"), ["more than once: count"]),
     "semicolons": (CSV.replace('"x, y"', "x").replace(",", ";"), ["separated by ';'", "missing: id"]),
     "empty": ("", ["is empty", "expected id, count, size and 1 more"]),
     "blank first": ("\n" + CSV, ["begins with a blank line"]),
@@ -169,7 +169,7 @@ FAULTS = {
     "no id": (changed(2, "a,", ","), ["line 2, column id: ''"]),
     "first of two": (changed(3, "2", "x").replace("a,1", "a,y"), ["line 2, column count: 'y'"]),
     "open quote": (changed(3, "NA", '"NA'), ["line 3 has 4 cells, expected 5"]),
-    "no text": (CSV.encode().replace(b"NA", b"\xe9"), ["line 3: byte 0xe9 is no UTF-8 text"]),
+    "no text": (CSV.encode().replace(b"NA", b"\xe9"), ["line 3: byte 0xe9 is not UTF-8 text"]),
 }
 
 
@@ -211,14 +211,14 @@ def test_small_whole_numbers_never_wrap_whatever_the_version_of_pandas(read, mon
 
 def test_ids_that_are_there_twice(read):
     message = fault(read, "id\nx\n\ny\nx\n", {"id": str}, id="id")
-    assert "line 5: id 'x' is there twice, first in line 2" in message
+    assert "line 5: id 'x' appears twice, first in line 2" in message
     assert len(read("id\n1\n01\n", {"id": str}, id="id")) == 2, "texts, as they are written"
 
 
 def test_the_advice_fits_whose_file_it_is(tmp_path):
     (tmp_path / "t.csv").write_text("a\n1\n")
     for is_demo, advice in ((False, "mend the file, or get it"), (True, "mend competitions/toy/demo.py")):
-        words = f"missing: b.: name its own columns in task.py, or {advice}"
+        words = f"missing: b.: name the file's columns in task.py, or {advice}"
         with pytest.raises(UserError, match=words):
             tables.read(RawData(tmp_path, "toy", is_demo), "t.csv", {"b": int})
 

@@ -1,4 +1,4 @@
-"""Networks of the libraries: any channels, any size, one image, and what does not fit named before a run."""
+"""Library networks take any channels, any size and a single image, or an error names the misfit before a run."""
 
 import copy
 
@@ -106,7 +106,7 @@ def test_the_sum_of_an_fpn_is_that_of_the_library():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_trains_on_a_single_image(architecture):
-    """Some normalise globally pooled features: one value per channel, of which there is no variance."""
+    """Some normalise globally pooled features, where a single image has one value per channel and no variance."""
     encoder = "mit_b0" if architecture == "segformer" else "resnet18"
     network = net(architecture, encoder, pooled=2).train()
     pixels, classes = network.maps(images(128, 192, batch=1))
@@ -143,7 +143,7 @@ def test_one_value_per_channel_is_left_to_the_running_statistics(kind):
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "ghostnet_050", "resnet18"])
 def test_the_width_is_what_the_backbone_hands_over(backbone):
-    """MobileNets and others have a hidden layer between `num_features` and the head."""
+    """Some backbones, such as MobileNets, have another layer between `num_features` and the head."""
     network, width = timm_backbone(backbone, (64, 64))
     assert network.training and network(torch.zeros(2, 3, 64, 64)).shape == (2, width)
 

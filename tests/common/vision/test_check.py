@@ -1,4 +1,4 @@
-"""Which files cannot be read: all of them when there are few, by their beginnings and ends when there are many."""
+"""Unreadable images are found: a few images are all decoded, of many only those with an odd start or end."""
 
 import os
 import struct
@@ -32,7 +32,7 @@ def test_the_folder_check_finds_every_bad_file(paths, capsys, monkeypatch):
     monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0)
     jpeg = encoded(".jpg")
     paths[4].write_bytes(jpeg[:-500])
-    paths[11].write_bytes(jpeg[: len(jpeg) // 2] + b"\xff\xd9")  # ends as it should, and half of it is grey
+    paths[11].write_bytes(jpeg[: len(jpeg) // 2] + b"\xff\xd9")  # a proper end marker, but half of the image is missing
     paths[20].unlink()
     assert [error.row for error in find_bad(paths, show=False)] == [4, 11, 20]
     with pytest.raises(UserError, match=r"3 of 30 images cannot be read: .*4.jpg \(row 4\) is truncated.*"):
@@ -77,8 +77,8 @@ def test_what_cannot_be_read_is_found_by_both_ways(paths, few):
     paths[7].symlink_to("gone.jpg")
     place = whole[1].find(b"\xff\xc0") + 5
     paths[8].write_bytes(whole[1][:place] + struct.pack(">HH", 65000, 65000) + whole[1][place + 4 :])
-    paths[10].write_bytes(whole[1] + bytes(1000))  # whole, with something behind
-    paths[13].write_bytes(encoded(".bmp"))  # of another kind, and whole
+    paths[10].write_bytes(whole[1] + bytes(1000))  # complete, with trailing bytes
+    paths[13].write_bytes(encoded(".bmp"))  # complete, but of another format
     found = unreadable(paths, few)
     assert [error.row for error in found] == [0, 1, 2, 4, 5, 7, 8]
     assert [error.path for error in found] == [str(paths[error.row]) for error in found]

@@ -48,7 +48,7 @@ def test_images_and_masks_move_together(paths, tmp_path):
 @pytest.mark.parametrize("high", [1, 255])
 @pytest.mark.parametrize("size", [None, (10, 15), (40, 60)])
 def test_masks_of_files_are_on_where_they_are_not_black(tmp_path, high, size):
-    """0 and 1 as well as 0 and 255; with 128 as the only threshold the first kind would be empty in silence."""
+    """For masks of 0 and 255 and of 0 and 1; a threshold of 128 would silently make the latter empty."""
     mask = np.zeros((20, 30), np.uint8)
     mask[4:12, 8:20] = 1
     for name, drawn in (("thing", mask), ("empty", mask * 0)):
@@ -62,7 +62,7 @@ def test_masks_of_files_are_on_where_they_are_not_black(tmp_path, high, size):
 
 
 def test_a_row_of_a_store_is_never_written_to(paths, tmp_path):
-    """Pages of the store are shared by all workers."""
+    """All workers share the pages of the store."""
     images = ImageStore(paths, (10, 15), tmp_path)
     dataset = ImageDataset(images, transform=A.Compose([A.PixelDropout(dropout_prob=0.5, p=1)]))
     before = images[0].copy()

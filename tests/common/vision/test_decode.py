@@ -31,7 +31,7 @@ def png(picture) -> bytes:
 
 
 def turned(jpeg: bytes) -> bytes:
-    """The JPEG with the EXIF note that it lies on its side (orientation 6)."""
+    """The JPEG with an EXIF tag for a quarter turn (orientation 6)."""
     entry = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"
     exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01" + entry + b"\0\0\0\0"
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2) + exif + jpeg[2:]
@@ -50,8 +50,8 @@ def test_masks_belong_to_the_pixels_as_they_are_stored(tmp_path, jpeg, size):
 @pytest.mark.parametrize("order, mark", [("<", b"II*\0"), (">", b"MM\0*")])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_tiffs_are_turned_only_where_that_is_asked_for(tmp_path, picture, order, mark, orientation):
-    """OpenCV turns them whatever its flags say."""
-    place = 8 + 2 + 10 * 12 + 4  # of the pixels: behind the head, ten facts and the end of their list
+    """OpenCV itself turns TIFFs even if its flags forbid it."""
+    place = 8 + 2 + 10 * 12 + 4  # offset of the pixels: after the header, ten tags and the end of their list
     facts = {256: WIDTH, 257: HEIGHT, 258: 8, 259: 1, 262: 1, 273: place, 274: orientation, 277: 1}
     facts |= {278: HEIGHT, 279: HEIGHT * WIDTH}
     head = mark + struct.pack(f"{order}IH", 8, len(facts))
@@ -68,7 +68,7 @@ def test_tiffs_are_turned_only_where_that_is_asked_for(tmp_path, picture, order,
 
 
 def with_thumbnail(jpeg: bytes) -> bytes:
-    """The JPEG with another JPEG, end marker and all, inside its header, as cameras write it."""
+    """The JPEG with another complete JPEG in its header, as cameras write it."""
     thumbnail = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     return jpeg[:2] + b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2) + thumbnail + jpeg[2:]
 
@@ -147,7 +147,7 @@ def test_an_image_is_never_decoded_smaller_than_asked(tmp_path, monkeypatch):
 
 def test_a_turned_image_is_never_decoded_smaller_than_asked(tmp_path):
     stripes = np.zeros((160, 800), np.uint8)
-    stripes[::2] = 255  # 160 columns once it is turned
+    stripes[::2] = 255  # 160 stripes in width once the image is turned
     data = cv2.imencode(".jpg", stripes, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
     (tmp_path / "a.jpg").write_bytes(turned(data))
     assert decode(tmp_path / "a.jpg", (80, 160)).std() > 100
@@ -198,7 +198,7 @@ def test_sixteen_bits_become_eight(tmp_path, ending):
     cv2.imwrite(str(tmp_path / f"a{ending}"), deep[..., ::-1])
     cv2.imwrite(str(tmp_path / f"grey{ending}"), deep[..., 0])
     for name, wanted in (("a", deep), ("grey", np.repeat(deep[..., :1], 3, axis=2))):
-        assert np.abs(decode(tmp_path / f"{name}{ending}") - wanted / 257).max() <= 1  # cut or rounded, by the format
+        assert np.abs(decode(tmp_path / f"{name}{ending}") - wanted / 257).max() <= 1  # formats truncate or round
     cv2.imwrite(str(tmp_path / "float.tif"), np.zeros((8, 8), np.float32))
     with pytest.raises(BadImage, match="not an image of 8 or 16 bits"):
         decode(tmp_path / "float.tif")

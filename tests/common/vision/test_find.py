@@ -1,4 +1,4 @@
-"""Image files by their ids: subfolders, links, hidden files, two files of one name."""
+"""Finding image files by their ids: subfolders, links, hidden files, equal names in two folders."""
 
 import cv2
 import numpy as np
@@ -28,7 +28,7 @@ def test_linked_subfolders_are_read_and_hidden_files_are_not(tmp_path):
     (folder / "linked").symlink_to(elsewhere)
     (folder / "linked.jpg").symlink_to(elsewhere / "b.png")
     (folder / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
-    (elsewhere / "back").symlink_to(folder)  # a circle
+    (elsewhere / "back").symlink_to(folder)  # a cycle
     found = relative(folder, find_images(folder))
     assert found == ["a.jpg", "gone.jpg", "linked/b.png", "linked/deep/c.TIF", "linked.jpg"]
     assert find_images(tmp_path / "none") == []
@@ -42,7 +42,7 @@ def test_ids_with_and_without_endings_and_folders(tmp_path):
     assert relative(folder, match_images(folder, ids)) == wanted
     with pytest.raises(UserError, match="cats/001.png and dogs/001.png for the id 001"):
         match_images(folder, ["001"])
-    touched(folder, "001.png")  # the nearest one is meant
+    touched(folder, "001.png")  # the file nearest to the top is taken
     assert relative(folder, match_images(folder, ["001"])) == ["001.png"]
 
 

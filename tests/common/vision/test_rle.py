@@ -1,4 +1,4 @@
-"""Run lengths against a slow loop, pycocotools, cv2.INTER_AREA and themselves."""
+"""Run-length masks against a slow loop, pycocotools and cv2.INTER_AREA, and encoded and decoded again."""
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 
 
 def slow_decode(text: str, height: int, width: int) -> np.ndarray:
-    """Pixel by pixel, as the competition's rules say it."""
+    """Decode pixel by pixel, as the competition defines the format."""
     mask = np.zeros((height, width), bool)
     numbers = [int(word) for word in text.split()]
     for start, length in zip(numbers[::2], numbers[1::2], strict=True):
@@ -25,7 +25,7 @@ def slow_decode(text: str, height: int, width: int) -> np.ndarray:
 
 
 def slow_resize(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Blow both grids up to a common one, count, and compare with half of a target pixel."""
+    """Refine both grids to a common one; a target pixel is on if at least half of its cells are."""
     fine = np.kron(mask, np.ones((height, width), int))
     cells = fine.reshape(height, mask.shape[0], width, mask.shape[1]).sum((1, 3))
     return 2 * cells >= mask.shape[0] * mask.shape[1]
@@ -96,7 +96,7 @@ def test_decode_to_size_is_the_exact_half_area_rule(mask, height, width):
 
 @pytest.fixture(scope="module")
 def large() -> tuple[np.ndarray, np.ndarray]:
-    """A mask of the full size, and its runs; it takes a second to make."""
+    """A full-size mask and its runs; made once, because it takes a second."""
     mask = blobs(1400, 2100, 3)
     return mask, rle.parse(rle.encode(mask))
 
@@ -111,7 +111,7 @@ def test_decode_to_size_is_inter_area_of_the_full_mask(large, size):
     share = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
     differ = (share >= 0.5) != small
     assert np.abs(share[differ] - 0.5).max(initial=0) < 1e-4  # float32 rounding of exact halves
-    assert size == (1400, 2100) or (small != (share > 0)).any()  # the comparison can fail
+    assert size == (1400, 2100) or (small != (share > 0)).any()  # so that the comparison can fail
 
 
 def test_runs_that_touch_or_cross_columns():

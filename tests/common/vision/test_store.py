@@ -1,4 +1,4 @@
-"""Resized images: made once, in room that is there, sent to workers by name, and bad files known."""
+"""Resized images are made once, after a check of the disk, sent to workers by file name, and bad files are recorded."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def paths(tmp_path):
     found = [tmp_path / "images" / f"{row}.png" for row in range(6)]
     for row, path in enumerate(found):
         cv2.imwrite(str(path), np.random.default_rng(row).integers(0, 256, (60, 80, 3), np.uint8))
-    cv2.imwrite(str(found[3]), np.zeros((60, 80, 3), np.uint8))  # black is an image too
+    cv2.imwrite(str(found[3]), np.zeros((60, 80, 3), np.uint8))  # a black image is valid too
     return found
 
 
@@ -79,7 +79,7 @@ def test_files_replaced_by_others_of_the_same_size_and_time_are_another_store(tm
     path = tmp_path / "a.bmp"
     for value in (10, 200):
         cv2.imwrite(str(path), np.full((40, 40, 3), value, np.uint8))
-        os.utime(path, (1e9, 1e9))  # as an archive sets it
+        os.utime(path, (1e9, 1e9))  # as unpacking an archive may set it
         assert (ImageStore([path], (32, 32), cache)[0] == value).all()
 
 
@@ -93,7 +93,7 @@ def test_a_part_of_a_store_is_made_again(paths, cache, left):
 
 
 def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monkeypatch):
-    """Pages of a mapped file for which there is no room kill the process, so the room is taken first."""
+    """Writing to a mapped file on a full disk kills the process, so its space is allocated first."""
     (cache / "images-old-64x64x3.part").write_bytes(b"left by a killed process")
 
     def no_room(descriptor: int, offset: int, length: int) -> None:
@@ -117,7 +117,7 @@ def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monk
 
 def test_several_processes_resize_once(paths, cache, monkeypatch):
     decoded = counted(monkeypatch)
-    with ThreadPoolExecutor() as pool:  # every opening of the locked folder is a holder of its own, as in a process
+    with ThreadPoolExecutor() as pool:  # each open of the lock file excludes the others, as if in another process
         list(pool.map(lambda _: ImageStore(paths, (32, 32), cache)[0], range(4)))
     assert len(decoded) == 6
 

@@ -1,4 +1,4 @@
-"""Every way to lay an image down is another one, and undone exactly."""
+"""All TTA transforms of an image differ, and each is undone exactly."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights from a file of any library, from the hub, or from nowhere; never silently left out."""
+"""Weights from a file of any library, from the hub, or none; never silently left out."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ from common.vision.weights import fitted, left_out, match, read, start_backbone,
 
 
 def filled(network: nn.Module, seed: int = 3) -> nn.Module:
-    """In evaluation mode, with running statistics that are not those of a fresh network."""
+    """The network in evaluation mode, with random running statistics."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in network.named_buffers():
         if buffer.is_floating_point():
@@ -50,7 +50,7 @@ def test_torchvision_into_timm_gives_the_same_outputs(tmp_path, name):
     own = timm.create_model(names.get(name, name), num_classes=0).eval()
     for module in own.modules():
         if name == "mobilenet_v3_small" and isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-3  # a hundred times timm's
+            module.eps = 1e-3  # torchvision's value, a hundred times timm's
     state = {f"module.{key}": value for key, value in source.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth")
     said = start_backbone(own, name, str(tmp_path / "a.pth"))
@@ -67,7 +67,7 @@ def test_torchvision_into_timm_gives_the_same_outputs(tmp_path, name):
 @pytest.mark.parametrize("ending", [".pth", ".safetensors", ".bin"])
 @pytest.mark.parametrize("target", ["efficientnet-b0", "tu-tf_efficientnet_b0"])
 def test_timm_into_encoders_of_smp_gives_the_same_features(tmp_path, target, ending):
-    """efficientnet_pytorch's names, in which smp has its own EfficientNets, pad as TensorFlow does: tf_ in timm."""
+    """smp's own EfficientNets pad as TensorFlow does, so they match timm's tf_ networks, with names to be mapped."""
     source, own = timms("tf_efficientnet_b0"), encoder(target)
     save = safetensors.torch.save_file if ending == ".safetensors" else torch.save
     save(source.state_dict(), tmp_path / f"a{ending}")
@@ -122,7 +122,7 @@ def test_folders_hold_one_file_or_the_parts_of_one(tmp_path):
     folder = tmp_path / "models--timm--resnet10t/snapshots/0a1b"
     folder.mkdir(parents=True)
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    torch.save(state, folder / "pytorch_model.bin")  # the same again, as on the hub
+    torch.save(state, folder / "pytorch_model.bin")  # the same weights in another format, as on the hub
     (folder / "config.json").write_text("{}")
     found = read(tmp_path / "models--timm--resnet10t")
     assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
@@ -157,7 +157,7 @@ def test_checkpoints_of_trainers_are_opened(tmp_path):
 
 
 class Odd:
-    """Unpickling it would run code."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return print, ("code was run",)
@@ -190,7 +190,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         (
             {"x.weight": torch.ones(3)},
             "resnet18",
-            "nothing in it is of resnet18 .it has x.weight; expected conv1",
+            "it has no tensor of resnet18 .it has x.weight; expected conv1",
         ),
         (torchvisions("resnet18").state_dict(), "resnet34", "fills 120 of the 216 tensors of resnet34, and layer1.2"),
         (torchvisions("efficientnet_b0").state_dict(), "efficientnet-b2", "would stay random"),
@@ -243,7 +243,7 @@ def test_a_widened_network_equals_the_original_on_an_empty_fourth_channel(tmp_pa
     with torch.inference_mode():
         empty = torch.cat((inputs, torch.zeros(2, 1, 64, 64)), 1)
         assert torch.allclose(wide(empty), source(inputs), rtol=1e-5, atol=1e-6)
-        # A picture in the fourth channel alone counts like the same in the channel that it was copied from.
+        # Input in the fourth channel alone gives the same as that input in the channel whose weights were copied.
         plane = inputs[:, :1]
         alone = torch.cat((torch.zeros(2, 3, 64, 64), plane), 1)
         blank = torch.zeros(2, 3, 64, 64)
@@ -299,11 +299,16 @@ def test_none_changes_nothing_and_asks_nobody(monkeypatch):
 def test_weights_that_cannot_be_fetched_stop_the_run_soon(tmp_path, monkeypatch, hidden, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    if hidden:  # an image with another generation of the hub's library has no such module
+    if hidden:  # as with a version of huggingface_hub that does not use this module
         monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(UserError) as caught:
         start_encoder(encoder(name), name, "imagenet", scratch="--encoder-weights none --encoder-lr 1")
-    for words in ("--encoder-weights none --encoder-lr 1", "HF_HOME", "--encoder-weights PATH", f"those of {name} are"):
+    for words in (
+        "--encoder-weights none --encoder-lr 1",
+        "HF_HOME",
+        "--encoder-weights PATH",
+        f"the weights of {name} are",
+    ):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -324,7 +329,7 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch):
 
 
 def test_a_download_that_stalls_is_one_line(monkeypatch):
-    class ReadTimeout(Exception):  # of whichever library the hub's library asks
+    class ReadTimeout(Exception):  # stands in for that of the HTTP library
         pass
 
     def stalls(name, depth, weights):

@@ -1,4 +1,4 @@
-"""Samples: uint8 all the way, presence counted from the pixels, the same whatever loads them."""
+"""Samples: uint8 images, class presence from the masks' pixels, and equal bits for any number of workers."""
 
 import random
 
@@ -41,18 +41,18 @@ def test_training_samples(files, strength, blackout):
 
 HEIGHT, WIDTH = 240, 360
 PLACES = np.stack(np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij"), axis=-1).astype(np.float32)
-MIDDLE = np.s_[HEIGHT * 3 // 8 : HEIGHT * 5 // 8, WIDTH * 3 // 8 : WIDTH * 5 // 8]  # no mirrored border reaches it
+MIDDLE = np.s_[HEIGHT * 3 // 8 : HEIGHT * 5 // 8, WIDTH * 3 // 8 : WIDTH * 5 // 8]  # out of reach of mirrored borders
 
 
 def seeded(strength: str, blackout: float = 0.0):
-    """The augmentation with one stream of numbers for all its steps: set_random_seed would give each the same."""
+    """The augmentation with one random stream for all its steps: set_random_seed would give each step equal numbers."""
     transform = pipeline(strength, blackout)
     transform.set_random_state(np.random.default_rng(0), random.Random(0))
     return transform
 
 
 def movements(strength: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the middle's pixels came from in 60 samples: the best affine maps [60, 3, 2], and how far off each is."""
+    """Where the middle's pixels came from in 60 samples: fitted affine maps [60, 3, 2] and their largest errors."""
     transform = seeded(strength)
     start = np.column_stack(
         [PLACES[MIDDLE].reshape(-1, 2) - [HEIGHT / 2, WIDTH / 2], np.ones(PLACES[MIDDLE].size // 2)]

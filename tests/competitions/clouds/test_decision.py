@@ -1,4 +1,4 @@
-"""Decisions and their tuning against slow loops, hand cases and the decisions themselves."""
+"""Decisions and their tuning, compared with slow loops, cases worked out by hand and the applied decisions."""
 
 from functools import partial
 
@@ -17,13 +17,13 @@ HEIGHT, WIDTH = 350, 525
 
 
 def packed(pixels: np.ndarray, presence: np.ndarray) -> torch.Tensor:
-    """[B, 4, 350, 525] and [B, 4] -> predictions of a network whose head and pixels say the same."""
+    """Pixels [B, 4, 350, 525] and presence [B, 4] -> flat predictions whose presence by head and by pixels is equal."""
     pixels, presence = torch.as_tensor(pixels, dtype=torch.float32), torch.as_tensor(presence, dtype=torch.float32)
     return torch.cat((presence[:, :, None], presence[:, :, None], pixels.flatten(2)), 2)
 
 
 def split(values):
-    """Predictions [B, 4, 2 + n], which are easier to make and to compare, as the competition has them."""
+    """Flat predictions [B, 4, 2 + n], which tests make and compare more easily, -> the competition's dict."""
     return {"presence": values[:, :, :2], "pixels": values[:, :, 2:].reshape(*values.shape[:2], HEIGHT, WIDTH)}
 
 
@@ -42,7 +42,7 @@ def smooth(rng: np.random.Generator, spots: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def toy() -> tuple[np.ndarray, np.ndarray]:
-    """Kept predictions uint8 [30, 4, 2 + n] that know something of the truth bool [30, 4, 350, 525]."""
+    """Stored predictions uint8 [30, 4, 2 + n] correlated with the truth bool [30, 4, 350, 525]."""
     rng = np.random.default_rng(0)
     kept, truth = np.zeros((30, 4, 2 + HEIGHT * WIDTH), np.uint8), np.zeros((30, 4, HEIGHT, WIDTH), bool)
     for image in range(30):
@@ -123,7 +123,7 @@ def test_predict_is_probabilities_at_the_scored_size():
 
 
 def test_every_pixel_of_a_larger_network_counts():
-    """Stripes that a fourth of the columns make: bilinear values without a filter would be those between two zeros."""
+    """Every fourth column is 1: bilinear interpolation without antialiasing would sample between zeros only."""
     logits = torch.full((1, 4, 4 * HEIGHT, 4 * WIDTH), -50.0)
     logits[..., ::4] = 50.0
     pixels = flat(decision.predict({"pixels": logits, "classes": torch.zeros(1, 4)}))[:, :, 2:].unflatten(
@@ -135,7 +135,7 @@ def test_every_pixel_of_a_larger_network_counts():
 
 @pytest.mark.parametrize("way", list(FLIPS.values())[1:])
 def test_tta_undoes_what_it_did(way):
-    """A network that knows no place: its predictions of the flipped image, flipped back, are the same."""
+    """If a network treats all positions alike, flipping the image and undoing it does not change the predictions."""
 
     def network(images):
         values = images.float().mean(1, keepdim=True).expand(-1, 4, -1, -1) / 255
@@ -198,7 +198,7 @@ def test_learning_reports_what_holds_on_images_it_was_not_tuned_on(toy):
     assert found["held_out"]["gate"] > found["held_out"]["plain"] + 0.1
     masks = decision.apply(split(torch.from_numpy(kept / np.float32(255))), found)
     tuned_on = decision.dice(masks, torch.from_numpy(truth.view(np.uint8))).mean()
-    assert float(tuned_on) > max(found["held_out"].values())  # the optimism that the nested check takes away
+    assert float(tuned_on) > max(found["held_out"].values())  # the optimistic bias that nested validation removes
     import json
 
     assert json.loads(json.dumps(found)) == found
@@ -214,9 +214,9 @@ def test_presence_by_pixels_is_the_fourth_root_of_their_mean_fourth_power():
 
 
 def test_the_gate_of_several_networks_is_that_of_one():
-    """Networks that are equally sure of different places: each would pass the gate, so their mean passes it too.
+    """Two networks predict different places with the same confidence: each passes the gate, so their mean does too.
 
-    The presence of the averaged pixels would be lower than any of theirs (Minkowski's inequality).
+    The presence computed from the averaged pixels would be lower than that of either (Minkowski's inequality).
     """
     logits = torch.full((2, 4, HEIGHT, WIDTH), -8.0)
     logits[0, :, :100], logits[1, :, 200:300] = 3.0, 3.0
@@ -237,7 +237,7 @@ def test_a_class_head_that_knows_nothing_is_left_aside(toy):
 
 
 def tuner(gain: np.ndarray, empty: np.ndarray, presence: np.ndarray, seed: int = 0) -> tuning.Tuner:
-    """A Tuner whose four classes have the same table [m, cells], whoever says the presence, and no pictures behind."""
+    """A Tuner with one table [m, cells] for all classes and presence sources, and without images for convex hulls."""
     made = object.__new__(tuning.Tuner)
     made.seed, made.count, made.hulls = seed, len(empty), [None] * len(CLASSES)
     found = [tuning.Table(gain.astype(np.float32), empty.astype(np.float32), presence)] * len(CLASSES)
@@ -246,7 +246,7 @@ def tuner(gain: np.ndarray, empty: np.ndarray, presence: np.ndarray, seed: int =
 
 
 def test_noise_gains_nothing_on_held_out_images():
-    """The control: rules tuned on presence that means nothing look better only where they were tuned."""
+    """Control: rules tuned on random presence score better on the tuning images but not on held-out ones."""
     rng = np.random.default_rng(4)
     count = 60
     gain = rng.random((count, len(tuning.PAIRS) * len(tuning.SIZES)))
@@ -258,7 +258,7 @@ def test_noise_gains_nothing_on_held_out_images():
 
 
 def test_the_score_is_that_of_a_slow_loop_that_shows_the_held_out_images_to_nobody():
-    """Everything is done again on copies of the other images alone, for every part of the outer splits."""
+    """The slow loop repeats choice and tuning for every outer split, on copies of the images outside it only."""
     rng = np.random.default_rng(3)
     count, seed = 40, 2
     gain = rng.normal(0.05, 0.5, (count, len(tuning.PAIRS) * len(tuning.SIZES)))
@@ -278,7 +278,7 @@ def test_the_score_is_that_of_a_slow_loop_that_shows_the_held_out_images_to_nobo
 
 
 def without_extras(made: tuning.Tuner, rows: np.ndarray) -> tuple[tuning.Way, dict]:
-    """`choose` where there are no pictures to fill hulls in."""
+    """`choose` without its hull and force options, for a Tuner without images."""
     dice = {way: made.held_out(way, rows) for way in tuning.WAYS}
     best = max(dice, key=lambda way: dice[way].mean())
     return next(way for way in tuning.WAYS if not tuning._better(dice[best], dice[way])), {}
@@ -317,7 +317,7 @@ def test_of_ways_that_differ_by_chance_the_simplest_is_taken(toy, monkeypatch):
     assert worth({}) == plain == worth({by_head: chance[0]})
     assert worth({by_head: real}) == by_head and worth({by_head: real, by_pixels: real}) == by_pixels
     last = tuning.WAYS[-1]
-    assert worth({last: real + chance[1], by_head: real}) == by_head  # better, but not by a standard error
+    assert worth({last: real + chance[1], by_head: real}) == by_head  # `last` is better by less than a standard error
     forced, filled = tuning.replace(plain, force=True), tuning.replace(plain, hull=True)
     assert worth({forced: chance[0], filled: chance[1]}) == plain
     assert worth({forced: real}) == forced and worth({filled: real}) == filled
@@ -334,7 +334,7 @@ def ring(*box: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def rings() -> tuple[np.ndarray, np.ndarray]:
-    """Kept predictions of rings on three images; the truth of the first two classes is the whole boxes."""
+    """Stored predictions of rings on three images; the truth of the first two classes is the filled boxes."""
     kept, truth = np.zeros((3, 4, 2 + HEIGHT * WIDTH), np.uint8), np.zeros((3, 4, HEIGHT, WIDTH), bool)
     for image in range(3):
         box = (50, 150 + 20 * image, 100, 200 + 30 * image)
@@ -343,7 +343,8 @@ def rings() -> tuple[np.ndarray, np.ndarray]:
             truth[image, label] = ring(*box)
             if label < 2:
                 truth[image, label, box[0] : box[1], box[2] : box[3]] = True
-    kept[:, :, 0] = 255 * np.array([[0.3, 0.2, 0.1, 0.2]])  # the head believes in no class, and in the first one most
+    # The head's presence is below 0.5 for every class and highest for the first.
+    kept[:, :, 0] = 255 * np.array([[0.3, 0.2, 0.1, 0.2]])
     kept[:, :, 1] = 200
     return kept, truth
 

@@ -1,4 +1,4 @@
-"""The network: both heads, checkpointing that changes memory only, what does not fit named before a run."""
+"""The network: both heads, checkpointing that changes only memory use, and settings refused before a run."""
 
 from dataclasses import replace
 

@@ -91,7 +91,7 @@ def test_zip_archive(folder, tmp_path_factory):
 
 
 def changed(number, old, new):
-    """A fault: in row `number` of train.csv `old` becomes `new`."""
+    """A function that replaces `old` by `new` in row `number` of a folder's train.csv, to make a faulty file."""
 
     def apply(folder):
         rows = rows_of(folder, "train.csv")
@@ -163,7 +163,7 @@ def test_faults_are_named_with_file_and_row(folder, fault, words):
 
 
 def written_again(folder, size):
-    """The run lengths of train.csv as those of masks of another size, as whoever resizes a data set leaves them."""
+    """Rewrite train.csv with the run lengths of masks resized to `size`, as in a resized copy of the data."""
     rows = []
     for row in rows_of(folder, "train.csv"):
         key, cell = row.split(",")
@@ -173,7 +173,7 @@ def written_again(folder, size):
 
 @pytest.mark.parametrize("size", [(140, 210), (350, 525)])
 def test_masks_of_resized_images_are_read_at_their_size(folder, size):
-    """Read at 1400x2100 every one of them would lie at the left edge."""
+    """If they were read at 1400x2100, every mask would lie at the left edge."""
     before, said = read(folder), []
     written_again(folder, size)
     (folder / "train_images" / sorted(NAMES)[0]).write_bytes(b"damaged: the next one shows the size")
@@ -181,12 +181,12 @@ def test_masks_of_resized_images_are_read_at_their_size(folder, size):
     assert after.runs.size == size and before.runs.size == (1400, 2100)
     for row in range(len(NAMES)):
         assert (after.runs.masks(row, (70, 105)) == before.runs.masks(row, (70, 105))).all()
-    assert len(said) == 1 and f"the runs are those of {size[0]}x{size[1]} masks" in said[0]
+    assert len(said) == 1 and f"run lengths are read as {size[0]}x{size[1]} masks" in said[0]
 
 
 def test_masks_of_a_size_that_nothing_else_has_are_refused(folder):
     written_again(folder, (280, 420))
-    with pytest.raises(UserError, match="train.csv: .* 280 pixels high.*images are 140x210: expected"):
+    with pytest.raises(UserError, match="train.csv: .* are 280 pixels apart.*images are 140x210: expected"):
         read(folder)
 
 
@@ -207,7 +207,7 @@ def test_images_of_subfolders_and_copies_of_a_mac_are_told_apart(folder):
     (train / "more").symlink_to(folder / "elsewhere")
     (train / f"._{NAMES[1]}").write_bytes(b"apple")
     assert read(folder).train_paths[sorted(NAMES).index(NAMES[0])] == train / "more" / NAMES[0]
-    write_image(train / "more" / NAMES[1], 140, 210, 0)  # the same name twice: the id is the first one's whole path
+    write_image(train / "more" / NAMES[1], 140, 210, 0)  # the same name twice: the file in train_images itself is used
     assert read(folder).train_paths[sorted(NAMES).index(NAMES[1])] == train / NAMES[1]
 
 

@@ -1,4 +1,4 @@
-"""The competition as a whole: from raw files to a checked CSV, and the flags that make no sense."""
+"""The competition as a whole: from raw files to a checked CSV, and flags that are refused."""
 
 import csv
 import io
@@ -102,7 +102,7 @@ def test_an_unreadable_test_image_is_named_before_the_training(folder, here):
 
 
 def test_averaged_runs_are_decided_by_the_better_ones_rules(folder, here):
-    """Whatever the order of RUN=, and though a run that trained on everything has none."""
+    """The order in RUN= does not matter, and a run that trained on all rows has no rules of its own."""
     words = ["train", "clouds", "--data", str(folder), *FLAGS, "--epochs", "1"]
     for name, more in (("one", []), ("two", ["--seed", "1"]), ("none", ["--fold", "none"])):
         code, output = run(*words, "--run", name, *more)
@@ -111,13 +111,13 @@ def test_averaged_runs_are_decided_by_the_better_ones_rules(folder, here):
     tables = set()
     for names in ("none,one,two", "two,none,one"):
         code, output = run("predict", "clouds", "--run", names)
-        assert code == 0 and f"decided by what {best} tuned" in output, output
+        assert code == 0 and f"decisions by the rules tuned in {best}" in output, output
         tables.add(Path(f"submissions/clouds/{names.replace(',', '+')}.csv").read_text())
     assert len(tables) == 1
 
 
 def test_a_class_that_is_missing_from_folds_is_trained_and_scored_all_the_same(folder, here):
-    """Sugar on one image: one fold cannot learn it, the others cannot validate it."""
+    """Sugar is on one image only: one fold cannot train on it, the other folds cannot validate it."""
     rows = [row if "_Sugar" not in row or row.startswith(NAMES[1]) else row.split(",")[0] + "," for row in train_rows()]
     assert sum(not row.endswith(",") for row in rows if "_Sugar" in row) == 1
     write_rows(folder, "train.csv", rows)
@@ -200,7 +200,7 @@ def test_validation_and_submission_use_one_metric(folder):
     stats = [metric.stats(empty, targets).double().sum(0) for metric in built.metrics]
     values = [metric.value(sums, len(NAMES)) for metric, sums in zip(built.metrics, stats, strict=True)]
     absent = np.array([[not truth_of(n, c).any() for c in range(4)] for n in range(len(NAMES))])
-    assert values[0] == pytest.approx(absent.mean())  # all empty scores the empty share
+    assert values[0] == pytest.approx(absent.mean())  # empty masks score 1 exactly where the class is absent
     assert values[1:] == pytest.approx(absent.mean(0).tolist())
     assert [metric.name for metric in built.metrics] == ["dice", *(f"dice_{name.lower()}" for name in CLASSES)]
 

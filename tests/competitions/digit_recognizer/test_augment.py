@@ -1,4 +1,4 @@
-"""Augmentation and views against slow loops and by what must not change."""
+"""Augmentation and TTA views, compared with slow loops and checked for what must stay the same."""
 
 import math
 
@@ -34,10 +34,10 @@ def test_bits_do_not_depend_on_the_batching(images, batch_size, threads):
 @pytest.mark.parametrize("strength", [None, FULL])
 @pytest.mark.parametrize("at_once", [1, 3, 50])
 def test_batches_made_on_a_card_are_those_of_one_sample_at_a_time(images, strength, at_once):
-    """As on a card: tensors that have moved, several batches in one call, here with a CPU for the card."""
+    """The path for a GPU, run on the CPU: tensors moved to the device and several batches made in one call."""
     labels = torch.arange(300) % 10
     alone = Digits(images, labels, strength)
-    order = orders.weighted(np.ones(300), 150)  # some rows come twice, with other numbers
+    order = orders.weighted(np.ones(300), 150)  # some rows are drawn twice, with different random numbers
     loader = Loader(Digits(images, labels, strength).to("cpu"), order, 16, seed=3)
     loader._batches_at_once = at_once
     batches, plan = list(loader.epoch(5)), order(3, 5)
@@ -51,7 +51,7 @@ def test_batches_made_on_a_card_are_those_of_one_sample_at_a_time(images, streng
 
 
 def test_the_loader_moves_the_data_to_its_device(images):
-    """A device without contents stands for a card: everything but the numbers is there."""
+    """The meta device, which has shapes but no values, stands in for a GPU."""
     data = Digits(images, strength=FULL)
     loader = Loader(data, orders.sequential(300), 64, seed=0, device="meta")
     assert data.images.device.type == data.labels.device.type == "meta" and loader._batches_at_once == 16
@@ -101,7 +101,7 @@ def test_affine_part_equals_a_slow_loop(images):
 
 
 def test_elastic_moves_pixels_by_about_its_strength():
-    # A ramp, one grey level a pixel: how far a pixel came from can be read from its value.
+    # A ramp of one grey level per pixel: the value of a pixel shows how far it was moved.
     ramp = (100 + torch.arange(28)).to(torch.uint8).expand(400, 1, 28, 28)
     moved = augment(ramp, Keys(0, 0, np.arange(400)), Strength(elastic=2.0)).float() - ramp.float()
     inner = moved[:, 0, 7:21, 7:21]
@@ -111,10 +111,10 @@ def test_elastic_moves_pixels_by_about_its_strength():
 
 
 def test_elastic_bending_has_nothing_to_do_with_the_affine_draws():
-    """A stream of its own: no shift of any place follows one of the six numbers that turn, scale and shift."""
+    """Elastic shifts come from their own random stream: none correlates with the six affine numbers."""
     keys = Keys(0, 0, np.arange(2000))
     ramp = (100 + torch.arange(28)).to(torch.uint8).expand(2000, 1, 28, 28)
-    places = torch.tensor([1, 6, 13, 20, 26])  # about the control points
+    places = torch.tensor([1, 6, 13, 20, 26])  # near the control points
     moved = augment(ramp, keys, Strength(elastic=2.0)).float() - ramp.float()
     moved = moved[:, 0, places][:, :, places].flatten(1).numpy()  # [2000, 25]
     draws = keys.uniform((6,), stream=0)
@@ -129,4 +129,4 @@ def test_transformed_turns_against_the_clock_and_enlarges(images):
     row, column = divmod(int(quarter.argmax()), 28)
     assert column in (13, 14) and row in (4, 5), "a turn to the left brings it to the top"
     larger = transformed(images, scale=1.2).sum((1, 2, 3)) / images.float().sum((1, 2, 3))
-    assert 1.3 < larger.mean().item() < 1.5  # 1.2 squared is 1.44, less what leaves the image
+    assert 1.3 < larger.mean().item() < 1.5  # 1.2 squared is 1.44, less the pixels that leave the image

@@ -30,7 +30,7 @@ def test_digits_are_the_bundled_ones(tmp_path):
     assert files.images.shape == (TRAIN_ROWS, 1, 28, 28) and len(files.test_images) == len(small) - TRAIN_ROWS
     assert np.array_equal(files.labels, labels[:TRAIN_ROWS])
     assert not files.images[:, 0, :4].any() and not files.images[:, 0, :, -4:].any(), "a border as in the real images"
-    # Averaged back to 4x4 blocks, the enlarged images are the small ones.
+    # Averaged over 4x4 blocks, the enlarged and the original images agree.
     inner = files.images[:, 0, 4:24, 4:24].reshape(-1, 4, 5, 4, 5).mean((2, 4)) / 255
     blocks = small[:TRAIN_ROWS].reshape(-1, 4, 2, 4, 2).mean((2, 4)) / 16
     assert np.corrcoef(inner.ravel(), blocks.ravel())[0, 1] > 0.99

@@ -1,4 +1,4 @@
-"""The network: shapes, inputs of either type, and memory order that changes nothing."""
+"""The network: shapes, uint8 and float inputs, and a memory format that does not change the outputs."""
 
 import pytest
 import torch

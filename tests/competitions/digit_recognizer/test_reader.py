@@ -1,4 +1,4 @@
-"""The reader against numbers written by hand: what it reads, what it caches, and what it refuses."""
+"""The reader on hand-written files: values, cache and refused input."""
 
 import shutil
 import zipfile
@@ -16,7 +16,7 @@ from competitions.digit_recognizer.reader import PIXEL_COLUMNS, read
 
 
 def write(folder: Path, train=None, test=None, sample=None) -> RawData:
-    """Files of 6 labelled and 4 test images, or the given lines (lists of cells) in place of one of them."""
+    """Write files of 6 labelled and 4 test images; `train`, `test` and `sample` are functions that change the lines."""
     generator = np.random.default_rng(5)
     pixels = generator.integers(0, 256, (10, 784))
     labels = [3, 0, 9, 1, 7, 2]
@@ -33,7 +33,7 @@ def write(folder: Path, train=None, test=None, sample=None) -> RawData:
 
 
 def cell(line: int, column: int, value):
-    """A change of one cell; line 1 is the header, as in the messages."""
+    """A function that changes one cell of a file's lines; line 1 is the header, as in the messages."""
 
     def change(lines):
         lines = [list(row) for row in lines]
@@ -172,7 +172,7 @@ FAULTS = {
         {"test": lambda lines: [["label", *lines[0]], *([1, *row] for row in lines[1:])]},
         ["test.csv", "not expected: label"],
     ),
-    "column twice": ({"train": cell(1, 4, "pixel2")}, ["train.csv", "missing: pixel3", "there twice: pixel2"]),
+    "column twice": ({"train": cell(1, 4, "pixel2")}, ["train.csv", "missing: pixel3", "more than once: pixel2"]),
     "columns swapped": (
         {"train": lambda lines: [[row[1], row[0], *row[2:]] for row in lines]},
         ["train.csv", "another order"],
@@ -199,7 +199,7 @@ FAULTS = {
     "no rows": ({"train": lambda lines: lines[:1]}, ["train.csv", "no rows"]),
     "sample header": ({"sample": cell(1, 1, "Digit")}, ["missing: Label", "not expected: Digit"]),
     "sample empty": ({"sample": lambda lines: []}, ["sample_submission.csv is empty"]),
-    "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv", "line 4: ImageId '2' is there twice"]),
+    "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv", "line 4: ImageId '2' appears twice"]),
     "id missing": ({"sample": lambda lines: lines[:-1]}, ["sample_submission.csv", "ids 1 to 4", "missing: 4"]),
     "id unknown": ({"sample": cell(5, 0, "x4")}, ["without a row in test.csv: x4", "missing: 4"]),
     "test row missing": ({"test": lambda lines: lines[:-1]}, ["ids 1 to 3", "without a row in test.csv: 4"]),

@@ -1,4 +1,4 @@
-"""The Task's slots: the rows that are written, what is valid, and the accuracy."""
+"""The Task's slots: submission rows, valid values and the accuracy."""
 
 from dataclasses import replace
 

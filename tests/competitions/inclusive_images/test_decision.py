@@ -1,4 +1,4 @@
-"""Decisions against scikit-learn, slow loops and by hand."""
+"""Decisions compared with scikit-learn, slow loops and values worked out by hand."""
 
 from dataclasses import asdict
 
@@ -108,7 +108,7 @@ def test_what_is_tuned_beats_the_default_and_says_what_it_is_worth():
 
 
 def test_the_default_stays_where_nothing_is_surely_better():
-    """Probabilities that are true: hundreds of rules, of which the best on few images is so by luck."""
+    """The probabilities are calibrated, so on few images the best of hundreds of rules is best by luck only."""
     tuned = []
     for seed in range(12):
         scores, truth = scores_and_truth(120, seed=seed)
@@ -138,7 +138,7 @@ def test_clusters_join_labels_that_come_together():
 
 
 def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
-    """Scores of pure noise: the best of a thousand rules looks better than it is, its score does not."""
+    """With random scores the best of a thousand rules does too well on its own images: the reported score is lower."""
     optimism = []
     for seed in range(8):
         rng = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_image_is_scored_by_the_default_and_two_by_the_rules_of_each_other(count):
     scores, truth = np.eye(30, dtype=np.float32)[[3, 4]][:count], csr_matrix(np.eye(30, dtype=np.uint8)[[3, 9]][:count])
-    default = Rule("threshold", 2.0)  # keeps nothing: the prior's labels
+    default = Rule("threshold", 2.0)  # no score reaches 2, so it predicts the prior's labels
     found = decision.tune(scores, truth, PRIOR, ALONE, (0,), default, seed=0)["score"]
     alone = [
         decision.tune(scores[[row]], truth[row], PRIOR, ALONE, (0,), default, seed=0)["rule"]

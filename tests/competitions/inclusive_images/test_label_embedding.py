@@ -1,4 +1,4 @@
-"""Label vectors against dense float64, by hand, and on the inputs that break the idea."""
+"""Label vectors, compared with dense float64 and with values worked out by hand, and on degenerate inputs."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from competitions.inclusive_images.label_embedding import LabelEmbedding
 
 
 def topics(images: int = 3000, labels: int = 60, groups: int = 6, seed: int = 0) -> csr_matrix:
-    """Images of a few topics: labels of a topic come together, a tenth of the labels from anywhere."""
+    """Labels of images with one topic each: labels of that topic, and in a tenth of the images one random label."""
     rng = np.random.default_rng(seed)
     dense = np.zeros((images, labels), np.uint8)
     size = labels // groups
@@ -148,7 +148,7 @@ def test_labels_never_seen_are_kept_out_and_mapped():
     wide[:, places] = dense
     narrow, found = LabelEmbedding.fit(csr_matrix(dense), 8), LabelEmbedding.fit(csr_matrix(wide), 8)
     assert set(found.known) <= set(places)
-    # The columns come in another order, so signs and rounding may differ: inner products may not.
+    # The columns are in another order, which may change signs and rounding of the vectors but not inner products.
     assert np.abs(found.vectors[places] @ found.vectors[places].T - narrow.vectors @ narrow.vectors.T).max() < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The label files: what is kept, what is counted, what is refused."""
+"""The label files: labels kept, label counts and refused files."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_index_is_a_bijection(tmp_path):
     index = labels.read_index(folder(tmp_path))
     assert [index.column[code] for code in index.codes] == list(range(len(index)))
     assert index.text(index.columns("/m/c /m/unknown /m/b")) == "/m/c /m/b"
-    with pytest.raises(UserError, match="/m/b is there twice"):
+    with pytest.raises(UserError, match="/m/b appears twice"):
         labels.LabelIndex(["/m/b", "/m/a", "/m/b"])
 
 
@@ -98,7 +98,7 @@ def test_tuning_labels_without_header(tmp_path):
         ),
         ("classes-trainable.csv", "code\n/m/a\n", "expected label_code"),
         ("classes-trainable.csv", "label_code\n", "has no rows"),
-        ("tuning_labels.csv", "t1,/m/a\nt1,/m/b\n", "'t1' is there twice"),
+        ("tuning_labels.csv", "t1,/m/a\nt1,/m/b\n", "'t1' appears twice"),
         ("tuning_labels.csv", "t1\n", "line 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The whole competition on its demo data: rows, samples, network, losses, submission, and what is refused."""
+"""The whole competition on its demo data: rows, samples, network, losses, submission and refused settings."""
 
 import dataclasses
 import shutil
@@ -119,7 +119,7 @@ def test_blended_pairs_share_their_labels_and_their_vectors(raw, mix, least, mos
 
 @pytest.mark.parametrize("augment", ["none", "light"])
 def test_crops_of_larger_images_have_the_size_and_more_detail(raw, augment):
-    """A crop of an image of the final size is stretched and blurs: its neighbouring pixels differ less."""
+    """A crop of an image of the final size must be enlarged, which blurs it: its neighbouring pixels differ less."""
 
     def sharpness(images: torch.Tensor) -> float:
         return images.float().diff(dim=-1).abs().mean().item()
@@ -159,7 +159,7 @@ def test_an_unreadable_test_image_is_named_before_the_training_and_may_be_replac
     image = other.path / "stage_1_test_images" / f"{whole.data.test_ids[3]}.jpg"
     contents = image.read_bytes()
     image.write_bytes(contents[:100])
-    for _ in range(2):  # as it is resized, and from the file
+    for _ in range(2):  # first while the cache file is made, then with the file there
         broken = built(other)
         with pytest.raises(UserError, match=f"1 of 40 test images cannot be read .*{image.name} is truncated"):
             checked_before(broken)
@@ -221,7 +221,7 @@ def test_training_drops_the_set_part_of_the_features_and_evaluation_none(raw):
 
 
 def training_labels(raw: RawData) -> np.ndarray:
-    """uint8 [n, 23] of the rows outside fold 0."""
+    """Labels uint8 [n, 23] of the rows outside fold 0."""
     files = rows.read(SMOKE, raw, lambda message: None)
     return files.labels.toarray()[files.folds != 0]
 
@@ -297,7 +297,7 @@ def test_a_backbone_that_does_not_take_the_size_is_refused_before_the_run(raw, b
 
 
 def test_the_count_head_leaves_no_trace_in_the_predictions(raw):
-    """So that runs with and without one can be averaged."""
+    """Predictions have the same shape with and without the count head, so that such runs can be averaged."""
     for count in (0.0, 0.01):
         built_task = built(raw, count=count)
         outputs = built_task.network.model().eval()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
@@ -315,7 +315,7 @@ def test_embedding_alone_scores_the_labels(raw):
     embedding = rows.embed(SMOKE, rows.read(SMOKE, raw, lambda message: None))
     for output, found in zip(outputs["embedding"].detach().double(), predictions.detach(), strict=True):
         for label, (vector, length) in enumerate(zip(embedding.vectors, embedding.lengths, strict=True)):
-            length = max(np.linalg.norm(vector), length)  # of a label without a vector it is 0
+            length = max(np.linalg.norm(vector), length)  # 0 for a label without a vector
             near = float(output @ torch.from_numpy(vector).double()) / float(output.norm()) / length if length else 0.0
             assert float(found[label]) == pytest.approx(1 / (1 + np.exp(-8 * near)), abs=1e-5)
     assert int(built_task.postprocess.apply(predictions, {})["labels"].sum()) == 10
@@ -368,10 +368,10 @@ def test_starting_from_a_run_that_saw_the_held_out_rows_is_refused(raw, tmp_path
     shutil.copytree(raw.path, other, ignore=shutil.ignore_patterns("cache"))
     header, *codes = (other / "classes-trainable.csv").read_text().splitlines()
     (other / "classes-trainable.csv").write_text("\n".join([header, *sorted(codes)]) + "\n")
-    with pytest.raises(UserError, match="run first was trained to predict 23 codes .* and the data have 23 codes"):
+    with pytest.raises(UserError, match="run first was trained to predict 23 codes .* but the data have 23 codes"):
         later = dataclasses.replace(config, start_from="first")
         rows.start_from(later, rows.read(later, RawData(other, "inclusive_images"), lambda message: None), trained)
-    # A run that saw the tuning images, and one that only started from it: `tuned` may go on from neither.
+    # One run was trained on the tuning images, another one started from it: `tuned` must not start from either.
     for name, changes in (
         ("everything", {"rows": "validated", "fold": "none"}),
         ("after", {"start_from": "everything", "fold": "none"}),
@@ -460,7 +460,7 @@ def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
             removed, words = 1, str(error)
     assert "stage_1_sample_submission.csv names" in words and "stage_1_test_images (1 of 40 images)" in words
     shutil.rmtree(other.path / "train_images")
-    with pytest.raises(UserError, match="holds no image of the 240"):
+    with pytest.raises(UserError, match="holds none of the 240"):
         rows.read(SMOKE, other, said.append)
 
 
@@ -505,7 +505,7 @@ def test_plots(raw, tmp_path):
         and "0.3000 with rules" in page
         and "boat" not in page.split("<img")[0]
     )
-    assert f"{len(held)} of them" in page
+    assert f"{len(held)} of these images" in page
     for name in ("similarity", "map", "curves"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 

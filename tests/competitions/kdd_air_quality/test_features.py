@@ -1,4 +1,4 @@
-"""Features against a slow loop over hours, for one series at one origin."""
+"""Features, compared with a slow loop over hours, for one series at one origin."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ def known(observations):
 
 @pytest.fixture(scope="module")
 def logs(observations):
-    """Logarithms of what is before the origin [hours, stations, 6]."""
+    """Logarithms of the values before the origin [hours, stations, 6]."""
     return np.log(np.maximum(observations.values[: END * 24].astype(float), features.FLOOR))
 
 
 @pytest.fixture(scope="module")
 def cycle_of(logs):
-    """(station, pollutant) -> the daily cycle [24]: the mean median of several windows, and of the hours around."""
+    """(station, pollutant) -> the daily cycle [24]: medians averaged over several windows and neighbouring hours."""
 
     def cycle(station: int, pollutant: int) -> np.ndarray:
         days = logs[:, station, pollutant].reshape(-1, 24)
@@ -115,7 +115,7 @@ def test_the_shape_is_the_cycle_of_the_station_beside_that_of_its_city(observati
 
 
 def test_inputs_have_the_names_of_the_table(observations, known):
-    """But for the time since the last value, which a network sees in days."""
+    """Inputs equal the table's columns of the same name; only hours_since_last_value is in days for the network."""
     table = dict(zip(known.names, known.table(np.array([0]), np.array([7]), np.array([NUMBER]))[0], strict=True))
     context, hourly = known.inputs()
     values = np.concatenate([context[0, NUMBER], hourly[0, 7, NUMBER]])

@@ -1,4 +1,4 @@
-"""Medians against pandas and numpy, imputation against what it must not know."""
+"""Medians compared with pandas and numpy; imputation, which must not use values after the origin."""
 
 import warnings
 from dataclasses import replace
@@ -33,7 +33,7 @@ def test_sliding_medians_equal_numpy(missing):
 
 
 def test_a_window_of_n_days_holds_the_n_days_before_the_origin():
-    """The value is its day: the median of days 53..59 is 56, for both forecast days."""
+    """Each value is the number of its day: the median of days 53..59 is 56, for both forecast days."""
     series = np.repeat(np.arange(60.0), 24)[:, None].astype(np.float32)
     np.testing.assert_array_equal(medians.forecast(series, (7,), np.array([60])), np.full((1, 48, 1), 56.0))
     series[-24:] = 1000  # the newest day is used
@@ -57,7 +57,7 @@ def test_names_of_windows():
 
 
 def city_series(hours: int = 600, seed: int = 0) -> np.ndarray:
-    """[hours, 13] with a common course in each group, so that neighbours know each other."""
+    """Values [hours, 13] with a common trend in each group, so that neighbours predict each other."""
     random = np.random.default_rng(seed)
     result = np.empty((hours, len(SMALL.series)), np.float32)
     for group in dict.fromkeys(SMALL.groups):
@@ -89,7 +89,7 @@ def test_neighbours_fill_better_than_time(observations):
 
 
 def test_the_threshold_counts_the_stations_that_are_missing():
-    """Of 35 in Beijing fewer than 17, of 13 in London fewer than 6, the target among them."""
+    """Filled if fewer than 17 of 35 stations (Beijing) or 6 of 13 (London) are missing, the target included."""
     network = Network()
     for city, limit, pollutant in (("Beijing", 17, "PM2.5"), ("London", 6, "PM10")):
         members = [number for number, group in enumerate(network.groups) if group == f"{city} {pollutant}"]
@@ -103,7 +103,7 @@ def test_forward_then_backward_then_the_mean():
     series = np.full((72, len(SMALL.series)), np.nan, np.float32)
     series[:] = 5
     series[:, 0] = np.repeat([np.nan, 7, np.nan], 24)
-    series[:, 3] = np.nan  # another station's PM2.5 is empty: the city's mean of the hour
+    series[:, 3] = np.nan  # another station's PM2.5 is empty: filled by the city's mean of each hour
     filled = impute.complete(series, SMALL)
     assert (filled[:, 0] == 7).all() and np.isfinite(filled).all()
     np.testing.assert_allclose(filled[:, 3], 6)
@@ -111,7 +111,7 @@ def test_forward_then_backward_then_the_mean():
 
 
 def test_imputers_know_nothing_after_the_origin(observations):
-    """Other values at and after the origin give the same regressors and the same filled past; before it, others."""
+    """Changes at or after the origin alter neither the regressors nor the filled past; a change before it does."""
     series = city_series()
     series[np.random.default_rng(3).random(series.shape) < 0.1] = np.nan
     origin = observations.start + np.timedelta64(480, "h")
@@ -137,5 +137,5 @@ def test_imputers_are_the_same_in_parallel_and_with_another_backend(observations
     whole = observed(observations, city_series(300))
     alone = impute.fit(whole, jobs=1)
     assert impute.fit(whole, jobs=2) == alone
-    with joblib.parallel_config(backend="multiprocessing"):  # like Ray's it cannot hand back results one by one
+    with joblib.parallel_config(backend="multiprocessing"):  # like Ray's backend it cannot return results one by one
         assert impute.fit(whole, jobs=2) == alone

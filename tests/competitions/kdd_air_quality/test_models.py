@@ -1,4 +1,4 @@
-"""The forecasters: features and forecasts that cannot see past the origin, the loss, network, Prophet and blend."""
+"""The forecasters: no leakage from after the origin; the loss, the network, Prophet and the blend."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ DAYS = days_between("2018-03-20", "2018-03-23")
 
 @pytest.fixture(scope="module")
 def fitted(observations, tmp_path_factory):
-    """Models that are fitted before the first of DAYS."""
+    """Models fitted on the data before the first of DAYS."""
     run = Run(tmp_path_factory.mktemp("run"), {})
     known = observations.before(first_hour(DAYS[0]))
     found = models.Models(CONFIG, run)
@@ -45,7 +45,7 @@ def fitted(observations, tmp_path_factory):
 
 
 def with_other_future(observations, hour: np.datetime64):
-    """Everything at and after `hour` is something else."""
+    """The observations with random values at and after `hour`."""
     row = int((hour - observations.start) / HOUR)
     values = observations.values.copy()
     values[row:] = np.random.default_rng(0).lognormal(5, 2, values[row:].shape)
@@ -68,7 +68,7 @@ def test_forecasts_see_nothing_at_or_after_their_origin(observations, fitted, na
     np.testing.assert_array_equal(known[:-1], expected[:-1])
 
 
-@pytest.mark.parametrize("name", ["boosting", "mlp"])  # the first with the linear one that it starts from
+@pytest.mark.parametrize("name", ["boosting", "mlp"])  # boosting with the linear forecaster that it starts from
 def test_fits_see_nothing_at_or_after_the_cut(observations, fitted, tmp_path, name):
     cut = first_hour(DAYS[0])
     other = models.Models(CONFIG, Run(tmp_path, {}))
@@ -78,7 +78,7 @@ def test_fits_see_nothing_at_or_after_the_cut(observations, fitted, tmp_path, na
 
 
 def test_the_network_of_a_period_learns_nothing_from_its_held_days(observations, tmp_path):
-    """The held days only log a score: with other values there the weights are the same."""
+    """The held-out days are only scored: other values on these days do not change the weights."""
     cut, weights = first_hour(DAYS[0]), []
     for number, source in enumerate((observations, with_other_future(observations, cut))):
         run = Run(tmp_path / str(number), {})
@@ -109,7 +109,7 @@ def test_features_of_an_origin_do_not_depend_on_the_others(observations):
     table = whole.table(np.array([1]), np.array([30]), np.array([5]))
     assert table.shape == (1, len(whole.names))
     assert table[0, whole.names.index("hours_ahead")] == 30 and table[0, whole.names.index("hour")] == 6
-    # Origin 41 is 2018-02-11 00:00, a Sunday; hour 30 is Monday.
+    # Origin 41 is Sunday 2018-02-11 00:00, so 30 hours ahead is Monday, weekday 0.
     assert table[0, whole.names.index("weekday")] == 0
 
 
@@ -149,7 +149,7 @@ def test_the_least_history_that_is_let_through_is_enough(observations, tmp_path,
 
 
 def smape_and_penalty(coefficients: np.ndarray, table: np.ndarray, target: np.ndarray, penalty: np.ndarray) -> float:
-    """What the linear forecaster minimises, by numerical integration of the slope that its rounds use."""
+    """The linear forecaster's objective, by numerical integration of the loss's slope that its rounds use."""
     steps = np.linspace(0, 12, 24_001)
     slope = (1 - np.tanh(steps / 2) ** 2) * np.minimum(steps / linear.ROUNDED_OFF, 1)
     loss = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(steps))])
@@ -184,7 +184,7 @@ def test_the_linear_forecaster_of_a_pollutant_without_values_is_its_daily_cycle(
 
 
 def test_the_penalty_grows_with_the_root_of_a_feature_s_age():
-    """Days: 1 of what is no part of the past, or a whole day of it. The past of the city has less, single days more."""
+    """Ages are in days, 1 for features without an age. The city's past is penalised less, single past days more."""
     days = {"last_value": 1 / 24, "city_shape": 1 / 24, "last_6_hours": 1 / 4, "here_CO_last_24_hours": 1}
     days |= {"city_NO2_last_168_hours": 7, "same_hour_7_days_ago": 7, "median_30_days": 1, "spread_last_day": 1}
     expected = {name: age**0.5 for name, age in days.items()} | {"city_last_48_hours": 0.4 * 2**0.5}
@@ -195,7 +195,7 @@ def test_the_penalty_grows_with_the_root_of_a_feature_s_age():
 
 
 def test_what_stations_share_is_where_the_air_of_their_own_city_is(observations):
-    """Against a slow loop: logarithms of the last six hours relative to the daily cycle, without those of the city."""
+    """Compared with a slow loop: a series' last six hours relative to its daily cycle, minus the mean of its city."""
     network, hour = observations.network, 50 * 24
     known = features.build(observations, np.array([50]))
     recent = features.log_of(observations.series()[hour - 6 : hour]) - known.base[0, 18:]
@@ -235,7 +235,7 @@ def test_the_network_is_trained_on_the_last_days(observations, tmp_path, monkeyp
 
 
 def drawn(observations, share: float, seed: int, draw: int, parts: int = 1) -> np.ndarray:
-    """Rows of Beijing that a boosted model sees, the same ones in every part, one a line."""
+    """The training rows of Beijing that one draw gives a boosted model, from `parts` copies of the same data."""
     ends = np.arange(40, 43)
     known = features.build(observations, ends)
     part = known, features.targets(observations, known.base, ends), np.float32(0)
@@ -243,7 +243,7 @@ def drawn(observations, share: float, seed: int, draw: int, parts: int = 1) -> n
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Part of the rows that are in both."""
+    """The share of the rows of `one` that are also in `other`."""
     return len({row.tobytes() for row in one} & {row.tobytes() for row in other}) / len(one)
 
 
@@ -284,7 +284,7 @@ def test_kinds_of_trees_split_differently():
 
 
 def test_stations_that_repeat_each_other_change_no_line():
-    """The penalty grows with the stations as their rows do."""
+    """The penalty grows with the number of stations as the number of rows does, so copies do not change the fit."""
     random = np.random.default_rng(0)
     context, hourly = random.normal(0, 1, (2, 60, 1, 2)).astype(np.float32)
     season = random.normal(0, 1, (60, 2)).astype(np.float32)
@@ -299,7 +299,7 @@ def test_stations_that_repeat_each_other_change_no_line():
 
 
 def test_a_part_of_the_trees_starts_from_the_linear_forecast(observations, fitted):
-    """A linear forecast that is a tenth higher raises the boosted one by that part of a tenth."""
+    """One of three draws starts from the linear forecast: with 0.1 more in its logarithm, the mean has 0.1 / 3 more."""
     folder = fitted.folder
     files = sorted(folder.glob("boosting-*.json"))
     members = [member for file in files for member in json.loads(file.read_text())]
@@ -317,7 +317,7 @@ def network_rows(observations, ends):
 
 
 def test_rows_hold_the_past_and_the_targets_in_their_places(observations):
-    """The value is its hour: the last input hour is the one before the origin, the first target the one after."""
+    """Each value is the number of its hour: the inputs end just before the origin, where the targets begin."""
     hours = np.arange(len(observations.values), dtype=np.float32) + 1
     timed = replace(observations, values=np.broadcast_to(hours[:, None, None], observations.values.shape).copy())
     rows = network_rows(timed, [30, 31])
@@ -394,7 +394,7 @@ def test_the_blend_beats_the_models_it_is_of_and_leaves_out_the_one_behind():
 
 
 def test_the_blend_halves_the_weight_of_a_model_that_is_one_percent_behind(monkeypatch):
-    monkeypatch.setattr(blend, "PULL_TO_START", 1e3)  # the weights stay where they begin
+    monkeypatch.setattr(blend, "PULL_TO_START", 1e3)  # the weights stay at their initial values
     monkeypatch.setattr(blend, "PULL_TO_SHARED", 1e3)
     network, truth = Network(("dongsi_aq",)), np.full((4, 48, 3), 20.0)
     forecasts = {name: truth * np.exp(2 * np.arctanh(error)) for name, error in (("best", 0.3), ("behind", 0.303))}
@@ -403,7 +403,7 @@ def test_the_blend_halves_the_weight_of_a_model_that_is_one_percent_behind(monke
 
 
 def test_the_blend_leans_to_the_model_that_a_city_needs():
-    """Two models with the same errors in sum, each better in one city of six series."""
+    """Two models with equal total errors, each better in one of two cities with six series each."""
     random = np.random.default_rng(0)
     network = Network(("dongsi_aq", "tiantan_aq", "CD1", "BL0", "GR4"))
     truth = random.lognormal(3, 0.5, (20, 48, 12))
@@ -458,7 +458,7 @@ def test_periods_are_refitted_and_the_first_blend_comes_from_before():
     before, march, april = periods_of(days, 31, 28)
     assert [str(before[0]), str(before[-1])] == ["2018-01-31", "2018-02-27"]
     assert str(march[0]) == "2018-03-01" and str(april[0]) == "2018-04-01" and len(april) == 28
-    # The truth of the last day before is over at the first origin: it ends two days after its submit day.
+    # The 48 forecast hours of the last day before March end no later than the first origin of March.
     assert first_hour(before[-1]) + 48 * HOUR <= first_hour(march[0])
 
 

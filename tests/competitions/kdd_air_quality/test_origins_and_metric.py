@@ -1,4 +1,4 @@
-"""The time arithmetic and the official score against hand cases and a slow loop over points."""
+"""The time arithmetic and the official score, compared with hand-worked cases and a slow loop over points."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_131_series_and_both_spellings():
 
 
 def slow_score(truth: np.ndarray, forecast: np.ndarray, stations: tuple[str, ...]) -> list[float]:
-    """The organisers' rules, a point at a time."""
+    """The organisers' scoring rules, applied point by point."""
     result = []
     for day in range(len(truth)):
         terms = []
@@ -147,7 +147,7 @@ def test_breakdown_pools_the_same_points():
 
 
 def test_score_of_nothing_on_the_real_months(real_data):
-    """Zeros cost 2 wherever the truth is above 0: figures known from the organisers' truth of March 2018."""
+    """A forecast of 0 costs 2 wherever the truth is above 0; the scores are known from the truth of March 2018."""
     from common.raw import RawData
 
     observations = read(RawData(real_data / "kdd_cup_2018", "kdd_air_quality"))

@@ -1,4 +1,4 @@
-"""The verbs on the generated files: what they write, what they keep, and what they say to bad input."""
+"""The commands on the generated files: what they write, what they leave unchanged, and errors for bad input."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def home(tmp_path_factory, demo_folder):
 
 @pytest.fixture
 def here(home, tmp_path, monkeypatch):
-    """A copy of that directory for one test: what another one wrote is not in it."""
+    """A fresh copy of that directory for each test, without files that other tests wrote."""
     folder = shutil.copytree(home, tmp_path / "here")
     monkeypatch.chdir(folder)
     yield folder
@@ -41,7 +41,7 @@ def here(home, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """Plots take longer than the fits, and one run above has them."""
+    """Skip the plots, which take longer than the fits; the run of `home` has them."""
     monkeypatch.setattr(report, "draw", lambda *given: None)
 
 
@@ -60,7 +60,7 @@ def test_train_writes_the_day_after_the_data_end(here):
         assert all(float(text) >= 0 for text in numbers)
     assert rows[-1][3] == ""
     origin = json.loads(path.with_suffix(".json").read_text())
-    assert origin["first_hour"] == "2018-04-01T00" and origin["day"] == "2018-03-31" and "closed" in origin["submit"]
+    assert origin["first_hour"] == "2018-04-01T00" and origin["day"] == "2018-03-31" and "no more" in origin["submit"]
 
 
 def test_the_run_holds_its_scores_and_its_page(here):
@@ -81,7 +81,7 @@ def test_the_run_holds_its_scores_and_its_page(here):
 
 
 def test_a_forecast_has_the_same_bits_with_the_later_rows_deleted(here, tmp_path):
-    """`predict` of an earlier day, once with everything in the folder and once with that day's future cut off."""
+    """`predict` for an earlier day, once with all data and once with the later rows deleted."""
     words = ["predict", "kdd_air_quality", "--run", "a", "--first-day", "2018-03-20"]
     path = here / "submissions" / "kdd_air_quality" / "a-2018-03-20.csv"
     assert main([*words, "--data", "files"]) == 0
@@ -125,7 +125,7 @@ def test_short_ids_come_back_as_they_were(here):
 
 
 def test_the_order_of_the_sample_moves_rows_and_no_forecast(here):
-    """The rows in another order, and London alone: every id keeps the value it had."""
+    """With the rows in another order or of London alone, every id keeps its forecast."""
     words = ["predict", "kdd_air_quality", "--run", "a", "--first-day", "2018-03-31"]
     path = here / "submissions" / "kdd_air_quality" / "a-2018-03-31.csv"
     assert main([*words, "--data", "files"]) == 0
@@ -152,7 +152,7 @@ def test_a_sample_with_other_stations_than_the_run_s_is_refused(here, capsys):
 
 @pytest.mark.usefixtures("no_plots")
 def test_one_city_alone(here):
-    """The way out that an empty city's message names: a sample submission without its stations."""
+    """The message about a city without data advises a sample submission without its stations: that works."""
     path = here / "files" / "sample_submission.csv"
     header, *lines = path.read_text().splitlines()
     kept = [line for line in lines if line.split("#")[0] in demo.LONDON]
@@ -165,7 +165,7 @@ def test_one_city_alone(here):
 
 @pytest.mark.usefixtures("no_plots")
 def test_one_station_alone(here):
-    """Three series of one station: metrics drop sizes of one, and the truth then looks like the forecasts."""
+    """Metrics drop the station axis of size 1, so the truth then has the shape of the three series' forecasts."""
     path = here / "files" / "sample_submission.csv"
     kept = [line for line in path.read_text().splitlines() if line.startswith(("test_id", "dongsi_aq"))]
     path.write_text("\n".join(kept) + "\n")
@@ -178,7 +178,7 @@ def test_one_station_alone(here):
 
 
 def test_newer_data_are_forecast_from_their_own_end(here):
-    """A day's new files in DATA=, and no day named: its help says the last of the data."""
+    """New files of later days in DATA= and no --first-day: as its help says, the data's last day is forecast."""
     for name in ("bj_aq_2018.csv", "ld_aq_2018.csv"):
         frame = pd.read_csv(here / "files" / name)
         frame["time"] = (pd.to_datetime(frame["time"]) + pd.Timedelta(days=2)).astype(str)
@@ -190,7 +190,7 @@ def test_newer_data_are_forecast_from_their_own_end(here):
 
 @pytest.mark.parametrize("what, other", [("models", ["medians"]), ("stations", [*demo.BEIJING, "CD1", "BL0", "KF1"])])
 def test_runs_without_a_common_mean_are_not_averaged(here, capsys, what, other):
-    """Also where the shapes are the same: the mean of two stations is the forecast of none."""
+    """Refused even if the shapes agree: a mean over different stations is no station's forecast."""
     home = here / "runs" / "kdd_air_quality"
     shutil.copytree(home / "a", home / "b")
     result = json.loads((home / "b" / "result.json").read_text())
@@ -205,7 +205,7 @@ def test_runs_without_a_common_mean_are_not_averaged(here, capsys, what, other):
 
 
 def test_what_is_missing_stands_beside_the_file(here, capsys):
-    """A folder with the last days only: less history than the longest window of the run."""
+    """A folder with the last days only has less history than the run's longest window, as the sidecar warns."""
     shutil.copytree(here / "files", here / "late")
     for name in [file.name for file in (here / "late").glob("*.csv") if file.name != "sample_submission.csv"]:
         frame = pd.read_csv(here / "late" / name)
@@ -213,7 +213,7 @@ def test_what_is_missing_stands_beside_the_file(here, capsys):
         if time is not None:
             frame[pd.to_datetime(frame[time], format="mixed") >= "2018-03-12"].to_csv(here / "late" / name, index=False)
     assert main(["predict", "kdd_air_quality", "--run", "a", "--data", "late", "--first-day", "2018-03-31"]) == 0
-    assert "20 days of history, the longest window has" in capsys.readouterr().out
+    assert "20 days of history, fewer than the longest window" in capsys.readouterr().out
     sidecar = (here / "submissions" / "kdd_air_quality" / "a-2018-03-31.json").read_text()
     assert any("20 days of history" in text for text in json.loads(sidecar)["warnings"])
 
@@ -251,7 +251,7 @@ def test_backtest_of_a_fitted_run_fits_nothing(here, capsys):
 
 @pytest.mark.parametrize("verb", ["train", "backtest", "backtest --run a"])
 def test_days_that_cannot_be_scored_are_refused_before_anything_is_fitted(here, capsys, verb):
-    """No PM10 in the last weeks: values are there, but no row is scored."""
+    """Without PM10 in the last weeks there are values, but no row that the metric scores."""
     for file in (here / "files").glob("*.csv"):
         frame = pd.read_csv(file)
         time = next((c for c in frame if c in ("utc_time", "time", "MeasurementDateGMT")), None)
@@ -264,7 +264,7 @@ def test_days_that_cannot_be_scored_are_refused_before_anything_is_fitted(here, 
     small = [] if words else SMALL
     assert main([verb, "kdd_air_quality", "--data", "files", *small, *words, *days]) == 1
     error = capsys.readouterr().err
-    assert "nothing can be scored of the forecasts of 2018-03-2" in error and "--last-day" in error
+    assert "the forecasts of 2018-03-2" in error and "--last-day" in error
     assert [folder.name for folder in (here / "runs" / "kdd_air_quality").iterdir()] == ["a"]
 
 
@@ -276,7 +276,7 @@ def test_half_known_days_have_no_official_score(here, capsys):
     sidecar = (here / "submissions" / "kdd_air_quality" / "a-2018-03-30.json").read_text()
     assert json.loads(sidecar)["official_score"] is None
     assert main(["backtest", *words, "2018-03-31"]) == 0
-    assert "not scored, the data end before their 48 hours do: 2018-03-30, 2018-03-31" in capsys.readouterr().out
+    assert "not scored, as the data end before their 48 hours do: 2018-03-30, 2018-03-31" in capsys.readouterr().out
     scores = pd.read_csv(here / "runs" / "kdd_air_quality" / "a" / "backtest-2018-03-29-2018-03-31" / "scores.csv")
     assert scores["blend"].notna().tolist() == [True, False, False]
 
@@ -295,7 +295,7 @@ def test_held_out_days_are_over_when_the_data_end_at_noon(here):
 def test_backtest_of_a_fitted_run_refuses_settings_of_another(here, capsys):
     words = ["backtest", "kdd_air_quality", "--data", "files", "--run", "a", "--first-day", "2018-03-28"]
     assert main([*words, "--model", "linear", "--refit-days", "3"]) == 1
-    assert "model:  -> linear; refit_days: 31 -> 3: runs/kdd_air_quality/a is fitted" in capsys.readouterr().err
+    assert "model:  -> linear; refit_days: 31 -> 3: runs/kdd_air_quality/a was fitted" in capsys.readouterr().err
     assert main([*words, *SMALL, "--jobs", "2"]) == 0, "its own settings and the machine's are no others"
 
 
@@ -308,7 +308,7 @@ def test_backtest_of_a_run_that_is_not_there_says_so(here, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words", [["backtest"], ["train", "--backtest-days", "84"]])
 def test_too_short_a_history_is_refused_before_anything_is_fitted(here, capsys, words):
-    """Such as the defaults of a backtest on demo data."""
+    """For example, the defaults of a backtest need more history than the demo data have."""
     verb, *rest = words
     assert main([verb, "kdd_air_quality", "--data", "files", *rest]) == 1
     assert "hold out fewer --backtest-days" in capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_the_kept_forecasts_are_not_those_of_other_stations(here, capsys):
     facts = here / "runs" / "kdd_air_quality" / "a" / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"data": str(here / "files")}))
     assert main(["predict", "kdd_air_quality", "--run", "a"]) == 1
-    assert "keeps predictions for" in capsys.readouterr().err
+    assert "only predictions for" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_trained_again(here, capsys):

@@ -1,4 +1,4 @@
-"""The reader: every layout, both spellings, duplicates, negative values, and what it says about odd files."""
+"""The reader: all file layouts, both spellings, duplicates, negative values, and warnings about odd files."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def test_of_two_values_the_last_one_counts_and_a_blank_does_not(files):
 
 
 def test_the_archive_of_series_reads_the_same_values(files, tmp_path):
-    """The Zenodo layout: one line a series."""
+    """The Zenodo layout has one line per series."""
     observations = load(files)
     attributes = (
         "series_name string",
@@ -124,11 +124,11 @@ def test_another_unit_is_not_taken_for_the_files_own():
 
 
 def test_a_file_with_two_columns_of_a_pollutant_is_left_out(files):
-    """One of them may be a correction, or of another unit: nobody can tell which counts."""
+    """One of the columns may be a correction or have another unit, so the reader cannot choose."""
     frame = pd.read_csv(files / HISTORY).assign(PM25_Concentration=1.0)
     frame.to_csv(files / HISTORY, index=False)
     warning = load(files).warnings[0]
-    assert f"{HISTORY} was not read: PM2.5 and PM25_Concentration both say PM2.5" in warning
+    assert f"{HISTORY} was not read: PM2.5 and PM25_Concentration both hold PM2.5" in warning
 
 
 def test_columns_of_the_weather_beside_the_pollutants_hide_nothing(files):
@@ -143,7 +143,7 @@ def test_values_that_are_no_numbers_are_named(files):
     frame.assign(PM10=texts.str.replace(".", ",")).to_csv(files / HISTORY, index=False)
     (warning,) = load(files).warnings
     count, example = frame["PM10"].notna().sum(), texts[frame["PM10"].notna()].iloc[0].replace(".", ",")
-    assert f"{HISTORY}: {count} values of PM10 are no numbers" in warning and repr(example) in warning
+    assert f"{HISTORY}: {count} values of PM10 are not numbers" in warning and repr(example) in warning
 
 
 @pytest.mark.parametrize("name, sentinel", [(HISTORY, -999), (HISTORY, 999), (LONDON, -1), (LONDON, 9999)])
@@ -156,11 +156,13 @@ def test_numbers_for_missing_values_are_missing(files, name, sentinel):
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected.values)
     (warning,) = observations.warnings
-    assert f"{name}: {count} values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+    assert (
+        f"{name}: {count} implausible values count as missing" in warning and f"{sentinel} ({count} times)" in warning
+    )
 
 
 def test_a_value_below_zero_that_is_rare_was_measured(files):
-    """Eighty-four of London's real hours are -1: too few for a number that stands for nothing."""
+    """London's real files have -1 in 84 hours, too few for a code for missing values."""
     frame = pd.read_csv(files / LONDON)
     column = next(name for name in frame if name.startswith("NO2"))
     rows = frame[column].dropna().index[10:94]
@@ -178,7 +180,8 @@ def test_numbers_for_missing_values_in_the_archive_of_series(tmp_path):
     expected = np.float32([5, np.nan, -0.4, np.nan, np.nan, 7])
     np.testing.assert_array_equal(observations.values[:, 1, 0], expected)
     assert any(
-        "kdd.tsf: 4 values count as missing" in text and "-999 (2 times)" in text for text in observations.warnings
+        "kdd.tsf: 4 implausible values count as missing" in text and "-999 (2 times)" in text
+        for text in observations.warnings
     )
 
 
@@ -189,7 +192,7 @@ def test_what_is_not_finite_is_missing_and_named(files):
     frame.to_csv(files / HISTORY, index=False)
     observations = load(files)
     (warning,) = observations.warnings
-    assert f"{HISTORY}: 1 values of O3 are no numbers and count as missing" in warning
+    assert f"{HISTORY}: 1 values of O3 are not numbers and count as missing" in warning
     assert np.isnan(value(observations, frame["stationId"][row], frame["utc_time"][row], 2))
 
 
@@ -202,7 +205,7 @@ def test_a_day_without_hours_does_not_become_its_midnight(files):
     frame.to_csv(files / LONDON, index=False)
     observations = load(files)
     (warning,) = observations.warnings
-    assert f"{LONDON}: {len(rows)} rows are left out, their time has no hour, such as '2018/1/20'" in warning
+    assert f"{LONDON}: {len(rows)} rows are left out because their time has no hour, such as '2018/1/20'" in warning
     day = int((np.datetime64("2018-01-20T00") - observations.start) / HOUR)
     london = [observations.network.stations.index(name) for name in demo.LONDON]
     assert np.isnan(observations.values[day : day + 24, london]).all()
@@ -215,12 +218,12 @@ def test_a_table_of_days_is_left_out(files):
     (files / "zz_days.csv").write_text("stationId,utc_time,PM2.5\ndongsi_aq,2018-02-01,77\ndongsi_aq,2018-02-02,77\n")
     observations = load(files)
     np.testing.assert_array_equal(observations.values, expected.values)
-    assert "zz_days.csv: 2 rows are left out, their time has no hour" in observations.warnings[0]
+    assert "zz_days.csv: 2 rows are left out because their time has no hour" in observations.warnings[0]
 
 
 @pytest.mark.parametrize("layout", ["%Y-%m-%d", "%d/%m/%Y"])
 def test_midnight_written_as_a_date_alone_is_midnight(files, layout):
-    """As R writes it, beside the other hours of the day; the same row twice is still one."""
+    """R writes midnight as a date alone among the other hours; a repeated row counts once."""
     expected = load(files)
     frame = pd.read_csv(files / LONDON)
     hours = pd.to_datetime(frame["MeasurementDateGMT"], format="mixed")
@@ -475,7 +478,7 @@ class TestTable:
             (["CD1#0"], "line 2: 1 values, expected 4"),
             (["CD1#0,0,0"], "line 2: 3 values, expected 4"),
             (["   "], "line 2: 1 values, expected 4"),
-            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 is there twice, first in line 2"),
+            (["CD1#0,0,0,", "CD1#0,0,0,"], "line 3: id CD1#0 appears twice, first in line 2"),
             (["CD1#0,0,0,nan"], "id CD1#0 has the value 0.0000,0.0000,nan"),
             (["CD1#0,0,0,-1"], "O3 is -1, expected 0 or more"),
             (["CD1#0,0,0,none"], "O3 is 'none', expected a number"),

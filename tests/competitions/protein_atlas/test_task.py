@@ -1,4 +1,4 @@
-"""The competition as a whole: real file formats, faults that are named before the training, losses, labels, report."""
+"""The competition as a whole: file formats, faults reported before the training, losses, labels and report."""
 
 import contextlib
 import csv
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    """A copy that a test may spoil: files are links, so that only what is written anew differs."""
+    """A folder of links to the files of `made`: a test may replace files without changing the originals."""
     for path in made.rglob("*"):
         if path.is_file() and "cache" not in path.parts:
             own = tmp_path / "data" / path.relative_to(made)
@@ -87,7 +87,7 @@ def rewrite(path: Path, *changes: tuple[str, str]) -> None:
         ("0 -1", "label -1, expected"),
         ("0,5", "train.csv line 2"),
         ("1.0", "label 1.0, expected"),
-        ("3 3", "a label is there twice"),
+        ("3 3", "a label appears twice"),
     ],
 )
 def test_a_target_that_is_none_is_named_with_file_and_line(folder, target, expected):
@@ -171,7 +171,7 @@ def test_taking_turns_needs_a_second_loss(folder):
 
 
 def test_nasnet_large_takes_four_channels_and_weights_of_three(monkeypatch):
-    """On the meta device: shapes without numbers."""
+    """Checked on the meta device, which has shapes but no values."""
     full = config.RECIPES["full"]
     assert full.backbone == "nasnetalarge" and full.size == (512, 512) and full.batch_size == 64
     assert full.micro_batch == "auto"
@@ -194,7 +194,7 @@ def test_the_fourth_channel_starts_as_the_flag_says(yellow, tmp_path, capsys):
     images = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         normal = network.normalize(images)
-        normal[:, 3] = 0  # what is left of a channel that is as its mean everywhere
+        normal[:, 3] = 0  # a channel that equals its mean everywhere is 0 after normalisation
         torch.testing.assert_close(network.backbone(normal), three(normal[:, :3]))
         stem, own = (next(net.parameters()) for net in (network.backbone, three))
         copied = own.mean(1) if yellow == "mean" else own[:, ["red", "green", "blue"].index(yellow)]
@@ -330,7 +330,7 @@ def test_from_files_to_a_checked_csv_and_a_report(folder, tmp_path, monkeypatch)
     page = Path("runs/protein_atlas/one/report.html").read_text()
     for name in ("together", "frequency", "worst_of_labels"):
         assert Path(f"runs/protein_atlas/one/{name}.png").is_file()
-    assert "Cytosol" in page and "by giving every label to each" in page and not re.search(r'src="(?!data:)', page)
+    assert "Cytosol" in page and "Giving every label to every image" in page and not re.search(r'src="(?!data:)', page)
 
 
 def test_colours_are_composed_for_the_eye():
