@@ -180,8 +180,9 @@ def _scored(run: Run) -> _Scored | None:
 def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> tuple[str, str] | None:
     """The best of the runs `names`, and why in a sentence; None if none of them exists and has a score.
 
-    Among runs that hold out every fold, of data no smaller than those of the others, the score decides. A run with fewer rows takes their place only if it is better
-    by CLEARLY on the folds that both have held out; folds of different splits cannot be compared.
+    Among runs that hold out every fold, of data no smaller than those of the others, the score decides. A run with
+    fewer rows takes their place only if it is better by CLEARLY on the folds that both have held out; folds of
+    different splits cannot be compared.
     """
     sign = 1 if higher_is_better else -1
     there = {run.name: run for run in runs.all_runs(competition)}
