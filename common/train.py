@@ -333,10 +333,11 @@ def check(competition: Competition, config: Config, recipe: str, data: str | Non
 
     found = raw.find(competition.name, data, competition.write_demo)
     task = completed(competition.build(config, found, print), found)
-    paths = [*image_paths(task.data.train), *image_paths(task.data.test)]
-    check_folder(paths)
+    paths = image_paths(task.data.train), image_paths(task.data.test)
+    check_folder(*paths, competition.name)
     _refuse_unused(competition, task, config, recipe)
     check_before(task, competition, every_image=False)  # all were read just now
     try_out(task, config)
-    images = f"{len(paths)} images" if paths else "the tables (no image files)"
+    count = sum(map(len, paths))
+    images = f"{count} images" if count else "the tables (no image files)"
     print(f"{competition.name} is in order: {images} of {found.path} can be read")

@@ -104,12 +104,16 @@ def _problem(row: int, path: str | PathLike) -> BadImage | None:
     return BadImage(path, f"is damaged, part of it is grey ({serious[0]})", row) if serious else None
 
 
-def check_folder(paths: Sequence[str | PathLike], show: bool = True) -> None:
-    """`make check`: raises UserError naming every image of `paths` that cannot be read, and its row."""
+def check_folder(
+    train: Sequence[str | PathLike], test: Sequence[str | PathLike], competition: str, show: bool = True
+) -> None:
+    """`make check`: raises UserError naming every image that cannot be read."""
+    paths = [*train, *test]
     bad = find_bad(paths, show)
     if bad:
-        named = "; ".join(f"{error.path} (row {error.row}) {error.reason}" for error in bad)
+        named = "; ".join(f"{error.path} {error.reason}" for error in bad)
+        left_out = ", or train without them: --bad-images skip" if bad[-1].row < len(train) else ""
         raise UserError(
-            f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP= "
-            "downloads the data again), or train without them: --bad-images skip"
+            f"{len(bad)} of {len(paths)} images cannot be read: {named}. Replace them (make data COMP={competition} "
+            f"downloads the data again){left_out}"
         )

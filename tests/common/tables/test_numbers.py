@@ -59,7 +59,7 @@ def test_a_blank_is_0_and_a_column_says_so():
         ({"a": [1.0]}, {"b": [1.0]}, "column a is not in every table"),
         ({"a": [1.0]}, {"a": ["one"]}, "column a has numbers in one table and texts in another"),
         ({"a": ["1", "x"]}, {"a": [1, 1]}, "column a has numbers in one table and texts in another"),
-        ({"a": [1.0, np.inf]}, {"a": [1.0]}, "column a is infinite"),
+        ({"a": [1.0, np.inf]}, {"a": [1.0]}, "column a holds an infinite value"),
         ({"a": [f"{n}" for n in range(MANY + 1)]}, {"a": ["1"]}, f"column a has {MANY + 1:,} different texts"),
     ],
 )
