@@ -225,6 +225,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def number_in(cell: str) -> float | None:
+    """The number in a cell; None if it holds something else."""
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
 def read_table(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     """The rows of a CSV as dicts; raises UserError when it is damaged or lacks one of `columns`."""
     try:

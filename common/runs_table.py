@@ -15,7 +15,7 @@ from common import run as runs
 from common.competition import Competition
 from common.config import MACHINE_FIELDS, Config
 from common.errors import UserError
-from common.files import not_read, read_json, read_table, write_csv
+from common.files import not_read, number_in, read_json, read_table, write_csv
 from common.kaggle import ledger
 from common.run import Run
 
@@ -129,7 +129,7 @@ def _boards(competition: str) -> dict[str, dict[str, float | None]]:
     """The newest leaderboard scores of every run that was sent."""
     known = {}
     for row in ledger.read(competition):
-        scores = {name: ledger.number(text) for name, text in vars(row).items() if name in BOARDS}
+        scores = {name: number_in(text) for name, text in vars(row).items() if name in BOARDS}
         if row.run and any(score is not None for score in scores.values()):
             known[row.run] = scores
     return known

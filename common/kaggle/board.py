@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_with
+from common.files import number_in, write_with
 from common.kaggle import ledger
 from common.kaggle.client import Site
 from common.kaggle.credentials import find
@@ -56,8 +56,7 @@ def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:
 
 def leaderboard(site: Site) -> list[float]:
     """Public scores of all teams; raises UserError if the leaderboard is not public or cannot be read."""
-    source = site.source
-    what = f"reading the leaderboard of {source.slug}"
+    source, what = site.source, f"reading the leaderboard of {site.source.slug}"
     with tempfile.TemporaryDirectory() as folder:
         site.told(what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
         try:
@@ -70,7 +69,7 @@ def leaderboard(site: Site) -> list[float]:
 
 def rank(score: str, scores: list[float], higher_is_better: bool) -> int | None:
     """Rank of a public score among all teams: one more than the number of better scores."""
-    if (own := ledger.number(score)) is None:
+    if (own := number_in(score)) is None:
         return None
     return 1 + sum(other > own if higher_is_better else other < own for other in scores)
 
@@ -94,7 +93,7 @@ def draw(rows: list[Row], source: Source, path: Path) -> None:
 
     figure, axes = subplots(7, 6)
     for name, marker in (("public", "o"), ("private", "s")):
-        points = [(row.run, ledger.number(row.validation), ledger.number(getattr(row, name))) for row in rows]
+        points = [(row.run, number_in(row.validation), number_in(getattr(row, name))) for row in rows]
         points = [(run, x, y) for run, x, y in points if x is not None and y is not None]
         if not points:
             continue

@@ -67,8 +67,7 @@ def path_of(competition: str) -> Path:
 def read(competition: str) -> list[Row]:
     """All rows, oldest first, without columns that were added by hand.
 
-    Raises UserError for cells that cannot be read, for example after a spreadsheet changed them: their submissions
-    would be sent again.
+    Raises UserError for cells that cannot be read: their submissions would be sent again.
     """
     path = path_of(competition)
     if not path.is_file():
@@ -119,11 +118,3 @@ def put(competition: str, row: Row, remove: bool = False) -> None:
     """Replace the claim by `row`, or remove the claim if nothing was sent."""
     with changing(competition) as rows:
         rows[:] = [*(other for other in rows if other.message != row.message), *([] if remove else [row])]
-
-
-def number(text: str) -> float | None:
-    """A score as a number; None where the text is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
