@@ -99,8 +99,6 @@ def _checkpoints_itself(model: nn.Module) -> bool:
         return False
     try:
         model.set_grad_checkpointing(True)
-    except NotImplementedError:
-        return False
     except AssertionError as error:  # raised by timm's models that have the method and do not support it
         if "not supported" not in str(error):
             raise
