@@ -30,12 +30,11 @@ def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: F
     if len(kinds) > 1 or not isinstance(first, ARRAYS) or len({sample.dtype for sample in samples}) > 1:
         samples = _of_one_type(samples)
         first = samples[0]
-    _check_content(first)
     _check_alike(samples, [tuple(sample.shape) for sample in samples])
     nbytes = first.nbytes * len(samples)
     if nbytes >= SMALL_BYTES and shared(nbytes):  # torch's own collate does so in a worker: one copy less
         return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
-    return torch.stack(samples) if isinstance(first, Tensor) else torch.from_numpy(np.stack(samples))
+    return torch.stack(samples) if isinstance(first, Tensor) else as_tensor(np.stack(samples))
 
 
 def _of_one_type(samples: list[Any]) -> list[Tensor]:
@@ -43,22 +42,11 @@ def _of_one_type(samples: list[Any]) -> list[Tensor]:
 
     numpy finds another for int64 beside float32: a batch would depend on which of its samples a worker loads together.
     """
-    for sample in samples:
-        _check_content(sample)
+    if odd := [type(sample).__name__ for sample in samples if not isinstance(sample, (*ARRAYS, *NUMBERS))]:
+        raise UserError(f"a sample holds a {odd[0]}: expected arrays, tensors or numbers in tuples and dicts")
     tensors = [torch.as_tensor(x) if isinstance(x, (Tensor, *NUMBERS)) else as_tensor(x) for x in samples]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return [tensor.to(dtype) for tensor in tensors]
-
-
-def _check_content(sample: Any) -> None:
-    what = type(sample).__name__
-    if isinstance(sample, (np.ndarray, np.generic)):
-        if sample.dtype.kind in "biufc":
-            return
-        what += f" of {sample.dtype}"
-    elif isinstance(sample, (Tensor, *NUMBERS)):
-        return
-    raise UserError(f"a sample holds a {what}: expected arrays, tensors or numbers in tuples and dicts")
 
 
 def _check_containers(samples: list[Any]) -> None:

@@ -287,8 +287,8 @@ def test_types_that_meet_in_a_batch_become_one_for_any_workers(first, others, dt
     [
         (np.zeros(2), None, "a sample holds a NoneType"),
         (1.0, None, "a sample holds a NoneType"),
-        (np.str_("a"), np.str_("b"), "a sample holds a str_ of <U1"),
-        (np.array([None]), np.array([None]), "a sample holds a ndarray of object"),
+        (np.str_("a"), np.str_("b"), "an array of <U1, the first is 'a': expected numbers"),
+        (np.array([None]), np.array([None]), "an array of object, the first is 'None': expected numbers"),
         ({"a": 1}, {"b": 1}, r"a dict of \['a'\] and a dict of \['b'\]"),
         ({"a": 1}, None, r"a NoneType and a dict of \['a'\]"),
         ((1, 2), (1, 2, 3), "2 parts and 3 parts"),
