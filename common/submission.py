@@ -173,11 +173,13 @@ def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | 
         return f"id {expected} is missing"
     twice = name in seen
     seen.add(name)
+    if name == expected:
+        return None
     if twice:
         return f"id {name} appears twice"
     if expected is None:
         return f"id {name} is not in the sample submission"
-    return None if name == expected else f"id {name}, expected {expected} (same ids in the same order as the sample)"
+    return f"id {name}, expected {expected} (same ids in the same order as the sample)"
 
 
 def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | None) -> Iterable[str]:
@@ -191,8 +193,7 @@ def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | Non
         if row is not None and len(row) != len(sample.columns):
             yield f"line {line}: {len(row)} values, expected {len(sample.columns)}"
             continue
-        again = sample.several and row and row[0] == expected and expected in seen
-        if not again and (problem := _misplaced(row and row[0], expected, seen)):
+        if problem := _misplaced(row and row[0], expected, seen):
             yield f"line {line}: {problem}"
         if row is None:
             continue
