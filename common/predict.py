@@ -133,7 +133,7 @@ def _batches(
     """The readable test rows and their predictions: made now or, without a predictor, those that the run has kept."""
     batches = predictor.batches(member.task.data.test, rows, label) if predictor else _kept_batches(member, rows)
     for index, predictions, *_ in batches:
-        yield index.tolist(), map_tree(torch.clone, predictions)  # `apply` may change them in place
+        yield index.tolist(), map_tree(torch.clone, predictions)  # `apply` may change them: not those of inference mode
 
 
 def _by_row(batches: Iterator[tuple[list[int], Predictions]]) -> Iterator[tuple[int, Predictions]]:
