@@ -392,7 +392,8 @@ class Training:
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         # Eager: torch would compile the model again for every batch.
         with eager, self._loader(epochs=1) as again:
-            parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
+            batches = again.epoch(self.config.epochs)
+            parts = (inputs for batch in batches for inputs, *_ in self.engine.passes.parts(batch))
             reestimate_batchnorm(self.model, parts)
 
 

@@ -5,14 +5,12 @@ recorded first, to find operations that cannot be replayed. If there are some, o
 differs from the eager step from the same weights, the training stays eager and the log has a line with the reason.
 """
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +60,7 @@ class Replay:
 
     def step(self, batch: Batch, step_number: int) -> "StepReport":
         engine = self._engine
-        if self._refused or not engine.outcomes or not engine.fits_whole(batch):
+        if self._refused or not engine.outcomes or not engine.passes.fits_whole(batch):
             return engine.eager_step(batch, step_number)
         key = self._key_of(batch)
         if self._graph is not None:
@@ -98,8 +96,10 @@ class Replay:
             return engine.eager_step(batch, step_number)
         report = engine.eager_step(batch, step_number, watch)
         self._seen.append(watch.seen)
-        if why := watch.why:
-            self.give_up(why)
+        if engine.passes.generators.drawn:
+            self.give_up("the model or the loss draws from random or np.random")
+        elif watch.why:
+            self.give_up(watch.why)
         elif len(self._seen) == 2 and self._seen[0] != self._seen[1]:
             self.give_up("two steps of the same shape run different operations")
         return report
@@ -109,7 +109,9 @@ class Replay:
         engine, state = self._engine, self._written()
         start, fits = memory.attempt(partial(_copies, state))
         report = engine.eager_step(batch, step_number)
-        if not (engine.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+        if not (
+            engine.passes.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)
+        ):
             return report  # fp16 may begin with too large a factor: try again with the next step
         once, fits = memory.attempt(partial(_copies, [*state, _told(report)])) if fits else (None, False)
         if not fits:
@@ -150,14 +152,14 @@ class Replay:
             told = [*str(error).splitlines(), type(error).__name__]
             return f"the capture failed ({told[0][:200]})"
         finally:
-            self._held = engine.forget_gradients()
+            self._held = engine.passes.forget_gradients()
         return ""
 
     def _work(self) -> None:
         """The work that is captured: a step over the batch in the graph's own memory."""
         engine = self._engine
-        engine.forget_gradients()
-        with engine.capturing(), self._rates_on_the_device():
+        engine.passes.forget_gradients()
+        with engine.passes.capturing(), self._rates_on_the_device():
             self._results = engine.prepared(self._batch)
             engine.update_ahead()
 
@@ -171,7 +173,7 @@ class Replay:
             if group["lr"] != self._set[at]:
                 self._set[at] = group["lr"]
                 self._rates[at].fill_(group["lr"])
-        engine.seed_torch(step_number)
+        engine.passes.generators.seed_torch(step_number)
         self._graph.replay()
         value, norm, outcome = self._results
         return value.clone(), norm.clone(), outcome
@@ -182,7 +184,7 @@ class Replay:
         states = [value for state in engine.optimizer.state.values() for value in state.values()]
         return [
             [parameter.data for parameter in engine.parameters],
-            [*engine.buffers.present(), *engine.loss_buffers.present()],
+            [*engine.passes.buffers.present(), *engine.passes.loss_buffers.present()],
             [value for value in states if isinstance(value, Tensor)],
             [engine.scale.factor, engine.scale.good_steps] if engine.scale.enabled else [],
         ]
@@ -222,13 +224,13 @@ class Watch(TorchDispatchMode):
         self._engine, self.seen, self.why = engine, [], ""
 
     def __enter__(self) -> "Watch":
-        self._before = self._surroundings()
+        self._before = self._buffers()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self._surroundings() != self._before:
-            self.why = "the model draws from random or np.random, or replaces a buffer by a new tensor"
+        if self._buffers() != self._before:
+            self.why = "the model replaces a buffer by a new tensor"
 
     def __torch_dispatch__(self, operation: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
         named = named or {}
@@ -242,10 +244,8 @@ class Watch(TorchDispatchMode):
         self.seen.append((str(operation), [_described(value) for value in (*inputs, *named.values())]))
         return found
 
-    def _surroundings(self) -> tuple:
-        _, words, *rest = np.random.get_state()
-        buffers = [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
-        return random.getstate(), words.tobytes(), rest, buffers
+    def _buffers(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
 
 
 def _told(report: "StepReport") -> list[Tensor]:
