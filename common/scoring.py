@@ -11,7 +11,7 @@ import torch
 from common.batch import map_tree
 from common.config import Config
 from common.files import read_json, read_npy, read_table
-from common.fit import FACTS, write_metrics
+from common.fold import FACTS, write_metrics
 from common.inference import decided
 from common.loading.loader import in_order
 from common.metrics import Scores

@@ -20,7 +20,8 @@ from common.device import device_of, use_threads
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.files import remove_drafts, write_npy
-from common.fit import FACTS, fit, fold_label, rows_of_fold, seed_all, write_facts
+from common.fit import fit
+from common.fold import FACTS, fold_label, rows_of_fold, seed_all, write_facts
 from common.loading import folds, orders
 from common.loading.loader import in_order
 from common.mistakes import mistakes, samples
