@@ -38,9 +38,6 @@ Result = TypeVar("Result")
 SMALL_BYTES = 1 << 18  # outputs and targets up to this size are kept between the two passes of a loss over sums
 
 
-NOTHING_SENT: tuple[float, Tensor | None] = (0.0, None)
-
-
 class Kept(NamedTuple):
     """Outputs of a whole batch, statistics [B, ...] with their graph, sample weights, sizes of the micro-batches."""
 
@@ -74,7 +71,6 @@ class Passes:
         self.micro_batch = 1
         self._writes: bool | None = None  # whether model or loss change their inputs in place; None: not yet known
         self._capturing = False
-        self._sent = NOTHING_SENT  # back by the last per-sample pass; often reused by the next one
         self.use(loss)
 
     def use(self, loss: Any) -> None:
@@ -147,12 +143,6 @@ class Passes:
         finally:
             self._capturing = False
 
-    def forget_gradients(self) -> tuple:
-        """Drop the gradients that a capture has left; returns the tensors that must live as long as the graph."""
-        self.drop_gradients()
-        held, self._sent = self._sent, NOTHING_SENT
-        return held
-
     def drop_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
@@ -202,19 +192,13 @@ class Passes:
             total = self._normaliser(batch)
 
         def backward() -> Tensor:
-            slope = self.scale.factor / total
-            kept, (known, sent) = [], self._sent
-            if isinstance(slope, Tensor) or known != slope:
-                sent = None
+            kept, slope = [], self.scale.factor / total
             self.begin_pass()
             for inputs, targets, weights, size in self.parts(batch):
-                losses = loss(self.forward(inputs), targets)
-                if weights is not None or sent is None or sent.shape != losses.shape or sent.dtype != losses.dtype:
-                    sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
+                losses = check_per_sample(loss(self.forward(inputs), targets), size, loss)
                 if losses.requires_grad:
-                    send([losses], [sent])
+                    send([losses], [sent_back(losses, slope, weights)])
                 kept.append(losses.detach())
-            self._sent = NOTHING_SENT if isinstance(slope, Tensor) or batch.weights is not None else (slope, sent)
             if not kept:  # a rank without samples
                 return torch.zeros_like(total)
             weights = None if batch.weights is None else self.to_device(batch.weights)

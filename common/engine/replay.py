@@ -78,7 +78,7 @@ class Replay:
 
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
-        self._refused, self._graph, self._results, self._batch, self._held = True, None, None, None, None
+        self._refused, self._graph, self._results, self._batch = True, None, None, None
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
     def make_room(self) -> bool:
@@ -152,13 +152,13 @@ class Replay:
             told = [*str(error).splitlines(), type(error).__name__]
             return f"the capture failed ({told[0][:200]})"
         finally:
-            self._held = engine.passes.forget_gradients()
+            engine.passes.drop_gradients()
         return ""
 
     def _work(self) -> None:
         """The work that is captured: a step over the batch in the graph's own memory."""
         engine = self._engine
-        engine.passes.forget_gradients()
+        engine.passes.drop_gradients()
         with engine.passes.capturing(), self._rates_on_the_device():
             self._results = engine.prepared(self._batch)
             engine.update_ahead()
