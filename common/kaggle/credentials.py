@@ -44,7 +44,8 @@ class Account:
 def hide_addresses(text: str) -> str:
     """`text` with *** for `user:password@` and for the query, which may hold a signature, of every address."""
     text = re.sub(r"(\w+://)[^\s/@]+@", r"\1***@", text)
-    return re.sub(r"((?:https?://|/)[^\s?'\"]+)\?[^\s'\")]+", r"\1?***", text)
+    # An escape of JSON belongs to the query as a whole (\u0026 is an &) or, like \", ends it: JSON stays readable.
+    return re.sub(r"((?:https?://|/)[^\s?'\"]+)\?(?:[^\s'\")\\]|\\[^\s'\"])+", r"\1?***", text)
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Account:

@@ -286,7 +286,13 @@ def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, nu
 
 @pytest.mark.parametrize(
     "message",
-    ["--best", 'größe 🎉 of https://host/run?sweep=1, "quoted", [kit-000000000000] \\', "=1+1", "long " * 200],
+    [
+        "--best",
+        'größe 🎉 of https://host/run?sweep=1, "quoted", [kit-000000000000] \\',
+        'https://host/run?name="quoted"',
+        "=1+1",
+        "long " * 200,
+    ],
 )
 def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, message):
     written()
