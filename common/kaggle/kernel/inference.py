@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import predict
@@ -40,7 +40,7 @@ command += ["--fallback", "--budget", str(left)]
 offline = {{"HF_HUB_OFFLINE": "1"}}
 status = subprocess.run(command, cwd=KIT, env=environment | offline, timeout=left + {margin}).returncode
 assert status == 0, f"the prediction ended with status {{status}}"
-(table,) = (KIT / "submissions" / "{competition}").glob("*.csv")
+(table,) = (KIT / "submissions").glob("*/*.csv")
 shutil.copyfile(table, WORKING / "submission.csv")
 shutil.copyfile(table.with_suffix(".json"), WORKING / "submission.json")  # lists the rows with fallback values
 print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
@@ -48,27 +48,7 @@ print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
 )
 
 
-def notebook(
-    title: str,
-    slug: str,
-    competition: str,
-    arguments: Sequence[str],
-    version: str,
-    needed: Mapping[str, str],
-    limit: float,
-) -> str:
-    """The notebook as .ipynb text: `python -m common predict COMPETITION ARGUMENTS` on the mounted test set.
-
-    It uses one GPU even where there are two. Rows that are not predicted shortly before the `limit` (seconds) get
-    fallback values.
-    """
-    words, margin = ("predict", competition, *arguments), min(MARGIN_SECONDS, limit / 10)
-    return written(
-        PREDICTION, title, slug, words, version, needed, limit - margin, margin=margin, competition=competition
-    )
-
-
-def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, bytes | Path], dict[str, str]]:
+def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The files that the notebook needs (code, runs, wheels) by name, and the wheels' pins by import name.
 
     The wheels are downloaded into the new `folder`. Raises UserError for a run without weights.
@@ -129,14 +109,15 @@ def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence
     given.run, start = ",".join(run.name for run in chosen), time.monotonic()
     table = predict.predict(competition, given)
     _print_budget(table, time.monotonic() - start, given.limit)
-    title = name_of(name, "predict")
-    reference = f"{username(site)}/{title}"
+    reference = f"{username(site)}/{name_of(name, 'predict')}"
     metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
     with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
         folder = Path(place)
         files, pins = kit(name, chosen, folder / "wheels")
         version = push_files(site, reference, files, folder, poll)
-        text = notebook(title, source.slug, name, ["--run", given.run, *words], version, pins, given.limit)
+        words = ("predict", name, "--run", given.run, *words)
+        margin = min(MARGIN_SECONDS, given.limit / 10)
+        text = written(PREDICTION, source.slug, words, version, pins, given.limit, margin)
         facts = push_notebook(site, reference, text, metadata, given.limit, folder, "notebook")
     print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}, for runs {given.run}")
     return facts | {"code": version, "table": str(table), "pushed": runs.now()}

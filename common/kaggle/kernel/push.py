@@ -15,11 +15,12 @@ from common.kaggle.kernel.notebook import (
     ARCHIVE,
     MARGIN_SECONDS,
     SESSION_HOURS,
+    TRAINING,
     code,
     needed,
-    notebook,
     pack,
     wheels,
+    written,
 )
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
@@ -136,11 +137,12 @@ def push(
         "enable_internet": str(internet).lower(),
         "kernel_sources": [before["kernel"]] if before else [],
     }
-    text = notebook(name_of(competition), source.slug, competition, arguments, version, pins, internet, 3600 * hours)
-    facts = push_notebook(site, reference, text, metadata, 3600 * hours, folder)
-    words = " ".join(("python -m common train", competition, *arguments))
+    words, limit = ("train", competition, *arguments), 3600 * hours
+    text = written(TRAINING, source.slug, words, version, pins, limit, MARGIN_SECONDS, internet)
+    facts = push_notebook(site, reference, text, metadata, limit, folder)
     going = f", going on with version {before['version']}" if before else ""
-    print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}: {words}{going}")
+    told = f"python -m common {' '.join(words)}{going}"
+    print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}: {told}")
     more = {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
     more |= {"internet": before.get("internet", internet)}
     return facts | more | {"pushed": runs.now()}
@@ -165,7 +167,7 @@ def username(site: Site) -> str:
     return found.group(1)
 
 
-def push_files(site: Site, notebook: str, files: Mapping[str, bytes | Path], folder: Path, poll: float) -> str:
+def push_files(site: Site, notebook: str, files: Mapping[str, Path], folder: Path, poll: float) -> str:
     """Upload the files for the notebook OWNER/NAME as the private data set OWNER/NAME-code; returns their version.
 
     Waits until the notebook can use them.

@@ -26,11 +26,12 @@ from common.kaggle.kernel.notebook import (
     MARGIN_SECONDS,
     OUTPUT,
     STATE,
+    TRAINING,
     VERSION,
     code,
-    notebook,
     pack,
     refuse_what_stays,
+    written,
 )
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
@@ -493,7 +494,7 @@ def machine(tmp_path, trainers):
     working.mkdir()
 
     def run(expected: str = version, words=("--epochs", "3"), seconds: float = 3600.0) -> subprocess.CompletedProcess:
-        document = json.loads(notebook("kit-toy", SLUG, "toy", words, expected, {}, False, seconds))
+        document = json.loads(written(TRAINING, SLUG, ("train", "toy", *words), expected, {}, seconds, MARGIN_SECONDS))
         script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
         cells = tmp_path / "cells.py"
         cells.write_text(script)
