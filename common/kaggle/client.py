@@ -238,7 +238,7 @@ class Site:
         account, source, said = self.account, self.source, answer.last_line
         where, rules = account.where, f"{source.page}/rules"
         reason = ([said[:150]] + re.findall(UNREACHABLE, said))[-1]
-        hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
+        hides = all(account.environment.get(name) for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY"))
         shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""
         # Only a status as the program or asked.py writes it: a bare number may be a count of rows.
         text = re.sub(r"\b(\d{3}) (Client|Server) Error|^\((\d{3})\)", r"HTTP\1\3", answer.text, flags=re.M)
