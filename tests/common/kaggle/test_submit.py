@@ -250,7 +250,7 @@ def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module)
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ({"PUT": Reply(403)}, "the upload failed .Could not submit to competition.*nothing was submitted"),
+        ({"PUT": Reply(403)}, "the upload failed .Could not submit to competition.*It did not arrive: Kaggle does not"),
         ({"PUT": Reply(503)}, "the upload failed .Could not submit to competition"),
         ({"CreateSubmission": Reply(400, "Submission not allowed: wrong file name")}, "wrong file name"),
         (
