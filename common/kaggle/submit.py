@@ -46,15 +46,7 @@ def submit(
     score = "" if candidate.score is None else f"{facts['monitor']} {candidate.score:.5f}"
     commit = f"commit {facts['commit']}" if facts.get("commit") else ""
     described = (candidate.run or candidate.path.name, f"recipe {facts.get('recipe', '-')}", score, commit)
-    row = ledger.Row(
-        time=runs.now(),
-        file=str(candidate.path),
-        sha256=sha256(candidate.path),
-        run=candidate.run,
-        commit=facts.get("commit", ""),
-        validation="" if candidate.score is None else str(candidate.score),
-        message=ledger.tagged(message or ", ".join(filter(None, described))),
-    )
+    row = candidate.row(facts.get("commit", ""), message or ", ".join(filter(None, described)))
     site = Site.announced(competition, source)
     print(f"{candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score and ', '}{score}")
     column = "" if force else "sha256"
@@ -80,6 +72,18 @@ class Candidate:
     @property
     def score(self) -> float | None:  # of the validation
         return score_of(self.provenance)
+
+    def row(self, commit: str, message: str) -> ledger.Row:
+        """The row of the ledger for sending it now; the message gets a tag."""
+        return ledger.Row(
+            time=runs.now(),
+            file=str(self.path),
+            sha256=sha256(self.path) if self.path.is_file() else "",  # a notebook submits its own copy
+            run=self.run,
+            commit=commit,
+            validation="" if self.score is None else str(self.score),
+            message=ledger.tagged(message),
+        )
 
     def facts(self, competition: str, name: str) -> list[dict]:
         """The content of the JSON file `name` of each of its runs that still exist."""

@@ -129,8 +129,9 @@ def test_fetching_later(kaggle, source, capfd):
 )
 def test_notebooks_that_are_not_taken(kaggle, source, tmp_path, fault, message):
     kaggle.on = {"SaveKernel": fault}
+    notebook = kernels.Notebook(Site("toy", source, find()), "kernel", "someone/kit-toy", poll=0.05)
     with pytest.raises(UserError, match=message) as raised:
-        kernels.push_notebook(Site("toy", source, find()), "someone/kit-toy", '{"cells": []}', {}, 60, tmp_path)
+        notebook.push('{"cells": []}', {}, 60, tmp_path)
     assert "\n" not in str(raised.value)
 
 

@@ -214,7 +214,8 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, tmp_p
     assert cli.main(["notebook", COMP, "--run", "two"]) == 1 and "means nothing on Kaggle" in capfd.readouterr().err
     facts.write_text(before)
     Path(f"runs/{COMP}/notebook.json").unlink(missing_ok=True)  # left by another test
-    assert cli.main(["notebook", COMP, "--fetch"]) == 1 and "no such notebook" in capfd.readouterr().err
+    assert cli.main(["notebook", COMP, "--fetch"]) == 1
+    assert f"no notebook of {COMP} was pushed from here: make notebook" in capfd.readouterr().err
     assert kaggle.asked == []
 
 
