@@ -59,14 +59,16 @@ def _place(output: Path, competition: str) -> Path:
     table = next((output / "submissions" / competition).glob("*.csv"), None)
     if table is None:
         raise UserError(f"the notebook's output holds no submission of {competition}")
-    name = _free_name(table.stem, competition)
-    run, home = output / "runs" / competition / table.stem, runs.RUNS / competition / name
-    target = SUBMISSIONS / competition / f"{name}.csv"
+    provenance = sidecar(table)
+    old = provenance.get("run", table.stem)
+    name = _free_name(old, competition)
+    run, home = output / "runs" / competition / old, runs.RUNS / competition / name
+    target = SUBMISSIONS / competition / f"{table.stem.replace(old, name)}.csv"
     target.parent.mkdir(parents=True, exist_ok=True)
     if run.is_dir():
         shutil.move(run, home)
         print(f"run: {home}")
-    if provenance := sidecar(table):
+    if provenance:
         write_json(target.with_suffix(".json"), provenance | {"run": name})
     shutil.move(table, target)
     return target
