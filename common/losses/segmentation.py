@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.losses.classification import BCE
 from common.losses.combine import Combined, Weighted
-from common.losses.missing import filled, known
+from common.losses.missing import filled, known, present
 from common.losses.overlap import IGNORED, mean_of_present, overlap_loss, overlap_sums, sigmoid_pair, softmax_pair
 from common.losses.protocol import Kind, full_precision
 
@@ -44,9 +44,7 @@ class Tversky:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         sums = self.stats(outputs, targets)
         losses = self._losses(sums)  # [B, C]
-        if not self.present_only:
-            return losses.mean(1)
-        return (losses * (sums[:, 2] > 0)).sum(1)
+        return (losses * (sums[:, 2] > 0)).sum(1) if self.present_only else losses.mean(1)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         losses = self._losses(sums[None])[0]  # [C]
@@ -56,7 +54,7 @@ class Tversky:
         if self.average == "batch" or not self.present_only:
             return torch.ones(len(targets), device=targets.device)
         if self.activation == "sigmoid":
-            return (targets > 0)[..., None].flatten(2).any(2).float().sum(1)
+            return present(targets).float().sum(1)
         # how many different classes an image holds: a step up in the sorted class numbers starts a class
         labels = targets.long()[..., None].flatten(1).sort(1).values
         starts = labels != torch.roll(labels, 1, 1)
@@ -142,8 +140,8 @@ class LovaszSoftmax:
         mask = (targets.long() != IGNORED).unsqueeze(1)
         measure = pixel_measure(probabilities, mask, weights)
         errors = (hot - probabilities).abs()
-        losses, present = lovasz(*(_pixels(part, self.per_image) for part in (errors, hot, measure)))
-        return mean_of_present(losses, present) if self.present_only else losses.mean(-1)
+        losses, there = lovasz(*(_pixels(part, self.per_image) for part in (errors, hot, measure)))
+        return mean_of_present(losses, there) if self.present_only else losses.mean(-1)
 
 
 def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
