@@ -503,9 +503,10 @@ def _auc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None) -> f
 
 def _precision_area(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None) -> float:
     order = np.argsort(-scores, kind="stable")
+    scores, positive = scores[order], truth[order] > 0.5
     weights = np.ones(len(order)) if weights is None else weights[order].astype(np.float64)
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # the last of every tie
-    hits, found = np.cumsum(weights * (truth[order] > 0.5))[ends], np.cumsum(weights)[ends]
+    ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]), len(order) - 1)  # the last of every tie
+    hits, found = np.cumsum(weights * positive)[ends], np.cumsum(weights)[ends]
     return _ratio(float((np.diff(hits, prepend=0.0) * hits / np.where(found > 0, found, 1)).sum()), float(hits[-1]))
 
 
