@@ -115,8 +115,7 @@ class LovaszHinge:
         outputs, mask = full_precision(outputs), known(targets)
         targets = filled(targets, mask, outputs.dtype)
         errors = (1 - outputs * (2 * targets - 1)).relu()
-        measure = pixel_measure(outputs, mask, weights)
-        return lovasz(*(_pixels(part, self.per_image) for part in (errors, targets, measure)))[0].mean(-1)
+        return lovasz(errors, targets, mask, weights, self.per_image)[0].mean(-1)
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,7 @@ class LovaszSoftmax:
     def __call__(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         probabilities, hot = softmax_pair(outputs, targets)
         mask = (targets.long() != IGNORED).unsqueeze(1)
-        measure = pixel_measure(probabilities, mask, weights)
-        errors = (hot - probabilities).abs()
-        losses, there = lovasz(*(_pixels(part, self.per_image) for part in (errors, hot, measure)))
+        losses, there = lovasz((hot - probabilities).abs(), hot, mask, weights, self.per_image)
         return mean_of_present(losses, there) if self.present_only else losses.mean(-1)
 
 
@@ -152,12 +149,16 @@ def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> 
     return measure.expand_as(like)
 
 
-def lovasz(errors: Tensor, targets: Tensor, measure: Tensor) -> tuple[Tensor, Tensor]:
-    """The Lovasz extension of 1 - intersection / union, and whether there is a target at all. 3 x [..., N] -> 2 x [...]
+def lovasz(
+    errors: Tensor, targets: Tensor, mask: Tensor | None, weights: Tensor | None, per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The Lovasz extension of 1 - intersection / union, and whether there is a target at all, [B, C] or [C] both.
 
+    errors, targets [B, C, ...]; pixels outside of `mask` do not count; a pixel of weight 2 counts like two pixels.
     Pixels are sorted by falling error; a pixel's factor is what it adds to the Jaccard loss of the pixels before it.
-    `measure` holds the weights of the pixels: a pixel of weight 2 counts like two pixels.
     """
+    measure = pixel_measure(errors, mask, weights)
+    errors, targets, measure = (_pixels(part, per_image) for part in (errors, targets, measure))
     order = errors.argsort(-1, descending=True)
     counted = (measure * targets).gather(-1, order), (measure * (1 - targets)).gather(-1, order)
     if errors.device.type != "mps" and errors.shape[-1] >= 2**24:  # float32 cannot count further than this
