@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import deque
 from dataclasses import replace
 from functools import partial
 
@@ -149,7 +150,7 @@ def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimize
 
     model = make_model()
     engine = ahead(model, loss, optimizer)
-    engine.outcomes._events = [Late() for _ in engine.outcomes._events]
+    engine.outcomes._free = deque((row, Late()) for row, _ in engine.outcomes._free)
     for step in range(3):
         engine.step(replace(make_batch(8), epoch=1, number=step), step)
     before, factor[0] = state_of(model, engine), float("nan")
@@ -168,7 +169,7 @@ def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimize
 
 def test_the_host_is_never_far_ahead():
     engine = ahead(make_model(), lambda outputs, targets: cross_entropy(outputs, targets) * float("nan"))
-    engine.outcomes._events = [Late() for _ in engine.outcomes._events]
+    engine.outcomes._free = deque((row, Late()) for row, _ in engine.outcomes._free)
     with pytest.raises(UserError, match="not finite in step 1 "):
         for step in range(20):
             engine.step(make_batch(8), step)
