@@ -140,7 +140,6 @@ class Replay:
         inputs, targets, weights = map_tree(lambda x: torch.zeros_like(x, device=device), given)
         self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
         self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
-        self._set = [0.0] * len(self._rates)
         graph = self._make(device)
         try:
             graph.capture(self._work)
@@ -165,10 +164,8 @@ class Replay:
         own, fresh = ((b.inputs, b.targets, b.weights) for b in (self._batch, batch))
         for held, given in zip(tensors_of(own), tensors_of(fresh), strict=True):
             held.copy_(given, non_blocking=True)
-        for at, group in enumerate(engine.optimizer.param_groups):
-            if group["lr"] != self._set[at]:
-                self._set[at] = group["lr"]
-                self._rates[at].fill_(group["lr"])
+        for rate, group in zip(self._rates, engine.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
         engine.seed_torch(step_number)
         self._graph.replay()
         value, norm, outcome = self._results
