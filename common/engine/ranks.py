@@ -100,13 +100,12 @@ class Ranks:
         template, where = next(shape for shape in shapes if shape is not None)
         rows = [0 if shape is None else len(tensors_of(shape[0])[0]) for shape in shapes]
         own = iter([] if tree is None else tensors_of(tree))
-        device = torch.device(where) if where == "cpu" else torch.device(where, torch.cuda.current_device())
 
         def joined(like: Tensor) -> Tensor:
             # all_gather needs equal sizes, so shares are padded to the longest; they are sent as bytes, because gloo
             # does not support bool.
             def padded() -> tuple[Tensor, list[Tensor]]:
-                sent = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=device)
+                sent = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=where)
                 sent[: rows[self.rank]] = next(own, sent[:0])
                 return sent, [torch.empty_like(sent) for _ in rows]
 
