@@ -45,8 +45,9 @@ from common.predictions import (
 from common.report import Report, score_line
 from common.run import Run
 from common.runs_table import best_run, is_complete
+from common.scoring import score_oof
 from common.task import Task, completed
-from common.train import finish_page, provenance_of, score_oof
+from common.train import finish_page, provenance_of
 
 LARGEST = 200_000_000  # most numbers, over all members, that weights are chosen on
 BLOCK = 4_000_000  # numbers, over all members, that are combined at once

@@ -31,6 +31,7 @@ from common.competition import Competition
 from common.config import Config
 from common.errors import UserError, did_you_mean
 from common.files import locked, read_json, read_table
+from common.flags import to_json
 from common.task import completed
 
 SECONDS = 0.5  # between two looks at a trial's curve
@@ -103,7 +104,7 @@ def tune(
     given = [f"--recipe={recipe}", *given]
     found = raw.find(competition.name, data, competition.write_demo)
     fingerprint = completed(competition.build(config, found, lambda line: None), found).fingerprint
-    words = [*sorted(given), search, configs.to_json(config), fingerprint]
+    words = [*sorted(given), search, to_json(config), fingerprint]
     name = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     busy = f"this search of {competition.name} is already running in another process"

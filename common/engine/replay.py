@@ -5,14 +5,12 @@ recorded first, to find operations that cannot be replayed. If there are some, o
 differs from the eager step from the same weights, the training stays eager and the log has a line with the reason.
 """
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,7 +61,7 @@ class Replay:
 
     def step(self, batch: Batch, step_number: int) -> "StepReport":
         engine = self._engine
-        if self._refused or not engine.fits_whole(batch):
+        if self._refused or not engine.passes.fits_whole(batch):
             return engine.eager_step(batch, step_number)
         key = self._key_of(batch)
         if self._graph is not None:
@@ -79,7 +77,7 @@ class Replay:
 
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
-        self._refused, self._graph, self._results, self._batch, self._held = True, None, None, None, None
+        self._refused, self._graph, self._results, self._batch = True, None, None, None
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
     def make_room(self) -> bool:
@@ -97,8 +95,10 @@ class Replay:
             return engine.eager_step(batch, step_number)
         report = engine.eager_step(batch, step_number, watch)
         self._seen.append(watch.seen)
-        if why := watch.why:
-            self.give_up(why)
+        if engine.passes.generators.drawn:
+            self.give_up("the model or the loss draws from random or np.random")
+        elif watch.why:
+            self.give_up(watch.why)
         elif len(self._seen) == 2 and self._seen[0] != self._seen[1]:
             self.give_up("two steps of the same shape run different operations")
         return report
@@ -108,7 +108,9 @@ class Replay:
         engine, state = self._engine, self._written()
         start, fits = memory.attempt(partial(_copies, state))
         report = engine.eager_step(batch, step_number)
-        if not (engine.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+        if not (
+            engine.passes.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)
+        ):
             return report  # fp16 may begin with too large a factor: try again with the next step
         once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits else (None, False)
         if not fits:
@@ -147,14 +149,14 @@ class Replay:
         except Exception as error:  # of any kind: the same step has just worked without a capture
             return f"the capture failed ({first_line(error)})"
         finally:
-            self._held = engine.forget_gradients()
+            engine.passes.drop_gradients()
         return ""
 
     def _work(self) -> None:
         """The work that is captured: a step over the batch in the graph's own memory."""
         engine = self._engine
-        engine.forget_gradients()
-        with engine.capturing(), self._rates_on_the_device():
+        engine.passes.drop_gradients()
+        with engine.passes.capturing(), self._rates_on_the_device():
             self._results = engine.prepared(self._batch)
             engine.update_ahead()
 
@@ -166,7 +168,7 @@ class Replay:
             held.copy_(given, non_blocking=True)
         for rate, group in zip(self._rates, engine.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-        engine.seed_torch(step_number)
+        engine.passes.generators.seed_torch(step_number)
         self._graph.replay()
         value, norm, outcome = self._results
         return value.clone(), norm.clone(), outcome
@@ -177,7 +179,7 @@ class Replay:
         states = [value for state in engine.optimizer.state.values() for value in state.values()]
         return [
             [parameter.data for parameter in engine.parameters],
-            [*engine.buffers.present(), *engine.loss_buffers.present()],
+            [*engine.passes.buffers.present(), *engine.passes.loss_buffers.present()],
             [value for value in states if isinstance(value, Tensor)],
             [engine.scale.factor, engine.scale.good_steps] if engine.scale.enabled else [],
         ]
@@ -217,13 +219,13 @@ class Watch(TorchDispatchMode):
         self._engine, self.seen, self.why = engine, [], ""
 
     def __enter__(self) -> "Watch":
-        self._before = self._surroundings()
+        self._before = self._buffers()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self._surroundings() != self._before:
-            self.why = "the model draws from random or np.random, or replaces a buffer by a new tensor"
+        if self._buffers() != self._before:
+            self.why = "the model replaces a buffer by a new tensor"
 
     def __torch_dispatch__(self, operation: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
         named = named or {}
@@ -237,10 +239,8 @@ class Watch(TorchDispatchMode):
         self.seen.append((str(operation), [_described(value) for value in (*inputs, *named.values())]))
         return found
 
-    def _surroundings(self) -> tuple:
-        _, words, *rest = np.random.get_state()
-        buffers = [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
-        return random.getstate(), words.tobytes(), rest, buffers
+    def _buffers(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
 
 
 def _copies(groups: list[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from common.engine.ranks import SINGLE, Ranks
-from common.fit import MACHINE_COLUMNS, fit
+from common.fit import fit
+from common.fold import MACHINE_COLUMNS
 from common.run import Run
 from tests.common.engine.toys import LOSSES, make_batch, make_model, reference, relative_error
 from tests.common.test_fit import CONFIG, task_of

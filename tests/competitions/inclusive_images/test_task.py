@@ -10,8 +10,9 @@ import torch
 
 from common import checkpoint, competition, submission
 from common import run as runs
-from common.config import Parser, add_prediction_flags, checked, with_flags
+from common.config import add_prediction_flags, checked, with_flags
 from common.errors import UserError
+from common.flags import Parser
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import batch_value, kind
