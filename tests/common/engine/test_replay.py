@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import deque
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.engine.average import Average
 from common.engine.optimizers import allocate_state
-from common.engine.replay import EAGER_STEPS, Replay
+from common.engine.replay import Replay
 from common.engine.schedule import set_learning_rate
 from common.engine.step import WATCH_EVERY, Engine
 from common.errors import UserError
@@ -149,7 +150,7 @@ def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimize
 
     model = make_model()
     engine = ahead(model, loss, optimizer)
-    engine.outcomes._events = [Late() for _ in engine.outcomes._events]
+    engine.outcomes._free = deque((row, Late()) for row, _ in engine.outcomes._free)
     for step in range(3):
         engine.step(replace(make_batch(8), epoch=1, number=step), step)
     before, factor[0] = state_of(model, engine), float("nan")
@@ -168,7 +169,7 @@ def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimize
 
 def test_the_host_is_never_far_ahead():
     engine = ahead(make_model(), lambda outputs, targets: cross_entropy(outputs, targets) * float("nan"))
-    engine.outcomes._events = [Late() for _ in engine.outcomes._events]
+    engine.outcomes._free = deque((row, Late()) for row, _ in engine.outcomes._free)
     with pytest.raises(UserError, match="not finite in step 1 "):
         for step in range(20):
             engine.step(make_batch(8), step)
@@ -297,7 +298,7 @@ def test_a_capture_that_fails_goes_on_eagerly(error, told):
 
     said = []
     engine = ahead(make_model(), cross_entropy, graph=Full, log=said.append)
-    for step in range(EAGER_STEPS + 2):
+    for step in range(5):
         engine.step(make_batch(12), step)
     assert len([line for line in said if f"the capture failed ({told})" in line]) == 1
     assert engine.micro_batch == 12, "the batch itself fits"
