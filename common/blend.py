@@ -235,6 +235,9 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
     if ids is None:
         common = set(found[0].ids).intersection(*(one.ids for one in found))
         ids = [name for name in found[0].ids if name in common]
+        if not ids:
+            runs_named = ", ".join(one.name for one in found)
+            raise UserError(f"{runs_named} hold out no common rows: blend runs trained with --fold all")
     paths = [expanded(name, name) for name in (files or "").split(",") if name]
     added = [Kept.of_file(path, found[0]) for path in paths]
     stems = [one.name for one in found + added]  # lgbm/oof.csv and xgb/oof.csv differ only in their path
