@@ -70,8 +70,8 @@ class Kept:
             again = "blend its runs again"
         elif kind == "test" and any(run.path.glob("fold-*/model.pt")):
             again = f"make predict COMP={run.provenance['competition']} RUN={run.name}"
-        values, ids = read_predictions(run.path, kind, again), run.path / f"{kind}_ids.txt"
-        if values is None or not ids.is_file():
+        values = read_predictions(run.path, kind, again)
+        if values is None:
             what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
             remedy = again if kind == "test" else "leave it out, or train it with --fold all"
             raise UserError(f"{run.path} has no {what}: {remedy}")
