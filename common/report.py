@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import read_table, write_text, write_with
+from common.files import number_in, read_table, write_text, write_with
 from common.run import Run
 
 if TYPE_CHECKING:  # needs torch, and the table of runs does not
@@ -114,13 +114,13 @@ def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric
 
     `settings` are the config's values, `recipe` those of its recipe; the first of `metrics` chose the best epoch.
     """
-    page, result = Report(run.path, f"{run.provenance.get('competition', 'run')}: {run.name}"), run.result or {}
+    page, result = Report(run.path, f"{run.provenance['competition']}: {run.name}"), run.result
     page.text(score_line(result))
     if (run.path / "metrics.csv").is_file():
         history = list(read_table(run.path / "metrics.csv"))
         if history and "epoch" in history[0]:  # a competition's own tables have other columns
             _training(page, history, metrics)
-    if folds := result.get("folds"):
+    if folds := result["folds"]:
         columns = list(dict.fromkeys(name for facts in folds for name in facts))
         page.heading("Folds")
         page.table(columns, [[facts.get(name, "") for name in columns] for facts in folds])
@@ -136,18 +136,23 @@ def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric
 
 def score_line(result: dict[str, Any]) -> str:
     """The score of result.json in one line, with its standard error ("errors", by metric): for the log and the page."""
-    if result.get("score") is None:
+    if result["score"] is None:
         return "No CV score: no rows were held out."
     name, values, errors = result["monitor"], result["metrics"], result.get("errors", {})
 
     def told(metric: str, value: float) -> str:
-        return f"{metric} {value:.5f}" + (f" ± {errors[metric]:.5f}" if metric in errors else "")
+        return f"{metric} {with_error(value, errors.get(metric))}"
 
     words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
     if result["score"] != values[name] and not math.isnan(values[name]):
         words += f", with rules tuned on other rows ({values[name]:.5f} with rules tuned on the same rows)"
     others = ", ".join(told(metric, value) for metric, value in values.items() if metric != name)
     return words + (f"; {others}" if others else "") + "."
+
+
+def with_error(score: float, error: float | None) -> str:
+    """A score, with its standard error where it has one."""
+    return f"{score:.5f}" + (f" ± {error:.5f}" if error is not None else "")
 
 
 def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Metric"]) -> None:
@@ -176,10 +181,8 @@ def _called(fold: str) -> str:
 
 
 def _number(cell: str | None) -> float:
-    try:
-        return float(cell or "nan")
-    except ValueError:
-        return math.nan
+    found = number_in(cell or "")
+    return math.nan if found is None else found
 
 
 def training_curves(history: list[dict[str, str]], first: Sequence[str]) -> Any:

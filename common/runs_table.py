@@ -18,6 +18,7 @@ from common.config import MACHINE_FIELDS, Config, to_json
 from common.errors import UserError
 from common.files import not_read, number_in, read_json, read_table, write_csv
 from common.kaggle import ledger
+from common.report import Report, subplots, with_error
 from common.run import Run
 
 CLEARLY = 2.0  # standard errors by which a run with fewer rows must be better
@@ -194,17 +195,15 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     for other in found[1:]:
         if other.complete:  # every fold as well, and not better
             if other.rows != best.rows:
-                told = _told(other.score, other.error)
-                notes.append(
-                    f"{other.name} has {told} on {other.rows:,} rows, so the two scores are not on the same rows"
-                )
+                told = f"{other.name} has {with_error(other.score, other.error)} on {other.rows:,} rows"
+                notes.append(f"{told}, so the two scores are not on the same rows")
             continue
         if sign * other.score <= sign * best.score and (best.complete or _common_folds(other, best)):
             continue  # fewer rows, and not even better on those
         better, note = _beats(other, best, sign)
         notes.append(note)
         best = other if better else best
-    why = f"{best.name}: CV {_told(best.score, best.error)} on {best.rows:,} rows"
+    why = f"{best.name}: CV {with_error(best.score, best.error)} on {best.rows:,} rows"
     why += f", the best of {len(found)} runs" if len(found) > 1 else ", the only run with a score"
     return best.name, "; ".join([why, *notes[-3:]])
 
@@ -212,7 +211,7 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
 def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
     """Whether a run with fewer rows is clearly better on the rows that both have, and the note that says so."""
     common = _common_folds(fewer, more)
-    told = f"{fewer.name} has {_told(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
+    told = f"{fewer.name} has {with_error(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
     if not common:
         return False, f"{told}, and none in common with {more.name}"
     ours, theirs = (sum(run.by_fold[fold] for fold in common) / len(common) for run in (fewer, more))
@@ -227,10 +226,6 @@ def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
 
 def _common_folds(one: _Scored, other: _Scored) -> list[str]:
     return sorted(set(one.by_fold) & set(other.by_fold)) if one.folds == other.folds else []
-
-
-def _told(score: float, error: float | None) -> str:
-    return f"{score:.5f}" + (f" ± {error:.5f}" if error is not None else "")
 
 
 def show(competition: Competition) -> None:
@@ -267,8 +262,6 @@ def _cell(value: Any) -> str:
 
 
 def _page(name: str, found: list[Line], table: list[list[Any]], best: tuple[str, str] | None) -> Path:
-    from common.report import Report, subplots
-
     page = Report(runs.RUNS / name, f"{name}: {len(found)} runs")
     if best:
         page.text(best[1])

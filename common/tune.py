@@ -138,14 +138,13 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _search(study: optuna.Study, space: Space, competition: str, given: list[str], trials: int) -> None:
-    stopped = study.get_trials(states=[TrialState.RUNNING])  # of a search that was stopped
-    for run in (trial.user_attrs["run"] for trial in stopped if "run" in trial.user_attrs):
-        busy = f"{run} is still being trained by a process of a killed search: wait for it, or kill it"
-        locked(runs.RUNS / competition / run / "lock", busy).close()
-    for trial in stopped:
+    for trial in study.get_trials(states=[TrialState.RUNNING]):  # of a search that was stopped
+        if run := trial.user_attrs.get("run"):
+            busy = f"{run} is still being trained by a process of a killed search: wait for it, or kill it"
+            locked(runs.RUNS / competition / run / "lock", busy).close()
         study.tell(trial.number, state=TrialState.FAIL)
-        if "run" in trial.user_attrs:  # it goes on as a new trial with the same run
-            study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
+        if run:  # it goes on as a new trial with the same run
+            study.enqueue_trial(trial.params, user_attrs={"run": run})
     failed = 0
     while (count := len(_ended(study))) < trials:
         trial = study.ask(space)
