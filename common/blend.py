@@ -30,7 +30,7 @@ from common.errors import UserError
 from common.files import expanded, number_in
 from common.loading import folds
 from common.loading.loader import in_order
-from common.metrics import Metric, rmse, without_ones
+from common.metrics import Metric, without_ones
 from common.predict import Member, write_submission
 from common.predictions import (
     Predictions,
@@ -294,16 +294,22 @@ def _way(
     columns = (truth[:, None] == np.arange(members.shape[2]) if are_numbers else truth).astype(np.float32)
     if given.by == "nnls":
         return ensemble.per_class(lambda label: ensemble.least_squares(columns[:, label]))
-    alone = rmse() if are_numbers else metric  # a metric of class numbers cannot score one class alone
+    if are_numbers:
+        return ensemble.per_class(lambda label: ways[given.by](_squared_error(columns[:, label])))
     if given.by != "mean":
         try:
-            alone.score(members[0, :, 0], columns[:, 0])
+            metric.score(members[0, :, 0], columns[:, 0])
         except (UserError, ValueError, RuntimeError, LookupError, TypeError) as error:
             raise UserError(
                 f"--per-class --by {given.by}: {metric.name} cannot be computed for a single label ({error}): use "
                 f"--by nnls, or leave --per-class out"
             ) from error
-    return ensemble.per_class(lambda label: ways[given.by](ensemble.maximise(alone, columns[:, label])))
+    return ensemble.per_class(lambda label: ways[given.by](ensemble.maximise(metric, columns[:, label])))
+
+
+def _squared_error(column: np.ndarray) -> ensemble.Objective:
+    """The objective of a single class where targets are class numbers: their metrics cannot score one class alone."""
+    return lambda predictions, rows: -float(np.square(predictions - column[rows]).mean())
 
 
 def write_combined(

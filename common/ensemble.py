@@ -59,14 +59,14 @@ RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are among 
 
 def power(exponent: float) -> Space:
     """The power mean: 1 is the plain mean, 0 geometric, -1 harmonic. Raises UserError for negative predictions."""
-    least = SMALLEST if exponent <= 0 else 0.0
 
     def there(members: np.ndarray) -> np.ndarray:
-        if members.size and members.min() < 0:
+        if members.min() < 0:
             raise UserError(
                 f"power:{exponent:g} needs predictions of 0 or more, found {members.min():.5g}: use --space plain"
             )
-        members = np.maximum(members, least)
+        if exponent <= 0:
+            members = np.maximum(members, SMALLEST)
         return members**exponent if exponent else np.log(members)
 
     return Space(there, lambda x: x ** (1 / exponent) if exponent else np.exp(x))

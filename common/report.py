@@ -160,18 +160,17 @@ def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Me
     page.heading("Training")
     curves = training_curves(history, [metric.name for metric in metrics])
     page.figure(curves, "training", "Every epoch of every fold, before TTA and tuning")
-    metric = metrics[0]
-    rows, best = [], []
+    metric, rows = metrics[0], []
     for fold in dict.fromkeys(line["fold"] for line in history):
         lines = [line for line in history if line["fold"] == fold]
         scored = [line for line in lines if math.isfinite(_number(line.get(metric.name)))]
         if scored:
             top = max(scored, key=lambda line: metric.sign * _number(line[metric.name]))
-            best.append(_number(top[metric.name]))
-            rows.append((_called(fold), len(lines), top["epoch"], _number(top["loss"]), best[-1]))
+            rows.append((_called(fold), len(lines), top["epoch"], _number(top["loss"]), _number(top[metric.name])))
     if rows:
-        spread = (float(np.std(best, ddof=1)),) if len(best) > 1 else ("",)
-        rows += [("mean", "", "", "", float(np.mean(best))), ("standard deviation", "", "", "", *spread)]
+        scores = [row[-1] for row in rows]
+        spread = np.std(scores, ddof=1) if len(scores) > 1 else ""
+        rows += [("mean", "", "", "", np.mean(scores)), ("standard deviation", "", "", "", spread)]
         called = f"its {metric.name}, before TTA and tuning"
         page.table(["", "epochs", "best epoch", "its training loss", called], rows)
 

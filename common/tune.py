@@ -215,7 +215,7 @@ def _tell(study: optuna.Study, competition: str, given: list[str], search: str) 
     order = sorted(trials, key=lambda one: -sign * one.value if one.value is not None else math.inf)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     rows = [
-        (one.user_attrs.get("run", ""), one.state.name.lower(), "" if one.value is None else one.value)
+        (one.user_attrs["run"], one.state.name.lower(), "" if one.value is None else one.value)
         + tuple(one.params.get(name, "") for name in names)
         for one in order
     ]
