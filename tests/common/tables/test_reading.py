@@ -232,6 +232,12 @@ def test_blank_lines_that_may_not_be(read):
     assert len(read("a,b\n1,2\n3,4\n\n\n", {"a": int}, blank_lines=False)) == 2, "the end of the file is no line"
 
 
+def test_a_line_of_spaces_is_blank_between_whole_numbers_too(read):
+    table = read("a,b\n1,2\n  \n3,4\n\t\n", {"a": int, "b": int}, lines=True)
+    assert table["a"].to_dict() == {2: 1, 4: 3}
+    assert read("a\nx\n\xa0\n", {"a": str})["a"].tolist() == ["x", "\xa0"]
+
+
 def test_tables_without_a_header(read):
     table = read('t1,/m/a /m/b\nt2,"/m/c, d"\n', {"image": str, "codes": str}, header=False, lines=True)
     assert table.loc[2].tolist() == ["t2", "/m/c, d"]
