@@ -222,13 +222,14 @@ def probe(build: Callable[[], nn.Module], size: tuple[int, int], channels: int, 
                 raise ValueError(f"its maps have the shape {wrong[0]}")
             return
         except Exception as error:
-            if device == "cpu" and isinstance(error, (UserError, MemoryError)):
+            if device == "meta":
+                continue
+            if isinstance(error, (UserError, MemoryError)):
                 raise
-            if device == "cpu":
-                raise UserError(
-                    f"{flags} does not take images of --size {size[0]},{size[1]} ({_reason(error)}): try a larger "
-                    f"--size, one whose sides are multiples of 64, or another network"
-                ) from error
+            raise UserError(
+                f"{flags} does not take images of --size {size[0]},{size[1]} ({_reason(error)}): try a larger "
+                f"--size, one whose sides are multiples of 64, or another network"
+            ) from error
 
 
 def _reason(error: Exception) -> str:
