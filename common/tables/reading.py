@@ -53,9 +53,9 @@ def read(
     too many cells, a text among numbers, NaN, infinite, out of range, blank, or a repeated id.
     """
     found = list(parts(raw, name, columns, others=others, header=header, blank_lines=blank_lines))
-    again = _File(raw, name).again
+    file = _File(raw, name)
     if not found:
-        raise UserError(f"{raw.path}/{name} has no rows: {again}")
+        raise UserError(f"{file.where} has no rows: {file.again}")
     table = pd.concat(found) if len(found) > 1 else found[0]
     for column in found[0].columns[found[0].dtypes == "category"]:  # pd.concat makes texts of them
         table[column] = union_categoricals([part[column] for part in found], sort_categories=True)
@@ -64,7 +64,7 @@ def read(
         value = table[id][line]
         first = table.index[np.argmax(table[id] == value)]
         raise UserError(
-            f"{raw.path}/{name} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {again}"
+            f"{file.where} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {file.again}"
         )
     return table if lines else table.reset_index(drop=True)
 
