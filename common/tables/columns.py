@@ -42,13 +42,16 @@ class Column:
         if self.is_text:
             return texts.astype(self.dtype), (texts == "").to_numpy(bool) & (not self.blank)
         found = numbers(texts)
-        wrong = ~(found.between(self.low, self.high) & np.isfinite(found))
         if self.is_whole:
-            wrong |= ~texts.str.fullmatch(r"-?[0-9]+")
+            wrong = ~(found.between(self.low, self.high) & texts.str.fullmatch(r"-?[0-9]+"))
             found = texts.mask(wrong, "0")  # a float64 does not hold every whole number
-        elif self.blank:
+            return found.astype(self.dtype), wrong.to_numpy(bool)
+        with np.errstate(over="ignore"):  # 1e39 is infinite in float32
+            found = found.astype(self.dtype)
+        wrong = ~(found.between(self.low, self.high) & np.isfinite(found))
+        if self.blank:
             wrong &= ~texts.isin(NO_NUMBER)
-        return found.astype(self.dtype), wrong.to_numpy(bool)
+        return found, wrong.to_numpy(bool)
 
 
 def numbers(texts: pd.Series) -> pd.Series:

@@ -188,6 +188,11 @@ def test_a_number_that_must_be_there(read, name):
     assert np.isnan(table["size"][1])
 
 
+def test_a_number_that_the_dtype_does_not_hold_is_refused(read):
+    assert "line 3, column v: '1e39', expected a number" in fault(read, "v\n1\n1e39\n", {"v": number(dtype="float32")})
+    assert read("v\n0.1\n", {"v": number(0, 0.1, dtype="float32")})["v"].tolist() == [np.float32(0.1)]
+
+
 def test_true_and_false_are_1_and_0_beside_blanks_too(read):
     assert list(read("a,v\n1,True\n2,False\n", {"v": float})["v"]) == [1, 0]
     table = read("a,v\n1,True\n2,\n3,false\n4,0.5\n", {"v": number(blank=True)})
