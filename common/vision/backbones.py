@@ -123,8 +123,8 @@ class MaskNet(nn.Module):
         super().__init__()
         names = smp.encoders.get_encoder_names()
         if encoder not in names and not (encoder.startswith("tu-") and timm.is_model(encoder[3:])):
-            known = {name: f"tu-{name}" for name in timm.list_models()} | {name: name for name in names}
-            near = [known[name] for name in difflib.get_close_matches(encoder.removeprefix("tu-"), known, n=3)]
+            known = [*names, *(f"tu-{name}" for name in timm.list_models())]
+            near = difflib.get_close_matches(encoder, known, n=3)
             raise UserError(
                 f"--encoder {encoder}: expected an encoder of segmentation-models-pytorch "
                 f"({', '.join(near) or 'resnet34, efficientnet-b3'} ...), or tu- and the name of one of timm"
