@@ -198,10 +198,9 @@ class _File:
         kept = list(places.values())
         if self.others == "keep":
             kept += [place for place, name in enumerate(names) if name not in places]
-        labels = [*names, *[""] * spare]
         options = {
             "header": None,
-            "names": range(len(labels)),
+            "names": range(len(names) + spare),
             "usecols": kept,
             "keep_default_na": False,
             "low_memory": False,
@@ -211,7 +210,7 @@ class _File:
         if frame is None or len(frame) != len(lines):
             frame = self._parsed(block, typed, names, lines, options)
         frame = frame[kept]
-        frame.columns = [labels[place] or f"column {place + 1}" for place in kept]
+        frame.columns = [names[place] or f"column {place + 1}" for place in kept]
         frame.index = lines
         return frame
 
@@ -222,8 +221,8 @@ class _File:
         """
         if (rows := _equal_rows(block, expected)) is not None:
             return line + np.arange(rows), 0
-        lines, cells, all_end_blank, blank_line, start = [], [], True, None, line
-        reader = csv.reader(io.StringIO(block.decode(), newline=""))
+        lines, cells, all_end_blank = [], [], True
+        reader, start, blank_line = csv.reader(io.StringIO(block.decode(), newline="")), line, None
         for row in reader:
             if not row or (len(row) == 1 and BLANK.fullmatch(row[0])):
                 blank_line = blank_line or start
