@@ -128,19 +128,20 @@ def _is_at(path: Path, stream: IO) -> bool:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
-    """Only one process at a time is inside the block for a `folder`; yields False where the file system has no locks.
+def alone_in(folder: Path, drafts: str) -> Iterator[None]:
+    """Only one process at a time is inside the block for a `folder`; it first deletes the drafts of killed ones.
 
-    Locks the folder itself, so no lock file is left behind. The lock ends with the process, however that ends.
+    `drafts` is their pattern. Locks the folder itself, so no lock file is left behind. The lock ends with the process,
+    however that ends. Where the file system has no locks, processes are not kept apart, and no drafts are deleted.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        alone = True
-    except OSError:
-        alone = False
-    try:
-        yield alone
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for left in folder.glob(drafts):
+                remove = shutil.rmtree if left.is_dir() else os.unlink
+                remove(left)
+        yield
     finally:
         os.close(descriptor)
 
