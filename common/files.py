@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 if TYPE_CHECKING:  # make's own checks run before anything is installed
     import numpy as np
@@ -271,7 +271,7 @@ def write_with(path: Path, writer: Callable[[IO], None]) -> None:
             writer(stream)
         except RuntimeError as error:  # torch.save reports a full disk as a RuntimeError of its zip writer
             full = shutil.disk_usage(path.parent).free < NO_ROOM
-            reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+            reason = os.strerror(errno.ENOSPC) if full else first_line(error)
             raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error
 
 
