@@ -30,7 +30,7 @@ def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFil
     rows = row_numbers(run.path, "oof", files.images).tolist()
     tuned = result["tuned"]
     truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
-    scores = np.array([decision.dice_of_masks(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
+    scores = np.array([decision.dice(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
 
     page.text(
         f"{len(rows)} images that the network was not trained on. The rules were tuned on these images. 'Held out' "

@@ -144,7 +144,7 @@ class Hulls:
         rule = replace(rule, gate=0.0, hull=True)
         if rule not in self.known:
             masks = (region_mask(pixels[self.label], rule) for pixels in self.pixels)
-            scores = [decision.dice_of_masks(mask, self.truth(row)[self.label]) for row, mask in enumerate(masks)]
+            scores = [decision.dice(mask, self.truth(row)[self.label]) for row, mask in enumerate(masks)]
             self.known[rule] = np.array(scores, np.float32)
         return self.known[rule]
 

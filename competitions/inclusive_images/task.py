@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.mixing import CutMix, MixUp, OneOf
 from common.losses import BCE, MSE, CosineProximity, Focal, Heads, PositivesVersusNegatives, SoftFBeta, Weighted
-from common.metrics import Metric
+from common.metrics import Metric, f_beta
 from common.raw import RawData
 from common.report import Report
 from common.run import Run
@@ -161,9 +161,8 @@ def _metrics() -> tuple[Metric, ...]:
     def precision(decisions: Any, targets: Any) -> Any:
         return targets["labels"].gather(1, decisions["best"]).double().mean(1)
 
-    return Metric("f2", lambda decisions, targets: decision.f2(decisions["labels"], targets["labels"])), Metric(
-        "precision_at_5", precision
-    )
+    f2 = f_beta(2, "samples").on(lambda decisions, targets: (decisions["labels"], targets["labels"]), "f2")
+    return f2, Metric("precision_at_5", precision)
 
 
 def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:
