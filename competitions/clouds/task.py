@@ -44,8 +44,8 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
     def rows(ids: Sequence[str], masks: Tensor) -> Iterator[tuple[str, str]]:
         for image, of_classes in zip(ids, masks.cpu().numpy(), strict=True):
-            for label in files.test_classes[image]:
-                yield f"{image}_{reader.CLASSES[label]}", rle.encode(of_classes[label])
+            for label, mask in zip(reader.CLASSES, of_classes, strict=True):
+                yield f"{image}_{label}", rle.encode(mask)
 
     network = partial(
         CloudNet, config.architecture, config.encoder, config.class_head, config.dropout, config.decoder_width
