@@ -26,6 +26,8 @@ from competitions.clouds.config import CloudConfig
 from competitions.clouds.dataset import cloud_images
 from competitions.clouds.model import CloudNet
 
+SCRATCH = "--encoder-weights none --encoder-lr 1"
+
 
 def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read and check the files and build the Task; raises UserError for wrong settings or files."""
@@ -67,7 +69,9 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             loss=loss.build(config),
             tta=tuple(TTA(name, way.apply, partial(_undo, way)) for name, way in FLIPS.items()),
             lr_scales={"net.encoder.": config.encoder_lr},
-            pretrain=partial(_pretrain, config) if config.encoder_weights != "none" else None,
+            pretrain=lambda model: start_encoder(
+                model.net.encoder, config.encoder, config.encoder_weights, scratch=SCRATCH
+            ),
         ),
         postprocess=Postprocess(predict=decision.predict, apply=decision.apply, tune=tune, kept="uint8"),
         submission=Submission(rows=rows, valid=lambda values: rle.problem_of_text(values[0], pixels)),
@@ -79,11 +83,6 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
 def _undo(way: Flip, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
     return predictions | {"pixels": way.undo(predictions["pixels"])}
-
-
-def _pretrain(config: CloudConfig, network: CloudNet) -> str:
-    scratch = "--encoder-weights none --encoder-lr 1"
-    return start_encoder(network.net.encoder, config.encoder, config.encoder_weights, scratch=scratch)
 
 
 def _metrics() -> tuple[Metric, ...]:
