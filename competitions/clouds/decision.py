@@ -46,11 +46,9 @@ def predict(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"presence": torch.stack((outputs["classes"].sigmoid(), by_pixels), dim=2), "pixels": pixels}
 
 
-def in_steps(values: Tensor | np.ndarray) -> np.ndarray:
-    """Probabilities -> uint8 of 0 to 255, of the same shape; stored predictions already are that."""
-    if isinstance(values, Tensor):
-        return (values * STEPS).round().to(torch.uint8).cpu().numpy()
-    return values
+def in_steps(values: Tensor) -> np.ndarray:
+    """Probabilities -> uint8 of 0 to 255, of the same shape."""
+    return (values * STEPS).round().to(torch.uint8).cpu().numpy()
 
 
 def force_best(presence: np.ndarray) -> np.ndarray:
