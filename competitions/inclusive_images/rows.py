@@ -33,7 +33,6 @@ class Rows:
     labels: csr_matrix  # uint8 [n, m]
     folds: np.ndarray  # [n]; rows of -1 are always trained on
     fitted: csr_matrix  # labels that the label vectors and the prior are fitted to, without a held-out fold's
-    test_ids: list[str]
     test_paths: list[Path]
     sample_name: str
 
@@ -72,8 +71,7 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
             "too; --fold 0 leaves them out"
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
-    test_ids = list(Sample.read(raw, sample_name).ids)
-    again = "get them with make data COMP=inclusive_images"
+    test_ids, again = Sample.read(raw, sample_name).ids, "get them with make data COMP=inclusive_images"
     test_paths = images_of(test_folder, test_ids, sample_name, again, lenient=raw.lenient)
     return Rows(
         index,
@@ -82,7 +80,6 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
         labels=vstack([own.matrix for own, _, _ in parts]).tocsr(),
         folds=np.concatenate([folds for _, _, folds in parts]),
         fitted=fitted,
-        test_ids=test_ids,
         test_paths=test_paths,
         sample_name=sample_name,
     )

@@ -64,7 +64,6 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             ids=files.ids,
             folds=files.folds,
             test=ImageDataset(test, transform=whole),
-            test_ids=files.test_ids,
             order=None if weights is None else lambda own: orders.weighted(weights[own], rows=own),
             mix=_mix(config.mix),
             pseudo=lambda scores: ImageDataset(test, SoftTargets(scores, vectors, config.count > 0), transform=augment),
