@@ -116,7 +116,6 @@ RECIPES: dict[str, CloudConfig] = {
     "demo": replace(
         SMALL,
         fold="0",
-        folds=4,
         epochs=30,
         batch_size=6,
         size=(96, 144),

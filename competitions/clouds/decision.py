@@ -46,11 +46,9 @@ def predict(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"presence": torch.stack((outputs["classes"].sigmoid(), by_pixels), dim=2), "pixels": pixels}
 
 
-def in_steps(values: Tensor | np.ndarray) -> np.ndarray:
-    """Probabilities -> uint8 of 0 to 255, of the same shape; stored predictions already are that."""
-    if isinstance(values, Tensor):
-        return (values * STEPS).round().to(torch.uint8).cpu().numpy()
-    return values
+def in_steps(values: Tensor) -> np.ndarray:
+    """Probabilities -> uint8 of 0 to 255, of the same shape."""
+    return (values * STEPS).round().to(torch.uint8).cpu().numpy()
 
 
 def force_best(presence: np.ndarray) -> np.ndarray:
@@ -106,14 +104,7 @@ def to_tuned(rules: list[Rule], force: bool, presence: str = "head") -> dict[str
     return {"rules": rules_of, "presence": presence, "force_best": force}
 
 
-def dice_of_masks(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def dice(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """The competition's Dice of masks bool [..., H, W]: float64 [...], 1 where both masks are empty."""
     both, total = (masks & truth).sum((-2, -1)), masks.sum((-2, -1)) + truth.sum((-2, -1))
     return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
-
-
-def dice(masks: Tensor, truth: Tensor) -> Tensor:
-    """`dice_of_masks` for uint8 masks [B, 4, H, W], computed on their device: float64 [B, 4]."""
-    both = (masks & truth).flatten(2).sum(2).double()
-    total = masks.flatten(2).sum(2).double() + truth.flatten(2).sum(2).double()
-    return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from common.files import write_csv
 from common.vision import rle
 from competitions.clouds.reader import CLASSES, MASK_SIZE
 
@@ -18,7 +19,7 @@ QUALITY = 85  # of the JPEGs, about 400 kB each
 def write_demo(folder: Path) -> None:
     """Write train.csv, sample_submission.csv and the JPEGs into `folder`; the same bytes every time."""
     rng = np.random.default_rng(SEED)
-    rows = ["Image_Label,EncodedPixels"]
+    rows = []
     names = [f"{number:07x}.jpg" for number in rng.choice(16**7, TRAIN_IMAGES + TEST_IMAGES, replace=False)]
     for number, name in enumerate(names):
         test = number >= TRAIN_IMAGES
@@ -28,10 +29,10 @@ def write_demo(folder: Path) -> None:
         _, data = cv2.imencode(".jpg", image[:, :, ::-1], (cv2.IMWRITE_JPEG_QUALITY, QUALITY))
         path.write_bytes(data.tobytes())
         if not test:
-            rows += [f"{name}_{label},{rle.encode(mask)}" for label, mask in zip(CLASSES, masks, strict=True)]
-    (folder / "train.csv").write_text("\n".join(rows) + "\n")
-    expected = [f"{name}_{label},1 1" for name in sorted(names[TRAIN_IMAGES:]) for label in CLASSES]
-    (folder / "sample_submission.csv").write_text("\n".join([rows[0], *expected]) + "\n")
+            rows += [(f"{name}_{label}", rle.encode(mask)) for label, mask in zip(CLASSES, masks, strict=True)]
+    expected = [(f"{name}_{label}", "1 1") for name in sorted(names[TRAIN_IMAGES:]) for label in CLASSES]
+    for file, cells in (("train.csv", rows), ("sample_submission.csv", expected)):
+        write_csv(folder / file, ["Image_Label", "EncodedPixels"], cells)
 
 
 def draw(rng: np.random.Generator, first: int) -> tuple[np.ndarray, np.ndarray]:

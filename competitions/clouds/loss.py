@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.losses import BCE, BCEDice, Dice, Heads, LovaszHinge, Weighted, kind
-from common.losses.protocol import columns_of, mass_of
+from common.losses import BCE, BCEDice, Dice, LovaszHinge, Weighted
+from common.losses.combine import Combined
 from competitions.clouds.reader import CLASSES
 
 if TYPE_CHECKING:
@@ -25,28 +25,21 @@ def unpack(packed: Tensor) -> Tensor:
     return (packed.unsqueeze(1) >> bits) & 1
 
 
-class OfPackedMasks(nn.Module):
-    """Let a loss of {"pixels": masks [B, 4, H, W], "classes": presence [B, 4]} take packed masks [B, H, W] as targets.
+class OfPackedMasks(Combined):
+    """Losses of the heads "pixels" (masks [B, 4, H, W]) and "classes" (presence [B, 4]), from packed masks [B, H, W].
 
     It also takes a dict with the packed masks as "packed", because validation rows have the masks at the scored size
     too. Masks are unpacked on the device. A class counts as present if any pixel of it is left after augmentation.
     """
 
-    def __init__(self, loss: nn.Module):
-        super().__init__()
-        self.loss, self.kind, self.columns = loss, kind(loss), columns_of(loss)
-
     def forward(self, outputs: Any, packed: Tensor, weights: Tensor | None = None) -> Tensor:
-        return self.loss(outputs, _targets(packed), weights)
+        return super().forward(outputs, _targets(packed), weights)
 
     def mass(self, packed: Tensor) -> Tensor:
-        return mass_of(self.loss, _targets(packed))
+        return super().mass(_targets(packed))
 
     def stats(self, outputs: Any, packed: Tensor) -> Tensor:
-        return self.loss.stats(outputs, _targets(packed))
-
-    def value(self, sums: Tensor, count: Tensor) -> Tensor:
-        return self.loss.value(sums, count)
+        return super().stats(outputs, _targets(packed))
 
 
 def _targets(packed: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,5 +55,7 @@ def build(config: "CloudConfig") -> OfPackedMasks:
         (LovaszHinge(), config.lovasz),
         (BCEDice(0.75, 0.25, present_only=True), config.present),
     ]
-    heads = {"pixels": (Weighted(*[part for part in pixels if part[1]]), 1.0)}
-    return OfPackedMasks(Heads(heads | ({"classes": (BCE(), config.classes)} if config.classes else {})))
+    heads = [("pixels", Weighted(*[part for part in pixels if part[1]]), 1.0)]
+    if config.classes:
+        heads.append(("classes", BCE(), config.classes))
+    return OfPackedMasks(heads)

@@ -1,36 +1,35 @@
 """The clouds part of a run's report: predicted masks beside the true ones, and how thresholds change the score."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import cv2
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from common.predictions import part_of, read_predictions, row_numbers, unpack
-from common.report import Report
+from common.report import Report, subplots
 from common.run import Run
 from common.vision.datasets import ImageDataset
 from competitions.clouds import decision, tuning
 from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE, CloudFiles
 
-COLOURS = {"Fish": (230, 60, 60), "Flower": (60, 200, 80), "Gravel": (70, 130, 255), "Sugar": (250, 210, 40)}
+COLOURS = {"Fish": "#e63c3c", "Flower": "#3cc850", "Gravel": "#4682ff", "Sugar": "#fad228"}
 OVERLAYS = 8  # images in the report, from the best to the worst
 CURVE_IMAGES = 150  # images used for the threshold curves
 
 
 def report(files: CloudFiles, images: ImageDataset, run: Run, page: Report) -> None:
     """Add the out-of-fold predictions beside the truth, and the threshold curves, to the run's report."""
-    if (run.path / "oof_ids.txt").is_file():
-        _out_of_fold(page, run, run.result, files, images)
-
-
-def _out_of_fold(page: Report, run: Run, result: dict[str, Any], files: CloudFiles, images: ImageDataset) -> None:
     predictions = read_predictions(run.path, "oof")
+    if predictions is None:
+        return
     rows = row_numbers(run.path, "oof", files.images).tolist()
-    tuned = result["tuned"]
+    tuned = run.result["tuned"]
     truth = [partial(files.runs.masks, row, SUBMISSION_SIZE) for row in rows]
-    scores = np.array([decision.dice_of_masks(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
+    scores = np.array([decision.dice(decided(predictions, at, tuned), truth[at]()) for at in range(len(rows))])
 
     page.text(
         f"{len(rows)} images that the network was not trained on. The rules were tuned on these images. 'Held out' "
@@ -71,14 +70,13 @@ def decided(kept: dict[str, np.ndarray], at: int, tuned: dict[str, Any]) -> np.n
 def overlay(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Figure:
     """The image uint8 [H, W, 3] twice, under the true masks and under the predicted ones."""
     image = cv2.resize(image, SUBMISSION_SIZE[::-1], interpolation=cv2.INTER_AREA)
-    figure = Figure(figsize=(13, 4.8))
-    for place, (title, masks) in enumerate((("truth", truth), ("found", found))):
-        axes = figure.add_subplot(1, 2, place + 1)
+    figure, grid = subplots(13, 4.8, 1, 2)
+    for axes, title, masks in zip(grid, ("truth", "found"), (truth, found), strict=True):
         axes.imshow(painted(image, masks))
         axes.set_title(title)
         axes.axis("off")
-    handles = [figure.axes[0].plot([], [], color=np.array(COLOURS[name]) / 255, linewidth=6)[0] for name in CLASSES]
-    figure.legend(handles, CLASSES, loc="lower center", ncols=len(CLASSES), frameon=False)
+    handles = [grid[0].plot([], [], color=COLOURS[name], linewidth=6)[0] for name in CLASSES]
+    figure.legend(handles, CLASSES, loc="outside lower center", ncols=len(CLASSES), frameon=False)
     return figure
 
 
@@ -86,7 +84,7 @@ def painted(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """The image uint8 [H, W, 3] with every mask as a tint and an outline."""
     result = image.astype(np.float32)
     for name, mask in zip(CLASSES, masks, strict=True):
-        colour = np.array(COLOURS[name], np.float32)
+        colour = 255 * np.array(to_rgb(COLOURS[name]), np.float32)
         inner = cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
         result[mask] = 0.72 * result[mask] + 0.28 * colour
         result[mask & ~inner] = colour
@@ -95,10 +93,8 @@ def painted(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:
     """Bars of the mean Dice of `scores` [m, 4] per class; `present` [4] is the fraction of images with the class."""
-    figure = Figure(figsize=(7, 3.6))
-    axes = figure.add_subplot()
-    colours = [np.array(COLOURS[name]) / 255 for name in CLASSES]
-    axes.bar(CLASSES, scores.mean(0), color=colours, width=0.6, label="this run")
+    figure, axes = subplots(7, 3.6)
+    axes.bar(CLASSES, scores.mean(0), color=[COLOURS[name] for name in CLASSES], width=0.6, label="this run")
     axes.bar(CLASSES, 1 - present, width=0.6, fill=False, edgecolor="black", linestyle="--", label="all empty")
     axes.set_ylabel("Dice")
     axes.grid(alpha=0.3, axis="y")
@@ -108,21 +104,21 @@ def class_scores(scores: np.ndarray, present: np.ndarray) -> Figure:
 
 def threshold_curves(tables: list[tuning.Table], tuned: dict[str, Any]) -> Figure:
     """Mean Dice as a function of one threshold of the tuned rules, the others fixed."""
-    grids = {"gate": tuning.GATES, "top": tuning.LEVELS, "size": tuning.SIZES}
-    figure = Figure(figsize=(13, 3.6))
-    for place, (part, grid) in enumerate(grids.items()):
-        axes = figure.add_subplot(1, len(grids), place + 1)
+    parts = {
+        "gate": (tuning.GATES, "gate"),
+        "top": (tuning.LEVELS, "pixel threshold"),
+        "size": (tuning.SIZES, "smallest region, pixels"),
+    }
+    figure, plots = subplots(13, 3.6, 1, len(parts))
+    for axes, (part, (grid, words)) in zip(plots, parts.items(), strict=True):
         for name, table in zip(CLASSES, tables, strict=True):
-            kept = tuned["rules"][name] | {"hull": False}
-            means = []
-            for value in grid:
-                rule = decision.Rule(**kept | {part: value})
-                rule = decision.Rule(**vars(rule) | {"bottom": min(rule.bottom, rule.top)})
-                means.append(float(tuning.dice_of(table, rule).mean()))
-            axes.plot(grid, means, color=np.array(COLOURS[name]) / 255, label=name)
-            axes.axvline(kept[part], color=np.array(COLOURS[name]) / 255, linestyle=":", linewidth=1)
-        axes.set_xlabel({"gate": "gate", "top": "pixel threshold", "size": "smallest region, pixels"}[part])
+            kept = decision.Rule(**tuned["rules"][name] | {"hull": False})
+            rules = [replace(kept, **{part: value}) for value in grid]
+            rules = [replace(rule, bottom=min(rule.bottom, rule.top)) for rule in rules]
+            axes.plot(grid, [tuning.dice_of(table, rule).mean() for rule in rules], color=COLOURS[name], label=name)
+            axes.axvline(getattr(kept, part), color=COLOURS[name], linestyle=":", linewidth=1)
+        axes.set_xlabel(words)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("Dice")
-    figure.axes[0].legend(frameon=False)
+    plots[0].set_ylabel("Dice")
+    plots[0].legend(frameon=False)
     return figure

@@ -1,7 +1,7 @@
 """Read the competition's files in Kaggle's layout: the images, their masks, and the rows to submit."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, even if the images were resized
 SUBMISSION_SIZE = (350, 525)  # height and width that the runs of a submission refer to
 CERTAIN = 50  # equal distances between neighbouring columns that are enough to tell the height of the masks
-COLUMNS = ("Image_Label", "EncodedPixels")
 AGAIN = "mend the file, or get it again with make data COMP=clouds"
 
 
@@ -56,15 +55,20 @@ class CloudFiles:
     runs: Runs
     test_images: list[str]  # in the order of the sample submission
     test_paths: list[Path]
-    test_classes: dict[str, list[int]]  # test image -> its classes in the order of the sample's rows
 
 
 def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     """Read and check all files except the pixels; raises UserError with the file and the row of the first fault."""
-    folder = raw.folder()
-    images, runs = _train(raw)
-    test_classes = _test(raw.uncounted())
-    train_paths = _paths(folder / "train_images", images, "train.csv", raw.lenient)
+    train, sample = _cells(raw, "train.csv"), _cells(raw.uncounted(), "sample_submission.csv")
+    images, test_images = sorted(train), list(sample)
+    train_paths = _paths(raw, "train_images", images, "train.csv")
+    test_paths = _paths(raw, "test_images", test_images, "sample_submission.csv")
+    for name, cells in (("train.csv", train), ("sample_submission.csv", sample)):
+        for image, of_classes in cells.items():
+            if missing := [label for label in CLASSES if label not in of_classes]:
+                raise UserError(f"{raw.path}/{name}: {image} has no row for {', '.join(missing)}: {AGAIN}")
+    masks = [_mask(raw, image, label, *train[image][label]) for image in images for label in CLASSES]
+    runs = Runs(np.concatenate(masks).astype(np.int32), np.cumsum([0, *map(len, masks)]))
     size = _size_of(runs, train_paths, f"{raw.path}/train.csv")
     if size != MASK_SIZE:
         runs = replace(runs, size=size)
@@ -72,53 +76,33 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
             f"{raw.path}/train.csv: run lengths are read as {size[0]}x{size[1]} masks, not the competition's "
             f"{MASK_SIZE[0]}x{MASK_SIZE[1]}: all fit into them, with columns {size[0]} pixels apart"
         )
-    test_paths = _paths(folder / "test_images", list(test_classes), "sample_submission.csv", raw.lenient)
-    for image, labels in test_classes.items():
-        missing = [name for label, name in enumerate(CLASSES) if label not in labels]
-        if missing:
-            raise UserError(f"{raw.path}/sample_submission.csv: {image} has no row for {', '.join(missing)}: {AGAIN}")
-    return CloudFiles(images, train_paths, runs, list(test_classes), test_paths, test_classes)
+    return CloudFiles(images, train_paths, runs, test_images, test_paths)
 
 
-def _table(raw: RawData, name: str) -> Iterator[tuple[int, str, int, str]]:
-    """Rows of a CSV as (line, image, class, cell); raises UserError for unexpected columns and unknown classes."""
-    columns = {COLUMNS[0]: str, COLUMNS[1]: tables.text(blank=True)}
-    table = tables.read(raw, name, columns, others="refuse", lines=True)
-    known = {label: number for number, label in enumerate(CLASSES)}
+def _cells(raw: RawData, name: str) -> dict[str, dict[str, tuple[int, str]]]:
+    """Image -> class -> (line, cell) of a CSV, in its order; raises UserError for unknown classes and repeated rows."""
+    columns = {"Image_Label": str, "EncodedPixels": tables.text(blank=True)}
+    table = tables.read(raw, name, columns, id="Image_Label", others="refuse", lines=True)
+    found: dict[str, dict[str, tuple[int, str]]] = {}
     for line, key, cell in table.itertuples():
         image, _, label = key.rpartition("_")
-        if label not in known or not image:
+        if label not in CLASSES or not image:
             near = difflib.get_close_matches(label, CLASSES, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(
                 f"{raw.path}/{name} line {line}: {key!r} names no class{hint}; expected IMAGE.jpg_CLASS "
                 f"with one of {', '.join(CLASSES)}: {AGAIN}"
             )
-        yield line, image, known[label], "" if cell.lower() == "nan" else cell
+        found.setdefault(image, {})[label] = line, cell
+    return found
 
 
-def _train(raw: RawData) -> tuple[list[str], Runs]:
-    cells: dict[str, list[np.ndarray | None]] = {}
-    for line, image, label, text in _table(raw, "train.csv"):
-        masks = cells.setdefault(image, [None] * len(CLASSES))
-        where = f"{raw.path}/train.csv line {line} ({image}, {CLASSES[label]})"
-        if masks[label] is not None:
-            raise UserError(f"{where}: this image and class appear twice: {AGAIN}")
-        try:
-            runs = rle.parse(text)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}: {AGAIN}") from None
-        if fault := rle.problem(runs, MASK_SIZE[0] * MASK_SIZE[1]):
-            raise UserError(f"{where}: {fault}: {AGAIN}")
-        masks[label] = runs
-    for image, masks in cells.items():
-        missing = [CLASSES[label] for label, runs in enumerate(masks) if runs is None]
-        if missing:
-            raise UserError(f"{raw.path}/train.csv: {image} has no row for {', '.join(missing)}: {AGAIN}")
-    images = sorted(cells)
-    flat = [runs for image in images for runs in cells[image]]
-    starts = np.cumsum([0, *map(len, flat)])
-    return images, Runs(np.concatenate(flat).astype(np.int32), starts)
+def _mask(raw: RawData, image: str, label: str, line: int, cell: str) -> np.ndarray:
+    """The runs of a cell of train.csv, int64 [n, 2]; raises UserError for invalid ones."""
+    cell = "" if cell.lower() == "nan" else cell
+    if fault := rle.problem_of_text(cell, MASK_SIZE[0] * MASK_SIZE[1]):
+        raise UserError(f"{raw.path}/train.csv line {line} ({image}, {label}): {fault}: {AGAIN}")
+    return rle.parse(cell)
 
 
 def _size_of(runs: Runs, paths: list[Path], name: str) -> tuple[int, int]:
@@ -156,33 +140,16 @@ def _stored_size(paths: list[Path]) -> tuple[int, int]:
     return MASK_SIZE
 
 
-def _test(raw: RawData) -> dict[str, list[int]]:
-    """Images of the sample submission and the order of their classes; its masks are ignored."""
-    classes: dict[str, list[int]] = {}
-    last = None
-    for line, image, label, _ in _table(raw, "sample_submission.csv"):
-        where = f"{raw.path}/sample_submission.csv line {line} ({image}, {CLASSES[label]})"
-        if image in classes and image != last:
-            raise UserError(
-                f"{where}: the rows of this image are not together, but a submission is written image by image: sort "
-                f"the file by {COLUMNS[0]}"
-            )
-        if label in classes.setdefault(image, []):
-            raise UserError(f"{where}: this image and class appear twice: {AGAIN}")
-        classes[image].append(label)
-        last = image
-    return classes
-
-
-def _paths(folder: Path, images: list[str], table: str, lenient: bool) -> list[Path]:
+def _paths(raw: RawData, folder: str, images: list[str], table: str) -> list[Path]:
     """Paths of the images; raises UserError for a row without an image, and for an image without a row.
 
-    A `lenient` prediction (see RawData) accepts both.
+    A lenient prediction (see RawData) accepts both.
     """
+    place = raw.folder() / folder
     again = "get the files with make data COMP=clouds, or pass DATA=/path/to/folder"
-    paths = images_of(folder, images, table, again, lenient=lenient)
-    if not lenient and (
-        without_row := sorted({file.name for file in find_images(folder)} - {path.name for path in paths})
-    ):
-        raise UserError(f"{folder} holds {some(without_row)}, not in {table}: remove the images, or add their rows")
+    paths = images_of(place, images, table, again, lenient=raw.lenient)
+    if raw.lenient:
+        return paths
+    if without_row := sorted({file.name for file in find_images(place)} - {path.name for path in paths}):
+        raise UserError(f"{place} holds {some(without_row)}, not in {table}: remove the images, or add their rows")
     return paths

@@ -3,7 +3,7 @@
 The score is the mean Dice over images and classes, at 350x525.  make train COMP=clouds RECIPE=small
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.loading.folds import multilabel_stratified
 from common.loading.mixing import CutMix
-from common.metrics import Metric
+from common.metrics import Metric, dice
 from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision import rle
@@ -25,6 +25,8 @@ from competitions.clouds.augment import pipeline
 from competitions.clouds.config import CloudConfig
 from competitions.clouds.dataset import cloud_images
 from competitions.clouds.model import CloudNet
+
+SCRATCH = "--encoder-weights none --encoder-lr 1"
 
 
 def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
@@ -44,8 +46,8 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
 
     def rows(ids: Sequence[str], masks: Tensor) -> Iterator[tuple[str, str]]:
         for image, of_classes in zip(ids, masks.cpu().numpy(), strict=True):
-            for label in files.test_classes[image]:
-                yield f"{image}_{reader.CLASSES[label]}", rle.encode(of_classes[label])
+            for label, mask in zip(reader.CLASSES, of_classes, strict=True):
+                yield f"{image}_{label}", rle.encode(mask)
 
     network = partial(
         CloudNet, config.architecture, config.encoder, config.class_head, config.dropout, config.decoder_width
@@ -67,11 +69,13 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             loss=loss.build(config),
             tta=tuple(TTA(name, way.apply, partial(_undo, way)) for name, way in FLIPS.items()),
             lr_scales={"net.encoder.": config.encoder_lr},
-            pretrain=partial(_pretrain, config) if config.encoder_weights != "none" else None,
+            pretrain=lambda model: start_encoder(
+                model.net.encoder, config.encoder, config.encoder_weights, scratch=SCRATCH
+            ),
         ),
         postprocess=Postprocess(predict=decision.predict, apply=decision.apply, tune=tune, kept="uint8"),
         submission=Submission(rows=rows, valid=lambda values: rle.problem_of_text(values[0], pixels)),
-        metrics=_metrics(reader.CLASSES),
+        metrics=_metrics(),
         check=partial(probe, network, config.size, 3, flags),
         report=partial(plots.report, files, valid),
     )
@@ -81,17 +85,11 @@ def _undo(way: Flip, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
     return predictions | {"pixels": way.undo(predictions["pixels"])}
 
 
-def _pretrain(config: CloudConfig, network: CloudNet) -> str:
-    scratch = "--encoder-weights none --encoder-lr 1"
-    return start_encoder(network.net.encoder, config.encoder, config.encoder_weights, scratch=scratch)
-
-
-def _metrics(names: Iterable[str]) -> tuple[Metric, ...]:
+def _metrics() -> tuple[Metric, ...]:
     """The competition's score, then the same for every class."""
 
-    def stats(label: int | None) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-        classes = slice(None) if label is None else label
-        return lambda masks, targets: decision.dice(masks, targets["masks"])[:, classes]
+    def of(label: int) -> Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]:
+        return lambda masks, targets: (masks[:, label], targets["masks"][:, label])
 
-    whole = Metric("dice", stats(None), lambda sums, count: float(sums.mean()) / count)
-    return whole, *(Metric(f"dice_{name.lower()}", stats(label)) for label, name in enumerate(names))
+    whole = dice().on(lambda masks, targets: (masks, targets["masks"]))
+    return whole, *(dice().on(of(label), f"dice_{name.lower()}") for label, name in enumerate(reader.CLASSES))

@@ -1,6 +1,6 @@
 """Choose the decision rules on out-of-fold predictions, and estimate their Dice on images not used for the choice."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -84,20 +84,14 @@ def tables(predictions: Kept, truth: Callable[[int], np.ndarray], source: str = 
     count = len(predictions["pixels"])
     dice = np.zeros((len(CLASSES), count, len(PAIRS), len(SIZES)), np.float32)
     empty = np.zeros((len(CLASSES), count), np.float32)
-    presence = np.zeros((len(CLASSES), count), np.uint8)
+    presence = np.asarray(predictions["presence"])[:, :, SOURCES.index(source)].T
     for image in range(count):
         pixels, masks = predictions["pixels"][image], truth(image)
-        presence[:, image] = predictions["presence"][image][:, SOURCES.index(source)]
         for label in range(len(CLASSES)):
             dice[label, image] = image_dice(pixels[label], masks[label])
             empty[label, image] = not masks[label].any()
     gain = dice.reshape(*empty.shape, -1) - empty[:, :, None]
     return [Table(*arrays) for arrays in zip(gain, empty, presence, strict=True)]
-
-
-def with_presence(found: Sequence[Table], presence: np.ndarray) -> list[Table]:
-    """The tables with `presence` uint8 [m, 4] in place of their own."""
-    return [replace(table, presence=presence[:, label]) for label, table in enumerate(found)]
 
 
 @cache
@@ -132,27 +126,21 @@ def search(table: Table, rows: np.ndarray, stage: str) -> Rule:
     return Rule(GATES[gates[gate]], LEVELS[top], SIZES[size], LEVELS[bottom])
 
 
-class Hulls:
-    """Dice [m] of one class under rules that fill convex hulls; they are computed on demand, as few are needed."""
+def regions_dice(pixels: np.ndarray, truth: Callable[[int], np.ndarray], label: int) -> Callable[[Rule], np.ndarray]:
+    """A function rule -> Dice float32 [m] of one class without the gate, for rules that are in no table."""
 
-    def __init__(self, pixels: np.ndarray, truth: Callable[[int], np.ndarray], label: int):
-        self.pixels, self.truth, self.label = pixels, truth, label
-        self.known: dict[Rule, np.ndarray] = {}
+    @cache
+    def dice(rule: Rule) -> np.ndarray:
+        masks = (region_mask(of_image[label], rule) for of_image in pixels)
+        return np.array([decision.dice(mask, truth(row)[label]) for row, mask in enumerate(masks)], np.float32)
 
-    def dice(self, rule: Rule) -> np.ndarray:
-        """Dice float32 [m] under `rule` without its gate."""
-        rule = replace(rule, gate=0.0, hull=True)
-        if rule not in self.known:
-            masks = (region_mask(pixels[self.label], rule) for pixels in self.pixels)
-            scores = [decision.dice_of_masks(mask, self.truth(row)[self.label]) for row, mask in enumerate(masks)]
-            self.known[rule] = np.array(scores, np.float32)
-        return self.known[rule]
+    return dice
 
 
-def dice_of(table: Table, rule: Rule, hulls: Hulls | None = None) -> np.ndarray:
-    """Dice [m] of every image under a rule of the grid."""
+def dice_of(table: Table, rule: Rule, hulls: Callable[[Rule], np.ndarray] | None = None) -> np.ndarray:
+    """Dice [m] of every image under a rule of the grid; `hulls` (see `regions_dice`) is for one that fills hulls."""
     if rule.hull:
-        passing = hulls.dice(rule)
+        passing = hulls(replace(rule, gate=0.0))
     else:
         pair = PAIRS.index((LEVELS.index(rule.bottom), LEVELS.index(rule.top)))
         passing = table.gain[:, pair * len(SIZES) + SIZES.index(rule.size)] + table.empty
@@ -187,10 +175,11 @@ class Tuner:
         self.tables = {}  # (source, force) -> one table per class
         found = tables(predictions, truth)
         for number, source in enumerate(SOURCES):
-            presence = np.asarray(predictions["presence"][:, :, number])
-            self.tables[source, False] = with_presence(found, presence)
-            self.tables[source, True] = with_presence(found, force_best(presence))
-        self.hulls = [Hulls(predictions["pixels"], truth, label) for label in range(len(CLASSES))]
+            plain = np.asarray(predictions["presence"][:, :, number])
+            for force, presence in ((False, plain), (True, force_best(plain))):
+                own = [replace(table, presence=presence[:, label]) for label, table in enumerate(found)]
+                self.tables[source, force] = own
+        self.hulls = [regions_dice(predictions["pixels"], truth, label) for label in range(len(CLASSES))]
 
     def rule(self, way: Way, label: int, rows: np.ndarray) -> Rule:
         """The best rule of one class on `rows`."""
@@ -201,14 +190,18 @@ class Tuner:
             return filled
         return rule
 
+    def dice(self, way: Way, train: np.ndarray, held: np.ndarray) -> np.ndarray:
+        """Dice [4, len(held)] of the images `held` under rules from the images `train`."""
+        rules = [self.rule(way, label, train) for label in range(len(CLASSES))]
+        own = zip(self.tables[way.source, way.force], rules, self.hulls, strict=True)
+        return np.stack([dice_of(table, rule, hulls)[held] for table, rule, hulls in own])
+
     def held_out(self, way: Way, rows: np.ndarray) -> np.ndarray:
         """Mean Dice [len(rows)] over REPEATS splits into SPLITS parts; each part is scored by rules from the others."""
         scores = np.zeros((REPEATS, len(CLASSES), len(rows)))
         for repeat in range(REPEATS):
             for train, held in _parts(len(rows), self.seed, repeat):
-                for label, table in enumerate(self.tables[way.source, way.force]):
-                    rule = self.rule(way, label, rows[train])
-                    scores[repeat, label, held] = dice_of(table, rule, self.hulls[label])[rows[held]]
+                scores[repeat][:, held] = self.dice(way, rows[train], rows[held])
         return scores.mean((0, 1))
 
     def choose(self, rows: np.ndarray) -> tuple[Way, dict[str, np.ndarray]]:
@@ -233,9 +226,7 @@ class Tuner:
         for repeat in range(OUTER_REPEATS):
             for train, held in _parts(self.count, self.seed, OUTER, repeat):
                 way, _ = self.choose(train)
-                for label, table in enumerate(self.tables[way.source, way.force]):
-                    rule = self.rule(way, label, train)
-                    scores[repeat, label, held] = dice_of(table, rule, self.hulls[label])[held]
+                scores[repeat][:, held] = self.dice(way, train, held)
         return float(scores.mean())
 
 

@@ -44,6 +44,7 @@ def build(config: DigitConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             ids=ids,
             folds=stratified(ids, files.labels, config.folds, config.seed),
             test=Digits(test_images),
+            test_ids=[str(number) for number in range(1, len(test_images) + 1)],
             pseudo=lambda probabilities: Digits(test_images, probabilities, strength),
         ),
         network=Network(

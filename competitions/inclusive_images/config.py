@@ -87,6 +87,12 @@ class TagConfig(Config):
         at_least(0),
     )
 
+    @property
+    def heads(self) -> dict[str, float]:
+        """The heads that the network has, with the weights of their losses."""
+        weights = {"labels": self.classifier, "embedding": self.embedding, "count": self.count}
+        return {name: weight for name, weight in weights.items() if weight}
+
 
 DEFAULT = TagConfig(
     epochs=25, batch_size=128, optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, ema=0.999, embedding=0.1
@@ -145,7 +151,7 @@ RECIPES: dict[str, TagConfig] = {
     "small-bce": replace(SMALL, embedding=0.0),
     "small-f2": replace(SMALL, embedding=0.0, loss="f2"),
     "small-embedding": replace(SMALL, classifier=0.0, embedding=1.0),
-    "small-classifier": replace(SMALL, embedding=0.0, epochs=10, lr=5e-4),
+    "small-classifier": replace(SMALL, embedding=0.0, lr=5e-4),
     "small-tuned": replace(
         SMALL,
         rows="tuning",
@@ -167,7 +173,6 @@ RECIPES: dict[str, TagConfig] = {
         batch_size=32,
         ema=0.9,
         size=(64, 64),
-        backbone="resnet10t",
         embedding=0.3,
         embedding_dim=16,
         count=0.01,

@@ -1,5 +1,7 @@
 """The targets of every head for an image, and its augmentation."""
 
+from dataclasses import dataclass
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 MIRROR = cv2.BORDER_REFLECT_101
 
 
+@dataclass(frozen=True)
 class Targets:
     """The targets of all heads for a row of `labels` uint8 csr [n, m].
 
@@ -17,15 +20,15 @@ class Targets:
     `counts` also {"count": float32 [1]}, the number of labels.
     """
 
-    def __init__(self, labels: csr_matrix, vectors: np.ndarray | None = None, counts: bool = False):
-        self.starts, self.columns, self.label_count = labels.indptr, labels.indices, labels.shape[1]
-        self.vectors, self.counts = vectors, counts
+    labels: csr_matrix
+    vectors: np.ndarray | None
+    counts: bool
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        columns = self.columns[self.starts[row] : self.starts[row + 1]]
-        labels = torch.zeros(self.label_count, dtype=torch.uint8)
-        labels[torch.from_numpy(columns.astype(np.int64))] = 1
-        targets = {"labels": labels}
+        columns = self.labels.indices[self.labels.indptr[row] : self.labels.indptr[row + 1]]
+        labels = np.zeros(self.labels.shape[1], np.uint8)
+        labels[columns] = 1
+        targets = {"labels": torch.from_numpy(labels)}
         if self.vectors is not None:
             targets["embedding"] = torch.from_numpy(self.vectors[columns].sum(0))
         if self.counts:
@@ -33,11 +36,13 @@ class Targets:
         return targets
 
 
+@dataclass(frozen=True)
 class SoftTargets:
     """Targets from pseudo-labels, scores float32 [m, labels]: with the expected sum of vectors and expected count."""
 
-    def __init__(self, scores: Tensor, vectors: np.ndarray | None = None, counts: bool = False):
-        self.scores, self.vectors, self.counts = scores, vectors, counts
+    scores: Tensor
+    vectors: np.ndarray | None
+    counts: bool
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         targets = {"labels": self.scores[row]}

@@ -34,16 +34,6 @@ class Rule:
     trim: int = 0  # most labels kept from one cluster of similar labels; 0 is no limit
 
 
-def f2(found: Tensor, truth: Tensor) -> Tensor:
-    """F2 = 5 TP / (4 T + P) of every image [B], from predicted and true labels [B, m]; 0 without a predicted label.
-
-    An image without true labels scores 0 too, as in sklearn.metrics.fbeta_score(average="samples", zero_division=0).
-    """
-    found, truth = found > 0, truth > 0
-    hits = (found & truth).sum(1).double()
-    return 5 * hits / (4 * truth.sum(1) + found.sum(1)).clamp(min=1)
-
-
 def against_negatives(logits: Tensor) -> Tensor:
     """Probability of every label [B, m] from a softmax over that label and only the labels below a rank."""
     rank = min(NEGATIVES_FROM, logits.shape[1] // 2)

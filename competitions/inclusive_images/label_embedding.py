@@ -11,6 +11,7 @@ logarithm of this count over the one expected by chance, and factor the symmetri
   vector: cut to `dim` numbers, its direction would depend on the few images with the label.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,15 +28,13 @@ from competitions.inclusive_images.spectrum import leading_eigenpairs
 class LabelEmbedding:
     """`vectors` float32 [m, dim]; rows are zero for labels that are too rare or carry no information.
 
-    `eigenvalues` [dim] are in falling order; if dim exceeds the number of usable eigenvalues, the last columns are 0.
+    The columns belong to falling eigenvalues; if dim exceeds the number of usable ones, the last columns are 0.
     `lengths` [m] are the lengths that the vectors would have if no eigenvalue were cut off.
     """
 
     vectors: np.ndarray
-    eigenvalues: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray  # [m] images of every label
-    kind: str
 
     @classmethod
     def fit(
@@ -53,19 +52,14 @@ class LabelEmbedding:
         "pmi" is the factorisation of the competition's blog: diagonal 0, negative values kept, 0 for pairs that never
         occur, singular value decomposition, all labels that occur (smoothing and least_images do not apply).
         `least_images` defaults to log10(n), rounded down, but at least 1: 6 for the competition's 1.7 million images.
-        Raises UserError if no label occurs, or if the labels carry no information because all images are alike.
+        Raises UserError if no label occurs in enough images, or if the labels carry no information because all images
+        are alike.
         """
-        if dim < 1 or smoothing < 0:
-            raise UserError(f"dim {dim}, smoothing {smoothing}: expected dim of 1 or more and smoothing of 0 or more")
-        if (labels.data == 0).any():  # explicitly stored zeros are not labels
-            labels = labels.copy()
-            labels.eliminate_zeros()
-        counts = np.asarray((labels != 0).sum(axis=0)).ravel().astype(np.int64)
-        if not counts.any():
-            raise UserError("no image has a label, so there is nothing to embed: expected a matrix with labels")
+        counts = np.asarray(labels.sum(axis=0, dtype=np.int64)).ravel()
         if least_images is None:
-            least_images = int(np.log10(labels.shape[0]))
-        seen = np.flatnonzero(counts >= (1 if kind == "pmi" else max(1, least_images)))
+            least_images = int(np.log10(max(1, labels.shape[0])))
+        least_images = 1 if kind == "pmi" else max(1, least_images)
+        seen = np.flatnonzero(counts >= least_images)
         if not len(seen):
             raise UserError(
                 f"no label has {least_images} of the {labels.shape[0]} images (the most frequent has {counts.max()}): "
@@ -84,9 +78,7 @@ class LabelEmbedding:
         sizes = torch.where(sizes > 1e-6 * sizes.max(), sizes, 0.0)
         vectors = np.zeros((labels.shape[1], dim), np.float32)
         vectors[seen, : len(sizes)] = (directions * sizes.sqrt()).float().numpy()
-        eigenvalues = np.zeros(dim, np.float32)
-        eigenvalues[: len(sizes)] = torch.where(sizes > 0, values, 0.0).float().numpy()
-        return cls(vectors, eigenvalues, lengths, counts, kind)
+        return cls(vectors, lengths, counts)
 
     @property
     def known(self) -> np.ndarray:
@@ -95,8 +87,12 @@ class LabelEmbedding:
 
     @property
     def unit_vectors(self) -> np.ndarray:
-        """The vectors of the `known` labels scaled to length 1, float32 [known, dim]."""
-        vectors = self.vectors[self.known]
+        """`units` of the `known` labels, float32 [known, dim]."""
+        return self.units(self.known)
+
+    def units(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The vectors of `labels` scaled to length 1, float32 [labels, dim]; all of them must be `known`."""
+        vectors = self.vectors[labels]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     @property
@@ -125,8 +121,8 @@ def ppmi(labels: csr_matrix, smoothing: float = 0.0) -> np.ndarray:
     # Only pairs that occur can be above chance, so everything is sparse up to the last line.
     expected = counts[rows] * (counts / np.float32(labels.shape[0]))[shared.indices]
     values = np.log((shared.data + np.float32(smoothing)) / (expected + np.float32(smoothing)))
-    np.maximum(values, 0, out=values)
-    return _symmetric(csr_matrix((values, shared.indices, shared.indptr), shape=shared.shape).toarray())
+    shared.data = np.maximum(values, 0)
+    return _symmetric(shared.toarray())
 
 
 def pmi(labels: csr_matrix) -> np.ndarray:
@@ -136,9 +132,8 @@ def pmi(labels: csr_matrix) -> np.ndarray:
     rows = np.repeat(np.arange(len(counts)), np.diff(shared.indptr))
     values = np.log(shared.data * labels.shape[0] / (counts[rows] * counts[shared.indices]))
     values[rows == shared.indices] = 0
-    return _symmetric(
-        csr_matrix((values.astype(np.float32), shared.indices, shared.indptr), shape=shared.shape).toarray()
-    )
+    shared.data = values.astype(np.float32)
+    return _symmetric(shared.toarray())
 
 
 def _lengths(matrix: Tensor, kind: str) -> np.ndarray:

@@ -21,13 +21,10 @@ AGAIN = "mend the file, or get it again with make data COMP=inclusive_images"
 class LabelIndex:
     """The mapping between trainable codes and columns, in the order of classes-trainable.csv."""
 
-    def __init__(self, codes: Sequence[str], names: dict[str, str] | None = None):
+    def __init__(self, codes: Sequence[str], names: dict[str, str]):
         self.codes = tuple(codes)
         self.column = {code: column for column, code in enumerate(self.codes)}
-        self.names = tuple((names or {}).get(code, code) for code in self.codes)
-        if len(self.column) != len(self.codes):
-            twice = next(code for code, count in Counter(self.codes).items() if count > 1)
-            raise UserError(f"{CLASSES}: the code {twice} appears twice: {AGAIN}")
+        self.names = tuple(names.get(code, code) for code in self.codes)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -36,10 +33,6 @@ class LabelIndex:
         """The number of codes and a hash of their order, short enough for a message: equal texts mean equal columns."""
         digest = hashlib.sha256("\n".join(self.codes).encode()).hexdigest()
         return f"{len(self):,} codes of {CLASSES} (order {digest[:16]})"
-
-    def columns(self, text: str) -> list[int]:
-        """Columns of space-separated codes; codes that are not trainable are left out."""
-        return [self.column[code] for code in text.split() if code in self.column]
 
     def text(self, columns: Iterable[int]) -> str:
         """Space-separated codes of columns, as a submission has them."""
@@ -132,19 +125,12 @@ def read_tuning(raw: RawData, index: LabelIndex) -> LabelTable:
     """Read tuning_labels.csv, `ImageID,code code ...` without a header; raises UserError for a repeated image."""
     columns = {"ImageID": str, "codes": text(blank=True)}
     table = tables.read(raw, TUNING, columns, id="ImageID", header=False)
-    codes = [cell.split() for cell in table["codes"]]
-    found = [index.columns(cell) for cell in table["codes"]]
-    counts = Counts(rows=sum(map(len, codes)))
-    counts.untrainable.update(code for cell in codes for code in cell if code not in index.column)
-    images = np.repeat(np.arange(len(found)), [len(columns) for columns in found])
-    labels = np.array([column for columns in found for column in columns], int)
+    pairs = [(image, code) for image, cell in enumerate(table["codes"]) for code in cell.split()]
+    counts = Counts(rows=len(pairs))
+    counts.untrainable.update(code for _, code in pairs if code not in index.column)
+    known = [(image, index.column[code]) for image, code in pairs if code in index.column]
+    images, labels = np.array(known, int).reshape(-1, 2).T
     return _table(table["ImageID"].to_numpy(str), images, labels, len(index), counts)
-
-
-def read_submission_ids(raw: RawData, name: str) -> list[str]:
-    """Image ids of a sample submission in its order; raises UserError for a wrong header or a repeated id."""
-    columns = {"image_id": str, "labels": text(blank=True)}
-    return tables.read(raw, name, columns, id="image_id", others="refuse")["image_id"].tolist()
 
 
 def _table(names: np.ndarray, images: np.ndarray, labels: np.ndarray, m: int, counts: Counts) -> LabelTable:

@@ -64,7 +64,7 @@ class TagNet(nn.Module):
         return outputs
 
 
-def start_from(model: TagNet, file: Path) -> None:
+def take_weights(model: TagNet, file: Path) -> None:
     """Load the weights of another run's model; heads that this model does not have are dropped.
 
     Raises UserError for any other difference: another backbone, other labels, or a head that the other run lacks.
@@ -72,13 +72,12 @@ def start_from(model: TagNet, file: Path) -> None:
     found = checkpoint.load(file)["model"]
     own = model.state_dict()
     dropped = tuple(f"heads.{name}." for name in HEADS if name not in model.heads)
-    taken = {name: tensor for name, tensor in found.items() if not name.startswith(dropped) and name != "projections"}
-    wrong = [
-        name for name in own if name != "projections" and getattr(taken.get(name), "shape", None) != own[name].shape
-    ]
-    if wrong or taken.keys() - own.keys():
-        raise UserError(
-            f"{file} holds another network (first difference: {(wrong or sorted(taken.keys() - own.keys()))[0]}): "
-            f"start from a run with the same --backbone, labels and heads (for a transformer also --size)"
-        )
-    model.load_state_dict(taken | {"projections": own["projections"]})
+    taken = {name: tensor for name, tensor in found.items() if not name.startswith(dropped)}
+    taken["projections"] = own["projections"]
+    for name in [*own, *taken]:
+        if name not in own or name not in taken or own[name].shape != taken[name].shape:
+            raise UserError(
+                f"{file} holds another network (first difference: {name}): start from a run with the same "
+                f"--backbone, labels and heads (for a transformer also --size)"
+            )
+    model.load_state_dict(taken)

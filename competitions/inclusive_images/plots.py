@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common.predictions import read_ids
-from common.report import Report
+from common.predictions import read_predictions, row_numbers, unpack
+from common.report import Report, subplots
 from common.run import Run
 
 if TYPE_CHECKING:
@@ -35,14 +35,13 @@ def report(
             "Cosine similarity of the most frequent labels, ordered so that similar ones are neighbours",
         )
         page.figure(vector_map(embedding, common[:MAP_LABELS], names), "map", "The label vectors in two dimensions")
-    if (run.path / "oof.npy").is_file():
-        _held_out(page, run, run.result, files, decide)
+    scores = read_predictions(run.path, "oof")
+    if scores is not None:
+        _held_out(page, run, scores, files, decide)
 
 
-def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", decide: Callable[..., Any]) -> None:
-    scores = np.load(run.path / "oof.npy", mmap_mode="r")
-    row_of = {image: row for row, image in enumerate(files.ids)}
-    rows = np.array([row_of[image] for image in read_ids(run.path, "oof")])
+def _held_out(page: Report, run: Run, scores: np.ndarray, files: "Rows", decide: Callable[..., Any]) -> None:
+    result, rows = run.result, row_numbers(run.path, "oof", files.ids)
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SHOWN_ROWS)).astype(int))
     scores, truth = scores[shown], files.labels[rows[shown]]
     page.table(["rule", "value"], result["tuned"]["rule"].items())
@@ -51,25 +50,15 @@ def _held_out(page: Report, run: Run, result: dict[str, Any], files: "Rows", dec
         f"rule that is best for these images; {result['score']:.4f} with rules tuned on four fifths of them and "
         f"scored on the other fifth. Below: {len(shown)} of these images."
     )
-    counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
-    bands = frequency_bands(counts)
+    bands = frequency_bands(files.counts)
+    parts = (scores[start : start + CHUNK] for start in range(0, len(scores), CHUNK))
+    found = torch.cat([decide(unpack(part), result["tuned"])["labels"] for part in parts]).numpy() > 0
     facts = []
-    found = np.concatenate(
-        [
-            decide(torch.from_numpy(scores[start : start + CHUNK].astype(np.float32)), result["tuned"])[
-                "labels"
-            ].numpy()
-            for start in range(0, len(scores), CHUNK)
-        ]
-    ).astype(bool)
     for name, labels in bands.items():
-        there, chosen = truth[:, labels].toarray().astype(bool), found[:, labels]
-        hits = int((there & chosen).sum())
+        there, chosen = truth[:, labels].toarray() > 0, found[:, labels]
+        hits = (there & chosen).sum()
         facts.append((name, len(labels), hits / max(chosen.sum(), 1), hits / max(there.sum(), 1)))
-    page.table(
-        ["training images of a label", "labels", "precision", "recall"],
-        [(a, b, float(c), float(d)) for a, b, c, d in facts],
-    )
+    page.table(["training images of a label", "labels", "precision", "recall"], facts)
     page.figure(curves(scores, truth, bands), "curves", "Precision and recall of labels by their frequency in training")
 
 
@@ -83,8 +72,7 @@ def frequency_bands(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 def curves(scores: np.ndarray, truth: Any, bands: dict[str, np.ndarray]) -> Figure:
     """Precision-recall curves, with all labels of a band pooled."""
-    figure = Figure(figsize=(7, 4.6))
-    axes = figure.add_subplot()
+    figure, axes = subplots(7, 4.6)
     for name, labels in bands.items():
         values, hits = scores[:, labels].astype(np.float32).ravel(), truth[:, labels].toarray().ravel() > 0
         if not hits.any():
@@ -93,9 +81,7 @@ def curves(scores: np.ndarray, truth: Any, bands: dict[str, np.ndarray]) -> Figu
         found = np.cumsum(hits[order])
         shown = np.unique(np.geomspace(1, len(order), 300).astype(int)) - 1
         axes.plot(found[shown] / hits.sum(), found[shown] / (shown + 1), label=name)
-    axes.set_xlabel("recall")
-    axes.set_ylabel("precision")
-    axes.set_ylim(0, 1)
+    axes.set(xlabel="recall", ylabel="precision", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, title="training images of a label")
     return figure
@@ -105,14 +91,12 @@ def similarities(embedding: "LabelEmbedding", labels: list[int], names: tuple[st
     """Cosines of `labels` as a heat map, the labels ordered so that similar ones are neighbours."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    vectors = embedding.vectors[labels]
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = embedding.units(labels)
     if len(labels) > 2:
         order = leaves_list(linkage(vectors, "average", optimal_ordering=True))
         vectors, labels = vectors[order], [labels[place] for place in order]
     side = max(4.0, 0.24 * len(labels))
-    figure = Figure(figsize=(side + 1.5, side))
-    axes = figure.add_subplot()
+    figure, axes = subplots(side + 1.5, side)
     shown = axes.imshow(vectors @ vectors.T, vmin=-1, vmax=1, cmap="RdBu_r")
     words = [names[label] for label in labels]
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
@@ -123,8 +107,7 @@ def similarities(embedding: "LabelEmbedding", labels: list[int], names: tuple[st
 
 def vector_map(embedding: "LabelEmbedding", labels: list[int], names: tuple[str, ...]) -> Figure:
     """The labels on a map: t-SNE on cosine distances, or for up to 10 labels the first two components."""
-    vectors = embedding.vectors[labels]
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = embedding.units(labels)
     if len(labels) > 10:
         from sklearn.manifold import TSNE
 
@@ -133,8 +116,7 @@ def vector_map(embedding: "LabelEmbedding", labels: list[int], names: tuple[str,
         places = TSNE(perplexity=near, metric="precomputed", init="random", random_state=0).fit_transform(distances)
     else:
         places = np.pad(vectors, ((0, 0), (0, 2)))[:, :2]
-    figure = Figure(figsize=(12, 9))
-    axes = figure.add_subplot()
+    figure, axes = subplots(12, 9)
     sizes = np.sqrt(embedding.counts[labels] / embedding.counts.max())
     axes.scatter(*places.T, s=10 + 120 * sizes, alpha=0.4, linewidth=0)
     for place, label in zip(places, labels, strict=True):

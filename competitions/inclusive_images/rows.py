@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
-from torch import nn
 
 from common import run as runs
 from common.errors import UserError
 from common.loading import folds as folding
 from common.raw import RawData
+from common.submission import Sample
 from common.vision.find import images_of, match_images
 from competitions.inclusive_images import labels as reader
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.labels import LabelIndex, LabelTable
+from competitions.inclusive_images.model import TagNet, take_weights
 
 if TYPE_CHECKING:
     from competitions.inclusive_images.config import TagConfig
@@ -32,9 +33,13 @@ class Rows:
     labels: csr_matrix  # uint8 [n, m]
     folds: np.ndarray  # [n]; rows of -1 are always trained on
     fitted: csr_matrix  # labels that the label vectors and the prior are fitted to, without a held-out fold's
-    test_ids: list[str]
     test_paths: list[Path]
     sample_name: str
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The number of images in `fitted` that have each label, int64 [m]."""
+        return np.asarray(self.fitted.sum(axis=0, dtype=np.int64)).ravel()
 
 
 def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> Rows:
@@ -45,47 +50,38 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     train = reader.read_train(raw, index)
     announce(f"{reader.TRAIN}: {train.counts}")
     fitted = train.matrix
-    parts = []
+    parts = []  # labels, paths and folds of the training images, then those of the tuning images
     if config.rows != "tuning":
-        parts.append(_with_files(train, folder / "train_images", raw.lenient, announce))
+        own, paths = _with_files(train, folder / "train_images", raw.lenient, announce)
+        alone = config.rows == "train"
+        folds = folding.kfold(own.ids, config.folds, config.seed) if alone else np.full(len(own), -1)
+        parts.append((own, paths, folds))
     if config.rows != "train":
         tuning = reader.read_tuning(raw, index)
         announce(f"{reader.TUNING}: {tuning.counts}")
-        parts.append(_with_files(tuning, folder / "stage_1_test_images", raw.lenient, announce))
-    ids = [str(image) for table, _ in parts for image in table.ids]
-    paths = [path for _, found in parts for path in found]
-    if config.rows in ("train", "tuning"):
-        folds = folding.kfold(ids, config.folds, config.seed)
-    else:
-        tuning_ids = [str(image) for image in parts[1][0].ids]
-        of_tuning = (
-            folding.kfold(tuning_ids, config.folds, config.seed)
-            if config.rows == "both"
-            else np.zeros(len(tuning_ids), int)
-        )
-        folds = np.concatenate([np.full(len(parts[0][0]), -1), of_tuning])
+        own, paths = _with_files(tuning, folder / "stage_1_test_images", raw.lenient, announce)
+        whole = config.rows == "validated"
+        folds = np.zeros(len(own), int) if whole else folding.kfold(own.ids, config.folds, config.seed)
+        parts.append((own, paths, folds))
     if config.rows == "train" and config.fold.isdecimal():
-        held = set(np.array(ids)[folds == int(config.fold)].tolist())
-        fitted = fitted[np.array([str(image) not in held for image in train.ids])]
+        fitted = fitted[~np.isin(train.ids, own.ids[folds == int(config.fold)])]
     elif config.rows == "train" and config.fold == "all":
         announce(
             "--fold all: every fold shares one set of label vectors, fitted on all training labels, the held-out ones "
             "too; --fold 0 leaves them out"
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
-    test_ids = reader.read_submission_ids(raw.uncounted(), sample_name)
-    again = "get them with make data COMP=inclusive_images"
+    test_ids, again = Sample.read(raw, sample_name).ids, "get them with make data COMP=inclusive_images"
     test_paths = images_of(test_folder, test_ids, sample_name, again, lenient=raw.lenient)
     return Rows(
         index,
-        ids,
-        paths,
-        vstack([table.matrix for table, _ in parts]).tocsr(),
-        folds,
-        fitted,
-        test_ids,
-        test_paths,
-        sample_name,
+        ids=[str(image) for own, _, _ in parts for image in own.ids],
+        paths=[path for _, paths, _ in parts for path in paths],
+        labels=vstack([own.matrix for own, _, _ in parts]).tocsr(),
+        folds=np.concatenate([folds for _, _, folds in parts]),
+        fitted=fitted,
+        test_paths=test_paths,
+        sample_name=sample_name,
     )
 
 
@@ -96,14 +92,12 @@ def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding:
     )
 
 
-def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
+def start_from(config: "TagConfig", rows: Rows, model: TagNet) -> None:
     """Load the weights of the run --start-from into `model`.
 
     Raises UserError if that run has other labels, or if it or a run that it started from was trained on images that
     are held out here.
     """
-    from competitions.inclusive_images.model import start_from as take_over
-
     folds = folding.fingerprint(rows.folds, rows.ids)
     name = config.start_from
     while name and config.fold != "none":
@@ -126,7 +120,7 @@ def start_from(config: "TagConfig", rows: Rows, model: nn.Module) -> None:
             f"--start-from {config.start_from}: that run has {len(files)} finished folds, expected one: finish it, or "
             f"start from a run of a single --fold"
         )
-    take_over(model, files[0])
+    take_weights(model, files[0])
 
 
 def _with_files(

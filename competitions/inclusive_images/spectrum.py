@@ -7,17 +7,15 @@ BLOCK = 32  # columns multiplied at once; narrow blocks reach a higher Krylov de
 GUARD = 128  # extra eigenpairs, so that the last requested ones are as accurate as the first
 SMALL = 1200  # up to this order the whole spectrum in float64 takes a second
 ROWS_AT_ONCE = 512  # rows converted to float64 at a time
+TOLERANCE, RESTARTS = 5e-6, 2  # restarts until the residuals are that small, relative to the largest eigenvalue
 
 
-def leading_eigenpairs(
-    matrix: Tensor, count: int, by_magnitude: bool = False, tolerance: float = 5e-6, restarts: int = 2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def leading_eigenpairs(matrix: Tensor, count: int, by_magnitude: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Largest (or largest in magnitude) eigenvalues [count] and their eigenvectors [m, count] of `matrix` [m, m].
 
     float32 in, float64 out. Equal input gives equal bits for an equal number of threads. In every vector the entry of
-    largest magnitude is positive. Restarts, at most `restarts` times, until the residuals are below `tolerance` times
-    the largest eigenvalue. Memory besides the matrix: 4 (2 count + 1.5 GUARD + ...) floats a row, 130 MB for 7,178 rows
-    and count 512.
+    largest magnitude is positive. Memory besides the matrix: 4 (2 count + 1.5 GUARD + ...) floats a row, 130 MB for
+    7,178 rows and count 512.
     """
     order, kept = len(matrix), min(count + GUARD, len(matrix))
     size = -(-max(3 * kept, kept + 8 * BLOCK) // BLOCK) * BLOCK  # of the Krylov basis
@@ -25,20 +23,18 @@ def leading_eigenpairs(
         values, vectors = torch.linalg.eigh(matrix.double())
         chosen = _chosen(values, count, by_magnitude)
         return values[chosen], _signed(vectors[:, chosen])
-    vectors = _lanczos(matrix, count, kept, size, by_magnitude, tolerance, restarts, seed)
+    vectors = _lanczos(matrix, count, kept, size, by_magnitude, seed)
     return _refined(matrix, vectors, count, by_magnitude)
 
 
-def _lanczos(
-    matrix: Tensor, count: int, kept: int, size: int, by_magnitude: bool, tolerance: float, restarts: int, seed: int
-) -> Tensor:
+def _lanczos(matrix: Tensor, count: int, kept: int, size: int, by_magnitude: bool, seed: int) -> Tensor:
     """Orthonormal columns float32 [m, kept] that span the leading eigenvectors: block Krylov basis, thick restarts."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.empty(size, len(matrix)).T  # [m, size], columns contiguous
     image = torch.empty(size, len(matrix)).T  # matrix @ basis
     block = torch.randn(len(matrix), BLOCK, generator=generator)
     used = 0
-    while True:
+    for _ in range(1 + RESTARTS):
         while used + BLOCK <= size:
             block = _outside(basis[:, :used], block)
             basis[:, used : used + BLOCK] = block
@@ -52,10 +48,10 @@ def _lanczos(
         values, rotation = values[chosen], rotation[:, chosen]
         vectors, images = basis[:, :used] @ rotation, image[:, :used] @ rotation
         residual = (images - vectors * values).norm(dim=0)[:count].max() / values.abs().max().clamp_min(1e-30)
-        if restarts == 0 or residual < tolerance:
-            return vectors
-        basis[:, :kept], image[:, :kept] = vectors, images
-        used, restarts = kept, restarts - 1
+        if residual < TOLERANCE:
+            break
+        basis[:, :kept], image[:, :kept], used = vectors, images, kept
+    return vectors
 
 
 def _refined(matrix: Tensor, vectors: Tensor, count: int, by_magnitude: bool) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.mixing import CutMix, MixUp, OneOf
 from common.losses import BCE, MSE, CosineProximity, Focal, Heads, PositivesVersusNegatives, SoftFBeta, Weighted
-from common.metrics import Metric
+from common.metrics import Metric, f_beta
 from common.raw import RawData
 from common.report import Report
 from common.run import Run
@@ -27,7 +27,7 @@ from competitions.inclusive_images import decision, plots, rows
 from competitions.inclusive_images.config import TagConfig
 from competitions.inclusive_images.dataset import SoftTargets, Targets, augmentation, resized
 from competitions.inclusive_images.label_embedding import LabelEmbedding
-from competitions.inclusive_images.model import HEADS, TagNet
+from competitions.inclusive_images.model import TagNet
 from competitions.inclusive_images.rows import Rows
 
 
@@ -37,21 +37,21 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     files = rows.read(config, raw, log)
     embedding = rows.embed(config, files) if config.embedding or config.clusters else None
     clusters = decision.cluster(embedding, config.clusters) if config.clusters else np.arange(len(files.index))
-    counts = np.asarray(files.fitted.sum(axis=0, dtype=np.int64)).ravel()
-    decide = _decide(config, files, counts, clusters)
+    default = decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
+    prior = np.argsort(-files.counts, kind="stable")[:3]  # the most frequent labels, for images that get no other one
+    decide = partial(decision.apply, default=default, prior=prior, clusters=clusters)
     kept = tuple(round(side * config.detail) for side in config.size)
     store = partial(ImageStore, size=kept, cache=raw.cache, limit_gb=config.cache_gb, announce=log)
     images, test = store(files.paths), store(files.test_paths)
     vectors = embedding.vectors if config.embedding else None
     weights = orders.by_rarity(files.labels) if config.sampling == "weighted" else None
-    started = config.start_from or config.encoder_weights != "none"
     targets = Targets(files.labels, vectors, config.count > 0)
     whole = resized(config.size) if kept != config.size else None
     augment = augmentation(config.augment, config.size, larger=whole is not None) or whole
 
     def tune(scores: np.ndarray, held: np.ndarray) -> dict[str, Any]:
-        prior, trims = _prior(counts), (0, 1, 2, 3) if config.clusters else (0,)
-        return decision.tune(scores, files.labels[held], prior, clusters, trims, _default(config), config.seed)
+        trims = (0, 1, 2, 3) if config.clusters else (0,)
+        return decision.tune(scores, files.labels[held], prior, clusters, trims, default, config.seed)
 
     def lines(ids: Sequence[str], decisions: dict[str, Tensor]) -> list[tuple[str, str]]:
         found = decisions["labels"].cpu().numpy()
@@ -64,16 +64,15 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             ids=files.ids,
             folds=files.folds,
             test=ImageDataset(test, transform=whole),
-            test_ids=files.test_ids,
             order=None if weights is None else lambda own: orders.weighted(weights[own], rows=own),
             mix=_mix(config.mix),
             pseudo=lambda scores: ImageDataset(test, SoftTargets(scores, vectors, config.count > 0), transform=augment),
         ),
         network=Network(
-            model=partial(_model, config, files, embedding, counts),
+            model=partial(_model, config, files, embedding),
             loss=_loss(config),
             tta=tuple(TTA(name, way.apply) for name, way in MIRRORED.items()),
-            pretrain=partial(_pretrain, config, files) if started else None,
+            pretrain=partial(_pretrain, config, files),
             outputs=str(files.index),
         ),
         postprocess=Postprocess(predict=partial(_predict, config), apply=decide, tune=tune, kept="float16"),
@@ -81,19 +80,6 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         metrics=_metrics(),
         report=partial(_report, config, files, embedding, decide),
     )
-
-
-def _prior(counts: np.ndarray) -> np.ndarray:
-    """The most frequent labels, for images without any predicted label."""
-    return np.argsort(-counts, kind="stable")[: min(3, len(counts))]
-
-
-def _default(config: TagConfig) -> decision.Rule:
-    return decision.Rule("expected") if config.classifier else decision.Rule("threshold", 0.0, 5, 5)
-
-
-def _decide(config: TagConfig, files: Rows, counts: np.ndarray, clusters: np.ndarray) -> Callable[..., Any]:
-    return lambda scores, tuned: decision.apply(scores, tuned, _default(config), _prior(counts), clusters)
 
 
 def _mix(kind: str) -> Any:
@@ -115,15 +101,13 @@ def _check(config: TagConfig) -> None:
         raise UserError(f"--fold {config.fold} --rows validated: the tuning images are fold 0, expected 0 or none")
 
 
-def _model(config: TagConfig, files: Rows, embedding: LabelEmbedding | None, counts: np.ndarray) -> TagNet:
+def _model(config: TagConfig, files: Rows, embedding: LabelEmbedding | None) -> TagNet:
     m = len(files.index)
     projections = np.zeros((m, config.embedding_dim if embedding else 1), np.float32)
     if embedding:
         projections[embedding.known] = embedding.projections
-    weights = dict(zip(HEADS, (config.classifier, config.embedding, config.count), strict=True))
-    heads = tuple(name for name in HEADS if weights[name])
-    rates, frozen = counts / files.fitted.shape[0], config.trains == "heads"
-    return TagNet(config.backbone, config.size, m, heads, projections, rates, config.dropout, frozen)
+    rates, frozen = files.counts / files.fitted.shape[0], config.trains == "heads"
+    return TagNet(config.backbone, config.size, m, tuple(config.heads), projections, rates, config.dropout, frozen)
 
 
 def _pretrain(config: TagConfig, files: Rows, network: TagNet) -> str | None:
@@ -143,12 +127,8 @@ def _loss(config: TagConfig) -> Any:
         "pvn": PositivesVersusNegatives(),
     }[config.loss]
     embedding = {"cosine": CosineProximity(), "mse": MSE()}[config.embedding_loss]
-    heads = {
-        "labels": (labels, config.classifier),
-        "embedding": (embedding, config.embedding),
-        "count": (MSE(), config.count),
-    }
-    return Heads({name: part for name, part in heads.items() if part[1]})
+    losses = {"labels": labels, "embedding": embedding, "count": MSE()}
+    return Heads({name: (losses[name], weight) for name, weight in config.heads.items()})
 
 
 def _predict(config: TagConfig, outputs: dict[str, Tensor]) -> Tensor:
@@ -161,9 +141,8 @@ def _metrics() -> tuple[Metric, ...]:
     def precision(decisions: Any, targets: Any) -> Any:
         return targets["labels"].gather(1, decisions["best"]).double().mean(1)
 
-    return Metric("f2", lambda decisions, targets: decision.f2(decisions["labels"], targets["labels"])), Metric(
-        "precision_at_5", precision
-    )
+    f2 = f_beta(2, "samples").on(lambda decisions, targets: (decisions["labels"], targets["labels"]), "f2")
+    return f2, Metric("precision_at_5", precision)
 
 
 def _fault(trainable: dict[str, int], values: Sequence[str]) -> str | None:

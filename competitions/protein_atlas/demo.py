@@ -1,11 +1,13 @@
 """Demo data in the competition's file format: cells in four channels, with labels for where the green channel is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from common.files import write_csv
 
 TRAIN_IMAGES, TEST_IMAGES = 640, 96
 SIZE = 128  # pixels of a side; the real ones have 512
@@ -29,30 +31,25 @@ class Cell:
         return int(x), int(y)
 
     def dots(self, count: int, size: int, low: float, high: float, filled: int = -1) -> np.ndarray:
-        return drawn(cv2.circle(canvas, self.place(low, high), size, 1.0, filled) for canvas in canvases(count))
+        plane = blank()
+        for _ in range(count):
+            cv2.circle(plane, self.place(low, high), size, 1.0, filled)
+        return plane
 
     def lines(self, count: int, length: float, width: int, low: float, high: float, angle: float | None = None):
-        def line(canvas: np.ndarray) -> np.ndarray:
+        plane = blank()
+        for _ in range(count):
             start, turn = self.place(low, high), self.rng.uniform(0, 2 * np.pi) if angle is None else angle
             end = int(start[0] + length * np.cos(turn)), int(start[1] + length * np.sin(turn))
-            return cv2.line(canvas, start, end, 1.0, width)
-
-        return drawn(map(line, canvases(count)))
+            cv2.line(plane, start, end, 1.0, width)
+        return plane
 
     def filaments(self) -> np.ndarray:
         return self.body * (1 - self.nucleus) * self.lines(40, 0.6 * self.radius, 1, 0.3, 0.9)
 
 
-def canvases(count: int) -> Iterator[np.ndarray]:
-    canvas = np.zeros((SIZE, SIZE), np.float32)
-    return (canvas for _ in range(count))
-
-
-def drawn(steps: Iterator[np.ndarray]) -> np.ndarray:
-    """The canvas that all steps drew on."""
-    for canvas in steps:  # noqa: B007
-        pass
-    return canvas
+def blank() -> np.ndarray:
+    return np.zeros((SIZE, SIZE), np.float32)
 
 
 def rim(mask: np.ndarray) -> np.ndarray:
@@ -76,11 +73,11 @@ LABELS: dict[int, tuple[float, Callable[[Cell], np.ndarray]]] = {
 }
 
 
-def write_demo(folder: Path, seed: int = 2018) -> None:
+def write_demo(folder: Path) -> None:
     """Write train.csv, sample_submission.csv and four 8-bit PNGs for every image; the same bytes every time."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(2018)
     rates = np.array([rate for rate, _ in LABELS.values()])
-    tables = {"train": ["Id,Target"], "test": ["Id,Predicted"]}
+    rows = {"train": [], "test": []}
     for number in range(TRAIN_IMAGES + TEST_IMAGES):
         part = "train" if number < TRAIN_IMAGES else "test"
         name = f"{rng.integers(2**62):016x}-bbac-11e8-b2ba-ac1f6b6435d0"
@@ -89,9 +86,9 @@ def write_demo(folder: Path, seed: int = 2018) -> None:
         (folder / part).mkdir(exist_ok=True)
         for colour, plane in zip(COLOURS, draw(rng, labels.tolist()), strict=True):
             cv2.imwrite(str(folder / part / f"{name}_{colour}.png"), plane)
-        tables[part].append(f"{name},{' '.join(map(str, labels))}" if part == "train" else f"{name},0")
-    for part, file in (("train", "train.csv"), ("test", "sample_submission.csv")):
-        (folder / file).write_text("\n".join([*tables[part]]) + "\n", encoding="utf-8")
+        rows[part].append((name, " ".join(map(str, labels)) if part == "train" else "0"))
+    write_csv(folder / "train.csv", ["Id", "Target"], rows["train"])
+    write_csv(folder / "sample_submission.csv", ["Id", "Predicted"], rows["test"])
 
 
 def draw(rng: np.random.Generator, labels: list[int]) -> np.ndarray:
@@ -102,7 +99,7 @@ def draw(rng: np.random.Generator, labels: list[int]) -> np.ndarray:
         radius, turn, flat = rng.uniform(24, 30), rng.uniform(0, 180), rng.uniform(0.8, 1)
         axes = [(int(size), int(size * flat)) for size in (radius, radius / 2)]
         place = tuple(int(value) for value in centre)
-        body, nucleus = (cv2.ellipse(next(canvases(1)), place, size, turn, 0, 360, 1.0, -1) for size in axes)
+        body, nucleus = (cv2.ellipse(blank(), place, size, turn, 0, 360, 1.0, -1) for size in axes)
         cell = Cell(body, nucleus, centre, radius, rng)
         green = sum(rng.uniform(0.6, 1) * LABELS[label][1](cell) for label in labels)
         planes += cell.filaments(), green, 0.8 * nucleus, 0.6 * body * (1 - nucleus)

@@ -28,30 +28,26 @@ def report(
     """Add the plots to the run's report; `labels` [n, 28] are the true labels of the images."""
     page.heading("Labels that come together")
     page.figure(together(labels), "together", "Share of the images with the row's label that also have the column's")
-    if (run.path / "oof_ids.txt").is_file():
-        rows = row_numbers(run.path, "oof", ids)
-        scores, truth = unpack(read_predictions(run.path, "oof")), labels[rows]
-        _labels(page, scores, truth, labels.mean(0), run.result["tuned"], apply)
-        there = np.flatnonzero(truth.any(0))
-        words = (
-            "For each label, images with it and the lowest scores, then without it and the highest: protein green, "
-            "microtubules red, nucleus blue, endoplasmic reticulum yellow"
-        )
-        page.figure(worst(images, rows, scores.numpy(), truth > 0, there), "worst_of_labels", words)
-
-
-def _labels(page: Report, scores: Tensor, truth: np.ndarray, rates: np.ndarray, tuned: dict, apply: Callable) -> None:
-    found, there = apply(scores, tuned).numpy(), np.flatnonzero(truth.any(0))
+    kept = read_predictions(run.path, "oof")
+    if kept is None:
+        return
+    rows, scores, tuned = row_numbers(run.path, "oof", ids), unpack(kept), run.result["tuned"]
+    found, truth = apply(scores, tuned).numpy(), labels[rows]
+    there = np.flatnonzero(truth.any(0))
     f1 = {label: f_beta(1, "micro").score(found[:, label], truth[:, label]) for label in there}
     page.heading("F1 of the labels")
     always = (2 * truth.sum(0) / (truth.sum(0) + len(truth)))[there].mean()
     page.text(f"Giving every label to every image has a macro F1 of {always:.4f}.")
-    page.figure(
-        against_frequency(f1, rates), "frequency", "F1 of each label against its frequency in the training images"
-    )
+    words = "F1 of each label against its frequency in the training images"
+    page.figure(against_frequency(f1, labels.mean(0)), "frequency", words)
     cells = zip(there, truth.sum(0)[there], found.sum(0)[there], f1.values(), strict=True)
     lines = [(NAMES[label], *rest, tuned["thresholds"][label]) for label, *rest in cells]
     page.table(["label", "images", "found", "F1", "threshold"], sorted(lines, key=lambda line: line[3]))
+    words = (
+        "For each label, images with it and the lowest scores, then without it and the highest: protein green, "
+        "microtubules red, nucleus blue, endoplasmic reticulum yellow"
+    )
+    page.figure(worst(images, rows, scores.numpy(), truth > 0, there), "worst_of_labels", words)
 
 
 def together(labels: np.ndarray) -> Figure:
@@ -61,10 +57,9 @@ def together(labels: np.ndarray) -> Figure:
     parts = (own.T @ own) / own.sum(0)[:, None]
     figure, axes = subplots(9, 8)
     axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    names = [f"{label} {NAMES[label]} ({count})" for label, count in zip(there, own.sum(0), strict=True)]
     axes.set_xticks(range(len(there)), there)
-    axes.set_yticks(
-        range(len(there)), [f"{label} {NAMES[label]} ({count})" for label, count in zip(there, own.sum(0), strict=True)]
-    )
+    axes.set_yticks(range(len(there)), names)
     return figure
 
 

@@ -79,7 +79,9 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
             loss=losses[0],
             loss_of=lambda epoch: losses[epoch],
             tta=tuple(TTA(name, way.apply) for name, way in TURNS.items()),
-            pretrain=None if config.encoder_weights == "none" else partial(_pretrain, config),
+            pretrain=lambda model: start_backbone(
+                model.backbone, config.backbone, config.encoder_weights, extra=config.yellow
+            ),
         ),
         postprocess=Postprocess(predict=torch.sigmoid, apply=apply, tune=tune),
         submission=Submission(rows=_rows, valid=_fault, text=("Predicted",)),
@@ -153,7 +155,3 @@ def _losses(config: ProteinConfig) -> list[Any]:
     return [
         known[config.loss if epoch < first else turns[(epoch - first) % len(turns)]] for epoch in range(config.epochs)
     ]
-
-
-def _pretrain(config: ProteinConfig, network: Classifier) -> str:
-    return start_backbone(network.backbone, config.backbone, config.encoder_weights, extra=config.yellow)

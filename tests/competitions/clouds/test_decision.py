@@ -149,10 +149,10 @@ def test_tta_undoes_what_it_did(way):
 
 
 def test_dice_hand_cases():
-    masks, truth = torch.zeros(1, 4, 2, 2, dtype=torch.uint8), torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
-    masks[0, 1, 0, 0] = 1  # found, not there
-    truth[0, 2, 0, 0] = 1  # there, not found
-    masks[0, 3, 0], truth[0, 3, :, 0] = 1, 1  # one pixel of two in common
+    masks, truth = np.zeros((2, 1, 4, 2, 2), bool)
+    masks[0, 1, 0, 0] = True  # found, not there
+    truth[0, 2, 0, 0] = True  # there, not found
+    masks[0, 3, 0], truth[0, 3, :, 0] = True, True  # one pixel of two in common
     assert decision.dice(masks, truth).tolist() == [[1.0, 0.0, 0.0, 0.5]]
 
 
@@ -168,7 +168,7 @@ def test_tables_hold_the_dice_of_the_decisions_themselves(toy, source):
         row, label = rng.integers(6), rng.integers(4)
         rules = tuned(rule, presence=source)
         masks = decision.apply(split(torch.from_numpy(kept[row : row + 1] / np.float32(255))), rules)
-        expected = decision.dice(masks, torch.from_numpy(truth[row : row + 1].view(np.uint8)))[0, label]
+        expected = decision.dice(masks.bool().numpy(), truth[row : row + 1])[0, label]
         assert tuning.dice_of(found[label], rule)[row] == pytest.approx(float(expected), abs=1e-6)
 
 
@@ -197,7 +197,7 @@ def test_learning_reports_what_holds_on_images_it_was_not_tuned_on(toy):
     assert set(found["rules"]) == set(CLASSES) and set(tuning.STAGES) < set(found["held_out"])
     assert found["held_out"]["gate"] > found["held_out"]["plain"] + 0.1
     masks = decision.apply(split(torch.from_numpy(kept / np.float32(255))), found)
-    tuned_on = decision.dice(masks, torch.from_numpy(truth.view(np.uint8))).mean()
+    tuned_on = decision.dice(masks.bool().numpy(), truth).mean()
     assert float(tuned_on) > max(found["held_out"].values())  # the optimistic bias that nested validation removes
     import json
 
@@ -298,7 +298,7 @@ def test_a_class_that_no_held_out_image_has_is_gated_away(toy):
     with np.errstate(all="raise"):
         found = tuning.tune(split(kept), lambda row: without[row])
     masks = decision.apply(split(torch.from_numpy(kept / np.float32(255))), found)
-    dice = decision.dice(masks, torch.from_numpy(without.view(np.uint8)))
+    dice = decision.dice(masks.bool().numpy(), without)
     assert not masks[:, label].any() and dice[:, label].mean() == 1
     assert all(np.isfinite(score) for score in found["held_out"].values())
 

@@ -12,15 +12,16 @@ from competitions.digit_recognizer.reader import FILES, read
 
 def test_files_are_those_of_the_competition(tmp_path):
     write_demo(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == set(FILES)
-    for name, columns in FILES.items():
+    files = FILES | {"sample_submission.csv": ["ImageId", "Label"]}
+    assert {file.name for file in tmp_path.iterdir()} == set(files)
+    for name, columns in files.items():
         rows = list(csv.reader((tmp_path / name).open()))
         assert rows[0] == list(columns) and {len(row) for row in rows} == {len(columns)}
     assert rows[1] == ["1", "0"] and rows[-1] == ["300", "0"]
     again = tmp_path / "again"
     again.mkdir()
     write_demo(again)
-    assert all((again / name).read_bytes() == (tmp_path / name).read_bytes() for name in FILES)
+    assert all((again / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
 def test_digits_are_the_bundled_ones(tmp_path):

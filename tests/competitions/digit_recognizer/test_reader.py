@@ -8,11 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import tables
+from common import competition, tables
 from common.errors import UserError
+from common.preflight import check_before
 from common.raw import RawData
+from common.task import Task, completed
 from competitions.digit_recognizer import reader
+from competitions.digit_recognizer.config import RECIPES
 from competitions.digit_recognizer.reader import PIXEL_COLUMNS, read
+from competitions.digit_recognizer.task import build
+
+NAMES = [*reader.FILES, "sample_submission.csv"]
 
 
 def write(folder: Path, train=None, test=None, sample=None) -> RawData:
@@ -43,10 +49,17 @@ def cell(line: int, column: int, value):
     return change
 
 
+def checked(raw: RawData) -> Task:
+    """The Task, after the checks before the training."""
+    task = completed(build(RECIPES["smoke"], raw, print), raw)
+    check_before(task, competition.load("digit_recognizer"))
+    return task
+
+
 def zipped(folder: Path) -> Path:
     path = folder.parent / "digit-recognizer.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in reader.FILES:
+        for name in NAMES:
             archive.write(folder / name, name)
     return path
 
@@ -66,7 +79,6 @@ def test_reads_what_was_written(folder):
     assert np.array_equal(files.images[:, 0], expected[:6])
     assert np.array_equal(files.test_images[:, 0], expected[6:])
     assert files.labels.tolist() == [3, 0, 9, 1, 7, 2]
-    assert files.test_ids == ["1", "2", "3", "4"]
 
 
 def test_archive_and_folder_are_the_same_data(folder):
@@ -76,34 +88,36 @@ def test_archive_and_folder_are_the_same_data(folder):
     assert np.array_equal(from_archive.test_images, from_folder.test_images)
 
 
-def test_test_rows_follow_the_order_of_the_sample_submission(folder):
-    straight = read(write(folder))
-    turned = read(write(folder, sample=lambda lines: [lines[0], *lines[:0:-1]]))
-    assert turned.test_ids == ["4", "3", "2", "1"]
-    assert np.array_equal(turned.test_images, straight.test_images[::-1])
+def test_an_image_has_its_id_in_whatever_order_the_sample_submission_is(folder):
+    straight = checked(write(folder))
+    turned = checked(write(folder, sample=lambda lines: [lines[0], *lines[:0:-1]]))
+    assert turned.sample.ids == ("4", "3", "2", "1") and straight.data.test_ids == ["1", "2", "3", "4"]
+    assert turned.data.test_ids == straight.data.test_ids
+    assert np.array_equal(turned.data.test.images, straight.data.test.images)
 
 
 def test_batches_line_ends_are_read(folder):
     raw = write(folder)
     straight = read(raw)
-    for name in reader.FILES:
+    for name in NAMES:
         (folder / name).write_bytes((folder / name).read_bytes().replace(b"\n", b"\r\n"))
     assert np.array_equal(read(raw).images, straight.images)
+    assert checked(raw).sample.ids == ("1", "2", "3", "4")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_header(folder):
     raw = write(folder)
     straight = read(raw)
-    for name in reader.FILES:
+    for name in NAMES:
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
-    marked = read(raw)
-    assert np.array_equal(marked.images, straight.images) and marked.test_ids == straight.test_ids
+    assert np.array_equal(read(raw).images, straight.images)
+    assert checked(raw).sample.columns == ("ImageId", "Label")
 
 
 def test_other_line_ends_and_blank_last_lines_of_the_sample_submission(folder):
     raw = write(folder)
     (folder / "sample_submission.csv").write_bytes(b"ImageId,Label\r1,0\r3,0\r2,0\r4,0\r\r\r")
-    assert read(raw).test_ids == ["1", "3", "2", "4"]
+    assert checked(raw).sample.ids == ("1", "3", "2", "4")
 
 
 @pytest.mark.parametrize("spoilt", [lambda copy: copy[:-100], lambda copy: copy.replace(b"}", b"(", 1)])
@@ -120,7 +134,7 @@ def test_a_sample_submission_that_is_no_text(folder):
     raw = write(folder)
     (folder / "sample_submission.csv").write_bytes(b"ImageId,Label\n1,0\n2,\xe9\n3,0\n4,0\n")
     with pytest.raises(UserError, match="sample_submission.csv line 3: byte 0xe9 .*make data COMP=digit_recognizer"):
-        read(raw)
+        checked(raw)
 
 
 def test_messages_stay_short_whatever_the_file_holds(folder):
@@ -139,9 +153,9 @@ def test_csv_is_parsed_once_for_the_same_contents(folder, monkeypatch):
         reader.tables, "read", lambda raw, name, *given, **rest: parsed.append(name) or parse(raw, name, *given, **rest)
     )
     again = read(raw)
-    assert parsed == ["sample_submission.csv"] and np.array_equal(again.images, first.images)
+    assert parsed == [] and np.array_equal(again.images, first.images)
     changed = read(write(folder, train=cell(2, 1, 77)))
-    assert parsed[1:] == ["train.csv", "sample_submission.csv"] and changed.images[0, 0, 0, 0] == 77
+    assert parsed == ["train.csv"] and changed.images[0, 0, 0, 0] == 77
 
 
 def test_folder_that_cannot_be_written_is_told_and_cached_elsewhere(folder, tmp_path, capsys, monkeypatch):
@@ -188,8 +202,8 @@ FAULTS = {
     "exponent": ({"test": cell(3, 2, "1e2")}, ["line 3", "column pixel2", "'1e2'"]),
     "sign": ({"test": cell(3, 2, "+7")}, ["line 3", "column pixel2", "'+7'"]),
     "blank first line": ({"train": lambda lines: [[], *lines]}, ["train.csv", "begins with a blank line"]),
-    "sample row short": ({"sample": lambda lines: [*lines[:3], [3], lines[4]]}, ["line 4 has 1 cells, expected 2"]),
-    "sample row long": ({"sample": lambda lines: [*lines[:3], [3, 0, 5], lines[4]]}, ["line 4 has 3 cells"]),
+    "sample row short": ({"sample": lambda lines: [*lines[:3], [3], lines[4]]}, ["line 4: 1 values, expected 2"]),
+    "sample row long": ({"sample": lambda lines: [*lines[:3], [3, 0, 5], lines[4]]}, ["line 4: 3 values"]),
     "fraction": ({"train": cell(5, 13, "0.5")}, ["line 5", "column pixel12", "'0.5'", "whole number"]),
     "pixel too large": ({"train": cell(4, 784, 256)}, ["train.csv line 4", "column pixel783", "'256'", "0 to 255"]),
     "pixel negative": ({"test": cell(2, 7, -1)}, ["test.csv line 2", "column pixel7", "'-1'"]),
@@ -197,12 +211,12 @@ FAULTS = {
     "label negative": ({"train": cell(7, 0, -1)}, ["train.csv line 7", "column label", "'-1'"]),
     "empty file": ({"test": lambda lines: []}, ["test.csv is empty"]),
     "no rows": ({"train": lambda lines: lines[:1]}, ["train.csv", "no rows"]),
-    "sample header": ({"sample": cell(1, 1, "Digit")}, ["missing: Label", "not expected: Digit"]),
-    "sample empty": ({"sample": lambda lines: []}, ["sample_submission.csv is empty"]),
-    "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv", "line 4: ImageId '2' appears twice"]),
-    "id missing": ({"sample": lambda lines: lines[:-1]}, ["sample_submission.csv", "ids 1 to 4", "missing: 4"]),
-    "id unknown": ({"sample": cell(5, 0, "x4")}, ["without a row in test.csv: x4", "missing: 4"]),
-    "test row missing": ({"test": lambda lines: lines[:-1]}, ["ids 1 to 3", "without a row in test.csv: 4"]),
+    "sample header": ({"sample": cell(1, 1, "")}, ["sample_submission.csv line 1: the header is 'ImageId,'"]),
+    "sample empty": ({"sample": lambda lines: []}, ["sample_submission.csv line 1: the header is ''"]),
+    "id twice": ({"sample": cell(4, 0, 2)}, ["sample_submission.csv line 4: id 2 appears twice, first in line 3"]),
+    "id missing": ({"sample": lambda lines: lines[:-1]}, ["id 4 is not in the sample submission"]),
+    "id unknown": ({"sample": cell(5, 0, "x4")}, ["id 4 is not in the sample submission", "id x4 is missing"]),
+    "test row missing": ({"test": lambda lines: lines[:-1]}, ["sample_submission.csv", "id 4 is missing"]),
 }
 
 
@@ -210,16 +224,17 @@ FAULTS = {
 def test_faults_name_the_place_and_the_next_command(folder, name):
     change, words = FAULTS[name]
     with pytest.raises(UserError) as caught:
-        read(write(folder, **change))
+        checked(write(folder, **change))
     message = str(caught.value)
-    assert all(word in message for word in [*words, "make data COMP=digit_recognizer"]), message
+    again = "make data" if "sample_submission.csv" in message else "make data COMP=digit_recognizer"
+    assert all(word in message for word in [*words, again]), message
     assert "\n" not in message
 
 
 def test_first_five_ids_are_named(folder):
     files = write(folder, test=lambda lines: [lines[0], *lines[1:] * 3], sample=lambda lines: lines[:2])
-    with pytest.raises(UserError, match="missing: 2, 3, 4, 5, 6 and 6 more"):
-        read(files)
+    with pytest.raises(UserError, match="id 2 is not in .* id 6 is not in the sample submission and 6 more"):
+        checked(files)
 
 
 def test_a_faulty_file_is_not_cached(folder):
@@ -260,4 +275,4 @@ def test_real_archive(real_data, tmp_path, monkeypatch):
         lines = [line.decode().strip().split(",") for line in islice(stream, 1, 2000)]
     for number, line in enumerate(lines):
         assert [files.labels[number], *files.images[number].ravel()] == list(map(int, line))
-    assert files.test_ids == [str(number) for number in range(1, 28_001)]
+    assert checked(RawData(path, "digit_recognizer")).data.test_ids == [str(number) for number in range(1, 28_001)]

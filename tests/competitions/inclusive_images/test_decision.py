@@ -8,10 +8,12 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.metrics import fbeta_score
 
+from common.metrics import f_beta
 from competitions.inclusive_images import decision
 from competitions.inclusive_images.decision import Ranked, Rule
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 
+F2 = f_beta(2, "samples")
 ALONE = np.arange(30)
 PRIOR = np.array([4, 2])
 
@@ -27,10 +29,9 @@ def test_f2_equals_scikit_learn():
     rng = np.random.default_rng(0)
     found, truth = rng.random((300, 12)) < 0.2, rng.random((300, 12)) < 0.2
     found[:5], truth[3:8] = False, False
-    values = decision.f2(torch.from_numpy(found), torch.from_numpy(truth))
     wanted = fbeta_score(truth, found, beta=2, average="samples", zero_division=0)
-    assert float(values.mean()) == pytest.approx(wanted, abs=1e-12)
-    assert (values[:8] == 0).all(), "empty predictions, and images without labels"
+    assert F2.score(found, truth) == pytest.approx(wanted, abs=1e-12)
+    assert F2.score(found[:8], truth[:8]) == 0, "empty predictions, and images without labels"
 
 
 def test_rules_by_hand():
@@ -62,7 +63,7 @@ def test_prefix_f2_equals_the_metric():
         found = np.zeros(scores.shape, np.uint8)
         columns = ranked.columns[:, :length] if length else np.tile(PRIOR, (50, 1))
         np.put_along_axis(found, columns, 1, axis=1)
-        assert np.abs(table[:, length] - decision.f2(torch.from_numpy(found), dense).numpy()).max() < 1e-12
+        assert np.abs(table[:, length] - F2.stats(torch.from_numpy(found), dense).numpy()).max() < 1e-12
 
 
 @pytest.mark.parametrize("trim", [1, 2])
@@ -100,7 +101,7 @@ def test_what_is_tuned_beats_the_default_and_says_what_it_is_worth():
 
     def mean(tuned: dict) -> float:
         labels = decision.apply(torch.from_numpy(skewed), tuned, Rule("threshold", 0.5), PRIOR, ALONE)["labels"]
-        return float(decision.f2(labels, dense).mean())
+        return F2.score(labels, dense)
 
     assert mean(found) > mean({}) + 0.1
     assert mean(found) - 0.05 < found["score"] <= mean(found) + 1e-9
@@ -145,7 +146,7 @@ def test_the_score_of_a_rule_is_not_of_the_images_that_it_was_chosen_on():
         scores, truth = rng.random((25, 30), np.float32), csr_matrix((rng.random((25, 30)) < 0.1).astype(np.uint8))
         found = decision.tune(scores, truth, PRIOR, ALONE, (0,), Rule("threshold", 2.0), seed=0)
         labels = decision.apply(torch.from_numpy(scores), found, Rule(), PRIOR, ALONE)["labels"]
-        optimism.append(float(decision.f2(labels, torch.from_numpy(truth.toarray())).mean()) - found["score"])
+        optimism.append(F2.score(labels, truth.toarray()) - found["score"])
     assert np.mean(optimism) > 0.01, optimism
 
 
@@ -163,4 +164,4 @@ def test_one_image_is_scored_by_the_default_and_two_by_the_rules_of_each_other(c
         decision.apply(torch.from_numpy(scores[[row]]), rule, default, PRIOR, ALONE)["labels"]
         for row, rule in enumerate(rules)
     ]
-    assert found == pytest.approx(float(decision.f2(torch.cat(labels), torch.from_numpy(truth.toarray())).mean()))
+    assert found == pytest.approx(F2.score(torch.cat(labels), truth.toarray()))

@@ -54,7 +54,7 @@ def test_hand_example():
     products = found.vectors @ found.vectors.T
     ln2 = np.log(2)
     assert products == pytest.approx(np.array([[ln2, ln2, 0], [ln2, ln2, 0], [0, 0, ln2]]), abs=1e-6)
-    assert np.count_nonzero(found.eigenvalues) == 2 and (found.vectors[:, 2] == 0).all()
+    assert found.vectors.any(0).tolist() == [True, True, False]
 
 
 def test_inner_products_are_the_matrix_when_nothing_is_cut():
@@ -75,7 +75,6 @@ def test_the_blogs_matrix_is_kept_exactly_and_loses_the_sign_of_half_its_spectru
     left, sizes, _ = np.linalg.svd(wanted)
     products = found.vectors @ found.vectors.T
     assert np.abs(products - (left * sizes) @ left.T).max() < 1e-4, "E = U sqrt(S) of the singular value decomposition"
-    assert abs(found.eigenvalues.sum()) < 1e-3, "the trace is 0"
     blog_error = np.linalg.norm(products - wanted) / np.linalg.norm(wanted)
     ppmi_matrix = slow_matrix(labels, "ppmi")
     ppmi = LabelEmbedding.fit(labels, 60, smoothing=0).vectors
@@ -134,7 +133,7 @@ def test_projections_are_cosines_when_nothing_is_cut_and_smaller_when_something_
     labels = topics(2000)
     whole, cut = LabelEmbedding.fit(labels, 60), LabelEmbedding.fit(labels, 6)
     lengths = np.linalg.norm(whole.vectors[whole.known], axis=1)
-    positive = whole.eigenvalues.min() >= 0 and np.count_nonzero(whole.eigenvalues) == 60
+    positive = whole.vectors.any(0).all()
     assert np.abs(whole.projections - whole.unit_vectors).max() < (0.01 if positive else 0.2)
     assert (lengths > 0.9 * whole.lengths[whole.known]).all()
     norms = np.linalg.norm(cut.projections, axis=1)
@@ -159,22 +158,12 @@ def test_odd_inputs_never_give_nan():
     for labels, dim in ((once, 3), (once, 50), (rare, 100)):
         found = LabelEmbedding.fit(labels, dim, least_images=1)
         assert found.vectors.shape == (labels.shape[1], dim) and np.isfinite(found.vectors).all()
-        assert np.count_nonzero(found.eigenvalues) <= labels.shape[1]
+        assert found.vectors.any(0).sum() <= labels.shape[1]
     with pytest.raises(UserError, match="all images alike"):
         LabelEmbedding.fit(csr_matrix(np.ones((20, 4), np.uint8)), 2)
-    with pytest.raises(UserError, match="no image has a label"):
+    with pytest.raises(UserError, match="no label has 1 of the 20 images"):
         LabelEmbedding.fit(csr_matrix((20, 4), dtype=np.uint8), 2)
+    with pytest.raises(UserError, match="no label has 1 of the 0 images"):
+        LabelEmbedding.fit(csr_matrix((0, 4), dtype=np.uint8), 2)
     with pytest.raises(UserError, match="no label has 3 of the 5 images"):
         LabelEmbedding.fit(once, 2, least_images=3)
-    with pytest.raises(UserError, match="dim 0"):
-        LabelEmbedding.fit(once, 0)
-
-
-def test_stored_zeros_are_no_labels():
-    labels = csr_matrix((np.random.default_rng(0).random((200, 12)) < 0.3).astype(np.uint8))
-    stored = csr_matrix(np.ones((200, 12), np.uint8))
-    stored.data[:] = labels.toarray().ravel()
-    assert stored.nnz > labels.nnz
-    found = LabelEmbedding.fit(stored, 6)
-    np.testing.assert_array_equal(found.vectors, LabelEmbedding.fit(labels, 6).vectors)
-    assert stored.nnz == 2400, "the matrix that was given stays as it was"

@@ -244,14 +244,14 @@ def test_heads_are_those_with_a_weight_and_stripping_keeps_the_logits(raw, tmp_p
     both, alone = built(raw).network.model().eval(), built(raw, embedding=0.0, count=0.0).network.model().eval()
     assert set(both.heads) == set(model.HEADS) and set(alone.heads) == {"labels"}
     checkpoint.save(tmp_path / "model.pt", {"model": both.state_dict()})
-    model.start_from(alone, tmp_path / "model.pt")
+    model.take_weights(alone, tmp_path / "model.pt")
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(alone(images)["labels"], both(images)["labels"])
     with pytest.raises(UserError, match="holds another network"):
-        model.start_from(built(raw, backbone="resnet18", embedding=0.0).network.model(), tmp_path / "model.pt")
+        model.take_weights(built(raw, backbone="resnet18", embedding=0.0).network.model(), tmp_path / "model.pt")
     checkpoint.save(tmp_path / "alone.pt", {"model": alone.state_dict()})
     with pytest.raises(UserError, match="first difference: heads.embedding"):
-        model.start_from(both, tmp_path / "alone.pt")
+        model.take_weights(both, tmp_path / "alone.pt")
 
 
 def test_a_last_batch_of_one_image_trains_whatever_the_backbone_normalises(raw):
@@ -269,7 +269,9 @@ def test_the_backbone_may_start_from_a_file(raw, tmp_path):
     assert not torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
     task_from_file.network.pretrain(network)
     assert torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
-    assert built(raw).network.pretrain is None, "the competition forbade published weights"
+    said = built(raw).network.pretrain(network)
+    assert said == "resnet10t starts from scratch", "the competition forbade published weights"
+    assert torch.equal(network.backbone.conv1[0].weight, first.backbone.conv1[0].weight)
 
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "ghostnet_050", "resnet18"])

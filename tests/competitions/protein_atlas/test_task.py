@@ -183,14 +183,14 @@ def test_nasnet_large_takes_four_channels_and_weights_of_three(monkeypatch):
 
 
 @pytest.mark.parametrize("yellow", ["mean", "red", "green", "blue"])
-def test_the_fourth_channel_starts_as_the_flag_says(yellow, tmp_path, capsys):
+def test_the_fourth_channel_starts_as_the_flag_says(yellow, made, tmp_path):
     import timm
 
     three = timm.create_model("resnet10t", num_classes=0).eval()
     torch.save(three.state_dict(), tmp_path / "three.pth")
-    found = replace(SMOKE, encoder_weights=str(tmp_path / "three.pth"), yellow=yellow)
-    network = Classifier(found.backbone, found.size, task.LABELS, 4, 0.0, yellow).eval()
-    task._pretrain(found, network)
+    found = built(made, encoder_weights=str(tmp_path / "three.pth"), yellow=yellow).network
+    network = found.model().eval()
+    found.pretrain(network)
     images = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         normal = network.normalize(images)
