@@ -1,6 +1,7 @@
 """The submission of one run, or of the average of several."""
 
 import argparse
+import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ from common.run import Run
 from common.task import Task, Tuned, completed, needs_workers
 
 NAMED = 20  # most rows that are printed
+Batches = Iterator[tuple[list[int], Predictions]]  # test rows in ascending order, and their predictions [B, ...]
 
 
 class Fallback(NamedTuple):
@@ -127,16 +130,14 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
             print(f"{member.run.name} predicts with other settings ({changes}): its CV score is not that of this file")
 
 
-def _batches(
-    member: Member, predictor: Predictor | None, rows: np.ndarray, label: str | None
-) -> Iterator[tuple[list[int], Predictions]]:
+def _batches(member: Member, predictor: Predictor | None, rows: np.ndarray, label: str | None) -> Batches:
     """The readable test rows and their predictions: made now or, without a predictor, those that the run has kept."""
     batches = predictor.batches(member.task.data.test, rows, label) if predictor else _kept_batches(member, rows)
     for index, predictions, *_ in batches:
         yield index.tolist(), map_tree(torch.clone, predictions)  # `apply` may change them: not those of inference mode
 
 
-def _by_row(batches: Iterator[tuple[list[int], Predictions]]) -> Iterator[tuple[int, Predictions]]:
+def _by_row(batches: Batches) -> Iterator[tuple[int, Predictions]]:
     for index, predictions in batches:
         for place, row in enumerate(index):
             yield row, part_of(predictions, place)
@@ -163,35 +164,25 @@ def no_other_data(run: Run) -> UserError:
     )
 
 
-def _aligned(
-    streams: Sequence[Iterator[tuple[int, Predictions]]],
-) -> Iterator[list[tuple[int, Predictions]]]:
-    """The rows that every stream has, in their order: a run may read an image that another one cannot."""
-    heads = [next(stream, None) for stream in streams]
-    while all(heads):
-        last = max(row for row, _ in heads)
-        if all(row == last for row, _ in heads):
-            yield heads
-            last += 1
-        heads = [head if head[0] >= last else next(stream, None) for head, stream in zip(heads, streams, strict=True)]
-    for stream in streams:
-        for _ in stream:
-            pass  # at its end, the predictor records the rows that it left out
+def _means(streams: Sequence[Batches]) -> Iterator[tuple[int, Predictions]]:
+    """The mean over several runs of every row that all have: a run may read an image that another one cannot."""
+    merged = heapq.merge(*map(_by_row, streams), key=itemgetter(0))
+    for row, same in groupby(merged, key=itemgetter(0)):
+        found = [predictions for _, predictions in same]
+        if len(found) == len(streams):
+            yield row, mean_of(found)
 
 
-def _averaged(
-    streams: Sequence[Iterator[tuple[list[int], Predictions]]], size: int
-) -> Iterator[tuple[list[int], Predictions]]:
-    """Batches of the mean over several runs, of the rows that every run has."""
-    together = _aligned([_by_row(stream) for stream in streams])
-    while chunk := list(islice(together, size)):
-        mean = collate([mean_of([predictions for _, predictions in sample]) for sample in chunk])
-        yield [sample[0][0] for sample in chunk], mean
+def _averaged(streams: Sequence[Batches], size: int) -> Batches:
+    """The means over several runs in batches."""
+    means = _means(streams)
+    while chunk := list(islice(means, size)):
+        yield [row for row, _ in chunk], collate([mean for _, mean in chunk])
 
 
 def _rows_of_csv(
     members: Sequence[Member],
-    streams: Sequence[Iterator[tuple[list[int], Predictions]]],
+    streams: Sequence[Batches],
     predictors: Sequence[Predictor | None],
     keep: Callable[[Predictions], None],
     lost: list[str],
@@ -202,7 +193,7 @@ def _rows_of_csv(
     ids = first.task.data.test_ids
     batches = streams[0] if len(streams) == 1 else _averaged(streams, first.config.batch_size)
 
-    def means() -> Iterator[tuple[list[int], Predictions]]:
+    def means() -> Batches:
         for index, mean in batches:
             keep(mean)
             yield index, mean
