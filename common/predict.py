@@ -60,9 +60,9 @@ class Member(NamedTuple):
     config: Config
 
     @property
-    def as_trained(self) -> bool:
-        """Whether it predicts with the settings of its training, so that its score holds for these predictions."""
-        return not differences(self.run.config(type(self.config)), self.config)
+    def changes(self) -> list[str]:
+        """The settings that differ from those of its training; with any, its score is not that of these predictions."""
+        return differences(self.run.config(type(self.config)), self.config)
 
     @property
     def has_models(self) -> bool:
@@ -81,7 +81,7 @@ def write_submission(
     first, task = members[0], members[0].task
     path = submission.SUBMISSIONS / competition / f"{_name_of(members, is_demo)}.csv"
     provenance = _provenance(competition, members, is_demo)
-    keeps = len(members) == 1 and first.has_models and first.as_trained and not fallback
+    keeps = len(members) == 1 and first.has_models and not first.changes and not fallback
     keeps = keeps and task.fingerprint == first.run.provenance["data_fingerprint"]
     kept = PredictionWriter(first.run.path, "test", len(task.data.test), task.postprocess.kept)
     lost: list[str] = []
@@ -118,8 +118,7 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
                 f"{first.run.name} and {member.run.name} are averaged: their test ids are the same, but not their data "
                 f"files"
             )
-        if not member.as_trained:
-            changes = "; ".join(differences(member.run.config(type(member.config)), member.config))
+        if changes := "; ".join(member.changes):
             print(f"{member.run.name} predicts with other settings ({changes}): its CV score is not that of this file")
 
 
@@ -287,7 +286,7 @@ def _name_of(members: Sequence[Member], is_demo: bool) -> str:
 def _provenance(competition: str, members: Sequence[Member], is_demo: bool) -> dict[str, Any]:
     """The content of the JSON file beside the CSV."""
     run, task, _ = members[0]
-    is_scored = len(members) == 1 and members[0].as_trained  # else result.json has the score of other predictions
+    is_scored = len(members) == 1 and not members[0].changes
     return {
         "competition": competition,
         "run": ",".join(one.run.name for one in members),
