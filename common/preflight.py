@@ -20,7 +20,7 @@ from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
-from common.predictions import check_names, leaves, pack
+from common.predictions import Predictions, check_names, leaves, pack_all, part_of
 from common.run import RUNS
 from common.task import Task, a_row_each
 from common.vision.check import image_paths, refuse_unreadable, unreadable
@@ -104,7 +104,7 @@ def _try_out(task: Task, config: Config, world: int) -> None:
         decisions = post.apply(predictions, {})
         evaluate(task.metrics, [(decisions, batch.targets)])
         _check_rows(task, map_tree(Tensor.cpu, decisions))
-    _require_room(task, config, model, leaves(predictions))
+    _require_room(task, config, model, predictions)
 
 
 def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sample: Tree) -> None:
@@ -139,11 +139,9 @@ def _rows_of(dataset: Any, count: int, config: Config) -> Batch | None:
     return next(in_order(dataset, count, count, config.seed, bad_images="skip"), None)
 
 
-def _require_room(task: Task, config: Config, model: nn.Module, predictions: dict[str, Tensor]) -> None:
+def _require_room(task: Task, config: Config, model: nn.Module, predictions: Predictions) -> None:
     """Raise UserError when the disk has no room for the predictions and the weights that the run will keep."""
-    kept = task.postprocess.kept
-    kinds = {leaf: kept if isinstance(kept, str) else kept[leaf] for leaf in predictions}
-    row = sum(pack(values[:1], kinds[leaf]).nbytes for leaf, values in predictions.items())
+    row = sum(packed.nbytes for packed in pack_all(part_of(predictions, slice(1)), task.postprocess.kept).values())
     folds = folds_to_train(config)
     held = sum(int((task.data.folds == fold).sum()) for fold in folds if fold is not None)
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
