@@ -172,11 +172,8 @@ def _read(path: Path) -> Run:
 
 def folder_of(competition: str, name: str) -> Path:
     """Where the run `name` is or would be; raises UserError for a name that is not allowed."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        size = LONGEST_NAME + 1
-    if set(name) & set("/,") or name in ("", ".", "..") or size > LONGEST_NAME or not name.isprintable():
+    # Bytes that are not UTF-8 are not printable either.
+    if not name.isprintable() or len(name.encode()) > LONGEST_NAME or name in ("", ".", "..") or set(name) & set("/,"):
         raise UserError(
             f"RUN={name[:LONGEST_NAME]!r}: expected a name in UTF-8 of at most {LONGEST_NAME} bytes without / and , (a "
             f"comma separates the runs that predict averages)"
