@@ -196,31 +196,27 @@ def open_run(
     `before_new` is called before a new run is made, and may raise. Raises UserError when the named run was started
     differently, listing what differs.
     """
-    if name is not None and not (folder_of(competition, name) / "run.json").is_file():
-        before_new()
-        return new_run(competition, name, config, provenance)
-    if name is not None:
-        run = load(competition, name)
+    if name is None:
+        candidates = (run for run in reversed(all_runs(competition)) if not (run.is_finished or run.is_blend))
+    else:
+        is_there = (folder_of(competition, name) / "run.json").is_file()
+        candidates = [load(competition, name)] if is_there else []
+    for run in candidates:
         settings, changes = _obstacles(run, config, provenance)
-        final = settings or run.result is not None
-        if settings or changes and (final or not insist):
-            remedy = "repeat its own command to resume it" if final else "RESUME=1 resumes it anyway"
+        may_insist = not settings and run.result is None
+        if not (settings or changes) or (may_insist and insist):
+            return _resumed(run, provenance if changes else None)
+        if name is not None:
+            remedy = "RESUME=1 resumes it anyway" if may_insist else "repeat its own command to resume it"
             raise UserError(
                 f"RUN={name} was started differently ({'; '.join(settings + changes)}): {remedy}, or name another "
                 f"RUN=, or delete {run.path}"
             )
-        return _resumed(run, provenance if changes else None)
-    for run in reversed(all_runs(competition)):
-        if run.is_finished or run.is_blend:
-            continue
-        settings, changes = _obstacles(run, config, provenance)
-        if not settings and (not changes or insist and run.result is None):
-            return _resumed(run, provenance if changes else None)
         if not settings:
-            way = "; RESUME=1 resumes that one" * (run.result is None)
+            way = "; RESUME=1 resumes that one" * may_insist
             print(f"{run.path} is not resumed ({'; '.join(changes)}): this is a new run{way}")
     before_new()
-    return new_run(competition, None, config, provenance)
+    return new_run(competition, name, config, provenance)
 
 
 def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[list[str], list[str]]:
