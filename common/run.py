@@ -1,11 +1,13 @@
 """A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
 
+import itertools
 import os
 import platform
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -92,20 +94,14 @@ class Run:
             except OSError as error:
                 raise not_written(file, error) from error
 
-    def write_json(self, name: str, value: Any) -> None:
-        if self.is_writer:
-            write_json(self.path / name, value)
-
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json: the run is trained. Until `finish`, the same command resumes with the steps after it."""
-        if self.is_writer:
-            write_text(self._unfinished, "")
-            self.write_json("result.json", result | {"finished": now()})
+        write_text(self._unfinished, "")
+        write_json(self.path / "result.json", result | {"finished": now()})
 
     def finish(self) -> None:
         """Mark the run as finished, its submission is written: from now on the same command starts a new run."""
-        if self.is_writer:
-            self._unfinished.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
 
     def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
         return configs.from_values(config_class, read_json(self.path / "config.json"))
@@ -254,7 +250,7 @@ def _resumed(run: Run, other: dict[str, Any] | None) -> Run:
         before = {fact: run.provenance.get(fact) for fact in CHANGED if run.provenance.get(fact) != other.get(fact)}
         run.provenance.update({fact: other.get(fact) for fact in before})
         run.provenance["before"] = [*run.provenance.get("before", ()), {"until": now(), **before}]
-        run.write_json("run.json", run.provenance)
+        write_json(run.path / "run.json", run.provenance)
     if run.result is None:
         run.log(f"resuming {run.path}")
     return run
@@ -273,31 +269,36 @@ def new_run(
     UserError when another process has made a run of that name.
     """
     home = RUNS / competition
+    demo = "-demo" * (provenance["demo"] and provenance["recipe"] != "demo")
     try:
         make_folder(home)
+        if name:
+            path = home / name
+            make_folder(path)
+        else:
+            path = _next_folder(home, provenance["recipe"] + demo)
     except OSError as error:
         raise not_written(home, error) from error
-    number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
-    while True:
-        demo = "-demo" * (provenance["demo"] and provenance["recipe"] != "demo")
-        path = home / (name or f"{number:03d}-{provenance['recipe']}{demo}")
-        try:
-            make_folder(path) if name else path.mkdir()
-            break
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise not_written(path, error) from error
     run = Run(path, {"format": FORMAT, "run": path.name, **provenance, "created": now()})
     run.lock()
     if (path / "run.json").is_file() and not (blend and run.is_unfinished_blend):
         raise UserError(f"another process has just made {path}: repeat the command, or name another run")
     if blend:
-        run.write_json("blend.json", blend)  # before run.json, so that no training resumes it
+        write_json(path / "blend.json", blend)  # before run.json, so that no training resumes it
     write_text(path / "config.json", configs.to_json(config) + "\n")
-    run.write_json("run.json", run.provenance)  # last: a folder with run.json is a whole run
+    write_json(path / "run.json", run.provenance)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")
     return run
+
+
+def _next_folder(home: Path, name: str) -> Path:
+    """Make the folder of a new run in `home`, with a number that no run has, nor another process takes now."""
+    first = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
+    for number in itertools.count(first):
+        path = home / f"{number:03d}-{name}"
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
 
 
 def now() -> str:
