@@ -317,14 +317,11 @@ def commit() -> str:
 
 def code_fingerprint(competition: str) -> dict[str, str]:
     """sha256 of the Python files that a run is computed with: those of common/ and those of its competition."""
-    root = Path(__file__).parents[1]
-
-    def digest(folder: Path) -> str:
-        files = sorted(folder.rglob("*.py"))
-        return sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
-
-    parts = ("common", f"competitions/{competition}")
-    return {part: digest(root / part) for part in parts}
+    root, found = Path(__file__).parents[1], {}
+    for part in ("common", f"competitions/{competition}"):
+        contents = [file.name.encode() + file.read_bytes() for file in sorted((root / part).rglob("*.py"))]
+        found[part] = sha256(b"".join(contents)).hexdigest()[:16]
+    return found
 
 
 def machine() -> str:
