@@ -86,11 +86,9 @@ def write_submission(
     kept = PredictionWriter(first.run.path, "test", len(task.data.test), task.postprocess.kept)
     lost: list[str] = []
     with kept if keeps else nullcontext() as writer:
-        rows = task.sample.in_order(_rows_of_csv(members, writer, lost, fallback.until if fallback else math.inf))
+        rows = task.sample.in_order(_rows_of_csv(members, writer, lost, fallback))
         if fallback:
             rows = _filled(rows, task, fallback.found, lost, provenance)
-        else:
-            rows = _whole(rows, lost, f"COMP={competition} RUN={first.run.name}")
         submission.write(path, task.sample, rows, task.submission.valid, provenance)
         if keeps:
             remove_predictions(first.run.path, "test")  # maybe of other rows: must not lie beside these ids
@@ -103,21 +101,15 @@ def _refuse_unlike(members: Sequence[Member]) -> None:
     first = members[0]
     for member in members:
         member.run.check_outputs(member.task.outputs)
+        names, unlike = f"{first.run.name} and {member.run.name}", ""
         if list(member.task.data.test_ids) != list(first.task.data.test_ids):
-            raise UserError(
-                f"runs {first.run.name} and {member.run.name} predict different test rows: average runs of the same "
-                f"data"
-            )
-        if member.task.outputs != first.task.outputs:
-            raise UserError(
-                f"run {first.run.name} predicts {first.task.outputs}, run {member.run.name} {member.task.outputs}: "
-                f"average runs of the same data"
-            )
+            unlike = "test rows"
+        elif member.task.outputs != first.task.outputs:
+            unlike = f"outputs ({first.task.outputs} and {member.task.outputs})"
+        if unlike:
+            raise UserError(f"runs {names} predict different {unlike}: average runs of the same data")
         if member.task.fingerprint != first.task.fingerprint:
-            print(
-                f"{first.run.name} and {member.run.name} are averaged: their test ids are the same, but not their data "
-                f"files"
-            )
+            print(f"{names} are averaged: their test ids are the same, but not their data files")
         if changes := "; ".join(member.changes):
             print(f"{member.run.name} predicts with other settings ({changes}): its CV score is not that of this file")
 
@@ -175,11 +167,11 @@ def _averaged(streams: Sequence[Batches], size: int) -> Batches:
 
 
 def _rows_of_csv(
-    members: Sequence[Member], writer: PredictionWriter | None, lost: list[str], until: float
+    members: Sequence[Member], writer: PredictionWriter | None, lost: list[str], fallback: Fallback | None
 ) -> Iterator[Sequence[Any]]:
-    """The rows of the CSV that were predicted before `until`; adds to `lost` which rows were not, and why.
+    """The rows of the CSV that were predicted in time; adds to `lost` which were not, and why.
 
-    `writer`, if there is one, keeps the predictions.
+    `writer`, if there is one, keeps the predictions. Raises UserError at the end if rows are lost without a `fallback`.
     """
     first, (rules, tuned) = members[0], _rules_of(members)
     ids = first.task.data.test_ids
@@ -194,7 +186,7 @@ def _rows_of_csv(
                 writer.add(mean)
             yield index, mean
             done = index[-1] + 1
-            if time.monotonic() > until and done < len(ids):
+            if fallback and time.monotonic() > fallback.until and done < len(ids):
                 lost.append(f"{ids[done]} and all rows after it: the time is up")
                 break
 
@@ -206,6 +198,11 @@ def _rows_of_csv(
         stream.close()  # only then does its predictor know the skipped rows
     skipped = {row: why for one in predictors if one for row, why in one.skipped.items()}
     lost += [f"{ids[row]}: {why.split(': replace')[0]}" for row, why in sorted(skipped.items())]
+    if lost and not fallback:
+        raise UserError(
+            f"{len(lost)} test images cannot be read ({some(lost, by='; ')}), and a submission needs every one: "
+            f"replace the files, then make predict COMP={first.run.provenance['competition']} RUN={first.run.name}"
+        )
 
 
 def _beside(make: Callable[..., list[Any]], parts: Iterator[tuple]) -> Iterator[Any]:
@@ -219,15 +216,6 @@ def _beside(make: Callable[..., list[Any]], parts: Iterator[tuple]) -> Iterator[
             waiting = coming
         if waiting:
             yield from waiting.result()
-
-
-def _whole(rows: Iterator[Sequence[Any]], lost: list[str], again: str) -> Iterator[Sequence[Any]]:
-    yield from rows
-    if lost:
-        raise UserError(
-            f"{len(lost)} test images cannot be read ({'; '.join(lost[:5])}), and a submission needs every one: "
-            f"replace the files, then predict again with make predict {again}"
-        )
 
 
 def _filled(
