@@ -86,10 +86,10 @@ def write_submission(
     kept = PredictionWriter(first.run.path, "test", len(task.data.test), task.postprocess.kept)
     lost: list[str] = []
     with kept if keeps else nullcontext() as writer:
-        rows = task.sample.in_order(_rows_of_csv(members, writer, lost, fallback))
+        rows = _rows_of_csv(members, writer, lost, fallback)
         if fallback:
             rows = _filled(rows, task, fallback.found, lost, provenance)
-        submission.write(path, task.sample, rows, task.submission.valid, provenance)
+        submission.write(path, task.sample, task.sample.in_order(rows), task.submission.valid, provenance)
         if keeps:
             remove_predictions(first.run.path, "test")  # maybe of other rows: must not lie beside these ids
             write_ids(first.run.path, "test", task.data.test_ids)
@@ -221,33 +221,22 @@ def _beside(make: Callable[..., list[Any]], parts: Iterator[tuple]) -> Iterator[
 def _filled(
     rows: Iterator[Sequence[Any]], task: Task, found: raw.RawData, lost: list[str], provenance: dict[str, Any]
 ) -> Iterator[Sequence[Any]]:
-    """`rows`, with the sample submission's own values for missing ids; prints these ids and why they were `lost`."""
-    filled, ids, values = [], task.sample.ids, None
-    predicted = groupby(rows, key=lambda row: str(row[0]))  # an id may have several rows
-    name_of_next, following = next(predicted, (None, ()))
-    for name in ids:
-        if name == name_of_next:
-            yield from following
-            name_of_next, following = next(predicted, (None, ()))
-        else:
-            values = values or _rows_by_id(found, task.submission.sample)
-            filled.append(name)
-            yield from values[name]
-    if name_of_next is not None or (filled and not lost):
-        raise UserError(f"the predicted rows are not those of the sample submission (first missing id: {filled[:1]})")
+    """`rows`, then the sample submission's own for the missing ids; prints these ids and why they were `lost`."""
+    there = set()
+    for row in rows:
+        there.add(str(row[0]))
+        yield row
+    filled = [name for name in task.sample.ids if name not in there]
+    if filled and not lost:
+        raise UserError(f"the predicted rows are not those of the sample submission (first missing id: {filled[0]})")
     if filled:
         provenance["fallback"] = filled
         print(
-            f"{len(filled)} of {len(ids)} rows have the sample submission's values ({some(filled, NAMED)}; all are in "
-            f"the file beside the CSV): {some(lost, NAMED, '; ')}"
+            f"{len(filled)} of {len(task.sample.ids)} rows have the sample submission's values ({some(filled, NAMED)}; "
+            f"all are in the file beside the CSV): {some(lost, NAMED, '; ')}"
         )
-
-
-def _rows_by_id(found: raw.RawData, sample: str) -> dict[str, list[Sequence[str]]]:
-    rows: dict[str, list[Sequence[str]]] = {}
-    for _, row in found.uncounted().rows(sample):
-        rows.setdefault(row[0], []).append(row)
-    return rows
+        missing = set(filled)
+        yield from (row for _, row in found.uncounted().rows(task.submission.sample) if row[0] in missing)
 
 
 def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
@@ -265,9 +254,9 @@ def _rules_of(members: Sequence[Member]) -> tuple[Task, Tuned]:
 def _name_of(members: Sequence[Member], is_demo: bool) -> str:
     """The runs' names joined; if that is too long for a file name, the first one and how many more there are."""
     names = [member.run.name for member in members]
-    name, digest = "+".join(names), sha256("+".join(names).encode()).hexdigest()[:12]
+    name = "+".join(names)
     if len(name.encode()) > 2 * runs.LONGEST_NAME:
-        name = f"{names[0]}+{len(names) - 1}-more-{digest}"
+        name = f"{names[0]}+{len(names) - 1}-more-{sha256(name.encode()).hexdigest()[:12]}"
     return name + "-demo" * (is_demo and "demo" not in members[0].run.name)
 
 
