@@ -221,25 +221,24 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
         settings = configs.differences(run.config(type(config)), config)
     except UserError as error:
         return [str(error)], []
-    before, changes = run.provenance, []
+    before, changes, is_trained = run.provenance, [], run.result is not None
     same_data = before["data_fingerprint"] == provenance["data_fingerprint"]
-    if not same_data:
+    # A trained run only predicts: with models any data, with kept predictions the same data.
+    if not same_data and not (is_trained and any(run.path.glob("fold-*/model.pt"))):
         changes.append(f"data: {before['data']} -> {provenance['data']}, with other contents")
     if before["demo"] != provenance["demo"]:
         settings.append(f"demo data: {before['demo']} -> {provenance['demo']}")
-    if same_data or run.result is None:  # finished folds have kept row numbers, and models that know outputs by order
+    if same_data or not is_trained:  # finished folds have kept row numbers, and models that know outputs by order
         if before.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
             settings.append("folds: their rows have changed since the run began")
         if before.get("outputs") != provenance.get("outputs"):
             settings.append(f"outputs: {before.get('outputs')} -> {provenance.get('outputs')}")
-    code = provenance.get("code", {})
-    changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
-    labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a deleted run may have labelled all
-    changes += [
-        f"run {name} was started anew since" for name in labelling.keys() & then if labelling[name] != then[name]
-    ]
-    if run.result is not None:  # a trained run only predicts: with models any data, with kept predictions the same data
-        changes = [] if any(run.path.glob("fold-*/model.pt")) else [one for one in changes if one.startswith("data: ")]
+    if not is_trained:
+        code, then = provenance.get("code", {}), before.get("code", {})
+        changes += [f"code of {part}/ changed since" for part in code if then.get(part) != code[part]]
+        labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})
+        both = labelling.keys() & then  # a deleted run may have labelled all before
+        changes += [f"run {name} was started anew since" for name in both if labelling[name] != then[name]]
     return settings, changes
 
 
