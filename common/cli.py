@@ -31,6 +31,13 @@ def verb_parser(verb: str, competition: str, description: str, data: bool = True
     return parser
 
 
+def early(flag: str, argv: list[str], default: str | None = None) -> str | None:
+    """The value of a flag on which the other flags depend; a flag without a value is left for the whole parser."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?", const=default, default=default)
+    return parser.parse_known_args(argv)[0].value
+
+
 def configured(
     parser: Parser, recipes: dict[str, Config], argv: list[str], default: str = "default"
 ) -> tuple[Config, argparse.Namespace]:
@@ -40,9 +47,7 @@ def configured(
     unknown flags and recipes, with the nearest name.
     """
     parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} [{default}]")
-    recipe = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    recipe.add_argument("--recipe", default=default)
-    name = recipe.parse_known_args(argv)[0].recipe
+    name = early("--recipe", argv, default)
     if name not in recipes:
         raise UserError(f"RECIPE={name}: expected one of {', '.join(recipes)}.{did_you_mean(name, recipes)}")
     configs.add_flags(parser, recipes[name])
@@ -52,10 +57,7 @@ def configured(
 
 def default_recipe(name: str, recipes: dict[str, Config], argv: list[str]) -> str:
     """The recipe when none is given: "demo" on demo data, where the competition has it, else "default"."""
-    data = Parser(add_help=False, allow_abbrev=False)
-    data.add_argument("--data", nargs="?")  # without a value, `configured` refuses it
-    given = data.parse_known_args(argv)[0].data
-    return "demo" if "demo" in recipes and raw.would_be_demo(name, given) else "default"
+    return "demo" if "demo" in recipes and raw.would_be_demo(name, early("--data", argv)) else "default"
 
 
 def train(name: str, argv: list[str]) -> None:
@@ -64,9 +66,8 @@ def train(name: str, argv: list[str]) -> None:
     parser = verb_parser("train", name, train.__doc__)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     parser.add_argument("--resume", **SWITCH, help="resume even if code or data have changed")
-    recipes = competition.recipes
     parser.add_argument("--no-submission", action="store_true", help="train only; make predict writes it later")
-    config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
+    config, given = configured(parser, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
     from common import train as training
 
     insist, submits = given.resume == "1", not given.no_submission
