@@ -1,9 +1,8 @@
 """The batch: the samples of one optimizer step, before it is split into micro-batches."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +26,9 @@ def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
         values = [map_tree(function, value) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if is_dataclass(tree):
-        return replace(tree, **{name: map_tree(function, value) for name, value in _fields_of(tree).items()})
+        entries = {field.name: getattr(tree, field.name) for field in fields(tree) if field.init}
+        trees = {name: value for name, value in entries.items() if not isinstance(value, (bool, int, float, str))}
+        return replace(tree, **{name: map_tree(function, value) for name, value in trees.items()})
     raise TypeError(f"a batch holds tensors in tuples, lists, dicts and dataclasses, not {type(tree).__name__}")
 
 
@@ -51,12 +52,6 @@ def concatenated(trees: Sequence[Tree]) -> Tree:
     return rebuilt(trees[0], (torch.cat(column) for column in zip(*map(tensors_of, trees), strict=True)))
 
 
-def _fields_of(tree: Tree) -> dict[str, Tree]:
-    """The fields of a dataclass that are trees, without its numbers and strings."""
-    fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
-    return {name: value for name, value in fields.items() if not isinstance(value, (bool, int, float, str))}
-
-
 @dataclass(frozen=True)
 class Batch:
     """An effective batch of B samples (this process's shard of it when there are several ranks).
@@ -78,16 +73,7 @@ class Batch:
 
     def slice(self, start: int, stop: int) -> "Batch":
         """Samples start..stop as views of the same memory: a micro-batch costs no copy."""
-        return self._map(lambda tensor: tensor[start:stop])
+        return map_tree(lambda tensor: tensor[start:stop], self)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(
-            self,
-            inputs=map_tree(function, self.inputs),
-            targets=map_tree(function, self.targets),
-            index=function(self.index),
-            weights=None if self.weights is None else function(self.weights),
-        )
+    def to(self, device: torch.device | str) -> "Batch":
+        return map_tree(lambda tensor: tensor.to(device), self)

@@ -27,7 +27,7 @@ from common.config import Config
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
-from common.files import expanded
+from common.files import expanded, number_in
 from common.loading import folds
 from common.loading.loader import in_order
 from common.metrics import Metric, without_ones
@@ -45,8 +45,9 @@ from common.predictions import (
 from common.report import Report, score_line
 from common.run import Run
 from common.runs_table import best_run, is_complete
+from common.scoring import score_oof
 from common.task import Task, completed
-from common.train import finish_page, provenance_of, score_oof
+from common.train import finish_page, provenance_of
 
 LARGEST = 200_000_000  # most numbers, over all members, that weights are chosen on
 BLOCK = 4_000_000  # numbers, over all members, that are combined at once
@@ -70,8 +71,8 @@ class Kept:
             again = "blend its runs again"
         elif kind == "test" and any(run.path.glob("fold-*/model.pt")):
             again = f"make predict COMP={run.provenance['competition']} RUN={run.name}"
-        values, ids = read_predictions(run.path, kind, again), run.path / f"{kind}_ids.txt"
-        if values is None or not ids.is_file():
+        values = read_predictions(run.path, kind, again)
+        if values is None:
             what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
             remedy = again if kind == "test" else "leave it out, or train it with --fold all"
             raise UserError(f"{run.path} has no {what}: {remedy}")
@@ -81,18 +82,18 @@ class Kept:
     @staticmethod
     def of_file(path: Path, like: "Kept") -> "Kept":
         """Read a CSV file: an id and predictions in every row, in the order of the columns and the shape of `like`."""
-        (shape,) = like.shapes.values() if len(like.shapes) == 1 else (None,)
-        if shape is None:
+        if len(like.shapes) > 1:
             raise UserError(f"{path}: a CSV cannot hold predictions with several parts ({', '.join(like.shapes)})")
+        (shape,) = like.shapes.values()
         try:
             with open(path, newline="", encoding="utf-8-sig") as stream:
-                header, *table = csv.reader(stream)
-            values = np.array([[float(cell) for cell in row[1:]] for row in table if row], np.float32)
+                _, *table = filter(None, csv.reader(stream))
+            values = np.array([[float(cell) for cell in row[1:]] for row in table], np.float32)
             values = values.reshape(len(values), *shape)
         except (OSError, ValueError) as error:
-            numbers = int(np.prod(shape))
-            raise UserError(f"{path} cannot be read ({error}): expected an id and {numbers} numbers per row") from error
-        names = [row[0] for row in table if row]
+            expected = f"an id and {like.numbers} numbers per row"
+            raise UserError(f"{path} cannot be read ({error}): expected {expected}") from error
+        names = [row[0] for row in table]
         if len(set(names)) < len(names) or not np.isfinite(values).all():
             raise UserError(f"{path}: expected every id once, and finite numbers")
         return Kept(path.stem, str(path), values, names, np.arange(len(names)))
@@ -121,7 +122,7 @@ class Kept:
     @property
     def numbers(self) -> int:
         """How many numbers one row has, over all leaves."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def as_tree(numbers: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Predictions:
@@ -129,7 +130,7 @@ def as_tree(numbers: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Predicti
     values = torch.from_numpy(np.ascontiguousarray(numbers))
     if len(shapes) == 1:
         return rebuilt(dict.fromkeys(shapes, values))
-    parts = values.split([int(np.prod(shape)) for shape in shapes.values()], dim=1)
+    parts = values.split([math.prod(shape) for shape in shapes.values()], dim=1)
     return {leaf: part.reshape(-1, *shape) for (leaf, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
@@ -154,15 +155,18 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
             f"the code of competitions/{name} now makes other folds or ids than {base.name} was trained with: check "
             f"out commit {base.provenance['commit']} to blend, or train the runs again"
         )
-    oof = _aligned([Kept.of_run(run, "oof") for run in members], given.oof)
-    row_of = {str(one): row for row, one in enumerate(task.data.ids)}
-    rows = np.array([row_of[one] for one in oof[0].ids], int)
-    order = np.argsort(task.data.folds[rows], kind="stable")
-    rows, oof = rows[order], [one.taken([oof[0].ids[place] for place in order]) for one in oof]
+    oof = [Kept.of_run(run, "oof") for run in members]
+    ids, common = list(map(str, task.data.ids)), set.intersection(*(set(one.ids) for one in oof))
+    rows = np.array([row for row in np.argsort(task.data.folds, kind="stable") if ids[row] in common], int)
+    if not len(rows):
+        raise UserError(
+            f"{', '.join(run.name for run in members)} hold out no common rows: blend runs trained with --fold all"
+        )
+    oof = _aligned(oof, given.oof, [ids[row] for row in rows])
     test = _aligned([Kept.of_run(run, "test") for run in members], given.test, list(map(str, task.data.test_ids)))
     if len(oof) != len(test):
         raise UserError("--oof and --test: expected equally many files, in the same order: --oof a.csv --test b.csv")
-    chosen, sampled = choose(task, config, oof, rows, given, space)
+    chosen = choose(task, config, oof, rows, given, space)
 
     provenance = provenance_of(competition, task, "blend", found) | {"demo": base.provenance["demo"]}
     names = [one.name for one in oof]
@@ -172,12 +176,12 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
     kept = task.postprocess.kept
     if given.by == "stack" or space is RANKS:
         kept = "float32"  # a ridge regression may leave 0..1, and the highest of many ranks would tie
-    parts = {int(fold): np.flatnonzero(task.data.folds[rows] == fold) for fold in np.unique(task.data.folds[rows])}
-    write_combined(run.path, "oof", oof, [(parts[fold], chosen.by_part[fold]) for fold in parts], space, kept)
+    parts = [(np.flatnonzero(task.data.folds[rows] == fold), fitted) for fold, fitted in chosen.by_part.items()]
+    write_combined(run.path, "oof", oof, parts, space, kept)
     write_combined(run.path, "test", test, [(np.arange(len(test[0].ids)), chosen.fitted)], space, kept)
     write_ids(run.path, "test", test[0].ids)
     result = {"monitor": task.metrics[0].name, **score_oof(run, task, config, rows), "folds": [], "micro_batch": None}
-    result |= {"blend": _facts(names, chosen, task.metrics[0], sampled)}
+    result |= {"blend": _facts(names, chosen, task.metrics[0])}
     run.write_result(result | {"training_seconds": round(time.monotonic() - started, 1)})
     run.log(f"{run.path}: {score_line(result)} {_gain(result['blend'])}")
     _report(Member(run, task, config), result, chosen)
@@ -187,18 +191,16 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
 
 
 def _space(given: argparse.Namespace) -> Space:
-    word, _, exponent = given.space.partition(":")
     if given.by in ("nnls", "stack") and given.space != "plain":
         raise UserError(f"--space {given.space}: --by {given.by} combines predictions as they are, leave --space out")
     if given.by == "stack" and given.per_class:
         raise UserError("--per-class: a stack uses all classes of all runs at once, leave it out")
-    if word in ("plain", "rank") and not exponent:
-        return {"plain": PLAIN, "rank": RANKS}[word]
-    try:
-        if word == "power" and math.isfinite(float(exponent)):
-            return power(float(exponent))
-    except ValueError:
-        pass
+    if given.space in ("plain", "rank"):
+        return {"plain": PLAIN, "rank": RANKS}[given.space]
+    word, _, text = given.space.partition(":")
+    exponent = number_in(text)
+    if word == "power" and exponent is not None and math.isfinite(exponent):
+        return power(exponent)
     raise UserError(f"--space {given.space}: expected plain, rank or power:P, power:0 is the geometric mean")
 
 
@@ -227,14 +229,11 @@ def _unlike(one: Run, other: Run) -> str:
     return next((word for fact, word in facts.items() if one.provenance.get(fact) != other.provenance.get(fact)), "")
 
 
-def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None) -> list[Kept]:
-    """All members, reduced to the rows `ids` or else to the rows that all runs have; files must have all of these."""
+def _aligned(found: list[Kept], files: str | None, ids: list[str]) -> list[Kept]:
+    """The predictions of the runs and of the files, for the rows `ids`; raises UserError when some are missing."""
     shapes = found[0].shapes
     if unlike := [one for one in found if one.shapes != shapes]:
         raise UserError(f"{unlike[0].where} predicts {unlike[0].shapes}, but {found[0].where} {shapes}: leave one out")
-    if ids is None:
-        common = set(found[0].ids).intersection(*(one.ids for one in found))
-        ids = [name for name in found[0].ids if name in common]
     paths = [expanded(name, name) for name in (files or "").split(",") if name]
     added = [Kept.of_file(path, found[0]) for path in paths]
     stems = [one.name for one in found + added]  # lgbm/oof.csv and xgb/oof.csv differ only in their path
@@ -247,8 +246,8 @@ def _aligned(found: list[Kept], files: str | None, ids: list[str] | None = None)
 
 def choose(
     task: Task, config: Config, oof: list[Kept], rows: np.ndarray, given: argparse.Namespace, space: Space
-) -> tuple[Blend, int]:
-    """Choose how to combine, on the out-of-fold predictions of `rows` [m]; also returns how many rows were used."""
+) -> Blend:
+    """Choose how to combine, on the out-of-fold predictions of `rows` [m] or, if these are too many, some of them."""
     step = -(-oof[0].numbers * len(oof) * len(rows) // LARGEST)
     sample = np.arange(len(rows))[::step]
     members, shapes = np.stack([one.rows(sample) for one in oof]), oof[0].shapes
@@ -260,7 +259,7 @@ def choose(
 
     objective = ensemble.maximise(task.metrics[0], targets, decide)
     way = _way(given, objective, targets, members, task.metrics[0], space)
-    return ensemble.nested(members, task.data.folds[rows[sample]], way, objective), len(sample)
+    return ensemble.nested(members, task.data.folds[rows[sample]], way, objective)
 
 
 def _way(
@@ -272,43 +271,41 @@ def _way(
     space: Space,
 ) -> Choose:
     """The method that --by and --per-class name; raises UserError when the targets do not fit it."""
-    needs_targets = given.by in ("nnls", "stack") or given.per_class
-    if needs_targets and not isinstance(targets, torch.Tensor):
-        raise UserError(f"--by {given.by}: the targets have several parts, use --by hill without --per-class")
-    truth = targets.numpy() if isinstance(targets, torch.Tensor) else None
-    if truth is not None and without_ones(truth.shape) == without_ones(members.shape[1:]):
-        truth = truth.reshape(members.shape[1:])  # [m, 1] is the same as [m], as for metrics
-    by_number = truth is not None and members.ndim == truth.ndim + 2  # class numbers
-    if given.by == "stack":
-        from sklearn.linear_model import LogisticRegression, Ridge
-
-        return ensemble.stacked(LogisticRegression(max_iter=1000) if by_number else Ridge(), truth)
-    plain = {
+    ways = {
         "hill": lambda goal: ensemble.hill_climbing(goal, space),
         "optimum": lambda goal: ensemble.optimum(goal, space),
         "mean": lambda goal: ensemble.equal(space),
     }
+    if given.by in ways and not given.per_class:
+        return ways[given.by](objective)
+    if not isinstance(targets, torch.Tensor):
+        raise UserError(f"--by {given.by}: the targets have several parts, use --by hill without --per-class")
+    truth = targets.numpy()
+    if without_ones(truth.shape) == without_ones(members.shape[1:]):
+        truth = truth.reshape(members.shape[1:])  # [m, 1] is the same as [m], as for metrics
+    are_numbers = members.ndim == truth.ndim + 2  # of classes
+    if given.by == "stack":
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+        return ensemble.stacked(LogisticRegression(max_iter=1000) if are_numbers else Ridge(), truth)
     if not given.per_class:
-        return ensemble.least_squares(truth) if given.by == "nnls" else plain[given.by](objective)
+        return ensemble.least_squares(truth)
     if members.ndim != 3:
         raise UserError(f"--per-class: expected predictions [rows, classes], found {list(members.shape[1:])}")
-    one_hot = truth[:, None] == np.arange(members.shape[2]) if by_number else truth
-
-    def of_class(label: int) -> Choose:
-        column = one_hot[:, label].astype(np.float32)
-        if given.by == "nnls":
-            return ensemble.least_squares(column)
-        return plain[given.by](_squared_error(column) if by_number else ensemble.maximise(metric, column))
-
-    if given.by in ("hill", "optimum") and not by_number:
+    columns = (truth[:, None] == np.arange(members.shape[2]) if are_numbers else truth).astype(np.float32)
+    if given.by == "nnls":
+        return ensemble.per_class(lambda label: ensemble.least_squares(columns[:, label]))
+    if are_numbers:
+        return ensemble.per_class(lambda label: ways[given.by](_squared_error(columns[:, label])))
+    if given.by != "mean":
         try:
-            metric.score(members[0, :, 0], one_hot[:, 0].astype(np.float32))
+            metric.score(members[0, :, 0], columns[:, 0])
         except (UserError, ValueError, RuntimeError, LookupError, TypeError) as error:
             raise UserError(
                 f"--per-class --by {given.by}: {metric.name} cannot be computed for a single label ({error}): use "
                 f"--by nnls, or leave --per-class out"
             ) from error
-    return ensemble.per_class(of_class)
+    return ensemble.per_class(lambda label: ways[given.by](ensemble.maximise(metric, columns[:, label])))
 
 
 def _squared_error(column: np.ndarray) -> ensemble.Objective:
@@ -335,25 +332,21 @@ def write_combined(
                 writer.add(as_tree(combined, shapes))
 
 
-def _facts(names: list[str], chosen: Blend, metric: Metric, sampled: int) -> dict[str, Any]:
+def _facts(names: list[str], chosen: Blend, metric: Metric) -> dict[str, Any]:
     """The blend's entry in result.json; scores are of the metric, before tuning."""
-    by_member = {
-        "weights": chosen.weights,
-        "scores": metric.sign * chosen.members,
-        "scores_without": metric.sign * chosen.without,
-    }
-    told = {
-        fact: dict(zip(names, np.round(values, 6).tolist(), strict=True))
-        for fact, values in by_member.items()
-        if values is not None
-    }
-    return {"score": metric.sign * chosen.score, "mean": metric.sign * chosen.mean, "rows": sampled, **told}
+    by_member = {"scores": metric.sign * chosen.members, "scores_without": metric.sign * chosen.without}
+    if chosen.weights is not None:  # a stack has none
+        by_member["weights"] = chosen.weights
+    facts = {fact: dict(zip(names, np.round(values, 6).tolist(), strict=True)) for fact, values in by_member.items()}
+    score, mean = metric.sign * chosen.score, metric.sign * chosen.mean
+    return {"score": score, "mean": mean, "rows": len(chosen.predictions), **facts}
 
 
 def _gain(facts: dict[str, Any]) -> str:
-    weights = {name: np.round(weight, 3).tolist() for name, weight in facts.get("weights", {}).items()}
-    told = ", ".join(f"{name} {weight}" for name, weight in weights.items() if not isinstance(weight, list))
+    """What the blend gains over equal weights and over its members, with the weights unless they are by class."""
     alone = ", ".join(f"{name} {score:.5f}" for name, score in facts["scores"].items())
+    weights = facts.get("weights", {}).items()
+    told = ", ".join(f"{name} {round(weight, 3)}" for name, weight in weights if isinstance(weight, float))
     return (
         f"Before tuning, nested over folds: blend {facts['score']:.5f}, equal weights {facts['mean']:.5f}; "
         f"single runs: {alone}."
@@ -364,32 +357,24 @@ def _gain(facts: dict[str, Any]) -> str:
 def _report(member: Member, result: dict[str, Any], chosen: Blend) -> None:
     """Write the page: members with their weights and scores, correlations, mistakes."""
     run, task, _ = member
-    facts = result["blend"]
-    names, told = list(facts["scores"]), facts.get("weights", {})
+    facts, sign = result["blend"], task.metrics[0].sign
+    names, weights = list(facts["scores"]), facts.get("weights")
     page = Report(run.path, f"{run.provenance['competition']}: {run.name}, a blend of {len(names)}")
     page.text(score_line(result))
     page.text(_gain(facts))
     page.heading("Members")
-    several = any(isinstance(weight, list) for weight in told.values())
-    header = ["member", "weight, mean over classes" if several else "weight", "alone", "the blend without it", "costs"]
-    sign = task.metrics[0].sign
-    page.table(
-        header,
-        [
-            (
-                name,
-                float(np.mean(told[name])) if told else "",
-                facts["scores"][name],
-                facts["scores_without"][name],
-                sign * (facts["score"] - facts["scores_without"][name]),
-            )
-            for name in names
-        ],
-    )
-    if several:
+    by_class = chosen.weights is not None and chosen.weights.ndim == 2
+    rows = []
+    for name in names:
+        weight = float(np.mean(weights[name])) if weights else ""
+        without = facts["scores_without"][name]
+        rows.append((name, weight, facts["scores"][name], without, sign * (facts["score"] - without)))
+    weight = "weight, mean over classes" if by_class else "weight"
+    page.table(["member", weight, "alone", "the blend without it", "costs"], rows)
+    if by_class:
         page.heading("Weights of every class")
-        classes = task.names or [str(label) for label in range(len(told[names[0]]))]
-        page.table(["class", *names], zip(classes, *told.values(), strict=True))
+        classes = task.names or [str(label) for label in range(chosen.weights.shape[1])]
+        page.table(["class", *names], zip(classes, *weights.values(), strict=True))
     page.heading("Correlation of the predictions")
     page.table(["", *names], [(name, *row) for name, row in zip(names, chosen.correlation.tolist(), strict=True)])
     page.heading("Provenance")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common.archive import DAMAGED
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import write_with
 
 
@@ -33,10 +33,13 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
             raise EOFError(f"it holds a {type(found).__name__}, expected a dict of named parts")
         if missing := [key for key in keys if key not in found]:
             raise EOFError(f"it has no {', '.join(missing)}")
-    except pickle.UnpicklingError as error:  # its message advises a mode that runs code from the file
-        raise _refused(path, "it holds more than plain types and tensors, or is damaged") from error
-    except (*DAMAGED, OSError, LookupError) as error:
-        raise _refused(path, str(error)) from error
+    except (pickle.UnpicklingError, *DAMAGED, OSError, LookupError) as error:
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # its message advises a mode that runs code from the file
+            reason = "it holds more than plain types and tensors, or is damaged"
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason}): delete it and repeat the command"
+        ) from error
     return found
 
 
@@ -48,14 +51,10 @@ def restoring(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
+        reason = first_line(error)
+        if reason.startswith("Error(s) in loading"):  # the heading of torch's list of mismatches
+            reason = str(error).splitlines()[1].strip()[:200]
         raise UserError(
-            f"{path} does not fit this network and these settings ({reason[:200]}): other code or another run "
+            f"{path} does not fit this network and these settings ({reason}): other code or another run "
             f"wrote it. Restore the run's own file, or delete it and repeat the command"
         ) from error
-
-
-def _refused(path: Path, reason: str) -> UserError:
-    told = (reason.splitlines() or ["damaged"])[0][:200]
-    return UserError(f"{path} cannot be read as a checkpoint ({told}): delete it and repeat the command")

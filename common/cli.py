@@ -8,8 +8,9 @@ from collections.abc import Callable
 from common import competition as competitions
 from common import config as configs
 from common import raw
-from common.config import Config, Parser
+from common.config import Config
 from common.errors import UserError, did_you_mean
+from common.flags import Parser, add_flags
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
 
 SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make passes FORCE=1 as --force=1
@@ -50,7 +51,7 @@ def configured(
     name = early("--recipe", argv, default)
     if name not in recipes:
         raise UserError(f"RECIPE={name}: expected one of {', '.join(recipes)}.{did_you_mean(name, recipes)}")
-    configs.add_flags(parser, recipes[name])
+    add_flags(parser, recipes[name])
     given = parser.parse_args(argv)
     return configs.with_flags(recipes[name], given), given
 

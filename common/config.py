@@ -1,48 +1,25 @@
 """One frozen dataclass is the configuration; its fields are the flags, the help text and the run's config.json."""
 
 import argparse
-import difflib
-import json
-import math
-import types
-from collections.abc import Callable, Collection
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Literal, TypeVar
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError
+from common.flags import (
+    ABOVE_0,
+    BELOW_1,
+    add_flag,
+    at_least,
+    between,
+    flag,
+    refused,
+    value_text,
+    with_checked_values,
+    with_given,
+)
 
 ConfigType = TypeVar("ConfigType", bound="Config")
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is expected in words
-
-
-def at_least(low: float) -> Rule:
-    return lambda value: value >= low, f"at least {low}"
-
-
-def between(low: float, high: float) -> Rule:
-    return lambda value: low <= value <= high, f"{low} to {high}"
-
-
-ABOVE_0: Rule = lambda value: value > 0, "above 0"
-BELOW_1: Rule = lambda value: 0 <= value < 1, "at least 0 and below 1"
-
-
-def flag(
-    default: Any,
-    help: str,
-    unit: str = "",
-    rule: Rule | None = None,
-    predicts: bool = False,
-    names: Literal["", "runs", "weights"] = "",
-) -> Any:
-    """A Config field that is also a command-line flag, with its default, help line, unit and rule for allowed values.
-
-    Numbers must always be finite; a tuple's rule applies to each of its numbers. A flag that `predicts` is also one of
-    `make predict`: it changes the predictions, but not the training. `names` marks a flag that names runs, or weights
-    (imagenet, none or a path): these may exist on this machine only, which `make kernel` checks.
-    """
-    facts = {"help": help, "unit": unit, "rule": rule, "predicts": predicts, "names": names}
-    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -148,120 +125,21 @@ PREDICTION_FIELDS = frozenset(
 )
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The literal values that a type allows: Literal["a", "b"] and int | Literal["auto"] alike."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        return tuple(choice for part in get_args(hint) for choice in _choices(part))
-    return ()
-
-
-def _parse_value(name: str, hint: Any, text: str) -> Any:
-    """Parse a flag's text as its type; raises UserError naming the flag, the value and what is expected."""
-    for choice in _choices(hint):
-        if text == str(choice):
-            return choice
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        values = tuple(_parse_value(name, item, part) for part in text.replace("x", ",").split(",") if part)
-        expected = len(get_args(hint)) if get_args(hint)[-1] is not Ellipsis else len(values)
-        if len(values) != expected:
-            raise UserError(f"--{name} {text}: expected {expected} values separated by commas, found {len(values)}")
-        return values
-    if hint is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if text.lower() in words:
-            return words[text.lower()]
-    kinds = [part for part in (get_args(hint) or (hint,)) if part in (int, float, str)]
-    for kind in kinds:
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise _refused(name, text, f"{_type_text(hint)}{_nearest(text, hint)}")
-
-
-def _type_text(hint: Any) -> str:
-    if get_origin(hint) is tuple:
-        return ",".join(_type_text(item) for item in get_args(hint) if item is not Ellipsis)
-    names = [part.__name__ for part in (get_args(hint) or (hint,)) if isinstance(part, type)]
-    return "|".join([*names, *map(str, _choices(hint))]).replace("bool", "true|false")
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError, and suggests the nearest flag for an unknown one."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}. See: {self.prog} --help")
-
-    def parse_args(self, args: list[str]) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(args)
-        if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            hint = did_you_mean(unknown[0].split("=")[0], flags, cutoff=0.5)
-            raise UserError(f"unknown flag {unknown[0]}.{hint} See: {self.prog} --help")
-        return known
-
-
-def add_flags(parser: argparse.ArgumentParser, config: Config) -> None:
-    """Give `parser` a flag for every field of the config's class; the help shows `config`'s values as the defaults."""
-    for item in fields(config):
-        unit = item.metadata.get("unit", "")
-        _add_flag(parser, type(config), item, f"{_value_text(getattr(config, item.name))}{' ' + unit if unit else ''}")
-
-
 def add_prediction_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
     """Add the flags that may change between training and prediction; all other settings stay those of the run."""
     for item in fields(config_class):
         if item.name in PREDICTION_FIELDS or item.metadata.get("predicts"):
-            _add_flag(parser, config_class, item, "as the run was trained")
-
-
-def _add_flag(parser: argparse.ArgumentParser, config_class: type[Config], item: Field, default: str) -> None:
-    hint = get_type_hints(config_class)[item.name]
-    parser.add_argument(
-        f"--{item.name.replace('_', '-')}",
-        dest=item.name,
-        default=MISSING,
-        metavar=_type_text(hint),
-        help=f"{item.metadata.get('help', '')} [{default}]".replace("%", "%%"),
-        **({"nargs": "?", "const": "true"} if hint is bool else {}),
-    )
+            add_flag(parser, config_class, item, "as the run was trained")
 
 
 def with_flags(config: ConfigType, given: argparse.Namespace) -> ConfigType:
-    """`config` with the fields that were given on the command line replaced; checks their types."""
-    hints = get_type_hints(type(config))
-    values = {item.name: getattr(given, item.name, MISSING) for item in fields(config)}
-    changes = {
-        name: _parse_value(name.replace("_", "-"), hints[name], text)
-        for name, text in values.items()
-        if text is not MISSING
-    }
-    return checked(replace(config, **changes))
+    """`config` with the fields that were given on the command line replaced, and checked."""
+    return checked(with_given(config, given))
 
 
 def checked(config: ConfigType) -> ConfigType:
     """`config` with values of the declared types; raises UserError when values are invalid, alone or in combination."""
-    hints = get_type_hints(type(config))
-    values = {item.name: _as_flag(item.name, hints[item.name], getattr(config, item.name)) for item in fields(config)}
-    config = replace(config, **values)
-    core = {item.name: item.metadata["rule"] for item in fields(Config)}  # also for fields that a competition redefines
-    for item in fields(config):
-        value, hint = getattr(config, item.name), hints[item.name]
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise _refused(item.name, value, f"one of {', '.join(map(str, get_args(hint)))}{_nearest(value, hint)}")
-        holds, expected = item.metadata.get("rule") or core.get(item.name) or (lambda value: True, "a finite number")
-        for number in value if isinstance(value, tuple) else (value,):
-            if (isinstance(number, float) and not math.isfinite(number)) or not holds(number):
-                raise _refused(item.name, value, expected)
+    config = with_checked_values(config, Config)
     together = [
         ("swa", config.ema or config.patience or config.keep == "best", "0, or --ema 0, --patience 0 and --keep last"),
         ("compile", config.checkpointing, "false, or --checkpointing false: torch cannot compile checkpointed blocks"),
@@ -270,18 +148,10 @@ def checked(config: ConfigType) -> ConfigType:
     ]
     for name, clashes, expected in together:
         if getattr(config, name) and clashes:
-            raise _refused(name, getattr(config, name), expected)
+            raise refused(name, getattr(config, name), expected)
     if config.fold not in ("all", "none") and not (config.fold.isdecimal() and int(config.fold) < config.folds):
-        raise _refused("fold", config.fold, f"all, none or 0 to {config.folds - 1}")
+        raise refused("fold", config.fold, f"all, none or 0 to {config.folds - 1}")
     return config
-
-
-def _as_flag(name: str, hint: Any, value: Any) -> Any:
-    """Convert a recipe's value to what its flag and config.json would give: fold=0 becomes "0", a list a tuple."""
-    if isinstance(value, list):
-        return tuple(value)
-    is_word = hint in (bool, int, float, str) or get_origin(hint) in (Union, types.UnionType)
-    return _parse_value(name, hint, _value_text(value)) if is_word and value is not None else value
 
 
 def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collection[str]) -> None:
@@ -299,7 +169,7 @@ def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collect
             continue
         if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
             raise UserError(
-                f"--{name.replace('_', '-')} {_value_text(value)}: this task has no network that uses it. Leave "
+                f"--{name.replace('_', '-')} {value_text(value)}: this task has no network that uses it. Leave "
                 f"it out, also in the recipe in config.py"
             )
 
@@ -307,29 +177,6 @@ def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collect
 def folds_to_train(config: Config) -> list[int | None]:
     """The folds that --fold names, to be held out one after the other; None holds out nothing."""
     return {"all": list(range(config.folds)), "none": [None]}.get(config.fold) or [int(config.fold)]
-
-
-def _refused(name: str, value: Any, expected: str) -> UserError:
-    return UserError(f"--{name.replace('_', '-')} {_value_text(value)}: expected {expected}. See --help")
-
-
-def _nearest(value: Any, hint: Any) -> str:
-    near = difflib.get_close_matches(str(value), map(str, _choices(hint)), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def to_json(config: Config) -> str:
-    return json.dumps({item.name: getattr(config, item.name) for item in fields(config)}, indent=2)
-
-
-def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:
-    """The config that `to_json` wrote; raises UserError when it has fields that `config_class` does not have.
-
-    A flag that is newer than the run gets its default. So the default of a new flag must be the earlier behaviour.
-    """
-    if gone := sorted(values.keys() - {item.name for item in fields(config_class)}):
-        raise UserError(f"the run has settings that this version no longer has ({', '.join(gone)}): train it again")
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def differences(old: Config, new: Config) -> list[str]:

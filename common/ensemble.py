@@ -59,14 +59,14 @@ RANKS = Space(_ranks, _same)  # for metrics of the order alone; ranks are among 
 
 def power(exponent: float) -> Space:
     """The power mean: 1 is the plain mean, 0 geometric, -1 harmonic. Raises UserError for negative predictions."""
-    least = SMALLEST if exponent <= 0 else 0.0
 
     def there(members: np.ndarray) -> np.ndarray:
-        if members.size and members.min() < 0:
+        if members.min() < 0:
             raise UserError(
                 f"power:{exponent:g} needs predictions of 0 or more, found {members.min():.5g}: use --space plain"
             )
-        members = np.maximum(members, least)
+        if exponent <= 0:
+            members = np.maximum(members, SMALLEST)
         return members**exponent if exponent else np.log(members)
 
     return Space(there, lambda x: x ** (1 / exponent) if exponent else np.exp(x))
@@ -160,28 +160,22 @@ def optimum(objective: Objective, space: Space = PLAIN, calls: int = 30) -> Choo
 
     def choose(members: np.ndarray, rows: np.ndarray) -> Weighted:
         from scipy.optimize import minimize
+        from scipy.special import softmax
 
+        if len(members) == 1:
+            return Weighted(np.ones(1), space)
         members = space.there(members)
 
         def weights_of(free: np.ndarray) -> np.ndarray:
-            weights = np.exp(np.append(free, 0.0) - max(free.max(initial=0.0), 0.0))
-            return weights / weights.sum()
+            return softmax(np.append(free, 0.0))
+
+        def loss(free: np.ndarray) -> float:
+            return -objective(space.back(_mean(members, weights_of(free))), rows)
 
         start = np.zeros(len(members) - 1)
-        if not len(start):
-            return Weighted(np.ones(1), space)
-        found = minimize(
-            lambda free: -objective(space.back(_mean(members, weights_of(free))), rows),
-            start,
-            method="Nelder-Mead",
-            options={
-                "initial_simplex": np.vstack([start, np.eye(len(start))]),
-                "maxfev": calls * len(members),
-                "xatol": 0.01,
-                "fatol": math.inf,
-            },
-        )
-        return Weighted(weights_of(found.x), space)
+        simplex = np.vstack([start, np.eye(len(start))])
+        options = {"initial_simplex": simplex, "maxfev": calls * len(members), "xatol": 0.01, "fatol": math.inf}
+        return Weighted(weights_of(minimize(loss, start, method="Nelder-Mead", options=options).x), space)
 
     return choose
 

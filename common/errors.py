@@ -17,6 +17,12 @@ def some(names: Sequence[str], shown: int = 3, by: str = ", ") -> str:
     return by.join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters; the name of its type if it has no message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A suggestion that ends an error about an unknown `word`: the nearest known word, "" if none is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)

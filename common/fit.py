@@ -1,7 +1,6 @@
 """The only training loop: batches in, a fold's best weights and its out-of-fold predictions out."""
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,22 +23,24 @@ from common.engine.ranks import Ranks
 from common.engine.schedule import learning_rate_factor, set_learning_rate
 from common.engine.step import Engine, StepReport
 from common.errors import UserError
-from common.files import read_json, remove_drafts, write_json, write_text
+from common.files import read_json, remove_drafts
+from common.fold import (
+    FACTS,
+    fold_label,
+    order_of,
+    remove_checkpoints,
+    rows_of_fold,
+    seed_all,
+    write_facts,
+    write_metrics,
+)
 from common.inference import Predictor, load_model, tta_of, validate, write_oof, write_skipped
-from common.loading import orders
-from common.loading.keys import keyed_seed
 from common.loading.loader import Loader
 from common.losses.protocol import own_copy
 from common.predictions import read_predictions
 from common.progress import progress
 from common.run import Run
 from common.task import AS_IS, TTA, Task
-
-FACTS = "fold.json"  # of a finished fold
-PSEUDO_LABELS = "pseudo.pt"  # of an unfinished fold, see common.pseudo
-# Columns of metrics.csv that differ between two equal runs.
-MACHINE_COLUMNS = ("samples_per_second", "memory_gib")
-OWN_COLUMNS = ("fold", "epoch", "step", "lr", "loss", "gradient_norm", "valid_loss", *MACHINE_COLUMNS)
 
 
 @dataclass
@@ -56,42 +57,6 @@ class State:
     stale: int = 0  # validations since the best one
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.csv per epoch
-
-
-def rows_of_fold(task: Task, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers (training, validation) of a fold; raises UserError when either is empty."""
-    folds = task.data.folds
-    train = np.flatnonzero(folds != fold) if fold is not None else np.arange(len(folds))
-    valid = np.flatnonzero(folds == fold) if fold is not None else np.empty(0, int)
-    if not len(train) or (fold is not None and not len(valid)):
-        raise UserError(
-            f"{fold_label(fold)} has {len(train)} rows to train on and {len(valid)} to validate: choose --fold and "
-            f"--folds so that both have some"
-        )
-    return train, valid
-
-
-def order_of(task: Task, config: Config, rows: np.ndarray) -> orders.Order:
-    """The order of a fold's training rows; raises UserError when it holds other rows: they may be validation rows."""
-    order = (task.data.order or orders.shuffled)(rows)
-    if len(others := np.setdiff1d(order(config.seed, 0).index, rows)):
-        raise UserError(
-            f"Data.order trains on {len(others)} rows that are not among the {len(rows)} it was given, the first is "
-            f"row {others[0]}: build it from its argument, as in lambda rows: orders.weighted(weights[rows], rows=rows)"
-        )
-    return order
-
-
-def seed_all(config: Config, fold: int | None) -> None:
-    """Seed random, np.random and torch for the fold: the initial weights are the same in every run and process."""
-    seed = keyed_seed(config.seed, -1 if fold is None else fold)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-
-
-def fold_label(fold: int | None) -> str:
-    return "all rows" if fold is None else f"fold {fold}"
 
 
 def fit(
@@ -113,7 +78,7 @@ def fit(
     if ranks.is_writer:
         remove_drafts(folder)
     if ranks.broadcast(all((folder / name).is_file() for name in (FACTS, "model.pt"))):
-        _remove_checkpoints(folder, ranks)
+        remove_checkpoints(folder, ranks)
         if ranks.is_writer and fold is not None and read_predictions(folder, "oof") is None:
             _predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])
         ranks.barrier()
@@ -202,7 +167,7 @@ class Training:
         with self._averaged():
             self._keep()
         self.ranks.barrier()  # all processes wait for fold.json, which marks the fold as finished
-        _remove_checkpoints(self.folder, self.ranks)
+        remove_checkpoints(self.folder, self.ranks)
         return self.folder
 
     def _epoch(self) -> None:
@@ -392,7 +357,8 @@ class Training:
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         # Eager: torch would compile the model again for every batch.
         with eager, self._loader(epochs=1) as again:
-            parts = (inputs for batch in again.epoch(self.config.epochs) for inputs, *_ in self.engine.parts(batch))
+            batches = again.epoch(self.config.epochs)
+            parts = (inputs for batch in batches for inputs, *_ in self.engine.passes.parts(batch))
             reestimate_batchnorm(self.model, parts)
 
 
@@ -402,22 +368,3 @@ def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarra
     batch_size = min(config.batch_size, read_json(folder / FACTS)["micro_batch"])
     model = load_model(folder / "model.pt", task, config, device)
     write_oof(folder, Predictor([model], task, tta_of(task, config), config, batch_size, device), rows)
-
-
-def write_facts(folder: Path, fold: int | None, seconds: float, facts: dict[str, Any]) -> None:
-    """Write fold.json, which marks the fold as finished, with its training time and `facts`."""
-    write_json(folder / FACTS, {"fold": fold, "seconds": round(seconds, 1)} | facts)
-
-
-def _remove_checkpoints(folder: Path, ranks: Ranks) -> None:
-    """Delete the checkpoints and pseudo-labels of a finished fold: only its weights and predictions are needed now."""
-    if ranks.is_writer:
-        for name in ("last.pt", "best.pt", PSEUDO_LABELS):
-            (folder / name).unlink(missing_ok=True)
-
-
-def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.csv, a line per epoch; only MACHINE_COLUMNS differ between two equal runs."""
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    lines = [",".join(str(row.get(name, "")) for name in columns) for row in history]
-    write_text(folder / "metrics.csv", "\n".join([",".join(columns), *lines]) + "\n")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ class Predictor:
         device: torch.device,
     ):
         self.models, self.task, self.tta, self.config = models, task, tta, config
-        self.device, self.batch_size = device, max(1, batch_size)
+        self.device, self.batch_size = device, batch_size
         self.fitting = self.batch_size  # samples at once that should fit into memory
-        self.heads: dict[int, list[nn.Module]] = {}  # the last layers of every model, by id(model)
+        self.heads: dict[nn.Module, list[nn.Module]] = {}  # the last layers of every model
         self.skipped: dict[int, str] = {}  # rows left out as unreadable, and why
         self.precision = precision_of(config, device)
         self.joins_tta = device.type != "cpu"  # all TTA in one forward pass: small batches leave a card idle
@@ -99,9 +100,9 @@ class Predictor:
         # Eager: torch would compile the model again when its layers change.
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         with eager, autocast(self.precision, self.device.type):
-            if id(model) not in self.heads:
-                self.heads[id(model)] = heads_of(model, map_tree(lambda x: x[:1], inputs))
-            with in_float32(self.heads[id(model)], self.device.type):
+            if model not in self.heads:
+                self.heads[model] = heads_of(model, map_tree(lambda x: x[:1], inputs))
+            with in_float32(self.heads[model], self.device.type):
                 return model(inputs)
 
     def _cut(self, tree: Tree, start: int, step: int) -> Tree:
@@ -143,16 +144,13 @@ class Predictor:
 def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
     """Inside the block these layers compute in float32, whatever precision is set around them."""
 
-    def exactly(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def run(inputs: Tensor) -> Tensor:
-            with torch.autocast(device, enabled=False):
-                return forward(inputs.float())
-
-        return run
+    def exactly(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return forward(inputs.float())
 
     own = [vars(head).get("forward") for head in heads]  # None: that of the class
     for head in heads:
-        head.forward = exactly(head.forward)
+        head.forward = partial(exactly, head.forward)
     try:
         yield
     finally:
@@ -164,18 +162,15 @@ def in_float32(heads: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 def heads_of(model: nn.Module, inputs: Tree) -> list[nn.Module]:
     """The linear and convolutional layers whose results are the outputs of the model."""
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors, so that no other tensor gets their id
+    made: dict[Tensor, nn.Module] = {}  # which layer has made a tensor
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    hooks = [
-        layer.register_forward_hook(lambda layer, _, output: made.update({id(output): (layer, output)}))
-        for layer in layers
-    ]
+    hooks = [layer.register_forward_hook(lambda layer, _, output: made.update({output: layer})) for layer in layers]
     try:
         outputs = tensors_of(model(inputs))
     finally:
         for hook in hooks:
             hook.remove()
-    return list(dict.fromkeys(made[id(output)][0] for output in outputs if id(output) in made))
+    return list(dict.fromkeys(made[output] for output in outputs if output in made))
 
 
 def tta_of(task: Task, config: Config) -> tuple[TTA, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batch import Tree, map_tree, tensors_of
+from common.batch import Tree, concatenated, map_tree, tensors_of
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.collate import as_tensors
@@ -107,7 +107,7 @@ class Scores:
 
     def __init__(self, metrics: Sequence[Metric], with_errors: bool = False, seed: int = 0):
         self.with_errors, self.random = with_errors, np.random.default_rng(seed)
-        self.tallies = [(_Rows if metric.stats is None else _Sums)(metric, with_errors) for metric in metrics]
+        self.tallies = [(_Rows if metric.stats is None else _Sums)(metric) for metric in metrics]
         self.count = torch.zeros((), dtype=torch.float64)
 
     def add(self, decisions: Any, targets: Any) -> None:
@@ -116,8 +116,9 @@ class Scores:
         if not len(first):  # all images of the batch are unreadable
             return
         targets = map_tree(lambda x: x.to(first.device), as_tensors(targets))
-        random = self.random.random(len(first)) if self.with_errors else None
-        groups = torch.from_numpy((random * GROUPS).astype(np.int64)) if self.with_errors else None
+        groups = None
+        if self.with_errors:
+            groups = torch.from_numpy((self.random.random(len(first)) * GROUPS).astype(np.int64))
         for tally in self.tallies:
             tally.add(_picked(tally.metric, decisions, targets), groups)
         self.count += len(first)
@@ -165,10 +166,10 @@ def _has_nan(tensor: Tensor) -> Tensor:
 class _Sums:
     """The sums of an additive metric, over all rows and, for its error, over every group of rows."""
 
-    def __init__(self, metric: Metric, with_errors: bool):
-        self.metric, self.with_errors = metric, with_errors
+    def __init__(self, metric: Metric):
+        self.metric = metric
         self.sums: Tensor | None = None
-        self.spoilt: Tensor | None = None
+        self.spoilt: Tensor | int = 0  # how many decisions have a NaN
 
     def add(self, picked: tuple[Tree, ...], groups: Tensor | None) -> None:
         stats = self.metric.stats(*picked).detach()
@@ -185,13 +186,11 @@ class _Sums:
                     f"{(1, *alone)}: decisions and targets of different shapes were broadcast"
                 )
             self.sums = torch.zeros(alone, dtype=torch.float64, device=stats.device)
-            self.spoilt = torch.zeros((), dtype=torch.float64, device=stats.device)
-            size = GROUPS if self.with_errors else 0
-            self.parts = torch.zeros(size, *alone, dtype=torch.float64)
-            self.sizes, self.squares = torch.zeros(size, dtype=torch.float64), 0.0
+            self.parts = torch.zeros(GROUPS, *alone, dtype=torch.float64)
+            self.sizes, self.squares = torch.zeros(GROUPS, dtype=torch.float64), 0.0
         stats = stats.double()
         self.sums += stats.sum(0)
-        self.spoilt += sum(_has_nan(x).to(self.spoilt.device) for x in tensors_of(picked[0]))
+        self.spoilt = self.spoilt + sum(_has_nan(x).to(stats.device, torch.int64) for x in tensors_of(picked[0]))
         if groups is not None:
             stats = stats.cpu()
             self.parts.index_add_(0, groups, stats)
@@ -201,8 +200,7 @@ class _Sums:
     def join(self, ranks: Ranks) -> None:
         shape = ranks.union({} if self.sums is None else {"sums": self.sums.shape})["sums"]
         sums = torch.zeros(shape, dtype=torch.float64) if self.sums is None else self.sums.cpu()  # no row here: zeros
-        self.sums = ranks.sum_(sums)
-        self.spoilt = ranks.sum_(torch.zeros((), dtype=torch.float64) if self.spoilt is None else self.spoilt.cpu())
+        self.sums, self.spoilt = ranks.sum_(sums), ranks.sum_(torch.as_tensor(self.spoilt).cpu())
 
     def score(self, count: float) -> float:
         return math.nan if self.spoilt else float(self.metric.value(self.sums, count))
@@ -218,7 +216,7 @@ class _Sums:
 class _Rows:
     """The rows of a whole-set metric, in main memory."""
 
-    def __init__(self, metric: Metric, with_errors: bool):
+    def __init__(self, metric: Metric):
         self.metric, self.rows, self.groups = metric, [], []
 
     def add(self, picked: tuple[Tree, ...], groups: Tensor | None) -> None:
@@ -227,8 +225,7 @@ class _Rows:
         self.groups.append(groups)
 
     def join(self, ranks: Ranks) -> None:
-        own = iter([torch.cat(parts) for parts in zip(*map(tensors_of, self.rows), strict=True)])
-        self.rows, _ = ranks.gather(map_tree(lambda _: next(own), self.rows[0]) if self.rows else None)
+        self.rows, _ = ranks.gather(concatenated(self.rows) if self.rows else None)
 
     def _of(self, chosen: Any) -> float:
         rows = map_tree(lambda x: x[chosen], self.rows)
@@ -381,9 +378,7 @@ def _regression(name: str, size: Callable, root: Callable, columnwise: bool, log
         errors = size(decisions - targets)
         if not columnwise:
             return _weighted(errors, targets, weights)
-        known = (~targets.isnan()).double() * _column(torch.ones(len(targets)) if weights is None else weights, errors)
-        sums = torch.where(known > 0, errors, 0) * known
-        return torch.stack([sums, known], 1).reshape(len(targets), 2, -1)  # [B, 2, T]
+        return torch.stack(_counted(errors, targets, weights), 1).reshape(len(targets), 2, -1)  # [B, 2, T]
 
     def value(sums: Tensor, count: float) -> float:
         if not columnwise:
@@ -508,9 +503,10 @@ def _auc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None) -> f
 
 def _precision_area(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None) -> float:
     order = np.argsort(-scores, kind="stable")
+    scores, positive = scores[order], truth[order] > 0.5
     weights = np.ones(len(order)) if weights is None else weights[order].astype(np.float64)
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # the last of every tie
-    hits, found = np.cumsum(weights * (truth[order] > 0.5))[ends], np.cumsum(weights)[ends]
+    ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]), len(order) - 1)  # the last of every tie
+    hits, found = np.cumsum(weights * positive)[ends], np.cumsum(weights)[ends]
     return _ratio(float((np.diff(hits, prepend=0.0) * hits / np.where(found > 0, found, 1)).sum()), float(hits[-1]))
 
 
@@ -556,11 +552,17 @@ def _column(weights: Tensor, like: Tensor) -> Tensor:
 
 def _weighted(values: Tensor, targets: Tensor | None, weights: Tensor | None) -> Tensor:
     """Statistics for `mean`: each sample's mean [B]; with unknown or weighted entries, its sum and weight [B, 2]."""
-    known = ~targets.isnan() if targets is not None and targets.is_floating_point() else None
-    if known is None and weights is None:
+    if weights is None and (targets is None or not targets.is_floating_point()):
         return values.flatten(1).mean(1) if values.ndim > 1 else values
-    mass = torch.ones_like(values, dtype=torch.float64) if known is None else known.double()
+    sums = [x.flatten(1).sum(1) if x.ndim > 1 else x for x in _counted(values, targets, weights)]
+    return torch.stack(sums, 1)
+
+
+def _counted(values: Tensor, targets: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each entry times its weight, and its weight, which is 0 where the target is unknown. float64 [B, ...] both"""
+    mass = torch.ones_like(values, dtype=torch.float64)
+    if targets is not None and targets.is_floating_point():
+        mass = mass * ~targets.isnan()
     if weights is not None:
         mass = mass * _column(weights.double(), values)
-    values = torch.where(mass > 0, values, 0) * mass
-    return torch.stack([x.flatten(1).sum(1) if x.ndim > 1 else x for x in (values, mass)], 1)
+    return torch.where(mass > 0, values, 0) * mass, mass

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.batch import map_tree
 from common.loading.loader import in_order
-from common.metrics import average_precision, roc_auc
+from common.metrics import average_precision, roc_auc, without_ones
 from common.report import Report, shown, subplots
 
 ROWS_SHOWN = 12  # with their images where they have some
@@ -32,10 +32,7 @@ def mistakes(
     columns. `images(places)` returns the inputs of the samples at `places` in 0..m-1; inputs that are no images are
     left out.
     """
-    predictions, targets = (
-        values.reshape(len(values), *(size for size in values.shape[1:] if size != 1))
-        for values in (predictions, targets)
-    )
+    predictions, targets = (values.reshape(without_ones(values.shape)) for values in (predictions, targets))
     of_classes = predictions.ndim == 2 and targets.ndim == 1 and targets.dtype.kind in "iub"
     if targets.ndim > 2 or not (of_classes or predictions.shape == targets.shape):
         return
@@ -216,7 +213,7 @@ def as_image(inputs: Any) -> np.ndarray | None:
         image = image.transpose(1, 2, 0)
     if image.ndim not in (2, 3) or min(image.shape[:2]) < 8:
         return None
-    step = max(1, -(-max(image.shape[:2]) // WIDEST_IMAGE))
+    step = -(-max(image.shape[:2]) // WIDEST_IMAGE)
     image = image[::step, ::step]
     if image.ndim == 3:
         image = image[:, :, :3] if image.shape[2] in (3, 4) else image.mean(2).astype(image.dtype)

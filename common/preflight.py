@@ -16,7 +16,7 @@ from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
-from common.fit import OWN_COLUMNS, fold_label, order_of, rows_of_fold
+from common.fold import OWN_COLUMNS, fold_label, order_of, rows_of_fold
 from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy

@@ -28,7 +28,7 @@ from common.competition import Competition
 from common.config import Config, folds_to_train
 from common.engine.ranks import Ranks
 from common.errors import UserError
-from common.fit import PSEUDO_LABELS, fold_label
+from common.fold import PSEUDO_LABELS, fold_label
 from common.inference import predictor_of
 from common.loading import orders
 from common.loading.collate import as_tensors, collate, join

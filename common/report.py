@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import read_table, write_text, write_with
+from common.files import number_in, read_table, write_text, write_with
 from common.run import Run
 
 if TYPE_CHECKING:  # needs torch, and the table of runs does not
@@ -114,13 +114,13 @@ def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric
 
     `settings` are the config's values, `recipe` those of its recipe; the first of `metrics` chose the best epoch.
     """
-    page, result = Report(run.path, f"{run.provenance.get('competition', 'run')}: {run.name}"), run.result or {}
+    page, result = Report(run.path, f"{run.provenance['competition']}: {run.name}"), run.result
     page.text(score_line(result))
     if (run.path / "metrics.csv").is_file():
         history = list(read_table(run.path / "metrics.csv"))
         if history and "epoch" in history[0]:  # a competition's own tables have other columns
             _training(page, history, metrics)
-    if folds := result.get("folds"):
+    if folds := result["folds"]:
         columns = list(dict.fromkeys(name for facts in folds for name in facts))
         page.heading("Folds")
         page.table(columns, [[facts.get(name, "") for name in columns] for facts in folds])
@@ -136,12 +136,12 @@ def default_report(run: Run, settings: dict[str, Any], metrics: Sequence["Metric
 
 def score_line(result: dict[str, Any]) -> str:
     """The score of result.json in one line, with its standard error ("errors", by metric): for the log and the page."""
-    if result.get("score") is None:
+    if result["score"] is None:
         return "No CV score: no rows were held out."
     name, values, errors = result["monitor"], result["metrics"], result.get("errors", {})
 
     def told(metric: str, value: float) -> str:
-        return f"{metric} {value:.5f}" + (f" ± {errors[metric]:.5f}" if metric in errors else "")
+        return f"{metric} {with_error(value, errors.get(metric))}"
 
     words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
     if result["score"] != values[name] and not math.isnan(values[name]):
@@ -150,23 +150,27 @@ def score_line(result: dict[str, Any]) -> str:
     return words + (f"; {others}" if others else "") + "."
 
 
+def with_error(score: float, error: float | None) -> str:
+    """A score, with its standard error where it has one."""
+    return f"{score:.5f}" + (f" ± {error:.5f}" if error is not None else "")
+
+
 def _training(page: Report, history: list[dict[str, str]], metrics: Sequence["Metric"]) -> None:
     """Add the curves of metrics.csv, and the best epoch of every fold."""
     page.heading("Training")
     curves = training_curves(history, [metric.name for metric in metrics])
     page.figure(curves, "training", "Every epoch of every fold, before TTA and tuning")
-    metric = metrics[0]
-    rows, best = [], []
+    metric, rows = metrics[0], []
     for fold in dict.fromkeys(line["fold"] for line in history):
         lines = [line for line in history if line["fold"] == fold]
         scored = [line for line in lines if math.isfinite(_number(line.get(metric.name)))]
         if scored:
             top = max(scored, key=lambda line: metric.sign * _number(line[metric.name]))
-            best.append(_number(top[metric.name]))
-            rows.append((_called(fold), len(lines), top["epoch"], _number(top["loss"]), best[-1]))
+            rows.append((_called(fold), len(lines), top["epoch"], _number(top["loss"]), _number(top[metric.name])))
     if rows:
-        spread = (float(np.std(best, ddof=1)),) if len(best) > 1 else ("",)
-        rows += [("mean", "", "", "", float(np.mean(best))), ("standard deviation", "", "", "", *spread)]
+        scores = [row[-1] for row in rows]
+        spread = np.std(scores, ddof=1) if len(scores) > 1 else ""
+        rows += [("mean", "", "", "", np.mean(scores)), ("standard deviation", "", "", "", spread)]
         called = f"its {metric.name}, before TTA and tuning"
         page.table(["", "epochs", "best epoch", "its training loss", called], rows)
 
@@ -176,10 +180,8 @@ def _called(fold: str) -> str:
 
 
 def _number(cell: str | None) -> float:
-    try:
-        return float(cell or "nan")
-    except ValueError:
-        return math.nan
+    found = number_in(cell or "")
+    return math.nan if found is None else found
 
 
 def training_curves(history: list[dict[str, str]], first: Sequence[str]) -> Any:

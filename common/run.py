@@ -18,6 +18,7 @@ from common import config as configs
 from common.config import Config
 from common.errors import UserError
 from common.files import locked, make_folder, not_written, read_json, write_json, write_text
+from common.flags import from_values, to_json
 from common.progress import say
 
 RUNS = Path("runs")
@@ -104,7 +105,7 @@ class Run:
         self._unfinished.unlink(missing_ok=True)
 
     def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
-        return configs.from_values(config_class, read_json(self.path / "config.json"))
+        return from_values(config_class, read_json(self.path / "config.json"))
 
     def check_outputs(self, outputs: str) -> None:
         """Raises UserError when the models were trained for other outputs: these are known by their order alone."""
@@ -284,7 +285,7 @@ def new_run(
         raise UserError(f"another process has just made {path}: repeat the command, or name another run")
     if blend:
         write_json(path / "blend.json", blend)  # before run.json, so that no training resumes it
-    write_text(path / "config.json", configs.to_json(config) + "\n")
+    write_text(path / "config.json", to_json(config) + "\n")
     write_json(path / "run.json", run.provenance)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")
     return run

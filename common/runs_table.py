@@ -5,6 +5,7 @@ its score is over more rows, and its submission is the mean of more models.
 """
 
 import fcntl
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields, replace
@@ -13,14 +14,17 @@ from typing import Any
 
 from common import run as runs
 from common.competition import Competition
-from common.config import MACHINE_FIELDS, Config
+from common.config import MACHINE_FIELDS, Config, to_json
 from common.errors import UserError
 from common.files import not_read, number_in, read_json, read_table, write_csv
 from common.kaggle import ledger
+from common.report import Report, subplots, with_error
 from common.run import Run
 
 CLEARLY = 2.0  # standard errors by which a run with fewer rows must be better
 SHOWN = 60  # characters of the settings on the terminal
+# Columns that a terminal has room for.
+TERMINAL = ("run", "state", "score", "error", "std", "rows", "folds", "public", "seconds", "memory_gib", "settings")
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,21 @@ def lines(competition: str, recipes: Mapping[str, Config], higher_is_better: boo
 
 
 def _line(run: Run, recipes: Mapping[str, Config], board: dict[str, float | None]) -> Line:
-    result, settings = run.result, _settings(run, recipes)
+    line = Line(run.name, _state(run), settings=_settings(run, recipes), created=run.provenance["created"], **board)
+    result = run.result
     if result is None:
-        return Line(run.name, _state(run), settings=settings, created=run.provenance["created"], **board)
-    scores = result.get("fold_scores") or {}
-    return Line(
-        run=run.name,
-        state=_state(run),
+        return line
+    return replace(
+        line,
         score=score_of(result),
-        error=result.get("errors", {}).get(result["monitor"]),
+        error=_error_of(result),
         mean=result.get("mean"),
         std=result.get("std"),
         rows=result.get("rows") or None,
-        folds="all" if is_complete(run, result) else str(len(scores)),
+        folds="all" if is_complete(run, result) else str(len(result.get("fold_scores", ()))),
         seconds=result.get("training_seconds"),
         per_second=_samples_per_second(run.path / "metrics.csv"),
         memory_gib=max((fold["memory_gib"] for fold in result.get("folds", ()) if "memory_gib" in fold), default=None),
-        settings=settings,
-        created=run.provenance["created"],
-        **board,
     )
 
 
@@ -97,6 +97,10 @@ def score_of(result: dict[str, Any]) -> float | None:
     return score if isinstance(score, (int, float)) and math.isfinite(score) else None
 
 
+def _error_of(result: dict[str, Any]) -> float | None:
+    return result.get("errors", {}).get(result["monitor"])
+
+
 def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
     """The recipe, and the settings in which the run differs from it, except those of the machine."""
     recipe = run.provenance["recipe"]
@@ -105,12 +109,11 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
         return f"blend: {told['by']}, {told['space']}, {', '.join(told['members'])}"
     if recipe not in recipes:
         return f"{recipe} (recipe no longer exists)"
-    values, usual = read_json(run.path / "config.json"), vars(recipes[recipe])
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    values, usual = read_json(run.path / "config.json"), json.loads(to_json(recipes[recipe]))
     changed = [
         f"{name} {value}"
         for name, value in values.items()
-        if name not in MACHINE_FIELDS and (name not in plain or plain[name] != value)
+        if name not in MACHINE_FIELDS and (name not in usual or usual[name] != value)
     ]
     return f"{recipe}{': ' * bool(changed)}{', '.join(changed)}"
 
@@ -129,18 +132,15 @@ def _boards(competition: str) -> dict[str, dict[str, float | None]]:
     """The newest leaderboard scores of every run that was sent."""
     known = {}
     for row in ledger.read(competition):
-        scores = {name: number_in(text) for name, text in vars(row).items() if name in BOARDS}
-        if row.run and any(score is not None for score in scores.values()):
-            known[row.run] = scores
+        public, private = number_in(row.public), number_in(row.private)
+        if row.run and (public, private) != (None, None):
+            known[row.run] = {"public": public, "private": private}
     return known
-
-
-BOARDS = ("public", "private")
 
 
 def is_complete(run: Run, result: dict[str, Any]) -> bool:
     """Whether every fold was held out once."""
-    held = set(result.get("fold_scores") or ())
+    held = set(result.get("fold_scores", ()))
     return bool(held) and (read_json(run.path / "config.json").get("fold") == "all" or held >= _folds_of(run))
 
 
@@ -148,10 +148,10 @@ _known_folds: dict[str, set[str]] = {}  # by fingerprint: many runs have the sam
 
 
 def _folds_of(run: Run) -> set[str]:
-    name = run.provenance.get("folds_fingerprint", run.path)
-    if name not in _known_folds:
-        _known_folds[name] = {row["fold"] for row in read_table(run.path / "folds.csv", "fold")} - {"-1"}
-    return _known_folds[name]
+    split = run.provenance["folds_fingerprint"]
+    if split not in _known_folds:
+        _known_folds[split] = {row["fold"] for row in read_table(run.path / "folds.csv", "fold")} - {"-1"}
+    return _known_folds[split]
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,9 @@ def _scored(run: Run) -> _Scored | None:
     result = run.result
     if result is None or (score := score_of(result)) is None:
         return None
-    error, by_fold = result.get("errors", {}).get(result["monitor"]), result.get("fold_scores") or {}
-    by_fold = {fold: value for fold, value in by_fold.items() if math.isfinite(value)}
-    folds = run.provenance.get("folds_fingerprint", "")
-    return _Scored(run.name, score, error, result.get("rows") or 0, is_complete(run, result), folds, by_fold)
+    by_fold = {fold: value for fold, value in result.get("fold_scores", {}).items() if math.isfinite(value)}
+    complete, folds = is_complete(run, result), run.provenance["folds_fingerprint"]
+    return _Scored(run.name, score, _error_of(result), result.get("rows", 0), complete, folds, by_fold)
 
 
 def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> tuple[str, str] | None:
@@ -196,17 +195,15 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     for other in found[1:]:
         if other.complete:  # every fold as well, and not better
             if other.rows != best.rows:
-                told = _told(other.score, other.error)
-                notes.append(
-                    f"{other.name} has {told} on {other.rows:,} rows, so the two scores are not on the same rows"
-                )
+                told = f"{other.name} has {with_error(other.score, other.error)} on {other.rows:,} rows"
+                notes.append(f"{told}, so the two scores are not on the same rows")
             continue
         if sign * other.score <= sign * best.score and (best.complete or _common_folds(other, best)):
             continue  # fewer rows, and not even better on those
         better, note = _beats(other, best, sign)
         notes.append(note)
         best = other if better else best
-    why = f"{best.name}: CV {_told(best.score, best.error)} on {best.rows:,} rows"
+    why = f"{best.name}: CV {with_error(best.score, best.error)} on {best.rows:,} rows"
     why += f", the best of {len(found)} runs" if len(found) > 1 else ", the only run with a score"
     return best.name, "; ".join([why, *notes[-3:]])
 
@@ -214,7 +211,7 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
 def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
     """Whether a run with fewer rows is clearly better on the rows that both have, and the note that says so."""
     common = _common_folds(fewer, more)
-    told = f"{fewer.name} has {_told(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
+    told = f"{fewer.name} has {with_error(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
     if not common:
         return False, f"{told}, and none in common with {more.name}"
     ours, theirs = (sum(run.by_fold[fold] for fold in common) / len(common) for run in (fewer, more))
@@ -229,10 +226,6 @@ def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
 
 def _common_folds(one: _Scored, other: _Scored) -> list[str]:
     return sorted(set(one.by_fold) & set(other.by_fold)) if one.folds == other.folds else []
-
-
-def _told(score: float, error: float | None) -> str:
-    return f"{score:.5f}" + (f" ± {error:.5f}" if error is not None else "")
 
 
 def show(competition: Competition) -> None:
@@ -253,16 +246,15 @@ def show(competition: Competition) -> None:
 
 
 def _as_text(found: list[Line]) -> str:
-    """The columns that a terminal has room for."""
-    columns = ["run", "state", "score", "error", "std", "rows", "folds", "public", "seconds", "memory_gib", "settings"]
-    cells = [columns, *([_cell(getattr(line, column))[:SHOWN] for column in columns] for line in found)]
-    used = [place for place in range(len(columns)) if any(row[place] for row in cells[1:])]
-    widths = {place: max(len(row[place]) for row in cells) for place in used}
-    texts = {0, 1, len(columns) - 1}
-    return "\n".join(
-        "  ".join(row[p].ljust(widths[p]) if p in texts else row[p].rjust(widths[p]) for p in used).rstrip()
-        for row in cells
-    )
+    """The columns of TERMINAL, without those that are empty."""
+    columns = []
+    for name in TERMINAL:
+        cells = [_cell(getattr(line, name))[:SHOWN] for line in found]
+        if any(cells):
+            width = max(map(len, [name, *cells]))
+            align = str.ljust if name in ("run", "state", "settings") else str.rjust
+            columns.append([align(cell, width) for cell in [name, *cells]])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
 def _cell(value: Any) -> str:
@@ -270,8 +262,6 @@ def _cell(value: Any) -> str:
 
 
 def _page(name: str, found: list[Line], table: list[list[Any]], best: tuple[str, str] | None) -> Path:
-    from common.report import Report, subplots
-
     page = Report(runs.RUNS / name, f"{name}: {len(found)} runs")
     if best:
         page.text(best[1])
@@ -279,13 +269,12 @@ def _page(name: str, found: list[Line], table: list[list[Any]], best: tuple[str,
     if scored:
         figure, axes = subplots(11, 4)
         for complete, mark, label in ((True, "o", "every fold held out"), (False, ".", "some folds only")):
-            own = [(n, line) for n, line in enumerate(scored) if (line.folds == "all") == complete]
-            if own:
-                places, of = zip(*own, strict=True)
-                errors = [line.error or 0.0 for line in of]
-                axes.errorbar(places, [line.score for line in of], errors, fmt=mark, lw=1, label=label)
-        if board := [(n, line.public) for n, line in enumerate(scored) if line.public is not None]:
-            axes.plot(*zip(*board, strict=True), "x", label="public leaderboard")
+            places = [n for n, line in enumerate(scored) if (line.folds == "all") == complete]
+            if places:
+                scores, errors = [scored[n].score for n in places], [scored[n].error or 0.0 for n in places]
+                axes.errorbar(places, scores, errors, fmt=mark, lw=1, label=label)
+        if places := [n for n, line in enumerate(scored) if line.public is not None]:
+            axes.plot(places, [scored[n].public for n in places], "x", label="public leaderboard")
         axes.set(ylabel="score", xlabel="runs, the oldest first")
         if len(scored) <= 40:
             axes.set_xticks(range(len(scored)), [line.run for line in scored], rotation=60, ha="right", fontsize=8)

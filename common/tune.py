@@ -31,6 +31,7 @@ from common.competition import Competition
 from common.config import Config
 from common.errors import UserError, did_you_mean
 from common.files import locked, read_json, read_table
+from common.flags import to_json
 from common.task import completed
 
 SECONDS = 0.5  # between two looks at a trial's curve
@@ -103,7 +104,7 @@ def tune(
     given = [f"--recipe={recipe}", *given]
     found = raw.find(competition.name, data, competition.write_demo)
     fingerprint = completed(competition.build(config, found, lambda line: None), found).fingerprint
-    words = [*sorted(given), search, configs.to_json(config), fingerprint]
+    words = [*sorted(given), search, to_json(config), fingerprint]
     name = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     busy = f"this search of {competition.name} is already running in another process"
@@ -138,14 +139,13 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _search(study: optuna.Study, space: Space, competition: str, given: list[str], trials: int) -> None:
-    stopped = study.get_trials(states=[TrialState.RUNNING])  # of a search that was stopped
-    for run in (trial.user_attrs["run"] for trial in stopped if "run" in trial.user_attrs):
-        busy = f"{run} is still being trained by a process of a killed search: wait for it, or kill it"
-        locked(runs.RUNS / competition / run / "lock", busy).close()
-    for trial in stopped:
+    for trial in study.get_trials(states=[TrialState.RUNNING]):  # of a search that was stopped
+        if run := trial.user_attrs.get("run"):
+            busy = f"{run} is still being trained by a process of a killed search: wait for it, or kill it"
+            locked(runs.RUNS / competition / run / "lock", busy).close()
         study.tell(trial.number, state=TrialState.FAIL)
-        if "run" in trial.user_attrs:  # it goes on as a new trial with the same run
-            study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
+        if run:  # it goes on as a new trial with the same run
+            study.enqueue_trial(trial.params, user_attrs={"run": run})
     failed = 0
     while (count := len(_ended(study))) < trials:
         trial = study.ask(space)
@@ -216,7 +216,7 @@ def _tell(study: optuna.Study, competition: str, given: list[str], search: str) 
     order = sorted(trials, key=lambda one: -sign * one.value if one.value is not None else math.inf)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     rows = [
-        (one.user_attrs.get("run", ""), one.state.name.lower(), "" if one.value is None else one.value)
+        (one.user_attrs["run"], one.state.name.lower(), "" if one.value is None else one.value)
         + tuple(one.params.get(name, "") for name in names)
         for one in order
     ]

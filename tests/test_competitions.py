@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from common.competition import names
-from common.fit import MACHINE_COLUMNS
+from common.fold import MACHINE_COLUMNS
 from tests.forks import Forks
 
 ROOT = Path(__file__).parents[1]

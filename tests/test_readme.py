@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks import tables
 from common import competition as competitions
-from common import config as configs
 from common import front
 from common.errors import UserError
+from common.flags import to_json
 from competitions.digit_recognizer.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def finished(folder: Path, seed: int, score: float | None, **changes) -> Path:
     folder.mkdir()
     facts = {"competition": "digit_recognizer", "recipe": "fast", "demo": False, "machine": "1 CPU", "commit": "abc"}
     (folder / "run.json").write_text(json.dumps(facts))
-    (folder / "config.json").write_text(configs.to_json(replace(RECIPES["fast"], seed=seed, **changes)))
+    (folder / "config.json").write_text(to_json(replace(RECIPES["fast"], seed=seed, **changes)))
     result = {"monitor": "accuracy", "score": score, "errors": {"accuracy": 0.01}, "rows": 90, "training_seconds": 7.0}
     (folder / "result.json").write_text(json.dumps(result))
     return folder

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,10 +57,10 @@ class Outcomes:
         self.overflow = torch.zeros((), device=device)  # 1 when the last step was not finite
         self._unit = torch.ones((), device=device)
         rows = torch.zeros(STEPS_BEHIND, 3 if with_factor else 2, dtype=torch.float64)
-        self._rows = list(rows.pin_memory() if device.type == "cuda" else rows)
-        self._events = [torch.get_device_module(device).Event() for _ in self._rows]
-        self._waiting: deque[tuple[Place, int]] = deque()
-        self._count = 0
+        rows = rows.pin_memory() if device.type == "cuda" else rows
+        # On the host: the numbers of a step, and the event after which they have arrived.
+        self._free = deque((row, torch.get_device_module(device).Event()) for row in rows)
+        self._waiting: deque[tuple[Place, Tensor, Any]] = deque()
 
     def measured(self, numbers: list[Tensor]) -> Tensor:
         """The batch value, the norm and the fp16 factor as one tensor; sets `overflow` if one of them is not finite."""
@@ -71,14 +71,13 @@ class Outcomes:
 
     def note(self, place: Place, outcome: Tensor) -> None:
         """Send the outcome of a step to the host, and judge all steps whose outcome has arrived."""
-        if len(self._waiting) == STEPS_BEHIND:
+        if not self._free:
             self._judge_oldest()
-        at = self._count % STEPS_BEHIND
-        self._rows[at].copy_(outcome, non_blocking=True)
-        self._events[at].record()
-        self._waiting.append((place, at))
-        self._count += 1
-        while self._waiting and self._events[self._waiting[0][1]].query():
+        row, arrived = self._free.popleft()
+        row.copy_(outcome, non_blocking=True)
+        arrived.record()
+        self._waiting.append((place, row, arrived))
+        while self._waiting and self._waiting[0][2].query():
             self._judge_oldest()
 
     def settle(self) -> None:
@@ -87,6 +86,7 @@ class Outcomes:
             self._judge_oldest()
 
     def _judge_oldest(self) -> None:
-        place, at = self._waiting.popleft()
-        self._events[at].synchronize()
-        judge(place, *self._rows[at].tolist())
+        place, row, arrived = self._waiting.popleft()
+        arrived.synchronize()
+        self._free.append((row, arrived))
+        judge(place, *row.tolist())

@@ -110,9 +110,10 @@ class Buffers:
 
     def begin_pass(self) -> None:
         """Save the buffers before the first pass over a batch, and restore them before every further pass."""
-        if self._owners:
-            present = self.present()
-            copy_(self._copies, present) if not self._kept else copy_(present, self._copies)
+        if self._kept:
+            copy_(self.present(), self._copies)
+        else:
+            copy_(self._copies, self.present())
         self._kept = True
 
     @contextmanager
@@ -120,8 +121,7 @@ class Buffers:
         """Put the present buffers back after the block; a pass inside starts from those before the batch."""
         of_now = self._clones()
         yield
-        if of_now:
-            copy_(self.present(), of_now)
+        copy_(self.present(), of_now)
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of normalisation layers: they differ between ranks, which see different samples."""

@@ -91,16 +91,15 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
     It takes a step with learning rate 0 and gradient 0, which changes no weight, and resets the counters to 0.
     """
-    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = 0.0, 0.0
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        group.update(lr=0.0, weight_decay=0.0)
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, kept, strict=True):
-        group["lr"], group["weight_decay"] = lr, weight_decay
+    optimizer.zero_grad()
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+            state["step"].zero_()

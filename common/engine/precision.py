@@ -60,13 +60,13 @@ def forward_in(precision: Precision, model: nn.Module, device_type: str) -> Call
 class LossScale:
     """The factor that keeps small fp16 gradients from vanishing, with the update rule of torch.amp.GradScaler.
 
-    A gradient that is not finite means an overflow: the step is skipped and the factor halved. After 2000 steps
+    A gradient that is not finite means an overflow: the step is skipped and the factor halved. After `growth_steps`
     without an overflow the factor doubles. It is always a power of two, so scaling does not round. The factor is kept
     on the device, where overflows are found too, so that no step waits for it. Without fp16 it is the number 1.
     """
 
-    def __init__(self, precision: Precision, device: torch.device | str = "cpu", growth_steps: int = 2000):
-        self.enabled, self.growth_steps = precision == "fp16", growth_steps
+    def __init__(self, precision: Precision, device: torch.device):
+        self.enabled, self.growth_steps = precision == "fp16", 2000
         self.factor: Tensor | float = torch.tensor(2.0**16, device=device) if self.enabled else 1.0
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device) if self.enabled else 0
         self._found = torch.zeros((), device=device) if self.enabled else None

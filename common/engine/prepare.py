@@ -6,9 +6,9 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import takewhile
 from types import MethodType
 from typing import Any
 
@@ -54,15 +54,19 @@ def train_depthwise_in_float32(model: nn.Module) -> None:
 
 def check_compile(device_type: str) -> None:
     """Raise UserError if this machine has no compiler for --compile; call it before a run is opened."""
-    card = device_type == "cuda"  # Triton builds its launchers in C
-    named = os.environ.get("CC" if card else "CXX")
-    wanted = [named] if named else ["gcc", "clang", "cc"] if card else ["g++", "clang++", "c++"]
-    if card and not importlib.util.find_spec("triton"):
-        raise UserError("--compile needs the package triton on a card: pip install triton, or train without --compile")
-    if not any(shutil.which(name) for name in wanted):
+    language, variable, usual = "C++", "CXX", ["g++", "clang++", "c++"]
+    if device_type == "cuda":  # Triton builds its launchers in C
+        language, variable, usual = "C", "CC", ["gcc", "clang", "cc"]
+        if not importlib.util.find_spec("triton"):
+            raise UserError(
+                "--compile needs the package triton on a card: pip install triton, or train without --compile"
+            )
+    named = os.environ.get(variable)
+    wanted = [named] if named else usual
+    if not any(map(shutil.which, wanted)):
         raise UserError(
-            f"--compile needs a {'C' if card else 'C++'} compiler and finds none of {', '.join(wanted)}: install one, "
-            f"name it in {'CC' if card else 'CXX'}, or train without --compile"
+            f"--compile needs a {language} compiler and finds none of {', '.join(wanted)}: install one, "
+            f"name it in {variable}, or train without --compile"
         )
 
 
@@ -83,7 +87,7 @@ def enable_checkpointing(model: nn.Module) -> list[str]:
         if _layers(module) > largest:
             names += _wrap_runs(name, module, largest)
         else:
-            module.forward = _Whole(module)
+            module.forward = _Recomputed(module)
             names.append(name)
     if not names:
         raise UserError(
@@ -102,7 +106,6 @@ def _checkpoints_itself(model: nn.Module) -> bool:
     except AssertionError as error:  # raised by timm's models that have the method and do not support it
         if "not supported" not in str(error):
             raise
-        return False
     return any(getattr(module, "grad_checkpointing", False) for module in model.modules())  # python -O drops asserts
 
 
@@ -127,34 +130,25 @@ def _blocks(module: nn.Module, name: str, largest: int) -> Iterator[tuple[str, n
 
 def _wrap_runs(name: str, sequential: nn.Sequential, largest: int) -> list[str]:
     """Recompute runs of up to `largest` single layers in a row; larger members are blocks or contain some."""
-    names, runs, members = [], [], list(sequential)
+    names, steps, members = [], [], list(sequential)
     start = 0
     while start < len(members):
-        stop = start + 1
-        if _layers(members[start]) == 1:
-            while stop < len(members) and stop - start < largest and _layers(members[stop]) == 1:
-                stop += 1
-        runs.append((start, stop))
-        if stop - start > 1:
-            names.append(f"{name}[{start}:{stop}]")
-        start = stop
+        run = list(takewhile(lambda member: _layers(member) == 1, members[start : start + largest]))
+        if len(run) > 1:
+            block = nn.Sequential(*run)  # not registered in the model, whose parameters keep their names
+            block.forward = _Recomputed(block)
+            steps.append(block)
+            names.append(f"{name}[{start}:{start + len(run)}]")
+        else:
+            steps.append(members[start])
+        start += max(1, len(run))
     if names:
-        sequential.forward = _InRuns(sequential, runs)
+        sequential.forward = nn.Sequential(*steps).forward
     return names
 
 
 # Objects instead of closures, so that in a copy or a pickle of the model they refer to its own modules. torch's
 # checkpoint_wrapper would put another module around each block, which changes parameter names and module types.
-
-
-@dataclass(eq=False)
-class _Whole:
-    module: nn.Module
-    writes: dict[int, bool] = field(default_factory=dict)  # whether the block changes its inputs, once that is known
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        forward = MethodType(type(self.module).forward, self.module)
-        return _recomputed(forward, [self.module], self.writes, 0, *inputs, **named)
 
 
 @dataclass(eq=False)
@@ -170,46 +164,31 @@ class _TrainedInFloat32:
 
 
 @dataclass(eq=False)
-class _InRuns:
-    sequential: nn.Sequential
-    runs: list[tuple[int, int]]
-    writes: dict[int, bool] = field(default_factory=dict)  # by the first layer of each run
+class _Recomputed:
+    """The forward pass of a module that keeps only its inputs and is computed again in the backward pass."""
 
-    def __call__(self, outputs: Any) -> Any:
-        members = list(self.sequential)
-        for start, stop in self.runs:
-            run = members[start:stop]
-            if len(run) == 1:
-                outputs = run[0](outputs)
-            else:
-                outputs = _recomputed(partial(_in_a_row, run), run, self.writes, start, outputs)
+    module: nn.Module
+    writes: bool | None = None  # whether the module changes its inputs in place; None before its first call
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        forward = MethodType(type(self.module).forward, self.module)
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        kept = inputs if self.writes is False else map(_kept, inputs)
+        before = [value._version for value in inputs if isinstance(value, Tensor)]
+        drawn = random.getstate(), np.random.get_state()
+        given = [inputs]  # for the first computation, which may change them as without checkpointing
+
+        def run(*kept: Any, **named: Any) -> Any:
+            return forward(*(given.pop() if given else kept), **named)
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), _once_more(self.module, *drawn)
+
+        outputs = checkpoint(run, *kept, use_reentrant=False, context_fn=contexts, **named)
+        if self.writes is None:  # if it changes its inputs only later, torch raises: a saved tensor was modified
+            self.writes = before != [value._version for value in inputs if isinstance(value, Tensor)]
         return outputs
-
-
-def _in_a_row(modules: list[nn.Module], outputs: Any) -> Any:
-    for module in modules:
-        outputs = module(outputs)
-    return outputs
-
-
-def _recomputed(
-    forward: Callable, modules: list[nn.Module], writes: dict[int, bool], place: int, *inputs: Any, **named: Any
-) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*inputs, **named)
-    kept = map(_kept, inputs) if writes.get(place, True) else inputs
-    before = [value._version for value in inputs if isinstance(value, Tensor)]
-    drawn = random.getstate(), np.random.get_state()
-    contexts = {"context_fn": lambda: (nullcontext(), _once_more(modules, *drawn))}
-    given = [inputs]  # for the first computation, which may change them as without checkpointing
-
-    def run(*kept: Any, **named: Any) -> Any:
-        return forward(*(given.pop() if given else kept), **named)
-
-    outputs = checkpoint(run, *kept, use_reentrant=False, **contexts, **named)
-    # If a block changes its inputs only later, torch raises an error: a saved tensor was modified.
-    writes.setdefault(place, before != [value._version for value in inputs if isinstance(value, Tensor)])
-    return outputs
 
 
 def _kept(value: Any) -> Any:
@@ -221,9 +200,9 @@ def _kept(value: Any) -> Any:
 
 
 @contextmanager
-def _once_more(modules: list[nn.Module], state: tuple, numpy_state: tuple) -> Iterator[None]:
+def _once_more(module: nn.Module, state: tuple, numpy_state: tuple) -> Iterator[None]:
     """Repeat the first computation's random numbers, and do not update BatchNorm's statistics a second time."""
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with kept_global_state():
             random.setstate(state)

@@ -5,8 +5,7 @@ CPU (gloo), so that they work when a card is full and never wait for it. Gradien
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor, distributed
 
 from common.batch import Tree, map_tree, tensors_of
-from common.engine.optimizers import laid_out_like
-from common.errors import UserError
+from common.errors import UserError, first_line
 
-PATIENCE_MINUTES = 60.0  # timeout of a collective, for example while the first process predicts the held-out rows
+PATIENCE = timedelta(hours=1)  # timeout of a collective, for example while the first process predicts held-out rows
 
 
 def alone(work: Callable[[], Any]) -> Any:
@@ -39,18 +37,16 @@ class Ranks:
     local_rank: int = 0  # rank among the processes of this computer: it selects the card
 
     @staticmethod
-    def from_environment(patience_minutes: float = PATIENCE_MINUTES) -> "Ranks":
-        """Connect to the other processes that torchrun started; SINGLE without torchrun. Call close() at the end."""
+    def from_environment() -> "Ranks":
+        """Connect to the other processes that torchrun started; SINGLE without torchrun. Use it in a `with` block."""
         if not _is_launched():
             return SINGLE
         ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         cards = torch.cuda.device_count()
         if ranks.local_rank < cards:
             torch.cuda.set_device(ranks.local_rank)
-        with ranks._expecting_the_others():
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if cards else "gloo", timeout=timedelta(minutes=patience_minutes)
-            )
+        backend = "cpu:gloo,cuda:nccl" if cards else "gloo"
+        ranks._with_all(distributed.init_process_group, backend, timeout=PATIENCE)
         return ranks
 
     @property
@@ -65,15 +61,13 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the processes, the same bits in each, and return it."""
         if self.world > 1:
-            with self._expecting_the_others():
-                distributed.all_reduce(tensor)
+            self._with_all(distributed.all_reduce, tensor)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Replace every number of `tensor` by the largest of any process and return it."""
         if self.world > 1:
-            with self._expecting_the_others():
-                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+            self._with_all(distributed.all_reduce, tensor, distributed.ReduceOp.MAX)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
@@ -81,8 +75,7 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        with self._expecting_the_others():
-            distributed.broadcast_object_list(box, src=0)
+        self._with_all(distributed.broadcast_object_list, box, src=0)
         return box[0]
 
     def union(self, entries: dict) -> dict:
@@ -90,8 +83,7 @@ class Ranks:
         if self.world == 1:
             return entries
         found: list[dict] = [{}] * self.world
-        with self._expecting_the_others():
-            distributed.all_gather_object(found, entries)
+        self._with_all(distributed.all_gather_object, found, entries)
         return {key: value for part in found for key, value in part.items()}
 
     def gather(self, tree: Tree | None, together: Callable = alone) -> tuple[Tree, int]:
@@ -104,24 +96,21 @@ class Ranks:
             return tree, 0
         shapes: list[tuple[Tree, str] | None] = [None] * self.world
         mine = None if tree is None else (map_tree(lambda x: x.to("meta"), tree), tensors_of(tree)[0].device.type)
-        with self._expecting_the_others():
-            distributed.all_gather_object(shapes, mine)
+        self._with_all(distributed.all_gather_object, shapes, mine)
         template, where = next(shape for shape in shapes if shape is not None)
         rows = [0 if shape is None else len(tensors_of(shape[0])[0]) for shape in shapes]
         own = iter([] if tree is None else tensors_of(tree))
-        device = torch.device(where) if where == "cpu" else torch.device(where, torch.cuda.current_device())
 
         def joined(like: Tensor) -> Tensor:
             # all_gather needs equal sizes, so shares are padded to the longest; they are sent as bytes, because gloo
             # does not support bool.
             def padded() -> tuple[Tensor, list[Tensor]]:
-                sent = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=device)
+                sent = torch.zeros(max(rows), *like.shape[1:], dtype=like.dtype, device=where)
                 sent[: rows[self.rank]] = next(own, sent[:0])
                 return sent, [torch.empty_like(sent) for _ in rows]
 
             sent, received = together(padded)
-            with self._expecting_the_others():
-                distributed.all_gather([_bytes(part) for part in received], _bytes(sent))
+            self._with_all(distributed.all_gather, [_bytes(part) for part in received], _bytes(sent))
             return together(lambda: torch.cat([part[:n] for part, n in zip(received, rows, strict=True)]))
 
         return map_tree(joined, template), sum(rows[: self.rank])
@@ -134,49 +123,48 @@ class Ranks:
         """
         if self.world == 1:
             return
-        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
-            alike = [parameter for parameter in parameters if parameter.dtype == dtype]
+        present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+        used = [p for p, anywhere in zip(parameters, self.max_(present).tolist(), strict=True) if anywhere]
+        for alike in _by_dtype(used):
             flat = self.sum_(together(partial(_flat_gradients, alike)))
-            together(partial(_take_gradients, alike, flat))
+            _copy_back(flat, [parameter.grad for parameter in alike])
 
     def average_(self, tensors: Sequence[Tensor], weight: float, together: Callable = alone) -> None:
         """Replace every tensor by its mean over the processes, weighted by each process's `weight`.
 
         Integer tensors are counters and become the largest of any process. Sends one message per dtype.
         """
-        if self.world == 1:
+        if self.world == 1 or not tensors:
             return
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            if dtype.is_floating_point:
-                together(partial(_spread, self.sum_(together(partial(_weighted, alike, weight))), alike))
+        total = float(self.sum_(torch.tensor(float(weight))))
+        for alike in _by_dtype(tensors):
+            flat = together(partial(_flat, alike))
+            if flat.is_floating_point():
+                mean = self.sum_(flat.mul_(weight)).div_(total)  # in place: memory cannot run out here
+                _copy_back(mean, alike)
             else:
-                together(partial(_spread, self.max_(together(partial(_weighted, alike, None))), alike))
+                _copy_back(self.max_(flat), alike)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.any(False)
 
-    def close(self) -> None:
-        if self.world > 1 and distributed.is_initialized():
-            distributed.destroy_process_group()
-
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        if kind is None:  # after an error close() could wait for the others, who notice the end of this process
-            self.close()
+        # After an error it could wait for the others, who notice the end of this process.
+        if kind is None and self.world > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
 
-    @contextmanager
-    def _expecting_the_others(self) -> Iterator[None]:
+    def _with_all(self, collective: Callable, *given: Any, **named: Any) -> None:
+        """Run a collective of torch.distributed; raises UserError if another process has ended."""
         try:
-            yield
+            collective(*given, **named)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"process {self.rank} of {self.world} lost the others ({reason}): one of them was killed or stopped, "
-                "its own message says why. Repeat the same command to go on from the last checkpoint"
+                f"process {self.rank} of {self.world} lost the others ({first_line(error)}): one of them was killed or "
+                "stopped, its own message says why. Repeat the same command to go on from the last checkpoint"
             ) from error
 
 
@@ -205,34 +193,24 @@ def _bytes(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1).view(torch.uint8)
 
 
-def _flat_gradients(parameters: list[Tensor]) -> Tensor:
-    """All gradients as one vector, zeros for missing ones, then a 1 or 0 per parameter: whether it has a gradient."""
-    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    return torch.cat([*(part.reshape(-1) for part in parts), present.to(parts[0])])
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [[x for x in tensors if x.dtype == dtype] for dtype in dict.fromkeys(x.dtype for x in tensors)]
 
 
-def _take_gradients(parameters: list[Tensor], flat: Tensor) -> None:
-    *sums, present = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
-    for parameter, total, count in zip(parameters, sums, present.tolist(), strict=True):
-        if parameter.grad is not None:
-            parameter.grad.copy_(total.view_as(parameter))
-        elif count:
-            parameter.grad = laid_out_like(parameter, total.view_as(parameter))
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _weighted(tensors: list[Tensor], weight: float | None) -> Tensor:
-    """The tensors as one vector, multiplied by `weight` and followed by it; just the vector if it is None."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    return flat if weight is None else torch.cat((flat * weight, flat.new_tensor([weight])))
+def _flat_gradients(parameters: Sequence[Tensor]) -> Tensor:
+    """All gradients as one vector; those that are missing become zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # lies in memory as the parameter does
+    return _flat([parameter.grad for parameter in parameters])
 
 
-def _spread(flat: Tensor, tensors: list[Tensor]) -> None:
-    """Copy a vector back into the tensors; if a sum of weights follows the values, divide by it."""
-    sizes = [tensor.numel() for tensor in tensors]
-    if len(flat) > sum(sizes):
-        flat = flat[:-1] / flat[-1]
-    for tensor, values in zip(tensors, flat.split(sizes), strict=True):
+def _copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(values.view_as(tensor))
 
 

@@ -5,25 +5,23 @@ recorded first, to find operations that cannot be replayed. If there are some, o
 differs from the eager step from the same weights, the training stays eager and the log has a line with the reason.
 """
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.batch import Batch, map_tree, tensors_of
 from common.engine import memory
+from common.errors import first_line
 
 if TYPE_CHECKING:
     from common.engine.step import Engine, StepReport
 
-EAGER_STEPS = 3  # of a shape before it is captured; the last two are recorded
 TOLERANCE = 0.02  # of the length of a step, plus the noise of eager steps; a wrong mask, rate or batch exceeds it
 
 
@@ -57,30 +55,29 @@ class Replay:
     def __init__(self, engine: "Engine", graph: Callable[[torch.device], Any] = CudaGraph):
         self._engine, self._make = engine, graph
         self._key: tuple | None = None  # of the last steps, and of the graph (see _key_of)
-        self._alike, self._seen, self._graph = 0, [], None
+        self._graph = None
+        self._seen: list[list] = []  # the operations of the recorded steps
         self._refused = False
 
     def step(self, batch: Batch, step_number: int) -> "StepReport":
         engine = self._engine
-        if self._refused or not engine.outcomes or not engine.fits_whole(batch):
+        if self._refused or not engine.passes.fits_whole(batch):
             return engine.eager_step(batch, step_number)
         key = self._key_of(batch)
         if self._graph is not None:
             if key == self._key:
                 return engine.noted(batch, step_number, *self._launched(batch, step_number))
             return engine.eager_step(batch, step_number)  # the short last batch of an epoch
-        if key != self._key:
-            self._key, self._alike, self._seen = key, 0, []
-        self._alike += 1
-        if self._alike <= EAGER_STEPS - 2:
+        if key != self._key:  # the first step of a shape may still set things up, so it is not recorded
+            self._key, self._seen = key, []
             return engine.eager_step(batch, step_number)
-        if self._alike <= EAGER_STEPS:
+        if len(self._seen) < 2:
             return self._watched(batch, step_number)
         return self._captured(batch, step_number)
 
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
-        self._refused, self._graph, self._results, self._batch, self._held = True, None, None, None, None
+        self._refused, self._graph, self._results, self._batch = True, None, None, None
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
     def make_room(self) -> bool:
@@ -98,8 +95,10 @@ class Replay:
             return engine.eager_step(batch, step_number)
         report = engine.eager_step(batch, step_number, watch)
         self._seen.append(watch.seen)
-        if why := watch.why:
-            self.give_up(why)
+        if engine.passes.generators.drawn:
+            self.give_up("the model or the loss draws from random or np.random")
+        elif watch.why:
+            self.give_up(watch.why)
         elif len(self._seen) == 2 and self._seen[0] != self._seen[1]:
             self.give_up("two steps of the same shape run different operations")
         return report
@@ -109,15 +108,17 @@ class Replay:
         engine, state = self._engine, self._written()
         start, fits = memory.attempt(partial(_copies, state))
         report = engine.eager_step(batch, step_number)
-        if not (engine.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+        if not (
+            engine.passes.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)
+        ):
             return report  # fp16 may begin with too large a factor: try again with the next step
-        once, fits = memory.attempt(partial(_copies, [*state, _told(report)])) if fits else (None, False)
+        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits else (None, False)
         if not fits:
             self.give_up("no memory is left to compare it with a normal step")
             return report
         sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
         _put_back(state, start)
-        noises = _distances([*state, _told(engine.eager_step(batch, step_number))], once)
+        noises = _distances([*state, engine.eager_step(batch, step_number)[:2]], once)
         _put_back(state, start)
         if why := self._failed_capture(batch):
             self.give_up(why)
@@ -141,23 +142,21 @@ class Replay:
         inputs, targets, weights = map_tree(lambda x: torch.zeros_like(x, device=device), given)
         self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
         self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
-        self._set = [0.0] * len(self._rates)
         graph = self._make(device)
         try:
             graph.capture(self._work)
             self._graph = graph
         except Exception as error:  # of any kind: the same step has just worked without a capture
-            told = [*str(error).splitlines(), type(error).__name__]
-            return f"the capture failed ({told[0][:200]})"
+            return f"the capture failed ({first_line(error)})"
         finally:
-            self._held = engine.forget_gradients()
+            engine.passes.drop_gradients()
         return ""
 
     def _work(self) -> None:
         """The work that is captured: a step over the batch in the graph's own memory."""
         engine = self._engine
-        engine.forget_gradients()
-        with engine.capturing(), self._rates_on_the_device():
+        engine.passes.drop_gradients()
+        with engine.passes.capturing(), self._rates_on_the_device():
             self._results = engine.prepared(self._batch)
             engine.update_ahead()
 
@@ -167,11 +166,9 @@ class Replay:
         own, fresh = ((b.inputs, b.targets, b.weights) for b in (self._batch, batch))
         for held, given in zip(tensors_of(own), tensors_of(fresh), strict=True):
             held.copy_(given, non_blocking=True)
-        for at, group in enumerate(engine.optimizer.param_groups):
-            if group["lr"] != self._set[at]:
-                self._set[at] = group["lr"]
-                self._rates[at].fill_(group["lr"])
-        engine.seed_torch(step_number)
+        for rate, group in zip(self._rates, engine.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        engine.passes.generators.seed_torch(step_number)
         self._graph.replay()
         value, norm, outcome = self._results
         return value.clone(), norm.clone(), outcome
@@ -182,7 +179,7 @@ class Replay:
         states = [value for state in engine.optimizer.state.values() for value in state.values()]
         return [
             [parameter.data for parameter in engine.parameters],
-            [*engine.buffers.present(), *engine.loss_buffers.present()],
+            [*engine.passes.buffers.present(), *engine.passes.loss_buffers.present()],
             [value for value in states if isinstance(value, Tensor)],
             [engine.scale.factor, engine.scale.good_steps] if engine.scale.enabled else [],
         ]
@@ -222,13 +219,13 @@ class Watch(TorchDispatchMode):
         self._engine, self.seen, self.why = engine, [], ""
 
     def __enter__(self) -> "Watch":
-        self._before = self._surroundings()
+        self._before = self._buffers()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self._surroundings() != self._before:
-            self.why = "the model draws from random or np.random, or replaces a buffer by a new tensor"
+        if self._buffers() != self._before:
+            self.why = "the model replaces a buffer by a new tensor"
 
     def __torch_dispatch__(self, operation: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
         named = named or {}
@@ -242,26 +239,20 @@ class Watch(TorchDispatchMode):
         self.seen.append((str(operation), [_described(value) for value in (*inputs, *named.values())]))
         return found
 
-    def _surroundings(self) -> tuple:
-        _, words, *rest = np.random.get_state()
-        buffers = [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
-        return random.getstate(), words.tobytes(), rest, buffers
+    def _buffers(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]
 
 
-def _told(report: "StepReport") -> list[Tensor]:
-    return [report.loss, report.gradient_norm]
-
-
-def _copies(groups: list[list[Tensor]]) -> list[list[Tensor]]:
+def _copies(groups: list[Sequence[Tensor]]) -> list[list[Tensor]]:
     return [[tensor.clone() for tensor in group] for group in groups]
 
 
-def _put_back(groups: list[list[Tensor]], copies: list[list[Tensor]]) -> None:
+def _put_back(groups: list[Sequence[Tensor]], copies: list[list[Tensor]]) -> None:
     for group, copied in zip(groups, copies, strict=False):  # numbers of a report, at the end, stay out
         memory.copy_(group, copied)
 
 
-def _distances(groups: list[list[Tensor]], others: list[list[Tensor]]) -> list[float]:
+def _distances(groups: list[Sequence[Tensor]], others: list[Sequence[Tensor]]) -> list[float]:
     """The Euclidean distance of each group of tensors from that in `others`; NaN if one of them has a NaN."""
 
     def square(one: Tensor, other: Tensor) -> Tensor:

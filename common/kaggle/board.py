@@ -1,7 +1,5 @@
 """`make board`: validation against leaderboard scores of all submissions, as a table and a plot."""
 
-import csv
-import io
 import tempfile
 import zipfile
 from pathlib import Path
@@ -35,14 +33,13 @@ def board(competition: str, source: Source) -> None:
             print(f"no ranks are shown: {error}")
     except UserError as error:
         failure = error
-    if not rows and failure is None:
-        print(f"nothing was submitted to {source.page} yet: make submit COMP={competition}")
-        return
     if rows:
         print(table(rows, scores, source))
         path = SUBMISSIONS / competition / "board.png"
         draw(rows, source, path)
         print(f"plot: {path}")
+    elif failure is None:
+        print(f"nothing was submitted to {source.page} yet: make submit COMP={competition}")
     if failure:
         raise UserError(f"scores not refreshed: {failure}")
 
@@ -56,14 +53,15 @@ def refreshed(rows: list[Row], submissions: list[Row]) -> list[Row]:
 
 def leaderboard(site: Site) -> list[float]:
     """Public scores of all teams; raises UserError if the leaderboard is not public or cannot be read."""
+    import pandas as pd
+
     source, what = site.source, f"reading the leaderboard of {site.source.slug}"
     with tempfile.TemporaryDirectory() as folder:
         site.told(what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
         try:
-            with zipfile.ZipFile(next(Path(folder).glob("*.zip"))) as archive:
-                text = archive.read(archive.namelist()[0]).decode("utf-8-sig")
-            return [float(row["Score"]) for row in csv.DictReader(io.StringIO(text)) if row.get("Score")]
-        except (OSError, ValueError, KeyError, IndexError, StopIteration, zipfile.BadZipFile) as error:
+            scores = pd.read_csv(next(Path(folder).glob("*.zip")), usecols=["Score"])["Score"]
+            return scores.dropna().astype(float).tolist()
+        except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as error:
             raise UserError(f"{what}: it cannot be read ({error}): see {source.page}/leaderboard") from error
 
 

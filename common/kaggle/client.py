@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UserError
+from common.files import number_in
 from common.kaggle.credentials import Account, find
 from common.kaggle.source import Source
 from common.progress import Progress
@@ -99,10 +100,10 @@ def until(look: Callable[[], Any], label: str, wait: float, poll: float, outage:
 def patience() -> float:
     """Seconds without progress after which a program is stopped; KIT_PATIENCE raises them for slow connections."""
     given = os.environ.get("KIT_PATIENCE") or PATIENCE_SECONDS
-    with suppress(ValueError):
-        if 0 < float(given) < 1e6:
-            return float(given)
-    raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120")
+    seconds = number_in(given)
+    if seconds is None or not 0 < seconds < 1e6:
+        raise UserError(f"KIT_PATIENCE={given}: expected a number of seconds, for example KIT_PATIENCE=120")
+    return seconds
 
 
 def kaggle(account: Account, *arguments: str, **watching: Any) -> Answer:
@@ -118,10 +119,9 @@ def watched(
     account: Account,
     *,
     measure: Callable[[], int] | None = None,
-    stop: Callable[[], None] = lambda: None,
     lock: IO | None = None,
 ) -> Answer:
-    """Run a program until it ends, makes no progress for too long (raises Transient), or `stop()` raises.
+    """Run a program until it ends, makes no progress for too long (raises Transient), or `measure()` raises.
 
     Progress is a change of `measure()` (by default the size of the output), or processor time: on a busy machine the
     start alone takes seconds. The file `lock` stays open in the program too and holds its process id, so that
@@ -145,18 +145,15 @@ def watched(
         limit, last, since = patience(), None, time.monotonic()
         try:
             while child.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=0.1)
-                if child.returncode is None:
-                    stop()
-                now = (measure(), _ticks(child.pid))
-                if now != last:
+                if (now := (measure(), _ticks(child.pid))) != last:
                     last, since = now, time.monotonic()
-                elif child.returncode is None and time.monotonic() - since > limit:
+                elif time.monotonic() - since > limit:
                     raise Transient(
                         f"no answer from Kaggle for {limit:.0f} s: check the network (and HTTPS_PROXY where there is "
                         "a proxy), then repeat the same command; on a slow line set KIT_PATIENCE=300"
                     )
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.1)
         finally:
             _end(child)
         for stream in (out, err):
@@ -224,21 +221,16 @@ class Site:
     def asked(self, what: str, **watching: Any) -> Any:
         """The answer of asked.py to `submissions` or `files`; raises UserError when Kaggle fails."""
         answer = watched([sys.executable, "-P", str(ASKED), what, self.source.slug], self.account, **watching)
-        doing = f"listing the {what} of {self.source.slug}"
         if answer.status != 0:
-            raise self.explained(answer, doing)
-        try:
-            return json.loads(answer.out.strip().splitlines()[-1])
-        except (ValueError, IndexError) as error:
-            said = f"{doing}: the answer cannot be read ({answer.last_line}): repeat the same command"
-            raise Transient(said) from error
+            raise self.explained(answer, f"listing the {what} of {self.source.slug}")
+        return json.loads(answer.out.splitlines()[-1])  # importing the kaggle library may print lines above it
 
     def explained(self, answer: Answer, what: str) -> UserError:
         """The failure as one line with the value, the expectation and the next step."""
         account, source, said = self.account, self.source, answer.last_line
         where, rules = account.where, f"{source.page}/rules"
         reason = ([said[:150]] + re.findall(UNREACHABLE, said))[-1]
-        hides = account.kind == "token" and account.environment.get("KAGGLE_KEY")
+        hides = all(account.environment.get(name) for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY"))
         shadow = "; it also hides KAGGLE_USERNAME and KAGGLE_KEY: unset KAGGLE_API_TOKEN to use those" if hides else ""
         # Only a status as the program or asked.py writes it: a bare number may be a count of rows.
         text = re.sub(r"\b(\d{3}) (Client|Server) Error|^\((\d{3})\)", r"HTTP\1\3", answer.text, flags=re.M)

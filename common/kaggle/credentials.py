@@ -28,7 +28,6 @@ class Account:
     """Credentials for the kaggle program: where they were found, its environment, and the secrets never to show."""
 
     where: str
-    kind: str  # token, key or oauth
     environment: dict[str, str] = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
     home: tempfile.TemporaryDirectory | None = field(default=None, repr=False)  # lives as long as the account
@@ -44,7 +43,8 @@ class Account:
 def hide_addresses(text: str) -> str:
     """`text` with *** for `user:password@` and for the query, which may hold a signature, of every address."""
     text = re.sub(r"(\w+://)[^\s/@]+@", r"\1***@", text)
-    return re.sub(r"((?:https?://|/)[^\s?'\"]+)\?[^\s'\")]+", r"\1?***", text)
+    # An escape of JSON belongs to the query as a whole (\u0026 is an &) or, like \", ends it: JSON stays readable.
+    return re.sub(r"((?:https?://|/)[^\s?'\"]+)\?(?:[^\s'\")\\]|\\[^\s'\"])+", r"\1?***", text)
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Account:
@@ -66,7 +66,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
         raise UserError(f"{given} is set but {absent} is not: export both, or unset {given} to use a file")
     notebook = {variable: environment.get(variable, "") for variable in NOTEBOOK}
     if all(notebook.values()) and isfile(mounted := notebook["KAGGLE_API_V1_TOKEN"]):
-        return Account("the token of this Kaggle notebook", "token", child | notebook, (_first_line(mounted),))
+        return Account("the token of this Kaggle notebook", child | notebook, (_first_line(mounted),))
 
     for file in (home / ".kaggle/access_token", home / ".kaggle/access_token.txt"):
         if isfile(file):
@@ -80,19 +80,19 @@ def find(environment: Mapping[str, str] = os.environ) -> Account:
         return _with_key(name, key, f"the key of {name} in {legacy}", child)
     login = home / ".kaggle/credentials.json"
     if isfile(login):
-        return Account(f"the login in {login}", "oauth", child, _tokens(login))
+        return Account(f"the login in {login}", child, _tokens(login))
     raise UserError(f"no Kaggle credentials found (environment, {home / '.kaggle'}, {legacy}): {RECIPE}")
 
 
 def _with_token(token: str, where: str, child: dict[str, str]) -> Account:
     """The account of a token. It is checked here, because the kaggle program prints a malformed token in full."""
-    return _isolated(where, "token", child | {"KAGGLE_API_TOKEN": _sendable(token, where)}, (token,))
+    return _isolated(where, child | {"KAGGLE_API_TOKEN": _sendable(token, where)}, (token,))
 
 
 def _with_key(name: str, key: str, where: str, child: dict[str, str]) -> Account:
     """The account of a key, which basic authentication sends as name:key in base64."""
     secrets = key, base64.b64encode(f"{name}:{key}".encode()).decode()
-    return _isolated(where, "key", child | {"KAGGLE_USERNAME": name, "KAGGLE_KEY": key}, secrets)
+    return _isolated(where, child | {"KAGGLE_USERNAME": name, "KAGGLE_KEY": key}, secrets)
 
 
 def _sendable(secret: str, where: str) -> str:
@@ -102,13 +102,13 @@ def _sendable(secret: str, where: str) -> str:
     return secret
 
 
-def _isolated(where: str, kind: str, child: dict[str, str], secrets: tuple[str, ...]) -> Account:
+def _isolated(where: str, child: dict[str, str], secrets: tuple[str, ...]) -> Account:
     """The account with an empty home folder of its own.
 
     The kaggle program prefers a token in ~/.kaggle to KAGGLE_USERNAME, and fails if it cannot write to the home.
     """
     home = tempfile.TemporaryDirectory(prefix="kaggle-home-")
-    return Account(where, kind, child | {"HOME": home.name, "KAGGLE_CONFIG_DIR": home.name}, secrets, home)
+    return Account(where, child | {"HOME": home.name, "KAGGLE_CONFIG_DIR": home.name}, secrets, home)
 
 
 def _first_line(file: str | Path) -> str:
@@ -116,9 +116,9 @@ def _first_line(file: str | Path) -> str:
     try:
         return Path(file).read_text(encoding="utf-8-sig").strip().splitlines()[0].strip()
     except (IndexError, OSError, UnicodeDecodeError) as error:
-        name = type(error).__name__
-        why = "is empty" if isinstance(error, IndexError) else f"cannot be read as text in UTF-8 ({name})"
-        raise UserError(f"{file} {why}, expected a Kaggle token: {RECIPE}") from None
+        raise UserError(
+            f"{file} is empty or not text in UTF-8 ({type(error).__name__}), expected a Kaggle token: {RECIPE}"
+        ) from None
 
 
 def _legacy(file: Path) -> tuple[str, str]:

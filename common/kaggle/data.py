@@ -27,12 +27,12 @@ GO_ON = "repeat the same command, it goes on where it stopped"
 FULL_BYTES = 1 << 19  # the kaggle program writes a megabyte at a time
 
 
-class Job(NamedTuple):
-    """A download from Kaggle: the account, the folders, and the lock that the kaggle program holds too."""
+class Place(NamedTuple):
+    """The folders of one download, and the lock on them, which the kaggle program holds too."""
 
-    site: Site
-    work: Path
-    draft: Path
+    home: Path  # the data's final folder
+    draft: Path  # what is unpacked, until it replaces `home`
+    work: Path  # what is downloaded; the next command goes on with it
     lock: IO
 
 
@@ -55,19 +55,17 @@ def fetch(
         said = f"{competition} is not on Kaggle, and its SOURCE has no url: put the files into {DATA / competition}, or"
         raise UserError(f"{said} make train COMP={competition} DATA=/path/to/folder-or-zip")
     home = DATA / competition
-    place = home.resolve() if home.is_symlink() else home  # the link's folder, maybe on another disk, is written to
-    with _locked(home, place) as lock:
+    with _locked(home) as place:
         kept = source.images.folder if source.images else ""
-        manifest.settle(place, kept)
+        manifest.settle(place.home, kept)
         there = manifest.read(home)
         if force or not _is_complete(home, there, source, labels_only):
-            now = _obtain(place, source, labels_only, lock, url, checksum, force)
-            if labels_only and there and any((home / name).is_file() for name in there.files.keys() - now.files):
-                now = replace(there, files=there.files | now.files)  # keep the other files, unless all were deleted
-            manifest.install(now, _draft(place), place, kept)
-            there = now
+            before, there = there, _obtain(place, source, labels_only, url, checksum, force)
+            if labels_only and before and any((home / name).is_file() for name in before.files.keys() - there.files):
+                there = replace(before, files=before.files | there.files)  # keep the others, unless all were deleted
+            manifest.install(there, place.draft, place.home, kept)
         if there.part == "all":
-            _clear(lock)
+            _clear(place.work)
         if labels_only and (problems := there.damage(home)):
             print(f"{home}: the label files are whole, others are damaged ({some(problems, by='; ')}): fetch all "
                   f"again with make data COMP={competition}")  # fmt: skip
@@ -81,18 +79,18 @@ def fetch(
     return home
 
 
-def _draft(home: Path) -> Path:
-    return home.with_name(f".{home.name}.part")
-
-
 @contextmanager
-def _locked(home: Path, place: Path) -> Iterator[IO]:
-    """Lock the download folder for one process; the kaggle program holds the lock too, even when the kit is killed."""
+def _locked(home: Path) -> Iterator[Place]:
+    """Lock the folders of the download for one process; the kaggle program keeps the lock even when the kit is killed.
+
+    Where `home` is a link, they are beside the folder that it leads to, which may be on another disk.
+    """
     for path in (home.parent, home):
         if os.path.lexists(path) and not path.is_dir():
             said = f"{path} is a file or a link that leads nowhere, expected a folder: move it away or mend the link"
             raise UserError(f"{said}, then repeat the same command")
-    work = place.with_name(f".{place.name}.download")
+    real = home.resolve() if home.is_symlink() else home
+    draft, work = real.with_name(f".{real.name}.part"), real.with_name(f".{real.name}.download")
     busy = f"{home} is being downloaded by another process: wait for it, then repeat the command"
     try:
         lock = locked(work / "lock", busy)
@@ -103,16 +101,16 @@ def _locked(home: Path, place: Path) -> Iterator[IO]:
     with lock:
         lock.truncate(0)
         try:
-            yield lock
+            yield Place(real, draft, work, lock)
         finally:
-            shutil.rmtree(_draft(place), ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
             if work.is_dir() and {file.name for file in work.iterdir()} <= {"lock"}:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _clear(lock: IO) -> None:
+def _clear(work: Path) -> None:
     """Delete the downloaded files, but not the lock file, which is still held."""
-    for file in Path(lock.name).parent.iterdir():
+    for file in work.iterdir():
         if file.name != "lock":
             file.unlink()
 
@@ -132,8 +130,8 @@ def _is_complete(home: Path, there: Manifest | None, source: Source, labels_only
     return not problems
 
 
-def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, checksum: str, force: bool) -> Manifest:
-    """Download and unpack into the draft of `home`; a damaged download is fetched a second time."""
+def _obtain(place: Place, source: Source, labels_only: bool, url: str, checksum: str, force: bool) -> Manifest:
+    """Download and unpack into the draft; a damaged download is fetched a second time."""
     if source.notes:
         print(source.notes)
     if source.images:
@@ -142,30 +140,29 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             f'{urlsplit(source.images.url).netloc}: fetch some with ARGS="--images 5000"'
             + ("" if labels_only or not source.labels else ", the label files alone with ARGS=--labels-only")
         )
-    draft, work, provenance = _draft(home), Path(lock.name).parent, source.page
-    job = Job(Site.announced(home.name, source), work, draft, lock) if source.slug else None
+    site, provenance = Site.announced(place.home.name, source) if source.slug else None, source.page
     elsewhere = f"{source.images.folder}/" if source.images else "\0"
     expected = source.labels if labels_only else [name for name in source.expected if not name.startswith(elsewhere)]
     for last in (False, True):
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(place.draft, ignore_errors=True)
         try:
-            if job is None:
+            if site is None:
                 from common.kaggle import web  # its HTTPS modules take longer to import than everything else
 
-                provenance, files = web.plain(source, work, draft, url, checksum)
+                provenance, files = web.plain(source, place.work, place.draft, url, checksum)
             elif labels_only:
-                files = _label_files(job)
+                files = _label_files(site, place)
             else:
-                files = _whole_archive(job, again=last, as_it_is=force)
+                files = _whole_archive(site, place, again=last, as_it_is=force)
             if absent := [pattern for pattern in expected if not any(fnmatchcase(name, pattern) for name in files)]:
                 found = some(sorted(files), 5) or "nothing"
                 raise UserError(  # the archive is intact, so a second download would be no better
                     f"{provenance}: the download has no {', '.join(absent)} (found: {found}): correct `expected` in "
                     "SOURCE of its config.py, then repeat the same command; the archive is kept"
                 )
-            return manifest.made(draft, "labels" if labels_only else "all", files, provenance)
+            return manifest.made(place.draft, "labels" if labels_only else "all", files, provenance)
         except Damaged as error:
-            _clear(lock)
+            _clear(place.work)
             if last:
                 raise UserError(
                     f"{error}; a second download was no better and nothing was kept. See "
@@ -175,23 +172,24 @@ def _obtain(home: Path, source: Source, labels_only: bool, lock: IO, url: str, c
             print(f"{error}: fetching it once more")
 
 
-def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
+def _whole_archive(site: Site, place: Place, *, again: bool, as_it_is: bool) -> dict[str, Entry]:
     """Download all files of a competition (from the start if `again`) and unpack them into the draft.
 
     Kaggle's file listing, hundreds of pages for an image set, is read at the same time. Files that differ from it raise
     Damaged, or are only reported if `as_it_is`.
     """
-    target, over = job.work / f"{job.site.source.slug}.zip", threading.Event()
+    target, over = place.work / f"{site.source.slug}.zip", threading.Event()
 
-    def stop() -> None:
+    def measure() -> int:  # the listing arrives at once, when it is complete
         if over.is_set():
             raise UserError("not needed any more")
+        return 0
 
     with ThreadPoolExecutor(1) as pool:
-        listing = pool.submit(job.site.asked, "files", stop=stop)
+        listing = pool.submit(site.asked, "files", measure=measure)
         try:
-            _download(job, target, ["-o"] if again else [], listing)
-            files = archive.unpack_into(target, job.draft)
+            _download(site, place, target, ["-o"] if again else [], listing)
+            files = archive.unpack_into(target, place.draft)
             sizes = listing.result()
         finally:
             over.set()
@@ -209,39 +207,36 @@ def _whole_archive(job: Job, *, again: bool, as_it_is: bool) -> dict[str, Entry]
     return files
 
 
-def _download(job: Job, target: Path, more: list[str], listing: Future | None = None) -> None:
-    """Run the kaggle program's download until `target` or its zip is there, and show how the folder grows.
+def _download(site: Site, place: Place, target: Path, more: list[str], listing: Future | None = None) -> Path:
+    """Run the kaggle program's download, show how the folder grows, and return the file: `target`, or a zip of it.
 
     Raises UserError if the disk is full or will be, or if the competition cannot be listed. The kaggle program itself
     mistakes a full disk for a broken connection and retries for a minute.
     """
-    slug, home, what = job.site.source.slug, job.work.parent, f"downloading {target.name}"
+    slug, disk, what = site.source.slug, place.work.parent, f"downloading {target.name}"
 
     def measure() -> int:
-        done, is_listed = size_of(job.work), listing is not None and listing.done() and not listing.exception()
-        progress.update(done // 10**6, total=sum(listing.result().values()) // 10**6 if is_listed else 0)
+        done, total = size_of(place.work), 0
+        if shutil.disk_usage(disk).free < FULL_BYTES:
+            raise UserError(f"downloading {slug}: the disk is full ({disk}): free some space, then {GO_ON}")
+        if listing is not None and listing.done():  # room for the archive and for the unpacked files
+            total = sum(listing.result().values())
+            need = 2 * total - done + archive.SPARE_BYTES
+            require_room(place.work, need, f"{slug} (archive and files; {disk} may be a link to a larger disk)")
+        progress.update(done // 10**6, total=total // 10**6)
         return done
 
-    def stop() -> None:
-        if shutil.disk_usage(home).free < FULL_BYTES:
-            raise UserError(f"downloading {slug}: the disk is full ({home}): free some space, then {GO_ON}")
-        if listing is not None and listing.done():  # room for the archive and for the unpacked files
-            need = 2 * sum(listing.result().values()) - size_of(job.work) + archive.SPARE_BYTES
-            require_room(job.work, need, f"{slug} (archive and files; {home} may be a link to a larger disk)")
-
-    command = ("competitions", "download", slug, "-p", str(job.work), "-q", *more)
+    command = ("competitions", "download", slug, "-p", str(place.work), "-q", *more)
     with Progress(what, unit="MB") as progress:
-        answer = kaggle(job.site.account, *command, measure=measure, stop=stop, lock=job.lock)
-    if answer.status != 0 or not (target.is_file() or _zip_of(target).is_file()):
-        stop()
-        raise job.site.explained(answer, what)
-    if list(job.work.glob("*.kaggle-partial")):  # it exits 0 when interrupted, and half a file has its final name
+        answer = kaggle(site.account, *command, measure=measure, lock=place.lock)
+        packed = target.with_name(f"{target.name}.zip")  # Kaggle zips a large single file
+        arrived = next((file for file in (packed, target) if file.is_file()), None)
+        if answer.status != 0 or arrived is None:
+            measure()  # raises the reason if it is the disk or the listing
+            raise site.explained(answer, what)
+    if list(place.work.glob("*.kaggle-partial")):  # it exits 0 when interrupted, and half a file has its final name
         raise UserError(f"{what}: interrupted: {GO_ON}")
-
-
-def _zip_of(file: Path) -> Path:
-    """The name under which a large single file arrives, because Kaggle zips it."""
-    return file.with_name(f"{file.name}.zip")
+    return arrived
 
 
 def size_of(folder: Path) -> int:
@@ -253,21 +248,20 @@ def size_of(folder: Path) -> int:
     return size
 
 
-def _label_files(job: Job) -> dict[str, Entry]:
+def _label_files(site: Site, place: Place) -> dict[str, Entry]:
     """Download the label files one by one, each to its place."""
     found: dict[str, Entry] = {}
-    for name in job.site.source.labels:
-        target, place = job.work / Path(name).name, Path(name).parent
-        _download(job, target, ["-f", name])
-        (job.draft / place).mkdir(parents=True, exist_ok=True)
-        if _zip_of(target).is_file():
-            files = archive.unpack_into(_zip_of(target), job.draft / place)
+    for name in site.source.labels:
+        target, folder = place.work / Path(name).name, Path(name).parent
+        file = _download(site, place, target, ["-f", name])
+        (place.draft / folder).mkdir(parents=True, exist_ok=True)
+        if file != target:
+            files = archive.unpack_into(file, place.draft / folder)
         else:
-            with open(target, "rb") as stream:  # comparing sizes would need the listing, hundreds of pages for images
+            with open(file, "rb") as stream:  # comparing sizes would need the listing, hundreds of pages for images
                 if stream.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")):
-                    raise Damaged(f"{target.name} is a web page, expected the competition's file")
-            files = archive.copy_into(target, job.draft / place)
-        for file in (target, _zip_of(target)):  # linked to the user's file, and another label file may have its name
-            file.unlink(missing_ok=True)
-        found |= {str(place / own): entry for own, entry in files.items()}
+                    raise Damaged(f"{file.name} is a web page, expected the competition's file")
+            files = archive.copy_into(file, place.draft / folder)
+        file.unlink()  # linked to the user's file, and another label file may have its name
+        found |= {str(folder / own): entry for own, entry in files.items()}
     return found

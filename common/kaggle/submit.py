@@ -46,15 +46,7 @@ def submit(
     score = "" if candidate.score is None else f"{facts['monitor']} {candidate.score:.5f}"
     commit = f"commit {facts['commit']}" if facts.get("commit") else ""
     described = (candidate.run or candidate.path.name, f"recipe {facts.get('recipe', '-')}", score, commit)
-    row = ledger.Row(
-        time=runs.now(),
-        file=str(candidate.path),
-        sha256=sha256(candidate.path),
-        run=candidate.run,
-        commit=facts.get("commit", ""),
-        validation="" if candidate.score is None else str(candidate.score),
-        message=ledger.tagged(message or ", ".join(filter(None, described))),
-    )
+    row = candidate.row(facts.get("commit", ""), message or ", ".join(filter(None, described)))
     site = Site.announced(competition, source)
     print(f"{candidate.path} ({rows:,} rows) of run {candidate.run or 'unknown'}{score and ', '}{score}")
     column = "" if force else "sha256"
@@ -80,6 +72,18 @@ class Candidate:
     @property
     def score(self) -> float | None:  # of the validation
         return score_of(self.provenance)
+
+    def row(self, commit: str, message: str) -> ledger.Row:
+        """The row of the ledger for sending it now; the message gets a tag."""
+        return ledger.Row(
+            time=runs.now(),
+            file=str(self.path),
+            sha256=sha256(self.path) if self.path.is_file() else "",  # a notebook submits its own copy
+            run=self.run,
+            commit=commit,
+            validation="" if self.score is None else str(self.score),
+            message=ledger.tagged(message),
+        )
 
     def facts(self, competition: str, name: str) -> list[dict]:
         """The content of the JSON file `name` of each of its runs that still exist."""
@@ -193,28 +197,30 @@ def deliver(
     print(f"submissions left today: {'unknown' if left is None else left}")
     if before := ledger.claim(competition, row, column):
         return before
-    what, failure, said, arrived = f"submitting {name}", None, "", False
-    message = f"--message={row.message}"  # one word, as it may start with a dash
+    what, message = f"submitting {name}", f"--message={row.message}"  # one word, as it may start with a dash
     with go_on_with(f"make board COMP={competition}"):  # from here on it may have arrived
         try:
             answer = site.told(what, "competitions", "submit", source.slug, *arguments, message)
-            said = "; ".join(line for line in answer.out.splitlines() if line.strip())[:300]
-            arrived = "Successfully submitted" in answer.text
+            failure = None
+            if "Successfully submitted" not in answer.text:
+                said = "; ".join(line for line in answer.out.splitlines() if line.strip())[:300] or "no reason given"
+                failure = Transient(
+                    f"{what}: the upload failed ({said}): repeat the same command; if it fails again, upload {name} at "
+                    f"{source.page}/submit"
+                )
         except UserError as error:
             failure = error
         # The program exits 0 when the upload fails, and the connection may break after the upload: ask for the list.
-        if not arrived and (failure is None or isinstance(failure, Transient)):
+        if isinstance(failure, Transient):
             look = lambda: row.listed(ledger.submissions(site)[0])  # noqa: E731
-            arrived = until(look, f"looking for {name}", LISTED_TRIES * poll, poll)
-        if arrived:
+            if until(look, f"looking for {name}", LISTED_TRIES * poll, poll):
+                failure = None
+        if failure is None:
             return _follow(site, row, wait, poll)
     ledger.put(competition, row, remove=True)
     if isinstance(failure, Transient):
         raise UserError(f"{failure}. It did not arrive: Kaggle does not list it") from failure
-    raise failure or UserError(
-        f"{what}: the upload failed ({said or 'no reason given'}), nothing was submitted: repeat the same command; if "
-        f"it fails again, upload {name} at {source.page}/submit"
-    )
+    raise failure
 
 
 def _follow(site: Site, row: ledger.Row, wait: float, poll: float) -> None:

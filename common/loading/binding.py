@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePath
@@ -45,7 +45,6 @@ LEAVES = (
 LIBRARIES = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
 REPLACED = (".random_generator", ".py_random")  # attributes that set_random_state overwrites
 KEYED = KeyedGenerator()  # shared by all loaders of a process, whose datasets may share a transform
-SEED_WORDS = 4  # of a sample's stream: three for the global generators, one spare to fill the block
 
 
 class Binding:
@@ -66,12 +65,12 @@ class Binding:
     def rekey(self, epoch: int, index: int, draw: int = 0) -> np.random.Generator:
         """Restart all generators of the process at the sample's key; returns the one to pass to the dataset."""
         generator = KEYED.jump(self._seed, epoch, index, draw)
-        words = KEYED.words(SEED_WORDS)
+        words = KEYED.words()  # three for the global generators, one is spare
         GLOBAL_RANDOM.seed(words[0])
         np.random.seed(words[1] & 0xFFFFFFFF)
         torch.default_generator.manual_seed(words[2] & 0xFFFFFFFF)  # torch.manual_seed would take 100 us
         for restart in self._restart:
-            restart(KEYED.words(4))
+            restart(KEYED.words())
         return generator
 
 
@@ -120,13 +119,12 @@ def refuse_generators(dataset: Any) -> None:
 
 def _parts(path: str, value: Any) -> Iterable[tuple[str, Any]]:
     """The objects directly inside `value`, with their paths."""
-    if isinstance(value, dict):
-        yield from ((f"{path}[{key!r}]", part) for key, part in value.items() if not isinstance(part, LEAVES))
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        yield from ((f"{path}[{place}]", part) for place, part in enumerate(value) if not isinstance(part, LEAVES))
+    if isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+        named = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"{path}[{name!r}]", part) for name, part in named if not isinstance(part, LEAVES))
     elif isinstance(value, np.ndarray):
         if value.dtype == object:
-            yield from ((f"{path}[{place}]", part) for place, part in enumerate(value.flat))
+            yield from _parts(path, value.ravel().tolist())
     elif isinstance(value, types.MethodType):
         yield from ((path, value.__self__), (path, value.__func__))
     elif isinstance(value, types.BuiltinFunctionType):
@@ -199,7 +197,7 @@ def _takes_generators(value: Any) -> bool:
     return callable(getattr(type(value), "set_random_state", None)) and hasattr(value, "py_random")
 
 
-def _restarter(path: str, generator: Any):
+def _restarter(path: str, generator: Any) -> Callable[[list[int]], Any]:
     """A function that restarts `generator` from four 64-bit words; raises UserError if that is impossible."""
     if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
         return lambda words: generator.seed(words[0])
@@ -211,26 +209,20 @@ def _restarter(path: str, generator: Any):
         return _restarter(path, generator.bit_generator)
     if isinstance(generator, np.random.MT19937):
         return lambda words: generator._legacy_seeding(words[0] & 0xFFFFFFFF)
-    if isinstance(generator, (np.random.PCG64, np.random.PCG64DXSM)):
-        fresh = {"bit_generator": type(generator).__name__, "has_uint32": 0, "uinteger": 0}
-        return lambda words: setattr(
-            generator,
-            "state",
-            fresh | {"state": {"state": words[0] << 64 | words[1], "inc": words[2] << 64 | words[3] | 1}},
-        )
-    if isinstance(generator, np.random.Philox):
-        fresh = generator.state | {"buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-        return lambda words: setattr(
-            generator,
-            "state",
-            fresh
-            | {"state": {"key": np.array(words[:2], np.uint64), "counter": np.array([0, 0, *words[2:]], np.uint64)}},
-        )
-    if isinstance(generator, np.random.SFC64):
-        fresh = {"bit_generator": "SFC64", "has_uint32": 0, "uinteger": 0}
-        return lambda words: setattr(generator, "state", fresh | {"state": {"state": np.array(words, np.uint64)}})
+    if isinstance(generator, (np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64)):
+        unused = generator.state | {"buffer_pos": 4, "has_uint32": 0, "uinteger": 0}  # no word is left of a draw
+        return lambda words: setattr(generator, "state", unused | {"state": _numpy_state(generator, words)})
     kind = f"{type(generator).__module__}.{type(generator).__name__}"
     raise UserError(
         f"{path} is a {kind}, which cannot be restarted for every sample, so batches would depend on the "
         f"number of workers: draw from the `rng` of sample(index, rng), or hold a np.random.Generator"
     )
+
+
+def _numpy_state(generator: np.random.BitGenerator, words: list[int]) -> dict[str, Any]:
+    """The state of a Philox, SFC64 or PCG64 generator that starts with these four words."""
+    if isinstance(generator, np.random.Philox):
+        return {"key": np.array(words[:2], np.uint64), "counter": np.array([0, 0, *words[2:]], np.uint64)}
+    if isinstance(generator, np.random.SFC64):
+        return {"state": np.array(words, np.uint64)}
+    return {"state": words[0] << 64 | words[1], "inc": words[2] << 64 | words[3] | 1}

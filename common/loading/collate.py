@@ -20,7 +20,7 @@ SMALL_BYTES = 2**20  # of a tensor: below it, a second copy is cheaper than maki
 def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: False) -> Tree:
     """Stack samples to one tree; dtypes stay. A tensor whose size `shared` accepts goes straight to shared memory."""
     first, kinds = samples[0], {type(sample) for sample in samples}
-    if kinds <= {bool, int, float}:
+    if kinds <= set(NUMBERS):
         return torch.tensor(samples)
     if isinstance(first, (dict, tuple, list)):
         _check_containers(samples)
@@ -45,8 +45,12 @@ def _of_one_type(samples: list[Any]) -> list[Tensor]:
     if odd := [type(sample).__name__ for sample in samples if not isinstance(sample, (*ARRAYS, *NUMBERS))]:
         raise UserError(f"a sample holds a {odd[0]}: expected arrays, tensors or numbers in tuples and dicts")
     tensors = [torch.as_tensor(x) if isinstance(x, (Tensor, *NUMBERS)) else as_tensor(x) for x in samples]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    dtype = _common_type(tensors)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+def _common_type(tensors: list[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _check_containers(samples: list[Any]) -> None:
@@ -76,8 +80,7 @@ def join(trees: list[Tree], pinned: bool = False) -> Tree:
     _check_alike(trees, [tuple(tensor.shape[1:]) for tensor in trees])
     if not pinned:
         return torch.cat(trees)
-    dtype = first.dtype if len({tensor.dtype for tensor in trees}) == 1 else torch.cat([t[:0] for t in trees]).dtype
-    whole = torch.empty((sum(map(len, trees)), *first.shape[1:]), dtype=dtype, pin_memory=True)
+    whole = torch.empty((sum(map(len, trees)), *first.shape[1:]), dtype=_common_type(trees), pin_memory=True)
     return torch.cat(trees, out=whole)
 
 

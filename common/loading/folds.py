@@ -24,7 +24,7 @@ def kfold(ids: Sequence, folds: int, seed: int) -> np.ndarray:
 def stratified(ids: Sequence, labels: Sequence, folds: int, seed: int) -> np.ndarray:
     """Folds whose sizes, and numbers of rows of every class in `labels` [n], differ by at most one."""
     order = _shuffled(ids, folds, seed)
-    _check_lengths(order, labels=labels)
+    _check_length(order, "labels", labels)
     _, classes = np.unique(filled(labels, "label"), return_inverse=True)
     return _dealt(order[np.argsort(classes[order], kind="stable")], folds)
 
@@ -39,7 +39,7 @@ def multilabel_stratified(ids: Sequence, labels: np.ndarray, folds: int, seed: i
     order, labels = _shuffled(ids, folds, seed), np.asarray(labels)
     if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
         raise UserError(f"multilabel_stratified: expected labels [n, L] of 0 and 1, found an array {labels.shape}")
-    _check_lengths(order, labels=labels)
+    _check_length(order, "labels", labels)
     if labels.shape[1] == 1:  # the library refuses it
         return stratified(ids, labels[:, 0], folds, seed)
     splitter = MultilabelStratifiedKFold(folds, shuffle=True, random_state=keyed_seed(seed))
@@ -68,7 +68,7 @@ def stratified_grouped(labels: Sequence, groups: Sequence, folds: int, seed: int
     lowers the sum of squares over folds and classes, which is least when all folds are equal.
     """
     labels = filled(labels, "label")
-    _check_lengths(labels, groups=groups)
+    _check_length(labels, "groups", groups)
     if labels.ndim == 1:
         classes, labels = np.unique(labels, return_inverse=True)
         labels = labels[:, None] == np.arange(len(classes))
@@ -123,10 +123,9 @@ def filled(values: Sequence, what: str) -> np.ndarray:
     return array
 
 
-def _check_lengths(rows: Sequence, **others: Sequence) -> None:
-    for what, values in others.items():
-        if len(values) != len(rows):
-            raise UserError(f"{len(values)} {what} for {len(rows)} rows: expected one of each for every row")
+def _check_length(rows: Sequence, what: str, values: Sequence) -> None:
+    if len(values) != len(rows):
+        raise UserError(f"{len(values)} {what} for {len(rows)} rows: expected one of each for every row")
 
 
 def _shuffled(ids: Sequence, folds: int, seed: int, what: str = "ids") -> np.ndarray:

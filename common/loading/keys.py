@@ -41,9 +41,9 @@ class KeyedGenerator:
         self._philox.state = self._state
         return self.generator
 
-    def words(self, count: int) -> list[int]:
-        """The next `count` 64-bit words of the stream."""
-        return self._philox.random_raw(count).tolist()
+    def words(self) -> list[int]:
+        """The next four 64-bit words of the stream, a block."""
+        return self._philox.random_raw(4).tolist()
 
 
 class Keys:

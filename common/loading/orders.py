@@ -130,8 +130,7 @@ def joined(order: Order, rows: np.ndarray) -> Order:
         if plan.sizes is not None:
             raise UserError("rows cannot be added to an order that fixes its batches, such as `grouped`")
         total = len(plan.index) + len(rows)
-        generator = KeyedGenerator().jump(seed, epoch, 1, stream=ORDER_STREAM)
-        place = generator.permutation(total)[: len(rows)]
+        place = _generator(seed, epoch, 1).permutation(total)[: len(rows)]
         own = np.setdiff1d(np.arange(total), place)
         index, draw = np.empty(total, np.int64), np.zeros(total, np.int64)
         index[place], index[own], draw[own] = rows, plan.index, plan.draw
@@ -157,8 +156,8 @@ def _once(rows: np.ndarray) -> Plan:
     return Plan(rows, np.zeros(len(rows), np.int64))
 
 
-def _generator(seed: int, epoch: int) -> np.random.Generator:
-    return KeyedGenerator().jump(seed, epoch, 0, stream=ORDER_STREAM)
+def _generator(seed: int, epoch: int, number: int = 0) -> np.random.Generator:
+    return KeyedGenerator().jump(seed, epoch, number, stream=ORDER_STREAM)
 
 
 def _repeats(index: np.ndarray) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Sends keys to worker processes, which live through all epochs, or to this one; pieces come back in the same order."""
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from typing import Any
@@ -11,10 +10,8 @@ import torch
 
 from common.errors import UserError
 from common.loading import worker
-from common.loading.worker import CheckKey, Piece, PieceKey, Reader
+from common.loading.worker import Answer, Key, Piece, Reader
 
-Key = PieceKey | CheckKey
-Answer = Piece | dict[int, bytes]
 PIECES_AHEAD = 3  # per worker: two batches ready and one being loaded
 CROWDED = (
     "shared memory (/dev/shm) is too small for these samples, so they go through slower pipes: give the container "
@@ -23,26 +20,19 @@ CROWDED = (
 
 
 class Stream:
-    """Keys in the order they are sent, and the answers to them; `position` is where the next epoch begins.
+    """The keys that were sent, in order, each with its answer.
 
-    It is (epoch, batch). The iterator `keys` has no reference to the answers: a reference cycle would leave the workers
-    to the garbage collector, which deletes their queues first, so that joining each worker would time out.
+    `position` is the (epoch, batch) that comes next, None in the middle of an epoch.
     """
 
-    def __init__(self, keys: Iterable[Key], log: Callable[[str], Any] = print):
-        self._taken, self._log = deque(), log
-        self.keys = _noted(keys, self._taken)
-        self._answers: Iterator[Answer | UserError] = iter(())
+    def __init__(self, answers: Iterator[tuple[Key, Answer | UserError]], log: Callable[[str], Any]):
+        self._answers, self._log = answers, log
         self.position: tuple[int, int] | None = None
-
-    def answered_by(self, answers: Iterator[Answer | UserError]) -> "Stream":
-        self._answers = answers
-        return self
 
     def receive(self) -> tuple[Key, Answer]:
         """The next key and its answer; raises UserError if a worker answered with one or was killed."""
         try:
-            answer = next(self._answers)
+            key, answer = next(self._answers)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -56,7 +46,7 @@ class Stream:
             raise answer
         if isinstance(answer, Piece) and answer.crowded:
             self._log(CROWDED)
-        return self._taken.popleft(), answer
+        return key, answer
 
 
 class Workers:
@@ -68,14 +58,19 @@ class Workers:
         self._torch_loader: torch.utils.data.DataLoader | None = None
         self.stream: Stream | None = None  # of the epoch that they load
 
-    def begin(self, keys: Iterable[Key]) -> Stream:
-        stream = Stream(keys, self._log)
+    def begin(self, keys: Iterator[Key]) -> Stream:
+        """The stream that answers `keys`, which must not refer to it.
+
+        A reference cycle would leave the workers to the garbage collector, which deletes their queues first, so that
+        joining each worker would time out.
+        """
         if not self._count:
-            return stream.answered_by(map(self._reader.__getitem__, stream.keys))
+            return Stream(map(self._reader.__getitem__, keys), self._log)
         if self._torch_loader is None:
             self._torch_loader = self._started()
-        self.stream, self._torch_loader.sampler.keys = stream, stream.keys
-        return stream.answered_by(iter(self._torch_loader))
+        self._torch_loader.sampler.keys = keys
+        self.stream = Stream(iter(self._torch_loader), self._log)
+        return self.stream
 
     def close(self) -> None:
         iterator = None if self._torch_loader is None else self._torch_loader._iterator
@@ -107,12 +102,6 @@ class Workers:
         )
 
 
-def _noted(keys: Iterable[Key], taken: deque[Key]) -> Iterator[Key]:
-    for key in keys:
-        taken.append(key)
-        yield key
-
-
 class _Latest:
     """Hands the keys of the latest stream to the workers."""
 
@@ -122,5 +111,5 @@ class _Latest:
         return self.keys
 
 
-def _as_it_is(answer: Answer | UserError) -> Answer | UserError:
+def _as_it_is(answer: Any) -> Any:
     return answer

@@ -32,12 +32,8 @@ def to_card(batch: Batch, device: torch.device) -> Batch:
         pinned = tensor if tensor.is_pinned() or tensor.is_cuda else tensor.pin_memory()
         return pinned.to(device, non_blocking=True) if fits else pinned
 
-    return replace(
-        batch,
-        inputs=map_tree(move, batch.inputs),
-        targets=map_tree(move, batch.targets),
-        weights=None if batch.weights is None else move(batch.weights),
-    )
+    inputs, targets, weights = map_tree(move, (batch.inputs, batch.targets, batch.weights))
+    return replace(batch, inputs=inputs, targets=targets, weights=weights)
 
 
 def beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -54,8 +50,7 @@ def beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
             return
         model_stream = torch.cuda.current_stream(device)
         model_stream.wait_stream(copies)
-        weights = () if batch.weights is None else (batch.weights,)
-        for tensor in tensors_of((batch.inputs, batch.targets, *weights)):
+        for tensor in tensors_of(batch):
             if tensor.is_cuda:  # the memory must not be given to the next copy before the model is done with it
                 tensor.record_stream(model_stream)
         yield batch

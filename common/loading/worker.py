@@ -7,7 +7,8 @@ import pickle
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import cached_property
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
@@ -72,6 +73,10 @@ class CheckKey(NamedTuple):
     turned: bool
 
 
+Key = PieceKey | CheckKey
+Answer = Piece | dict[int, bytes]
+
+
 def joined(
     parts: list[tuple[PieceKey, Piece]], pinned: bool
 ) -> tuple[Tree, Tree, np.ndarray, np.ndarray, list[tuple[int, str]]]:
@@ -83,28 +88,26 @@ def joined(
 
 
 class Reader(torch.utils.data.Dataset):
-    """A dataset of single samples: `reader[PieceKey]` is a Piece, `reader[CheckKey]` the digests by row.
+    """A dataset of single samples: `reader[key]` is the key with a Piece, or with the digests by row for a CheckKey.
 
     A UserError is returned instead of raised, so that it reaches the main process unchanged.
     """
 
     def __init__(self, dataset: Any, seed: int, skip_bad_images: bool):
         self.dataset, self.seed, self.skip_bad_images = dataset, seed, skip_bad_images
-        self._binding: Binding | None = None
-        self._process = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_binding": None}
-
-    def __getitem__(self, key: PieceKey | CheckKey) -> Piece | dict[int, bytes] | UserError:
+    def __getitem__(self, key: Key) -> tuple[Key, Answer | UserError]:
         answer = self._digests if isinstance(key, CheckKey) else self._read
         try:
-            if get_worker_info():
-                return answer(key)
-            with kept_global_state():
-                return answer(key)
+            with nullcontext() if get_worker_info() else kept_global_state():
+                return key, answer(key)
         except UserError as error:
-            return error
+            return key, error
+
+    @cached_property
+    def _binding(self) -> Binding:
+        """Made at the first sample, so in the process that loads: it cannot be sent to another."""
+        return Binding(self.dataset, self.seed)
 
     def _read(self, key: PieceKey) -> Piece:
         samples, kept, skipped = [], [], []
@@ -124,8 +127,6 @@ class Reader(torch.utils.data.Dataset):
         return Piece(inputs, targets, kept, skipped, crowded)
 
     def _load(self, epoch: int, index: int, draw: int = 0) -> tuple[Tree, Tree]:
-        if self._binding is None or self._process != os.getpid():
-            self._binding, self._process = Binding(self.dataset, self.seed), os.getpid()
         generator = self._binding.rekey(epoch, index, draw)
         try:
             sample = self.dataset.sample(index, generator) if hasattr(self.dataset, "sample") else self.dataset[index]

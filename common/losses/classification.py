@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses.missing import OfEntries, filled, known, masked_mean, sample_mean, share
+from common.losses.missing import OfEntries, filled, known, masked_mean, present, sample_mean, share
 from common.losses.overlap import mean_of_present, overlap_loss, overlap_sums, sigmoid_pair
 from common.losses.protocol import Kind, full_precision, most_precise
 
@@ -31,7 +31,8 @@ class CrossEntropy(nn.Module):
     ):
         super().__init__()
         self.register_buffer("class_weights", _vector(class_weights))
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.label_smoothing = label_smoothing
+        self.ignored = NO_CLASS if ignore_index is None else ignore_index
         if class_weights is None and ignore_index is None:
             self.mass = None  # every sample weighs 1: nothing to add up before the first forward
 
@@ -48,7 +49,7 @@ class CrossEntropy(nn.Module):
             outputs,
             targets,
             None if weight is None else weight.to(outputs.dtype),
-            ignore_index=NO_CLASS if self.ignore_index is None else self.ignore_index,
+            ignore_index=self.ignored,
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
@@ -58,7 +59,7 @@ class CrossEntropy(nn.Module):
         if targets.is_floating_point():
             return share(None, targets)
         targets = targets.long()  # in uint8, -100 is 156
-        counted = targets != (NO_CLASS if self.ignore_index is None else self.ignore_index)
+        counted = targets != self.ignored
         if self.class_weights is None:
             return share(counted, targets)
         weights = most_precise(self.class_weights)
@@ -102,8 +103,8 @@ class BCE(nn.Module):
         mask = known(targets)
         if not self.present_only:
             return mask
-        present = (targets > 0)[..., None].flatten(2).any(2).reshape(*targets.shape[:2], *[1] * (targets.ndim - 2))
-        return present.expand_as(targets) if mask is None else present & mask
+        there = present(targets).reshape(*targets.shape[:2], *[1] * (targets.ndim - 2))
+        return there.expand_as(targets) if mask is None else there & mask
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,10 @@ class SoftFBeta:
         return sums if self.average == "macro" else sums.sum(2)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
-        if self.average == "micro":
-            return self._loss(sums[None])[0]
-        losses = self._loss(sums[None])[0]  # [C]
-        return mean_of_present(losses, sums[2] > 0) if self.present_only else losses.mean()
+        losses = self._loss(sums[None])[0]  # [C], or one number for "micro"
+        if self.average == "macro" and self.present_only:
+            return mean_of_present(losses, sums[2] > 0)
+        return losses.mean()
 
     def _loss(self, sums: Tensor) -> Tensor:
         square = self.beta**2

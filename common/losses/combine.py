@@ -42,12 +42,8 @@ class Combined(nn.Module):
         """[B] or [B, columns] when every part is per sample, else the batch value itself."""
         if self.kind != "per_sample":
             return sum(c * batch_value(loss, *_read(key, outputs, targets), weights) for key, loss, c in self.parts)
-        values = []
-        for key, loss, coefficient in self.parts:
-            out, target = _read(key, outputs, targets)
-            found = check_per_sample(loss(out, target), len(tensors_of(target)[0]), loss)
-            values.append(coefficient * found)
-        return self._columns(values)
+        found = self._statistics(outputs, targets)
+        return self._columns([c * values for (_, _, c), values in zip(self.parts, found, strict=True)])
 
     def mass(self, targets: Tree) -> Tensor:
         """What every sample adds to the normaliser of every column, [B] or [B, columns]."""
@@ -55,17 +51,9 @@ class Combined(nn.Module):
 
     def stats(self, outputs: Tree, targets: Tree) -> Tensor:
         """The statistics of all parts side by side. [B, n]"""
-        found = []
-        for key, loss, _ in self.parts:
-            out, target = _read(key, outputs, targets)
-            if kind(loss) == "sums":
-                found.append(loss.stats(out, target))
-            else:
-                found.append(check_per_sample(loss(out, target), len(tensors_of(target)[0]), loss))
+        found = self._statistics(outputs, targets)
         self.layout = [part.shape[1:] for part in found]
-        return torch.cat(
-            [part.reshape(len(part), shape.numel()) for part, shape in zip(found, self.layout, strict=True)], 1
-        )
+        return torch.cat([part.reshape(len(part), part.shape[1:].numel()) for part in found], 1)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         counts = count.reshape(-1).split([columns_of(loss) for _, loss, _ in self.parts])
@@ -78,6 +66,17 @@ class Combined(nn.Module):
             else:
                 total = total + coefficient * linear_value(piece[None], None, count)
         return total
+
+    def _statistics(self, outputs: Tree, targets: Tree) -> list[Tensor]:
+        """The statistics of every part; those of a per-sample part are its values."""
+        found = []
+        for key, loss, _ in self.parts:
+            out, target = _read(key, outputs, targets)
+            if kind(loss) == "sums":
+                found.append(loss.stats(out, target))
+            else:
+                found.append(check_per_sample(loss(out, target), len(tensors_of(target)[0]), loss))
+        return found
 
     def _columns(self, values: list[Tensor]) -> Tensor:
         if self.columns == 1:

@@ -16,6 +16,11 @@ def known(targets: Tensor) -> Tensor | None:
     return ~targets.isnan() if targets.is_floating_point() else None
 
 
+def present(targets: Tensor) -> Tensor:
+    """Which masks, or labels, are not empty. [B, C, ...] -> bool [B, C]"""
+    return (targets > 0)[..., None].flatten(2).any(2)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Sum over entries in the mask, divided by the number of all; its mass is `share`. [B, ...] -> [B]
 

@@ -38,8 +38,8 @@ class RMSE:
         return MSE().mass(targets)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
-        some = (sums != 0) & (count != 0)
-        return torch.where(some, torch.where(some, sums / torch.where(some, count, 1), 1.0).sqrt(), 0.0)
+        some = sums != 0
+        return torch.where(some, torch.where(some, sums / count, 1.0).sqrt(), 0.0)
 
 
 @dataclass(frozen=True)

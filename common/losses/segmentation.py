@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.losses.classification import BCE
 from common.losses.combine import Combined, Weighted
-from common.losses.missing import filled, known
+from common.losses.missing import filled, known, present
 from common.losses.overlap import IGNORED, mean_of_present, overlap_loss, overlap_sums, sigmoid_pair, softmax_pair
 from common.losses.protocol import Kind, full_precision
 
@@ -44,9 +44,7 @@ class Tversky:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         sums = self.stats(outputs, targets)
         losses = self._losses(sums)  # [B, C]
-        if not self.present_only:
-            return losses.mean(1)
-        return (losses * (sums[:, 2] > 0)).sum(1)
+        return (losses * (sums[:, 2] > 0)).sum(1) if self.present_only else losses.mean(1)
 
     def value(self, sums: Tensor, count: Tensor) -> Tensor:
         losses = self._losses(sums[None])[0]  # [C]
@@ -56,7 +54,7 @@ class Tversky:
         if self.average == "batch" or not self.present_only:
             return torch.ones(len(targets), device=targets.device)
         if self.activation == "sigmoid":
-            return (targets > 0)[..., None].flatten(2).any(2).float().sum(1)
+            return present(targets).float().sum(1)
         # how many different classes an image holds: a step up in the sorted class numbers starts a class
         labels = targets.long()[..., None].flatten(1).sort(1).values
         starts = labels != torch.roll(labels, 1, 1)
@@ -117,8 +115,7 @@ class LovaszHinge:
         outputs, mask = full_precision(outputs), known(targets)
         targets = filled(targets, mask, outputs.dtype)
         errors = (1 - outputs * (2 * targets - 1)).relu()
-        measure = pixel_measure(outputs, mask, weights)
-        return lovasz(*(_pixels(part, self.per_image) for part in (errors, targets, measure)))[0].mean(-1)
+        return lovasz(errors, targets, mask, weights, self.per_image)[0].mean(-1)
 
 
 @dataclass(frozen=True)
@@ -140,10 +137,8 @@ class LovaszSoftmax:
     def __call__(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         probabilities, hot = softmax_pair(outputs, targets)
         mask = (targets.long() != IGNORED).unsqueeze(1)
-        measure = pixel_measure(probabilities, mask, weights)
-        errors = (hot - probabilities).abs()
-        losses, present = lovasz(*(_pixels(part, self.per_image) for part in (errors, hot, measure)))
-        return mean_of_present(losses, present) if self.present_only else losses.mean(-1)
+        losses, there = lovasz((hot - probabilities).abs(), hot, mask, weights, self.per_image)
+        return mean_of_present(losses, there) if self.present_only else losses.mean(-1)
 
 
 def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -154,12 +149,16 @@ def pixel_measure(like: Tensor, mask: Tensor | None, weights: Tensor | None) -> 
     return measure.expand_as(like)
 
 
-def lovasz(errors: Tensor, targets: Tensor, measure: Tensor) -> tuple[Tensor, Tensor]:
-    """The Lovasz extension of 1 - intersection / union, and whether there is a target at all. 3 x [..., N] -> 2 x [...]
+def lovasz(
+    errors: Tensor, targets: Tensor, mask: Tensor | None, weights: Tensor | None, per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The Lovasz extension of 1 - intersection / union, and whether there is a target at all, [B, C] or [C] both.
 
+    errors, targets [B, C, ...]; pixels outside of `mask` do not count; a pixel of weight 2 counts like two pixels.
     Pixels are sorted by falling error; a pixel's factor is what it adds to the Jaccard loss of the pixels before it.
-    `measure` holds the weights of the pixels: a pixel of weight 2 counts like two pixels.
     """
+    measure = pixel_measure(errors, mask, weights)
+    errors, targets, measure = (_pixels(part, per_image) for part in (errors, targets, measure))
     order = errors.argsort(-1, descending=True)
     counted = (measure * targets).gather(-1, order), (measure * (1 - targets)).gather(-1, order)
     if errors.device.type != "mps" and errors.shape[-1] >= 2**24:  # float32 cannot count further than this

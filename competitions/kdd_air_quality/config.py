@@ -6,11 +6,12 @@ from typing import Literal
 from common import config as common
 from common.config import at_least, between, flag
 from common.errors import UserError
+from common.flags import Rule
 from common.kaggle.source import Source
 
 MODELS = ("medians", "linear", "boosting", "mlp", "prophet")
-JOBS: common.Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
-FRACTION: common.Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
+JOBS: Rule = lambda jobs: jobs == -1 or jobs >= 1, "at least 1, or -1 for one per core"
+FRACTION: Rule = lambda share: 0 < share <= 1, "a part of all rows, above 0 and at most 1"
 # The core's settings that the network among the models uses. Not the batch size, as a batch is a day of all series. Nor
 # settings that stop or choose weights by the held-out days: the score on these days would be too good.
 USES = "epochs micro_batch optimizer lr weight_decay momentum schedule warmup clip_norm ema swa checkpointing compile"

@@ -32,6 +32,7 @@ def home(tmp_path_factory):
         toy_train("two", fold="all", epochs=3, lr=0.01, seed=4)
         toy_train("weak", fold="all", epochs=1)
         toy_train("single", fold="0", epochs=1)
+        toy_train("other", fold="1", epochs=1)
         yield folder
 
 
@@ -240,6 +241,7 @@ def test_what_does_not_go_together_is_refused(request):
         ({"run": "one,folds"}, "different folds"),
         ({"run": "one,rows"}, "different data"),
         ({"run": "one,unpredicted"}, "make predict COMP=toy RUN=unpredicted"),
+        ({"run": "single,other"}, "single, other hold out no common rows: blend runs trained with --fold all"),
         ({"run": "one"}, "two runs or more"),
         ({"run": "one,one"}, "twice"),
         ({"by": "nnls", "space": "rank"}, "leave --space out"),

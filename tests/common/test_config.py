@@ -8,18 +8,9 @@ from typing import Literal
 
 import pytest
 
-from common.config import (
-    Config,
-    Parser,
-    add_flags,
-    add_prediction_flags,
-    differences,
-    flag,
-    from_values,
-    to_json,
-    with_flags,
-)
+from common.config import Config, add_prediction_flags, differences, with_flags
 from common.errors import UserError
+from common.flags import Parser, add_flags, flag, from_values, to_json
 
 
 @dataclass(frozen=True)

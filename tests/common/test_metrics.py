@@ -230,6 +230,16 @@ def test_what_has_no_score_is_nan():
 
 
 @pytest.mark.parametrize("of", [metrics.roc_auc, metrics.average_precision])
+def test_infinite_scores_are_ties_like_others(of):
+    """The logarithm of a probability of 0 is one."""
+    tied = np.array([-np.inf, -np.inf, 0.5, 0.7, np.inf, np.inf])
+    for truth in ([1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert of().score(tied, np.array(truth)) == of().score(np.array([0, 0, 1, 2, 3, 3.0]), np.array(truth))
+
+
+@pytest.mark.parametrize("of", [metrics.roc_auc, metrics.average_precision])
 def test_a_column_of_which_nobody_knows_a_target_has_no_score(of):
     """A standard error leaves out groups of rows, and one of them may hold all known targets of a rare column."""
     truth = np.full((N, 2), np.nan)

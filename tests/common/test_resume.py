@@ -72,7 +72,7 @@ def test_losses_that_take_turns_go_on_with_the_same_bits(step, monkeypatch):
     def stopping(self, batch, step_number):
         if step_number == step and len(used) <= step:
             raise Killed
-        used.append((step_number, type(self.loss).__name__, self.kind))
+        used.append((step_number, type(self.passes.loss).__name__, self.passes.kind))
         return original(self, batch, step_number)
 
     monkeypatch.setattr(Engine, "step", stopping)

@@ -15,9 +15,10 @@ import optuna
 import pytest
 
 from common import tune
-from common.config import Parser, add_flags, with_flags
+from common.config import with_flags
 from common.errors import UserError
 from common.files import locked
+from common.flags import Parser, add_flags
 from tests.common import toy
 
 # A trial without torch: its score grows by epoch to 1 - |lr - 0.03|. It records how often it was started.

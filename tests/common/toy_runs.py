@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from common import predict
-from common.config import Parser, add_prediction_flags
-from common.fit import MACHINE_COLUMNS
+from common.config import add_prediction_flags
+from common.flags import Parser
+from common.fold import MACHINE_COLUMNS
 from common.train import train
 from tests.common import toy
 

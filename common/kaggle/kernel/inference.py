@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import predict
@@ -17,10 +17,8 @@ from common.kaggle.kernel.output import fetched
 from common.kaggle.kernel.push import (
     OUTAGE_SECONDS,
     WAIT_SECONDS,
-    follow_notebook,
+    Notebook,
     name_of,
-    push_files,
-    push_notebook,
     read_record,
     submit_version,
     username,
@@ -30,6 +28,7 @@ from common.run import Run
 
 RUN_FILES = ("config.json", "run.json", "result.json", "fold-*/model.pt", "fold-*/fold.json")
 
+# It uses one GPU even where there are two. Rows that are not predicted shortly before the limit get fallback values.
 PREDICTION = (
     START
     + """
@@ -40,7 +39,7 @@ command += ["--fallback", "--budget", str(left)]
 offline = {{"HF_HUB_OFFLINE": "1"}}
 status = subprocess.run(command, cwd=KIT, env=environment | offline, timeout=left + {margin}).returncode
 assert status == 0, f"the prediction ended with status {{status}}"
-(table,) = (KIT / "submissions" / "{competition}").glob("*.csv")
+(table,) = (KIT / "submissions").glob("*/*.csv")
 shutil.copyfile(table, WORKING / "submission.csv")
 shutil.copyfile(table.with_suffix(".json"), WORKING / "submission.json")  # lists the rows with fallback values
 print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
@@ -48,27 +47,7 @@ print(f"submission.csv after {{time.monotonic() - END + {seconds}:,.0f}} s")
 )
 
 
-def notebook(
-    title: str,
-    slug: str,
-    competition: str,
-    arguments: Sequence[str],
-    version: str,
-    needed: Mapping[str, str],
-    limit: float,
-) -> str:
-    """The notebook as .ipynb text: `python -m common predict COMPETITION ARGUMENTS` on the mounted test set.
-
-    It uses one GPU even where there are two. Rows that are not predicted shortly before the `limit` (seconds) get
-    fallback values.
-    """
-    words, margin = ("predict", competition, *arguments), min(MARGIN_SECONDS, limit / 10)
-    return written(
-        PREDICTION, title, slug, words, version, needed, limit - margin, margin=margin, competition=competition
-    )
-
-
-def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, bytes | Path], dict[str, str]]:
+def kit(competition: str, chosen: Sequence[Run], folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The files that the notebook needs (code, runs, wheels) by name, and the wheels' pins by import name.
 
     The wheels are downloaded into the new `folder`. Raises UserError for a run without weights.
@@ -98,28 +77,30 @@ def publish(competition: Competition, given: argparse.Namespace, words: Sequence
     if given.submit:
         refuse_nowhere(name, source)
     record, site = runs.RUNS / name / "notebook.json", Site.announced(name, source)
-    if given.fetch and not record.is_file():
-        raise UserError(f"--fetch: no such notebook of {name} was pushed from here: make notebook COMP={name}")
-    facts = read_record(record) if given.fetch else _pushed(competition, given, words, site, poll)
-    write_json(record, facts)
+    if given.fetch:
+        facts = read_record(record, "notebook")
+        notebook = Notebook(site, "notebook", facts["kernel"], poll)
+    else:
+        notebook = Notebook(site, "notebook", f"{username(site)}/{name_of(name, 'predict')}", poll)
+        facts = _pushed(competition, given, words, notebook)
+        write_json(record, facts)
     flags = "'--fetch --submit'" if given.submit else "--fetch"
     with go_on_with(f"make notebook COMP={name} ARGS={flags}"):
-        outage = 0.0 if given.fetch else OUTAGE_SECONDS
-        follow_notebook(site, facts["kernel"], WAIT_SECONDS, poll, outage, "notebook")
+        notebook.follow(WAIT_SECONDS, 0.0 if given.fetch else OUTAGE_SECONDS)
         with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
-            written_there = fetched(site, facts["kernel"], "submission.csv", Path(place))
+            written_there = fetched(site, notebook.reference, "submission.csv", Path(place))
             if written_there is None:
-                raise UserError(f"https://www.kaggle.com/code/{facts['kernel']} wrote no submission.csv: see its log")
+                raise UserError(f"{notebook.page} wrote no submission.csv: see its log")
             _print_difference(written_there, Path(facts["table"]))
         if given.submit:
-            submit_version(site, facts, Path(facts["table"]), min(poll, 4.0))
+            submit_version(site, facts, min(poll, 4.0))
         else:
             print(f"to submit this version: make notebook COMP={name} ARGS='--fetch --submit'")
 
 
-def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence[str], site: Site, poll: float) -> dict:
+def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence[str], notebook: Notebook) -> dict:
     """Predict here, then push the notebook and the files that it needs; returns the facts that `--fetch` needs."""
-    name, source = competition.name, competition.source
+    name = competition.name
     chosen = runs.finished(name, given.run)
     if demo := [run.name for run in chosen if run.provenance["demo"]]:
         raise UserError(
@@ -129,16 +110,15 @@ def _pushed(competition: Competition, given: argparse.Namespace, words: Sequence
     given.run, start = ",".join(run.name for run in chosen), time.monotonic()
     table = predict.predict(competition, given)
     _print_budget(table, time.monotonic() - start, given.limit)
-    title = name_of(name, "predict")
-    reference = f"{username(site)}/{title}"
-    metadata = {"machine_shape": given.accelerator, "enable_gpu": "true", "enable_internet": "false"}
+    metadata = {"machine_shape": given.accelerator, "enable_internet": "false"}
+    words, margin = ("predict", name, "--run", given.run, *words), min(MARGIN_SECONDS, given.limit / 10)
     with tempfile.TemporaryDirectory(prefix="kaggle-notebook-") as place:
         folder = Path(place)
         files, pins = kit(name, chosen, folder / "wheels")
-        version = push_files(site, reference, files, folder, poll)
-        text = notebook(title, source.slug, name, ["--run", given.run, *words], version, pins, given.limit)
-        facts = push_notebook(site, reference, text, metadata, given.limit, folder, "notebook")
-    print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}, for runs {given.run}")
+        version = notebook.push_files(files, folder)
+        text = written(PREDICTION, competition.source.slug, words, version, pins, given.limit, margin)
+        facts = notebook.push(text, metadata, given.limit, folder)
+    print(f"notebook: {notebook.page} version {facts['version']}, for runs {given.run}")
     return facts | {"code": version, "table": str(table), "pushed": runs.now()}
 
 
@@ -168,12 +148,13 @@ def _print_budget(table: Path, seconds: float, limit: float) -> None:
 
 def _print_difference(there: Path, here: Path) -> None:
     """Print whether the notebook's file equals the one written on this machine."""
-    if there.read_bytes() == (here.read_bytes() if here.is_file() else None):
+    theirs, ours = (file.read_bytes() if file.is_file() else b"" for file in (there, here))
+    if theirs == ours:
         print(f"the notebook's submission.csv equals {here}, byte for byte")
         return
-    ours, theirs = (file.read_text(encoding="utf-8").splitlines() if file.is_file() else [] for file in (here, there))
-    same = len(set(ours[1:]) & set(theirs[1:]))
+    theirs, ours = (content.splitlines()[1:] for content in (theirs, ours))
+    same = len(set(ours) & set(theirs))
     print(
-        f"the notebook's submission.csv has {len(theirs) - 1:,} rows, {same:,} of them as in {here}; machines round "
+        f"the notebook's submission.csv has {len(theirs):,} rows, {same:,} of them as in {here}; machines round "
         f"differently, but most should be the same"
     )

@@ -1,7 +1,6 @@
 """The training notebook, and what it shares with the prediction notebook: the archive of code and the wheels."""
 
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -13,7 +12,6 @@ from contextlib import suppress
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from common.competition import Competition
 from common.config import Config
@@ -37,7 +35,7 @@ AT_HAND = {"torch", "torchvision", "opencv-python", "opencv-python-headless", "n
 AT_HAND |= {"scikit-learn", "matplotlib", "joblib", "tqdm", "kaggle"}
 
 START = """# %% [markdown]
-# {title}: `{command}`
+# `{command}`
 
 # %%
 import hashlib, importlib.util, json, os, shutil, signal, subprocess, sys, time, zipfile
@@ -93,7 +91,7 @@ try:
     status = training.wait(max(1, END - time.monotonic()))
 except subprocess.TimeoutExpired:
     print("the session ends: stopping the training, which the next notebook resumes", flush=True)
-    for number, patience in ((signal.SIGINT, {patience}), (signal.SIGKILL, 60)):
+    for number, patience in ((signal.SIGINT, {margin} / 3), (signal.SIGKILL, 60)):
         try:
             os.killpg(training.pid, number)
             training.wait(patience)
@@ -122,10 +120,10 @@ if status == 0:
 )
 
 
-def code(competition: str, root: Path = ROOT) -> dict[str, bytes | Path]:
+def code(competition: str, root: Path = ROOT) -> dict[str, Path]:
     """The files that a notebook of the competition needs: code and other files, by their paths in the checkout."""
     others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
-    files: dict[str, bytes | Path] = {}
+    files = {}
     for name in PACKED:
         path = root / name
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -133,7 +131,7 @@ def code(competition: str, root: Path = ROOT) -> dict[str, bytes | Path]:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in Path(own).parts)
             foreign = hidden or others.match(own) or (file.is_symlink() and file != path)  # links may lead anywhere
             if file.is_file() and not foreign:
-                files[own] = file.read_bytes() if file.suffix in (".py", ".txt", ".md") else file
+                files[own] = file
     return files
 
 
@@ -162,12 +160,12 @@ def refuse_what_stays(competition: Competition, config: Config, internet: bool) 
             )
 
 
-def needed(files: Mapping[str, bytes | Path]) -> dict[str, str]:
+def needed(files: Mapping[str, Path]) -> dict[str, str]:
     """Pins of the packages of requirements.txt that the code imports, without those AT_HAND; keys are import names."""
-    source = b"\n".join(content for name, content in files.items() if name.endswith(".py"))
+    source = b"\n".join(file.read_bytes() for name, file in files.items() if name.endswith(".py"))
     imported = {name.decode() for name in re.findall(rb"^\s*(?:import|from) (\w+)", source, re.MULTILINE)}
     found = {}
-    for pin, name in re.findall(r"^(([\w.-]+)==\S+)", files["requirements.txt"].decode(), re.MULTILINE):
+    for pin, name in re.findall(r"^(([\w.-]+)==\S+)", files["requirements.txt"].read_text(), re.MULTILINE):
         with suppress(metadata.PackageNotFoundError):  # not installed here, so predicting does not need it
             if name not in AT_HAND:
                 own = (file.parts[0] for file in metadata.files(name) or () if file.suffix in (".py", ".so"))
@@ -192,75 +190,52 @@ def wheels(pins: Iterable[str], folder: Path) -> dict[str, Path]:
     return {f"wheels/{file.name}": file for file in sorted(folder.glob("*.whl"))}
 
 
-def pack(files: Mapping[str, bytes | Path], archive: Path) -> str:
-    """Write `files`, contents or paths by name, as a zip archive; returns its version. Same files give the same bytes.
+def pack(files: Mapping[str, Path], archive: Path) -> str:
+    """Write `files`, paths by their names there, as a zip archive; returns its version. Same files give the same bytes.
 
     The version is the start of the sha256 of all names and contents; the archive holds it as the file VERSION.
     """
     digest = hashlib.sha256()
-    for name, content in files.items():
-        own = sha256(content if isinstance(content, Path) else io.BytesIO(content))
-        digest.update(name.encode() + b"\0" + bytes.fromhex(own))
-    version = digest.hexdigest()[:12]
-    with zipfile.ZipFile(archive, "w") as out:
-        for name, content in {**files, VERSION: version.encode()}.items():
-            entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
-            if isinstance(content, Path):  # weights and wheels cannot be compressed further
-                with open(content, "rb") as stream, out.open(entry, "w", force_zip64=True) as into:
-                    shutil.copyfileobj(stream, into)
-            else:
-                out.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(archive, "w") as out:  # not compressed: weights and wheels cannot be, and the code is small
+        for name, file in files.items():
+            digest.update(name.encode() + b"\0" + bytes.fromhex(sha256(file)))
+            with open(file, "rb") as stream, out.open(zipfile.ZipInfo(name), "w", force_zip64=True) as into:
+                shutil.copyfileobj(stream, into)
+        version = digest.hexdigest()[:12]
+        out.writestr(zipfile.ZipInfo(VERSION), version)
     return version
-
-
-def notebook(
-    title: str,
-    slug: str,
-    competition: str,
-    arguments: Sequence[str],
-    version: str,
-    needed: Mapping[str, str],
-    internet: bool,
-    seconds: float,
-) -> str:
-    """The notebook as .ipynb text: `python -m common train COMPETITION ARGUMENTS` on the competition's files.
-
-    The training is stopped in time before the session ends, which lasts `seconds`.
-    """
-    words = ("train", competition, *arguments)
-    more = {"output": OUTPUT, "state": STATE, "patience": MARGIN_SECONDS // 3}
-    return written(TRAINING, title, slug, words, version, needed, seconds - MARGIN_SECONDS, internet, **more)
 
 
 def written(
     template: str,
-    title: str,
     slug: str,
     words: Sequence[str],
     version: str,
     needed: Mapping[str, str],
-    seconds: float,
+    limit: float,
+    margin: float,
     internet: bool = False,
-    **values: Any,
 ) -> str:
-    """A template as .ipynb text: `python -m common WORDS` with the code of `version`, stopped after `seconds`.
+    """A template as .ipynb text: `python -m common WORDS` on the files of the competition `slug`.
 
-    `needed` are pins by import name, installed from the uploaded wheels if there is no `internet`.
+    The work stops `margin` seconds before the session's `limit` (seconds), so that its files are kept. It uses the code
+    of `version`. `needed` are pins by import name, installed from the uploaded wheels if there is no `internet`.
     """
     import jupytext
 
     text = template.format(
-        title=title,
-        slug=slug,
         command=" ".join(("python -m common", *words)),
         words=", ".join(map(repr, words)),
-        archive=ARCHIVE,
-        version_file=VERSION,
+        slug=slug,
         version=version,
         needed=dict(needed),
         options=[] if internet else ["--no-index", "--no-deps", "--find-links", "wheels"],
-        seconds=seconds,
-        **values,
+        seconds=limit - margin,
+        margin=margin,
+        archive=ARCHIVE,
+        version_file=VERSION,
+        output=OUTPUT,
+        state=STATE,
     )
     document = jupytext.reads(text, fmt="py:percent")
     document.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -49,35 +49,29 @@ def fetch_output(site: Site, reference: str) -> Path:
             archive.unpack(packed, folder / "output")
         except archive.Damaged as error:  # the kaggle program may save an error page as the file
             raise UserError(f"{reference}: {error}: repeat the same command") from error
-        tables = _place(folder / "output", site.competition)
-    for table in tables:
-        print(f"submission: {table}")
-    return tables[-1]
+        table = _place(folder / "output", site.competition)
+    print(f"submission: {table}")
+    return table
 
 
-def _place(output: Path, competition: str) -> list[Path]:
-    """Move runs and submissions in; a name already in use gets -kaggle, -kaggle2 ... so that nothing is replaced."""
-    names: dict[str, str] = {}
-    for run in sorted((output / "runs" / competition).glob("*/run.json")):
-        names[run.parent.name] = _free_name(run.parent.name, competition)
-        target = runs.RUNS / competition / names[run.parent.name]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(run.parent, target)
-        print(f"run: {target}")
-    tables = []
-    for table in sorted((output / "submissions" / competition).glob("*.csv")):
-        provenance = sidecar(table)
-        old = provenance.get("run", table.stem)
-        name = table.stem.replace(old, names.get(old, old))
-        target = SUBMISSIONS / competition / f"{name}.csv"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if provenance:
-            write_json(target.with_suffix(".json"), provenance | {"run": names.get(old, old)})
-        shutil.move(table, target)
-        tables.append(target)
-    if not tables:
+def _place(output: Path, competition: str) -> Path:
+    """Move the run and its submission in; a name already in use gets -kaggle, -kaggle2 ... so nothing is replaced."""
+    table = next((output / "submissions" / competition).glob("*.csv"), None)
+    if table is None:
         raise UserError(f"the notebook's output holds no submission of {competition}")
-    return tables
+    provenance = sidecar(table)
+    old = provenance.get("run", table.stem)
+    name = _free_name(old, competition)
+    run, home = output / "runs" / competition / old, runs.RUNS / competition / name
+    target = SUBMISSIONS / competition / f"{table.stem.replace(old, name)}.csv"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if run.is_dir():
+        shutil.move(run, home)
+        print(f"run: {home}")
+    if provenance:
+        write_json(target.with_suffix(".json"), provenance | {"run": name})
+    shutil.move(table, target)
+    return target
 
 
 def _free_name(name: str, competition: str) -> str:

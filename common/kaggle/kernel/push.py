@@ -3,28 +3,29 @@
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import run as runs
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.kaggle import ledger
 from common.kaggle.client import Answer, Site, Transient, go_on_with, kaggle, until
 from common.kaggle.kernel.notebook import (
     ACCELERATOR,
     ARCHIVE,
     MARGIN_SECONDS,
     SESSION_HOURS,
+    TRAINING,
     code,
     needed,
-    notebook,
     pack,
     wheels,
+    written,
 )
 from common.kaggle.kernel.output import end_of_log, fetch_output, unfinished
 from common.kaggle.source import Source
 from common.kaggle.submit import WAIT_SECONDS as SCORE_SECONDS
-from common.kaggle.submit import deliver
+from common.kaggle.submit import Candidate, deliver
 from common.submission import sidecar
 
 WAIT_SECONDS = 12 * 3600  # including the time in the queue
@@ -63,34 +64,30 @@ def kernel(
         )
     record = runs.RUNS / competition / "kernel.json"
     site = Site.announced(competition, source)
-    facts = read_record(record) if record.is_file() else {}
-    if fetch and not facts:
-        raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make kernel COMP={competition}")
+    facts = read_record(record, "kernel") if fetch or record.is_file() else {}
+    notebook = Notebook(site, "kernel", facts["kernel"] if fetch else f"{username(site)}/{name_of(competition)}", poll)
     is_done = False
     while not is_done:
         if not fetch:
             before = facts if facts.get("checkpoint") and facts["arguments"] == list(arguments) else {}
-            with tempfile.TemporaryDirectory(prefix="kaggle-kernel-") as folder:
-                facts = push(site, arguments, accelerator, internet, hours, before, Path(folder), poll)
+            facts = _push(notebook, arguments, accelerator, internet, hours, before)
             write_json(record, facts)
         with go_on_with(f"make kernel COMP={competition} ARGS=--fetch"):  # another push would train again
-            outage = 0.0 if fetch else OUTAGE_SECONDS
-            follow_notebook(site, facts["kernel"], wait, poll, outage)
-            is_done = _fetch(site, facts, record)
+            notebook.follow(wait, 0.0 if fetch else OUTAGE_SECONDS)
+            is_done = _fetch(notebook, facts, record)
         if not is_done and fetch:
             print(f"the run is not finished: make kernel COMP={competition} with the same flags resumes it")
             return
 
 
-def _fetch(site: Site, facts: dict, record: Path) -> bool:
+def _fetch(notebook: "Notebook", facts: dict, record: Path) -> bool:
     """Fetch the run and its submission if the run is finished, and return whether it is."""
-    facts["checkpoint"] = unfinished(site, facts["kernel"])
+    facts["checkpoint"] = unfinished(notebook.site, notebook.reference)
     write_json(record, facts)
     if facts["checkpoint"]:
         if facts["checkpoint"] == facts.get("resumed"):
             raise UserError(
-                f"https://www.kaggle.com/code/{facts['kernel']} version {facts['version']}: a whole session brought no "
-                "new checkpoint: see its log there"
+                f"{notebook.page} version {facts['version']}: a whole session brought no new checkpoint: see its log"
             )
         print(f"version {facts['version']} has used up its session, the next one resumes the run")
         return False
@@ -98,56 +95,49 @@ def _fetch(site: Site, facts: dict, record: Path) -> bool:
     if table.is_file():
         print(f"fetched before: {table}; delete it to fetch it again")
     else:
-        table = fetch_output(site, facts["kernel"])
-        facts["fetched"] = str(table)
+        facts["fetched"] = str(fetch_output(notebook.site, notebook.reference))
         write_json(record, facts)
     return True
 
 
-def push(
-    site: Site,
-    arguments: Sequence[str],
-    accelerator: str,
-    internet: bool,
-    hours: float,
-    before: dict,
-    folder: Path,
-    poll: float,
+def _push(
+    notebook: "Notebook", arguments: Sequence[str], accelerator: str, internet: bool, hours: float, before: dict
 ) -> dict:
     """Push code and notebook; `before` is the result of the earlier push of an unfinished run, or empty.
 
     An unfinished run is resumed with the code that it was started with, so the code is not uploaded again.
     """
-    source, competition = site.source, site.competition
-    reference = f"{username(site)}/{name_of(competition)}"
-    files = code(competition)
-    pins, version = needed(files), before.get("code")
+    competition, version = notebook.site.competition, before.get("code")
     if not internet and before.get("internet"):
         raise UserError(
             f"--internet off: the run was begun with --internet on, so its code on Kaggle has no wheels: go on with "
             f"--internet on, or delete {runs.RUNS / competition / 'kernel.json'} to begin another run"
         )
-    if not before:
-        files |= {} if internet else wheels(pins.values(), folder / "wheels")
-        version = push_files(site, reference, files, folder, poll)
     metadata = {
         "machine_shape": accelerator,
-        "enable_gpu": "true",
         "enable_internet": str(internet).lower(),
         "kernel_sources": [before["kernel"]] if before else [],
     }
-    text = notebook(name_of(competition), source.slug, competition, arguments, version, pins, internet, 3600 * hours)
-    facts = push_notebook(site, reference, text, metadata, 3600 * hours, folder)
-    words = " ".join(("python -m common train", competition, *arguments))
+    files = code(competition)
+    pins, words, limit = needed(files), ("train", competition, *arguments), 3600 * hours
+    with tempfile.TemporaryDirectory(prefix="kaggle-kernel-") as name:
+        folder = Path(name)
+        if not before:
+            files |= {} if internet else wheels(pins.values(), folder / "wheels")
+            version = notebook.push_files(files, folder)
+        text = written(TRAINING, notebook.site.source.slug, words, version, pins, limit, MARGIN_SECONDS, internet)
+        facts = notebook.push(text, metadata, limit, folder)
     going = f", going on with version {before['version']}" if before else ""
-    print(f"notebook: https://www.kaggle.com/code/{reference} version {facts['version']}: {words}{going}")
-    more = {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
-    more |= {"internet": before.get("internet", internet)}
-    return facts | more | {"pushed": runs.now()}
+    print(f"notebook: {notebook.page} version {facts['version']}: python -m common {' '.join(words)}{going}")
+    facts |= {"code": version, "arguments": list(arguments), "resumed": before.get("checkpoint", "")}
+    return facts | {"internet": before.get("internet", internet), "pushed": runs.now()}
 
 
-def read_record(record: Path) -> dict:
-    """The saved facts about a pushed notebook; a broken record is to be deleted, not the runs beside it."""
+def read_record(record: Path, verb: str) -> dict:
+    """The saved facts about the notebook that `make VERB` pushed; a broken record is to be deleted, not its runs."""
+    if not record.is_file():
+        competition = record.parent.name
+        raise UserError(f"--fetch: no notebook of {competition} was pushed from here: make {verb} COMP={competition}")
     return read_json(record, "kernel", "version", again=f"delete {record} and push the notebook again")
 
 
@@ -165,84 +155,117 @@ def username(site: Site) -> str:
     return found.group(1)
 
 
-def push_files(site: Site, notebook: str, files: Mapping[str, bytes | Path], folder: Path, poll: float) -> str:
-    """Upload the files for the notebook OWNER/NAME as the private data set OWNER/NAME-code; returns their version.
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook at Kaggle, OWNER/NAME, that `make VERB` pushes; `poll` is the first pause of a wait, in seconds."""
 
-    Waits until the notebook can use them.
-    """
-    reference, home = f"{notebook}-code", folder / "code"
-    home.mkdir()
-    version = pack(files, home / ARCHIVE)
-    size = (home / ARCHIVE).stat().st_size
-    title = f"{notebook.partition('/')[2]} code"
-    facts = {"id": reference, "title": title, "licenses": [{"name": "other"}]}
-    write_json(home / "dataset-metadata.json", facts)
-    what = f"uploading the code as {reference}"
-    known = kaggle(site.account, "datasets", "status", reference)
-    if known.status != 0 and not re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
-        raise site.explained(known, what)
-    command = ["create"] if known.status != 0 else ["version", "-m", f"version {version}"]
-    answer = site.told(what, "datasets", *command, "-p", str(home))
-    if "is being created" not in answer.out:  # the program exits 0 even so
-        raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
-    print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
+    site: Site
+    verb: str
+    reference: str
+    poll: float
 
-    def ready() -> str | None:
-        answer = kaggle(site.account, "datasets", "status", reference)
-        return "ready" if answer.status == 0 and "ready" in answer.out.lower() else None
+    @property
+    def name(self) -> str:
+        return self.reference.partition("/")[2]
 
-    if until(ready, f"Kaggle unpacks {reference}", READY_SECONDS, min(poll, 5.0)) is None:
-        raise UserError(
-            f"{reference} is not ready after {READY_SECONDS} s: look at https://www.kaggle.com/datasets/{reference}, "
-            "then repeat the same command"
-        )
-    return version
+    @property
+    def page(self) -> str:
+        return f"https://www.kaggle.com/code/{self.reference}"
 
+    def push_files(self, files: Mapping[str, Path], folder: Path) -> str:
+        """Upload the files for the notebook as the private data set OWNER/NAME-code; returns their version.
 
-def push_notebook(
-    site: Site,
-    reference: str,
-    text: str,
-    metadata: dict,
-    seconds: float,
-    folder: Path,
-    verb: str = "kernel",
-) -> dict:
-    """Push the notebook OWNER/NAME for a session of at most `seconds`; returns its name and version.
+        Waits until the notebook can use them. `folder` is a temporary one, also that of `push`.
+        """
+        site, reference, home = self.site, f"{self.reference}-code", folder / "code"
+        home.mkdir()
+        version = pack(files, home / ARCHIVE)
+        size = (home / ARCHIVE).stat().st_size
+        facts = {"id": reference, "title": f"{self.name} code", "licenses": [{"name": "other"}]}
+        write_json(home / "dataset-metadata.json", facts)
+        what = f"uploading the code as {reference}"
+        known = kaggle(site.account, "datasets", "status", reference)
+        if known.status != 0 and not re.search(r"\b40[34]\b|Not Found|Forbidden|denied", known.text):
+            raise site.explained(known, what)
+        command = ["create"] if known.status != 0 else ["version", "-m", f"version {version}"]
+        answer = site.told(what, "datasets", *command, "-p", str(home))
+        if "is being created" not in answer.out:  # the program exits 0 even so
+            raise UserError(f"{what}: {_error_line(answer)}. See https://www.kaggle.com/datasets/{reference}")
+        print(f"code: private data set {reference}, version {version}, {size / 1e3:,.0f} kB")
 
-    Raises UserError if Kaggle does not accept it.
-    """
-    home, name = folder / "notebook", reference.partition("/")[2]
-    home.mkdir()
-    (home / f"{name}.ipynb").write_text(text)
-    facts = {
-        "id": reference,
-        "title": name,
-        "code_file": f"{name}.ipynb",
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": "true",
-        "enable_tpu": "false",
-        "dataset_sources": [f"{reference}-code"],
-        "competition_sources": [site.source.slug],
-        "model_sources": [],
-    }
-    write_json(home / "kernel-metadata.json", facts | metadata)
-    what, page = f"pushing the notebook {reference}", f"https://www.kaggle.com/code/{reference}"
-    try:
-        answer = site.told(what, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
-    except Transient as failure:
-        reason = str(failure).partition(": repeat the same command")[0]
-        raise UserError(
-            f"{reason}. Kaggle may have accepted it anyway, and a second push runs it a second time: look at {page} "
-            f"first, and if no new version runs there, make {verb} COMP={site.competition} again"
-        ) from failure
-    pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
-    if not pushed or "not valid" in answer.out:  # the program exits 0 in both cases
-        problem = _error_line(answer)
-        rules = f" Accept the rules at {site.source.page}/rules" if "competition sources" in problem else ""
-        raise UserError(f"{what}: {problem}.{rules} See {page}")
-    return {"kernel": reference, "version": int(pushed.group(1))}
+        def is_ready() -> bool:
+            answer = kaggle(site.account, "datasets", "status", reference)
+            return answer.status == 0 and "ready" in answer.out.lower()
+
+        if not until(is_ready, f"Kaggle unpacks {reference}", READY_SECONDS, min(self.poll, 5.0)):
+            raise UserError(
+                f"{reference} is not ready after {READY_SECONDS} s: look at "
+                f"https://www.kaggle.com/datasets/{reference}, then repeat the same command"
+            )
+        return version
+
+    def push(self, text: str, metadata: dict, seconds: float, folder: Path) -> dict:
+        """Push the notebook for a session of at most `seconds` on a GPU; returns its reference and version.
+
+        Raises UserError if Kaggle does not accept it.
+        """
+        site, home = self.site, folder / "notebook"
+        home.mkdir()
+        (home / f"{self.name}.ipynb").write_text(text)
+        facts = {
+            "id": self.reference,
+            "title": self.name,
+            "code_file": f"{self.name}.ipynb",
+            "language": "python",
+            "kernel_type": "notebook",
+            "is_private": "true",
+            "enable_gpu": "true",
+            "enable_tpu": "false",
+            "dataset_sources": [f"{self.reference}-code"],
+            "competition_sources": [site.source.slug],
+            "model_sources": [],
+        }
+        write_json(home / "kernel-metadata.json", facts | metadata)
+        what = f"pushing the notebook {self.reference}"
+        try:
+            answer = site.told(what, "kernels", "push", "-p", str(home), "-t", str(int(seconds)))
+        except Transient as failure:
+            reason = str(failure).partition(": repeat the same command")[0]
+            raise UserError(
+                f"{reason}. Kaggle may have accepted it anyway, and a second push runs it a second time: look at "
+                f"{self.page} first, and if no new version runs there, make {self.verb} COMP={site.competition} again"
+            ) from failure
+        pushed = re.search(r"Kernel version (\d+) successfully pushed", answer.out)
+        if not pushed or "not valid" in answer.out:  # the program exits 0 in both cases
+            problem = _error_line(answer)
+            rules = f" Accept the rules at {site.source.page}/rules" if "competition sources" in problem else ""
+            raise UserError(f"{what}: {problem}.{rules} See {self.page}")
+        return {"kernel": self.reference, "version": int(pushed.group(1))}
+
+    def follow(self, wait: float, outage: float) -> None:
+        """Wait until the notebook has ended successfully; Kaggle may be unreachable for up to `outage` seconds.
+
+        Raises UserError with Kaggle's reason and the end of the log if the notebook failed.
+        """
+        site, reference, said = self.site, self.reference, ""
+
+        def look() -> str | None:
+            nonlocal said
+            answer = site.told(f"asking for the notebook {reference}", "kernels", "status", reference)
+            found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', answer.out)
+            failure = re.search(r'Failure message: "(.*)"', answer.out)
+            said = failure.group(1) if failure else ""
+            return found.group(1) if found and found.group(1) in ENDED else None
+
+        state = until(look, f"running {self.page}", wait, self.poll, outage)
+        if state is None:
+            print(f"the notebook still runs after {wait:,.0f} s")
+            raise UserError(
+                f"{self.page} is not ready: fetch it later with make {self.verb} COMP={site.competition} ARGS=--fetch"
+            )
+        if state != "COMPLETE":
+            last = site.account.hide(end_of_log(site, reference))
+            raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {self.page}")
 
 
 def _error_line(answer: Answer) -> str:
@@ -250,43 +273,11 @@ def _error_line(answer: Answer) -> str:
     return (lines[0] if lines else answer.last_line).rstrip(".")
 
 
-def follow_notebook(site: Site, reference: str, wait: float, poll: float, outage: float, verb: str = "kernel") -> None:
-    """Wait until the notebook has ended successfully; Kaggle may be unreachable for up to `outage` seconds.
-
-    Raises UserError with Kaggle's reason and the end of the log if the notebook failed.
-    """
-    page = f"https://www.kaggle.com/code/{reference}"
-    said = ""
-
-    def look() -> str | None:
-        nonlocal said
-        answer = site.told(f"asking for the notebook {reference}", "kernels", "status", reference)
-        found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', answer.out)
-        failure = re.search(r'Failure message: "(.*)"', answer.out)
-        said = failure.group(1) if failure else ""
-        return found.group(1) if found and found.group(1) in ENDED else None
-
-    state = until(look, f"running {page}", wait, poll, outage)
-    if state is None:
-        print(f"the notebook still runs after {wait:,.0f} s")
-        raise UserError(f"{page} is not ready: fetch it later with make {verb} COMP={site.competition} ARGS=--fetch")
-    if state != "COMPLETE":
-        last = site.account.hide(end_of_log(site, reference))
-        raise UserError(f"the notebook ended with {state} ({said or 'no reason given'}; {last}): see {page}")
-
-
-def submit_version(site: Site, facts: dict, table: Path, poll: float) -> None:
-    """Submit this version of the notebook, unless it was submitted before, and wait for its score."""
-    provenance = sidecar(table)
-    row = ledger.Row(
-        time=runs.now(),
-        file=str(table),
-        sha256=provenance.get("sha256", ""),
-        run=provenance.get("run", ""),
-        commit=f"notebook {facts['kernel']}/{facts['version']}",
-        validation=str(provenance["score"]) if provenance.get("score") is not None else "",
-        message=ledger.tagged(f"{facts['kernel']} version {facts['version']}, code {facts['code']}"),
-    )
+def submit_version(site: Site, facts: dict, poll: float) -> None:
+    """Submit the version of the notebook that `facts` names, unless it was submitted before; waits for the score."""
+    table = Path(facts["table"])
+    message = f"{facts['kernel']} version {facts['version']}, code {facts['code']}"
+    row = Candidate(table, sidecar(table)).row(f"notebook {facts['kernel']}/{facts['version']}", message)
     arguments = ["-k", facts["kernel"], "-v", str(facts["version"]), "-f", "submission.csv"]
     if before := deliver(site, arguments, row, "commit", SCORE_SECONDS, poll):
         print(

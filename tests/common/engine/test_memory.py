@@ -209,7 +209,7 @@ def test_a_buffer_that_is_assigned_is_put_back_too():
 def test_seeds_of_steps_and_ranks_differ():
     assert keyed_seed(0, 0) != keyed_seed(0, 1)
     engines = [make_engine(make_model(), cross_entropy, seed=seed) for seed in (0, 1)]
-    assert engines[0]._first_seed != engines[1]._first_seed
+    assert engines[0].passes.generators._first != engines[1].passes.generators._first
 
 
 STEPS = """

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from common.engine.ranks import SINGLE, Ranks
-from common.fit import MACHINE_COLUMNS, fit
+from common.fit import fit
+from common.fold import MACHINE_COLUMNS
 from common.run import Run
 from tests.common.engine.toys import LOSSES, make_batch, make_model, reference, relative_error
 from tests.common.test_fit import CONFIG, task_of
@@ -159,7 +160,8 @@ def test_alone_everything_is_at_once():
 
 def test_statistics_of_ranks_are_averaged_by_what_they_saw(monkeypatch):
     """The other rank has means 5 and 7 from a single sample, and has counted 9 batches."""
-    monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor + torch.tensor([5.0, 7.0, 1.0]))
+    others = torch.tensor([5.0, 7.0])
+    monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor + (others if tensor.ndim else 1.0))
     monkeypatch.setattr(Ranks, "max_", lambda self, tensor: tensor.clamp(min=9))
     for weight, expected in ((3, [2, 4]), (0, [5, 7])):
         mean, count = torch.tensor([1.0, 3.0]), torch.tensor(5)
@@ -171,7 +173,8 @@ def test_statistics_of_ranks_are_averaged_by_what_they_saw(monkeypatch):
 def test_a_gradient_that_others_sent_lies_in_memory_as_its_weight_does(name, monkeypatch):
     """A rank without samples gets its gradient from the others, and fused kernels ignore its strides."""
     weights, gradient = torch.randn(2, 4, 3, 3, 3)
-    monkeypatch.setattr(Ranks, "sum_", lambda self, flat: flat + torch.cat((gradient.reshape(-1), torch.ones(1))))
+    monkeypatch.setattr(Ranks, "max_", lambda self, present: torch.ones_like(present))
+    monkeypatch.setattr(Ranks, "sum_", lambda self, flat: flat + gradient.reshape(-1))
     found, expected = (
         torch.nn.Parameter(weights.clone().contiguous(memory_format=form))
         for form in (torch.channels_last, torch.contiguous_format)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.batch import Batch
-from common.engine import step as step_module
+from common.engine import passes as passes_module
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
 from common.errors import UserError
@@ -87,7 +87,7 @@ def test_sums_of_large_outputs_are_exact_without_keeping_them(monkeypatch):
     loss.stats = lambda outputs, targets: calls.append(len(outputs)) or stats(outputs, targets)
     few = 37 * (CLASSES + 1) * 8  # bytes of outputs and targets
     for limit, passes in ((few, 1), (few - 1, 2)):
-        monkeypatch.setattr(step_module, "SMALL_BYTES", limit)
+        monkeypatch.setattr(passes_module, "SMALL_BYTES", limit)
         calls.clear()
         make_engine(model, loss, micro_batch=8).gradients(batch, 0)
         assert sum(calls) == 37 * passes
@@ -235,7 +235,7 @@ def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
     engine = make_engine(model, loss, micro_batch=8, seed=5)
     engine.gradients(batch, 3)
     found = gradient_of(model, loss)
-    engine.begin_pass()
+    engine.passes.begin_pass()
     outputs = torch.cat([model(batch.inputs[start : start + 8]) for start in range(0, 32, 8)])
     for parameter in model.parameters():
         parameter.grad = None
@@ -405,7 +405,7 @@ def test_bf16_is_near_and_finite(name):
     engine = make_engine(model, loss, micro_batch=7, precision="bf16")
     engine.gradients(batch, 0)
     assert relative_error(gradient_of(model, loss), expected) < 0.05
-    assert engine.forward(batch.inputs).dtype == torch.float32
+    assert engine.passes.forward(batch.inputs).dtype == torch.float32
 
 
 @every_loss
@@ -454,7 +454,7 @@ def test_fp16_stops_when_no_scale_can_help():
 
 def test_state_is_plain_and_goes_on():
     engine = make_engine(make_model(), RootMeanSquare(), micro_batch="auto", precision="fp16")
-    engine.scale.factor, engine.scale.good_steps, engine.single_sum = 4.0, 7, True
+    engine.scale.factor, engine.scale.good_steps, engine.passes.single_sum = 4.0, 7, True
     engine.micro_batch, engine.limited = 3, True
     state = engine.state_dict()
     assert all(isinstance(value, (str, int, float, bool, type(None))) for value in state.values())
@@ -478,7 +478,7 @@ def test_the_report():
 
 def test_ranks_have_their_own_dropout():
     engines = [make_engine(make_model(), cross_entropy, ranks=Ranks(rank, 2)) for rank in range(2)]
-    assert engines[0]._first_seed != engines[1]._first_seed
+    assert engines[0].passes.generators._first != engines[1].passes.generators._first
 
 
 def test_a_large_batch_in_fp16_does_not_overflow_with_one_sum():

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from common.__main__ import leave
 from common.engine import memory
+from common.engine import ranks as module
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
 from common.errors import UserError
@@ -100,9 +102,10 @@ def trained(ranks: Ranks, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.optim.SGD(make_model().parameters())  # the first optimizer imports torch's compiler, which takes seconds
+    module.PATIENCE = timedelta(minutes=2)
     memory.release = lambda: None  # collecting garbage takes most of the time of so small an example
     try:
-        with Ranks.from_environment(patience_minutes=2) as all_ranks:
+        with Ranks.from_environment() as all_ranks:
             print("met", flush=True)
             for name in sys.argv[1].split(","):
                 place = Path(sys.argv[2]) / name

@@ -26,11 +26,12 @@ from common.kaggle.kernel.notebook import (
     MARGIN_SECONDS,
     OUTPUT,
     STATE,
+    TRAINING,
     VERSION,
     code,
-    notebook,
     pack,
     refuse_what_stays,
+    written,
 )
 from tests.common.kaggle.server import DROP, HANG, SLUG, Reply, archive
 
@@ -128,8 +129,9 @@ def test_fetching_later(kaggle, source, capfd):
 )
 def test_notebooks_that_are_not_taken(kaggle, source, tmp_path, fault, message):
     kaggle.on = {"SaveKernel": fault}
+    notebook = kernels.Notebook(Site("toy", source, find()), "kernel", "someone/kit-toy", poll=0.05)
     with pytest.raises(UserError, match=message) as raised:
-        kernels.push_notebook(Site("toy", source, find()), "someone/kit-toy", '{"cells": []}', {}, 60, tmp_path)
+        notebook.push('{"cells": []}', {}, 60, tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -493,7 +495,7 @@ def machine(tmp_path, trainers):
     working.mkdir()
 
     def run(expected: str = version, words=("--epochs", "3"), seconds: float = 3600.0) -> subprocess.CompletedProcess:
-        document = json.loads(notebook("kit-toy", SLUG, "toy", words, expected, {}, False, seconds))
+        document = json.loads(written(TRAINING, SLUG, ("train", "toy", *words), expected, {}, seconds, MARGIN_SECONDS))
         script = "\n".join("".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code")
         cells = tmp_path / "cells.py"
         cells.write_text(script)

@@ -20,7 +20,7 @@ from common import cli, competition, train
 from common import run as runs
 from common.errors import UserError
 from common.kaggle.kernel import inference
-from common.kaggle.kernel.notebook import code, needed, pack
+from common.kaggle.kernel.notebook import code, needed, pack, written
 from competitions.digit_recognizer.demo import write_demo
 
 COMP, HIDDEN = "digit_recognizer", "segmentation_models_pytorch"  # a module that Kaggle's image lacks
@@ -148,10 +148,12 @@ def pushed(home, machine, offline, monkeypatch, tmp_path):
         files, needed = inference.kit(COMP, [runs.load(COMP, run)], tmp_path / f"wheels of {run}")
         kept = {name: file for name, file in files.items() if leave_out not in name}
         if memory:
-            kept[f"competitions/{COMP}/model.py"] += LIMITED % memory
+            limited, name = tmp_path / "limited.py", f"competitions/{COMP}/model.py"
+            limited.write_bytes(kept[name].read_bytes() + LIMITED % memory)
+            kept[name] = limited
         version = pack(kept, machine.code / "kit.zip")
-        words = ["--run", run, "--threads", "1"]
-        return inference.notebook("kit", "digit-recognizer", COMP, words, version, needed, 3600.0)
+        words = ["predict", COMP, "--run", run, "--threads", "1"]
+        return written(inference.PREDICTION, "digit-recognizer", words, version, needed, 3600.0, 360.0)
 
     return put
 
@@ -212,7 +214,8 @@ def test_runs_that_no_notebook_can_predict_with(kaggle, home, monkeypatch, tmp_p
     assert cli.main(["notebook", COMP, "--run", "two"]) == 1 and "means nothing on Kaggle" in capfd.readouterr().err
     facts.write_text(before)
     Path(f"runs/{COMP}/notebook.json").unlink(missing_ok=True)  # left by another test
-    assert cli.main(["notebook", COMP, "--fetch"]) == 1 and "no such notebook" in capfd.readouterr().err
+    assert cli.main(["notebook", COMP, "--fetch"]) == 1
+    assert f"no notebook of {COMP} was pushed from here: make notebook" in capfd.readouterr().err
     assert kaggle.asked == []
 
 
@@ -253,7 +256,8 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
 
     files, needed = inference.kit(name, [runs.load(name, "one")], tmp_path / "wheels")
     version = pack(files, machine.code / "kit.zip")
-    done = machine.run(inference.notebook("kit", loaded.source.slug, name, words, version, needed, 3600.0))
+    words = ["predict", name, *words]
+    done = machine.run(written(inference.PREDICTION, loaded.source.slug, words, version, needed, 3600.0, 360.0))
     assert done.returncode == 0, done.stderr
     found = (machine.working / "submission.csv").read_text()
     lost = [row for row in rows if row.startswith((images[0], images[-1]))]
@@ -263,7 +267,7 @@ def test_damaged_and_missing_images_do_not_keep_the_notebook_from_a_file(
     told = next(line for line in done.stdout.splitlines() if "the sample submission's values" in line)
     assert told.startswith(f"{len(ids)} of {len(rows)} rows") and f"{damaged} " in told
     assert missing.stem in told and "cannot be opened (No such file" in told
-    assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words]) == 0
+    assert cli.main(["predict", name, "--data", str(machine.data), "--fallback", *words[2:]]) == 0
     assert found == Path(f"submissions/{name}/one.csv").read_text()
 
 

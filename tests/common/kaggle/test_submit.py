@@ -250,7 +250,7 @@ def test_a_submission_that_cannot_be_scored_gives_kaggles_reason(kaggle, module)
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ({"PUT": Reply(403)}, "the upload failed .Could not submit to competition.*nothing was submitted"),
+        ({"PUT": Reply(403)}, "the upload failed .Could not submit to competition.*It did not arrive: Kaggle does not"),
         ({"PUT": Reply(503)}, "the upload failed .Could not submit to competition"),
         ({"CreateSubmission": Reply(400, "Submission not allowed: wrong file name")}, "wrong file name"),
         (
@@ -286,7 +286,13 @@ def test_a_number_in_kaggles_reason_is_not_taken_for_a_status(kaggle, module, nu
 
 @pytest.mark.parametrize(
     "message",
-    ["--best", 'größe 🎉 of https://host/run?sweep=1, "quoted", [kit-000000000000] \\', "=1+1", "long " * 200],
+    [
+        "--best",
+        'größe 🎉 of https://host/run?sweep=1, "quoted", [kit-000000000000] \\',
+        'https://host/run?name="quoted"',
+        "=1+1",
+        "long " * 200,
+    ],
 )
 def test_a_message_is_sent_and_found_as_it_was_typed(kaggle, module, message):
     written()

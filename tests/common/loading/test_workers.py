@@ -317,4 +317,4 @@ def test_a_worker_killed_for_want_of_shared_memory_is_told():
         yield
 
     with pytest.raises(UserError, match="shared memory is full: use --workers 0.*--shm-size"):
-        stream.Stream([]).answered_by(broken()).receive()
+        stream.Stream(broken(), print).receive()

@@ -10,8 +10,9 @@ import torch
 
 from common import checkpoint, competition, submission
 from common import run as runs
-from common.config import Parser, add_prediction_flags, checked, with_flags
+from common.config import add_prediction_flags, checked, with_flags
 from common.errors import UserError
+from common.flags import Parser
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses import batch_value, kind
@@ -495,7 +496,7 @@ def test_plots(raw, tmp_path):
     (tmp_path / "oof_ids.txt").write_text("".join(f"{files.ids[row]}\n" for row in held))
     tuned = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
     result = {"score": 0.3, "metrics": {"f2": 0.31}, "tuned": tuned, "training_seconds": 1.0}
-    run.write_json("result.json", result)
+    run.write_result(result)
     page = Report(tmp_path, "test")
     plots.report(run, page, files, embedding, built(raw).postprocess.apply)
     page = page.write().read_text()
