@@ -9,7 +9,6 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,16 +80,10 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
                 raise Unsafe(f"{archive.name}: {nested[0]} is nested in {DEEPEST_NESTING} archives: unpack it by "
                              f"hand and pass DATA=/path/to/folder")  # fmt: skip
             for name in nested:
-                inner = folder / name
                 holder = folder / f".{secrets.token_hex(8)}"  # its content may have the archive's own name
-                inner.rename(holder)
-                place = _place(holder, PurePosixPath(name))
-                for inside, entry in _unpack_one(holder, folder, place, budget, shown=name).items():
-                    if inside != name and inside in entries:
-                        raise Unsafe(f"{archive.name}: {inside} exists as a file and again in {name}")
-                    entries[inside] = entry
-                if not (folder / name).is_file():
-                    del entries[name]
+                (folder / name).rename(holder)
+                del entries[name]
+                entries |= _unpack_one(holder, folder, _place(holder, PurePosixPath(name)), budget, shown=name)
                 holder.unlink()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -177,17 +170,11 @@ def _unpack_one(
         _make_folder(Path(parent), folder, shown)
 
     # A free thread takes the largest file that is left: one large table takes as long as a thousand images.
-    waiting = deque(sorted(targets.items(), key=lambda item: -item[1].file_size))
+    waiting = iter(sorted(targets.items(), key=lambda item: -item[1].file_size))  # one for all threads
 
     def work(_: int) -> dict[str, Entry]:
-        done = {}
         with opened(archive, shown) as stream:  # one handle per thread: threads would wait for a shared one
-            while True:
-                try:
-                    name, member = waiting.popleft()
-                except IndexError:
-                    return done
-                done[name] = _extract(stream, member, folder / name, shown)
+            return {name: _extract(stream, member, folder / name, shown) for name, member in waiting}
 
     with ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(work, range(min(THREADS, len(targets)))))
@@ -256,7 +243,7 @@ def _extract(stream: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sho
                 digest.update(chunk)
                 out.write(chunk)
     except FileExistsError as error:
-        raise Unsafe(f"{shown}: {member.filename} appears twice") from error
+        raise Unsafe(f"{shown}: {member.filename} exists already as a file, or appears twice") from error
     if size != member.file_size:
         raise Damaged(f"{shown}: {member.filename} has {size} bytes, expected {member.file_size}")
     return Entry(size, digest.hexdigest())

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from common.batch import Tree, map_tree
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.loading.collate import as_tensors
 from common.metrics import Metric
 
@@ -233,7 +233,7 @@ def stacked(model: Any, targets: np.ndarray) -> Choose:
         try:
             fitted = clone(model).fit(features(members), np.asarray(targets)[rows])
         except ValueError as error:  # one class alone, or targets that nobody knows
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"a stack cannot be fitted to these targets ({reason}): use another --by") from error
         if not hasattr(fitted, "predict_proba"):
             return lambda others: fitted.predict(features(others)).reshape(others.shape[1:])

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 if TYPE_CHECKING:  # make's own checks run before anything is installed
     import numpy as np
@@ -128,19 +128,20 @@ def _is_at(path: Path, stream: IO) -> bool:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
-    """Only one process at a time is inside the block for a `folder`; yields False where the file system has no locks.
+def alone_in(folder: Path, drafts: str) -> Iterator[None]:
+    """Only one process at a time is inside the block for a `folder`; it first deletes the drafts of killed ones.
 
-    Locks the folder itself, so no lock file is left behind. The lock ends with the process, however that ends.
+    `drafts` is their pattern. Locks the folder itself, so no lock file is left behind. The lock ends with the process,
+    however that ends. Where the file system has no locks, processes are not kept apart, and no drafts are deleted.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        alone = True
-    except OSError:
-        alone = False
-    try:
-        yield alone
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for left in folder.glob(drafts):
+                remove = shutil.rmtree if left.is_dir() else os.unlink
+                remove(left)
+        yield
     finally:
         os.close(descriptor)
 
@@ -270,7 +271,7 @@ def write_with(path: Path, writer: Callable[[IO], None]) -> None:
             writer(stream)
         except RuntimeError as error:  # torch.save reports a full disk as a RuntimeError of its zip writer
             full = shutil.disk_usage(path.parent).free < NO_ROOM
-            reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+            reason = os.strerror(errno.ENOSPC) if full else first_line(error)
             raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error
 
 

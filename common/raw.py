@@ -1,6 +1,5 @@
 """The raw data of a competition: a folder or the archive as it was downloaded, or demo data."""
 
-import copy
 import csv
 import hashlib
 import io
@@ -9,7 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import chain
@@ -75,9 +74,7 @@ class RawData:
         For files without influence on the training, such as the sample submission: a run can be resumed after one of
         them was corrected.
         """
-        other = copy.copy(self)
-        object.__setattr__(other, "_opened", {})
-        return other
+        return replace(self, _opened={})
 
     def names(self) -> list[str]:
         """Sorted names of all files, relative to the data, also in linked folders.
@@ -105,10 +102,9 @@ class RawData:
         else:
             if (self.path / name).is_file():
                 return name
-            folder = (self.path / name).parent
-            there = [folder / own for own in os.listdir(folder)] if folder.is_dir() else []
-            alike = [own for own in there if own.name.lower() == Path(name).name.lower() and own.is_file()]
-            alike = [str(own.relative_to(self.path)) for own in alike]
+            folder, last = (self.path / name).parent, Path(name).name.lower()
+            there = folder.iterdir() if folder.is_dir() else ()
+            alike = [str(own.relative_to(self.path)) for own in there if own.name.lower() == last and own.is_file()]
         if len(alike) > 1:
             raise UserError(f"{self.path} has no {name}, but {' and '.join(sorted(alike))}: remove or rename one")
         return alike[0] if alike else None
@@ -179,48 +175,34 @@ class RawData:
         Raises UserError when it reaches a quote that is not closed: its cell would take in all rows after it.
         """
         lines = io.StringIO(self.text(name), newline="")  # a quoted cell may hold line breaks
-        reader = csv.reader(chain(lines, [END]))
-
-        def found() -> Iterator[tuple[int, list[str]]]:
-            line = 1
-            for row in reader:
-                if row == [END]:
-                    return
-                if row and row[-1].endswith(END):
-                    raise UserError(
-                        f"{self.path}/{name} line {line}: a quote opens here and is not closed: mend the file, or get "
-                        f"it again with make data COMP={self.competition}"
-                    )
-                if row:
-                    yield reader.line_num, row
-                line = reader.line_num + 1
-
-        return found()
+        reader, line = csv.reader(chain(lines, [END])), 1
+        for row in reader:
+            if row == [END]:
+                return
+            if row and row[-1].endswith(END):
+                raise UserError(
+                    f"{self.path}/{name} line {line}: a quote opens here and is not closed: mend the file, or get "
+                    f"it again with make data COMP={self.competition}"
+                )
+            if row:
+                yield reader.line_num, row
+            line = reader.line_num + 1
 
     def folder(self) -> Path:
         """A folder that holds the files; an archive is unpacked once into the cache."""
         if self._archive is None:
             return self.path
-        target = self.cache / f"unpacked-{self.cache_key()[:16]}"
+        found = self.path.stat()
+        key = f"{self.path.resolve()} {found.st_size} {found.st_mtime_ns}"
+        target = self.cache / f"unpacked-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not target.is_dir():
-            with alone_in(self.cache) as alone:
-                for left in self.cache.glob(".unpacked-*.part") if alone else ():  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                try:
+            try:
+                with alone_in(self.cache, ".unpacked-*.part"):
                     if not target.is_dir():
                         unpack(self.path, target)
-                except Damaged as error:
-                    raise UserError(
-                        f"{self.path}: {error}: {self._again}, or pass DATA=/path/to/folder-or-zip"
-                    ) from error
+            except Damaged as error:
+                raise UserError(f"{self.path}: {error}: {self._again}, or pass DATA=/path/to/folder-or-zip") from error
         return target
-
-    def cache_key(self, *names: str) -> str:
-        """Cheap key of the files as they are on disk (path, size, time), for caches beside the data."""
-        own = [self._own_name(name) or name for name in names] if self._archive is None else [""]
-        files = [self.path / name for name in own]
-        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return hashlib.sha256(repr((facts, names)).encode()).hexdigest()
 
     def opened_fingerprint(self) -> str:
         """sha256 over names and contents of the files opened so far, in whatever order they were opened.
@@ -366,21 +348,12 @@ def _demo(competition: str, write_demo: Callable[[Path], None]) -> Path:
     Raises UserError when the disk is full or when `write_demo` writes nothing; on any error no files are left.
     """
     folder, source = DATA / "demo" / competition, COMPETITIONS / competition / "demo.py"
-    made_by = sha256(source) if source.is_file() else ""
-
-    def is_there() -> bool:
-        stamp = folder / MADE_BY
-        return bool(visible(folder)) and made_by in ("", stamp.read_text() if stamp.is_file() else None)
-
-    if is_there():
-        return folder
+    made_by, stamp = sha256(source) if source.is_file() else "", folder / MADE_BY
     draft = folder.with_name(f"{competition}.{os.getpid()}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder.parent) as alone:
-            for left in folder.parent.glob(f"{competition}.*.part") if alone else ():  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            if is_there():  # another process was faster
+        with alone_in(folder.parent, f"{competition}.*.part"):
+            if visible(folder) and made_by in ("", stamp.read_text() if stamp.is_file() else None):
                 return folder
             draft.mkdir()
             write_demo(draft)

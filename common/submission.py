@@ -7,12 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, some
-from common.files import NUMBER, replacing, sha256, write_json
+from common.files import NUMBER, number_in, replacing, sha256, write_json
 from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
@@ -131,7 +131,7 @@ class Sample:
                 return f"has the value {','.join(values)}, expected a finite number in {column} as in the sample"
             if column in self.truths and value.lower() not in TRUTHS:
                 return f"has the value {','.join(values)}, expected True or False in {column} as in the sample"
-            if not _is_word(value) and not math.isfinite(float(value)):
+            if (number := number_in(value)) is not None and not math.isfinite(number):
                 return f"has the value {','.join(values)}, which is not finite in {column}"
         return None
 
@@ -148,15 +148,6 @@ def sidecar(path: Path) -> dict[str, Any]:
 def is_number(cell: str) -> bool:
     """Whether every reader of the CSV takes the cell for a finite number; Python alone takes 1_000 for one."""
     return NUMBER.fullmatch(cell.strip(" ")) is not None and math.isfinite(float(cell))
-
-
-def _is_word(value: str) -> bool:
-    """Whether the value is neither a number nor NaN: then the competition's own check decides about it."""
-    try:
-        float(value)
-    except ValueError:
-        return True
-    return False
 
 
 def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | None:
@@ -211,10 +202,8 @@ def check(path: Path, sample: Sample, valid: Validator | None = None) -> int:
 
     try:
         with open(path, newline="", encoding="utf-8") as stream:
-            for fault in faults(counted(csv.reader(stream)), sample, valid):
+            for fault in islice(faults(counted(csv.reader(stream)), sample, valid), OFFENDERS):
                 found.append(fault)
-                if len(found) == OFFENDERS:
-                    break
     except (UnicodeDecodeError, csv.Error) as error:
         found.append(f"after line {count}: not readable as a CSV in UTF-8 ({error})")
     if found:

@@ -29,7 +29,7 @@ from common import raw
 from common import run as runs
 from common.competition import Competition
 from common.config import Config
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, first_line
 from common.files import locked, read_json, read_table
 from common.flags import to_json
 from common.task import completed
@@ -125,7 +125,7 @@ def _told_of(database: Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(
             f"{database} cannot be read or written ({reason}): free disk space and repeat the same command, restore "
             f"a complete copy, or delete it to start its searches anew"

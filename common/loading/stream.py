@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.loading import worker
 from common.loading.worker import Answer, Key, Piece, Reader
 
@@ -36,7 +36,7 @@ class Stream:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            reason, remedy = str(error).splitlines()[0], "use fewer --workers or a smaller --batch-size"
+            reason, remedy = first_line(error), "use fewer --workers or a smaller --batch-size"
             if "Bus error" in reason:
                 remedy = "shared memory is full: use --workers 0, or a container with a larger --shm-size"
             raise UserError(

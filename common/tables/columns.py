@@ -1,9 +1,7 @@
 """The kinds of columns in a CSV file, and the search for invalid cells."""
 
-import io
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -31,11 +29,6 @@ class Column:
     def is_whole(self) -> bool:
         return not self.is_text and np.dtype(self.dtype).kind in "iu"
 
-    @property
-    def read_as(self) -> str:
-        """The dtype to parse as, wide enough for `wrong` to see numbers out of range."""
-        return "int64" if self.is_whole and np.dtype(self.dtype).itemsize < 8 and wraps() else self.dtype
-
     def __str__(self) -> str:
         """What is expected of a cell, in words."""
         if self.is_text:
@@ -44,45 +37,27 @@ class Column:
         between = f" from {low}" * bool(low) + f" to {high}" * bool(high)
         return f"a{' whole' if self.is_whole else ''} number{between}{', or nothing' if self.blank else ''}"
 
-    def wrong(self, cells: pd.Series) -> np.ndarray:
-        """Which cells, parsed to this column's dtype, are invalid: bool [n]."""
+    def parsed(self, texts: pd.Series) -> tuple[pd.Series, np.ndarray]:
+        """The cells in this column's dtype, and which of them are invalid: bool [n]."""
         if self.is_text:
-            if self.blank:
-                return np.zeros(len(cells), bool)
-            if self.dtype == "category":
-                return (cells.cat.categories == "")[cells.cat.codes]
-            return (cells == "").to_numpy(bool)
-        numbers = cells.to_numpy()
-        if self.is_whole:
-            return (numbers < self.low) | (numbers > self.high)
-        missing = np.isnan(numbers)
-        inside = np.isfinite(numbers) & (numbers >= self.low) & (numbers <= self.high)
-        return ~inside & ~missing if self.blank else ~inside
-
-    def wrong_texts(self, texts: pd.Series) -> np.ndarray:
-        """Which cells, as texts, are invalid, including those that are no numbers at all: bool [n]."""
-        if self.is_text:
-            return self.wrong(texts.astype(self.dtype))
+            return texts.astype(self.dtype), (texts == "").to_numpy(bool) & (not self.blank)
         found = numbers(texts)
-        wrong = Column("float64", self.low, self.high, self.blank).wrong(found)
         if self.is_whole:
-            return wrong | ~texts.str.fullmatch(r"-?[0-9]+").to_numpy(bool)
-        return wrong | (found.isna() & ~texts.isin(NO_NUMBER)).to_numpy(bool)
-
-
-@cache
-def wraps() -> bool:
-    """Whether this pandas reads 256 as 0 in uint8: 2.2 does, later versions do not."""
-    try:
-        return len(pd.read_csv(io.StringIO("cell\n256\n"), dtype="uint8")) == 1
-    except (ValueError, OverflowError):
-        return False
+            wrong = ~(found.between(self.low, self.high) & texts.str.fullmatch(r"-?[0-9]+"))
+            found = texts.mask(wrong, "0")  # a float64 does not hold every whole number
+            return found.astype(self.dtype), wrong.to_numpy(bool)
+        with np.errstate(over="ignore"):  # 1e39 is infinite in float32
+            found = found.astype(self.dtype)
+        wrong = ~(found.between(self.low, self.high) & np.isfinite(found))
+        if self.blank:
+            wrong &= ~texts.isin(NO_NUMBER)
+        return found, wrong.to_numpy(bool)
 
 
 def numbers(texts: pd.Series) -> pd.Series:
     """Parse texts to float64: NaN if a text is no number, 1 and 0 for True and False as in pandas."""
-    kept = texts.where(~texts.isin(NO_NUMBER))
-    return kept.map(TRUTHS).fillna(pd.to_numeric(kept, errors="coerce")).astype(float)
+    found = pd.to_numeric(texts, errors="coerce").astype(float)
+    return found.fillna(texts[found.isna()].map(TRUTHS))
 
 
 def text(blank: bool = False, category: bool = False) -> Column:

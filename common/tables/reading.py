@@ -3,8 +3,10 @@
 pandas alone takes the first cells of too long rows for an index, and does not report where a cell is invalid.
 """
 
+import codecs
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +19,12 @@ from pandas.api.types import union_categoricals
 from common.archive import DAMAGED
 from common.errors import UserError, some
 from common.raw import RawData
-from common.tables.columns import NO_NUMBER, Column, as_column, numbers
+from common.tables.columns import NO_NUMBER, Column, as_column
 
 BYTES_AT_ONCE = 1 << 23  # few enough for the distinct cells to stay in the processor cache, and for the memory
 SHOWN = 30  # characters of a cell or a name in a message
-BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-IN_WHOLE_NUMBERS = np.zeros(256, bool)
-IN_WHOLE_NUMBERS[list(b'0123456789-,"\n')] = True
+BLANK = re.compile(r"[ \t]+")  # a line that pandas skips
+IN_WHOLE_NUMBERS = b'0123456789-,"\n'
 
 Columns = Mapping[str, Column | type]
 Others = Literal["keep", "drop", "refuse"]
@@ -52,20 +53,18 @@ def read(
     too many cells, a text among numbers, NaN, infinite, out of range, blank, or a repeated id.
     """
     found = list(parts(raw, name, columns, others=others, header=header, blank_lines=blank_lines))
-    again = _File(raw, name).again
+    file = _File(raw, name)
     if not found:
-        raise UserError(f"{raw.path}/{name} has no rows: {again}")
-    for column in found[0].columns[found[0].dtypes == "category"]:  # else pd.concat would make texts of them
-        every = union_categoricals([part[column] for part in found], sort_categories=True).categories
-        for part in found:
-            part[column] = part[column].cat.set_categories(every)
+        raise UserError(f"{file.where} has no rows: {file.again}")
     table = pd.concat(found) if len(found) > 1 else found[0]
+    for column in found[0].columns[found[0].dtypes == "category"]:  # pd.concat makes texts of them
+        table[column] = union_categoricals([part[column] for part in found], sort_categories=True)
     if id is not None and (twice := table[id].duplicated()).any():
         line = table.index[np.argmax(twice)]
         value = table[id][line]
         first = table.index[np.argmax(table[id] == value)]
         raise UserError(
-            f"{raw.path}/{name} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {again}"
+            f"{file.where} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {file.again}"
         )
     return table if lines else table.reset_index(drop=True)
 
@@ -107,18 +106,15 @@ def _blocks(file: "_File", stream: BinaryIO, at_once: int) -> Iterator[bytes]:
         except (*DAMAGED, OSError) as error:
             raise UserError(f"{file.where} is damaged ({error}): {file.again}") from error
 
-    rest, line, encoding = taken(4), 1, "utf-8"
-    for mark, marked in BYTE_ORDER_MARKS.items():
-        if rest.startswith(mark):
-            encoding, rest = marked, rest if marked == "utf-16" else rest.removeprefix(mark)
-    at_once, ended = -1 if encoding == "utf-16" else at_once, False
+    rest, line, ended = taken(4), 1, False
+    if rest.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        rest = file.decoded(rest + taken(-1), "utf-16", 1).encode()
+    rest = rest.removeprefix(codecs.BOM_UTF8)
     while not ended:
         more = taken(at_once)
         block, ended = rest + more, at_once < 0 or len(more) < at_once
         if b'"' in block and not ended:  # a quoted cell may hold a line end
             block, ended = block + taken(-1), True
-        if encoding == "utf-16":
-            block = file.decoded(block, encoding, 1).encode()
         if block.endswith(b"\r"):
             block += taken(1)
         if b"\r" in block:
@@ -166,23 +162,23 @@ class _File:
         found = next(csv.reader([head.decode()]), [])
         if not any(found):
             raise UserError(f"{self.where} is empty or begins with a blank line; expected {self._header}: {self.again}")
+        is_strict, count = self.others == "refuse", len(self.columns)
         missing = [name for name in self.columns if name not in found]
-        extra = [name for name in found if name not in self.columns] if self.others == "refuse" else []
-        twice = [name for name, count in Counter(found).items() if count > 1 and name.strip()]
+        extra = [name for name in found if name not in self.columns] if is_strict else []
+        twice = [name for name, times in Counter(found).items() if times > 1 and name.strip()]
         near = {_plain(name): name for name in found}
         renamed = [f"{_cut(near[_plain(name)])!r} for {name}" for name in missing if _plain(name) in near]
         separator = next((mark for mark in (";", "\t") if len(found) == 1 and mark in found[0]), None)
-        many = self.others == "refuse" and len(found) > 9
         facts = [
-            f"{len(found)} columns, expected {len(self.columns)}" if extra or many and missing else "",
+            f"{len(found)} columns, expected {count}" if is_strict and len(found) != count else "",
             f"its cells are separated by {separator!r}, not by commas" if separator else "",
             f"missing: {_some(missing)}" if missing else "",
-            f"spelt differently: {', '.join(renamed[:3])}" if renamed else "",
-            f"not expected: {_some(extra)}" if extra or missing and len(found) > 9 and self.others == "refuse" else "",
+            f"spelt differently: {some(renamed)}" if renamed else "",
+            f"not expected: {_some(extra)}" if extra else "",
             f"more than once: {_some(twice)}" if twice else "",
         ]
         told = "; ".join(fact for fact in facts if fact)
-        if not told and self.others == "refuse" and found != list(self.columns):
+        if not told and is_strict and found != list(self.columns):
             told = "the columns are in another order"
         if told:
             build = "name the file's columns in task.py, or " * bool(missing)
@@ -202,20 +198,19 @@ class _File:
         kept = list(places.values())
         if self.others == "keep":
             kept += [place for place, name in enumerate(names) if name not in places]
-        labels = [*names, *[""] * spare]
         options = {
             "header": None,
-            "names": range(len(labels)),
+            "names": range(len(names) + spare),
             "usecols": kept,
             "keep_default_na": False,
             "low_memory": False,
         }
         typed = {places[name]: column for name, column in self.columns.items()}
-        frame = self._parsed(block, typed, options)
+        frame = _whole_numbers(block, typed, options)
         if frame is None or len(frame) != len(lines):
-            raise UserError(self._fault(block, typed, names, lines, options))
+            frame = self._parsed(block, typed, names, lines, options)
         frame = frame[kept]
-        frame.columns = [labels[place] or f"column {place + 1}" for place in kept]
+        frame.columns = [names[place] or f"column {place + 1}" for place in kept]
         frame.index = lines
         return frame
 
@@ -226,71 +221,70 @@ class _File:
         """
         if (rows := _equal_rows(block, expected)) is not None:
             return line + np.arange(rows), 0
-        cells, blank, ends, lines = _quoted_rows(block) if b'"' in block else _plain_rows(block)
-        if not self.blank_lines and blank[: len(blank) - _blank_tail(blank)].any():
-            raise UserError(f"{self.where} line {line + lines[np.argmax(blank)]} is blank: {self.again}")
-        cells, ends, lines = cells[~blank], ends[~blank], lines[~blank] + line
-        if len(cells) and (cells == expected + 1).all() and ends.all():
-            return lines, 1
-        if (wrong := np.flatnonzero(cells != expected)).size:
-            row = int(wrong[0])
-            raise UserError(f"{self.where} line {lines[row]} has {cells[row]} cells, expected {expected}: {self.again}")
-        return lines, 0
+        lines, cells, all_end_blank = [], [], True
+        reader, start, blank_line = csv.reader(io.StringIO(block.decode(), newline="")), line, None
+        for row in reader:
+            if not row or (len(row) == 1 and BLANK.fullmatch(row[0])):
+                blank_line = blank_line or start
+            else:
+                if blank_line and not self.blank_lines:  # those at the end of the file are no rows
+                    raise UserError(f"{self.where} line {blank_line} is blank: {self.again}")
+                lines.append(start)
+                cells.append(len(row))
+                all_end_blank = all_end_blank and not row[-1]
+            start = line + reader.line_num
+        spare = int(all_end_blank and set(cells) == {expected + 1})
+        for row_line, count in zip(lines, cells, strict=True):
+            if count != expected + spare:
+                raise UserError(f"{self.where} line {row_line} has {count} cells, expected {expected}: {self.again}")
+        return np.array(lines, int), spare
 
-    def _parsed(self, block: bytes, typed: Mapping[int, Column], options: dict) -> pd.DataFrame | None:
-        """The block parsed by pandas, or None if a cell is invalid in its column."""
-        only_whole = len(typed) == len(options["usecols"]) and all(column.is_whole for column in typed.values())
-        if only_whole and not IN_WHOLE_NUMBERS[np.frombuffer(block, np.uint8)].all():
-            return None  # pandas would take 7.0, +7 and 1e2 for whole numbers
-        as_text = {} if only_whole else {place: column for place, column in typed.items() if column.is_whole}
-        dtypes = {place: "str" if place in as_text else column.read_as for place, column in typed.items()}
-        blanks = {place: [] if column.is_text or column.is_whole else NO_NUMBER for place, column in typed.items()}
-        blanks |= {place: NO_NUMBER for place in options["usecols"] if place not in typed}
-        try:
-            try:
-                frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
-            except ValueError:  # a column of numbers may hold True and False beside blanks
-                as_text |= {place: column for place, column in typed.items() if not column.is_text}
-                dtypes, blanks = dtypes | dict.fromkeys(as_text, "str"), blanks | dict.fromkeys(as_text, [])
-                frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
-            for place, column in as_text.items():
-                if column.wrong_texts(frame[place]).any():
-                    return None
-                frame[place] = (frame[place] if column.is_whole else numbers(frame[place])).astype(column.dtype)
-        except (ValueError, OverflowError):  # pandas does not report where
-            return None
-        if any(column.wrong(frame[place]).any() for place, column in typed.items()):
-            return None
-        narrow = {place: column.dtype for place, column in typed.items() if frame[place].dtype != column.dtype}
-        return frame.astype(narrow) if narrow else frame
-
-    def _fault(
+    def _parsed(
         self, block: bytes, typed: Mapping[int, Column], names: list[str], lines: np.ndarray, options: dict
-    ) -> str:
-        """The error message for the first invalid cell; parses the block once more, as texts."""
+    ) -> pd.DataFrame:
+        """The block parsed as texts, and those in the dtypes of their columns; raises UserError for invalid cells."""
+        dtypes = {place: "category" if column.dtype == "category" else "str" for place, column in typed.items()}
+        blanks = {place: [] if place in typed else NO_NUMBER for place in options["usecols"]}
         try:
-            texts = pd.read_csv(io.BytesIO(block), dtype="str", na_filter=False, **options)
-        except ValueError as error:
+            frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+            if len(frame) != len(lines):
+                raise ValueError(f"it is no table from line {lines[0] if len(lines) else 1} on")
+            faults = []
+            for place, column in typed.items():
+                texts = frame[place]
+                frame[place], wrong = column.parsed(texts)
+                if wrong.any():
+                    row = int(wrong.argmax())
+                    faults.append((row, place, texts[row]))
+        except (ValueError, OverflowError) as error:
             if "EOF inside string" in str(error):  # the cell takes the rest of the file, so its row is the last
-                return f"{self.where} line {lines[-1]}: a quote opens here and is not closed: {self.again}"
-            return f"{self.where} cannot be read ({str(error).strip()}): {self.again}"
-        alike: dict[Column, list[int]] = {}  # checked at once: hundreds of columns one by one take seconds
-        for place in sorted(typed):
-            alike.setdefault(typed[place], []).append(place)
-        first = None
-        for column, places in alike.items():
-            wrong = np.flatnonzero(column.wrong_texts(pd.Series(texts[places].to_numpy().ravel(), dtype="str")))
-            if wrong.size:
-                row, of = divmod(int(wrong[0]), len(places))
-                first = min(first or (row, places[of], column), (row, places[of], column), key=lambda it: it[:2])
-        if first is None or len(texts) != len(lines):
-            return f"{self.where} cannot be read as a table from line {lines[0] if len(lines) else 1} on: {self.again}"
-        row, place, column = first
-        cell = texts[place][row]
-        return f"{self.where} line {lines[row]}, column {names[place]}: {_cut(cell)!r}, expected {column}: {self.again}"
+                raise UserError(
+                    f"{self.where} line {lines[-1]}: a quote opens here and is not closed: {self.again}"
+                ) from error
+            raise UserError(f"{self.where} cannot be read ({str(error).strip()}): {self.again}") from error
+        if faults:
+            row, place, cell = min(faults)
+            raise UserError(
+                f"{self.where} line {lines[row]}, column {names[place]}: {_cut(cell)!r}, expected {typed[place]}: "
+                f"{self.again}"
+            )
+        return frame
 
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # cells, is blank, last cell is blank, line from 0: [n]
+def _whole_numbers(block: bytes, typed: Mapping[int, Column], options: dict) -> pd.DataFrame | None:
+    """The block parsed as whole numbers, which is fast; None if there is anything else in it."""
+    if len(typed) < len(options["usecols"]) or not all(column.is_whole for column in typed.values()):
+        return None
+    if block.translate(None, IN_WHOLE_NUMBERS):  # pandas would take 7.0, +7 and 1e2
+        return None
+    try:
+        frame = pd.read_csv(io.BytesIO(block), dtype="int64", **options)
+    except (ValueError, OverflowError):
+        return None
+    cells, kinds = frame[list(typed)].to_numpy(), typed.values()
+    if (cells < [kind.low for kind in kinds]).any() or (cells > [kind.high for kind in kinds]).any():
+        return None
+    return frame.astype({place: column.dtype for place, column in typed.items()})
 
 
 def _equal_rows(block: bytes, cells: int) -> int | None:
@@ -299,41 +293,10 @@ def _equal_rows(block: bytes, cells: int) -> int | None:
         return None
     text = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
     marks = text[np.flatnonzero((text == ord(",")) | (text == ord("\n")))]
-    if len(marks) % cells or not (marks[cells - 1 :: cells] == ord("\n")).all():
+    if len(marks) % cells:
         return None
-    return len(marks) // cells if np.count_nonzero(marks == ord("\n")) == len(marks) // cells else None
-
-
-def _plain_rows(block: bytes) -> Rows:
-    """The rows of a block without quotes."""
-    text = np.frombuffer(block.removesuffix(b"\n"), np.uint8)
-    if not len(text):
-        return np.ones(1, int), np.ones(1, bool), np.ones(1, bool), np.zeros(1, int)
-    breaks = np.flatnonzero(text == ord("\n"))
-    starts, stops = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [len(text)]])
-    filled = stops > starts
-    cells, shown = np.ones(len(starts), np.int64), np.zeros(len(starts), bool)
-    own = np.flatnonzero(filled)
-    if own.size:
-        cells[own] += np.add.reduceat(text == ord(","), starts[own], dtype=np.int64)
-        shown[own] = np.logical_or.reduceat(text > ord(" "), starts[own]) if (cells[own] == 1).any() else True
-    return cells, ~shown, text[stops - 1] == ord(","), np.arange(len(starts))
-
-
-def _quoted_rows(block: bytes) -> Rows:
-    """The rows of a block with quotes, in which commas and line ends are text."""
-    rows, found = csv.reader(io.StringIO(block.decode(), newline="")), []
-    line = 0
-    for row in rows:
-        found.append((len(row), not row or (len(row) == 1 and row[0].isspace()), not row or not row[-1], line))
-        line = rows.line_num
-    cells, blank, ends, lines = (np.array(part) for part in zip(*found, strict=True))
-    return cells, blank, ends, lines
-
-
-def _blank_tail(blank: np.ndarray) -> int:
-    """How many rows at the end are blank."""
-    return int(np.argmin(blank[::-1])) if not blank.all() else len(blank)
+    breaks = marks.reshape(-1, cells) == ord("\n")
+    return len(breaks) if breaks[:, -1].all() and breaks.sum() == len(breaks) else None
 
 
 def _plain(name: str) -> str:

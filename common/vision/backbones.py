@@ -123,8 +123,8 @@ class MaskNet(nn.Module):
         super().__init__()
         names = smp.encoders.get_encoder_names()
         if encoder not in names and not (encoder.startswith("tu-") and timm.is_model(encoder[3:])):
-            known = {name: f"tu-{name}" for name in timm.list_models()} | {name: name for name in names}
-            near = [known[name] for name in difflib.get_close_matches(encoder.removeprefix("tu-"), known, n=3)]
+            known = [*names, *(f"tu-{name}" for name in timm.list_models())]
+            near = difflib.get_close_matches(encoder, known, n=3)
             raise UserError(
                 f"--encoder {encoder}: expected an encoder of segmentation-models-pytorch "
                 f"({', '.join(near) or 'resnet34, efficientnet-b3'} ...), or tu- and the name of one of timm"
@@ -222,13 +222,14 @@ def probe(build: Callable[[], nn.Module], size: tuple[int, int], channels: int, 
                 raise ValueError(f"its maps have the shape {wrong[0]}")
             return
         except Exception as error:
-            if device == "cpu" and isinstance(error, (UserError, MemoryError)):
+            if device == "meta":
+                continue
+            if isinstance(error, (UserError, MemoryError)):
                 raise
-            if device == "cpu":
-                raise UserError(
-                    f"{flags} does not take images of --size {size[0]},{size[1]} ({_reason(error)}): try a larger "
-                    f"--size, one whose sides are multiples of 64, or another network"
-                ) from error
+            raise UserError(
+                f"{flags} does not take images of --size {size[0]},{size[1]} ({_reason(error)}): try a larger "
+                f"--size, one whose sides are multiples of 64, or another network"
+            ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -89,9 +89,9 @@ class ImageStore:
         if (rows := self._found()) is not None:
             return rows
         try:
-            with alone_in(self._file.parent) as alone:
+            with alone_in(self._file.parent, "images-*.part"):
                 if self._found() is None:
-                    self._resize(alone)
+                    self._resize()
         except OSError as error:
             kept = sum(file.stat().st_size for file in self._file.parent.glob("images-*.npy"))
             older = f" (images kept there at other sizes take {kept / GIGABYTE:.1f} GB: delete them)" * (kept > 0)
@@ -107,13 +107,8 @@ class ImageStore:
             return np.load(self._file, mmap_mode="r")
         return None
 
-    def _resize(self, alone: bool) -> None:
-        """Write the file, uint8 [n, H * W * C + 1]: the pixels, and 1 where the image could be read.
-
-        If this process is `alone`, existing drafts were left by killed processes and are deleted.
-        """
-        for left in self._file.parent.glob("images-*.part") if alone else ():
-            left.unlink()
+    def _resize(self) -> None:
+        """Write the file, uint8 [n, H * W * C + 1]: the pixels, and 1 where the image could be read."""
         draft = self._file.with_suffix(f".{os.getpid()}.part")
         try:
             shape = (len(self.images), int(np.prod(self._shape)) + 1)

@@ -76,17 +76,13 @@ def start_from(
     own = network.state_dict()
     places = match(own, found, extra)
     missing = [key for key in own if key not in places and not key.endswith(UNTRAINED)]
-    if not places:
-        raise UserError(
-            f"{FLAG} {weights}: it has no tensor of {name} (it has {some(list(found))}; expected {some(list(own))}): "
-            f"give weights of that network, or {scratch}"
-        )
+    unused = [key for key in found if key not in set(places.values()) and not key.endswith(UNTRAINED)]
     if missing:
         raise UserError(
             f"{FLAG} {weights} fills {len(places)} of the {len(own)} tensors of {name}, and {some(missing)} would stay "
-            f"random: give weights of that very network (and size, for a transformer), or {scratch}"
+            f"random (not used: {some(unused) or 'none'}): give weights of that very network (and size, for a "
+            f"transformer), or {scratch}"
         )
-    unused = [key for key in found if key not in set(places.values()) and not key.endswith(UNTRAINED)]
     if between := left_out(places, unused):
         raise UserError(
             f"{FLAG} {weights} is of a deeper network than {name}: {some(between)} would be left out between layers "

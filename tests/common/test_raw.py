@@ -159,7 +159,7 @@ def test_a_name_in_other_case_is_found_and_two_are_refused(tmp_path):
     for data in (raw.RawData(path, "toy"), raw.RawData(folder, "toy")):
         assert data.exists("sample_submission.csv") and data.read("sample_submission.csv") == b"a"
         assert data.matching("*sample_submission*.csv") == ["Sample_Submission.csv"]
-        assert data.cache_key("sample_submission.csv") and not data.exists("train.csv") and not data.exists("no/a.csv")
+        assert not data.exists("train.csv") and not data.exists("no/a.csv")
     (folder / "SAMPLE_submission.csv").write_text("c")
     with pytest.raises(UserError, match="has no sample_submission.csv, but SAMPLE_submission.csv and Sample_Sub"):
         data.read("sample_submission.csv")
@@ -377,15 +377,15 @@ def test_the_cache_lies_beside_the_data_or_where_it_can(tmp_path, monkeypatch):
     assert raw.RawData(read_only, "toy").cache == raw.DATA / "cache" / "toy"
 
 
-def test_a_cache_is_made_again_when_a_file_was_touched(tmp_path):
-    """A corrected cell may leave the file's size unchanged."""
-    file = tmp_path / "a"
-    file.write_bytes(b"1")
-    data, before = raw.RawData(tmp_path, "toy"), raw.RawData(tmp_path, "toy").cache_key("a")
-    assert data.cache_key("a") == before
-    file.write_bytes(b"2")
-    os.utime(file, ns=(1, 1))
-    assert data.cache_key("a") != before
+def test_an_archive_is_unpacked_again_when_it_was_touched(tmp_path):
+    """A corrected cell may leave the archive's size unchanged."""
+    path = archive(tmp_path / "toy.zip", train="1")
+    first = raw.RawData(path, "toy").folder()
+    assert raw.RawData(path, "toy").folder() == first
+    archive(path, train="2")
+    os.utime(path, ns=(1, 1))
+    second = raw.RawData(path, "toy").folder()
+    assert second != first and (second / "train.csv").read_text() == "2"
 
 
 def test_an_archive_that_the_disk_cannot_hold_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
