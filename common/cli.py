@@ -17,13 +17,26 @@ SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # 
 NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
 
 
-def verb_parser(verb: str, competition: str, description: str, data: bool = True) -> Parser:
-    """A parser for `python -m common VERB COMPETITION`, with --data for verbs that read the data."""
-    parser = Parser(prog=f"python -m common {verb} {competition}", description=description, allow_abbrev=False)
+def own_parser(verb: str, competition: str) -> Parser:
+    """A parser for a verb's own flags, where it passes on the others: a parent of its `verb_parser`."""
+    return Parser(prog=f"python -m common {verb} {competition}", add_help=False, allow_abbrev=False)
+
+
+def verb_parser(verb: str, competition: str, description: str, data: bool = True, own: Parser | None = None) -> Parser:
+    """A parser for `python -m common VERB COMPETITION`, with --data for verbs that read the data, and `own` flags."""
+    prog, parents = f"python -m common {verb} {competition}", [own] if own else []
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, parents=parents)
     if data:
         what = "folder or zip archive with the competition's files [data/COMP]"
         parser.add_argument("--data", metavar="PATH", help=what)
     return parser
+
+
+def early(flag: str, argv: list[str], default: str | None = None) -> str | None:
+    """The value of a flag on which the other flags depend; a flag without a value is left for the whole parser."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?", const=default, default=default)
+    return parser.parse_known_args(argv)[0].value
 
 
 def configured(
@@ -35,9 +48,7 @@ def configured(
     unknown flags and recipes, with the nearest name.
     """
     parser.add_argument("--recipe", default=default, help=f"one of {', '.join(recipes)} [{default}]")
-    recipe = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    recipe.add_argument("--recipe", default=default)
-    name = recipe.parse_known_args(argv)[0].recipe
+    name = early("--recipe", argv, default)
     if name not in recipes:
         raise UserError(f"RECIPE={name}: expected one of {', '.join(recipes)}.{did_you_mean(name, recipes)}")
     add_flags(parser, recipes[name])
@@ -47,10 +58,7 @@ def configured(
 
 def default_recipe(name: str, recipes: dict[str, Config], argv: list[str]) -> str:
     """The recipe when none is given: "demo" on demo data, where the competition has it, else "default"."""
-    data = Parser(add_help=False, allow_abbrev=False)
-    data.add_argument("--data")
-    given = data.parse_known_args(argv)[0].data
-    return "demo" if "demo" in recipes and raw.would_be_demo(name, given) else "default"
+    return "demo" if "demo" in recipes and raw.would_be_demo(name, early("--data", argv)) else "default"
 
 
 def train(name: str, argv: list[str]) -> None:
@@ -59,9 +67,8 @@ def train(name: str, argv: list[str]) -> None:
     parser = verb_parser("train", name, train.__doc__)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     parser.add_argument("--resume", **SWITCH, help="resume even if code or data have changed")
-    recipes = competition.recipes
     parser.add_argument("--no-submission", action="store_true", help="train only; make predict writes it later")
-    config, given = configured(parser, recipes, argv, default_recipe(name, recipes, argv))
+    config, given = configured(parser, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
     from common import train as training
 
     insist, submits = given.resume == "1", not given.no_submission
@@ -91,15 +98,13 @@ def predict(name: str, argv: list[str]) -> None:
 def tune(name: str, argv: list[str]) -> None:
     """search for settings with Optuna: every trial is a run; the same command resumes it (takes train's flags too)"""
     competition = competitions.load(name)
-    own = verb_parser("tune", name, tune.__doc__)
+    own = own_parser("tune", name)
     own.add_argument("--search", metavar="SPACE", help="such as lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
     own.add_argument("--trials", type=int, default=30, help="number of trials, with those of earlier commands [30]")
-    mine = Parser(add_help=False, allow_abbrev=False)
-    mine.add_argument("--search")
-    mine.add_argument("--trials")
-    mine.add_argument("--recipe")
-    rest = mine.parse_known_args(argv)[1]  # goes to every trial
-    config, given = configured(own, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
+    parser = verb_parser("tune", name, tune.__doc__, own=own)
+    own.add_argument("--recipe")
+    rest = own.parse_known_args(argv)[1]  # goes to every trial
+    config, given = configured(parser, competition.recipes, argv, default_recipe(name, competition.recipes, argv))
     if not given.search:
         raise UserError(f'--search is missing: make tune COMP={name} ARGS="--search lr=1e-4:1e-2:log"')
     from common import tune as tuning
@@ -189,16 +194,15 @@ def board(name: str, argv: list[str]) -> None:
 
 def kernel(name: str, argv: list[str]) -> None:
     """train on Kaggle's GPUs: push code and a notebook, follow it, fetch its run (takes train's flags too)"""
-    competition, parser = competitions.load(name), verb_parser("kernel", name, kernel.__doc__)
-    own = Parser(add_help=False, allow_abbrev=False)
-    for one in (own, parser):
-        one.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
-        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
-        one.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
-        one.add_argument("--internet", choices=("on", "off"), default="on", help="internet in the notebook [on]")
-        one.add_argument(
-            "--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it at most so long [43200]"
-        )
+    competition, own = competitions.load(name), own_parser("kernel", name)
+    own.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
+    own.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
+    own.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
+    own.add_argument("--internet", choices=("on", "off"), default="on", help="internet in the notebook [on]")
+    own.add_argument(
+        "--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it at most so long [43200]"
+    )
+    parser = verb_parser("kernel", name, kernel.__doc__, own=own)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
     given, training = own.parse_known_args(argv)
     config, checked = configured(parser, competition.recipes, training)  # the rest is passed on as it is
@@ -215,7 +219,7 @@ def kernel(name: str, argv: list[str]) -> None:
 
 def new(name: str, argv: list[str]) -> None:
     """start a competition: a copy of a template that trains on its demo data at once"""
-    parser = Parser(prog="python -m common new NAME", description=new.__doc__, allow_abbrev=False)
+    parser = verb_parser("new", "NAME", new.__doc__, data=False)
     parser.add_argument("--kind", default="", help="images, masks or table")
     from common import new as templates
 
@@ -224,16 +228,13 @@ def new(name: str, argv: list[str]) -> None:
 
 def notebook(name: str, argv: list[str]) -> None:
     """push runs with a notebook that predicts offline on Kaggle, and submit it: for code competitions"""
-    competition, parser = competitions.load(name), verb_parser("notebook", name, notebook.__doc__)
-    own = Parser(add_help=False, allow_abbrev=False)
-    for one in (own, parser):
-        one.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
-        one.add_argument(
-            "--limit", type=duration, default=duration("9h"), help="the notebook's time limit: 9h, 30m [9h]"
-        )
-        one.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
-        one.add_argument("--fetch", action="store_true", help="push nothing: follow the notebook pushed last")
-        one.add_argument("--submit", action="store_true", help="submit this version of the notebook")
+    competition, own = competitions.load(name), own_parser("notebook", name)
+    own.add_argument("--run", metavar="NAME[,NAME]", help="finished run or runs [the newest]")
+    own.add_argument("--limit", type=duration, default=duration("9h"), help="the notebook's time limit: 9h, 30m [9h]")
+    own.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
+    own.add_argument("--fetch", action="store_true", help="push nothing: follow the notebook pushed last")
+    own.add_argument("--submit", action="store_true", help="submit this version of the notebook")
+    parser = verb_parser("notebook", name, notebook.__doc__, own=own)
     own.add_argument("--data")
     configs.add_prediction_flags(parser, competition.config_class)
     words = own.parse_known_args(argv)[1]  # flags of the prediction, passed on as they are
@@ -283,7 +284,7 @@ def verb_of(word: str, competition: str) -> Callable[[str, list[str]], None]:
 
 def _run(argv: list[str]) -> None:
     for word in argv:
-        if not word.isascii() and word.encode(errors="surrogateescape") != word.encode(errors="replace"):
+        if word != word.encode(errors="replace").decode():
             raise UserError(f"{word!r} is not UTF-8: rename the file or the run")
     verb = argv[0]
     given = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""

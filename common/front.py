@@ -5,7 +5,6 @@ python -m common.front TARGET                becomes the target's command, under
 python -m common.front --recipes             every competition's recipes, for make help
 """
 
-import difflib
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from common import cli
 from common import competition as competitions
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from common.loading.cores import cores
 
 FLAGS = ("DATA", "RECIPE", "RUN", "FOLD", "FILE", "MSG", "FORCE", "RESUME", "TRIALS")  # DATA=x is --data x
@@ -23,6 +22,9 @@ PROCESSES = ("NPROC", "NNODES", "MASTER")
 COUNT = "[1-9][0-9]*"
 ALWAYS = ("ARGS", "PYTHON")
 TOOLS = {"test": ["-m", "pytest"], "lint": ["-m", "ruff", "check", "."], "bench": []}  # targets without a competition
+OF_VERBS = ("COMP", *FLAGS, *ALWAYS)
+TAKES = dict.fromkeys(TOOLS, (*ALWAYS, "BENCH"))  # the variables of the targets that do not take OF_VERBS
+TAKES |= {"new": ("COMP", "KIND", *ALWAYS), "train": (*OF_VERBS, *PROCESSES)}
 TEST_PROCESSES = 4  # at most: each takes 1 GB, and a training that it starts 1 GB more
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("[!_]*.py"))
 
@@ -33,14 +35,11 @@ def check(target: str, given: Mapping[str, str]) -> None:
     known = ("COMP", "KIND", *FLAGS, *PROCESSES, "BENCH", *ALWAYS)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             flag = f"--{name.lower().replace('_', '-')} {shlex.quote(given.get(name, ''))}"
             line = f"make {target}{f' COMP={comp}' if comp else ''} ARGS={_quoted(flag)}"
-            hint = f"Did you mean {near[0]}?" if near else f"A setting of the competition goes into ARGS: {line}"
-            raise UserError(f"{name}={given.get(name, '')}: make has no such variable, only {' '.join(known)}. {hint}")
-    takes = (*ALWAYS, "BENCH") if target in TOOLS else ("COMP", *FLAGS, *ALWAYS)
-    takes = ("COMP", "KIND", *ALWAYS) if target == "new" else takes
-    takes += PROCESSES if target == "train" else ()
+            hint = did_you_mean(name, known, 0.75) or f" A setting of the competition goes into ARGS: {line}"
+            raise UserError(f"{name}={given.get(name, '')}: make has no such variable, only {' '.join(known)}.{hint}")
+    takes = TAKES.get(target, OF_VERBS)
     if useless := [name for name in names if name not in takes and given.get(name)]:
         raise UserError(f"{useless[0]}={given[useless[0]]}: make {target} takes only {' '.join(takes)}: leave it out")
     if target not in TOOLS and target != "new":

@@ -44,11 +44,16 @@ def new(name: str, kind: str) -> None:
         print(f"  {command:{len(name) + 34}}  {what}")
 
 
+def _is_allowed(name: str) -> bool:
+    is_word = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
+    return is_word and not keyword.iskeyword(name) and name not in TAKEN
+
+
 def _check_name(name: str, kind: str) -> None:
     """Raises UserError for a name that a competition cannot have."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name) or name in TAKEN:
+    if not _is_allowed(name):
         words = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-        near = words if words[:1].isalpha() and not keyword.iskeyword(words) and words not in TAKEN else f"comp_{words}"
+        near = words if _is_allowed(words) else f"comp_{words}"
         what = (
             f"COMP={name}: expected a name of letters, digits and _ that Python can import"
             if name

@@ -47,18 +47,14 @@ def count_of(predictions: Predictions) -> int:
 
 def mean_of(predictions: Sequence[Predictions]) -> Predictions:
     """The mean over several predictions of the same samples; tensors that are not floating-point stay the first's."""
-    first = leaves(predictions[0])
-    several = len(predictions) > 1
+    if len(predictions) == 1:
+        return predictions[0]
 
-    def mean(name: str, one: Tensor) -> Tensor:
-        if not several or not one.is_floating_point():
-            return one
-        total = one
-        for other in predictions[1:]:
-            total = total + leaves(other)[name]
-        return total / len(predictions)
+    def mean(first: Tensor, *others: Tensor) -> Tensor:
+        return sum(others, start=first) / len(predictions) if first.is_floating_point() else first
 
-    return rebuilt({name: mean(name, one) for name, one in first.items()})
+    parts = [leaves(one) for one in predictions]
+    return rebuilt({name: mean(*(part[name] for part in parts)) for name in parts[0]})
 
 
 def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
@@ -77,6 +73,12 @@ def pack(predictions: Tensor | np.ndarray, kind: str) -> np.ndarray:
             f'smaller numbers for float16, or build()\'s Postprocess with kept="float32"'
         )
     return packed
+
+
+def pack_all(predictions: Predictions, kept: str | dict[str, str]) -> dict[str, np.ndarray]:
+    """`pack` every leaf, as the dtype `kept` or as its own."""
+    kinds = kept if isinstance(kept, dict) else dict.fromkeys(leaves(predictions), kept)
+    return {leaf: pack(values, kinds[leaf]) for leaf, values in leaves(predictions).items()}
 
 
 def unpack(kept: Predictions) -> Predictions:
@@ -99,10 +101,7 @@ class PredictionWriter:
         self._streams: dict[str, tuple[IO, np.dtype, tuple]] = {}
 
     def add(self, predictions: Predictions) -> None:
-        self.add_packed({leaf: pack(values, self._kind(leaf)) for leaf, values in leaves(predictions).items()})
-
-    def _kind(self, leaf: str) -> str:
-        return self.kept if isinstance(self.kept, str) else self.kept[leaf]
+        self.add_packed(pack_all(predictions, self.kept))
 
     def add_packed(self, parts: dict[str, np.ndarray]) -> None:
         """Add arrays that already have the kept dtype, by their names in `leaves`."""

@@ -1,5 +1,6 @@
 """Checks before the training, for every competition: errors that can be found early are not left for later."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,16 @@ from common.device import device_of
 from common.engine import memory
 from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
-from common.errors import UserError, some
+from common.errors import UserError
 from common.files import require_room
 from common.fold import OWN_COLUMNS, fold_label, order_of, rows_of_fold
 from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
-from common.predictions import check_names, leaves, pack
+from common.predictions import Predictions, check_names, leaves, pack_all, part_of
 from common.run import RUNS
+from common.submission import faults
 from common.task import Task, a_row_each
 from common.vision.check import image_paths, refuse_unreadable, unreadable
 
@@ -59,8 +61,7 @@ def try_out(task: Task, config: Config, world: int = 1) -> None:
     if config.compile:
         check_compile(device_of(config).type)
     if task.network:
-        with torch.random.fork_rng(devices=[]):
-            _try_out(task, config, world)
+        _try_out(task, config, world)
 
 
 def refuse_bad_training_images(task: Task) -> None:
@@ -71,13 +72,14 @@ def refuse_bad_training_images(task: Task) -> None:
         raise error
 
 
+@torch.random.fork_rng(devices=[])
 def _try_out(task: Task, config: Config, world: int) -> None:
     """Pass a few validation rows through model, loss, predictions, decisions and CSV rows; check the disk space."""
     network, post, device = task.network, task.postprocess, device_of(config)
     if len(task.data.test):
         _rows_of(task.data.test, 1, config)  # resizes the test images now, when a full disk costs nothing
     batch = _first_rows(task, config)
-    if not len(batch):
+    if not batch:
         return  # unreadable images: the training reports them
     batch = batch.to(device)
     model = network.model().to(device)
@@ -104,7 +106,7 @@ def _try_out(task: Task, config: Config, world: int) -> None:
         decisions = post.apply(predictions, {})
         evaluate(task.metrics, [(decisions, batch.targets)])
         _check_rows(task, map_tree(Tensor.cpu, decisions))
-    _require_room(task, config, model, leaves(predictions))
+    _require_room(task, config, model, predictions)
 
 
 def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sample: Tree) -> None:
@@ -127,23 +129,21 @@ def _check_batches(task: Task, config: Config, world: int, model: nn.Module, sam
             ) from error
 
 
-def _first_rows(task: Task, config: Config) -> Batch:
+def _first_rows(task: Task, config: Config) -> Batch | None:
     """Two validation rows, or only one if it is large."""
-    batch = _rows_of(task.data.valid, 1, config)
-    if batch is None or len(task.data.valid) == 1 or sum(x.numel() for x in tensors_of(batch.inputs)) > LARGE:
-        return batch or ()
-    return _rows_of(task.data.valid, 2, config)
+    valid = task.data.valid
+    batch = _rows_of(valid, 1, config)
+    is_small = batch and sum(x.numel() for x in tensors_of(batch.inputs)) <= LARGE
+    return _rows_of(valid, 2, config) if is_small and len(valid) > 1 else batch
 
 
 def _rows_of(dataset: Any, count: int, config: Config) -> Batch | None:
     return next(in_order(dataset, count, count, config.seed, bad_images="skip"), None)
 
 
-def _require_room(task: Task, config: Config, model: nn.Module, predictions: dict[str, Tensor]) -> None:
+def _require_room(task: Task, config: Config, model: nn.Module, predictions: Predictions) -> None:
     """Raise UserError when the disk has no room for the predictions and the weights that the run will keep."""
-    kept = task.postprocess.kept
-    kinds = {leaf: kept if isinstance(kept, str) else kept[leaf] for leaf in predictions}
-    row = sum(pack(values[:1], kinds[leaf]).nbytes for leaf, values in predictions.items())
+    row = sum(packed.nbytes for packed in pack_all(part_of(predictions, slice(1)), task.postprocess.kept).values())
     folds = folds_to_train(config)
     held = sum(int((task.data.folds == fold).sum()) for fold in folds if fold is not None)
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
@@ -163,32 +163,17 @@ def _check_loss(loss: Any, outputs: Tree, targets: Tree) -> None:
 
 
 def _check_rows(task: Task, decisions: object) -> None:
-    """Check the CSV rows that these decisions would make, with ids of test rows."""
+    """Check the CSV rows that these decisions would make, with ids of test rows, as the whole CSV will be checked."""
     ids = [str(name) for name in task.data.test_ids][: len(tensors_of(decisions)[0])]
-    decisions = map_tree(lambda x: x[: len(ids)], decisions)
-    asked, one_each = set(task.sample.ids), len(task.data.test_ids) == len(task.sample.ids)
-    told: set[str] = set()
-    for row in task.submission.rows(ids, decisions):
-        cells = [str(cell) for cell in row]
-        if len(cells) != len(task.sample.columns):
-            problem = f"{len(cells)} values, expected {len(task.sample.columns)} ({','.join(task.sample.columns)})"
-        elif cells[0] not in asked:
-            problem = f"the id is not in {task.sample.where}, which has {some(task.sample.ids)}"
-        elif cells[0] in told and not task.sample.several:
-            problem = (
-                f"the id {cells[0]} has an earlier row, expected one row for each id of {task.sample.where}, or "
-                f"Submission(several=True)"
-            )
-        else:
-            problem = task.sample.fault(cells[1:])
-            if words := problem and task.sample.words(cells[1:]):
-                problem += f", or build()'s Submission(text={words})"
-            problem = problem or (task.submission.valid and task.submission.valid(cells[1:]))
-        if problem:
-            raise UserError(f"a row of the submission would be {','.join(cells)[:200]}: {problem}. See build()'s Task")
-        told.add(cells[0])
-    if missing := [name for name in ids if one_each and name not in told]:
+    decisions, columns = map_tree(lambda x: x[: len(ids)], decisions), task.sample.columns
+    rows = [[str(cell) for cell in row] for row in task.submission.rows(ids, decisions)]
+    if len(task.data.test_ids) != len(task.sample.ids):  # a test row has other ids in the CSV: which ones, it decides
+        asked = set(task.sample.ids)
+        ids = [name for name in dict.fromkeys(row[0] for row in rows if row) if name in asked]
+    sample = replace(task.sample, ids=tuple(ids))
+    for fault in faults([columns, *sample.in_order(rows)], sample, task.submission.valid):
         raise UserError(
-            f"the submission would have no row for the id {missing[0]}, expected one for each of {task.sample.where}, "
-            f"also where nothing is found. See `rows` in build()'s Submission"
+            f"the submission would begin with {' '.join(','.join(row) for row in rows[:2])[:200]}: {fault}. Expected a "
+            f"row of {','.join(columns)} for every id, also where nothing is found; several need "
+            f"Submission(several=True), words in a column of numbers Submission(text=...). See build()'s Task"
         )

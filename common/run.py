@@ -1,11 +1,13 @@
 """A run: the folder runs/<competition>/<run>/ with everything needed to resume, predict and explain."""
 
+import itertools
 import os
 import platform
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -93,20 +95,14 @@ class Run:
             except OSError as error:
                 raise not_written(file, error) from error
 
-    def write_json(self, name: str, value: Any) -> None:
-        if self.is_writer:
-            write_json(self.path / name, value)
-
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json: the run is trained. Until `finish`, the same command resumes with the steps after it."""
-        if self.is_writer:
-            write_text(self._unfinished, "")
-            self.write_json("result.json", result | {"finished": now()})
+        write_text(self._unfinished, "")
+        write_json(self.path / "result.json", result | {"finished": now()})
 
     def finish(self) -> None:
         """Mark the run as finished, its submission is written: from now on the same command starts a new run."""
-        if self.is_writer:
-            self._unfinished.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
 
     def config(self, config_class: type[configs.ConfigType]) -> configs.ConfigType:
         return from_values(config_class, read_json(self.path / "config.json"))
@@ -173,11 +169,8 @@ def _read(path: Path) -> Run:
 
 def folder_of(competition: str, name: str) -> Path:
     """Where the run `name` is or would be; raises UserError for a name that is not allowed."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        size = LONGEST_NAME + 1
-    if set(name) & set("/,") or name in ("", ".", "..") or size > LONGEST_NAME or not name.isprintable():
+    # Bytes that are not UTF-8 are not printable either.
+    if not name.isprintable() or len(name.encode()) > LONGEST_NAME or name in ("", ".", "..") or set(name) & set("/,"):
         raise UserError(
             f"RUN={name[:LONGEST_NAME]!r}: expected a name in UTF-8 of at most {LONGEST_NAME} bytes without / and , (a "
             f"comma separates the runs that predict averages)"
@@ -200,31 +193,27 @@ def open_run(
     `before_new` is called before a new run is made, and may raise. Raises UserError when the named run was started
     differently, listing what differs.
     """
-    if name is not None and not (folder_of(competition, name) / "run.json").is_file():
-        before_new()
-        return new_run(competition, name, config, provenance)
-    if name is not None:
-        run = load(competition, name)
+    if name is None:
+        candidates = (run for run in reversed(all_runs(competition)) if not (run.is_finished or run.is_blend))
+    else:
+        is_there = (folder_of(competition, name) / "run.json").is_file()
+        candidates = [load(competition, name)] if is_there else []
+    for run in candidates:
         settings, changes = _obstacles(run, config, provenance)
-        final = settings or run.result is not None
-        if settings or changes and (final or not insist):
-            remedy = "repeat its own command to resume it" if final else "RESUME=1 resumes it anyway"
+        may_insist = not settings and run.result is None
+        if not (settings or changes) or (may_insist and insist):
+            return _resumed(run, provenance if changes else None)
+        if name is not None:
+            remedy = "RESUME=1 resumes it anyway" if may_insist else "repeat its own command to resume it"
             raise UserError(
                 f"RUN={name} was started differently ({'; '.join(settings + changes)}): {remedy}, or name another "
                 f"RUN=, or delete {run.path}"
             )
-        return _resumed(run, provenance if changes else None)
-    for run in reversed(all_runs(competition)):
-        if run.is_finished or run.is_blend:
-            continue
-        settings, changes = _obstacles(run, config, provenance)
-        if not settings and (not changes or insist and run.result is None):
-            return _resumed(run, provenance if changes else None)
         if not settings:
-            way = "; RESUME=1 resumes that one" * (run.result is None)
+            way = "; RESUME=1 resumes that one" * may_insist
             print(f"{run.path} is not resumed ({'; '.join(changes)}): this is a new run{way}")
     before_new()
-    return new_run(competition, None, config, provenance)
+    return new_run(competition, name, config, provenance)
 
 
 def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -233,25 +222,24 @@ def _obstacles(run: Run, config: Config, provenance: dict[str, Any]) -> tuple[li
         settings = configs.differences(run.config(type(config)), config)
     except UserError as error:
         return [str(error)], []
-    before, changes = run.provenance, []
+    before, changes, is_trained = run.provenance, [], run.result is not None
     same_data = before["data_fingerprint"] == provenance["data_fingerprint"]
-    if not same_data:
+    # A trained run only predicts: with models any data, with kept predictions the same data.
+    if not same_data and not (is_trained and any(run.path.glob("fold-*/model.pt"))):
         changes.append(f"data: {before['data']} -> {provenance['data']}, with other contents")
     if before["demo"] != provenance["demo"]:
         settings.append(f"demo data: {before['demo']} -> {provenance['demo']}")
-    if same_data or run.result is None:  # finished folds have kept row numbers, and models that know outputs by order
+    if same_data or not is_trained:  # finished folds have kept row numbers, and models that know outputs by order
         if before.get("folds_fingerprint") != provenance.get("folds_fingerprint"):
             settings.append("folds: their rows have changed since the run began")
         if before.get("outputs") != provenance.get("outputs"):
             settings.append(f"outputs: {before.get('outputs')} -> {provenance.get('outputs')}")
-    code = provenance.get("code", {})
-    changes += [f"code of {part}/ changed since" for part in code if before.get("code", {}).get(part) != code[part]]
-    labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})  # a deleted run may have labelled all
-    changes += [
-        f"run {name} was started anew since" for name in labelling.keys() & then if labelling[name] != then[name]
-    ]
-    if run.result is not None:  # a trained run only predicts: with models any data, with kept predictions the same data
-        changes = [] if any(run.path.glob("fold-*/model.pt")) else [one for one in changes if one.startswith("data: ")]
+    if not is_trained:
+        code, then = provenance.get("code", {}), before.get("code", {})
+        changes += [f"code of {part}/ changed since" for part in code if then.get(part) != code[part]]
+        labelling, then = provenance.get("pseudo", {}), before.get("pseudo", {})
+        both = labelling.keys() & then  # a deleted run may have labelled all before
+        changes += [f"run {name} was started anew since" for name in both if labelling[name] != then[name]]
     return settings, changes
 
 
@@ -262,7 +250,7 @@ def _resumed(run: Run, other: dict[str, Any] | None) -> Run:
         before = {fact: run.provenance.get(fact) for fact in CHANGED if run.provenance.get(fact) != other.get(fact)}
         run.provenance.update({fact: other.get(fact) for fact in before})
         run.provenance["before"] = [*run.provenance.get("before", ()), {"until": now(), **before}]
-        run.write_json("run.json", run.provenance)
+        write_json(run.path / "run.json", run.provenance)
     if run.result is None:
         run.log(f"resuming {run.path}")
     return run
@@ -281,31 +269,36 @@ def new_run(
     UserError when another process has made a run of that name.
     """
     home = RUNS / competition
+    demo = "-demo" * (provenance["demo"] and provenance["recipe"] != "demo")
     try:
         make_folder(home)
+        if name:
+            path = home / name
+            make_folder(path)
+        else:
+            path = _next_folder(home, provenance["recipe"] + demo)
     except OSError as error:
         raise not_written(home, error) from error
-    number = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
-    while True:
-        demo = "-demo" * (provenance["demo"] and provenance["recipe"] != "demo")
-        path = home / (name or f"{number:03d}-{provenance['recipe']}{demo}")
-        try:
-            make_folder(path) if name else path.mkdir()
-            break
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise not_written(path, error) from error
     run = Run(path, {"format": FORMAT, "run": path.name, **provenance, "created": now()})
     run.lock()
     if (path / "run.json").is_file() and not (blend and run.is_unfinished_blend):
         raise UserError(f"another process has just made {path}: repeat the command, or name another run")
     if blend:
-        run.write_json("blend.json", blend)  # before run.json, so that no training resumes it
+        write_json(path / "blend.json", blend)  # before run.json, so that no training resumes it
     write_text(path / "config.json", to_json(config) + "\n")
-    run.write_json("run.json", run.provenance)  # last: a folder with run.json is a whole run
+    write_json(path / "run.json", run.provenance)  # last: a folder with run.json is a whole run
     run.log(f"run {path}: {' '.join(sys.argv[1:])}")
     return run
+
+
+def _next_folder(home: Path, name: str) -> Path:
+    """Make the folder of a new run in `home`, with a number that no run has, nor another process takes now."""
+    first = 1 + max((int(run.name[:3]) for run in home.iterdir() if run.name[:3].isdecimal()), default=0)
+    for number in itertools.count(first):
+        path = home / f"{number:03d}-{name}"
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
 
 
 def now() -> str:
@@ -324,14 +317,11 @@ def commit() -> str:
 
 def code_fingerprint(competition: str) -> dict[str, str]:
     """sha256 of the Python files that a run is computed with: those of common/ and those of its competition."""
-    root = Path(__file__).parents[1]
-
-    def digest(folder: Path) -> str:
-        files = sorted(folder.rglob("*.py"))
-        return sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
-
-    parts = ("common", f"competitions/{competition}")
-    return {part: digest(root / part) for part in parts}
+    root, found = Path(__file__).parents[1], {}
+    for part in ("common", f"competitions/{competition}"):
+        contents = [file.name.encode() + file.read_bytes() for file in sorted((root / part).rglob("*.py"))]
+        found[part] = sha256(b"".join(contents)).hexdigest()[:16]
+    return found
 
 
 def machine() -> str:

@@ -14,9 +14,10 @@ from typing import Any
 
 from common import run as runs
 from common.competition import Competition
-from common.config import MACHINE_FIELDS, Config, to_json
+from common.config import MACHINE_FIELDS, Config
 from common.errors import UserError
 from common.files import not_read, number_in, read_json, read_table, write_csv
+from common.flags import to_json
 from common.kaggle import ledger
 from common.report import Report, subplots, with_error
 from common.run import Run

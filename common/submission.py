@@ -124,14 +124,6 @@ class Sample:
         for name in ids:
             yield None, name
 
-    def words(self, values: Sequence[str]) -> tuple[str, ...]:
-        """The columns in which the sample has numbers, or True and False, but these values have words."""
-        return tuple(
-            column
-            for column, value in zip(self.columns[1:], values, strict=True)
-            if column in self.numeric | self.truths and value and number_in(value) is None
-        )
-
     def fault(self, values: Sequence[str]) -> str | None:
         """What is wrong with a row's `values` (no id); they must be finite, numbers or True/False as in the sample."""
         for column, value in zip(self.columns[1:], values, strict=True):

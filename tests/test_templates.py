@@ -274,7 +274,7 @@ def test_no_word_of_the_template_is_left(here, kind):
         ("images", 'stored("test",', 'stored("tests",',
          ["tests is missing (beside it: test, train)", "make data COMP=lynx"]),
         ("masks", "FULL = (96, 128)", "FULL = (48, 64)", ["the mask of image_001", "out of range", "48x64"]),
-        ("masks", "yield name, rle.encode", "yield rle.encode", ["a row of the submission would be", "id,rle"]),
+        ("masks", "yield name, rle.encode", "yield rle.encode", ["the submission would begin with", "a row of id,rle"]),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_page_is_one_line_before_the_training(here, capsys, kind, old, other, words):

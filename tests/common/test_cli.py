@@ -48,7 +48,11 @@ def _here(tmp_path, monkeypatch):
         (["board", "digit_recognizer", "--data", "x"], ["unknown flag --data"]),
         (["runs", "digit_recognizer", "--data", "x"], ["unknown flag --data"]),
         (["submit", "digit_recognizer", "--wait", "inf"], ["--wait", "'inf'"]),
-        (["kernel", "digit_recognizer", "--hours", "inf"], ["--hours", "'inf'"]),
+        (
+            ["kernel", "digit_recognizer", "--hours", "inf"],
+            ["--hours", "'inf'", "python -m common kernel digit_recognizer --help"],
+        ),
+        (["train", "digit_recognizer", "--data"], ["--data", "python -m common train digit_recognizer --help"]),
         (["kernel", "digit_recognizer", "--hours", "0.4"], ["--hours 0.4", "15 minutes", "--hours 0.5 or more"]),
         (["notebook", "digit_recognizer", "--limit", "infh"], ["--limit", "'infh'"]),
     ],
