@@ -112,4 +112,4 @@ def forecast(members: list[Member], lines: np.ndarray, observations: Observation
             mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
     fraction = sum(from_linear(member["draw"]) for member in members) / max(len(members), 1)
-    return np.exp(result + fraction * linear.at(lines, known, network) + np.tile(known.base, (1, 2, 1)))
+    return known.in_units(result + fraction * linear.at(lines, known, network))

@@ -26,7 +26,9 @@ PAST_HOURS = 168
 HISTORY_DAYS = 21  # an origin needs this many days before it to be trained on
 FEWEST_ORIGINS = 5
 LIMIT = 5.0  # largest logarithm given to the linear model and the network: a factor of 150 is an outage, not weather
-CATEGORICAL = ("station", "pollutant", "type", "weekday")
+CALENDAR = ("hour", "weekday", "season_sine", "season_cosine")
+FIXED = ("station", "pollutant", "type")
+CATEGORICAL = (*FIXED, "weekday")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,15 @@ class Features:
     base: np.ndarray  # [N, 24, S] log of the daily cycle; of the city, for a series without any value
     per_series: np.ndarray  # [N, S, F1]
     per_hour: np.ndarray  # [N, 24, S, F2], relative to `base`, or the shape of `base`
-    calendar: np.ndarray  # [N, 48, F3]
-    fixed: np.ndarray  # [S, F4]
-    names: tuple[str, ...]
+    calendar: np.ndarray  # [N, 48, F3], the CALENDAR of each hour ahead
+    fixed: np.ndarray  # [S, F4], what is FIXED for a series
+    series_names: tuple[str, ...]  # of the F1 features
+    hour_names: tuple[str, ...]  # of the F2 features
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns of `table`."""
+        return ("hours_ahead", *CALENDAR, "base", *self.hour_names, *self.series_names, *FIXED)
 
     def table(self, origin: np.ndarray, hour: np.ndarray, series: np.ndarray) -> np.ndarray:
         """Rows [B, F] for the given numbers of origins, hours ahead and series, each [B]."""
@@ -50,9 +58,7 @@ class Features:
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of what `inputs` returns [F1 + F2]."""
-        per_hour, stop = self.names.index("base") + 1, len(self.names) - self.fixed.shape[1]
-        per_series = per_hour + self.per_hour.shape[-1]
-        return self.names[per_series:stop] + self.names[per_hour:per_series]
+        return self.series_names + self.hour_names
 
     @property
     def season(self) -> np.ndarray:
@@ -62,8 +68,12 @@ class Features:
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """`per_series` and `per_hour` for models that accept no missing values: these become 0, the daily cycle."""
         context = self.per_series.copy()
-        context[..., self.names.index("hours_since_last_value") - self.names.index("last_1_hours")] /= 24
-        return (np.nan_to_num(context).clip(-LIMIT, LIMIT), np.nan_to_num(self.per_hour).clip(-LIMIT, LIMIT))
+        context[..., self.series_names.index("hours_since_last_value")] /= 24
+        return np.nan_to_num(context).clip(-LIMIT, LIMIT), np.nan_to_num(self.per_hour).clip(-LIMIT, LIMIT)
+
+    def in_units(self, relative: np.ndarray) -> np.ndarray:
+        """Logarithms relative to the daily cycle [N, 48, S] -> values in ug/m3."""
+        return np.exp(relative + np.tile(self.base, (1, 2, 1)))
 
 
 def log_of(values: np.ndarray) -> np.ndarray:
@@ -97,16 +107,16 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     per_hour |= {f"same_hour_{back}_days_ago": _day_of(smooth, back - 1) for back in (1, 2, 3, 7)}
     cycle = whole(base[..., scored], network)
     per_hour |= _shapes(cycle, network)
-    calendar = _calendar(observations.start, ends)
     types = sorted(set(STATION_TYPE.values()))
     kinds = [types.index(STATION_TYPE[network.stations[station]]) for station in stations]
     return Features(
         cycle,
         np.stack([*per_series.values()], axis=-1).astype(np.float32),
         np.stack([*per_hour.values()], axis=-1),
-        np.stack([*calendar.values()], axis=-1).astype(np.float32),
+        _calendar(observations.start, ends),
         np.stack([stations, pollutants, kinds], axis=1).astype(np.float32),
-        ("hours_ahead", *calendar, "base", *per_hour, *per_series, "station", "pollutant", "type"),
+        tuple(per_series),
+        tuple(per_hour),
     )
 
 
@@ -215,11 +225,11 @@ def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
     return np.stack([_mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
 
 
-def _calendar(start: np.datetime64, ends: np.ndarray) -> dict[str, np.ndarray]:
-    """Hour, weekday and season of the 48 hours after each origin, each [N, 48]."""
+def _calendar(start: np.datetime64, ends: np.ndarray) -> np.ndarray:
+    """The CALENDAR of the 48 hours after each origin [N, 48, F3]."""
     hours = start.astype("datetime64[h]") + (ends[:, None] * 24 + np.arange(HORIZON_HOURS)) * HOUR
     dates = hours.astype("datetime64[D]")
     weekday = (dates.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
     of_year = (dates - dates.astype("datetime64[Y]")).astype(int) * (2 * np.pi / 365.25)
-    season = {"season_sine": np.sin(of_year), "season_cosine": np.cos(of_year)}
-    return {"hour": (hours - dates).astype(int), "weekday": weekday} | season
+    hour = (hours - dates).astype(int)
+    return np.stack([hour, weekday, np.sin(of_year), np.cos(of_year)], axis=-1).astype(np.float32)

@@ -57,20 +57,22 @@ class Rows:
         self.hours = config.history_days * 24
         logs = features.log_of(completed).astype(np.float32)
         self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # hours before the data = the first
-        self.median_ends = np.unique(np.maximum(self.ends - np.arange(MEDIAN_SHIFTS_DAYS)[:, None], 1))
-        days = medians.by_day(logs[: len(logs) // 24 * 24])
-        self.medians = medians.sliding_medians(days, medians.windows_of(config.windows), self.median_ends)
-        known = features.build(observations, self.ends)
-        self.base = known.base
-        context, hourly = known.inputs()
+        days, windows = medians.by_day(logs[: len(logs) // 24 * 24]), medians.windows_of(config.windows)
+        self.medians = [
+            window  # [origins, 24, S]
+            for back in range(MEDIAN_SHIFTS_DAYS)
+            for window in medians.sliding_medians(days, windows, np.maximum(self.ends - back, 1))
+        ]
+        self.known = features.build(observations, self.ends)
+        self.base = self.known.base
+        self.targets = features.targets(observations, self.base, self.ends)
+        context, hourly = self.known.inputs()
         hourly = hourly.transpose(0, 2, 1, 3).reshape(*context.shape[:2], -1)
         self.context = np.concatenate([context, hourly], axis=-1)
         stations, pollutants = self.network.places
         cities = np.array([CITIES.index(city_of(name)) for name in self.network.stations])[stations]
         names = ((cities, CITIES), (stations, self.network.stations), (pollutants, POLLUTANTS))
         self.indicators = np.concatenate([number[:, None] == np.arange(len(of)) for number, of in names], axis=1)
-        padded = np.pad(observations.series(), ((0, HORIZON_HOURS), (0, 0)), constant_values=np.nan)
-        self.targets = np.where(padded > 0, features.log_of(padded), np.nan).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.ends) * self.series_count
@@ -82,19 +84,14 @@ class Rows:
         hour = self.ends[position] * 24
         past = self.logs[hour[:, None] + np.arange(self.hours), series[:, None]]
         parts = [past - np.tile(base, (1, self.hours // 24))]
-        for back in range(MEDIAN_SHIFTS_DAYS):
-            place = np.searchsorted(self.median_ends, np.maximum(self.ends[position] - back, 1))
-            parts.extend(window[place, :, series] - base for window in self.medians)
+        parts += [window[position, :, series] - base for window in self.medians]
         parts += [self.context[position, series], self.indicators[series]]
         inputs = np.concatenate(parts, axis=1).clip(-features.LIMIT, features.LIMIT).astype(np.float32)
-        ahead = np.minimum(hour[:, None] + np.arange(HORIZON_HOURS), len(self.targets) - 1)
-        targets = self.targets[ahead, series[:, None]] - np.tile(base, (1, HORIZON_HOURS // 24))
-        return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.float32))
+        return torch.from_numpy(inputs), torch.from_numpy(self.targets[position, :, series])
 
     def forecast(self, relative: np.ndarray) -> np.ndarray:
         """Network outputs [origins * S, 48] of all rows in order -> forecasts in ug/m3 [origins, 48, S]."""
-        shaped = relative.reshape(len(self.ends), self.series_count, HORIZON_HOURS).transpose(0, 2, 1)
-        return np.exp(shaped + np.tile(self.base, (1, HORIZON_HOURS // 24, 1)))
+        return self.known.in_units(relative.reshape(len(self.ends), -1, HORIZON_HOURS).transpose(0, 2, 1))
 
 
 def task(rows: Rows, held: np.ndarray, fold: int, config: Config) -> core.Task:
