@@ -20,7 +20,7 @@ from competitions.kdd_air_quality.backtest import Backtest, days_to_score
 from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import days_between, first_hour, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
-from competitions.kdd_air_quality.task import facts_of, refuse_unscored, short_history
+from competitions.kdd_air_quality.task import facts_of, refuse_unscored, warned
 
 
 def predict(competition: str, given: argparse.Namespace) -> None:
@@ -42,9 +42,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     asked, observations, demo = _opened(run, given.data)
     first = given.first_day or given.last_day or observations.last_day
     days = days_between(first, given.last_day or first)
-    warnings = [*observations.warnings, *short_history(known_before(observations, days[0]), run.config(Config))]
-    for warning in warnings:
-        print(f"warning: {warning}")
+    warnings = warned(run.config(Config), known_before(observations, days[0]), print)
     forecast = _forecasts(run, observations, days)["blend"]
     network = observations.network
     scores = metric.daily(observations.truth(days), table.grid(forecast, network), network.stations)
