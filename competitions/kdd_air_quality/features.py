@@ -12,7 +12,7 @@ from common.errors import UserError
 from competitions.kdd_air_quality.medians import by_day, sliding_medians
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network, city_of
+from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network
 
 FLOOR = 0.5  # ug/m3: smaller and negative values count as this much before the logarithm
 MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
@@ -92,7 +92,7 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     scored = stations * len(ALL_POLLUTANTS) + pollutants
 
     medians = sliding_medians(days, MEDIAN_DAYS, ends)
-    base = _mean_of(medians[1:], 0)  # [N, 24, lanes]
+    base = mean_of(medians[1:], 0)  # [N, 24, lanes]
     for number, name in enumerate(ALL_POLLUTANTS):
         lane = np.s_[..., number :: len(ALL_POLLUTANTS)]
         base[lane] = _around(base[lane], AROUND_HOURS.get(name, AROUND_OTHERS))
@@ -146,14 +146,14 @@ def training_ends(observations: Observations) -> np.ndarray:
 
 def whole(values: np.ndarray, network: Network) -> np.ndarray:
     """[N, hours, S] without missing values: filled by means of the series' other hours, its group, then all series."""
-    result = np.where(np.isnan(values), _mean_of(values, 1)[:, None], values)
+    result = np.where(np.isnan(values), mean_of(values, 1)[:, None], values)
     for group in network.by_group.values():
         own = result[..., group]
-        result[..., group] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
-    return np.nan_to_num(np.where(np.isnan(result), _mean_of(result, 2)[..., None], result))
+        result[..., group] = np.where(np.isnan(own), mean_of(own, 2)[..., None], own)
+    return np.nan_to_num(np.where(np.isnan(result), mean_of(result, 2)[..., None], result))
 
 
-def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean over `axis` without the missing values; NaN where all values are missing."""
     there = np.isfinite(values)
     count = there.sum(axis)
@@ -164,13 +164,13 @@ def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
 
 def _around(cycle: np.ndarray, hours: int) -> np.ndarray:
     """Mean of each hour of the day in [N, 24, lanes] with the `hours` before and after it, wrapping at midnight."""
-    return _mean_of(np.stack([np.roll(cycle, back, axis=1) for back in range(-hours, hours + 1)]), 0)
+    return mean_of(np.stack([np.roll(cycle, back, axis=1) for back in range(-hours, hours + 1)]), 0)
 
 
 def _smooth(past: np.ndarray) -> np.ndarray:
     """Mean of each hour in [N, hours, S] with its two neighbours."""
     around = np.pad(past, ((0, 0), (1, 1), (0, 0)), constant_values=np.nan)
-    return _mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
+    return mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
 
 
 def _day_of(past: np.ndarray, back: int) -> np.ndarray:
@@ -193,36 +193,36 @@ def _shapes(cycle: np.ndarray, network: Network) -> dict[str, np.ndarray]:
 def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> dict[str, np.ndarray]:
     """Features [N, S] by name, from the last week `past` [N, 168, lanes]."""
     own, (stations, pollutants) = past[..., scored], network.places
-    found = {f"last_{hours}_hours": _mean_of(own[:, -hours:], 1) for hours in RECENT_HOURS}
-    found |= {f"day_{back}_ago": _mean_of(_day_of(own, back), 1) for back in range(1, 7)}
+    found = {f"last_{hours}_hours": mean_of(own[:, -hours:], 1) for hours in RECENT_HOURS}
+    found |= {f"day_{back}_ago": mean_of(_day_of(own, back), 1) for back in range(1, 7)}
     there, day = np.isfinite(own), own[:, -24:]
     age = np.argmax(there[:, ::-1], axis=1)
     found["last_value"] = np.take_along_axis(own, (PAST_HOURS - 1 - age)[:, None], axis=1)[:, 0]
     found["hours_since_last_value"] = np.where(there.any(1), age, PAST_HOURS).astype(np.float32)
-    found["spread_last_day"] = np.sqrt(_mean_of((day - _mean_of(day, 1)[:, None]) ** 2, 1))
+    found["spread_last_day"] = np.sqrt(mean_of((day - mean_of(day, 1)[:, None]) ** 2, 1))
     found["lowest_last_day"] = np.fmin.reduce(day, axis=1)
     found["highest_last_day"] = np.fmax.reduce(day, axis=1)
-    found["trend_last_day"] = _mean_of(own[:, -6:], 1) - _mean_of(own[:, -24:-6], 1)
+    found["trend_last_day"] = mean_of(own[:, -6:], 1) - mean_of(own[:, -24:-6], 1)
 
-    city = np.array([CITIES.index(city_of(network.stations[station])) for station in stations])
+    city = [CITIES.index(name) for name in network.cities]
     means = _city_means(past, network)  # [N, 168, cities, 6]
     for hours in CITY_HOURS:
-        recent = _mean_of(means[:, -hours:], 1)  # [N, cities, 6]
+        recent = mean_of(means[:, -hours:], 1)  # [N, cities, 6]
         found[f"city_last_{hours}_hours"] = recent[:, city, pollutants]
         if hours in (3, 24, 168):
             found |= {f"city_{name}_last_{hours}_hours": recent[:, city, n] for n, name in enumerate(ALL_POLLUTANTS)}
     for back in (1, 2, 3, 4):
-        found[f"city_day_{back}_ago"] = _mean_of(_day_of(means, back), 1)[:, city, pollutants]
+        found[f"city_day_{back}_ago"] = mean_of(_day_of(means, back), 1)[:, city, pollutants]
     for number, name in enumerate(ALL_POLLUTANTS):
         here = past[..., stations * len(ALL_POLLUTANTS) + number]
-        found |= {f"here_{name}_last_{hours}_hours": _mean_of(here[:, -hours:], 1) for hours in (6, 24)}
+        found |= {f"here_{name}_last_{hours}_hours": mean_of(here[:, -hours:], 1) for hours in (6, 24)}
     return found
 
 
 def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
     """Mean over each city's stations [N, 168, cities, 6]."""
     grid = past.reshape(*past.shape[:2], len(network.stations), len(ALL_POLLUTANTS))
-    return np.stack([_mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
+    return np.stack([mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
 
 
 def _calendar(start: np.datetime64, ends: np.ndarray) -> np.ndarray:

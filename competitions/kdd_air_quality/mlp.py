@@ -20,7 +20,7 @@ from competitions.kdd_air_quality import features, medians
 from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, city_of
+from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS
 
 MEDIAN_SHIFTS_DAYS = 2  # windows end at the origin, and a day before it
 
@@ -70,7 +70,7 @@ class Rows:
         hourly = hourly.transpose(0, 2, 1, 3).reshape(*context.shape[:2], -1)
         self.context = np.concatenate([context, hourly], axis=-1)
         stations, pollutants = self.network.places
-        cities = np.array([CITIES.index(city_of(name)) for name in self.network.stations])[stations]
+        cities = np.array([CITIES.index(city) for city in self.network.cities])
         names = ((cities, CITIES), (stations, self.network.stations), (pollutants, POLLUTANTS))
         self.indicators = np.concatenate([number[:, None] == np.arange(len(of)) for number, of in names], axis=1)
 
