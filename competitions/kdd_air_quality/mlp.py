@@ -56,7 +56,7 @@ class Rows:
         self.ends = np.asarray(ends)
         self.hours = config.history_days * 24
         logs = features.log_of(completed).astype(np.float32)
-        self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # hours before the data = the first
+        self.logs = np.pad(logs, ((self.hours, 0), (0, 0)), mode="edge")  # hours before the data = the first
         days, windows = medians.by_day(logs[: len(logs) // 24 * 24]), medians.windows_of(config.windows)
         self.medians = [
             window  # [origins, 24, S]
@@ -116,17 +116,14 @@ def _model(rows: Rows, config: Config) -> ShortcutMLP:
 
 
 def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the SMAPE terms, and number of known hours, of every row [B, 2]."""
-    known = ~targets.isnan()
-    terms = torch.where(known, 2 * ((predictions - targets).abs() / 2).tanh(), 0.0)
-    return torch.stack([terms.sum(1), known.sum(1).to(terms.dtype)], dim=1)
+    """The loss, and the share of known hours, of every row [B, 2]."""
+    loss = LogSMAPE()
+    return torch.stack([loss(predictions, targets), loss.mass(targets)], dim=1)
 
 
 @torch.inference_mode()
 def predict(rows: Rows, state: dict[str, Tensor], config: Config) -> np.ndarray:
-    """Forecasts of a fitted network in ug/m3 [origins, 48, S] for all origins of `rows`, one at a time."""
+    """Forecasts of a fitted network in ug/m3 [origins, 48, S] for all origins of `rows`."""
     model = _model(rows, config).eval()
     model.load_state_dict(state)
-    count = rows.series_count
-    parts = [model(rows.batch(np.arange(count) + day * count)[0]).numpy() for day in range(len(rows.ends))]
-    return rows.forecast(np.concatenate(parts))
+    return rows.forecast(model(rows.batch(np.arange(len(rows)))[0]).numpy())
