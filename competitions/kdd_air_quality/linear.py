@@ -43,7 +43,7 @@ def at(lines: np.ndarray, known: features.Features, network: Network) -> np.ndar
     return result
 
 
-def fit(observations: Observations, jobs: int, label: str = "linear") -> np.ndarray:
+def fit(observations: Observations, jobs: int, label: str) -> np.ndarray:
     """Coefficients [groups, 48, F + 1], the last one the constant, fitted to all `training_ends` of the data.
 
     Raises UserError if these origins are too few.

@@ -29,9 +29,10 @@ KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp":
 
 def names_of(config: Config) -> list[str]:
     """The models of --models in their fixed order; raises UserError for an unknown name."""
-    given = [name.strip() for name in (config.model or config.models).split(",") if name.strip()]
-    if not given or not set(given) <= set(MODELS):
-        raise UserError(f"--models {config.model or config.models}: expected one or more of {','.join(MODELS)}")
+    text = config.model or config.models
+    given = {name.strip() for name in text.split(",")} - {""}
+    if not given or not given <= set(MODELS):
+        raise UserError(f"--models {text}: expected one or more of {','.join(MODELS)}")
     return [name for name in MODELS if name in given]
 
 

@@ -23,7 +23,7 @@ WEEK_HOURS = 168
 FEWEST_VALUES = 48
 
 
-def fit(observations: Observations, jobs: int, label: str = "prophet") -> np.ndarray:
+def fit(observations: Observations, jobs: int, label: str) -> np.ndarray:
     """Fit every series; [171, S]: an hour, the level at that hour, the slope per hour, the week from Monday 00:00 UTC.
 
     All NaN for a series with too few values. Raises UserError if the package is not installed.
