@@ -153,7 +153,7 @@ def whole(values: np.ndarray, network: Network) -> np.ndarray:
     return np.nan_to_num(np.where(np.isnan(result), mean_of(result, 2)[..., None], result))
 
 
-def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int | None) -> np.ndarray:
     """Mean over `axis` without the missing values; NaN where all values are missing."""
     there = np.isfinite(values)
     count = there.sum(axis)

@@ -6,6 +6,7 @@ and the other two steps get only data that end at the origin.
 
 from collections.abc import Sequence
 
+import bottleneck
 import numpy as np
 
 from competitions.kdd_air_quality.features import log_of, mean_of
@@ -78,9 +79,9 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
     that hour takes the mean of its city and pollutant, of the hour or else of all hours.
     """
     hours = len(series)
-    whole = np.concatenate([np.full((-hours % 24, series.shape[1]), np.nan, series.dtype), series])
+    whole = np.pad(series, ((-hours % 24, 0), (0, 0)), constant_values=np.nan)
     days = whole.reshape(-1, 24, series.shape[1])
-    days = _carried(_carried(days)[::-1])[::-1]
+    days = bottleneck.push(bottleneck.push(days, axis=0)[::-1], axis=0)[::-1]  # forward, then backward
     filled = days.reshape(-1, series.shape[1])[-hours % 24 :]
     for group in network.by_group.values():
         own = filled[:, group]
@@ -88,9 +89,3 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
         mean = np.nan_to_num(mean_of(own, 1), nan=overall)
         filled[:, group] = np.where(np.isnan(own), mean[:, None], own)
     return filled
-
-
-def _carried(days: np.ndarray) -> np.ndarray:
-    """[days, 24, S] with every gap filled from the last earlier day that has a value at this hour."""
-    rows = np.where(np.isfinite(days), np.arange(len(days))[:, None, None], 0)
-    return np.take_along_axis(days, np.maximum.accumulate(rows, axis=0), axis=0)
