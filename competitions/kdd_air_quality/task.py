@@ -138,7 +138,7 @@ def opened(config: Config, raw: RawData) -> tuple[table.Asked, Observations]:
 def checked(
     config: Config, known: Observations, first: np.datetime64, scored: np.ndarray, log: Callable[[str], Any]
 ) -> list[str]:
-    """The `warned` warnings about the data.
+    """Warnings about the data, also written by `log`.
 
     Raises UserError, before anything is fitted, if the history before `first`, the first submit day that the blend is
     tuned on, is too short, or if none of the `scored` days can be scored.
