@@ -13,11 +13,11 @@ from common.raw import RawData
 from common.report import Report
 from common.run import Run
 from common.task import Data, Postprocess, Task
-from competitions.kdd_air_quality import blend, models, report, table
-from competitions.kdd_air_quality.config import USES, Config, refuse_folds
+from competitions.kdd_air_quality import blend, models, report
+from competitions.kdd_air_quality.config import USES, Config
 from competitions.kdd_air_quality.origins import DAY, days_between, last_scored_day, parse_day
-from competitions.kdd_air_quality.reader import Observations, known_before, read
-from competitions.kdd_air_quality.task import TRUTH_DAYS, checked, days_of, smape
+from competitions.kdd_air_quality.reader import Observations, known_before
+from competitions.kdd_air_quality.task import TRUTH_DAYS, checked, days_of, opened, smape
 
 
 class Backtest(Competition):
@@ -25,10 +25,7 @@ class Backtest(Competition):
 
     def build(self, config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
         """Build the Task; raises UserError for days outside the data, and for too short a history before them."""
-        refuse_folds(config)
-        models.names_of(config)
-        asked = table.asked(raw)
-        observations = read(raw, asked.network.stations)
+        asked, observations = opened(config, raw)
         days = days_to_score(config, observations)
         before, *periods = periods_of(days, config.refit_days, config.backtest_days)
         checked(config, observations, before[0], days, log)
@@ -39,8 +36,7 @@ class Backtest(Competition):
                 train=days_of(observations, rows),
                 ids=[str(day) for day in rows],
                 folds=np.where(np.isin(rows, days), 0, -1),
-                test=days_of(observations, days[:0]),
-                test_ids=[],
+                test=(),
             ),
             fit_predict=rolling.fit_predict,
             uses=USES,

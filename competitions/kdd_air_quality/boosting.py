@@ -102,14 +102,17 @@ def forecast(members: list[Member], lines: np.ndarray, observations: Observation
 
     known, network = features.build(observations, ends), observations.network
     result = np.zeros((len(ends), HORIZON_HOURS, len(network.series)))
-    boosters = [(one["city"], columns(known, one["draw"]), Booster(model_str=one["text"])) for one in members]
-    for city in CITIES:
+    for city in dict.fromkeys(member["city"] for member in members):
+        boosters = [
+            (columns(known, member["draw"]), Booster(model_str=member["text"]))
+            for member in members
+            if member["city"] == city
+        ]
         own = np.flatnonzero(network.in_city(city))
-        of_city = [(kept, booster) for its_city, kept, booster in boosters if its_city == city]
         hour, place = np.repeat(np.arange(HORIZON_HOURS), len(own)), np.tile(own, HORIZON_HOURS)
-        for number in range(len(ends)) if len(own) and of_city else ():
+        for number in range(len(ends)):
             table = known.table(np.full(len(hour), number), hour, place)
-            mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in of_city) / len(of_city)
+            mean = sum(booster.predict(table[:, kept], num_threads=1) for kept, booster in boosters) / len(boosters)
             result[number][:, own] = mean.reshape(HORIZON_HOURS, len(own))
     fraction = sum(from_linear(member["draw"]) for member in members) / max(len(members), 1)
-    return np.exp(result + fraction * linear.at(lines, known, network) + np.tile(known.base, (1, 2, 1)))
+    return known.in_units(result + fraction * linear.at(lines, known, network))

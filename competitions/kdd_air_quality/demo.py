@@ -12,23 +12,23 @@ from competitions.kdd_air_quality.table import lines_for
 BEIJING = ("dongsi_aq", "aotizhongxin_aq", "fangshan_aq", "dingling_aq", "qianmen_aq")
 LONDON = ("CD1", "BL0", "MY7")
 FIRST_DAY = "2018-01-01"
-DAYS = 90
+SEED, DAYS = 7, 90
 API_DAYS = 20  # the last days are in the format of the organisers' API, with cut station names
 # Typical level of each pollutant, and the factor between trough and peak of its daily cycle.
 LEVELS = {"PM2.5": (50, 1.5), "PM10": (80, 1.6), "NO2": (45, 2.0), "CO": (0.9, 1.5), "O3": (40, 4.0), "SO2": (8, 1.6)}
 PEAK_HOUR = {"Beijing": {"O3": 8}, "London": {}}  # UTC; everything else peaks in the evening
 
 
-def write_demo(folder: Path, seed: int = 7, days: int = DAYS) -> None:
-    """Write the history, the API files and the sample submission."""
-    random = np.random.default_rng(seed)
-    hours = pd.date_range(FIRST_DAY, periods=days * 24, freq="h")
+def write_demo(folder: Path) -> None:
+    """Write the history, the API files and the sample submission, always the same bytes."""
+    random = np.random.default_rng(SEED)
+    hours = pd.date_range(FIRST_DAY, periods=DAYS * 24, freq="h")
     beijing = _city("Beijing", BEIJING, hours, random, 1.0)
     london = _city("London", LONDON, hours, random, 0.3)
-    history = hours[: (days - API_DAYS) * 24]
+    history = hours[: (DAYS - API_DAYS) * 24]
 
     frame = beijing[beijing["time"].isin(history)].rename(columns={"station": "stationId", "time": "utc_time"})
-    twice = frame.sample(20, random_state=seed)  # the real files repeat rows
+    twice = frame.sample(20, random_state=SEED)  # the real files repeat rows
     pd.concat([frame, twice]).to_csv(folder / "beijing_17_18_aq.csv", index=False)
     frame = london[london["time"].isin(history)]
     pd.DataFrame(
@@ -38,7 +38,7 @@ def write_demo(folder: Path, seed: int = 7, days: int = DAYS) -> None:
             **{f"{name} (ug/m3)": frame[name] for name in ("PM2.5", "PM10", "NO2")},
         }
     ).to_csv(folder / "London_historical_aqi_forecast_stations_20180331.csv")
-    short = {full: cut for cut, full in sorted(FULL_NAME.items(), key=lambda names: -len(names[0]))}
+    short = {full: cut for cut, full in reversed(FULL_NAME.items())}  # the cut names come first in FULL_NAME
     columns = {"station": "station_id"} | {name: f"{name.replace('.', '')}_Concentration" for name in LEVELS}
     for city, table in (("bj", beijing), ("ld", london)):
         frame = table[~table["time"].isin(history)].rename(columns=columns).reset_index(drop=True)

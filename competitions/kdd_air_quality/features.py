@@ -12,7 +12,7 @@ from common.errors import UserError
 from competitions.kdd_air_quality.medians import by_day, sliding_medians
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network, city_of
+from competitions.kdd_air_quality.stations import ALL_POLLUTANTS, CITIES, STATION_TYPE, Network
 
 FLOOR = 0.5  # ug/m3: smaller and negative values count as this much before the logarithm
 MEDIAN_DAYS = (3, 7, 14, 30, 78, 203)
@@ -26,7 +26,9 @@ PAST_HOURS = 168
 HISTORY_DAYS = 21  # an origin needs this many days before it to be trained on
 FEWEST_ORIGINS = 5
 LIMIT = 5.0  # largest logarithm given to the linear model and the network: a factor of 150 is an outage, not weather
-CATEGORICAL = ("station", "pollutant", "type", "weekday")
+CALENDAR = ("hour", "weekday", "season_sine", "season_cosine")
+FIXED = ("station", "pollutant", "type")
+CATEGORICAL = (*FIXED, "weekday")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,15 @@ class Features:
     base: np.ndarray  # [N, 24, S] log of the daily cycle; of the city, for a series without any value
     per_series: np.ndarray  # [N, S, F1]
     per_hour: np.ndarray  # [N, 24, S, F2], relative to `base`, or the shape of `base`
-    calendar: np.ndarray  # [N, 48, F3]
-    fixed: np.ndarray  # [S, F4]
-    names: tuple[str, ...]
+    calendar: np.ndarray  # [N, 48, F3], the CALENDAR of each hour ahead
+    fixed: np.ndarray  # [S, F4], what is FIXED for a series
+    series_names: tuple[str, ...]  # of the F1 features
+    hour_names: tuple[str, ...]  # of the F2 features
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns of `table`."""
+        return ("hours_ahead", *CALENDAR, "base", *self.hour_names, *self.series_names, *FIXED)
 
     def table(self, origin: np.ndarray, hour: np.ndarray, series: np.ndarray) -> np.ndarray:
         """Rows [B, F] for the given numbers of origins, hours ahead and series, each [B]."""
@@ -50,9 +58,7 @@ class Features:
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of what `inputs` returns [F1 + F2]."""
-        per_hour, stop = self.names.index("base") + 1, len(self.names) - self.fixed.shape[1]
-        per_series = per_hour + self.per_hour.shape[-1]
-        return self.names[per_series:stop] + self.names[per_hour:per_series]
+        return self.series_names + self.hour_names
 
     @property
     def season(self) -> np.ndarray:
@@ -62,8 +68,12 @@ class Features:
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """`per_series` and `per_hour` for models that accept no missing values: these become 0, the daily cycle."""
         context = self.per_series.copy()
-        context[..., self.names.index("hours_since_last_value") - self.names.index("last_1_hours")] /= 24
-        return (np.nan_to_num(context).clip(-LIMIT, LIMIT), np.nan_to_num(self.per_hour).clip(-LIMIT, LIMIT))
+        context[..., self.series_names.index("hours_since_last_value")] /= 24
+        return np.nan_to_num(context).clip(-LIMIT, LIMIT), np.nan_to_num(self.per_hour).clip(-LIMIT, LIMIT)
+
+    def in_units(self, relative: np.ndarray) -> np.ndarray:
+        """Logarithms relative to the daily cycle [N, 48, S] -> values in ug/m3."""
+        return np.exp(relative + np.tile(self.base, (1, 2, 1)))
 
 
 def log_of(values: np.ndarray) -> np.ndarray:
@@ -82,7 +92,7 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     scored = stations * len(ALL_POLLUTANTS) + pollutants
 
     medians = sliding_medians(days, MEDIAN_DAYS, ends)
-    base = _mean_of(medians[1:], 0)  # [N, 24, lanes]
+    base = mean_of(medians[1:], 0)  # [N, 24, lanes]
     for number, name in enumerate(ALL_POLLUTANTS):
         lane = np.s_[..., number :: len(ALL_POLLUTANTS)]
         base[lane] = _around(base[lane], AROUND_HOURS.get(name, AROUND_OTHERS))
@@ -97,16 +107,16 @@ def build(observations: Observations, ends: np.ndarray) -> Features:
     per_hour |= {f"same_hour_{back}_days_ago": _day_of(smooth, back - 1) for back in (1, 2, 3, 7)}
     cycle = whole(base[..., scored], network)
     per_hour |= _shapes(cycle, network)
-    calendar = _calendar(observations.start, ends)
     types = sorted(set(STATION_TYPE.values()))
     kinds = [types.index(STATION_TYPE[network.stations[station]]) for station in stations]
     return Features(
         cycle,
         np.stack([*per_series.values()], axis=-1).astype(np.float32),
         np.stack([*per_hour.values()], axis=-1),
-        np.stack([*calendar.values()], axis=-1).astype(np.float32),
+        _calendar(observations.start, ends),
         np.stack([stations, pollutants, kinds], axis=1).astype(np.float32),
-        ("hours_ahead", *calendar, "base", *per_hour, *per_series, "station", "pollutant", "type"),
+        tuple(per_series),
+        tuple(per_hour),
     )
 
 
@@ -136,14 +146,14 @@ def training_ends(observations: Observations) -> np.ndarray:
 
 def whole(values: np.ndarray, network: Network) -> np.ndarray:
     """[N, hours, S] without missing values: filled by means of the series' other hours, its group, then all series."""
-    result = np.where(np.isnan(values), _mean_of(values, 1)[:, None], values)
+    result = np.where(np.isnan(values), mean_of(values, 1)[:, None], values)
     for group in network.by_group.values():
         own = result[..., group]
-        result[..., group] = np.where(np.isnan(own), _mean_of(own, 2)[..., None], own)
-    return np.nan_to_num(np.where(np.isnan(result), _mean_of(result, 2)[..., None], result))
+        result[..., group] = np.where(np.isnan(own), mean_of(own, 2)[..., None], own)
+    return np.nan_to_num(np.where(np.isnan(result), mean_of(result, 2)[..., None], result))
 
 
-def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int | None) -> np.ndarray:
     """Mean over `axis` without the missing values; NaN where all values are missing."""
     there = np.isfinite(values)
     count = there.sum(axis)
@@ -154,13 +164,13 @@ def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
 
 def _around(cycle: np.ndarray, hours: int) -> np.ndarray:
     """Mean of each hour of the day in [N, 24, lanes] with the `hours` before and after it, wrapping at midnight."""
-    return _mean_of(np.stack([np.roll(cycle, back, axis=1) for back in range(-hours, hours + 1)]), 0)
+    return mean_of(np.stack([np.roll(cycle, back, axis=1) for back in range(-hours, hours + 1)]), 0)
 
 
 def _smooth(past: np.ndarray) -> np.ndarray:
     """Mean of each hour in [N, hours, S] with its two neighbours."""
     around = np.pad(past, ((0, 0), (1, 1), (0, 0)), constant_values=np.nan)
-    return _mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
+    return mean_of(np.stack([around[:, :-2], around[:, 1:-1], around[:, 2:]]), 0)
 
 
 def _day_of(past: np.ndarray, back: int) -> np.ndarray:
@@ -183,43 +193,43 @@ def _shapes(cycle: np.ndarray, network: Network) -> dict[str, np.ndarray]:
 def _per_series(past: np.ndarray, scored: np.ndarray, network: Network) -> dict[str, np.ndarray]:
     """Features [N, S] by name, from the last week `past` [N, 168, lanes]."""
     own, (stations, pollutants) = past[..., scored], network.places
-    found = {f"last_{hours}_hours": _mean_of(own[:, -hours:], 1) for hours in RECENT_HOURS}
-    found |= {f"day_{back}_ago": _mean_of(_day_of(own, back), 1) for back in range(1, 7)}
+    found = {f"last_{hours}_hours": mean_of(own[:, -hours:], 1) for hours in RECENT_HOURS}
+    found |= {f"day_{back}_ago": mean_of(_day_of(own, back), 1) for back in range(1, 7)}
     there, day = np.isfinite(own), own[:, -24:]
     age = np.argmax(there[:, ::-1], axis=1)
     found["last_value"] = np.take_along_axis(own, (PAST_HOURS - 1 - age)[:, None], axis=1)[:, 0]
     found["hours_since_last_value"] = np.where(there.any(1), age, PAST_HOURS).astype(np.float32)
-    found["spread_last_day"] = np.sqrt(_mean_of((day - _mean_of(day, 1)[:, None]) ** 2, 1))
+    found["spread_last_day"] = np.sqrt(mean_of((day - mean_of(day, 1)[:, None]) ** 2, 1))
     found["lowest_last_day"] = np.fmin.reduce(day, axis=1)
     found["highest_last_day"] = np.fmax.reduce(day, axis=1)
-    found["trend_last_day"] = _mean_of(own[:, -6:], 1) - _mean_of(own[:, -24:-6], 1)
+    found["trend_last_day"] = mean_of(own[:, -6:], 1) - mean_of(own[:, -24:-6], 1)
 
-    city = np.array([CITIES.index(city_of(network.stations[station])) for station in stations])
+    city = [CITIES.index(name) for name in network.cities]
     means = _city_means(past, network)  # [N, 168, cities, 6]
     for hours in CITY_HOURS:
-        recent = _mean_of(means[:, -hours:], 1)  # [N, cities, 6]
+        recent = mean_of(means[:, -hours:], 1)  # [N, cities, 6]
         found[f"city_last_{hours}_hours"] = recent[:, city, pollutants]
         if hours in (3, 24, 168):
             found |= {f"city_{name}_last_{hours}_hours": recent[:, city, n] for n, name in enumerate(ALL_POLLUTANTS)}
     for back in (1, 2, 3, 4):
-        found[f"city_day_{back}_ago"] = _mean_of(_day_of(means, back), 1)[:, city, pollutants]
+        found[f"city_day_{back}_ago"] = mean_of(_day_of(means, back), 1)[:, city, pollutants]
     for number, name in enumerate(ALL_POLLUTANTS):
         here = past[..., stations * len(ALL_POLLUTANTS) + number]
-        found |= {f"here_{name}_last_{hours}_hours": _mean_of(here[:, -hours:], 1) for hours in (6, 24)}
+        found |= {f"here_{name}_last_{hours}_hours": mean_of(here[:, -hours:], 1) for hours in (6, 24)}
     return found
 
 
 def _city_means(past: np.ndarray, network: Network) -> np.ndarray:
     """Mean over each city's stations [N, 168, cities, 6]."""
     grid = past.reshape(*past.shape[:2], len(network.stations), len(ALL_POLLUTANTS))
-    return np.stack([_mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
+    return np.stack([mean_of(grid[:, :, network.of_city(city)], 2) for city in CITIES], axis=2)
 
 
-def _calendar(start: np.datetime64, ends: np.ndarray) -> dict[str, np.ndarray]:
-    """Hour, weekday and season of the 48 hours after each origin, each [N, 48]."""
+def _calendar(start: np.datetime64, ends: np.ndarray) -> np.ndarray:
+    """The CALENDAR of the 48 hours after each origin [N, 48, F3]."""
     hours = start.astype("datetime64[h]") + (ends[:, None] * 24 + np.arange(HORIZON_HOURS)) * HOUR
     dates = hours.astype("datetime64[D]")
     weekday = (dates.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
     of_year = (dates - dates.astype("datetime64[Y]")).astype(int) * (2 * np.pi / 365.25)
-    season = {"season_sine": np.sin(of_year), "season_cosine": np.cos(of_year)}
-    return {"hour": (hours - dates).astype(int), "weekday": weekday} | season
+    hour = (hours - dates).astype(int)
+    return np.stack([hour, weekday, np.sin(of_year), np.cos(of_year)], axis=-1).astype(np.float32)

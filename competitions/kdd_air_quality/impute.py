@@ -6,9 +6,10 @@ and the other two steps get only data that end at the origin.
 
 from collections.abc import Sequence
 
+import bottleneck
 import numpy as np
 
-from competitions.kdd_air_quality.features import log_of
+from competitions.kdd_air_quality.features import log_of, mean_of
 from competitions.kdd_air_quality.parallel import fit_trees, in_parallel
 from competitions.kdd_air_quality.reader import Observations
 from competitions.kdd_air_quality.stations import Network
@@ -45,8 +46,7 @@ def _peers(network: Network, number: int) -> list[int]:
 
 def _fillable(series: np.ndarray, network: Network, number: int) -> np.ndarray:
     """Which hours can be filled, bool [hours]: the series is missing, and enough stations of its city are not."""
-    city = network.groups[number].split(" ")[0]
-    stations, (most, of_all) = [*_peers(network, number), number], MOST_MISSING[city]
+    stations, (most, of_all) = [*_peers(network, number), number], MOST_MISSING[network.cities[number]]
     limit = most * len(stations) / of_all  # in proportion for fewer stations
     missing = np.isnan(series[:, stations]).sum(axis=1)
     return np.isnan(series[:, number]) & (missing < limit)
@@ -79,21 +79,13 @@ def complete(series: np.ndarray, network: Network) -> np.ndarray:
     that hour takes the mean of its city and pollutant, of the hour or else of all hours.
     """
     hours = len(series)
-    whole = np.concatenate([np.full((-hours % 24, series.shape[1]), np.nan, series.dtype), series])
+    whole = np.pad(series, ((-hours % 24, 0), (0, 0)), constant_values=np.nan)
     days = whole.reshape(-1, 24, series.shape[1])
-    days = _carried(_carried(days)[::-1])[::-1]
+    days = bottleneck.push(bottleneck.push(days, axis=0)[::-1], axis=0)[::-1]  # forward, then backward
     filled = days.reshape(-1, series.shape[1])[-hours % 24 :]
     for group in network.by_group.values():
         own = filled[:, group]
-        there = np.isfinite(own)
-        count, total = there.sum(1), np.where(there, own, 0).sum(1)
-        overall = total.sum() / count.sum() if count.sum() else 1.0  # the city never measured this pollutant
-        mean = np.where(count > 0, total / np.maximum(count, 1), overall)
-        filled[:, group] = np.where(there, own, mean[:, None])
+        overall = np.nan_to_num(mean_of(own, None), nan=1.0)  # 1 if the city never measured this pollutant
+        mean = np.nan_to_num(mean_of(own, 1), nan=overall)
+        filled[:, group] = np.where(np.isnan(own), mean[:, None], own)
     return filled
-
-
-def _carried(days: np.ndarray) -> np.ndarray:
-    """[days, 24, S] with every gap filled from the last earlier day that has a value at this hour."""
-    rows = np.where(np.isfinite(days), np.arange(len(days))[:, None, None], 0)
-    return np.take_along_axis(days, np.maximum.accumulate(rows, axis=0), axis=0)

@@ -43,7 +43,7 @@ def at(lines: np.ndarray, known: features.Features, network: Network) -> np.ndar
     return result
 
 
-def fit(observations: Observations, jobs: int, label: str = "linear") -> np.ndarray:
+def fit(observations: Observations, jobs: int, label: str) -> np.ndarray:
     """Coefficients [groups, 48, F + 1], the last one the constant, fitted to all `training_ends` of the data.
 
     Raises UserError if these origins are too few.
@@ -88,7 +88,7 @@ def _shared(known: features.Features, network: Network, group: str) -> np.ndarra
 
     A departure is how far a series was from its city's mean; it is 0 for series of the other city.
     """
-    own, of_city = (known.per_series[..., known.input_names.index(name)] for name in DEPARTURE)
+    own, of_city = (known.per_series[..., known.series_names.index(name)] for name in DEPARTURE)
     away = np.nan_to_num(own - of_city).clip(-features.LIMIT, features.LIMIT) * network.in_city(group.split()[0])
     return np.concatenate([known.season, np.repeat(away[:, None], HORIZON_HOURS, axis=1)], axis=-1, dtype=np.float32)
 
@@ -122,4 +122,4 @@ def _fit_one(
 def forecast(lines: np.ndarray, observations: Observations, ends: np.ndarray) -> np.ndarray:
     """Forecasts in ug/m3 [N, 48, S] for the origins `ends`, each only from the hours before it."""
     known = features.build(observations, ends)
-    return np.exp(at(lines, known, observations.network) + np.tile(known.base, (1, 2, 1)))
+    return known.in_units(at(lines, known, observations.network))

@@ -35,7 +35,7 @@ def sliding_medians(days: np.ndarray, lengths: tuple[int, ...], ends: np.ndarray
     """
     lanes = np.ascontiguousarray(days.reshape(len(days), -1).T, dtype=np.float32)  # days of a lane are contiguous
     result = np.full((len(lengths), len(ends), len(lanes)), np.nan, np.float32)
-    for number, length in enumerate(lengths if len(ends) else ()):
+    for number, length in enumerate(lengths):
         first = max(int(ends[0]) - length, 0)
         part = lanes[:, first : int(ends[-1])]
         if len(ends) == 1:  # nothing slides

@@ -78,7 +78,7 @@ def breakdown(truth: np.ndarray, forecast: np.ndarray, network: Network) -> pd.S
         return {(by, name): np.s_[:, :, [n for n, one in enumerate(labels) if one == name]] for name in labels}
 
     places = of("city", cities)
-    for group in network.groups:
+    for group in network.by_group:
         city, pollutant = group.split(" ")
         places["pollutant", group] = np.s_[:, :, network.of_city(city), POLLUTANTS.index(pollutant)]
     places |= of("station type", kinds) | of("station", network.stations)

@@ -20,7 +20,7 @@ from competitions.kdd_air_quality import features, medians
 from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import HORIZON_HOURS
 from competitions.kdd_air_quality.reader import Observations
-from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS, city_of
+from competitions.kdd_air_quality.stations import CITIES, POLLUTANTS
 
 MEDIAN_SHIFTS_DAYS = 2  # windows end at the origin, and a day before it
 
@@ -56,21 +56,23 @@ class Rows:
         self.ends = np.asarray(ends)
         self.hours = config.history_days * 24
         logs = features.log_of(completed).astype(np.float32)
-        self.logs = np.concatenate([np.repeat(logs[:1], self.hours, axis=0), logs])  # hours before the data = the first
-        self.median_ends = np.unique(np.maximum(self.ends - np.arange(MEDIAN_SHIFTS_DAYS)[:, None], 1))
-        days = medians.by_day(logs[: len(logs) // 24 * 24])
-        self.medians = medians.sliding_medians(days, medians.windows_of(config.windows), self.median_ends)
-        known = features.build(observations, self.ends)
-        self.base = known.base
-        context, hourly = known.inputs()
+        self.logs = np.pad(logs, ((self.hours, 0), (0, 0)), mode="edge")  # hours before the data = the first
+        days, windows = medians.by_day(logs[: len(logs) // 24 * 24]), medians.windows_of(config.windows)
+        self.medians = [
+            window  # [origins, 24, S]
+            for back in range(MEDIAN_SHIFTS_DAYS)
+            for window in medians.sliding_medians(days, windows, np.maximum(self.ends - back, 1))
+        ]
+        self.known = features.build(observations, self.ends)
+        self.base = self.known.base
+        self.targets = features.targets(observations, self.base, self.ends)
+        context, hourly = self.known.inputs()
         hourly = hourly.transpose(0, 2, 1, 3).reshape(*context.shape[:2], -1)
         self.context = np.concatenate([context, hourly], axis=-1)
         stations, pollutants = self.network.places
-        cities = np.array([CITIES.index(city_of(name)) for name in self.network.stations])[stations]
+        cities = np.array([CITIES.index(city) for city in self.network.cities])
         names = ((cities, CITIES), (stations, self.network.stations), (pollutants, POLLUTANTS))
         self.indicators = np.concatenate([number[:, None] == np.arange(len(of)) for number, of in names], axis=1)
-        padded = np.pad(observations.series(), ((0, HORIZON_HOURS), (0, 0)), constant_values=np.nan)
-        self.targets = np.where(padded > 0, features.log_of(padded), np.nan).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.ends) * self.series_count
@@ -82,19 +84,14 @@ class Rows:
         hour = self.ends[position] * 24
         past = self.logs[hour[:, None] + np.arange(self.hours), series[:, None]]
         parts = [past - np.tile(base, (1, self.hours // 24))]
-        for back in range(MEDIAN_SHIFTS_DAYS):
-            place = np.searchsorted(self.median_ends, np.maximum(self.ends[position] - back, 1))
-            parts.extend(window[place, :, series] - base for window in self.medians)
+        parts += [window[position, :, series] - base for window in self.medians]
         parts += [self.context[position, series], self.indicators[series]]
         inputs = np.concatenate(parts, axis=1).clip(-features.LIMIT, features.LIMIT).astype(np.float32)
-        ahead = np.minimum(hour[:, None] + np.arange(HORIZON_HOURS), len(self.targets) - 1)
-        targets = self.targets[ahead, series[:, None]] - np.tile(base, (1, HORIZON_HOURS // 24))
-        return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.float32))
+        return torch.from_numpy(inputs), torch.from_numpy(self.targets[position, :, series])
 
     def forecast(self, relative: np.ndarray) -> np.ndarray:
         """Network outputs [origins * S, 48] of all rows in order -> forecasts in ug/m3 [origins, 48, S]."""
-        shaped = relative.reshape(len(self.ends), self.series_count, HORIZON_HOURS).transpose(0, 2, 1)
-        return np.exp(shaped + np.tile(self.base, (1, HORIZON_HOURS // 24, 1)))
+        return self.known.in_units(relative.reshape(len(self.ends), -1, HORIZON_HOURS).transpose(0, 2, 1))
 
 
 def task(rows: Rows, held: np.ndarray, fold: int, config: Config) -> core.Task:
@@ -121,15 +118,13 @@ def _model(rows: Rows, config: Config) -> ShortcutMLP:
 def _smape_stats(predictions: Tensor, targets: Tensor) -> Tensor:
     """Sum of the SMAPE terms, and number of known hours, of every row [B, 2]."""
     known = ~targets.isnan()
-    terms = torch.where(known, 2 * ((predictions - targets).abs() / 2).tanh(), 0.0)
+    terms = torch.where(known, LogSMAPE().entries(predictions, targets), 0.0)
     return torch.stack([terms.sum(1), known.sum(1).to(terms.dtype)], dim=1)
 
 
 @torch.inference_mode()
 def predict(rows: Rows, state: dict[str, Tensor], config: Config) -> np.ndarray:
-    """Forecasts of a fitted network in ug/m3 [origins, 48, S] for all origins of `rows`, one at a time."""
+    """Forecasts of a fitted network in ug/m3 [origins, 48, S] for all origins of `rows`."""
     model = _model(rows, config).eval()
     model.load_state_dict(state)
-    count = rows.series_count
-    parts = [model(rows.batch(np.arange(count) + day * count)[0]).numpy() for day in range(len(rows.ends))]
-    return rows.forecast(np.concatenate(parts))
+    return rows.forecast(model(rows.batch(np.arange(len(rows)))[0]).numpy())

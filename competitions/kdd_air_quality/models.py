@@ -29,9 +29,10 @@ KEPT = {"medians": "float64", "linear": "float32", "boosting": "float64", "mlp":
 
 def names_of(config: Config) -> list[str]:
     """The models of --models in their fixed order; raises UserError for an unknown name."""
-    given = [name.strip() for name in (config.model or config.models).split(",") if name.strip()]
-    if not given or not set(given) <= set(MODELS):
-        raise UserError(f"--models {config.model or config.models}: expected one or more of {','.join(MODELS)}")
+    text = config.model or config.models
+    given = {name.strip() for name in text.split(",")} - {""}
+    if not given or not given <= set(MODELS):
+        raise UserError(f"--models {text}: expected one or more of {','.join(MODELS)}")
     return [name for name in MODELS if name in given]
 
 
@@ -85,21 +86,25 @@ class Models:
         self, name: str, known: Observations, held: np.ndarray | None = None, later: Observations | None = None
     ) -> None:
         """Fit a model to `known`, which ends at the cut; `later` and `held` only let the network log a score."""
-        folder, config, cut = self.folder, self.config, f"before {known.end}"
-        if name in ("medians", "mlp"):
-            found = partial(impute.fit, known, config.jobs, config.seed, f"imputers {cut}")
-            imputers = _kept(folder / "imputers.json", found)
-        elif name == "prophet":
-            _kept(folder / "prophet.npy", partial(prophet_model.fit, known, config.jobs, f"prophet {cut}"))
+        folder, jobs, cut = self.folder, self.config.jobs, f"before {known.end}"
+        if name == "prophet":
+            _kept(folder / "prophet.npy", lambda: prophet_model.fit(known, jobs, f"prophet {cut}"))
+        elif name in ("linear", "boosting"):
+            lines = _kept(folder / "linear.npy", lambda: linear.fit(known, jobs, f"linear {cut}"))
+            if name == "boosting":
+                self._fit_boosting(lines, known)
         else:
-            found = partial(linear.fit, known, config.jobs, f"linear {cut}")
-            lines = _kept(folder / "linear.npy", found)
-        if name == "boosting":
-            draws = [draw for draw in range(config.boosting_seeds) if not (folder / f"boosting-{draw}.json").is_file()]
-            for draw, members in boosting.fit(known, lines, draws, config, f"boosting {cut}") if draws else ():
-                write_text(folder / f"boosting-{draw}.json", json.dumps(members))
-        if name == "mlp" and not (self.run.fold_folder(self.fold) / "model.pt").is_file():
-            self._fit_network(imputers, known, held, later)
+            make = partial(impute.fit, known, jobs, self.config.seed, f"imputers {cut}")
+            imputers = _kept(folder / "imputers.json", make)
+            if name == "mlp" and not (self.run.fold_folder(self.fold) / "model.pt").is_file():
+                self._fit_network(imputers, known, held, later)
+
+    def _fit_boosting(self, lines: np.ndarray, known: Observations) -> None:
+        files = [self.folder / f"boosting-{draw}.json" for draw in range(self.config.boosting_seeds)]
+        draws = [draw for draw, file in enumerate(files) if not file.is_file()]
+        if draws:
+            for draw, members in boosting.fit(known, lines, draws, self.config, f"boosting before {known.end}"):
+                write_text(files[draw], json.dumps(members))
 
     def _fit_network(
         self, imputers: list[str], known: Observations, held: np.ndarray | None, later: Observations | None
@@ -122,29 +127,30 @@ class Models:
 
     def forecast(self, name: str, observations: Observations, days: np.ndarray) -> np.ndarray:
         """Forecasts of a fitted model in ug/m3 [days, 48, S]; each day's uses only the hours before its origin."""
-        folder, config, network = self.folder, self.config, observations.network
-        seen = [known_before(observations, day) for day in (days[0], days[-1])][-1]  # raises for days outside the data
+        folder = self.folder
+        known_before(observations, days[0])  # raises for a day before the data
+        seen = known_before(observations, days[-1])
         ends = _ends(seen, days)
-        if name in ("medians", "mlp"):
-            filled = impute.fill(json.loads((folder / "imputers.json").read_text()), seen)
-        elif name != "prophet":
-            lines = np.load(folder / "linear.npy")
-        if name == "linear":
-            result = linear.forecast(lines, seen, ends)
+        if name == "prophet":
+            result = prophet_model.forecast(np.load(folder / "prophet.npy"), first_hour(days))
+        elif name == "linear":
+            result = linear.forecast(np.load(folder / "linear.npy"), seen, ends)
         elif name == "boosting":
             members = [one for file in sorted(folder.glob("boosting-*.json")) for one in json.loads(file.read_text())]
-            result = boosting.forecast(members, lines, seen, ends)
-        elif name == "prophet":
-            result = prophet_model.forecast(np.load(folder / "prophet.npy"), first_hour(days))
-        elif name == "medians":
-            result = np.full((len(days), HORIZON_HOURS, filled.shape[1]), np.nan)  # NaN is filled by `whole` below
-            for city, windows in zip(CITIES, (config.beijing_windows, config.london_windows), strict=True):
-                own = network.in_city(city)
-                if own.any():  # the sample submission may have stations of one city only
-                    result[..., own] = medians.forecast(filled[:, own], medians.windows_of(windows), ends)
+            result = boosting.forecast(members, np.load(folder / "linear.npy"), seen, ends)
         else:
-            result = self._network_forecast(filled, seen, ends)
-        return np.exp(features.whole(features.log_of(result), network))
+            filled = impute.fill(json.loads((folder / "imputers.json").read_text()), seen)
+            of_filled = self._median_forecast if name == "medians" else self._network_forecast
+            result = of_filled(filled, seen, ends)
+        return np.exp(features.whole(features.log_of(result), seen.network))
+
+    def _median_forecast(self, filled: np.ndarray, seen: Observations, ends: np.ndarray) -> np.ndarray:
+        result = np.full((len(ends), HORIZON_HOURS, filled.shape[1]), np.nan)
+        for city, windows in zip(CITIES, (self.config.beijing_windows, self.config.london_windows), strict=True):
+            own = seen.network.in_city(city)
+            if own.any():  # the sample submission may have stations of one city only
+                result[..., own] = medians.forecast(filled[:, own], medians.windows_of(windows), ends)
+        return result
 
     def _network_forecast(self, filled: np.ndarray, seen: Observations, ends: np.ndarray) -> np.ndarray:
         """Forecast one origin at a time, because the last imputation steps use all hours that they are given."""

@@ -13,14 +13,14 @@ from common import run as runs
 from common import train as training
 from common.config import differences, with_flags
 from common.device import use_threads
-from common.errors import UserError
+from common.errors import UserError, some
 from common.run import Run
 from competitions.kdd_air_quality import blend, metric, models, report, table
 from competitions.kdd_air_quality.backtest import Backtest, days_to_score
 from competitions.kdd_air_quality.config import Config
 from competitions.kdd_air_quality.origins import days_between, first_hour, parse_day
 from competitions.kdd_air_quality.reader import Observations, known_before, read
-from competitions.kdd_air_quality.task import facts_of, refuse_unscored, short_history
+from competitions.kdd_air_quality.task import facts_of, refuse_unscored, warned
 
 
 def predict(competition: str, given: argparse.Namespace) -> None:
@@ -29,7 +29,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     Without days and without other data this is the core's command: it writes the submission of one run, or of the mean
     of several, again.
     """
-    chosen = [_finished(competition, name) for name in (given.run or "").split(",")]
+    chosen = _chosen(competition, given.run)
     if not (given.first_day or given.last_day or given.data):
         _refuse_unlike(chosen)
         given.run = ",".join(run.name for run in chosen)
@@ -42,10 +42,7 @@ def predict(competition: str, given: argparse.Namespace) -> None:
     asked, observations, demo = _opened(run, given.data)
     first = given.first_day or given.last_day or observations.last_day
     days = days_between(first, given.last_day or first)
-    known_before(observations, days[-1])  # before anything is forecast
-    warnings = [*observations.warnings, *short_history(known_before(observations, days[0]), run.config(Config))]
-    for warning in warnings:
-        print(f"warning: {warning}")
+    warnings = warned(run.config(Config), known_before(observations, days[0]), print)
     forecast = _forecasts(run, observations, days)["blend"]
     network = observations.network
     scores = metric.daily(observations.truth(days), table.grid(forecast, network), network.stations)
@@ -61,44 +58,41 @@ def predict(competition: str, given: argparse.Namespace) -> None:
         path = submission.SUBMISSIONS / competition / name
         written.append(submission.write(path, asked.sample, rows, table.valid, provenance | facts))
         if silent := facts["series_without_recent_values"]:
-            more = " ..." * (len(silent) > 6)
-            print(f"{day}: no value in the last 24 hours of {len(silent)} series: {', '.join(silent[:6])}{more}")
+            print(f"{day}: no value in the last 24 hours of {len(silent)} series: {some(silent, 6)}")
         if score is not None:
             print(f"{day}: official score {score:.4f}")
     for path in written:
         print(f"submission: {path}")
 
 
-def _finished(competition: str, name: str | None) -> Run:
-    """The named run, or the newest fitted one; raises UserError if there is none or the run is not finished."""
-    if name:
-        run = runs.load(competition, name)
-        if run.result is None:
-            raise UserError(f"{run.path} is not finished: repeat its command ({run.provenance.get('command', '')})")
-        if not _has_models(run):
-            raise UserError(f"RUN={name} is a backtest and has no fitted models: make train COMP={competition}")
-        return run
-    there = [run for run in runs.all_runs(competition) if _has_models(run)]
-    if not there:
-        raise UserError(f"no finished run of {competition}: make train COMP={competition}")
-    return there[-1]
+def _fitted(competition: str) -> dict[str, Run]:
+    """{name: finished run made by train}, the newest last; a backtest has no models fitted to all data."""
+    return {run.name: run for run in runs.all_runs(competition) if "models" in (run.result or {}).get("tuned", {})}
+
+
+def _chosen(competition: str, names: str | None) -> list[Run]:
+    """The runs `names`, separated by commas, or the newest fitted one; raises UserError for one that is not fitted."""
+    fitted = _fitted(competition)
+    if fitted and not names:
+        return [*fitted.values()][-1:]
+    chosen = runs.finished(competition, names)
+    for run in chosen:
+        if run.name not in fitted:
+            raise UserError(f"RUN={run.name} is a backtest and has no fitted models: make train COMP={competition}")
+    return chosen
 
 
 def _refuse_unlike(chosen: list[Run]) -> None:
     """Raise UserError for runs with other models or stations: averaging is per model and station."""
     first = chosen[0]
-    for run, what in ((run, what) for run in chosen[1:] for what in ("models", "stations")):
-        found, expected = (one.result["tuned"][what] for one in (run, first))
-        if found != expected:
-            raise UserError(
-                f"RUN={first.name},{run.name}: the first has the {what} {','.join(expected)}, the second "
-                f"{','.join(found)}: average runs of the same {what}"
-            )
-
-
-def _has_models(run: Run) -> bool:
-    """Whether the run is finished and was made by train; a backtest has no models fitted to all data."""
-    return "models" in (run.result or {}).get("tuned", {})
+    for run in chosen[1:]:
+        for what in ("models", "stations"):
+            expected, found = first.result["tuned"][what], run.result["tuned"][what]
+            if found != expected:
+                raise UserError(
+                    f"RUN={first.name},{run.name}: the first has the {what} {','.join(expected)}, the second "
+                    f"{','.join(found)}: average runs of the same {what}"
+                )
 
 
 def _opened(run: Run, data: str | None) -> tuple[table.Asked, Observations, bool]:
@@ -135,12 +129,11 @@ def _forecasts(run: Run, observations: Observations, days: np.ndarray) -> dict[s
 
 def backtest(competition: str, config: Config, given: argparse.Namespace) -> None:
     """`make backtest`: score all models and the blend over a range of days, refitted per period or those of a run."""
-    there = {run.name: run for run in runs.all_runs(competition)}
-    run = there.get(given.run)
-    if run and _has_models(run):
-        return _score(run, given)
-    if given.run and not run:
-        names = ", ".join(run.name for run in there.values() if _has_models(run)) or "none yet"
+    fitted = _fitted(competition)
+    if given.run in fitted:
+        return _score(fitted[given.run], given)
+    if given.run and not runs.folder_of(competition, given.run).exists():
+        names = ", ".join(fitted) or "none yet"
         print(f"warning: no run is named {given.run} (fitted ones: {names}): this fits a new backtest of that name")
     rolling = Backtest(competition, competitions.load(competition).config)
     training.train(rolling, config, given.recipe, given.data, given.run, submits=False)

@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from common.errors import UserError
 from competitions.kdd_air_quality.origins import HORIZON_HOURS, HOUR
@@ -22,7 +23,7 @@ WEEK_HOURS = 168
 FEWEST_VALUES = 48
 
 
-def fit(observations: Observations, jobs: int, label: str = "prophet") -> np.ndarray:
+def fit(observations: Observations, jobs: int, label: str) -> np.ndarray:
     """Fit every series; [171, S]: an hour, the level at that hour, the slope per hour, the week from Monday 00:00 UTC.
 
     All NaN for a series with too few values. Raises UserError if the package is not installed.
@@ -33,9 +34,8 @@ def fit(observations: Observations, jobs: int, label: str = "prophet") -> np.nda
         raise UserError("--models prophet: pip install prophet, or leave it out of --models") from error
     known = observations.history(HISTORY_DAYS * 24)
     hours = known.start + np.arange(len(known.values)) * HOUR
-    cities = [group.split(" ")[0] for group in known.network.groups]
-    series = known.series().T
-    work = [(fit_one, (hours, values, city)) for values, city in zip(series, cities, strict=True)]
+    series = zip(known.series().T, known.network.cities, strict=True)
+    work = [(fit_one, (hours, values, city)) for values, city in series]
     return np.stack(in_parallel(work, jobs, label), axis=1)
 
 
@@ -45,8 +45,6 @@ def fit_one(hours: np.ndarray, values: np.ndarray, city: str) -> np.ndarray:
     if there.sum() < FEWEST_VALUES:
         return np.full(3 + WEEK_HOURS, np.nan)
     model = fitted_prophet(hours[there], values[there], city)
-    import pandas as pd
-
     week = hours[-1] + (1 + np.arange(WEEK_HOURS)) * HOUR
     ahead = model.setup_dataframe(pd.DataFrame({"ds": week.astype("datetime64[ns]")}))
     trend = np.asarray(model.predict_trend(ahead))
@@ -58,8 +56,6 @@ def fit_one(hours: np.ndarray, values: np.ndarray, city: str) -> np.ndarray:
 
 def fitted_prophet(hours: np.ndarray, values: np.ndarray, city: str) -> Any:
     """Fit a prophet.Prophet with the competition's settings, without its log."""
-    import pandas as pd
-
     _silence()
     from prophet import Prophet
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from common import tables
-from common.errors import UserError
+from common.errors import UserError, some
 from common.raw import RawData
 from competitions.kdd_air_quality.origins import DAY, HORIZON_HOURS, HOUR, first_hour, last_scored_day
 from competitions.kdd_air_quality.stations import (
@@ -109,9 +109,9 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
             _warn_of_local_time(name, table, warnings)
             found.append(table)
     if others:
-        warnings.append(f"neither .csv nor .tsf, so not read: {', '.join(others[:5])}{' ...' * (len(others) > 5)}")
+        warnings.append(f"neither .csv nor .tsf, so not read: {some(others, 5)}")
     if not found:
-        raise _nothing(raw, f"has no file of air quality (found: {', '.join(raw.names()[:8]) or 'nothing'})", warnings)
+        raise _nothing(raw, f"has no file of air quality (found: {some(raw.names(), 8) or 'nothing'})", warnings)
     return _grid(pd.concat(found, ignore_index=True), Network(tuple(stations)), warnings, raw)
 
 
@@ -130,14 +130,13 @@ def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | N
     station, time = (next((plain[name] for name in names if name in plain), None) for names in COLUMNS.values())
     pollutants = {_pollutant(column): column for column in frame.columns if _pollutant(column)}
     if station is None or time is None or not pollutants:
-        if OTHER_FILES.isdisjoint(plain):
-            missing = [
-                f"{what} column ({', '.join(names)})" for what, names in COLUMNS.items() if not plain.keys() & names
-            ]
-            missing += ["pollutant (PM2.5, PM25_Concentration, PM2.5 (ug/m3) ...)"] * (not pollutants)
-            only = ", ".join(frame.columns[:8])
-            warnings.append(f"{name} was not read: it has no {' and no '.join(missing)}, only {only}")
-        return None
+        if not OTHER_FILES.isdisjoint(plain):
+            return None
+        raise ValueError(
+            f"expected a column of the station ({', '.join(COLUMNS['station'])}), one of the time "
+            f"({', '.join(COLUMNS['time'])}) and of a pollutant (PM2.5, PM25_Concentration, PM2.5 (ug/m3) ...), found "
+            f"{some(frame.columns, 8)}"
+        )
     for column in frame.columns:
         if (pollutant := _pollutant(column)) and column != pollutants[pollutant]:
             raise ValueError(f"{column} and {pollutants[pollutant]} both hold {pollutant}: remove or rename one")
@@ -189,10 +188,10 @@ def _without_sentinels(name: str, table: pd.DataFrame, warnings: list[str]) -> p
             counts.update(dict(zip(found[wrong].tolist(), times[wrong].tolist(), strict=True)))
             table = table.assign(**{pollutant: values.where(~values.isin(found[wrong]))})
     if counts:
-        told = ", ".join(f"{value:g} ({count} times)" for value, count in counts.most_common(3))
+        told = some([f"{value:g} ({count} times)" for value, count in counts.most_common()])
         warnings.append(
-            f"{name}: {counts.total()} implausible values count as missing: {told}"
-            f"{' ...' if len(counts) > 3 else ''}: leave the cells of missing values blank"
+            f"{name}: {counts.total()} implausible values count as missing: {told}: leave the cells of missing values "
+            f"blank"
         )
     return table
 
@@ -204,7 +203,7 @@ def _hours(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     unreadable, because their epoch is unknown, and so do texts without a four-digit year. Raises ValueError if days and
     months cannot be told apart.
     """
-    codes, distinct = pd.factorize(texts)
+    codes, distinct = pd.factorize(texts, use_na_sentinel=False)
     distinct = pd.Series(distinct, dtype=object)
     given = _year_first(distinct.astype(str))
     given = given.str.replace(r"\s*(UTC|GMT)(?=[+-]\d)", "", regex=True)  # pandas inverts the sign of "UTC+8"
@@ -213,7 +212,7 @@ def _hours(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     times = times.dt.round("min").dt.floor("h")  # a spreadsheet may write 05:00 as 04:59:59.999997
     hours = times.dt.tz_localize(None).to_numpy("datetime64[ns]")
     has_hour = given.str.contains(r":|T\d") | (given.str.count(r"\d+") > 3)  # a month may be a name, not a number
-    return np.append(hours, np.datetime64("NaT", "ns"))[codes], np.append(has_hour, True)[codes]  # blanks have code -1
+    return hours[codes], has_hour.to_numpy()[codes]
 
 
 def _hourless(table: pd.DataFrame, has_hour: np.ndarray) -> np.ndarray:
@@ -286,7 +285,7 @@ def _warn_of_local_time(name: str, table: pd.DataFrame, warnings: list[str]) -> 
 def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawData) -> Observations:
     table["station"] = table["station"].astype(str).str.strip()
     if unknown := sorted(set(table["station"].unique()) - set(LONDON_OTHER) - set(FULL_NAME)):
-        warnings.append(f"{len(unknown)} unknown stations are left out: {', '.join(unknown[:5])}")
+        warnings.append(f"{len(unknown)} unknown stations are left out: {some(unknown, 5)}")
     table["station"] = table["station"].map(FULL_NAME)
     rows = table[table["station"].isin(network.stations)].reindex(columns=["station", "hour", *ALL_POLLUTANTS])
     rows = rows.dropna(how="all", subset=ALL_POLLUTANTS)  # blank rows must not set the start or end of the data

@@ -56,9 +56,14 @@ class Network:
         return tuple(np.array(self.series).T)
 
     @cached_property
+    def cities(self) -> tuple[str, ...]:
+        """City of each of the S series."""
+        return tuple(city_of(self.stations[n]) for n, _ in self.series)
+
+    @cached_property
     def groups(self) -> tuple[str, ...]:
         """'city pollutant' of each of the S series: the five groups that models and blends are fitted for."""
-        return tuple(f"{city_of(self.stations[n])} {POLLUTANTS[p]}" for n, p in self.series)
+        return tuple(f"{city} {POLLUTANTS[p]}" for city, (_, p) in zip(self.cities, self.series, strict=True))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -76,4 +81,4 @@ class Network:
 
     def in_city(self, city: str) -> np.ndarray:
         """Which series are of the city, bool [S]."""
-        return np.array([group.startswith(city) for group in self.groups])
+        return np.array(self.cities) == city

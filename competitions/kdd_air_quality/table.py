@@ -28,11 +28,11 @@ class Asked:
 
 def asked(raw: RawData) -> Asked:
     """The sample submission of the data; without one, the official 2,304 ids with full station names."""
-    if found := raw.matching("*sample_submission*.csv"):
-        exact = "sample_submission.csv"
-        name = min(found, key=lambda name: (name != exact, name.lower() != exact, name))
-        return asked_by(io.StringIO(raw.text(name), newline=""), f"{raw.path}/{name}")
-    return asked_by(lines_for(STATIONS), "the official ids")
+    exact = "sample_submission.csv"
+    found = [exact] if raw.exists(exact) else raw.matching("*sample_submission*.csv")
+    if not found:
+        return asked_by(lines_for(STATIONS), "the official ids")
+    return asked_by(io.StringIO(raw.text(found[0]), newline=""), f"{raw.path}/{found[0]}")
 
 
 def lines_for(stations: Iterable[str]) -> list[str]:

@@ -5,9 +5,8 @@ The last days whose truth is known are held out, and the blend is tuned on their
 `--last-day`, by default the last day of the data. The core's `fit` trains the networks as Tasks of their own (mlp.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ class Forecasters:
         }
 
     def apply(self, predictions: Predictions, tuned: Tuned) -> Tensor:
-        network, names = self.known.network, tuned.get("models") or models.names_of(self.config)
+        network, names = self.known.network, models.names_of(self.config)
         weights = tuned.get("blend") or blend.equal(names, network.groups)
         return torch.from_numpy(blend.apply(weights, {n: np.asarray(predictions[n]) for n in names}, network.groups))
 
@@ -94,27 +93,24 @@ def smape(network: Network) -> Metric:
 
 def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
     """The Task for the submit day --last-day, by default the last of the data. Raises UserError for too few days."""
-    refuse_folds(config)
     if config.first_day:
         raise UserError(
             f"--first-day {config.first_day}: train fits on everything up to --last-day and forecasts that day. For "
             f"other days: make predict, or make backtest COMP={raw.competition}"
         )
-    models.names_of(config)
-    asked = table.asked(raw)
-    observations = read(raw, asked.network.stations)
+    asked, observations = opened(config, raw)
     day = parse_day(config.last_day) if config.last_day else observations.last_day
     known = known_before(observations, day)
     stop = min(day - TRUTH_DAYS * DAY, last_scored_day(observations.end))
     held = days_between(stop - (config.backtest_days - 1) * DAY, stop)
     warnings = checked(config, known, held[0], held, log)
     forecasters = Forecasters(config, observations, known, held, day)
-    days = np.concatenate([days_between(known.start.astype("datetime64[D]"), held[0] - DAY), held])
+    days = days_between(known.start.astype("datetime64[D]"), stop)
     return Task(
         data=Data(
             train=days_of(known, days),
             ids=[str(day) for day in days],
-            folds=np.where(np.isin(days, held), 0, -1),
+            folds=np.where(days >= held[0], 0, -1),
             test=days_of(observations, np.array([day])),
             test_ids=[str(day)],
         ),
@@ -122,7 +118,9 @@ def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
         uses=USES,
         postprocess=Postprocess(apply=forecasters.apply, tune=forecasters.tune, kept=models.KEPT),
         submission=Submission(
-            rows=partial(_rows, asked, known.network), valid=table.valid, facts=facts_of(observations, day, warnings)
+            rows=lambda ids, decisions: table.csv_rows(asked, decisions[0].numpy(), known.network),  # the only test row
+            valid=table.valid,
+            facts=facts_of(observations, day, warnings),
         ),
         metrics=(smape(known.network),),
         report=forecasters.report,
@@ -130,9 +128,11 @@ def build(config: Config, raw: RawData, log: Callable[[str], Any]) -> Task:
     )
 
 
-def _rows(asked: table.Asked, network: Network, ids: Sequence[str], decisions: Tensor) -> Iterator[Sequence[str]]:
-    for forecast in decisions.numpy():  # of the only test row
-        yield from table.csv_rows(asked, forecast, network)
+def opened(config: Config, raw: RawData) -> tuple[table.Asked, Observations]:
+    """The sample submission and the observations of its stations; raises UserError for --fold and --folds."""
+    refuse_folds(config)
+    asked = table.asked(raw)
+    return asked, read(raw, asked.network.stations)
 
 
 def checked(
@@ -151,7 +151,17 @@ def checked(
         )
     models.refuse_short_history(known_before(known, first), config)
     refuse_unscored(known, scored)
-    warnings = [*known.warnings, *short_history(known, config)]
+    return warned(config, known, log)
+
+
+def warned(config: Config, known: Observations, log: Callable[[str], Any]) -> list[str]:
+    """Warnings about the data, also written by `log`; raises UserError for an unknown window."""
+    warnings, days, longest = list(known.warnings), len(known.values) // 24, models.longest_window(config)
+    if days < longest:
+        warnings.append(
+            f"{days} days of history, fewer than the longest window has ({longest}): windows are cut where the data "
+            f"begin"
+        )
     for warning in warnings:
         log(f"warning: {warning}")
     return warnings
@@ -167,15 +177,6 @@ def facts_of(observations: Observations, day: np.datetime64, warnings: Sequence[
         "warnings": list(warnings),
         "submit": NOWHERE_TO_SUBMIT,
     }
-
-
-def short_history(observations: Observations, config: Config) -> list[str]:
-    """A warning if the history is shorter than the longest window, else []; raises UserError for an unknown window."""
-    days, longest = len(observations.values) // 24, models.longest_window(config)
-    told = (
-        f"{days} days of history, fewer than the longest window has ({longest}): windows are cut where the data begin"
-    )
-    return [told] if days < longest else []
 
 
 def refuse_unscored(observations: Observations, days: np.ndarray) -> None:
