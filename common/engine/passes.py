@@ -192,12 +192,14 @@ class Passes:
             total = self._normaliser(batch)
 
         def backward() -> Tensor:
-            kept, slope = [], self.scale.factor / total
+            kept, slope, sent = [], self.scale.factor / total, None
             self.begin_pass()
             for inputs, targets, weights, size in self.parts(batch):
-                losses = check_per_sample(loss(self.forward(inputs), targets), size, loss)
+                losses = loss(self.forward(inputs), targets)
+                if weights is not None or sent is None or sent.shape != losses.shape:
+                    sent = sent_back(check_per_sample(losses, size, loss), slope, weights)
                 if losses.requires_grad:
-                    send([losses], [sent_back(losses, slope, weights)])
+                    send([losses], [sent])
                 kept.append(losses.detach())
             if not kept:  # a rank without samples
                 return torch.zeros_like(total)
