@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Number
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def map_tree(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if is_dataclass(tree):
         entries = {field.name: getattr(tree, field.name) for field in fields(tree) if field.init}
-        trees = {name: value for name, value in entries.items() if not isinstance(value, (bool, int, float, str))}
+        trees = {name: value for name, value in entries.items() if not isinstance(value, (Number, str))}
         return replace(tree, **{name: map_tree(function, value) for name, value in trees.items()})
     raise TypeError(f"a batch holds tensors in tuples, lists, dicts and dataclasses, not {type(tree).__name__}")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.batch import Batch
+from common.batch import Batch, tensors_of
 from common.engine import passes as passes_module
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
@@ -251,6 +251,13 @@ def test_dropout_is_the_same_in_every_pass_and_for_every_try(name):
 def test_a_step_number_of_numpy_is_that_of_python():
     engine, batch = make_engine(make_model(nn.Dropout(0.3)), cross_entropy), make_batch(8)
     assert torch.equal(*(engine.gradients(batch, step) for step in (7, np.int64(7))))
+
+
+def test_an_epoch_of_numpy_is_that_of_python():
+    batch = replace(make_batch(8, weighted=True), epoch=np.int64(3), number=np.int64(2))
+    part = batch.slice(2, 5).to("cpu")
+    assert (len(part), len(part.weights), part.epoch, part.number) == (3, 3, 3, 2)
+    assert len(tensors_of(batch)) == 4
 
 
 def test_only_torchs_own_generators_are_seeded():
