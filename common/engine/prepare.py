@@ -174,7 +174,7 @@ class _Recomputed:
         forward = MethodType(type(self.module).forward, self.module)
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
-        kept = inputs if self.writes is False else map(_kept, inputs)
+        kept = [_kept(value, self.writes is not False) for value in inputs]
         before = [value._version for value in inputs if isinstance(value, Tensor)]
         drawn = random.getstate(), np.random.get_state()
         given = [inputs]  # for the first computation, which may change them as without checkpointing
@@ -191,9 +191,14 @@ class _Recomputed:
         return outputs
 
 
-def _kept(value: Any) -> Any:
-    """A copy of a tensor; the tensor itself if a copy has other strides, for which kernels may save other tensors."""
-    if not isinstance(value, Tensor):
+def _kept(value: Any, is_written: bool) -> Any:
+    """An input as it is now: a list of its own, since DenseNet's grows later, and a copy of a tensor that `is_written`.
+
+    The tensor itself if a copy has other strides, for which kernels may save other tensors.
+    """
+    if isinstance(value, list):
+        return list(value)
+    if not isinstance(value, Tensor) or not is_written:
         return value
     copy = value.clone()
     return copy if copy.stride() == value.stride() else value
