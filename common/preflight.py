@@ -167,11 +167,10 @@ def _check_rows(task: Task, decisions: object) -> None:
     ids = [str(name) for name in task.data.test_ids][: len(tensors_of(decisions)[0])]
     decisions, columns = map_tree(lambda x: x[: len(ids)], decisions), task.sample.columns
     rows = [[str(cell) for cell in row] for row in task.submission.rows(ids, decisions)]
-    if len(task.data.test_ids) != len(task.sample.ids):  # a test row has other ids in the CSV: which ones, it decides
-        asked = set(task.sample.ids)
-        ids = [name for name in dict.fromkeys(row[0] for row in rows if row) if name in asked]
-    sample = replace(task.sample, ids=tuple(ids))
-    for fault in faults([columns, *sample.in_order(rows)], sample, task.submission.valid):
+    # Where a test row has other ids in the CSV, it decides which.
+    due = {row[0] for row in rows if row} if len(task.data.test_ids) != len(task.sample.ids) else set(ids)
+    sample = replace(task.sample, ids=tuple(name for name in task.sample.ids if name in due))
+    for fault in faults([columns, *task.sample.in_order(rows)], sample, task.submission.valid):
         raise UserError(
             f"the submission would begin with {' '.join(','.join(row) for row in rows[:2])[:200]}: {fault}. Expected a "
             f"row of {','.join(columns)} for every id, also where nothing is found; several need "

@@ -59,7 +59,7 @@ def leaderboard(site: Site) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         site.told(what, "competitions", "leaderboard", source.slug, "-d", "-p", folder)
         try:
-            scores = pd.read_csv(next(Path(folder).glob("*.zip")), usecols=["Score"])["Score"]
+            scores = pd.read_csv(next(Path(folder).glob("*.zip")), usecols=["Score"], index_col=False)["Score"]
             return scores.dropna().astype(float).tolist()
         except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as error:
             raise UserError(f"{what}: it cannot be read ({error}): see {source.page}/leaderboard") from error

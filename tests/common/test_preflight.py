@@ -99,6 +99,14 @@ def test_it_is_told_before_the_training(changes, words, monkeypatch):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("first", [29, 1])
+def test_the_rows_of_an_id_are_sorted_together_as_in_the_whole_csv(first):
+    order = [f"t{(first + row) % toy.TEST_ROWS}" for row in range(toy.TEST_ROWS)]
+    task = toy.made(test_ids=order, several=True, rows=lambda ids, d: [(name, 1) for name in ids * 2])
+    assert [row[0] for row in task.sample.in_order((name, 1) for name in order * 2)][:3] == ["t0", "t0", "t1"]
+    try_out(task, toy.RECIPES["default"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"batch_size": 79}, "--batch-size 79"), ({"micro_batch": 1}, "--micro-batch 1"), ({"micro_batch": 2}, "single")],

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -667,6 +668,17 @@ def test_ranks_follow_the_direction_of_the_metric():
     scores = [0.5, 0.4, 0.4, 0.1]
     assert [boards.rank(score, scores, True) for score in ("0.5", "0.4", "0.05", "")] == [1, 2, 5, None]
     assert [boards.rank(score, scores, False) for score in ("0.5", "0.4", "0.05")] == [4, 2, 1]
+
+
+def test_a_leaderboard_with_a_cell_too_many_keeps_its_columns(source):
+    """pandas would take the first column for an index, and its neighbour's cells for the scores."""
+    lines = "TeamId,Score,SubmissionCount\n1,0.5,7,\n2,0.25,8,\n"
+
+    def told(*command):
+        with zipfile.ZipFile(Path(command[-1], "leaderboard.zip"), "w") as archive:
+            archive.writestr("leaderboard.csv", lines)
+
+    assert boards.leaderboard(SimpleNamespace(source=source, told=told)) == [0.5, 0.25]
 
 
 def test_a_leaderboard_that_is_not_public(kaggle, module, capfd):
