@@ -29,6 +29,10 @@ class Column:
     def is_whole(self) -> bool:
         return not self.is_text and np.dtype(self.dtype).kind in "iu"
 
+    @property
+    def is_float(self) -> bool:
+        return not self.is_text and not self.is_whole
+
     def __str__(self) -> str:
         """What is expected of a cell, in words."""
         if self.is_text:
@@ -36,6 +40,11 @@ class Column:
         low, high = (f"{limit:g}" if abs(limit) < 1e15 else "" for limit in (self.low, self.high))
         between = f" from {low}" * bool(low) + f" to {high}" * bool(high)
         return f"a{' whole' if self.is_whole else ''} number{between}{', or nothing' if self.blank else ''}"
+
+    def holds(self, numbers: pd.Series) -> bool:
+        """Whether all of these floating-point numbers are valid."""
+        inside = numbers.between(self.low, self.high) & np.isfinite(numbers)
+        return bool((inside | numbers.isna()).all() if self.blank else inside.all())
 
     def parsed(self, texts: pd.Series) -> tuple[pd.Series, np.ndarray]:
         """The cells in this column's dtype, and which of them are invalid: bool [n]."""

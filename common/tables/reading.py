@@ -242,15 +242,13 @@ class _File:
     def _parsed(
         self, block: bytes, typed: Mapping[int, Column], names: list[str], lines: np.ndarray, options: dict
     ) -> pd.DataFrame:
-        """The block parsed as texts, and those in the dtypes of their columns; raises UserError for invalid cells."""
-        dtypes = {place: "category" if column.dtype == "category" else "str" for place, column in typed.items()}
-        blanks = {place: [] if place in typed else NO_NUMBER for place in options["usecols"]}
+        """The block in the dtypes of its columns; raises UserError for invalid cells, which are found in the texts."""
         try:
-            frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+            frame, as_text = _read_csv(block, typed, {p: kind for p, kind in typed.items() if kind.is_float}, options)
             if len(frame) != len(lines):
                 raise ValueError(f"it is no table from line {lines[0] if len(lines) else 1} on")
             faults = []
-            for place, column in typed.items():
+            for place, column in as_text.items():
                 texts = frame[place]
                 frame[place], wrong = column.parsed(texts)
                 if wrong.any():
@@ -269,6 +267,27 @@ class _File:
                 f"{self.again}"
             )
         return frame
+
+
+def _read_csv(
+    block: bytes, typed: Mapping[int, Column], fast: Mapping[int, Column], options: dict
+) -> tuple[pd.DataFrame, dict[int, Column]]:
+    """The block parsed by pandas, and its columns that are texts: all `typed` ones if a cell of the `fast` is invalid.
+
+    pandas parses the fast ones as numbers, seven times as fast as by texts, but does not report where one is invalid.
+    """
+    as_text = {place: column for place, column in typed.items() if place not in fast}
+    dtypes = {place: column.dtype if place in fast or column.is_text else "str" for place, column in typed.items()}
+    blanks = {place: [] if place in as_text else NO_NUMBER for place in options["usecols"]}
+    try:
+        with np.errstate(over="ignore"):  # 1e39 is infinite in float32
+            frame = pd.read_csv(io.BytesIO(block), dtype=dtypes, na_values=blanks, **options)
+        if all(column.holds(frame[place]) for place, column in fast.items()):
+            return frame, as_text
+    except ValueError:
+        if not fast:
+            raise
+    return _read_csv(block, typed, {}, options)
 
 
 def _whole_numbers(block: bytes, typed: Mapping[int, Column], options: dict) -> pd.DataFrame | None:

@@ -1,21 +1,26 @@
 """Kaggle's run-length encoded masks: `start length` pairs, column by column from the top left, the first pixel is 1."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import cv2
 import numpy as np
 
 from common.errors import UserError
 
+LOOKED_UP = 10**7  # numbers below it, at most seven digits, are written by a look-up
+
 
 def parse(text: str) -> np.ndarray:
     """The runs of a cell as int64 [n, 2] of (first pixel from 0, length); ValueError when it is no list of pairs."""
-    words = text.split()
-    digits = "".join(words)
-    if words and not (digits.isascii() and digits.isdecimal()):
-        wrong = next(word for word in words if not (word.isascii() and word.isdecimal()))
-        raise ValueError(f"{wrong!r} is not a whole number")
-    numbers = np.fromstring(" ".join(words), np.int64, sep=" ")  # four times as fast as np.array(words)
+    text = text.strip()
+    if not text.encode().translate(None, b" ").isdigit():  # something is odd, or there are no numbers: look closely
+        words = text.split()
+        wrong = next((word for word in words if not (word.isascii() and word.isdecimal())), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong!r} is not a whole number")
+        text = " ".join(words)
+    numbers = np.fromstring(text, np.int64, sep=" ")  # four times as fast as np.array(text.split())
     if len(numbers) % 2:
         raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
     runs = numbers.reshape(-1, 2)
@@ -105,6 +110,12 @@ def _within_columns(runs: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarr
     return columns, tops, np.minimum(ends[which] - columns * height, height)
 
 
+@cache
+def _written(bits: int) -> np.ndarray:
+    """All numbers of `bits` bits as text, eight bytes with a space: a look-up is five times as fast as formatting."""
+    return np.char.add(np.arange(min(1 << bits, LOOKED_UP)).astype("S7"), b" ").view(np.uint64)
+
+
 def encode(mask: np.ndarray) -> str:
     """The cell for a mask [height, width] of any type: nonzero pixels are set; an empty mask is an empty cell."""
     height, width = mask.shape
@@ -114,7 +125,9 @@ def encode(mask: np.ndarray) -> str:
     runs = np.flatnonzero(padded[1:] != padded[:-1])
     runs[1::2] -= runs[::2]
     runs[::2] += 1
-    return " ".join(map(str, runs.tolist()))
+    if height * width >= LOOKED_UP:
+        return " ".join(map(str, runs.tolist()))
+    return _written((height * width).bit_length())[runs].tobytes().translate(None, b"\0").rstrip().decode()
 
 
 class RunMasks:

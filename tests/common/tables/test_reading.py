@@ -11,6 +11,7 @@ from common import tables
 from common.errors import UserError
 from common.raw import RawData
 from common.tables import number, reading, text, whole
+from common.tables.columns import Column
 
 COLUMNS = {"id": str, "count": whole(0, 9), "size": number(0, 100, blank=True), "name": text(blank=True)}
 CSV = 'id,count,size,name,more\na,1,2.5,"x, y",7\nb,2,,NA,8\nc,3,1e1,,9\n'
@@ -43,6 +44,15 @@ def test_cells_have_the_types_of_their_columns(read):
     assert table["count"].dtype == np.int64 and list(table["count"]) == [1, 2, 3]
     np.testing.assert_array_equal(table["size"], [2.5, np.nan, 10])
     assert list(table["more"]) == [7, 8, 9]
+
+
+def test_valid_numbers_are_parsed_by_pandas_and_not_as_texts(read, monkeypatch):
+    """By texts, 200,000 rows of 30 numbers take 10 s in place of 1.3 s."""
+    monkeypatch.setattr(Column, "parsed", lambda *_: pytest.fail("parsed as texts"))
+    kinds = {"a": number(), "b": number(0, 9, blank=True), "c": number(dtype="float32"), "d": number()}
+    table = read("a,b,c,d,e\n1,,0.5,True,x\n-2e3,9,1,False,y\n", kinds)
+    assert table["a"].tolist() == [1, -2000] and table["c"].dtype == np.float32 and table["d"].tolist() == [1, 0]
+    np.testing.assert_array_equal(table["b"], [np.nan, 9])
 
 
 @pytest.mark.parametrize(
