@@ -68,6 +68,8 @@ class Engine:
     ):
         refuse_collectives(model)
         refuse_closures(optimizer)
+        if next(model.parameters(), None) is None:
+            raise UserError(f"the model, a {type(model).__name__}, has no parameters: there is nothing to train")
         if micro_batch != "auto" and not (isinstance(micro_batch, (int, np.integer)) and micro_batch > 0):
             raise UserError(f'micro_batch {micro_batch!r}: expected "auto", or a number of samples from 1 up')
         self.model, self.optimizer, self.ranks, self.clip_norm = model, optimizer, ranks, clip_norm

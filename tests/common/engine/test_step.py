@@ -388,6 +388,11 @@ def test_settings_that_mean_nothing_are_refused(settings, told):
         make_engine(make_model(), cross_entropy, **settings)
 
 
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(UserError, match="the model, a Flatten, has no parameters"):
+        Engine(nn.Flatten(), cross_entropy, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+
+
 def test_an_optimizer_that_needs_a_closure_is_refused():
     model = make_model()
     with pytest.raises(UserError, match="LBFGS.step needs a closure"):
