@@ -26,6 +26,7 @@ from benchmarks.tools.arguments import existing, height_and_width, positive
 from benchmarks.tools.turns import least_seconds
 from common import submission
 from common.batch import Batch
+from common.defaults import completed
 from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.precision import autocast
@@ -33,7 +34,7 @@ from common.engine.prepare import prepare
 from common.engine.step import Engine
 from common.inference import Predictor
 from common.raw import RawData
-from common.task import AS_IS, completed
+from common.task import AS_IS
 from common.vision import rle
 from competitions.clouds import decision, demo, loss, reader, task
 from competitions.clouds.config import RECIPES

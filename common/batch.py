@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+
 Tree = Any  # a tensor, None, or a tuple, list, dict or dataclass of trees; every tensor has the batch's B rows
 
 
@@ -78,3 +80,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         return map_tree(lambda tensor: tensor.to(device), self)
+
+
+def check_rows(batch: Batch) -> None:
+    """Raise UserError for a batch whose tensors have another number of rows than it has samples."""
+    parts = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
+    for name, tree in parts.items():
+        tensors = tensors_of(tree)
+        if not tensors and name != "weights":
+            raise UserError(f"the {name} of the batch hold no tensor: a loss without targets may be given the inputs")
+        for tensor in tensors:
+            if tensor.shape[:1] != (len(batch),):
+                raise UserError(
+                    f"the {name} of a batch of {len(batch)} samples, by its index, hold a tensor {list(tensor.shape)}: "
+                    f"expected [{len(batch)}, ...]"
+                )

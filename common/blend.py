@@ -24,6 +24,7 @@ from common import run as runs
 from common.batch import Tree, concatenated, map_tree
 from common.competition import Competition
 from common.config import Config
+from common.defaults import completed
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
@@ -31,6 +32,7 @@ from common.files import expanded, number_in
 from common.loading import folds
 from common.loading.loader import in_order
 from common.metrics import Metric, without_ones
+from common.page import finish_page
 from common.predict import Member, write_submission
 from common.predictions import (
     Predictions,
@@ -46,8 +48,8 @@ from common.report import Report, score_line
 from common.run import Run
 from common.runs_table import best_run, is_complete
 from common.scoring import score_oof
-from common.task import Task, completed
-from common.train import finish_page, provenance_of
+from common.task import Task
+from common.train import provenance_of
 
 LARGEST = 200_000_000  # most numbers, over all members, that weights are chosen on
 BLOCK = 4_000_000  # numbers, over all members, that are combined at once

@@ -1,11 +1,9 @@
 """One frozen dataclass is the configuration; its fields are the flags, the help text and the run's config.json."""
 
 import argparse
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
-from common.errors import UserError
 from common.flags import (
     ABOVE_0,
     BELOW_1,
@@ -14,7 +12,6 @@ from common.flags import (
     between,
     flag,
     refused,
-    value_text,
     with_checked_values,
     with_given,
 )
@@ -152,26 +149,6 @@ def checked(config: ConfigType) -> ConfigType:
     if config.fold not in ("all", "none") and not (config.fold.isdecimal() and int(config.fold) < config.folds):
         raise refused("fold", config.fold, f"all, none or 0 to {config.folds - 1}")
     return config
-
-
-def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collection[str]) -> None:
-    """Raise UserError for a network's setting that a task without a network does not name in its `uses`.
-
-    Such a setting must equal the `recipe`'s, and the recipe's must equal that of the `default` recipe or of the core.
-    The latter is not checked if a flag of the competition's own was changed, such as the kind of model: then the recipe
-    may be one for a network.
-    """
-    core = [item.name for item in fields(Config)]
-    same_kind = all(getattr(config, one.name) == getattr(recipe, one.name) for one in fields(config)[len(core) :])
-    for item in fields(config)[: len(core)]:
-        name, value = item.name, getattr(config, item.name)
-        if name in ANY_TASK_FIELDS or name in uses:
-            continue
-        if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value_text(value)}: this task has no network that uses it. Leave "
-                f"it out, also in the recipe in config.py"
-            )
 
 
 def folds_to_train(config: Config) -> list[int | None]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +22,7 @@ from common.engine.ranks import Ranks
 from common.engine.schedule import learning_rate_factor, set_learning_rate
 from common.engine.step import Engine, StepReport
 from common.errors import UserError
-from common.files import read_json, remove_drafts
+from common.files import remove_drafts
 from common.fold import (
     FACTS,
     fold_label,
@@ -34,7 +33,7 @@ from common.fold import (
     write_facts,
     write_metrics,
 )
-from common.inference import Predictor, load_model, tta_of, validate, write_oof, write_skipped
+from common.inference import Predictor, predict_oof_again, tta_of, validate, write_oof, write_skipped
 from common.loading.loader import Loader
 from common.losses.protocol import own_copy
 from common.predictions import read_predictions
@@ -80,7 +79,7 @@ def fit(
     if ranks.broadcast(all((folder / name).is_file() for name in (FACTS, "model.pt"))):
         remove_checkpoints(folder, ranks)
         if ranks.is_writer and fold is not None and read_predictions(folder, "oof") is None:
-            _predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])
+            predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])
         ranks.barrier()
         return folder
     return Training(join(run, fold, ranks) if join else task, config, run, fold, ranks).run_all()
@@ -360,11 +359,3 @@ class Training:
             batches = again.epoch(self.config.epochs)
             parts = (inputs for batch in batches for inputs, *_ in self.engine.passes.parts(batch))
             reestimate_batchnorm(self.model, parts)
-
-
-def _predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
-    """Write a finished fold's oof.npy again: joining the folds has deleted it, and another fold is trained anew."""
-    device = device_of(config)
-    batch_size = min(config.batch_size, read_json(folder / FACTS)["micro_batch"])
-    model = load_model(folder / "model.pt", task, config, device)
-    write_oof(folder, Predictor([model], task, tta_of(task, config), config, batch_size, device), rows)

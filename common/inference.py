@@ -18,7 +18,8 @@ from common.engine import memory
 from common.engine.precision import autocast, to_float32
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
-from common.files import read_cell, read_table, write_csv, write_npy
+from common.files import read_cell, read_json, read_table, write_csv, write_npy
+from common.fold import FACTS
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
@@ -215,6 +216,14 @@ def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:
             writer.add(predictions)
             found.extend(index.tolist())
     write_npy(folder / "oof_rows.npy", np.array(found))
+
+
+def predict_oof_again(task: Task, config: Config, folder: Path, rows: np.ndarray) -> None:
+    """Write a finished fold's oof.npy again: joining the folds has deleted it, and another fold is trained anew."""
+    device = device_of(config)
+    batch_size = min(config.batch_size, read_json(folder / FACTS)["micro_batch"])
+    model = load_model(folder / "model.pt", task, config, device)
+    write_oof(folder, Predictor([model], task, tta_of(task, config), config, batch_size, device), rows)
 
 
 def write_skipped(run: Run, folder: Path, task: Task, skipped: dict[int, str]) -> None:

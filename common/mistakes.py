@@ -8,7 +8,7 @@ import numpy as np
 from common.batch import map_tree
 from common.loading.loader import in_order
 from common.metrics import average_precision, roc_auc, without_ones
-from common.report import Report, shown, subplots
+from common.report import Report, shown, subplots, without_frame
 
 ROWS_SHOWN = 12  # with their images where they have some
 CLASSES_SHOWN = 40  # in a table, and in a confusion matrix
@@ -175,7 +175,7 @@ def gallery(images: Sequence[np.ndarray], words: Sequence[Sequence[str]]) -> Any
     height = 0.8 + 2.7 * max(image.shape[0] / image.shape[1] for image in images)
     figure, grid = subplots(2.8 * across, min(height, 6) * down, down, across, squeeze=False)
     for axes in grid.flat:
-        axes.set_axis_off()
+        without_frame(axes)
     for axes, image, lines in zip(figure.axes, images, words, strict=False):
         axes.imshow(
             image, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if max(image.shape[:2]) < 64 else None

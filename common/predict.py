@@ -21,7 +21,8 @@ from common import raw, submission
 from common import run as runs
 from common.batch import map_tree
 from common.competition import Competition
-from common.config import Config, differences, refuse_unused, with_flags
+from common.config import Config, differences, with_flags
+from common.defaults import completed
 from common.device import use_threads
 from common.errors import UserError, some
 from common.inference import Predictor, predictor_of
@@ -37,9 +38,9 @@ from common.predictions import (
     unpack,
     write_ids,
 )
-from common.preflight import check_before
+from common.preflight import check_before, refuse_unused
 from common.run import Run
-from common.task import Task, Tuned, completed, needs_workers
+from common.task import Task, Tuned, needs_workers
 
 NAMED = 20  # most rows that are printed
 Batches = Iterator[tuple[list[int], Predictions]]  # test rows in ascending order, and their predictions [B, ...]

@@ -1,6 +1,7 @@
 """Checks before the training, for every competition: errors that can be found early are not left for later."""
 
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 
 from common.batch import Batch, Tree, map_tree, tensors_of
 from common.competition import Competition
-from common.config import Config, folds_to_train
+from common.config import ANY_TASK_FIELDS, Config, folds_to_train
+from common.defaults import a_row_each
 from common.device import device_of
 from common.engine import memory
 from common.engine.optimizers import parameter_groups
 from common.engine.prepare import check_compile
 from common.errors import UserError
 from common.files import require_room
+from common.flags import value_text
 from common.fold import OWN_COLUMNS, fold_label, order_of, rows_of_fold
 from common.loading import orders
 from common.loading.loader import in_order
@@ -24,7 +27,7 @@ from common.metrics import check_direction, evaluate
 from common.predictions import Predictions, check_names, leaves, pack_all, part_of
 from common.run import RUNS
 from common.submission import faults
-from common.task import Task, a_row_each
+from common.task import Task
 from common.vision.check import image_paths, refuse_unreadable, unreadable
 
 LARGE = 2_000_000  # numbers in a sample from which on one sample is tried out instead of two
@@ -51,6 +54,26 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
     refuse_unreadable(unreadable(paths), len(paths), "test images")
     if task.check:
         task.check()
+
+
+def refuse_unused(config: Config, recipe: Config, default: Config, uses: Collection[str]) -> None:
+    """Raise UserError for a network's setting that a task without a network does not name in its `uses`.
+
+    Such a setting must equal the `recipe`'s, and the recipe's must equal that of the `default` recipe or of the core.
+    The latter is not checked if a flag of the competition's own was changed, such as the kind of model: then the recipe
+    may be one for a network.
+    """
+    core = [item.name for item in fields(Config)]
+    same_kind = all(getattr(config, one.name) == getattr(recipe, one.name) for one in fields(config)[len(core) :])
+    for item in fields(config)[: len(core)]:
+        name, value = item.name, getattr(config, item.name)
+        if name in ANY_TASK_FIELDS or name in uses:
+            continue
+        if value != getattr(recipe, name) or (same_kind and value not in (getattr(default, name), item.default)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value_text(value)}: this task has no network that uses it. Leave "
+                f"it out, also in the recipe in config.py"
+            )
 
 
 def try_out(task: Task, config: Config, world: int = 1) -> None:

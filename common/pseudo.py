@@ -26,6 +26,7 @@ from common import run as runs
 from common.batch import Tree, concatenated, map_tree
 from common.competition import Competition
 from common.config import Config, folds_to_train
+from common.defaults import completed
 from common.engine.ranks import Ranks
 from common.errors import UserError
 from common.fold import PSEUDO_LABELS, fold_label
@@ -39,7 +40,7 @@ from common.predict import Member, keeps_test_rows, no_other_data
 from common.predictions import Predictions, count_of, leaves, mean_of, read_predictions, unpack
 from common.raw import RawData
 from common.run import Run
-from common.task import Data, Task, completed
+from common.task import Data, Task
 
 SUM_TO_1 = 1e-3  # tolerance for the sum of the probabilities of exclusive classes
 

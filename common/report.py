@@ -82,6 +82,11 @@ def subplots(width: float, height: float, *grid: int, **settings: Any) -> tuple[
     return figure, figure.subplots(*grid, **settings)
 
 
+def without_frame(axes: Any) -> None:
+    """Leave only what is drawn inside the axes, and their title. `set_axis_off` still computes every hidden tick."""
+    axes.set(xticks=[], yticks=[], frame_on=False)
+
+
 def shown(value: Any) -> str:
     """The text of a table's cell: floats have four decimals, or six significant digits if very small or large."""
     if isinstance(value, (float, np.floating)):

@@ -3,42 +3,29 @@
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 from common import raw, track
 from common import run as runs
 from common.competition import Competition
-from common.config import Config, folds_to_train, refuse_unused
+from common.config import Config, folds_to_train
+from common.defaults import completed
 from common.device import device_of, use_threads
 from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
-from common.files import remove_drafts, write_npy
 from common.fit import fit
-from common.fold import FACTS, fold_label, rows_of_fold, seed_all, write_facts
+from common.fit_predict import fit_predict
 from common.loading import folds, orders
-from common.loading.loader import in_order
-from common.mistakes import mistakes, samples
+from common.page import write_report
 from common.predict import Member, write_submission
-from common.predictions import (
-    read_predictions,
-    row_numbers,
-    unpack,
-    write_predictions,
-)
-from common.preflight import check_before, refuse_bad_training_images, try_out
+from common.preflight import check_before, refuse_bad_training_images, refuse_unused, try_out
 from common.pseudo import Pseudo, origins
 from common.raw import RawData
-from common.report import Report, default_report
 from common.run import Run
-from common.scoring import finish, score_kept
-from common.task import Task, completed, needs_workers
+from common.scoring import finish
+from common.task import Task, needs_workers
 
 
 def train(
@@ -95,11 +82,7 @@ def _check_new(task: Task, config: Config, pseudo: Pseudo | None, world: int) ->
 
 
 def _open_together(
-    competition: Competition,
-    task: Task,
-    provenance: dict[str, Any],
-    opening: Callable[[], Run],
-    ranks: Ranks,
+    competition: Competition, task: Task, provenance: dict[str, Any], opening: Callable[[], Run], ranks: Ranks
 ) -> Run:
     """The first process checks the task and opens or makes the run; the others get the same one."""
     if not ranks.is_writer:
@@ -153,38 +136,6 @@ def _train_folds(task: Task, config: Config, run: Run, ranks: Ranks, pseudo: Pse
         finish(run, task, config, folders)
 
 
-def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
-    """`fit` for a task without a network: its own function fits the fold and predicts the rows it has not seen."""
-    folder = run.fold_folder(fold)
-    if (folder / FACTS).is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_drafts(folder)
-    train_rows, valid_rows = rows_of_fold(task, fold)
-    started = time.monotonic()
-    seed_all(config, fold)
-    found = task.fit_predict(train_rows, valid_rows, fold, run.inside(folder))
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
-        raise UserError(
-            f"fit_predict returned {type(found).__name__}: expected two, predictions of the {len(valid_rows)} "
-            f"validation rows and of the {len(task.data.test)} test rows"
-        )
-    oof, test = found
-    seconds = time.monotonic() - started
-    for name, predictions, count in (("oof", oof, len(valid_rows)), ("test", test, len(task.data.test))):
-        if count:
-            write_predictions(folder, name, predictions, count, task.postprocess.kept)
-    write_npy(folder / "oof_rows.npy", valid_rows)
-    scores = {}
-    if len(valid_rows):
-        whole, _ = score_kept(task, config, read_predictions(folder, "oof"), valid_rows, {})
-        scores = {name: score for name, (score, _) in whole.found().items()}
-    write_facts(folder, fold, seconds, {})
-    shown = "".join(f"{name} {score:.5g}, " for name, score in scores.items())
-    run.log(f"{fold_label(fold)}: {shown}fitted on {len(train_rows)} rows, {seconds:.1f} s")
-    return folder
-
-
 def _write_what_follows(competition: str, member: Member, recipe: Config, is_demo: bool, submits: bool) -> None:
     """Write the run's page and its submission. A page that fails is only logged: it must not cost the submission.
 
@@ -204,36 +155,6 @@ def _write_what_follows(competition: str, member: Member, recipe: Config, is_dem
         print(f"report: {run.report}")
     if path:
         print(f"submission: {path}")
-
-
-def write_report(member: Member, recipe: Config) -> None:
-    """Write report.html: curves, folds, settings, mistakes, and the competition's own plots."""
-    finish_page(default_report(member.run, vars(member.config), member.task.metrics, vars(recipe)), member)
-
-
-def finish_page(page: Report, member: Member) -> None:
-    """Add the mistakes of the out-of-fold predictions and the competition's own plots, and write the page."""
-    run, task, config = member
-    kept = read_predictions(run.path, "oof")
-    if isinstance(kept, np.ndarray):
-        rows = row_numbers(run.path, "oof", task.data.ids)
-        if (targets := _targets(task, config, rows)) is not None:
-            ids = [task.data.ids[row] for row in rows]
-            images = lambda places: samples(task.data.valid, rows[places])  # noqa: E731
-            mistakes(page, np.asarray(unpack(kept)), targets, ids, task.names, images)
-    if task.report:
-        task.report(run, page)
-    page.write()
-
-
-def _targets(task: Task, config: Config, rows: np.ndarray) -> np.ndarray | None:
-    """The targets of `rows` [m] or [m, columns]; None where they are trees, or maps of pixels."""
-    found = []
-    for batch in in_order(task.data.valid, rows, config.batch_size, config.seed):
-        if not isinstance(batch.targets, Tensor) or batch.targets.ndim > 2:
-            return None
-        found.append(batch.targets.cpu().numpy())
-    return np.concatenate(found)
 
 
 def check(competition: Competition, config: Config, recipe: str, data: str | None) -> None:

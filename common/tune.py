@@ -29,10 +29,10 @@ from common import raw
 from common import run as runs
 from common.competition import Competition
 from common.config import Config
+from common.defaults import completed
 from common.errors import UserError, did_you_mean, first_line
 from common.files import locked, read_json, read_table
 from common.flags import to_json
-from common.task import completed
 
 SECONDS = 0.5  # between two looks at a trial's curve
 GRACE = 60.0  # seconds that a stopped trial has to end by itself

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.batch import Batch, tensors_of
+from common.batch import Batch, check_rows
 from common.engine import memory
 from common.engine.finite import Outcomes, Place, judge, total_norm
 from common.engine.optimizers import allocate_state, refuse_closures
 from common.engine.passes import Passes, versions_of
 from common.engine.precision import Precision
-from common.engine.ranks import SINGLE, Ranks
+from common.engine.ranks import SINGLE, Ranks, refuse_collectives
 from common.engine.replay import Replay
 from common.errors import UserError
 
@@ -262,29 +262,3 @@ class Engine:
             self.micro_batch, self.limited = state["micro_batch"], state["limited"]
         self.passes.single_sum = state["single_sum"]
         self.scale.load_state_dict(state)
-
-
-def check_rows(batch: Batch) -> None:
-    """Raise UserError for a batch whose tensors have another number of rows than it has samples."""
-    parts = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
-    for name, tree in parts.items():
-        tensors = tensors_of(tree)
-        if not tensors and name != "weights":
-            raise UserError(f"the {name} of the batch hold no tensor: a loss without targets may be given the inputs")
-        for tensor in tensors:
-            if tensor.shape[:1] != (len(batch),):
-                raise UserError(
-                    f"the {name} of a batch of {len(batch)} samples, by its index, hold a tensor {list(tensor.shape)}: "
-                    f"expected [{len(batch)}, ...]"
-                )
-
-
-def refuse_collectives(model: nn.Module) -> None:
-    """Raise UserError for modules that communicate between processes: out of memory in one would hang the others."""
-    parallel = (nn.SyncBatchNorm, nn.parallel.DistributedDataParallel, nn.DataParallel)
-    for name, module in model.named_modules():
-        if isinstance(module, parallel):
-            raise UserError(
-                f"the model's {name or 'outermost module'} is a {type(module).__name__}: give the engine the plain "
-                "module, it sums the gradients of all processes itself"
-            )

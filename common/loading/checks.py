@@ -26,6 +26,30 @@ CHECKED_BATCHES = 2  # of a dataset that makes batches
 ROUNDING = 1e-4  # of the largest value: matrix products round differently in a smaller batch
 
 
+def weights_of(dataset: Any) -> Tensor | np.ndarray | None:
+    """The weight of every row of the dataset, [n], if it has any."""
+    weights = getattr(dataset, "weights", None)
+    return weights if weights is None or isinstance(weights, Tensor) else np.asarray(weights)
+
+
+def check_dataset(dataset: Any, batch_size: int) -> None:
+    """Raise UserError for what cannot be loaded by rows, and for weights that are not one for every row."""
+    ways = ("batch", "sample", "__getitem__")
+    by_row = hasattr(dataset, "__len__") and any(hasattr(dataset, way) for way in ways)
+    if not by_row or isinstance(dataset, torch.utils.data.IterableDataset):
+        raise UserError(
+            f"{type(dataset).__name__} cannot be loaded by row numbers: expected __len__ and one of {', '.join(ways)}"
+        )
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: expected a number of samples from 1 up")
+    weights = weights_of(dataset)
+    if weights is not None and tuple(weights.shape) != (len(dataset),):
+        raise UserError(
+            f"the weights of {type(dataset).__name__} are an array {list(weights.shape)}: expected a number for each "
+            f"of its {len(dataset)} rows"
+        )
+
+
 def digest(sample: Any) -> bytes:
     """sha256 of the arrays, tensors and numbers of a sample."""
     found, waiting = hashlib.sha256(), [sample]

@@ -23,9 +23,16 @@ import torch
 from torch import Tensor
 
 from common.batch import Batch, Tree, map_tree
-from common.errors import UserError
 from common.loading.binding import refuse_generators
-from common.loading.checks import CHECKED_BATCHES, CHECKED_SAMPLES, check_batch, compare_samples, made_of
+from common.loading.checks import (
+    CHECKED_BATCHES,
+    CHECKED_SAMPLES,
+    check_batch,
+    check_dataset,
+    compare_samples,
+    made_of,
+    weights_of,
+)
 from common.loading.keys import Keys
 from common.loading.mixing import mix_pairs
 from common.loading.orders import Order, Plan, Rows, sequential, shard
@@ -40,30 +47,6 @@ def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: A
     """The batches of `rows`, once and in the given order; `settings` are the Loader's."""
     with Loader(dataset, sequential(rows), batch_size, seed=seed, **settings) as loader:
         yield from loader.epoch(0)
-
-
-def weights_of(dataset: Any) -> Tensor | np.ndarray | None:
-    """The weight of every row of the dataset, [n], if it has any."""
-    weights = getattr(dataset, "weights", None)
-    return weights if weights is None or isinstance(weights, Tensor) else np.asarray(weights)
-
-
-def check_dataset(dataset: Any, batch_size: int) -> None:
-    """Raise UserError for what cannot be loaded by rows, and for weights that are not one for every row."""
-    ways = ("batch", "sample", "__getitem__")
-    by_row = hasattr(dataset, "__len__") and any(hasattr(dataset, way) for way in ways)
-    if not by_row or isinstance(dataset, torch.utils.data.IterableDataset):
-        raise UserError(
-            f"{type(dataset).__name__} cannot be loaded by row numbers: expected __len__ and one of {', '.join(ways)}"
-        )
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: expected a number of samples from 1 up")
-    weights = weights_of(dataset)
-    if weights is not None and tuple(weights.shape) != (len(dataset),):
-        raise UserError(
-            f"the weights of {type(dataset).__name__} are an array {list(weights.shape)}: expected a number for each "
-            f"of its {len(dataset)} rows"
-        )
 
 
 class Loader:

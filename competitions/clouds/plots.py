@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from common.predictions import part_of, read_predictions, row_numbers, unpack
-from common.report import Report, subplots
+from common.report import Report, subplots, without_frame
 from common.run import Run
 from common.vision.datasets import ImageDataset
 from competitions.clouds import decision, tuning
@@ -74,7 +74,7 @@ def overlay(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> Figure:
     for axes, title, masks in zip(grid, ("truth", "found"), (truth, found), strict=True):
         axes.imshow(painted(image, masks))
         axes.set_title(title)
-        axes.axis("off")
+        without_frame(axes)
     handles = [grid[0].plot([], [], color=COLOURS[name], linewidth=6)[0] for name in CLASSES]
     figure.legend(handles, CLASSES, loc="outside lower center", ncols=len(CLASSES), frameon=False)
     return figure

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.metrics import f_beta
 from common.predictions import read_predictions, row_numbers, unpack
-from common.report import Report, subplots
+from common.report import Report, subplots, without_frame
 from common.run import Run
 from common.vision.store import ImageStore
 
@@ -81,7 +81,7 @@ def worst(images: ImageStore, rows: np.ndarray, scores: np.ndarray, truth: np.nd
         ranked = np.argsort(scores[:, label], kind="stable")
         missed, wrong = ranked[truth[ranked, label]][:EACH], ranked[~truth[ranked, label]][::-1][:EACH]
         for axes in line:
-            axes.set_axis_off()
+            without_frame(axes)
         for axes, row in [*zip(line, missed, strict=False), *zip(line[EACH:], wrong, strict=False)]:
             axes.imshow(composed(images[rows[row]]))
             axes.set_title(f"{NAMES[label][:18]} {scores[row, label]:.2f}", fontsize=7)

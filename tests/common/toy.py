@@ -9,11 +9,12 @@ from torch import nn
 
 from common import raw
 from common.config import Config, flag
+from common.defaults import completed
 from common.kaggle.source import Source
 from common.losses import CrossEntropy
 from common.metrics import accuracy
 from common.raw import RawData
-from common.task import TTA, Data, Network, Postprocess, Submission, Task, completed
+from common.task import TTA, Data, Network, Postprocess, Submission, Task
 
 
 @dataclass(frozen=True)

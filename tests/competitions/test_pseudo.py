@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from common import competition, raw
+from common.defaults import completed
 from common.device import device_of
 from common.inference import Predictor
 from common.loading import orders
 from common.loading.loader import Loader
 from common.losses.protocol import batch_value
 from common.pseudo import with_rows
-from common.task import AS_IS, completed
+from common.task import AS_IS
 
 
 @pytest.mark.parametrize("name", ["digit_recognizer", "inclusive_images", "protein_atlas"])

@@ -8,10 +8,11 @@ import torch
 
 from common import competition
 from common.batch import Batch
+from common.defaults import completed
 from common.loading import orders
 from common.loading.loader import Loader
 from common.raw import RawData
-from common.task import Task, completed
+from common.task import Task
 
 NETWORKS = ("clouds", "digit_recognizer", "inclusive_images")
 

@@ -15,6 +15,7 @@ import torch
 
 from common.__main__ import main
 from common.config import checked
+from common.defaults import completed
 from common.engine.optimizers import parameter_groups
 from common.errors import UserError
 from common.loading import orders
@@ -22,7 +23,6 @@ from common.loading.loader import Loader
 from common.losses import BCE, BCEDice, Dice, LovaszHinge, batch_value, kind
 from common.predictions import read_predictions
 from common.raw import RawData
-from common.task import completed
 from common.vision import rle
 from competitions.clouds import demo, reader, task
 from competitions.clouds.config import RECIPES

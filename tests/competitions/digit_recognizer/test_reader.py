@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from common import competition, tables
+from common.defaults import completed
 from common.errors import UserError
 from common.preflight import check_before
 from common.raw import RawData
-from common.task import Task, completed
+from common.task import Task
 from competitions.digit_recognizer import reader
 from competitions.digit_recognizer.config import RECIPES
 from competitions.digit_recognizer.reader import PIXEL_COLUMNS, read

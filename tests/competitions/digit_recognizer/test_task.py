@@ -9,10 +9,10 @@ from sklearn.metrics import accuracy_score
 from torch import nn
 
 from common.config import checked
+from common.defaults import completed
 from common.loading.keys import Keys
 from common.metrics import evaluate
 from common.raw import RawData
-from common.task import completed
 from competitions.digit_recognizer.config import RECIPES
 from competitions.digit_recognizer.demo import write_demo
 from competitions.digit_recognizer.task import build

@@ -11,6 +11,7 @@ import torch
 from common import checkpoint, competition, submission
 from common import run as runs
 from common.config import add_prediction_flags, checked, with_flags
+from common.defaults import completed
 from common.errors import UserError
 from common.flags import Parser
 from common.loading import orders
@@ -19,7 +20,6 @@ from common.losses import batch_value, kind
 from common.preflight import check_before, try_out
 from common.raw import RawData
 from common.report import Report
-from common.task import completed
 from common.vision import store
 from competitions.inclusive_images import decision, demo, model, plots, rows, task
 from competitions.inclusive_images.config import RECIPES, TagConfig

@@ -16,6 +16,7 @@ import torch
 from common.__main__ import main
 from common.batch import Batch
 from common.config import checked
+from common.defaults import completed
 from common.engine.optimizers import build_optimizer
 from common.engine.step import Engine
 from common.errors import UserError
@@ -24,7 +25,6 @@ from common.loading.loader import Loader
 from common.losses import SoftFBeta, batch_value, kind
 from common.preflight import check_before, refuse_bad_training_images
 from common.raw import RawData
-from common.task import completed
 from common.vision.backbones import Classifier, probe
 from competitions.protein_atlas import config, demo, plots, task
 
