@@ -75,9 +75,14 @@ class Replay:
             return self._watched(batch, step_number)
         return self._captured(batch, step_number)
 
+    def forget(self) -> None:
+        """Drop the graph, and make a new one when batches of one shape follow each other again."""
+        self._key, self._graph, self._results, self._batch = None, None, None, None
+
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
-        self._refused, self._graph, self._results, self._batch = True, None, None, None
+        self.forget()
+        self._refused = True
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
     def make_room(self) -> bool:

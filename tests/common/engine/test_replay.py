@@ -345,6 +345,43 @@ def test_a_graph_that_does_something_else_is_dropped(name):
         torch.testing.assert_close(dropped, eager, rtol=1e-7, atol=1e-8)
 
 
+class OfItsLoss(Again):
+    """Keeps the loss that it was captured with, as a graph keeps its kernels."""
+
+    def __init__(self, device, engine):
+        super().__init__(device)
+        self.passes = engine.passes
+
+    def capture(self, work):
+        captured = self.passes.loss
+
+        def replay():
+            present, self.passes.loss = self.passes.loss, captured
+            work()
+            self.passes.loss = present
+
+        self.replay = replay
+
+
+def test_another_loss_gets_a_graph_of_its_own():
+    """A task may change the loss between epochs; a loss that is named again keeps the graph."""
+    found, first, second = [], CrossEntropy(), lambda outputs, targets: outputs.square().mean(1)
+    Again.made = 0
+    for graph in (False, True):
+        model = make_model()
+        engine = ahead(model, first)
+        if graph:
+            engine.replay = Replay(engine, partial(OfItsLoss, engine=engine))
+        for step, loss in enumerate([first] * 12 + [second] * 6):
+            if step % 6 == 0:
+                engine.use(loss)
+            engine.step(make_batch(12, seed=step), step)
+        found.append(state_of(model, engine))
+    assert Again.made == 2 and engine.replay._graph is not None
+    for eager, replayed in zip(*found, strict=True):
+        assert torch.equal(eager, replayed)
+
+
 def test_memory_that_is_short_takes_the_graph_first():
     small = SmallMemory(100)
     told, engine = refusal(make_model(small), cross_entropy)
