@@ -6,7 +6,7 @@ differs from the eager step from the same weights, the training stays eager and 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ TOLERANCE = 0.02  # of the length of a step, plus the noise of eager steps; a wr
 
 
 class CudaGraph:
-    """A torch.cuda.CUDAGraph; a failed capture leaves the device's generator and the current stream unchanged."""
+    """A torch.cuda.CUDAGraph; a failed capture leaves generator, allocator and current stream as they were."""
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, None
@@ -34,14 +34,21 @@ class CudaGraph:
     def capture(self, work: Callable[[], None]) -> None:
         # Enters the current stream too, since torch.cuda.graph does not restore it if the end of the capture raises.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
-            graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+            graph, pool, card = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_device()
+            generator = torch.cuda.default_generators[card]
             spare = generator.clone_state()
             try:
                 # thread_local: other threads of the process, such as a loader's, may use the card meanwhile.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     work()
             except BaseException:
                 generator.graphsafe_set_state(spare)  # else it would stay in capture mode for ever
+                # Up to torch 2.12 the allocator takes an invalid capture for one that goes on: emptying its cache
+                # fails, and memory used on two streams is never free again. If it knows better, it refuses to end it.
+                with suppress(RuntimeError):
+                    graph.reset()
+                    torch._C._cuda_endAllocateToPool(card, pool)
+                    torch._C._cuda_releasePool(card, pool)
                 raise
             self._graph = graph
 
@@ -148,6 +155,7 @@ class Replay:
         self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
         self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
         graph = self._make(device)
+        memory.release()  # an old autograd graph in a cycle keeps gradients on its own stream, outside the capture
         try:
             graph.capture(self._work)
             self._graph = graph

@@ -3,6 +3,7 @@
 import random
 import re
 from collections import deque
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.engine.average import Average
 from common.engine.optimizers import allocate_state
-from common.engine.replay import Replay
+from common.engine.replay import CudaGraph, Replay
 from common.engine.schedule import set_learning_rate
 from common.engine.step import WATCH_EVERY, Engine
 from common.errors import UserError
@@ -302,6 +303,59 @@ def test_a_capture_that_fails_goes_on_eagerly(error, told):
         engine.step(make_batch(12), step)
     assert len([line for line in said if f"the capture failed ({told})" in line]) == 1
     assert engine.micro_batch == 12, "the batch itself fits"
+
+
+class OldAllocator:
+    """Stands in for torch.cuda as it was before torch 2.13: an invalid capture never ends for the allocator."""
+
+    def __init__(self, monkeypatch):
+        self.underway, self.released = [], []
+        for name in ("CUDAGraph", "graph_pool_handle", "graph", "device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "default_generators", (self,))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda card, pool: self.released.append(pool), raising=False)
+
+    def __getattr__(self, name):
+        return lambda *given: self  # CUDAGraph, its reset, and a generator's states
+
+    def graph_pool_handle(self):
+        return (0, 1)
+
+    def device(self, device):
+        return nullcontext()
+
+    stream = device
+
+    @contextmanager
+    def graph(self, graph, pool, capture_error_mode):
+        self.underway.append(pool)
+        try:
+            yield
+        except torch.AcceleratorError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+        except BaseException:
+            self.end(0, pool)
+            raise
+
+    def end(self, card, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+
+@pytest.mark.parametrize("error, released", [(torch.AcceleratorError("CUDA error"), 1), (KeyError("capturable"), 0)])
+def test_a_capture_that_fails_ends_for_the_allocator(monkeypatch, error, released):
+    allocator = OldAllocator(monkeypatch)
+
+    def work():
+        raise error
+
+    with pytest.raises((RuntimeError, KeyError)):
+        CudaGraph(torch.device("cpu")).capture(work)
+    assert not allocator.underway and len(allocator.released) == released
 
 
 class Stale(Again):
