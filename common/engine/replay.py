@@ -92,6 +92,11 @@ class Replay:
         self._refused = True
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
+    def _give_up_for_room(self, fitting: tuple[int, bool]) -> None:
+        """Stay eager, in the micro-batch that fitted before the copies for the comparison took memory."""
+        self._engine.micro_batch, self._engine.limited = fitting
+        self.give_up("no memory is left to compare it with a normal step")
+
     def make_room(self) -> bool:
         """Free the memory of the graph; return whether there was one."""
         if self._graph is None:
@@ -118,21 +123,22 @@ class Replay:
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
         """Take the step twice eagerly and once from the new graph, always from the same weights, and compare."""
         engine, state = self._engine, self._written()
+        fitting = engine.micro_batch, engine.limited
         start, fits = memory.attempt(partial(_copies, state))
-        report = engine.eager_step(batch, step_number)
-        if not (
-            engine.passes.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)
-        ):
+        report, whole = engine.eager_step(batch, step_number), engine.passes.fits_whole(batch)
+        if whole and not (torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
             return report  # fp16 may begin with too large a factor: try again with the next step
-        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits else (None, False)
+        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits and whole else (None, False)
         if not fits:
-            self.give_up("no memory is left to compare it with a normal step")
+            self._give_up_for_room(fitting)
             return report
         sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
         _put_back(state, start)
         noises = _distances([*state, engine.eager_step(batch, step_number)[:2]], once)
         _put_back(state, start)
-        if why := self._failed_capture(batch):
+        if not engine.passes.fits_whole(batch):
+            self._give_up_for_room(fitting)
+        elif why := self._failed_capture(batch):
             self.give_up(why)
         else:
             value, norm, outcome = self._launched(batch, step_number)

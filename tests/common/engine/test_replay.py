@@ -453,6 +453,31 @@ def test_memory_that_is_short_takes_the_graph_first():
     assert calls == [7, 7] and engine.replay._graph is None and engine.micro_batch == 12
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_copies_for_the_comparison_do_not_halve_the_micro_batch(monkeypatch, at):
+    """`at`: which of the two eager steps of the comparison runs out of memory."""
+    small, made, found = SmallMemory(100), [], []
+
+    def copies(groups):
+        made.append(1)
+        small.limit = 6 if len(made) == at else 100
+        return [[tensor.clone() for tensor in group] for group in groups]
+
+    for graph in (None, Again):
+        model = make_model(small)
+        engine, said = ahead(model, cross_entropy, graph=graph), []
+        monkeypatch.setattr("common.engine.replay._copies", copies)
+        engine.log = said.append
+        for step in range(6):
+            engine.step(make_batch(12), step)
+            small.limit = 100
+        found.append(state_of(model, engine))
+    assert len([line for line in said if "no memory is left to compare" in line]) == 1 and len(made) == at
+    assert engine.micro_batch == 12 and not engine.limited, "only the copies took the room"
+    for eager, dropped in zip(*found, strict=True):
+        torch.testing.assert_close(dropped, eager, rtol=1e-9, atol=1e-12)
+
+
 def test_cut_batches_and_other_modes_stay_eager():
     told, engine = refusal(make_model(), cross_entropy, micro_batch=5)
     assert not told and engine.replay._graph is None
