@@ -129,7 +129,7 @@ def test_running_ahead_trains_as_waiting_does(name, micro_batch):
 class Late:
     """An event that is never ready unless somebody waits for it."""
 
-    def record(self):
+    def record(self, stream):
         self.waited = False
 
     def query(self):
@@ -166,6 +166,16 @@ def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimize
     word = "the loss is" if where == "loss" else "the gradient of the loss is"
     with pytest.raises(UserError, match=rf"{word} not finite in step 4 \(epoch 2, batch 4\)"):
         engine.settle()
+
+
+def test_the_outcome_is_awaited_on_the_stream_of_its_own_device(monkeypatch):
+    """An event of the current device, which may be another card, is ready before the numbers have arrived."""
+    asked, recorded = [], []
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda device=None: asked.append(device) or "its stream")
+    monkeypatch.setattr(torch.cpu.Event, "record", lambda event, stream=None: recorded.append(stream))
+    engine = ahead(make_model(), cross_entropy)
+    engine.step(make_batch(8), 0)
+    assert asked == [engine.device] and recorded == ["its stream"]
 
 
 def test_the_host_is_never_far_ahead():
