@@ -106,7 +106,7 @@ class Replay:
         return True
 
     def _watched(self, batch: Batch, step_number: int) -> "StepReport":
-        engine, watch = self._engine, Watch(self._engine)
+        engine, watch = self._engine, Watch(self._engine, batch)
         if engine.model._compiled_call_impl is not None:
             self.give_up("the model is compiled")
             return engine.eager_step(batch, step_number)
@@ -233,9 +233,11 @@ class Replay:
 class Watch(TorchDispatchMode):
     """Records the operations of an eager step (`seen`), and why they cannot be replayed (`why`, empty if they can)."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "Engine", batch: Batch):
         super().__init__()
         self._engine, self.seen, self.why = engine, [], ""
+        given = tensors_of((batch.inputs, batch.targets, batch.weights))
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def __enter__(self) -> "Watch":
         self._before = self._buffers()
@@ -251,12 +253,19 @@ class Watch(TorchDispatchMode):
         found = operation(*inputs, **named)
         if reads_the_device(operation, inputs):
             self.why = f"{operation} makes the CPU wait for a result"
-        devices = {x.device.type for x in (*inputs, found) if isinstance(x, Tensor) and x.ndim}
-        to_the_device = operation.overloadpacket in TO_THE_DEVICE and found.device == self._engine.device
-        if len(devices) > 1 and not to_the_device:
+        arrays = [x for x in (*inputs, found) if isinstance(x, Tensor) and x.ndim]
+        devices = {x.device.type for x in arrays}
+        if len(devices) > 1 and not self._moves_the_batch(operation, arrays):
             self.why = f"{operation} works on {' and '.join(sorted(devices))}"
         self.seen.append((str(operation), [_described(value) for value in (*inputs, *named.values())]))
         return found
+
+    def _moves_the_batch(self, operation: Any, arrays: list[Tensor]) -> bool:
+        """Whether the batch goes to the device; a replay would read any other memory of the host after it is freed."""
+        if operation.overloadpacket not in TO_THE_DEVICE or arrays[-1].device != self._engine.device:
+            return False
+        on_host = [x for x in arrays if x.device != self._engine.device]
+        return all(x.untyped_storage().data_ptr() in self._given for x in on_host)
 
     def _buffers(self) -> list[tuple[int, int]]:
         return [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]

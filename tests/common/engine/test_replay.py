@@ -6,6 +6,7 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.engine.average import Average
 from common.engine.optimizers import allocate_state
-from common.engine.replay import CudaGraph, Replay
+from common.engine.replay import CudaGraph, Replay, Watch
 from common.engine.schedule import set_learning_rate
 from common.engine.step import WATCH_EVERY, Engine
 from common.errors import UserError
@@ -284,6 +285,15 @@ class Counting:
 def test_what_needs_the_host_is_found_out(extra, loss, why):
     told, engine = refusal(make_model(extra), loss)
     assert re.search(why, told) and engine.replay._graph is None
+
+
+def test_only_the_batch_may_come_from_the_host():
+    """A graph holds the batch, but an array that the loss sends to the card is freed before the replay reads it."""
+    batch, engine = make_batch(8), SimpleNamespace(device=torch.device("meta"), model=nn.Identity())
+    for sent, refused in ((batch.inputs[2:5], False), (torch.ones(3), True)):
+        with Watch(engine, batch) as watch:
+            sent.to("meta")
+        assert ("works on cpu and meta" in watch.why) == refused
 
 
 @pytest.mark.parametrize("first", [WATCH_EVERY - 1, WATCH_EVERY - 2])
