@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def silent(message: str) -> None:
 
 @dataclass
 class Clock:
-    """The end of the time allowed for the whole benchmark (time.monotonic), and the seconds left."""
+    """The end of the time allowed for a part of the benchmark (time.monotonic), and the seconds left."""
 
     end: float
 
@@ -259,7 +261,7 @@ def memory_part(clock: Clock) -> list[dict]:
 
     If the whole batch does not fit, the engine recovers from an out-of-memory error of the card.
     """
-    rows, total = [], torch.cuda.get_device_properties(CARD).total_memory / GIB
+    rows, total, longest = [], torch.cuda.get_device_properties(CARD).total_memory / GIB, 25.0
     for name, network in LARGE.items():
         for allowed in (80, 16, 11):
             for checkpointing in (False, True):
@@ -267,14 +269,23 @@ def memory_part(clock: Clock) -> list[dict]:
                 if allowed != 80 and allowed > total:
                     rows.append(row | {"skipped": "the card has less"})
                     continue
-                torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
-                rows.append(row | tried(lambda n=network, c=checkpointing: settled(n, c), clock, 25))
-                torch.cuda.set_per_process_memory_fraction(1.0)
+                work = partial(settled, network, checkpointing, min(1.0, allowed / total))
+                started = time.monotonic()
+                rows.append(row | tried(work, clock, longest))
+                longest = max(longest, time.monotonic() - started)  # cuDNN tries every convolution of each size
     return rows
 
 
-def settled(network: Network, checkpointing: bool) -> dict:
-    """Measure two steps of a batch after the engine has found its micro-batch."""
+def settled(network: Network, checkpointing: bool, allowed: float) -> dict:
+    """Measure two steps of a batch after the engine has found its micro-batch in this part of the memory."""
+    torch.cuda.set_per_process_memory_fraction(allowed)
+    try:
+        return _settled(network, checkpointing)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _settled(network: Network, checkpointing: bool) -> dict:
     inputs, targets = network.data()
     model = network.make().to(CARD, memory_format=torch.channels_last)
     batch = Batch(inputs, targets, torch.arange(len(inputs)))
@@ -343,18 +354,32 @@ def tried(work: Callable[[], dict], clock: Clock, seconds: float) -> dict:
     try:
         found, fits = memory.attempt(work)
     except (Missing, ImportError) as error:
-        return {"skipped": str(error)}
+        found, fits = {"skipped": str(error)}, True
     except subprocess.TimeoutExpired:
-        return {"skipped": "took too long"}
+        found, fits = {"skipped": "took too long"}, True
     except Exception as error:  # a peer that fails with this torch must not stop the other measurements
-        return {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
-    finally:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        found, fits = {"skipped": reason}, True
+    with suppress(RuntimeError):  # after some errors of CUDA every call fails
         gc.collect()
         torch.cuda.empty_cache()
     return found if fits else {"skipped": "does not fit on this card"}
 
 
 PARTS = {"steps": steps_part, "memory": memory_part, "trainings": trainings_part}
+SHARES = {"steps": 4, "memory": 3, "trainings": 3}  # of the time; what a part leaves goes to those after it
+
+
+def timed(names: list[str], seconds: float) -> dict[str, Callable]:
+    """The parts, each with a clock of its own, so that a slow one does not take the time of those after it."""
+    end = time.monotonic() + seconds
+
+    def started(name: str) -> list[dict]:
+        share = SHARES[name] / sum(SHARES[other] for other in names[names.index(name) :])
+        now = time.monotonic()
+        return PARTS[name](Clock(now + share * (end - now)))
+
+    return {name: wraps(PARTS[name])(partial(started, name)) for name in names}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -371,7 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("gpu: skipped, there is no CUDA card that torch sees")
         return
     prepare_device(CARD, False)
-    clock = Clock(time.monotonic() + given.seconds)
+    parts = timed(list(dict.fromkeys(given.parts)) or list(PARTS), given.seconds)
     found = figures.facts(
         card=torch.cuda.get_device_name(CARD),
         GiB=round(torch.cuda.get_device_properties(CARD).total_memory / GIB, 1),
@@ -379,7 +404,7 @@ def main(arguments: list[str] | None = None) -> None:
         peers=versions(),
         seed=0,
     )
-    figures.measure({name: PARTS[name] for name in given.parts or PARTS}, found, given.json, clock)
+    figures.measure(parts, found, given.json)
 
 
 if __name__ == "__main__":

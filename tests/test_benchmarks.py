@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,35 @@ def test_nothing_takes_the_other_figures_of_a_card_with_it(no_card):
     ]
     assert found == ["does not fit on this card", "took too long", "ValueError: 3"]
     assert gpu.tried(dict, gpu.Clock(0.0), 1) == {"skipped": "no time left"}
+
+
+def test_an_error_after_which_every_call_fails_leaves_the_figures(no_card, monkeypatch):
+    def fail(*given):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    for name in ("empty_cache", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, fail)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=80 * gpu.GIB))
+    monkeypatch.setattr(gpu, "LARGE", {"small": no_card})
+    rows = gpu.memory_part(gpu.Clock(float("inf")))
+    assert [row["skipped"][:16] for row in rows] == ["AcceleratorError"] * 6
+
+
+@pytest.mark.parametrize("uses, lefts", [(1, [116, 87, 87]), (0, [116, 145, 290])])
+def test_no_part_of_a_card_takes_the_time_of_the_next(monkeypatch, uses, lefts):
+    now, seen = [0.0], []
+
+    def part(clock):
+        """A part."""
+        seen.append(round(clock.left()))
+        now[0] += uses * clock.left()
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(gpu.PARTS, part))
+    for one in gpu.timed(list(gpu.PARTS), 290).values():
+        assert one.__doc__ == "A part."
+        one()
+    assert seen == lefts
 
 
 def test_without_a_card_one_line_says_so(capsys, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +59,10 @@ class Outcomes:
         self._unit = torch.ones((), device=device)
         rows = torch.zeros(STEPS_BEHIND, 3 if with_factor else 2, dtype=torch.float64)
         rows = rows.pin_memory() if device.type == "cuda" else rows
+        module = torch.get_device_module(device)
+        self._stream = partial(module.current_stream, device)  # it need not be the current device
         # On the host: the numbers of a step, and the event after which they have arrived.
-        self._free = deque((row, torch.get_device_module(device).Event()) for row in rows)
+        self._free = deque((row, module.Event()) for row in rows)
         self._waiting: deque[tuple[Place, Tensor, Any]] = deque()
 
     def measured(self, numbers: list[Tensor]) -> Tensor:
@@ -75,7 +78,7 @@ class Outcomes:
             self._judge_oldest()
         row, arrived = self._free.popleft()
         row.copy_(outcome, non_blocking=True)
-        arrived.record()
+        arrived.record(self._stream())
         self._waiting.append((place, row, arrived))
         while self._waiting and self._waiting[0][2].query():
             self._judge_oldest()

@@ -6,7 +6,7 @@ differs from the eager step from the same weights, the training stays eager and 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ TOLERANCE = 0.02  # of the length of a step, plus the noise of eager steps; a wr
 
 
 class CudaGraph:
-    """A torch.cuda.CUDAGraph; a failed capture leaves the device's generator and the current stream unchanged."""
+    """A torch.cuda.CUDAGraph; a failed capture leaves generator, allocator and current stream as they were."""
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, None
@@ -34,14 +34,21 @@ class CudaGraph:
     def capture(self, work: Callable[[], None]) -> None:
         # Enters the current stream too, since torch.cuda.graph does not restore it if the end of the capture raises.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
-            graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+            graph, pool, card = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_device()
+            generator = torch.cuda.default_generators[card]
             spare = generator.clone_state()
             try:
                 # thread_local: other threads of the process, such as a loader's, may use the card meanwhile.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     work()
             except BaseException:
                 generator.graphsafe_set_state(spare)  # else it would stay in capture mode for ever
+                # Up to torch 2.12 the allocator takes an invalid capture for one that goes on: emptying its cache
+                # fails, and memory used on two streams is never free again. If it knows better, it refuses to end it.
+                with suppress(RuntimeError):
+                    graph.reset()
+                    torch._C._cuda_endAllocateToPool(card, pool)
+                    torch._C._cuda_releasePool(card, pool)
                 raise
             self._graph = graph
 
@@ -75,10 +82,20 @@ class Replay:
             return self._watched(batch, step_number)
         return self._captured(batch, step_number)
 
+    def forget(self) -> None:
+        """Drop the graph, and make a new one when batches of one shape follow each other again."""
+        self._key, self._graph, self._results, self._batch = None, None, None, None
+
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
-        self._refused, self._graph, self._results, self._batch = True, None, None, None
+        self.forget()
+        self._refused = True
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
+
+    def _give_up_for_room(self, fitting: tuple[int, bool]) -> None:
+        """Stay eager, in the micro-batch that fitted before the copies for the comparison took memory."""
+        self._engine.micro_batch, self._engine.limited = fitting
+        self.give_up("no memory is left to compare it with a normal step")
 
     def make_room(self) -> bool:
         """Free the memory of the graph; return whether there was one."""
@@ -89,7 +106,7 @@ class Replay:
         return True
 
     def _watched(self, batch: Batch, step_number: int) -> "StepReport":
-        engine, watch = self._engine, Watch(self._engine)
+        engine, watch = self._engine, Watch(self._engine, batch)
         if engine.model._compiled_call_impl is not None:
             self.give_up("the model is compiled")
             return engine.eager_step(batch, step_number)
@@ -106,21 +123,22 @@ class Replay:
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
         """Take the step twice eagerly and once from the new graph, always from the same weights, and compare."""
         engine, state = self._engine, self._written()
+        fitting = engine.micro_batch, engine.limited
         start, fits = memory.attempt(partial(_copies, state))
-        report = engine.eager_step(batch, step_number)
-        if not (
-            engine.passes.fits_whole(batch) and torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)
-        ):
+        report, whole = engine.eager_step(batch, step_number), engine.passes.fits_whole(batch)
+        if whole and not (torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
             return report  # fp16 may begin with too large a factor: try again with the next step
-        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits else (None, False)
+        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits and whole else (None, False)
         if not fits:
-            self.give_up("no memory is left to compare it with a normal step")
+            self._give_up_for_room(fitting)
             return report
         sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
         _put_back(state, start)
         noises = _distances([*state, engine.eager_step(batch, step_number)[:2]], once)
         _put_back(state, start)
-        if why := self._failed_capture(batch):
+        if not engine.passes.fits_whole(batch):
+            self._give_up_for_room(fitting)
+        elif why := self._failed_capture(batch):
             self.give_up(why)
         else:
             value, norm, outcome = self._launched(batch, step_number)
@@ -143,6 +161,7 @@ class Replay:
         self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
         self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
         graph = self._make(device)
+        memory.release()  # an old autograd graph in a cycle keeps gradients on its own stream, outside the capture
         try:
             graph.capture(self._work)
             self._graph = graph
@@ -214,9 +233,11 @@ class Replay:
 class Watch(TorchDispatchMode):
     """Records the operations of an eager step (`seen`), and why they cannot be replayed (`why`, empty if they can)."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "Engine", batch: Batch):
         super().__init__()
         self._engine, self.seen, self.why = engine, [], ""
+        given = tensors_of((batch.inputs, batch.targets, batch.weights))
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def __enter__(self) -> "Watch":
         self._before = self._buffers()
@@ -232,12 +253,19 @@ class Watch(TorchDispatchMode):
         found = operation(*inputs, **named)
         if reads_the_device(operation, inputs):
             self.why = f"{operation} makes the CPU wait for a result"
-        devices = {x.device.type for x in (*inputs, found) if isinstance(x, Tensor) and x.ndim}
-        to_the_device = operation.overloadpacket in TO_THE_DEVICE and found.device == self._engine.device
-        if len(devices) > 1 and not to_the_device:
+        arrays = [x for x in (*inputs, found) if isinstance(x, Tensor) and x.ndim]
+        devices = {x.device.type for x in arrays}
+        if len(devices) > 1 and not self._moves_the_batch(operation, arrays):
             self.why = f"{operation} works on {' and '.join(sorted(devices))}"
         self.seen.append((str(operation), [_described(value) for value in (*inputs, *named.values())]))
         return found
+
+    def _moves_the_batch(self, operation: Any, arrays: list[Tensor]) -> bool:
+        """Whether the batch goes to the device; a replay would read any other memory of the host after it is freed."""
+        if operation.overloadpacket not in TO_THE_DEVICE or arrays[-1].device != self._engine.device:
+            return False
+        on_host = [x for x in arrays if x.device != self._engine.device]
+        return all(x.untyped_storage().data_ptr() in self._given for x in on_host)
 
     def _buffers(self) -> list[tuple[int, int]]:
         return [(id(buffer), buffer.data_ptr()) for buffer in self._engine.model.buffers()]

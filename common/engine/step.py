@@ -110,6 +110,8 @@ class Engine:
             if any(True for _ in loss.parameters()):
                 raise UserError(f"{loss} has parameters: a loss that replaces another must have none")
             loss.to(self.device)
+        if self.replay and loss is not self.passes.loss:
+            self.replay.forget()
         self.passes.use(loss)
 
     def step(self, batch: Batch, step_number: int) -> StepReport:

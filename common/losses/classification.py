@@ -40,10 +40,7 @@ class CrossEntropy(nn.Module):
         outputs = full_precision(outputs)
         if outputs.shape[1] == 1:
             raise ValueError("CrossEntropy of a single class is 0 for any output of the model: for one label use BCE")
-        if targets.is_floating_point():
-            targets = targets.to(outputs.dtype)
-        elif targets.dtype != torch.uint8:  # which torch takes as it is: masks in int64 are eight times as large
-            targets = targets.long()
+        targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets.long()
         weight = self.class_weights
         values = F.cross_entropy(
             outputs,

@@ -1,8 +1,10 @@
 """The training loop against the same training written out by hand: every setting of the config reaches the weights."""
 
 import csv
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 from common import checkpoint
 from common.engine.ranks import SINGLE
+from common.engine.step import Engine
 from common.fit import fit
 from common.loading import orders
 from common.loading.keys import MIX_STREAM, Keys, keyed_seed
@@ -110,6 +113,28 @@ def test_dropout_draws_from_the_seed_of_the_run(tmp_path, monkeypatch):
 
     one, again, other = weights(1, "a"), weights(1, "b"), weights(2, "c")
     assert torch.equal(one, again) and not torch.allclose(one, other)
+
+
+def test_a_fold_begins_without_the_engine_of_the_fold_before(tmp_path, monkeypatch):
+    """With a CUDA graph it holds the activations of a batch, and is freed by the garbage collector only."""
+    monkeypatch.chdir(tmp_path)
+    engines = []
+
+    class Cyclic(Engine):
+        def __init__(self, *given, **named):
+            assert not [made for made in engines if made() is not None]
+            super().__init__(*given, **named)
+            self.replays = self
+            engines.append(weakref.ref(self))
+
+    monkeypatch.setattr("common.fit.Engine", Cyclic)
+    gc.disable()
+    try:
+        for fold in (0, 1):
+            fit(task_of(CONFIG), CONFIG, Run(tmp_path, {}), fold, SINGLE)
+    finally:
+        gc.enable()
+    assert len(engines) == 2
 
 
 @pytest.mark.parametrize("higher", [True, False])

@@ -3,8 +3,10 @@
 import random
 import re
 from collections import deque
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.engine.average import Average
 from common.engine.optimizers import allocate_state
-from common.engine.replay import Replay
+from common.engine.replay import CudaGraph, Replay, Watch
 from common.engine.schedule import set_learning_rate
 from common.engine.step import WATCH_EVERY, Engine
 from common.errors import UserError
@@ -128,7 +130,7 @@ def test_running_ahead_trains_as_waiting_does(name, micro_batch):
 class Late:
     """An event that is never ready unless somebody waits for it."""
 
-    def record(self):
+    def record(self, stream):
         self.waited = False
 
     def query(self):
@@ -165,6 +167,16 @@ def test_what_is_not_finite_leaves_the_weights_and_is_told_later(where, optimize
     word = "the loss is" if where == "loss" else "the gradient of the loss is"
     with pytest.raises(UserError, match=rf"{word} not finite in step 4 \(epoch 2, batch 4\)"):
         engine.settle()
+
+
+def test_the_outcome_is_awaited_on_the_stream_of_its_own_device(monkeypatch):
+    """An event of the current device, which may be another card, is ready before the numbers have arrived."""
+    asked, recorded = [], []
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda device=None: asked.append(device) or "its stream")
+    monkeypatch.setattr(torch.cpu.Event, "record", lambda event, stream=None: recorded.append(stream))
+    engine = ahead(make_model(), cross_entropy)
+    engine.step(make_batch(8), 0)
+    assert asked == [engine.device] and recorded == ["its stream"]
 
 
 def test_the_host_is_never_far_ahead():
@@ -275,6 +287,15 @@ def test_what_needs_the_host_is_found_out(extra, loss, why):
     assert re.search(why, told) and engine.replay._graph is None
 
 
+def test_only_the_batch_may_come_from_the_host():
+    """A graph holds the batch, but an array that the loss sends to the card is freed before the replay reads it."""
+    batch, engine = make_batch(8), SimpleNamespace(device=torch.device("meta"), model=nn.Identity())
+    for sent, refused in ((batch.inputs[2:5], False), (torch.ones(3), True)):
+        with Watch(engine, batch) as watch:
+            sent.to("meta")
+        assert ("works on cpu and meta" in watch.why) == refused
+
+
 @pytest.mark.parametrize("first", [WATCH_EVERY - 1, WATCH_EVERY - 2])
 def test_steps_that_the_engine_watches_are_replayed_all_the_same(first):
     """A resumed run may begin at any step; seeding Python's generators is the engine's own doing."""
@@ -302,6 +323,59 @@ def test_a_capture_that_fails_goes_on_eagerly(error, told):
         engine.step(make_batch(12), step)
     assert len([line for line in said if f"the capture failed ({told})" in line]) == 1
     assert engine.micro_batch == 12, "the batch itself fits"
+
+
+class OldAllocator:
+    """Stands in for torch.cuda as it was before torch 2.13: an invalid capture never ends for the allocator."""
+
+    def __init__(self, monkeypatch):
+        self.underway, self.released = [], []
+        for name in ("CUDAGraph", "graph_pool_handle", "graph", "device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "default_generators", (self,))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda card, pool: self.released.append(pool), raising=False)
+
+    def __getattr__(self, name):
+        return lambda *given: self  # CUDAGraph, its reset, and a generator's states
+
+    def graph_pool_handle(self):
+        return (0, 1)
+
+    def device(self, device):
+        return nullcontext()
+
+    stream = device
+
+    @contextmanager
+    def graph(self, graph, pool, capture_error_mode):
+        self.underway.append(pool)
+        try:
+            yield
+        except torch.AcceleratorError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+        except BaseException:
+            self.end(0, pool)
+            raise
+
+    def end(self, card, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+
+@pytest.mark.parametrize("error, released", [(torch.AcceleratorError("CUDA error"), 1), (KeyError("capturable"), 0)])
+def test_a_capture_that_fails_ends_for_the_allocator(monkeypatch, error, released):
+    allocator = OldAllocator(monkeypatch)
+
+    def work():
+        raise error
+
+    with pytest.raises((RuntimeError, KeyError)):
+        CudaGraph(torch.device("cpu")).capture(work)
+    assert not allocator.underway and len(allocator.released) == released
 
 
 class Stale(Again):
@@ -345,6 +419,43 @@ def test_a_graph_that_does_something_else_is_dropped(name):
         torch.testing.assert_close(dropped, eager, rtol=1e-7, atol=1e-8)
 
 
+class OfItsLoss(Again):
+    """Keeps the loss that it was captured with, as a graph keeps its kernels."""
+
+    def __init__(self, device, engine):
+        super().__init__(device)
+        self.passes = engine.passes
+
+    def capture(self, work):
+        captured = self.passes.loss
+
+        def replay():
+            present, self.passes.loss = self.passes.loss, captured
+            work()
+            self.passes.loss = present
+
+        self.replay = replay
+
+
+def test_another_loss_gets_a_graph_of_its_own():
+    """A task may change the loss between epochs; a loss that is named again keeps the graph."""
+    found, first, second = [], CrossEntropy(), lambda outputs, targets: outputs.square().mean(1)
+    Again.made = 0
+    for graph in (False, True):
+        model = make_model()
+        engine = ahead(model, first)
+        if graph:
+            engine.replay = Replay(engine, partial(OfItsLoss, engine=engine))
+        for step, loss in enumerate([first] * 12 + [second] * 6):
+            if step % 6 == 0:
+                engine.use(loss)
+            engine.step(make_batch(12, seed=step), step)
+        found.append(state_of(model, engine))
+    assert Again.made == 2 and engine.replay._graph is not None
+    for eager, replayed in zip(*found, strict=True):
+        assert torch.equal(eager, replayed)
+
+
 def test_memory_that_is_short_takes_the_graph_first():
     small = SmallMemory(100)
     told, engine = refusal(make_model(small), cross_entropy)
@@ -360,6 +471,31 @@ def test_memory_that_is_short_takes_the_graph_first():
     small.check = check
     engine.step(make_batch(7), 10)
     assert calls == [7, 7] and engine.replay._graph is None and engine.micro_batch == 12
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_copies_for_the_comparison_do_not_halve_the_micro_batch(monkeypatch, at):
+    """`at`: which of the two eager steps of the comparison runs out of memory."""
+    small, made, found = SmallMemory(100), [], []
+
+    def copies(groups):
+        made.append(1)
+        small.limit = 6 if len(made) == at else 100
+        return [[tensor.clone() for tensor in group] for group in groups]
+
+    for graph in (None, Again):
+        model = make_model(small)
+        engine, said = ahead(model, cross_entropy, graph=graph), []
+        monkeypatch.setattr("common.engine.replay._copies", copies)
+        engine.log = said.append
+        for step in range(6):
+            engine.step(make_batch(12), step)
+            small.limit = 100
+        found.append(state_of(model, engine))
+    assert len([line for line in said if "no memory is left to compare" in line]) == 1 and len(made) == at
+    assert engine.micro_batch == 12 and not engine.limited, "only the copies took the room"
+    for eager, dropped in zip(*found, strict=True):
+        torch.testing.assert_close(dropped, eager, rtol=1e-9, atol=1e-12)
 
 
 def test_cut_batches_and_other_modes_stay_eager():

@@ -47,10 +47,12 @@ def test_cross_entropy_of_small_integers_is_that_of_large_ones(generator, weight
         close(batch_value(loss, outputs, targets), F.cross_entropy(outputs, targets.long(), weights), 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int16, torch.int32, torch.uint16])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
 @pytest.mark.parametrize("weights", [None, torch.linspace(1, 2, 200)])
-def test_cross_entropy_takes_class_numbers_of_every_integer_type(generator, weights, dtype):
-    outputs, targets = torch.randn(3, 200, generator=generator), torch.tensor([1, 0, 1])
+@pytest.mark.parametrize("places", [(), (4, 5)], ids=["labels", "masks"])
+def test_cross_entropy_takes_class_numbers_of_every_integer_type(generator, places, weights, dtype):
+    outputs = torch.randn(3, 200, *places, generator=generator)
+    targets = torch.tensor([1, 0, 1]).reshape(3, *[1] * len(places)).expand(3, *places)
     found = batch_value(CrossEntropy(weights), outputs, targets.to(dtype))
     assert torch.equal(found, batch_value(CrossEntropy(weights), outputs, targets))
 
