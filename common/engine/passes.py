@@ -69,6 +69,8 @@ class Passes:
         self.generators = Generators(seed, ranks.rank, self.device)
         self.buffers = memory.Buffers(model)
         self.micro_batch = 1
+        if self.device.type == "cuda":  # NCCL takes its memory at the first message: before a batch looks what fits
+            ranks.sum_(torch.zeros(1, device=self.device))
         self._writes: bool | None = None  # whether model or loss change their inputs in place; None: not yet known
         self._capturing = False
         self.use(loss)
