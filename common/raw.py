@@ -46,10 +46,10 @@ class RawData:
         except PermissionError as error:
             raise _forbidden(self.path, error) from error
         except (*DAMAGED, OSError) as error:
-            raise UserError(
-                f"{self.path} is not a complete zip archive ({error}): {self._again}, or pass "
-                f"DATA=/path/to/folder-or-zip"
-            ) from error
+            remedy = f"{self._again}, or pass DATA=/path/to/folder-or-zip"
+            if self.path.suffix.lower() != ".zip":  # .tar.gz, .7z
+                remedy = "unpack it and pass DATA=/path/to/its-folder"
+            raise UserError(f"{self.path} is not a complete zip archive ({error}): {remedy}") from error
 
     @cached_property
     def _members(self) -> dict[str, str]:
@@ -136,6 +136,8 @@ class RawData:
         if deeper := [own for own in names if own.lower().endswith(f"/{name.lower()}")]:
             top = deeper[0][: -len(name) - 1]  # the whole folder was packed or unpacked, not its content
             pass_it = f"or pass DATA={self.path / top}" if self._archive is None else f"or unpack it and pass its {top}"
+        if packed := [own for own in names if own.lower().startswith(f"{name.lower()}.")]:  # train.csv.zip
+            pass_it = f"or unpack its {packed[0]}"
         return UserError(
             f"{self.path} has no {name} (found: {', '.join(names[:8]) or 'nothing'}): get the files with "
             f"make data COMP={self.competition}, {pass_it}"

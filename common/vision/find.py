@@ -12,6 +12,8 @@ from common.raw import CACHE, files_under
 from common.vision.decode import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+ENDINGS += (".jpe", ".jfif", ".jp2", ".avif", ".ppm", ".pgm")
+PACKED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -63,19 +65,29 @@ def images_of(
     missing file gets the path where it should be, so that its row is left out later, like that of a damaged file.
     """
     if not folder.is_dir():
-        there = sorted(one.name for one in folder.parent.glob("*") if one.is_dir() and one.name != CACHE)
-        beside = f" (beside it: {some(there)})" if there else ""
-        raise UserError(f"{folder} is missing{beside}: name the folder in build(), or {again}")
+        raise _no_folder(folder, again)
     paths = match_images(folder, ids)
     if lenient:
         return [path or folder / str(name) for name, path in zip(ids, paths, strict=True)]
     if missing := [str(name) for name, path in zip(ids, paths, strict=True) if path is None]:
         line = "" if lines is None else f" line {lines[paths.index(None)]}"
+        spare = sorted(set(files_under(folder)) - {str(path.relative_to(folder)) for path in paths if path})
+        other = f", which holds {some(spare)} that no id names" if spare else ""  # spelt otherwise, or no image
         raise UserError(
-            f"{table}{line} names {some(missing)}, not in {folder} ({len(missing):,} of {len(paths):,} images): unpack "
-            f"the images again, or {again}"
+            f"{table}{line} names {some(missing)}, not in {folder} ({len(missing):,} of {len(paths):,} images){other}: "
+            f"unpack the images again, or {again}"
         )
     return paths
+
+
+def _no_folder(folder: Path, again: str) -> UserError:
+    there = sorted(folder.parent.glob("*"))
+    for file in there:
+        if file.is_file() and file.name.startswith(f"{folder.name}.") and file.name.lower().endswith(PACKED):
+            return UserError(f"{folder} is missing, but {file.name} is beside it: unpack it into {folder}, or {again}")
+    folders = [one.name for one in there if one.is_dir() and one.name != CACHE]
+    beside = f" (beside it: {some(folders)})" if folders else ""
+    return UserError(f"{folder} is missing{beside}: name the folder in build(), or {again}")
 
 
 def channels_of(

@@ -88,6 +88,11 @@ def start_from(
             f"{FLAG} {weights} is of a deeper network than {name}: {some(between)} would be left out between layers "
             f"that are used: give weights of that very network, or {scratch}"
         )
+    if odd := [source for source in places.values() if not found[source].isfinite().all()]:
+        raise UserError(
+            f"{FLAG} {weights} has NaN or infinite numbers in {some(odd)}: give weights of a training that did not "
+            f"diverge, or {scratch}"
+        )
     network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
     return f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else "")
 
@@ -207,7 +212,10 @@ def fitted(source: Tensor, own: Tensor, extra: Extra = "mean") -> Tensor | None:
 
     `source` has three input channels then. Further channels get their mean or a copy of one of them. Fewer channels
     get equal parts of their sum, so that a grey image in every channel gives the same output as in RGB.
+    Integers do not fit fractions: quantised weights mean nothing without their scales.
     """
+    if own.is_floating_point() and not source.is_floating_point():
+        return None
     if source.shape == own.shape:
         return source
     if [n for n in source.shape if n > 1] == [n for n in own.shape if n > 1]:

@@ -116,11 +116,15 @@ def read(raw: RawData, stations: tuple[str, ...] = STATIONS) -> Observations:
 
 
 def _nothing(raw: RawData, what: str, warnings: list[str]) -> UserError:
-    told = f" ({'; '.join(warnings)})" * bool(warnings)
     return UserError(
-        f"{raw.path} {what}{told}: get the public copy with make data "
+        f"{raw.path} {what}{_told(warnings)}: get the public copy with make data "
         f"COMP={raw.competition}, or pass DATA=/path/to/folder"
     )
+
+
+def _told(warnings: list[str]) -> str:
+    """The warnings in brackets, for an error: a file that was not read is often its reason."""
+    return f" ({'; '.join(warnings)})" * bool(warnings)
 
 
 def _csv_table(raw: RawData, name: str, warnings: list[str]) -> pd.DataFrame | None:
@@ -292,17 +296,17 @@ def _grid(table: pd.DataFrame, network: Network, warnings: list[str], raw: RawDa
     if rows.empty:
         raise _nothing(raw, f"has no row with a value of a known station such as {network.stations[0]}", warnings)
     hours = rows["hour"].to_numpy("datetime64[h]")
-    _refuse_gaps(rows["station"].to_numpy(), hours, raw)
+    _refuse_gaps(rows["station"].to_numpy(), hours, warnings, raw)
     start = hours.min().astype("datetime64[D]").astype("datetime64[h]")
     last = rows.drop(columns="hour").groupby([(hours - start) // HOUR, "station"]).last().unstack()  # ignores blanks
     columns = pd.MultiIndex.from_product([ALL_POLLUTANTS, network.stations])
     values = last.reindex(range(last.index.max() + 1), columns=columns).to_numpy(np.float32)
     values = values.reshape(len(values), len(ALL_POLLUTANTS), -1).transpose(0, 2, 1)
     observations = Observations(start, np.ascontiguousarray(values), network)
-    return replace(observations, warnings=tuple(warnings + _gaps(observations, raw)))
+    return replace(observations, warnings=(*warnings, *_gaps(observations, warnings, raw)))
 
 
-def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, raw: RawData) -> None:
+def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, warnings: list[str], raw: RawData) -> None:
     """Raise UserError for long gaps: one mistyped year would move the end of the data, and all that is forecast."""
     days = np.unique(hours.astype("datetime64[D]"))
     wide = np.flatnonzero(np.diff(days) > LONGEST_GAP_DAYS * DAY)
@@ -311,21 +315,21 @@ def _refuse_gaps(stations: np.ndarray, hours: np.ndarray, raw: RawData) -> None:
     before, after = days[wide[-1]], days[wide[-1] + 1]
     fewer = min(hours < after, hours >= after, key=np.sum)
     raise UserError(
-        f"{raw.path} has no value from {before + DAY} to {after - DAY}, expected gaps of at most {LONGEST_GAP_DAYS} "
-        f"days: mend or remove the {fewer.sum()} rows on one side, such as {stations[fewer][0]} at {hours[fewer][0]}, "
-        f"or add the files between"
+        f"{raw.path} has no value from {before + DAY} to {after - DAY}{_told(warnings)}, expected gaps of at most "
+        f"{LONGEST_GAP_DAYS} days: mend or remove the {fewer.sum()} rows on one side, such as {stations[fewer][0]} at "
+        f"{hours[fewer][0]}, or add the files between"
     )
 
 
-def _gaps(observations: Observations, raw: RawData) -> list[str]:
-    """A warning about series without a single value; raises UserError if they are a whole city."""
+def _gaps(observations: Observations, warnings: list[str], raw: RawData) -> list[str]:
+    """A warning about series without a single value; raises UserError with all `warnings` if they are a whole city."""
     network, there = observations.network, np.isfinite(observations.series()).any(axis=0)
     for city in CITIES:
         own = network.in_city(city)
         if own.any() and not there[own].any():
             raise UserError(
-                f"{raw.path} has no observation of {city}: add its file (expected: {' and '.join(CITIES)}), "
-                f"or use a sample submission without its stations"
+                f"{raw.path} has no observation of {city}{_told(warnings)}: add or mend its file (expected: "
+                f"{' and '.join(CITIES)}), or use a sample submission without its stations"
             )
     empty = ", ".join(np.array(network.names)[~there])
     return [f"forecast from the rest of the city, as they have no observation: {empty}"] * bool(empty)

@@ -428,3 +428,13 @@ def test_what_a_mac_adds_is_no_data_wherever_files_are_found(tmp_path):
         assert raw.RawData(found.folder(), "toy").names() == ["kdd/a.csv"]
     assert [file.name for file in raw.visible(tmp_path / "mac")] == ["kdd"]
     assert [file.name for file in raw.visible(tmp_path / "mac/kdd")] == ["a.csv"]
+
+
+def test_an_archive_of_another_kind_and_a_packed_table_are_to_be_unpacked(tmp_path):
+    archive = tmp_path / "data.tar.gz"
+    archive.write_bytes(b"\x1f\x8b no zip")
+    with pytest.raises(UserError, match="data.tar.gz is not a complete zip archive.*: unpack it and pass DATA="):
+        raw.RawData(archive, "toy").names()
+    (tmp_path / "Train.csv.zip").write_bytes(b"")
+    with pytest.raises(UserError, match="has no train.csv .*or unpack its Train.csv.zip"):
+        raw.RawData(tmp_path, "toy").read("train.csv")

@@ -46,11 +46,11 @@ def test_ids_with_and_without_endings_and_folders(tmp_path):
     assert relative(folder, match_images(folder, ["001"])) == ["001.png"]
 
 
-@pytest.mark.parametrize("ending", [".bmp", ".webp", ".gif"])
+@pytest.mark.parametrize("ending", [".bmp", ".webp", ".gif", ".jp2", ".avif", ".ppm"])
 def test_whatever_a_decoder_reads_is_found(tmp_path, ending):
     file = tmp_path / f"a{ending}"
     try:
-        cv2.imwrite(str(file), np.full((8, 8, 3), 255, np.uint8))
+        cv2.imwrite(str(file), np.full((64, 64, 3), 255, np.uint8))
     except cv2.error:
         pytest.skip(f"this OpenCV writes no {ending}")
     assert match_images(tmp_path, ["a", file.name]) == [file, file]
@@ -72,6 +72,20 @@ def test_missing_images_are_named(tmp_path):
         images_of(tmp_path / "other", ["a"], "train.csv", "get it")
     found = images_of(folder, [*"ab"], "train.csv", "get it", lenient=True)
     assert relative(folder, found) == ["a.jpg", "b"], "whoever decodes it is told"
+
+
+def test_files_that_no_id_names_are_told_beside_missing_ones(tmp_path):
+    folder = touched(tmp_path / "train", "001.jpg", "002.jpg", "c.heic")
+    with pytest.raises(UserError, match="names 1, b, not in .*train .2 of 3 images., which holds 001.jpg, c.heic that"):
+        images_of(folder, ["1", "b", "002"], "train.csv", "get it")
+
+
+def test_a_folder_that_is_still_packed_is_to_be_unpacked(tmp_path):
+    touched(tmp_path, "train.csv", "train.tar.gz", "test.csv", "train_2.zip")
+    with pytest.raises(UserError, match="train is missing, but train.tar.gz is beside it: unpack it into .*or get it"):
+        images_of(tmp_path / "train", ["a"], "train.csv", "get it")
+    with pytest.raises(UserError, match="test is missing: name the folder"):
+        images_of(tmp_path / "test", ["a"], "test.csv", "get it")
 
 
 def test_the_fingerprint_is_of_names_and_sizes_and_the_cache_key_of_the_place_too(tmp_path):

@@ -185,6 +185,24 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path, capsys, ending):
     assert "code was run" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize(
+    "change, told",
+    [(lambda x: torch.full_like(x, torch.nan), "NaN or infinite numbers in conv1"), (torch.Tensor.char, "stay random")],
+)
+def test_weights_of_a_diverged_training_and_quantised_ones_are_refused(tmp_path, channels, change, told):
+    found = {
+        name: x if name.endswith(weights.UNTRAINED) else change(x)
+        for name, x in timms("resnet10t").state_dict().items()
+    }
+    torch.save(found, tmp_path / "w.pth")
+    backbone = timm.create_model("resnet10t", num_classes=0, in_chans=channels)
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
+    with pytest.raises(UserError, match=told):
+        start_backbone(backbone, "resnet10t", str(tmp_path / "w.pth"))
+    assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     for found, own, words in (
         (

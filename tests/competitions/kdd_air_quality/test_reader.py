@@ -388,6 +388,23 @@ def test_an_empty_city_is_refused(files):
     load(files, demo.BEIJING)
 
 
+def test_an_empty_city_is_refused_with_the_reason(files):
+    (files / LONDON).write_bytes((files / LONDON).read_bytes() + b"\xe9\n")  # no UTF-8
+    others = pd.read_csv(files / "ld_aq_2018.csv")
+    others["station_id"] = "london_" + others["station_id"]
+    others.to_csv(files / "ld_aq_2018.csv", index=False)
+    with pytest.raises(UserError, match=f"no observation of London.*{LONDON} was not read.*UTF-8.*london_"):
+        load(files)
+
+
+def test_a_gap_is_refused_with_the_files_that_were_not_read(files):
+    old = pd.read_csv(files / HISTORY).iloc[:5].assign(utc_time="2016-01-01 00:00:00")
+    old.to_csv(files / "old.csv", index=False)
+    (files / "between.csv").write_bytes(b"\xe9\n")
+    with pytest.raises(UserError, match="no value from.*between.csv was not read"):
+        load(files)
+
+
 def test_a_station_without_data_is_listed(files):
     warnings = load(files, (*demo.BEIJING, *demo.LONDON, "zhiwuyuan_aq")).warnings
     assert any("zhiwuyuan_aq PM2.5" in text for text in warnings)
