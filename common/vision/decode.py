@@ -13,16 +13,17 @@ FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG marker
 PIXELS = 2**30  # OpenCV decodes no larger images
 TOO_LARGE = "cannot be decoded (its header says 2^30 pixels or more)"
 
-Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one grey file for each channel
+Image = str | PathLike | tuple[str | PathLike, ...]  # a file, or one file for each channel
 
 
 def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = True) -> np.ndarray:
     """The image as uint8 [H, W, C], resized to `size` (height, width) where given.
 
-    A single file becomes RGB, even if it is grey; a tuple of files is stacked, one grey channel each. 16 bits become
-    eight (65535 becomes 255), and transparency is dropped. `upright` turns the image by its EXIF orientation; it must
-    be off if masks belong to the pixels as stored. A JPEG at least twice as large as `size` is decoded at 1/2, 1/4 or
-    1/8, which skips most of the inverse transform. Raises BadImage for any fault of a file.
+    A single file becomes RGB, even if it is grey; a tuple of files is stacked, one channel each, which is the brightest
+    of a coloured file: pure blue 255 stays 255. 16 bits become eight (65535 becomes 255), and transparency is dropped.
+    `upright` turns the image by its EXIF orientation; it must be off if masks belong to the pixels as stored. A JPEG at
+    least twice as large as `size` is decoded at 1/2, 1/4 or 1/8, which skips most of the inverse transform. Raises
+    BadImage for any fault of a file.
     """
     if not isinstance(image, tuple):
         return _decode(image, size, upright, gray=False)
@@ -43,7 +44,7 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
         raise BadImage(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     if not data:
         raise BadImage(path, "is empty")
-    flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
+    flags = cv2.IMREAD_ANYCOLOR if gray else cv2.IMREAD_COLOR_RGB
     if not upright:
         flags, data = flags | cv2.IMREAD_IGNORE_ORIENTATION, _without_orientation(data)
     reduced = 0
@@ -68,7 +69,7 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     if size is not None and pixels.shape[:2] != size:
         smaller = pixels.shape[0] > size[0] or pixels.shape[1] > size[1]
         pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-    return pixels
+    return pixels.max(2) if gray and pixels.ndim == 3 else pixels
 
 
 def _without_orientation(data: bytes) -> bytes:

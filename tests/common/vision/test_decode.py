@@ -83,6 +83,19 @@ def test_colours_and_sizes(tmp_path, picture, jpeg, png):
 
 
 @pytest.mark.parametrize("size", [(139, 200), (71, 106), (70, 105), (50, 60), (35, 50), (17, 26), (8, 8)])
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_a_coloured_file_of_one_channel_keeps_its_brightness(tmp_path, ending, channel):
+    """As the Human Protein Atlas publishes its images: a JPEG for each dye, in the dye's colour."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[16:48, 16:80, channel] = 255
+    cv2.imwrite(str(tmp_path / f"a.{ending}"), pixels)
+    for size in (None, (64, 96), (32, 48), (16, 24)):
+        found = decode((tmp_path / f"a.{ending}",), size)
+        height, width = found.shape[:2]
+        assert found[height // 2, width // 2, 0] > 240 and found[1, 1, 0] < 15
+
+
 @pytest.mark.parametrize("gray", [False, True])
 def test_reduced_decoding_is_the_full_one_resized(tmp_path, jpeg, size, gray):
     (tmp_path / "a.jpg").write_bytes(jpeg)
