@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from common import competition as competitions
 from common import config as configs
@@ -293,7 +295,29 @@ def _run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb; returns the exit status. A UserError is printed as one line on stderr, without a traceback."""
+    """Run one verb; returns the exit status. A UserError is printed as one line on stderr, without a traceback.
+
+    So is an output that takes no more, such as a log on a full disk, or a pipe into `head`.
+    """
+    try:
+        try:
+            return _status(argv)
+        finally:  # also after --help, which exits: Python's own flush would come too late to be caught
+            print(end="", flush=True)
+    except OSError as error:
+        try:
+            print(flush=True)  # does it still take a line?
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+            reason = error.strerror or error
+            told = f"the output cannot be written ({reason}): give it a place and repeat the same command"
+            with suppress(OSError):  # it may go there too
+                print(f"error: {told}", file=sys.stderr, flush=True)
+            return 1
+        raise
+
+
+def _status(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m common VERB COMPETITION [--flags]   (VERB COMPETITION --help shows the flags)\n")
         for verb, function in VERBS.items():
