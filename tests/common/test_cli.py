@@ -1,6 +1,7 @@
 """The command line before any training: unknown verbs, competitions, recipes and flags, and bad values."""
 
 import builtins
+import errno
 import os
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_an_output_that_takes_no_more_is_one_line(both):
         ended = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=stderr, text=True)
     assert ended.returncode == 1
     assert both or (ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1), ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
+        OSError(errno.ENOSPC, "No space left on device", "runs/clouds/001/fold-0"),
+    ],
+)
+def test_a_disk_that_is_full_for_a_library_is_one_line(error, monkeypatch, capsys):
+    def full(competition, argv):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "train", full)
+    assert cli.main(["train", "clouds"]) == 1
+    told = capsys.readouterr().err
+    assert told == f"error: {error}: free disk space, or set TMPDIR to a folder on another disk, and repeat the same " \
+        "command\n"  # fmt: skip
 
 
 def test_demo_data_take_the_recipe_that_is_made_for_them(tmp_path):
