@@ -1,9 +1,12 @@
 """The command line: `python -m common VERB COMPETITION [--flags]`. Each verb imports what it needs when it runs."""
 
 import argparse
+import errno
 import math
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from common import competition as competitions
 from common import config as configs
@@ -14,6 +17,8 @@ from common.flags import Parser, add_flags
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
 
 SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make passes FORCE=1 as --force=1
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_TEMPORARY = "No usable temporary directory"  # how tempfile's error begins
 NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
 
 
@@ -293,7 +298,40 @@ def _run(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb; returns the exit status. A UserError is printed as one line on stderr, without a traceback."""
+    """Run one verb; returns the exit status. A UserError is printed as one line on stderr, without a traceback.
+
+    So are an output that takes no more, such as a log on a full disk or a pipe into `head`, and a disk that is full for
+    a library: torch wants a temporary directory.
+    """
+    try:
+        try:
+            return _status(argv)
+        finally:  # also after --help, which exits: Python's own flush would come too late to be caught
+            print(end="", flush=True)
+    except OSError as error:
+        reason = str(error.strerror or error)
+        if not _takes_lines():
+            told = f"the output cannot be written ({reason}): give it a place and repeat the same command"
+        elif error.errno in FULL or reason.startswith(NO_TEMPORARY):
+            told = f"{error}: free disk space, or set TMPDIR to a folder on another disk, and repeat the same command"
+        else:
+            raise
+        with suppress(OSError):  # stderr may go where the output goes
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _takes_lines() -> bool:
+    """Whether stdout takes a line; if not, what is left for it goes nowhere, as Python's own flush would fail too."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _status(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m common VERB COMPETITION [--flags]   (VERB COMPETITION --help shows the flags)\n")
         for verb, function in VERBS.items():

@@ -9,6 +9,11 @@ HEARTBEAT_SECONDS = 20.0
 Item = TypeVar("Item")
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal; a program whose stderr was closed (2>&-) has none."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class Progress:
     """Shows the newest `update`: as a bar if stderr is a terminal, else on stdout. Its context closes the bar."""
 
@@ -18,7 +23,7 @@ class Progress:
         self.bar = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if on_terminal():
             from tqdm import tqdm
 
             self.bar = tqdm(desc=self.label, total=self.total or None, unit=f" {self.unit}", leave=False)
@@ -65,7 +70,7 @@ def progress(
 
 def say(message: str) -> None:
     """Print a line, above the bar if there is one."""
-    if sys.stderr.isatty():
+    if on_terminal():
         from tqdm import tqdm
 
         tqdm.write(message)

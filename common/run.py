@@ -52,8 +52,8 @@ class Run:
 
     @property
     def is_unfinished_blend(self) -> bool:
-        """Whether it is a blend without a result, which may be started anew without loss."""
-        return self.is_blend and self.result is None
+        """Whether it is a blend without a result or a submission, which may be started anew without loss."""
+        return self.is_blend and not self.is_finished
 
     @property
     def is_finished(self) -> bool:
@@ -284,6 +284,7 @@ def new_run(
     if (path / "run.json").is_file() and not (blend and run.is_unfinished_blend):
         raise UserError(f"another process has just made {path}: repeat the command, or name another run")
     if blend:
+        (path / "result.json").unlink(missing_ok=True)  # of the blend that stopped: this one may have other members
         write_json(path / "blend.json", blend)  # before run.json, so that no training resumes it
     write_text(path / "config.json", to_json(config) + "\n")
     write_json(path / "run.json", run.provenance)  # last: a folder with run.json is a whole run

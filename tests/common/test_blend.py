@@ -288,6 +288,28 @@ def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypa
         blended("stopped", by="mean")
 
 
+@pytest.mark.parametrize("part", ["_report", "write_submission"])
+def test_a_blend_without_its_page_or_submission_is_begun_anew_by_its_command(part, monkeypatch):
+    """As after a full disk, whose message says: repeat the same command."""
+
+    def full(*given):
+        raise UserError("report.html could not be written: free disk space and repeat the same command")
+
+    name = f"without{part.replace('_', '-')}"
+    with monkeypatch.context() as patch:
+        patch.setattr(blending, part, full)
+        with pytest.raises(UserError, match="repeat the same command"):
+            blended(name)
+    with monkeypatch.context() as patch:  # a second attempt with other members keeps nothing of the first one's score
+        patch.setattr(blending, "write_combined", full)
+        with pytest.raises(UserError, match="repeat the same command"):
+            blended(name, "one,two")
+    assert runs.load("toy", name).result is None
+    folder, result = blended(name)
+    assert result["blend"]["scores"].keys() == {"one", "two", "weak"}
+    assert (folder / "report.html").is_file() and Path(f"submissions/toy/{name}-demo.csv").is_file()
+
+
 def test_large_predictions_are_combined_block_by_block(monkeypatch):
     whole, first = blended("whole", by="mean")
     monkeypatch.setattr(blending, "BLOCK", 50)

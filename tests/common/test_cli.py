@@ -1,11 +1,18 @@
 """The command line before any training: unknown verbs, competitions, recipes and flags, and bad values."""
 
 import builtins
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common import cli
 from common import competition as competitions
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +108,37 @@ def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
     monkeypatch.setitem(cli.VERBS, "train", stopped)
     assert cli.main(["train", "clouds"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_output_that_takes_no_more_is_one_line(both):
+    """As with `| head`, or a log on a full disk; stderr may go to the same place."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        stderr = pipe if both else subprocess.PIPE
+        command = [sys.executable, "-m", "common", "--help"]
+        ended = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=stderr, text=True)
+    assert ended.returncode == 1
+    assert both or (ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1), ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
+        OSError(errno.ENOSPC, "No space left on device", "runs/clouds/001/fold-0"),
+    ],
+)
+def test_a_disk_that_is_full_for_a_library_is_one_line(error, monkeypatch, capsys):
+    def full(competition, argv):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "train", full)
+    assert cli.main(["train", "clouds"]) == 1
+    told = capsys.readouterr().err
+    assert told == f"error: {error}: free disk space, or set TMPDIR to a folder on another disk, and repeat the same " \
+        "command\n"  # fmt: skip
 
 
 def test_demo_data_take_the_recipe_that_is_made_for_them(tmp_path):

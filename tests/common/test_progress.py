@@ -35,3 +35,11 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(capsys, monkeypatch):
         say("a line")
     done = capsys.readouterr()
     assert "downloading x" in done.err and "5/10" in done.err and "slowly" in done.err and "a line" in done.out
+
+
+def test_without_a_stderr_lines_go_to_stdout(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python sets it after 2>&-
+    with Progress("downloading x", unit="MB") as shown:
+        shown.update(10, total=10)
+        say("a line")
+    assert capsys.readouterr().out == "a line\n"
