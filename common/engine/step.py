@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from common.batch import Batch, tensors_of
 from common.engine import memory
@@ -70,6 +71,7 @@ class Engine:
         refuse_closures(optimizer)
         if next(model.parameters(), None) is None:
             raise UserError(f"the model, a {type(model).__name__}, has no parameters: there is nothing to train")
+        refuse_lazy(model)
         if micro_batch != "auto" and not (isinstance(micro_batch, (int, np.integer)) and micro_batch > 0):
             raise UserError(f'micro_batch {micro_batch!r}: expected "auto", or a number of samples from 1 up')
         self.model, self.optimizer, self.ranks, self.clip_norm = model, optimizer, ranks, clip_norm
@@ -277,6 +279,19 @@ def check_rows(batch: Batch) -> None:
                     f"the {name} of a batch of {len(batch)} samples, by its index, hold a tensor {list(tensor.shape)}: "
                     f"expected [{len(batch)}, ...]"
                 )
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise UserError for parameters and buffers that only the first forward pass makes.
+
+    Each process would draw its own there, and fused optimizers allocate their state before.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(
+                f"the model's {name} has no shape before the first forward pass: call model(inputs) once, with a few "
+                "rows, before the engine and the optimizer are made; or name the sizes, nn.Linear for nn.LazyLinear"
+            )
 
 
 def refuse_collectives(model: nn.Module) -> None:
