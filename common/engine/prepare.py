@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +37,7 @@ def prepare(
     if checkpointing:
         names = enable_checkpointing(model)
         what = f"{len(names)} blocks keep only their inputs" if names else "the model's own"
-        log(f"checkpointing: {what}{', and are not compiled' if names and compiled else ''}")
+        log(f"checkpointing: {what}")
     if compiled:
         model.compile()
 
@@ -172,7 +171,6 @@ class _Recomputed:
     module: nn.Module
     writes: bool | None = None  # whether the module changes its inputs in place; None before its first call
 
-    @_disable_dynamo  # it cannot trace a checkpoint that sets contexts; torch.compiler.disable would import it at once
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         forward = MethodType(type(self.module).forward, self.module)
         if not torch.is_grad_enabled():

@@ -306,16 +306,3 @@ def test_compiled_in_place(monkeypatch):
     assert asked == [model]
     prepare(model)
     assert asked == [model]
-    said = []
-    prepare(model, checkpointing=True, compiled=True, log=said.append)
-    assert said == ["checkpointing: 6 blocks keep only their inputs, and are not compiled"]
-
-
-def test_compiled_with_checkpointing():
-    plain, saving, inputs = deep(), deep(), make_batch(8).inputs
-    enable_checkpointing(saving)
-    saving.compile(backend="eager")  # traces as --compile does, without a compiler
-    for model in (plain, saving):
-        torch.manual_seed(1)
-        model(inputs).square().sum().backward()
-    assert relative_error(gradient_of(saving, None), gradient_of(plain, None)) <= 1e-12
