@@ -73,7 +73,7 @@ class Metric:
         return replace(self, pick=pick, name=name or self.name)
 
     def score(self, decisions: Any, targets: Any) -> float:
-        """The score of all rows at once; trees of tensors or of numpy arrays."""
+        """The score of all rows at once; trees of tensors, of numpy arrays or of columns of pandas."""
         return evaluate((self,), [(decisions, targets)])[self.name]
 
 
@@ -111,11 +111,11 @@ class Scores:
         self.count = torch.zeros((), dtype=torch.float64)
 
     def add(self, decisions: Any, targets: Any) -> None:
-        decisions = as_tensors(decisions)
+        decisions = map_tree(_computable, as_tensors(decisions))
         first = tensors_of(decisions)[0]
         if not len(first):  # all images of the batch are unreadable
             return
-        targets = map_tree(lambda x: x.to(first.device), as_tensors(targets))
+        targets = map_tree(lambda x: _computable(x).to(first.device), as_tensors(targets))
         groups = None
         if self.with_errors:
             groups = torch.from_numpy((self.random.random(len(first)) * GROUPS).astype(np.int64))
@@ -136,6 +136,11 @@ class Scores:
             tally.metric.name: (tally.score(count), tally.error(count) if self.with_errors else math.nan)
             for tally in self.tallies
         }
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """torch stores uint16, uint32 and uint64, as in masks of 16 bits, but neither compares nor multiplies them."""
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 
 def _picked(metric: Metric, decisions: Tree, targets: Tree) -> tuple[Tree, ...]:

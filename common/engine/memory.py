@@ -111,9 +111,11 @@ class Buffers:
     def begin_pass(self) -> None:
         """Save the buffers before the first pass over a batch, and restore them before every further pass."""
         if self._kept:
-            copy_(self.present(), self._copies)
+            self._put_back(self._copies)
+        elif _alike(present := self.present(), self._copies):
+            copy_(self._copies, present)
         else:
-            copy_(self._copies, self.present())
+            self._copies = self._clones()
         self._kept = True
 
     @contextmanager
@@ -121,7 +123,7 @@ class Buffers:
         """Put the present buffers back after the block; a pass inside starts from those before the batch."""
         of_now = self._clones()
         yield
-        copy_(self.present(), of_now)
+        self._put_back(of_now)
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of normalisation layers: they differ between ranks, which see different samples."""
@@ -132,6 +134,18 @@ class Buffers:
 
     def _clones(self) -> list[Tensor]:
         return [buffer.clone() for buffer in self.present()]
+
+    def _put_back(self, copies: list[Tensor]) -> None:
+        if _alike(present := self.present(), copies):
+            copy_(present, copies)
+            return
+        for (owner, name), value in zip(self._owners, copies, strict=True):
+            owner[name] = value.clone()
+
+
+def _alike(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether the shapes agree: a queue of features, or a table of positions, grows with what the model sees."""
+    return all(one.shape == other.shape for one, other in zip(tensors, others, strict=True))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from itertools import takewhile
 from types import MethodType
@@ -174,46 +175,80 @@ class _Recomputed:
         forward = MethodType(type(self.module).forward, self.module)
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
-        kept = [_kept(value, self.writes is not False) for value in inputs]
-        before = [value._version for value in inputs if isinstance(value, Tensor)]
-        drawn = random.getstate(), np.random.get_state()
-        given = [inputs]  # for the first computation, which may change them as without checkpointing
+        count, names, values = len(inputs), list(named), (*inputs, *named.values())
+        kept = [_kept(value, self.writes is not False) for value in values]
+        before = [value._version for value in values if isinstance(value, Tensor)]
+        buffers, drawn = _Buffers(self.module), (random.getstate(), np.random.get_state())
+        given = [(inputs, named)]  # for the first computation, which may change them as without checkpointing
 
-        def run(*kept: Any, **named: Any) -> Any:
-            return forward(*(given.pop() if given else kept), **named)
+        def run(*kept: Any) -> Any:
+            again = kept[:count], dict(zip(names, kept[count:], strict=True))
+            inputs, named = given.pop() if given else again
+            return forward(*inputs, **named)
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), _once_more(self.module, *drawn)
+            return nullcontext(), _once_more(buffers, *drawn)
 
-        outputs = checkpoint(run, *kept, use_reentrant=False, context_fn=contexts, **named)
+        outputs = checkpoint(run, *kept, use_reentrant=False, context_fn=contexts)
+        buffers.keep_changed()
         if self.writes is None:  # if it changes its inputs only later, torch raises: a saved tensor was modified
-            self.writes = before != [value._version for value in inputs if isinstance(value, Tensor)]
+            self.writes = before != [value._version for value in values if isinstance(value, Tensor)]
         return outputs
 
 
 def _kept(value: Any, is_written: bool) -> Any:
-    """An input as it is now: a list of its own, since DenseNet's grows later, and a copy of a tensor that `is_written`.
+    """An input as it is now: a list or dict of its own, since DenseNet's grows later, a copy of a tensor `is_written`.
 
     The tensor itself if a copy has other strides, for which kernels may save other tensors.
     """
-    if isinstance(value, list):
-        return list(value)
+    if isinstance(value, (list, dict)):
+        return copy(value)
     if not isinstance(value, Tensor) or not is_written:
         return value
-    copy = value.clone()
-    return copy if copy.stride() == value.stride() else value
+    other = value.clone()
+    return other if other.stride() == value.stride() else value
+
+
+class _Buffers:
+    """A module's buffers before its first computation, from which a repetition starts.
+
+    Only those are kept that the first computation changes, such as a moving centre. BatchNorm's statistics hide their
+    changes, but its gradient does not depend on them.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._owners = [part._buffers for part in module.modules()]
+        found = [(owner, name, x) for owner in self._owners for name, x in owner.items() if x is not None]
+        self._kept = [(owner, name, x, x._version, x.clone()) for owner, name, x in found]
+
+    def keep_changed(self) -> None:
+        """Call it after the first computation."""
+        self._kept = [
+            (owner, name, x, version, value)
+            for owner, name, x, version, value in self._kept
+            if owner.get(name) is not x or x._version != version
+        ]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Inside the block the module works on copies: its own buffers are not updated twice, nor written to."""
+        of_now = [dict(owner) for owner in self._owners]
+        try:
+            for owner in self._owners:
+                owner.update({name: x.clone() for name, x in owner.items() if x is not None})
+            for owner, name, _, _, value in self._kept:
+                owner[name] = value.clone()
+            yield
+        finally:
+            for owner, buffers in zip(self._owners, of_now, strict=True):
+                owner.clear()
+                owner.update(buffers)
 
 
 @contextmanager
-def _once_more(module: nn.Module, state: tuple, numpy_state: tuple) -> Iterator[None]:
-    """Repeat the first computation's random numbers, and do not update BatchNorm's statistics a second time."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        with kept_global_state():
-            random.setstate(state)
-            np.random.set_state(numpy_state)
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in kept:
-                buffer.copy_(copy)
+def _once_more(buffers: _Buffers, state: tuple, numpy_state: tuple) -> Iterator[None]:
+    """Repeat the first computation's random numbers, from the buffers that it started from."""
+    with buffers.as_before(), kept_global_state():
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        yield

@@ -90,12 +90,13 @@ def _check_alike(parts: list[Any], shapes: list[tuple[int, ...]]) -> None:
 
 
 def as_tensors(tree: Tree) -> Tree:
-    """The tree with its arrays converted to tensors."""
+    """The tree with its arrays, and columns of pandas, converted to tensors."""
     if isinstance(tree, dict):
         return {name: as_tensors(part) for name, part in tree.items()}
     if isinstance(tree, (tuple, list)):
         return tuple(as_tensors(part) for part in tree)
-    return as_tensor(tree) if isinstance(tree, (np.ndarray, str)) else tree
+    is_array = hasattr(tree, "__array__") and not isinstance(tree, Tensor)
+    return as_tensor(tree) if is_array or isinstance(tree, str) else tree
 
 
 def as_tensor(array: np.ndarray | np.generic) -> Tensor:

@@ -66,6 +66,9 @@ class Workers:
         """
         if not self._count:
             return Stream(map(self._reader.__getitem__, keys), self._log)
+        iterator = self._iterator()
+        if iterator is not None and not all(process.is_alive() for process in iterator._workers):
+            self.close()  # one was killed in an earlier epoch
         if self._torch_loader is None:
             self._torch_loader = self._started()
         self._torch_loader.sampler.keys = keys
@@ -73,11 +76,15 @@ class Workers:
         return self.stream
 
     def close(self) -> None:
-        iterator = None if self._torch_loader is None else self._torch_loader._iterator
+        iterator = self._iterator()
         if iterator is not None:
             with suppress(RuntimeError):  # a spawned worker may abort while it ends, which torch reports as a failure
                 iterator._shutdown_workers()
         self._torch_loader = self.stream = None
+
+    def _iterator(self) -> Any:
+        """That of the workers, or None before they are started."""
+        return None if self._torch_loader is None else self._torch_loader._iterator
 
     def _started(self) -> torch.utils.data.DataLoader:
         worker.send_generators_whole()

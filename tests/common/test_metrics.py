@@ -5,6 +5,7 @@ import threading
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -123,6 +124,23 @@ def test_scores_are_those_of_the_references(case):
     if callable(expected):
         found = weighted(metric).score(decisions, {"y": targets, "w": W})
         assert found == pytest.approx(expected(W), rel=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_class_numbers_score_as_any_others(dtype):
+    """torch has no arithmetic for them; masks of 16 bits are read so."""
+    rated, rating, said, one = (x.astype(dtype) for x in (RATED, RATING, SAID, ONE))
+    assert metrics.accuracy().score(rated, rating) == metrics.accuracy().score(RATED, RATING)
+    assert metrics.quadratic_kappa().score(rated, rating) == metrics.quadratic_kappa().score(RATED, RATING)
+    assert metrics.map_at_k(1).score(rated, rating) == metrics.map_at_k(1).score(RATED, RATING)
+    assert metrics.f_beta(1, "micro").score(said, one) == metrics.f_beta(1, "micro").score(SAID, ONE)
+    assert metrics.dice().score(Y.astype(dtype)[:, None], Y[:, None]) == 1
+
+
+def test_columns_of_pandas_are_scored_in_their_order():
+    table = pd.DataFrame({"p": P[:, 0], "y": ONE}, index=np.arange(N)[::-1])
+    assert metrics.roc_auc().score(table["p"], table["y"]) == metrics.roc_auc().score(P[:, 0], ONE)
+    assert metrics.rmse().score(table[["p"]], table["p"]) == 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -112,6 +112,60 @@ def test_gradient_dropout_and_statistics_stay_the_same(make, expected):
     assert known == {unusual: {True}, flat: {False, True}}.get(make, {False}), "others need no copies"
 
 
+class Centred(nn.Module):
+    """Changes buffers that it uses, in place and by assignment, and whatever it is given by name."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(6, 6), nn.Linear(6, 6), scale
+        self.register_buffer("centre", torch.zeros(6))
+        self.register_buffer("count", torch.ones(6))
+
+    def forward(self, inputs, seen):
+        outputs = self.scale(self.first(inputs.mul_(1.5)))
+        self.centre.mul_(0.9).add_(outputs.detach().mean(0))
+        self.count = self.count + 1
+        seen["calls"] += 1
+        return self.second((outputs - self.centre) * self.count * seen["calls"]).tanh()
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factors", torch.arange(1.0, 7.0))
+
+    def forward(self, inputs):
+        return inputs * self.factors
+
+
+class Stateful(nn.Module):
+    """Its blocks share a module with buffers with what comes before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+        self.blocks = nn.ModuleList(Centred(self.scale) for _ in range(5))
+        self.embed = nn.Linear(20, 6)
+
+    def forward(self, inputs):
+        outputs, seen = self.scale(self.embed(inputs)), {"calls": 0}
+        for block in self.blocks:
+            outputs = block(inputs=outputs * 1, seen=seen)
+        return outputs
+
+
+def test_blocks_that_change_buffers_and_arguments_by_name():
+    torch.manual_seed(0)
+    plain = Stateful().double()
+    saving, inputs = deepcopy(plain), torch.randn(8, 20).double()
+    assert len(enable_checkpointing(saving)) == 5
+    for model in (plain, saving):
+        model(inputs).square().sum().backward()
+    assert relative_error(gradient_of(saving, None), gradient_of(plain, None)) <= 1e-12
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(saving.get_buffer(name), buffer)
+
+
 @pytest.mark.parametrize("make", [deep, flat])
 def test_a_copy_or_pickle_of_the_model_runs_its_own_weights(make):
     model, batch = make(), make_batch(8)

@@ -1,6 +1,7 @@
 """One step of the engine, compared with one graph over the whole batch."""
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from common.engine import passes as passes_module
 from common.engine.ranks import Ranks
 from common.engine.step import Engine
 from common.errors import UserError
-from common.losses import LovaszSoftmax, batch_value
+from common.losses import MSE, RMSE, LovaszSoftmax, batch_value, whole_batch
 from tests.common.engine.toys import (
     CLASSES,
     LOSSES,
@@ -391,6 +392,44 @@ def test_settings_that_mean_nothing_are_refused(settings, told):
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(UserError, match="the model, a Flatten, has no parameters"):
         Engine(nn.Flatten(), cross_entropy, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+
+
+def test_a_model_whose_parameters_appear_later_is_refused():
+    """Two processes would draw different ones."""
+    for lazy in (nn.LazyLinear(3), nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False))):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        with pytest.raises(UserError, match="(weight|1.running_mean) has no shape before the first forward pass: call"):
+            Engine(lazy, cross_entropy, optimizer)
+
+
+class Queue(nn.Module):
+    """Subtracts the mean of the last outputs, of which it keeps more and more."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+        self.register_buffer("last", torch.zeros(1, 2))
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs)
+        centre, self.last = self.last.mean(0), torch.cat([self.last, outputs.detach()])[-20:]
+        return outputs - centre
+
+
+@pytest.mark.parametrize("loss", [MSE(), RMSE(), whole_batch(lambda y, t: (y - t).square().mean().sqrt())])
+def test_a_buffer_may_grow(loss):
+    torch.manual_seed(0)
+    model = Queue().double()
+    cut = deepcopy(model)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, cut)]
+    whole, parts = Engine(model, loss, optimizers[0], micro_batch=8), Engine(cut, loss, optimizers[1], micro_batch=3)
+    for step in range(4):
+        batch = Batch(torch.randn(8, 6).double(), torch.randn(8, 2).double(), torch.arange(8))
+        expected = batch_value(loss, model.layer(batch.inputs) - model.last.mean(0), batch.targets)
+        assert float(whole.step(batch, step).loss) == pytest.approx(expected.item(), rel=1e-12)
+        assert model.last.shape == (min(20, 9 + 8 * step), 2)
+        parts.step(batch, step)  # micro-batches see those before them, so the numbers differ
+        assert cut.last.shape == model.last.shape
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused():

@@ -1,6 +1,7 @@
 """Worker processes: which worker loads which rows and when, how workers end, and how samples are sent."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -309,6 +310,29 @@ def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quot
     assert device.workers_of(given, card) == 5 and device.threads_of(given, workers) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert device.threads_of(config, 0) == 1
+
+
+class KilledOnce(Numbers):
+    def __init__(self, mark: Path):
+        super().__init__(24)
+        self.mark = mark
+
+    def sample(self, index: int, rng: np.random.Generator):
+        if index == 9 and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(index, rng)
+
+
+def test_a_loader_goes_on_after_a_worker_was_killed(tmp_path):
+    settings = {"batch_size": 8, "seed": 0, "start_method": "fork"}
+    with (
+        Loader(KilledOnce(tmp_path / "mark"), orders.sequential(24), workers=2, **settings) as loader,
+        Loader(Numbers(24), orders.sequential(24), **settings) as plain,
+    ):
+        with pytest.raises(UserError, match="a worker process was killed"):
+            list(loader.epoch(0))
+        assert [digest(batch) for batch in loader.epoch(0)] == [digest(batch) for batch in plain.epoch(0)]
 
 
 def test_a_worker_killed_for_want_of_shared_memory_is_told():
