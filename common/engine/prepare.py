@@ -71,7 +71,7 @@ def check_compile(device_type: str) -> None:
 
 
 def try_compile(device: torch.device) -> None:
-    """Compile one addition; raises UserError if that fails: a compiler may lack its headers, or a folder to write to."""
+    """Compile one addition; raises UserError if that fails: a compiler may lack headers, or a folder to write to."""
     try:
         torch.compile(_plus_one)(torch.zeros(2, device=device))
     except Exception as error:  # whatever torch, the compiler and the file system raise
