@@ -22,5 +22,14 @@ def leave(status: int) -> None:
     sys.exit(status)
 
 
+def settle() -> None:
+    """Let this process print and draw in any environment, so that neither fails after a long training."""
+    os.environ["MPLBACKEND"] = "agg"  # notebooks name their own, which need not be installed here
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by >&-
+            stream.reconfigure(errors="backslashreplace")  # an encoding such as ASCII has no sign for ±
+
+
 if __name__ == "__main__":
+    settle()
     leave(main(sys.argv[1:]))

@@ -26,6 +26,7 @@ LONGEST_PART, LONGEST_NAME, DEEPEST_FOLDER = 255, 1024, 64  # bytes, bytes, fold
 # What zipfile raises for a truncated archive or a wrong checksum. RuntimeError: encrypted, or a compression that it
 # does not know. ValueError: a name that is not UTF-8.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
+BY_HAND = "unpack it with another program, such as 7z, and pass DATA=/path/to/folder"
 SHOWN = 100  # characters of a name in an error
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
 THREADS = min(4, os.cpu_count() or 1)  # inflating, hashing and writing all release Python's GIL
@@ -36,7 +37,7 @@ class Damaged(UserError):
 
 
 class Unsafe(UserError):
-    """The archive is not safe to unpack, and a new download would be no safer."""
+    """The archive is not safe or not possible to unpack, and a new download would be no better."""
 
 
 @dataclass(frozen=True)
@@ -254,5 +255,7 @@ def _chunks(stream: zipfile.ZipFile, member: zipfile.ZipInfo, shown: str) -> Ite
         with stream.open(member) as source:
             while chunk := source.read(CHUNK_BYTES):
                 yield chunk
+    except RuntimeError as error:
+        raise Unsafe(f"{shown}: {member.filename} cannot be unpacked here ({error}): {BY_HAND}") from error
     except (*DAMAGED, OSError) as error:  # OSError: from bz2, or a seek to an impossible offset
         raise Damaged(f"{shown}: {member.filename} is damaged ({error})") from error

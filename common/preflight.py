@@ -15,7 +15,7 @@ from common.defaults import a_row_each
 from common.device import device_of
 from common.engine import memory
 from common.engine.optimizers import parameter_groups
-from common.engine.prepare import check_compile
+from common.engine.prepare import check_compile, try_compile
 from common.errors import UserError
 from common.files import require_room
 from common.flags import value_text
@@ -83,6 +83,7 @@ def try_out(task: Task, config: Config, world: int = 1) -> None:
     """
     if config.compile:
         check_compile(device_of(config).type)
+        try_compile(device_of(config))
     if task.network:
         _try_out(task, config, world)
 

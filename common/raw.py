@@ -15,13 +15,14 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from common.archive import DAMAGED, Damaged, refuse_bomb, unpack
+from common.archive import BY_HAND, DAMAGED, Damaged, refuse_bomb, unpack
 from common.competition import COMPETITIONS
 from common.errors import UserError
 from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the kit's own folder beside the data
+ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar")
 END = "\0end"  # added as the last line: in a CSV with an unclosed quote it becomes part of a cell
 MADE_BY = ".made-by"  # in demo data: the sha256 of the demo.py that made them
 
@@ -46,10 +47,10 @@ class RawData:
         except PermissionError as error:
             raise _forbidden(self.path, error) from error
         except (*DAMAGED, OSError) as error:
-            remedy = f"{self._again}, or pass DATA=/path/to/folder-or-zip"
-            if self.path.suffix.lower() != ".zip":  # .tar.gz, .7z
-                remedy = "unpack it and pass DATA=/path/to/its-folder"
-            raise UserError(f"{self.path} is not a complete zip archive ({error}): {remedy}") from error
+            raise UserError(
+                f"{self.path} is not a complete zip archive ({error}): {self._again}, or pass "
+                f"DATA=/path/to/folder-or-zip; if it is an archive of another kind (tar.gz, 7z), {BY_HAND}"
+            ) from error
 
     @cached_property
     def _members(self) -> dict[str, str]:
@@ -128,7 +129,8 @@ class RawData:
         except PermissionError as error:
             raise _forbidden(self.path / name, error) from error
         except (*DAMAGED, OSError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({error}): {self._again}") from error
+            remedy = BY_HAND if isinstance(error, RuntimeError) else self._again  # encrypted, or Windows' Deflate64
+            raise UserError(f"{self.path}: {name} cannot be read ({error}): {remedy}") from error
 
     def _missing(self, name: str) -> UserError:
         names = self.names()
@@ -136,8 +138,9 @@ class RawData:
         if deeper := [own for own in names if own.lower().endswith(f"/{name.lower()}")]:
             top = deeper[0][: -len(name) - 1]  # the whole folder was packed or unpacked, not its content
             pass_it = f"or pass DATA={self.path / top}" if self._archive is None else f"or unpack it and pass its {top}"
-        if packed := [own for own in names if own.lower().startswith(f"{name.lower()}.")]:  # train.csv.zip
-            pass_it = f"or unpack its {packed[0]}"
+        packed = [own for own in names if own.lower().startswith(f"{name.lower()}.")]  # train.csv.zip
+        if packed := packed or [own for own in names if not deeper and own.lower().endswith(ARCHIVES)]:
+            pass_it = f"or unpack {packed[0]}, pass DATA=/path/to/folder"
         return UserError(
             f"{self.path} has no {name} (found: {', '.join(names[:8]) or 'nothing'}): get the files with "
             f"make data COMP={self.competition}, {pass_it}"

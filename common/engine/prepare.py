@@ -71,6 +71,21 @@ def check_compile(device_type: str) -> None:
         )
 
 
+def try_compile(device: torch.device) -> None:
+    """Compile one addition; raises UserError if that fails: a compiler may lack headers, or a folder to write to."""
+    try:
+        torch.compile(_plus_one)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever torch, the compiler and the file system raise
+        raise UserError(
+            f"--compile does not work on this machine ({' '.join(str(error).split())[:400]}): mend that, or train "
+            f"without --compile"
+        ) from error
+
+
+def _plus_one(x: Tensor) -> Tensor:
+    return x + 1
+
+
 def enable_checkpointing(model: nn.Module) -> list[str]:
     """Recompute activations in the backward pass: their memory falls to about its square root, time rises by a third.
 

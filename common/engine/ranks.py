@@ -191,7 +191,8 @@ def _is_launched() -> bool:
         return False
     if all(given.values()) and all(given[name].isdecimal() for name in numbers):
         return True
-    found = " ".join(f"{name}={given[name]}" for name in numbers if os.environ.pop(name, ""))
+    own = (*numbers, "LOCAL_WORLD_SIZE")  # the last would leave this process only a part of the cores
+    found = " ".join(f"{name}={value}" for name in own if (value := os.environ.pop(name, "")))
     if found:
         absent = ", ".join(name for name, value in given.items() if not value) or "numbers in all of them"
         print(

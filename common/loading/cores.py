@@ -16,4 +16,5 @@ def cores() -> int:
         allowed = "max"
     if allowed != "max":
         there = max(1, min(there, math.ceil(int(allowed) / int(period))))
-    return there // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return there // (int(processes) if processes.isdecimal() and int(processes) else 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,19 +30,24 @@ def match_images(folder: Path, ids: Iterable[Any]) -> list[Path | None]:
     """The file under `folder` of every id, None where there is none.
 
     An id is a file name with or without its ending, alone or with subfolders in front ("cats/001"). Raises UserError
-    when two files fit, such as x.png beside x.jpg.
+    when two files fit, such as x.png beside x.jpg. Macs write é as two characters; both ways of writing are one name.
     """
     by_stem = defaultdict(list)
     for path in find_images(folder):
-        by_stem[path.stem].append(path)
-    return [_match(folder, str(name), by_stem) for name in ids]
+        by_stem[_composed(path.stem)].append(path)
+    return [_match(folder, _composed(str(name)), by_stem) for name in ids]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _match(folder: Path, name: str, by_stem: dict[str, list[Path]]) -> Path | None:
     last = name.rpartition("/")[2]
     with_ending = last.lower().endswith(ENDINGS)
     candidates = by_stem.get(Path(last).stem if with_ending else last, [])
-    candidates = [p for p in candidates if f"/{p if with_ending else p.with_suffix('')}".endswith(f"/{name}")]
+    full = [_composed(f"/{path if with_ending else path.with_suffix('')}") for path in candidates]
+    candidates = [path for path, own in zip(candidates, full, strict=True) if own.endswith(f"/{name}")]
     if len(candidates) > 1:
         exact = [path for path in candidates if folder / name in (path, path.with_suffix(""))]
         candidates = exact or candidates

@@ -94,7 +94,7 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
 
 def _train(raw: RawData) -> tuple[list[str], np.ndarray, list[tuple[Path, ...]]]:
     """Ids, labels uint8 [n, 28] and the four files of every image."""
-    table = tables.read(raw, "train.csv", {"Id": str, "Target": str}, id="Id", lines=True)
+    table = tables.read(raw, "train.csv", {"Id": str, "Target": str}, id="Id", others="drop", lines=True)
     labels = np.zeros((len(table), LABELS), np.uint8)
     for row, (line, _, cell) in enumerate(table.itertuples()):
         if problem := _fault([cell]):

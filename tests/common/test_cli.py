@@ -101,6 +101,15 @@ def test_predict_shows_only_what_a_prediction_can_change(capsys):
     assert "--tta" in shown and "as the run was trained" in shown and "--lr" not in shown and "--width" not in shown
 
 
+def test_an_ascii_terminal_and_a_notebooks_backend_do_not_end_a_run():
+    """Neither may fail where the score is printed, or where its page is drawn: after the training."""
+    code = "from common.__main__ import settle; settle(); print('1 ± 2'); import matplotlib; print(matplotlib.__name__)"
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed.backend"}
+    kit = Path(cli.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=kit, env=env, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["1 \\xb1 2", "matplotlib"], done.stderr
+
+
 def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
     def stopped(competition, argv):
         raise KeyboardInterrupt

@@ -251,8 +251,28 @@ def test_an_encrypted_archive_is_named(tmp_path):
     data[6] |= 1  # the encryption flag in the member's own header; the next line sets it in the directory
     data[central + 8] |= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="train.csv .*encrypted"):
+    with pytest.raises(UserError, match="train.csv .*encrypted.*unpack it with another program"):
         raw.RawData(path, "toy").read("train.csv")
+
+
+def test_an_archive_of_a_kind_that_python_cannot_unpack_is_not_called_damaged(tmp_path):
+    """Windows packs files of 2 GB by Deflate64, method 9. Downloading it again would not help."""
+    path = archive(tmp_path / "toy.zip", train="x" * 100)
+    data = bytearray(path.read_bytes())
+    data[8] = data[data.index(b"PK\x01\x02") + 10] = 9
+    path.write_bytes(bytes(data))
+    for use in (lambda: raw.RawData(path, "toy").read("train.csv"), lambda: raw.RawData(path, "toy").folder()):
+        with pytest.raises(UserError, match=r"train.csv cannot be .*not supported\): unpack it with another"):
+            use()
+    (tmp_path / "data.tar.gz").write_bytes(b"\x1f\x8b" + bytes(100))
+    with pytest.raises(UserError, match="another kind .tar.gz, 7z., unpack it with another program"):
+        raw.RawData(tmp_path / "data.tar.gz", "toy").read("train.csv")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "Train.csv.zip").write_bytes(b"")
+    (folder / "notes.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="no train.csv .*or unpack Train.csv.zip, pass DATA=/path/to/folder"):
+        raw.RawData(folder, "toy").read("train.csv")
 
 
 def test_the_sample_stays_a_sample_when_it_is_given_as_data(tmp_path):
@@ -428,13 +448,3 @@ def test_what_a_mac_adds_is_no_data_wherever_files_are_found(tmp_path):
         assert raw.RawData(found.folder(), "toy").names() == ["kdd/a.csv"]
     assert [file.name for file in raw.visible(tmp_path / "mac")] == ["kdd"]
     assert [file.name for file in raw.visible(tmp_path / "mac/kdd")] == ["a.csv"]
-
-
-def test_an_archive_of_another_kind_and_a_packed_table_are_to_be_unpacked(tmp_path):
-    archive = tmp_path / "data.tar.gz"
-    archive.write_bytes(b"\x1f\x8b no zip")
-    with pytest.raises(UserError, match="data.tar.gz is not a complete zip archive.*: unpack it and pass DATA="):
-        raw.RawData(archive, "toy").names()
-    (tmp_path / "Train.csv.zip").write_bytes(b"")
-    with pytest.raises(UserError, match="has no train.csv .*or unpack its Train.csv.zip"):
-        raw.RawData(tmp_path, "toy").read("train.csv")

@@ -16,6 +16,7 @@ from common.engine.ranks import SINGLE, Ranks
         "WORLD_SIZE=two RANK=0 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511",
         "RANK=3",
         "LOCAL_RANK=1 MASTER_PORT=29511",
+        "LOCAL_WORLD_SIZE=8",
     ],
 )
 def test_what_a_cluster_sets_alone_is_ignored_with_a_line(monkeypatch, capsys, variables):
@@ -24,7 +25,7 @@ def test_what_a_cluster_sets_alone_is_ignored_with_a_line(monkeypatch, capsys, v
     assert Ranks.from_environment() is SINGLE
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and variables.split(" MASTER")[0] in told and "NPROC=2" in told
-    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & os.environ.keys()
+    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & os.environ.keys()
 
 
 @pytest.mark.parametrize("variables", ["", "WORLD_SIZE=", "WORLD_SIZE=1 RANK=0 LOCAL_RANK=0", "MASTER_ADDR=host"])

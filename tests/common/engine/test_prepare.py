@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from common.engine.prepare import check_compile, enable_checkpointing, prepare
+from common.engine.prepare import check_compile, enable_checkpointing, prepare, try_compile
 from common.errors import UserError
 from tests.common.engine.toys import cross_entropy, gradient_of, make_batch, make_engine, relative_error
 
@@ -197,6 +197,15 @@ def test_compile_without_a_compiler_is_told_in_one_line(device_type, variable, w
     if device_type == "cuda":
         with pytest.raises(UserError, match="triton"):
             check_compile(device_type)
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch):
+    def failing(function):
+        raise RuntimeError("backend='inductor' raised:\nCppCompileError: fatal error: Python.h: No such file")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(UserError, match="--compile does not work .*raised: CppCompileError.* Python.h.*without"):
+        try_compile(torch.device("cpu"))
 
 
 def test_fewer_activations_are_kept():

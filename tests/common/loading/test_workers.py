@@ -292,6 +292,8 @@ def test_workers_end_with_their_trainer_and_hold_no_lock(tmp_path, method, doing
         (2, "", 1, 1, 1),
         (1, "", 1, 0, 1),
         (2, "", 4, 0, 1),
+        (2, "", "no number", 1, 1),
+        (2, "", 0, 1, 1),
     ],
 )
 def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quota, ranks, workers, threads):

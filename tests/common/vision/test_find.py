@@ -46,6 +46,14 @@ def test_ids_with_and_without_endings_and_folders(tmp_path):
     assert relative(folder, match_images(folder, ["001"])) == ["001.png"]
 
 
+def test_a_macs_way_of_writing_accents_is_the_same_name(tmp_path):
+    apart, whole = "e\u0301te\u0301", "\u00e9t\u00e9"
+    folder = touched(tmp_path, f"{apart}/{apart}_1.jpg", f"{whole}_2.jpg")
+    found = match_images(folder, [f"{whole}_1", f"{whole}/{whole}_1.jpg", f"{apart}_2", f"{apart}_1"])
+    wanted = [folder / apart / f"{apart}_1.jpg", folder / f"{whole}_2.jpg"]
+    assert found == [wanted[0], wanted[0], wanted[1], wanted[0]]
+
+
 @pytest.mark.parametrize("ending", [".bmp", ".webp", ".gif", ".jp2", ".avif", ".ppm"])
 def test_whatever_a_decoder_reads_is_found(tmp_path, ending):
     file = tmp_path / f"a{ending}"

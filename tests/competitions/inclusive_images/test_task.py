@@ -447,6 +447,15 @@ def test_a_trained_network_predicts_either_stage():
     assert with_flags(SMOKE, parser.parse_args(["--stage", "2"])).stage == "2"
 
 
+def test_a_sample_submission_without_its_header_is_refused(raw, tmp_path):
+    """Its first image was taken for the header, and so was neither predicted nor missed."""
+    shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    sample = tmp_path / "data" / "stage_1_sample_submission.csv"
+    sample.write_text(sample.read_text().partition("\n")[2])
+    with pytest.raises(UserError, match="line 1: the header is '.*', expected 'image_id,labels'"):
+        rows.read(SMOKE, RawData(tmp_path / "data", "inclusive_images"), str)
+
+
 def test_images_without_a_file_are_left_out_or_refused(raw, tmp_path):
     shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     other = RawData(tmp_path / "data", "inclusive_images")

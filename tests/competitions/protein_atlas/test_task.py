@@ -105,6 +105,17 @@ def test_an_id_that_is_there_twice_is_named(folder):
         built(folder)
 
 
+def test_further_columns_change_nothing(folder):
+    """An index that pandas wrote in front, or a column of folds at the end."""
+    before, path = built(folder), folder / "train.csv"
+    lines = path.read_text().splitlines()
+    path.unlink()
+    path.write_text("\n".join([f",{lines[0]},fold", *(f"{row},{line},1" for row, line in enumerate(lines[1:]))]))
+    after = built(folder)
+    assert after.data.ids == before.data.ids
+    assert all((after.data.train[row][1] == before.data.train[row][1]).all() for row in range(len(before.data.ids)))
+
+
 @pytest.mark.parametrize("table, part", [("train.csv", "train"), ("sample_submission.csv", "test")])
 def test_a_missing_colour_is_named_with_its_line(folder, table, part):
     name = (folder / table).read_text().splitlines()[3].split(",")[0]
