@@ -257,7 +257,7 @@ def choose(
     targets = map_tree(torch.Tensor.cpu, concatenated([batch.targets for batch in batches]))
 
     def decide(predictions: np.ndarray) -> Tree:
-        return task.postprocess.apply(as_tree(predictions, shapes), {})  # as in validation: before tuning
+        return task.postprocess.decisions(as_tree(predictions, shapes), {})  # as in validation: before tuning
 
     objective = ensemble.maximise(task.metrics[0], targets, decide)
     way = _way(given, objective, targets, members, task.metrics[0], space)

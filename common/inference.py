@@ -205,7 +205,7 @@ def validate(predictor: Predictor, rows: np.ndarray, ranks: Ranks, loss: Any) ->
 def decided(task: Task, predictions: Predictions, targets: Tree, tuned: Tuned) -> tuple[Tree, Tree]:
     """Decisions from predictions, and their targets on the same device."""
     device = tensors_of(predictions)[0].device
-    return task.postprocess.apply(predictions, tuned), map_tree(lambda x: x.to(device), targets)
+    return task.postprocess.decisions(predictions, tuned), map_tree(lambda x: x.to(device), targets)
 
 
 def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:

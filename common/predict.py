@@ -192,7 +192,7 @@ def _rows_of_csv(
                 break
 
     def rows(index: list[int], mean: Predictions) -> list[Sequence[Any]]:
-        return list(first.task.submission.rows([ids[row] for row in index], rules.postprocess.apply(mean, tuned)))
+        return list(first.task.submission.rows([ids[row] for row in index], rules.postprocess.decisions(mean, tuned)))
 
     yield from _beside(rows, means())
     for stream in streams:

@@ -127,7 +127,7 @@ def _try_out(task: Task, config: Config, world: int) -> None:
             found = {name: list(values.shape) for name, values in undone.items()}
             if found != shapes:
                 raise UserError(f"the TTA {one.name!r} gives predictions of {found}: expected {shapes}, as without it")
-        decisions = post.apply(predictions, {})
+        decisions = post.decisions(predictions, {})
         evaluate(task.metrics, [(decisions, batch.targets)])
         _check_rows(task, map_tree(Tensor.cpu, decisions))
     _require_room(task, config, model, predictions)

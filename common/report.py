@@ -151,6 +151,8 @@ def score_line(result: dict[str, Any]) -> str:
     words = f"CV score: {told(name, result['score'])} on {result['rows']:,} rows"
     if result["score"] != values[name] and not math.isnan(values[name]):
         words += f", with rules tuned on other rows ({values[name]:.5f} with rules tuned on the same rows)"
+    elif result.get("tuned") and "score" not in result["tuned"]:
+        words += ", with rules tuned on the same rows"
     others = ", ".join(told(metric, value) for metric, value in values.items() if metric != name)
     return words + (f"; {others}" if others else "") + "."
 

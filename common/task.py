@@ -35,7 +35,7 @@ from common.run import Run
 from common.submission import Sample
 
 # A run keeps it as JSON, so arrays become lists and keys text. An optional "score" is the first metric on rows that the
-# tuning did not see; the run reports it instead of the score on the tuned rows.
+# tuning did not see; the run reports it instead of the score on the tuned rows, which is too good.
 Tuned = dict[str, Any]
 
 
@@ -86,14 +86,36 @@ class Network:
     outputs: str = ""  # meaning of the outputs in their order, if the data decide it; a model fits no others
 
 
+class _NotTuned(KeyError):
+    pass
+
+
+class _Untuned(dict):
+    """An empty Tuned that tells its own missing keys from those of other dicts."""
+
+    def __missing__(self, key: str) -> Any:
+        raise _NotTuned(key)
+
+
 @dataclass(frozen=True)
 class Postprocess:
     """From a network's outputs to decisions."""
 
     predict: Callable[[Tree], Predictions] = _same  # outputs -> predictions, in the space where averaging is right
-    apply: Callable[[Predictions, Tuned], Tree] = lambda predictions, tuned: predictions  # -> decisions
+    # -> decisions. Nothing is tuned, {}, in the validations of a training, with --fold none and while a blend is chosen
+    apply: Callable[[Predictions, Tuned], Tree] = lambda predictions, tuned: predictions
     tune: Callable[[Predictions, np.ndarray], Tuned] = lambda predictions, rows: {}  # OOF as arrays, row numbers [m]
     kept: str | dict[str, str] = "float32"  # how predictions are kept on disk; uint8 has 255 steps of a probability
+
+    def decisions(self, predictions: Predictions, tuned: Tuned) -> Tree:
+        """`apply`; raises UserError when it has no defaults for what is not tuned yet."""
+        try:
+            return self.apply(predictions, tuned or _Untuned())
+        except _NotTuned as error:
+            raise UserError(
+                f"Postprocess's `apply` looks up {error} in `tuned`, which is {{}} before anything is tuned and with "
+                f"--fold none: give a default in build(), tuned.get({error}, ...)"
+            ) from error
 
 
 @dataclass(frozen=True)

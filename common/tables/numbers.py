@@ -106,11 +106,15 @@ class TableDataset:
 
 
 class ToUnits(nn.Module):
-    """The last layer of a regression: gives standardised outputs [B, T] the mean and deviation of `targets` [n, T]."""
+    """The last layer of a regression: gives standardised outputs [B, T] the mean and deviation of `targets` [n, T].
+
+    A NaN target is unknown, as in the losses, and does not count.
+    """
 
     def __init__(self, targets: np.ndarray):
         super().__init__()
-        mean, deviation = (torch.as_tensor(f(0, dtype=np.float64)) for f in (targets.mean, targets.std))
+        known = ~np.isnan(targets)
+        mean, deviation = (torch.as_tensor(f(0, dtype=np.float64, where=known)) for f in (targets.mean, targets.std))
         self.register_buffer("mean", mean.float())
         self.register_buffer("deviation", torch.where(deviation > ROUNDING * mean.abs(), deviation, 1.0).float())
 

@@ -62,7 +62,8 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             pretrain=lambda model: start_backbone(model.backbone, config.backbone, config.encoder_weights),
         ),
         # Outputs -> predictions, which are averaged over TTA, folds and runs. CHANGE: if the CSV wants decisions (a
-        # class, 0 or 1), `apply` makes them from predictions, and `tune` finds thresholds on out-of-fold predictions.
+        # class, 0 or 1), `apply` makes them from predictions, and `tune` finds thresholds on out-of-fold predictions;
+        # until then `tuned` is {}: apply=lambda predictions, tuned: predictions > tuned.get("threshold", 0.5)
         postprocess=Postprocess(predict=lambda outputs: outputs.sigmoid()),
         metrics=(roc_auc(),),  # CHANGE: from common.metrics, or your own Metric; the first one is the score
     )

@@ -72,13 +72,13 @@ def boosting(
     part: Run,
 ) -> list[np.ndarray]:
     """Fit LightGBM on the rows `train`, predict the rows `valid` and the test rows; `part` is the run for this fold."""
-    from lightgbm import LGBMRegressor
+    from lightgbm import LGBMRegressor as Trees  # which takes an unknown target, NaN, for 0
 
     texts = table.select_dtypes(exclude="number").columns
     both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take NaN
-    size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr}
+    size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr, "verbose": -1}
     same = {"random_state": config.seed, "n_jobs": config.threads or 1, "deterministic": True, "force_row_wise": True}
-    models = [LGBMRegressor(**size, **same, verbose=-1).fit(both.iloc[train], column) for column in targets[train].T]
+    models = [Trees(**size, **same).fit(both.iloc[k], y[k]) for y in targets.T for k in [train[~np.isnan(y[train])]]]
     rows = both.iloc[[*valid, *range(len(table), len(both))]]
     found = np.stack([model.predict(rows) for model in models], 1)  # [m, targets], the network's shape, so both blend
     return [found[: len(valid)], found[len(valid) :]]

@@ -49,6 +49,10 @@ class Heavy(toy.ToyRows):
         ({"test_ids": ["t0"] * 30}, "the data's test_ids have 't0' twice"),
         ({"model": lambda: nn.Linear(16, 3).requires_grad_(False)}, "no parameter of the model is trainable"),
         ({"metrics": ()}, "a Task needs a metric"),
+        (
+            {"apply": lambda p, tuned: p > tuned["cut"]},
+            r"`apply` looks up 'cut' .* tuned.get\('cut', ...\)",
+        ),
         ({"metrics": (Metric("loss", lambda d, t: d.double()),)}, "metric 'loss': expected names .* differ from"),
         (
             {"metrics": (Metric("f1,macro", lambda d, t: d.double()),)},
@@ -119,6 +123,15 @@ def test_batchnorm_is_not_left_with_a_single_sample(changes, words):
     try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77))
     with pytest.raises(UserError, match="single"):  # two ranks share the last three of 80 rows: two and one
         try_out(toy.made(), replace(toy.RECIPES["default"], batch_size=77), world=2)
+
+
+def test_only_missing_rules_are_named_as_not_tuned():
+    for lookup in (lambda p, tuned: {}["cut"], lambda p, tuned: {"other": 1, **tuned}["cut"]):
+        with pytest.raises(KeyError, match="^'cut'$"):
+            toy.made(apply=lookup).postprocess.decisions(None, {})
+    with pytest.raises(KeyError, match="^'cut'$"):
+        toy.made(apply=lambda p, tuned: tuned["cut"]).postprocess.decisions(None, {"cuts": 1})
+    assert toy.made(apply=lambda p, tuned: tuned.get("cut", 0.5)).postprocess.decisions(None, {}) == 0.5
 
 
 def test_a_task_has_a_network_or_a_function(monkeypatch):

@@ -145,6 +145,9 @@ def test_a_run_of_rules_names_both_of_its_scores():
     assert score_line(tuned) == (
         "CV score: f2 0.50000 on 10 rows, with rules tuned on other rows (0.60000 with rules tuned on the same rows)."
     )
+    same = {"monitor": "f2", "score": 0.6, "metrics": {"f2": 0.6}, "rows": 10, "tuned": {"cut": 0.3}}
+    assert score_line(same) == "CV score: f2 0.60000 on 10 rows, with rules tuned on the same rows."
+    assert "the same" not in score_line(same | {"tuned": {"cut": 0.3, "score": 0.6}})
     nan = float("nan")
     told = score_line({"monitor": "auc", "score": nan, "metrics": {"auc": nan}, "rows": 9})
     assert told == "CV score: auc nan on 9 rows.", "nothing was tuned"

@@ -96,3 +96,9 @@ def test_outputs_get_the_units_of_the_targets():
     other = ToUnits(targets + 1)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(outputs), layer(outputs)) and not list(layer.parameters())
+
+
+def test_unknown_targets_do_not_count_in_the_units():
+    targets = RNG.normal(1000, 50, (99, 2)).astype(np.float32)
+    holed = np.concatenate([targets, np.full((50, 2), np.nan, np.float32)])
+    assert torch.equal(ToUnits(holed)(torch.ones(1, 2)), ToUnits(targets)(torch.ones(1, 2)))
