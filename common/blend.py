@@ -29,6 +29,7 @@ from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
 from common.errors import UserError
 from common.files import expanded, number_in
+from common.inference import decisions_of
 from common.loading import folds
 from common.loading.loader import in_order
 from common.metrics import Metric, without_ones
@@ -257,7 +258,7 @@ def choose(
     targets = map_tree(torch.Tensor.cpu, concatenated([batch.targets for batch in batches]))
 
     def decide(predictions: np.ndarray) -> Tree:
-        return task.postprocess.decisions(as_tree(predictions, shapes), {})  # as in validation: before tuning
+        return decisions_of(task, as_tree(predictions, shapes), {})  # as in validation: before tuning
 
     objective = ensemble.maximise(task.metrics[0], targets, decide)
     way = _way(given, objective, targets, members, task.metrics[0], space)

@@ -40,7 +40,9 @@ def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_fo
 
     On a CUDA card: TF32 for the operations left in float32, cuDNN's fastest convolution for every shape, and always
     channels_last, the layout that tensor cores work in. A CPU keeps torch's defaults, so its results do not change.
+    Frees what an earlier fold has left: its engine and the CUDA graph refer to each other.
     """
+    memory.release()
     if device.type != "cuda":
         return torch.channels_last if channels_last else torch.preserve_format
     torch.set_float32_matmul_precision("high")

@@ -15,7 +15,6 @@ from common import checkpoint, track
 from common.batch import Batch
 from common.config import Config
 from common.device import device_of, peak_memory, precision_of, prepare_device, workers_of
-from common.engine import memory
 from common.engine.average import Average, reestimate_batchnorm
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.prepare import prepare
@@ -83,7 +82,6 @@ def fit(
             predict_oof_again(task, config, folder, rows_of_fold(task, fold)[1])
         ranks.barrier()
         return folder
-    memory.release()  # the engine of the fold before and its CUDA graph refer to each other, so they are still there
     return Training(join(run, fold, ranks) if join else task, config, run, fold, ranks).run_all()
 
 

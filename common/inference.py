@@ -202,10 +202,32 @@ def validate(predictor: Predictor, rows: np.ndarray, ranks: Ranks, loss: Any) ->
     return {"valid_loss": float(total[0] / total[1])} | found
 
 
+class _NotTuned(KeyError):
+    pass
+
+
+class _Untuned(dict):
+    """An empty Tuned that tells its own missing keys from those of other dicts."""
+
+    def __missing__(self, key: str) -> Any:
+        raise _NotTuned(key)
+
+
+def decisions_of(task: Task, predictions: Predictions, tuned: Tuned) -> Tree:
+    """The task's decisions; raises UserError when its `apply` has no defaults for what is not tuned yet."""
+    try:
+        return task.postprocess.apply(predictions, tuned or _Untuned())
+    except _NotTuned as error:
+        raise UserError(
+            f"Postprocess's `apply` looks up {error} in `tuned`, which is {{}} before anything is tuned and with "
+            f"--fold none: give a default in build(), tuned.get({error}, ...)"
+        ) from error
+
+
 def decided(task: Task, predictions: Predictions, targets: Tree, tuned: Tuned) -> tuple[Tree, Tree]:
     """Decisions from predictions, and their targets on the same device."""
     device = tensors_of(predictions)[0].device
-    return task.postprocess.decisions(predictions, tuned), map_tree(lambda x: x.to(device), targets)
+    return decisions_of(task, predictions, tuned), map_tree(lambda x: x.to(device), targets)
 
 
 def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:

@@ -25,7 +25,7 @@ from common.config import Config, differences, with_flags
 from common.defaults import completed
 from common.device import use_threads
 from common.errors import UserError, some
-from common.inference import Predictor, predictor_of
+from common.inference import Predictor, decisions_of, predictor_of
 from common.loading.collate import collate
 from common.predictions import (
     Predictions,
@@ -192,7 +192,7 @@ def _rows_of_csv(
                 break
 
     def rows(index: list[int], mean: Predictions) -> list[Sequence[Any]]:
-        return list(first.task.submission.rows([ids[row] for row in index], rules.postprocess.decisions(mean, tuned)))
+        return list(first.task.submission.rows([ids[row] for row in index], decisions_of(rules, mean, tuned)))
 
     yield from _beside(rows, means())
     for stream in streams:

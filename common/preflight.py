@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import require_room
 from common.flags import value_text
 from common.fold import OWN_COLUMNS, fold_label, order_of, rows_of_fold
+from common.inference import decisions_of
 from common.loading import orders
 from common.loading.loader import in_order
 from common.losses.protocol import batch_value, own_copy
@@ -127,7 +128,7 @@ def _try_out(task: Task, config: Config, world: int) -> None:
             found = {name: list(values.shape) for name, values in undone.items()}
             if found != shapes:
                 raise UserError(f"the TTA {one.name!r} gives predictions of {found}: expected {shapes}, as without it")
-        decisions = post.decisions(predictions, {})
+        decisions = decisions_of(task, predictions, {})
         evaluate(task.metrics, [(decisions, batch.targets)])
         _check_rows(task, map_tree(Tensor.cpu, decisions))
     _require_room(task, config, model, predictions)

@@ -86,17 +86,6 @@ class Network:
     outputs: str = ""  # meaning of the outputs in their order, if the data decide it; a model fits no others
 
 
-class _NotTuned(KeyError):
-    pass
-
-
-class _Untuned(dict):
-    """An empty Tuned that tells its own missing keys from those of other dicts."""
-
-    def __missing__(self, key: str) -> Any:
-        raise _NotTuned(key)
-
-
 @dataclass(frozen=True)
 class Postprocess:
     """From a network's outputs to decisions."""
@@ -106,16 +95,6 @@ class Postprocess:
     apply: Callable[[Predictions, Tuned], Tree] = lambda predictions, tuned: predictions
     tune: Callable[[Predictions, np.ndarray], Tuned] = lambda predictions, rows: {}  # OOF as arrays, row numbers [m]
     kept: str | dict[str, str] = "float32"  # how predictions are kept on disk; uint8 has 255 steps of a probability
-
-    def decisions(self, predictions: Predictions, tuned: Tuned) -> Tree:
-        """`apply`; raises UserError when it has no defaults for what is not tuned yet."""
-        try:
-            return self.apply(predictions, tuned or _Untuned())
-        except _NotTuned as error:
-            raise UserError(
-                f"Postprocess's `apply` looks up {error} in `tuned`, which is {{}} before anything is tuned and with "
-                f"--fold none: give a default in build(), tuned.get({error}, ...)"
-            ) from error
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,7 @@ def _open_together(
 ) -> Run:
     """The first process checks the task and opens or makes the run; the others get the same one."""
     if not ranks.is_writer:
-        shared = ranks.broadcast(None)
-        if shared is None:
+        if (shared := ranks.broadcast(None)) is None:
             sys.exit(1)
         return Run(runs.RUNS / competition.name / shared, provenance, is_writer=False)
     try:

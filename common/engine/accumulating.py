@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.engine.optimizers import refuse_closures
+from common.engine.checks import check_optimizer
 
 
 class AccumulatingOptimizer(torch.optim.Optimizer):
@@ -25,7 +25,7 @@ class AccumulatingOptimizer(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, accum_iters: int):
         if accum_iters < 1:
             raise ValueError(f"accum_iters {accum_iters}: expected 1 or more small batches per update")
-        refuse_closures(optimizer)
+        check_optimizer(optimizer)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer, self.accum_iters = optimizer, accum_iters
         self.param_groups, self.state = optimizer.param_groups, optimizer.state

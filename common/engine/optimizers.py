@@ -1,13 +1,11 @@
 """Optimizers: parameter groups with their own learning rate and weight decay, and state allocated in advance."""
 
 import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from common.errors import UserError
 
@@ -75,29 +73,6 @@ def build_optimizer(
         case "radam":
             return torch.optim.RAdam(groups, lr=config.lr, betas=betas, decoupled_weight_decay=True)
     raise UserError(f"--optimizer {config.optimizer}: expected sgd, adam, adamw or radam")
-
-
-def refuse_closures(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError for an optimizer whose step evaluates the loss itself, again and again."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(
-            f"{type(optimizer).__name__}.step needs a closure that evaluates the loss again, and a batch that is "
-            "added up gives one gradient: take another optimizer, such as torch.optim.AdamW"
-        )
-
-
-def refuse_lazy(model: nn.Module) -> None:
-    """Raise UserError for parameters and buffers that only the first forward pass makes.
-
-    Each process would draw its own there, and fused optimizers allocate their state before.
-    """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise UserError(
-                f"the model's {name} has no shape before the first forward pass: call model(inputs) once, with a few "
-                "rows, before the engine and the optimizer are made; or name the sizes, nn.Linear for nn.LazyLinear"
-            )
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:

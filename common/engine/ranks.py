@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from common.batch import Tree, map_tree, tensors_of
 from common.errors import UserError, first_line
@@ -166,17 +166,6 @@ class Ranks:
                 f"process {self.rank} of {self.world} lost the others ({first_line(error)}): one of them was killed or "
                 "stopped, its own message says why. Repeat the same command to go on from the last checkpoint"
             ) from error
-
-
-def refuse_collectives(model: nn.Module) -> None:
-    """Raise UserError for modules that communicate between processes: out of memory in one would hang the others."""
-    parallel = (nn.SyncBatchNorm, nn.parallel.DistributedDataParallel, nn.DataParallel)
-    for name, module in model.named_modules():
-        if isinstance(module, parallel):
-            raise UserError(
-                f"the model's {name or 'outermost module'} is a {type(module).__name__}: give the engine the plain "
-                "module, it sums the gradients of all processes itself"
-            )
 
 
 def _is_launched() -> bool:

@@ -13,11 +13,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from common.batch import Batch, check_rows
 from common.engine import memory
+from common.engine.checks import check_model, check_optimizer
 from common.engine.finite import Outcomes, Place, judge, total_norm
-from common.engine.optimizers import allocate_state, refuse_closures, refuse_lazy
+from common.engine.optimizers import allocate_state
 from common.engine.passes import Passes, versions_of
 from common.engine.precision import Precision
-from common.engine.ranks import SINGLE, Ranks, refuse_collectives
+from common.engine.ranks import SINGLE, Ranks
 from common.engine.replay import Replay
 from common.errors import UserError
 
@@ -66,11 +67,8 @@ class Engine:
         log: Callable[[str], Any] = print,
         graph: bool = False,
     ):
-        refuse_collectives(model)
-        refuse_closures(optimizer)
-        if next(model.parameters(), None) is None:
-            raise UserError(f"the model, a {type(model).__name__}, has no parameters: there is nothing to train")
-        refuse_lazy(model)
+        check_model(model)
+        check_optimizer(optimizer)
         if micro_batch != "auto" and not (isinstance(micro_batch, (int, np.integer)) and micro_batch > 0):
             raise UserError(f'micro_batch {micro_batch!r}: expected "auto", or a number of samples from 1 up')
         self.model, self.optimizer, self.ranks, self.clip_norm = model, optimizer, ranks, clip_norm

@@ -11,8 +11,7 @@ TOWNS = {"Aston": 3.1, "Brook": 2.4, "Crag": 1.7, "Dale": 4.0}  # price per squa
 
 def write_demo(folder: Path) -> None:
     """Write train.csv, test.csv, sample_submission.csv, always the same bytes. CHANGE: to the real files' formats."""
-    rng = np.random.default_rng(0)
-    count = ROWS + TEST
+    rng, count = np.random.default_rng(0), ROWS + TEST
     town, area, floor = rng.choice(list(TOWNS), count), rng.gamma(9, 9, count).round(1), rng.integers(0, 12, count)
     year = np.where(rng.random(count) < 0.1, np.nan, rng.integers(1900, 2024, count))
     price = area * np.vectorize(TOWNS.get)(town) * (1 + 0.02 * floor) * np.where(year > 1990, 1.3, 1.0)

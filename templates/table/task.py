@@ -1,7 +1,6 @@
 """my_competition: a number for every row of a table; the score is the RMSE.
 
-A small network, or LightGBM with --model boosting. CHANGE marks what to adapt to your competition; common/task.py lists
-everything that a Task can have.
+A small network, or LightGBM with --model boosting. CHANGE marks what to adapt; common/task.py lists all of a Task.
 """
 
 from collections.abc import Callable
@@ -72,13 +71,15 @@ def boosting(
     part: Run,
 ) -> list[np.ndarray]:
     """Fit LightGBM on the rows `train`, predict the rows `valid` and the test rows; `part` is the run for this fold."""
-    from lightgbm import LGBMRegressor as Trees  # which takes an unknown target, NaN, for 0
+    from lightgbm import LGBMRegressor
 
     texts = table.select_dtypes(exclude="number").columns
     both = pd.concat([table, test[table.columns]]).astype(dict.fromkeys(texts, "category"))  # trees take NaN
     size = {"n_estimators": config.trees, "num_leaves": config.leaves, "learning_rate": config.tree_lr, "verbose": -1}
     same = {"random_state": config.seed, "n_jobs": config.threads or 1, "deterministic": True, "force_row_wise": True}
-    models = [Trees(**size, **same).fit(both.iloc[k], y[k]) for y in targets.T for k in [train[~np.isnan(y[train])]]]
+    models = []
+    for target in targets.T:
+        known = train[~np.isnan(target[train])]  # LightGBM would take an unknown target, NaN, for 0
+        models.append(LGBMRegressor(**size, **same).fit(both.iloc[known], target[known]))
     rows = both.iloc[[*valid, *range(len(table), len(both))]]
-    found = np.stack([model.predict(rows) for model in models], 1)  # [m, targets], the network's shape, so both blend
-    return [found[: len(valid)], found[len(valid) :]]
+    return np.split(np.stack([model.predict(rows) for model in models], 1), [len(valid)])  # [m, targets]: both blend

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.config import Config
 from common.errors import UserError
-from common.inference import Predictor, heads_of, in_float32
+from common.inference import Predictor, decisions_of, heads_of, in_float32
 from common.loading import orders
 from common.metrics import Metric
 from common.preflight import try_out
@@ -128,10 +128,10 @@ def test_batchnorm_is_not_left_with_a_single_sample(changes, words):
 def test_only_missing_rules_are_named_as_not_tuned():
     for lookup in (lambda p, tuned: {}["cut"], lambda p, tuned: {"other": 1, **tuned}["cut"]):
         with pytest.raises(KeyError, match="^'cut'$"):
-            toy.made(apply=lookup).postprocess.decisions(None, {})
+            decisions_of(toy.made(apply=lookup), None, {})
     with pytest.raises(KeyError, match="^'cut'$"):
-        toy.made(apply=lambda p, tuned: tuned["cut"]).postprocess.decisions(None, {"cuts": 1})
-    assert toy.made(apply=lambda p, tuned: tuned.get("cut", 0.5)).postprocess.decisions(None, {}) == 0.5
+        decisions_of(toy.made(apply=lambda p, tuned: tuned["cut"]), None, {"cuts": 1})
+    assert decisions_of(toy.made(apply=lambda p, tuned: tuned.get("cut", 0.5)), None, {}) == 0.5
 
 
 def test_a_task_has_a_network_or_a_function(monkeypatch):
