@@ -37,7 +37,7 @@ def fit_predict(task: Task, config: Config, run: Run, fold: int | None) -> Path:
     write_npy(folder / "oof_rows.npy", valid_rows)
     scores = {}
     if len(valid_rows):
-        whole, _ = score_kept(task, config, read_predictions(folder, "oof"), valid_rows, {})
+        whole, *_ = score_kept(task, config, read_predictions(folder, "oof"), valid_rows, {})
         scores = {name: score for name, (score, _) in whole.found().items()}
     write_facts(folder, fold, seconds, {})
     shown = "".join(f"{name} {score:.5g}, " for name, score in scores.items())

@@ -1,4 +1,4 @@
-"""Thresholds for labels [n, L]: one per label, chosen on out-of-fold predictions, and scored on other rows."""
+"""Thresholds for labels [n, L], one per label, chosen on out-of-fold predictions."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.loading.keys import keyed_seed
-from common.metrics import Metric
-
 Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores, truth [n, L] -> thresholds [L]
-PARTS = 5  # for the honest score: thresholds chosen on four fifths of the rows are scored on the other fifth
 UNKNOWN = 0.5  # the threshold of a label without a true row
 
 
@@ -45,14 +41,3 @@ def decide(scores: Tensor | np.ndarray, thresholds: Sequence[float]) -> Tensor:
     scores = torch.as_tensor(scores)
     above = scores.double() - torch.as_tensor(thresholds, dtype=torch.float64, device=scores.device)
     return (above > 0).scatter_(1, above.argmax(1, keepdim=True), True)
-
-
-def honest(scores: np.ndarray, truth: np.ndarray, choose: Choose, metric: Metric, seed: int) -> float:
-    """The metric of all rows, each decided by thresholds that `choose` found on the other parts of the rows."""
-    part = np.random.default_rng(keyed_seed(seed, PARTS)).permutation(len(scores)) % PARTS
-    found = np.zeros(scores.shape, bool)
-    for number in range(PARTS):
-        rest, own = part != number, part == number
-        if rest.any():
-            found[own] = decide(scores[own], choose(scores[rest], truth[rest])).numpy()
-    return metric.score(found, truth)

@@ -58,8 +58,7 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
     losses, choose = _losses(config), CHOICES[config.thresholds]
 
     def tune(scores: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-        honest = thresholds.honest(scores, labels[rows], choose, metric, config.seed)
-        return {"thresholds": choose(scores, labels[rows]).tolist(), "score": honest}
+        return {"thresholds": choose(scores, labels[rows]).tolist()}
 
     def apply(scores: Tensor, tuned: dict[str, Any]) -> Tensor:
         return thresholds.decide(scores, tuned.get("thresholds", [thresholds.UNKNOWN] * LABELS))

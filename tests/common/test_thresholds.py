@@ -5,8 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import fbeta_score
 
-from common.metrics import f_beta
-from common.thresholds import UNKNOWN, best_f_beta, decide, honest, matching
+from common.thresholds import UNKNOWN, best_f_beta, decide, matching
 
 
 @pytest.fixture
@@ -50,23 +49,3 @@ def test_every_row_has_at_least_the_label_that_comes_nearest():
     assert found.tolist() == [[False, True, False], [True, False, True]]
     found = decide(np.array([[0.1, 0.45, 0.3]]), [0.5, 0.7, 0.5])
     assert found.tolist() == [[False, False, True]], "0.2 below is nearer than 0.25"
-
-
-def test_the_honest_score_is_of_rows_that_had_no_part_in_their_thresholds(scored):
-    scores, truth = scored
-    seen = []
-
-    def choose(own, true):
-        seen.append({tuple(row) for row in own})
-        return best_f_beta(own, true)
-
-    metric = f_beta(1, "macro")
-    unique = scores + np.arange(60)[:, None] * np.float32(1e-4)
-    found = honest(unique, truth, choose, metric, seed=3)
-    assert len(seen) == 5 and all(len(rows) == 48 for rows in seen)
-    left_out = [{tuple(row) for row in unique} - rows for rows in seen]
-    assert len(set.union(*left_out)) == 60, "every row is left out once"
-    tuned = metric.score(decide(unique, best_f_beta(unique, truth)).numpy(), truth)
-    assert 0 < found <= tuned
-    noise = np.random.default_rng(2).random((60, 5))
-    assert honest(noise, truth, best_f_beta, metric, 3) < metric.score(noise > best_f_beta(noise, truth), truth)

@@ -432,7 +432,7 @@ def test_what_is_tuned_is_scored_as_a_prediction_will_read_it(monkeypatch):
     }
     monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), **changes))
     result = read_json(toy_train() / "result.json")
-    assert result["tuned"] == {"2": 1.0, "others": [0.0, 0.0]}
+    assert result["tuned"] == {"2": 1.0, "others": [0.0, 0.0], "score": result["score"]}
     targets = toy.made().data.valid.targets[toy.made().data.folds == 0]
     assert result["score"] == pytest.approx(float((targets == 0).double().mean())), "no class 2, as in the submission"
     with open("submissions/toy/one-demo.csv", newline="") as stream:
