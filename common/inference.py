@@ -67,19 +67,20 @@ class Predictor:
         try:
             shown = progress(loader.epoch(0), label or "", loader.batches_per_epoch, show=label is not None)
             for batch in shown:
-                predictions, value = self._average(batch.inputs, batch.targets if loss is not None else None, loss)
+                truth = None if loss is None else (batch.targets, batch.weights)
+                predictions, value = self._average(batch.inputs, truth, loss)
                 yield batch.index.cpu().numpy(), predictions, batch.targets, value
         finally:
             self.skipped |= dict(loader.skipped)
             loader.close()
 
     @torch.inference_mode()
-    def _average(self, inputs: Tree, targets: Tree = None, loss: Any = None) -> tuple[Predictions, Tensor | None]:
+    def _average(self, inputs: Tree, truth: Tree = None, loss: Any = None) -> tuple[Predictions, Tensor | None]:
         size = len(tensors_of(inputs)[0])
         parts, values, start = [], [], 0
         while start < size:
             step = min(self.fitting, size - start)
-            part, fits = memory.attempt(lambda: self._forward(*self._cut((inputs, targets), start, step), loss))  # noqa: B023
+            part, fits = memory.attempt(lambda: self._forward(*self._cut((inputs, truth), start, step), loss))  # noqa: B023
             if not fits:
                 if step == 1:
                     raise UserError(
@@ -109,8 +110,8 @@ class Predictor:
     def _cut(self, tree: Tree, start: int, step: int) -> Tree:
         return map_tree(lambda x: x[start : start + step].to(self.device), tree)
 
-    def _forward(self, inputs: Tree, targets: Tree, loss: Any) -> tuple[Predictions, Tensor | None]:
-        """Mean over models and TTA of one batch's predictions, and its loss times its samples.
+    def _forward(self, inputs: Tree, truth: Tree, loss: Any) -> tuple[Predictions, Tensor | None]:
+        """Mean over models and TTA of one batch's predictions, and its loss on (targets, weights) times its samples.
 
         Raises UserError on a prediction that is not finite.
         """
@@ -118,7 +119,7 @@ class Predictor:
         for model in self.models:
             for one, outputs in zip(self.tta, self._of_tta(model, inputs), strict=True):
                 if loss is not None:
-                    value = batch_value(loss, outputs, targets) * len(tensors_of(outputs)[0])
+                    value = batch_value(loss, outputs, *truth) * len(tensors_of(outputs)[0])
                 found.append(one.undo(self.task.postprocess.predict(outputs)))
         mean = mean_of(found)
         if not all(bool(torch.isfinite(x).all()) for x in tensors_of(mean) if x.is_floating_point()):

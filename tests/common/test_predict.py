@@ -13,6 +13,7 @@ from torch import nn
 
 from common import inference, predict
 from common.config import Config
+from common.engine.ranks import SINGLE
 from common.errors import BadImage, UserError
 from common.files import replacing
 from common.inference import Predictor
@@ -56,6 +57,20 @@ def test_a_batch_that_does_not_fit_is_predicted_in_parts(monkeypatch):
     assert torch.equal(tried._average(rows[:4])[0], rows[:4]) and model.sizes == [2, 2], "what fits is known by now"
     with pytest.raises(UserError, match="out of memory while a single sample is predicted"):
         predictor([Small(0)])._average(rows)[0]
+
+
+def test_the_loss_of_validation_weighs_rows_as_the_training_does():
+    task = toy.made()
+    rows = np.arange(40)
+    task.data.valid.weights = np.linspace(0, 3, len(task.data.ids), dtype=np.float32)
+    model = task.network.model().eval()
+    tried = Predictor([model], task, AS_IS, replace(toy.RECIPES["default"], batch_size=64), 64, torch.device("cpu"))
+    with torch.inference_mode():
+        outputs = model(task.data.valid.inputs[:40])
+    losses = nn.functional.cross_entropy(outputs, task.data.valid.targets[:40], reduction="none").numpy()
+    found = inference.validate(tried, rows, SINGLE, task.network.loss)["valid_loss"]
+    assert found == pytest.approx(np.average(losses, weights=task.data.valid.weights[:40]), rel=1e-5)
+    assert found != pytest.approx(losses.mean(), rel=1e-3)
 
 
 def test_predictions_are_means_over_models_and_tta():
