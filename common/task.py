@@ -34,8 +34,8 @@ from common.predictions import Predictions
 from common.run import Run
 from common.submission import Sample
 
-# A run keeps it as JSON, so arrays become lists and keys text. Its "score", the first metric on rows that the tuning did
-# not see, is the run's: if `tune` gives none, the run adds one by tuning again without each fold (common.scoring).
+# A run keeps it as JSON, so arrays become lists and keys text. Its "score", the first metric on rows that the tuning
+# did not see, is the run's. If `tune` gives none, the run adds one by tuning again without each fold (common.scoring).
 Tuned = dict[str, Any]
 
 
