@@ -15,7 +15,7 @@ from common.config import Config
 from common.errors import first_line
 from common.files import read_json, read_npy, read_table
 from common.fold import FACTS, write_metrics
-from common.inference import decided
+from common.inference import decided, decisions_of
 from common.loading.keys import keyed_seed
 from common.loading.loader import in_order
 from common.metrics import Scores
@@ -109,7 +109,7 @@ def _tuned(task: Task, predictions: Predictions, rows: np.ndarray) -> Tuned:
 def _apart(run: Run, task: Task, config: Config, predictions: Predictions, rows: np.ndarray) -> Apart | None:
     """Tune on all parts but one, for every part: the folds, or random fifths of a single fold.
 
-    None if the predictions are too large to copy, or if `tune` fails without some of the rows.
+    None if the predictions are too large to copy, or if the rules need the rows that are left out.
     """
     part = task.data.folds[rows]
     if len(np.unique(part)) == 1:
@@ -121,6 +121,7 @@ def _apart(run: Run, task: Task, config: Config, predictions: Predictions, rows:
         rest = np.flatnonzero(part != number)
         try:
             tuned[number] = _tuned(task, part_of(predictions, rest), rows[rest])
+            decisions_of(task, unpack(part_of(predictions, rest[:1])), tuned[number])
         except Exception as error:  # the competition's own code: it has worked on all rows
             run.log(f"no score on other rows: tuning on {len(rest)} of {len(rows)} rows fails ({first_line(error)})")
             return None

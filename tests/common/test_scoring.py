@@ -89,5 +89,7 @@ def test_rules_that_need_all_rows_leave_the_score_on_the_same_rows(run, monkeypa
     assert "no score on other rows: tuning on 80 of 120 rows fails (needs all rows" in log
     assert result["score"] == result["metrics"]["accuracy"] and "with rules tuned on the same rows" in log
     assert "score" not in result["tuned"]
+    sparse = run(lambda p, r: weighted(p, r) if len(r) == 120 else {"factors": []}, run="two", fold="all", epochs=1)
+    assert "score" not in sparse[0]["tuned"] and "no score on other rows" in sparse[3], "rules that do not fit"
     monkeypatch.setattr(scoring, "LARGEST_COPY", 100)
     assert "score" not in run(weighted, run="large", fold="all", epochs=1)[0]["tuned"]
