@@ -112,9 +112,19 @@ class Kept:
         return replace(self, ids=ids, places=np.array([place[name] for name in ids], int))
 
     def rows(self, part: slice | np.ndarray) -> np.ndarray:
-        """The predictions of some of the m rows, [k, ...]; those that are a dict are flattened to [k, numbers]."""
+        """The predictions of some of the m rows, [k, ...]; those that are a dict are flattened to [k, numbers].
+
+        Raises UserError for numbers that are not finite: no run keeps these, but a file may have been put in its place.
+        """
         places = self.places[part]
         arrays = [np.asarray(unpack(values[places])) for _, values in sorted(leaves(self.values).items())]
+        for array in arrays:
+            if (odd := np.argwhere(~np.isfinite(array))).size:
+                name = self.ids[np.arange(len(self.ids))[part][odd[0, 0]]]
+                raise UserError(
+                    f"{self.where}: the predictions of {name} are NaN or infinite, expected finite numbers: restore "
+                    f"the predictions that it kept, or leave it out"
+                )
         return arrays[0] if len(arrays) == 1 else np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
     @property

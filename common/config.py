@@ -25,7 +25,7 @@ class Config:
 
     # What is trained on.
     fold: str = flag("0", "fold to hold out for validation; 'all' trains every fold, 'none' trains on all rows")
-    folds: int = flag(5, "number of folds", rule=at_least(2))
+    folds: int = flag(5, "number of folds", rule=between(2, 1_000_000))
     seed: int = flag(0, "seed of the folds, the order, the augmentation, the weights and the dropout")
     pseudo: str = flag(
         "",

@@ -120,10 +120,15 @@ def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> Confi
     """The config that `to_json` wrote; raises UserError when it has fields that `config_class` does not have.
 
     A flag that is newer than the run gets its default. So the default of a new flag must be the earlier behaviour.
+    Values of other types, as a hand may have written them, are converted or refused like those of flags.
     """
     if gone := sorted(values.keys() - {item.name for item in fields(config_class)}):
         raise UserError(f"the run has settings that this version no longer has ({', '.join(gone)}): train it again")
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    hints = get_type_hints(config_class)
+    try:
+        return config_class(**{name: _as_flag(name, hints[name], value) for name, value in values.items()})
+    except UserError as error:
+        raise UserError(f"config.json of the run: {error}") from error
 
 
 def _as_flag(name: str, hint: Any, value: Any) -> Any:

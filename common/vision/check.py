@@ -84,10 +84,13 @@ def find_bad(paths: Sequence[str | PathLike], show: bool = True) -> list[BadImag
 
 
 def _start() -> None:
-    """Redirect this process's stderr to a file: libjpeg reports damaged data there and nowhere else."""
+    """Redirect this process's stderr to a file: libjpeg reports damaged data there and nowhere else.
+
+    A file in memory where the system has these: on a full disk the reports would be lost, and damage not found.
+    """
     end_with_parent()
     cv2.setNumThreads(0)
-    with tempfile.TemporaryFile() as file:
+    with open(os.memfd_create("stderr"), "wb") if hasattr(os, "memfd_create") else tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
 
 

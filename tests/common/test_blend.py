@@ -352,3 +352,17 @@ def test_a_column_and_its_numbers_are_the_same_targets(shape, wanted, by):
     assert found.shape == shape
     np.testing.assert_array_equal(found.ravel(), predicted(members, truth))
     assert rmse().score(found, truth) < 0.11
+
+
+@pytest.mark.parametrize("kind", ["oof", "test"])
+def test_predictions_that_are_not_finite_are_told_with_their_run_and_row(home, kind):
+    """The messages were about shapes, and about float16."""
+    shutil.copytree(home / "runs/toy/two", home / f"runs/toy/nan-{kind}", dirs_exist_ok=True)
+    file = home / f"runs/toy/nan-{kind}/{kind}.npy"
+    values = np.load(file)
+    values[5, 0] = np.nan
+    np.save(file, values)
+    name = kept("two", kind)[0][5]
+    with pytest.raises(UserError, match=f"nan-{kind}: the predictions of {name} are NaN or infinite.*leave it out"):
+        blended(f"of-nan-{kind}", f"one,nan-{kind}")
+    shutil.rmtree(file.parent)  # other tests blend every run

@@ -139,6 +139,21 @@ def test_json_round_trip_keeps_every_value_and_type():
     assert again == config and type(again.size) is tuple
 
 
+def test_a_number_of_folds_that_no_data_fill_is_refused_at_once():
+    """Where a competition brings its own folds, a list of a billion of them ended in a MemoryError."""
+    with pytest.raises(UserError, match="--folds 1000000000: expected 2 to 1000000"):
+        parse("--folds", "1000000000")
+
+
+def test_values_that_a_hand_wrote_into_a_runs_config_have_the_types_of_the_flags():
+    """They made `make blend` compare a text with a number, which ended in a traceback."""
+    kept = json.loads(to_json(Example()))
+    config = from_values(Example, kept | {"batch_size": "16", "lr": "3e-4", "fold": 0, "tta": "false"})
+    assert (config.batch_size, config.lr, config.fold, config.tta) == (16, 3e-4, "0", False)
+    with pytest.raises(UserError, match="config.json of the run: --batch-size many: expected int"):
+        from_values(Example, kept | {"batch_size": "many"})
+
+
 def test_a_flag_newer_than_the_run_has_its_default_and_one_that_is_gone_is_refused():
     old = Config(lr=0.5)
     assert from_values(Example, json.loads(to_json(old))) == Example(**vars(old))

@@ -45,6 +45,14 @@ def test_the_folder_check_finds_every_bad_file(paths, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no files in memory")
+def test_a_full_disk_for_temporary_files_hides_no_damage(paths, monkeypatch):
+    jpeg = encoded(".jpg")
+    paths[11].write_bytes(jpeg[: len(jpeg) // 2] + b"\xff\xd9")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "wb"))
+    assert [error.row for error in find_bad(paths, show=False)] == [11]
+
+
 CHECKER = """
 import os, sys, time
 from common.vision import check
