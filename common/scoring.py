@@ -25,6 +25,7 @@ from common.predictions import (
     read_predictions,
     remove_predictions,
     unpack,
+    writable,
     write_ids,
     write_predictions,
 )
@@ -69,7 +70,8 @@ def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[st
     predictions = read_predictions(run.path, "oof")
     write_ids(run.path, "oof", (task.data.ids[row] for row in rows))
     # By way of JSON: scores are made with the same values that a prediction will read.
-    tuned = json.loads(json.dumps(task.postprocess.tune(predictions, rows), default=lambda array: array.tolist()))
+    found = task.postprocess.tune(writable(predictions), rows)  # torch would write to read-only ones and crash
+    tuned = json.loads(json.dumps(found, default=lambda array: array.tolist()))
     whole, by_fold = score_kept(task, config, predictions, rows, tuned)
     found, monitor = whole.found(), task.metrics[0].name
     scores = {fold: of_fold.found()[monitor][0] for fold, of_fold in sorted(by_fold.items())}
