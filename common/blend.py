@@ -53,6 +53,8 @@ from common.task import Task
 from common.train import provenance_of
 
 LARGEST = 200_000_000  # most numbers, over all members, that weights are chosen on
+SHOWN = 60  # characters of a line in a message
+HIGHEST = float(np.finfo(np.float32).max)
 BLOCK = 4_000_000  # numbers, over all members, that are combined at once
 
 
@@ -88,18 +90,22 @@ class Kept:
         if len(like.shapes) > 1:
             raise UserError(f"{path}: a CSV cannot hold predictions with several parts ({', '.join(like.shapes)})")
         (shape,) = like.shapes.values()
+        found: dict[str, list[float]] = {}
         try:
             with open(path, newline="", encoding="utf-8-sig") as stream:
-                _, *table = filter(None, csv.reader(stream))
-            values = np.array([[float(cell) for cell in row[1:]] for row in table], np.float32)
-            values = values.reshape(len(values), *shape)
-        except (OSError, ValueError) as error:
-            expected = f"an id and {like.numbers} numbers per row"
+                lines = csv.reader(stream)
+                next(lines, None)  # the header
+                for row in filter(None, lines):
+                    cells = [number_in(cell) for cell in row[1:]]
+                    known = all(cell is not None and abs(cell) <= HIGHEST for cell in cells)
+                    if not known or len(cells) != like.numbers or row[0] in found:
+                        raise ValueError(f"line {lines.line_num}: {','.join(row)[:SHOWN]!r}")
+                    found[row[0]] = cells
+        except (OSError, ValueError, csv.Error) as error:
+            expected = f"below a header every id once, with {like.numbers} finite numbers per row"
             raise UserError(f"{path} cannot be read ({error}): expected {expected}") from error
-        names = [row[0] for row in table]
-        if len(set(names)) < len(names) or not np.isfinite(values).all():
-            raise UserError(f"{path}: expected every id once, and finite numbers")
-        return Kept(path.stem, str(path), values, names, np.arange(len(names)))
+        values = np.array(list(found.values()), np.float32).reshape(len(found), *shape)
+        return Kept(path.stem, str(path), values, list(found), np.arange(len(found)))
 
     def taken(self, ids: Sequence[str]) -> "Kept":
         """The rows `ids`, in their order; raises UserError when some are missing."""
@@ -183,7 +189,7 @@ def blend(competition: Competition, given: argparse.Namespace) -> None:
 
     provenance = provenance_of(competition, task, "blend", found) | {"demo": base.provenance["demo"]}
     names = [one.name for one in oof]
-    told = {"by": given.by, "space": given.space, "members": names}
+    told = {"by": given.by + ", per class" * given.per_class, "space": given.space, "members": names}
     run = runs.new_run(name, given.name, config, provenance, told)
     folds.write_csv(run.path / "folds.csv", task.data.folds, task.data.ids)
     kept = task.postprocess.kept

@@ -179,6 +179,14 @@ def read_predictions(folder: Path, name: str, again: str = "") -> Predictions | 
     return rebuilt({leaf: read_npy(file, again) for leaf, file in sorted(files.items())}) if files else None
 
 
+def writable(kept: Predictions) -> Predictions:
+    """What `read_predictions` gave, mapped anew: changes stay in memory, neither the file nor `kept` sees them."""
+    try:
+        return rebuilt({leaf: np.lib.format.open_memmap(part.filename, "c") for leaf, part in leaves(kept).items()})
+    except OSError:  # more than the system promises: a file that is larger than the memory
+        return kept
+
+
 def remove_predictions(folder: Path, name: str) -> None:
     for file in folder.glob(f"{name}.*npy"):
         file.unlink()

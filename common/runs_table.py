@@ -214,7 +214,8 @@ def _beats(fewer: _Scored, more: _Scored, sign: int) -> tuple[bool, str]:
     common = _common_folds(fewer, more)
     told = f"{fewer.name} has {with_error(fewer.score, fewer.error)}, but on {fewer.rows:,} rows only"
     if not common:
-        return False, f"{told}, and none in common with {more.name}"
+        apart = "in other folds than those of" if fewer.folds != more.folds else "and none in common with"
+        return False, f"{told}, {apart} {more.name}"
     ours, theirs = (sum(run.by_fold[fold] for fold in common) / len(common) for run in (fewer, more))
     rows = f"on common rows (fold {', '.join(common)}) it has {ours:.5f} and {more.name} {theirs:.5f}"
     if fewer.error is None or more.error is None:

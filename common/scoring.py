@@ -29,6 +29,7 @@ from common.predictions import (
     read_predictions,
     remove_predictions,
     unpack,
+    writable,
     write_ids,
     write_predictions,
 )
@@ -81,7 +82,7 @@ def score_oof(run: Run, task: Task, config: Config, rows: np.ndarray) -> dict[st
     """Write the ids of the run's out-of-fold predictions, tune on these, score them; returns facts for result.json."""
     predictions = read_predictions(run.path, "oof")
     write_ids(run.path, "oof", (task.data.ids[row] for row in rows))
-    tuned = _tuned(task, predictions, rows)
+    tuned = _tuned(task, writable(predictions), rows)  # torch would write to read-only ones and crash
     apart = _apart(run, task, config, predictions, rows) if tuned and "score" not in tuned else None
     whole, by_fold, honest = score_kept(task, config, predictions, rows, tuned, apart)
     found, monitor = whole.found(), task.metrics[0].name

@@ -124,7 +124,8 @@ def test_without_names_it_takes_every_comparable_run_and_no_blend():
 
 
 def test_every_class_on_its_own():
-    _, result = blended("classes", by="nnls", per_class=True)
+    folder, result = blended("classes", by="nnls", per_class=True)
+    assert json.loads((folder / "blend.json").read_text())["by"] == "nnls, per class"
     weights = np.array(list(result["blend"]["weights"].values()))
     assert weights.shape == (3, 3) and np.allclose(weights.sum(0), 1) and (weights >= 0).all()
     assert "Weights of every class" in Path("runs/toy/classes/report.html").read_text()
@@ -194,9 +195,17 @@ def test_files_of_other_programs_join_by_their_ids():
     cases = [
         ({"oof": oof}, "--oof and --test"),
         ({"oof": foreign("few.csv", ids[:-1], sure[:-1]), "test": other}, "few.csv has no predictions for 1 of 120"),
-        ({"oof": foreign("thin.csv", ids, sure[:, :2]), "test": other}, "3 numbers per row"),
-        ({"oof": foreign("nan.csv", ids, sure * np.nan), "test": other}, "finite numbers"),
+        ({"oof": foreign("thin.csv", ids, sure[:, :2]), "test": other}, "3 finite numbers per row"),
+        ({"oof": foreign("nan.csv", ids, sure * np.nan), "test": other}, "line 2: .*nan,nan,nan.*finite numbers"),
+        ({"oof": "ragged.csv", "test": other}, r"ragged.csv .*line 3: 'r7,1,0,0,1'.* 3 finite numbers per row"),
+        ({"oof": "words.csv", "test": other}, "words.csv .*line 2: 'r7,yes,0,0'"),
+        ({"oof": "twice.csv", "test": other}, "twice.csv .*line 3: 'r7,0,1,0'.*every id once"),
+        ({"oof": "quote.csv", "test": other}, "quote.csv cannot be read"),
     ]
+    Path("ragged.csv").write_text("id,a,b,c\nr6,1,0,0\nr7,1,0,0,1\n")
+    Path("words.csv").write_text("id,a,b,c\nr7,yes,0,0\n")
+    Path("twice.csv").write_text("id,a,b,c\nr7,1,0,0\nr7,0,1,0\n")
+    Path("quote.csv").write_text('id,a,b,c\n"r7,1,0,0\n' + "r8,1,0,0\n" * 20_000)  # longer than a cell may be
     for given, words in cases:
         with pytest.raises(UserError, match=words):
             blended("refused", **given)

@@ -60,7 +60,7 @@ def test_a_lucky_fold_does_not_beat_the_average_over_all():
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"folds": "others"}, "none in common"), ({"error": None}, "without a standard error")],
+    [({"folds": "others"}, "in other folds than those of all"), ({"error": None}, "without a standard error")],
 )
 def test_what_cannot_be_compared_does_not_replace_a_whole_run(changes, word):
     made("all", 0.83, ALL, fold="all")
@@ -84,7 +84,7 @@ def test_every_fold_of_a_part_of_the_data_does_not_beat_more_rows():
     made("part", 0.4, {"0": 0.4}, fold="all", folds="part")
     made("whole", 0.9, {"0": 0.9, "1": 0.9}, fold="0", folds="whole")
     name, why = runs_table.best_run("toy", ["part", "whole"], True)
-    assert name == "whole" and "part has 0.40000 ± 0.01000, but on 10 rows only, and none in common" in why
+    assert name == "whole" and "part has 0.40000 ± 0.01000, but on 10 rows only, in other folds than" in why
 
 
 def test_lower_is_better_where_the_competition_says_so_and_runs_without_scores_are_passed_over():
