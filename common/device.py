@@ -9,6 +9,7 @@ import torch
 from common.config import Config
 from common.engine import memory
 from common.engine.precision import Precision, best_precision
+from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.cores import cores
 
@@ -30,9 +31,16 @@ def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.devi
     return torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
 
 
-def precision_of(config: Config, device: torch.device) -> Precision:
-    """fp32, bf16 or fp16; `auto` is the one that the hardware multiplies fastest."""
-    return best_precision(device) if config.precision == "auto" else config.precision
+def precision_of(config: Config, device: torch.device, ranks: Ranks = SINGLE) -> Precision:
+    """fp32, bf16 or fp16; `auto` is the one that the hardware multiplies fastest.
+
+    Of the cards of several processes the oldest decides: with the loss scale of fp16 in only one of them, their
+    gradients would not add up.
+    """
+    if config.precision != "auto":
+        return config.precision
+    order = ("bf16", "fp16", "fp32")  # from the newest cards to the oldest
+    return order[int(ranks.max_(torch.tensor(order.index(best_precision(device)))))]
 
 
 def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_format:

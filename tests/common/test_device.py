@@ -1,0 +1,32 @@
+"""The precision of a run on cards that this machine need not have."""
+
+import pytest
+import torch
+
+from common.config import Config
+from common.device import precision_of
+from common.engine.ranks import Ranks
+
+CARDS = [("bf16", 8), ("fp16", 7), ("bf16", 12), ("fp32", 6)]  # and the current card is the first one
+
+
+@pytest.fixture(autouse=True)
+def _cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (CARDS[(device or CARD).index][1], 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("number", range(len(CARDS)))
+def test_precision_is_that_of_the_card_itself(number):
+    assert precision_of(Config(), torch.device("cuda", number)) == CARDS[number][0]
+
+
+def test_the_oldest_card_decides_for_all_processes(monkeypatch):
+    sent = []
+    others = torch.tensor([0, 1, 0, 0])  # bf16, fp16, bf16, bf16
+    monkeypatch.setattr(Ranks, "max_", lambda ranks, mine: sent.append(int(mine)) or torch.max(others, mine).max())
+    assert precision_of(Config(), CARD, Ranks(0, 4)) == "fp16" and sent == [0]
+    assert precision_of(Config(precision="bf16"), CARD, Ranks(0, 4)) == "bf16"
