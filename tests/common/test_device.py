@@ -1,17 +1,20 @@
-"""The precision of a run on cards that this machine need not have."""
+"""The device and precision of a run on cards that this machine need not have."""
 
 import pytest
 import torch
 
 from common.config import Config
-from common.device import precision_of
+from common.device import device_of, precision_of
 from common.engine.ranks import Ranks
+from common.errors import UserError
 
 CARDS = [("bf16", 8), ("fp16", 7), ("bf16", 12), ("fp32", 6)]  # and the current card is the first one
 
 
 @pytest.fixture(autouse=True)
 def _cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(CARDS))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (CARDS[(device or CARD).index][1], 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
 
@@ -30,3 +33,19 @@ def test_the_oldest_card_decides_for_all_processes(monkeypatch):
     monkeypatch.setattr(Ranks, "max_", lambda ranks, mine: sent.append(int(mine)) or torch.max(others, mine).max())
     assert precision_of(Config(), CARD, Ranks(0, 4)) == "fp16" and sent == [0]
     assert precision_of(Config(precision="bf16"), CARD, Ranks(0, 4)) == "bf16"
+
+
+def test_a_card_is_named_by_its_number_or_by_that_of_the_process():
+    assert [device_of(Config(device=name)).index for name in ("auto", "cuda", "cuda:3")] == [0, 0, 3]
+    assert device_of(Config(device="cuda"), local_rank=2, world=3).index == 2
+
+
+@pytest.mark.parametrize("name", ["cuda:4", "cuda:", "cuda:x", "cuda:-1", "gpu"])
+def test_a_card_that_is_not_there_is_told_at_once(name):
+    with pytest.raises(UserError, match=rf"--device {name} is not available: .* cpu \(cuda:0 to cuda:3\)"):
+        device_of(Config(device=name))
+
+
+def test_a_numbered_card_is_not_shared():
+    with pytest.raises(UserError, match="2 processes cannot share it: --device cuda gives each its own"):
+        device_of(Config(device="cuda:1"), local_rank=1, world=2)
