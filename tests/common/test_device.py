@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from common.batch import Batch
 from common.config import Config
 from common.device import device_of, precision_of
 from common.engine.ranks import Ranks
 from common.errors import UserError
+from common.metrics import rmse
+from common.thresholds import decide
 
 CARDS = [("bf16", 8), ("fp16", 7), ("bf16", 12), ("fp32", 6)]  # and the current card is the first one
 
@@ -49,3 +52,26 @@ def test_a_card_that_is_not_there_is_told_at_once(name):
 def test_a_numbered_card_is_not_shared():
     with pytest.raises(UserError, match="2 processes cannot share it: --device cuda gives each its own"):
         device_of(Config(device="cuda:1"), local_rank=1, world=2)
+
+
+class Apples(torch.Tensor):
+    """A tensor on one of Apple's GPUs: it has no float64."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_what_is_computed_in_float64_leaves_a_gpu_without_it(monkeypatch):
+    scores, truth = torch.tensor([[0.2, 0.7], [0.6, 0.1]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    apples = scores.as_subclass(Apples)
+    assert rmse().score(apples, truth.as_subclass(Apples)) == rmse().score(scores, truth)
+    assert torch.equal(decide(apples, [0.5, 0.5]), decide(scores, [0.5, 0.5]))
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **_: sent.append((tensor.dtype, device)) or tensor)
+    Batch(scores, truth.double(), torch.arange(2)).to("mps")
+    assert sent == [(torch.float32, "mps"), (torch.float32, "mps"), (torch.int64, "mps")]
