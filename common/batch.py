@@ -55,6 +55,13 @@ def concatenated(trees: Sequence[Tree]) -> Tree:
     return rebuilt(trees[0], (torch.cat(column) for column in zip(*map(tensors_of, trees), strict=True)))
 
 
+def on_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = False) -> Tensor:
+    """The tensor on `device`; float64 becomes float32 on Apple's GPUs, which do not have it."""
+    if tensor.dtype == torch.float64 and torch.device(device).type == "mps":
+        tensor = tensor.float()
+    return tensor.to(device, non_blocking=non_blocking)
+
+
 @dataclass(frozen=True)
 class Batch:
     """An effective batch of B samples (this process's shard of it when there are several ranks).
@@ -79,7 +86,7 @@ class Batch:
         return map_tree(lambda tensor: tensor[start:stop], self)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return map_tree(lambda tensor: tensor.to(device), self)
+        return map_tree(lambda tensor: on_device(tensor, device), self)
 
 
 def check_rows(batch: Batch) -> None:

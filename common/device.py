@@ -9,6 +9,7 @@ import torch
 from common.config import Config
 from common.engine import memory
 from common.engine.precision import Precision, best_precision
+from common.engine.ranks import SINGLE, Ranks
 from common.errors import UserError
 from common.loading.cores import cores
 
@@ -16,23 +17,35 @@ from common.loading.cores import cores
 def device_of(config: Config, local_rank: int = 0, world: int = 1) -> torch.device:
     """The device that --device names; `auto` takes a CUDA card, then Apple's GPU, then the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind, there in available.items() if there) if config.device == "auto" else config.device
-    if not available.get(kind.split(":")[0], False):
+    asked = next(kind for kind, there in available.items() if there) if config.device == "auto" else config.device
+    kind, colon, number = asked.partition(":")
+    cards = torch.cuda.device_count() if kind == "cuda" else 1
+    if not available.get(kind, False) or (colon and not (number.isdecimal() and int(number) < cards)):
         there = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"--device {config.device} is not available: expected auto or one of {there}")
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        numbers = f" (cuda:0 to cuda:{torch.cuda.device_count() - 1})" * available["cuda"]
+        raise UserError(f"--device {config.device} is not available: expected auto or one of {there}{numbers}")
+    if colon and world > 1:
+        raise UserError(f"--device {asked}: {world} processes cannot share it: --device {kind} gives each its own")
+    if kind == "cuda" and local_rank >= cards:
         raise UserError(
-            f"process {local_rank + 1} of this machine has no card of its own (cards: {torch.cuda.device_count()}): "
-            f"start as many as there are, NPROC={torch.cuda.device_count()}, or use --device cpu"
+            f"process {local_rank + 1} of this machine has no card of its own (cards: {cards}): "
+            f"start as many as there are, NPROC={cards}, or use --device cpu"
         )
     if kind == "mps" and world > 1:
         raise UserError(f"{world} processes cannot share an Apple GPU: start one, without NPROC, or use --device cpu")
-    return torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
+    return torch.device(f"cuda:{local_rank}" if asked == "cuda" else asked)
 
 
-def precision_of(config: Config, device: torch.device) -> Precision:
-    """fp32, bf16 or fp16; `auto` is the one that the hardware multiplies fastest."""
-    return best_precision(device) if config.precision == "auto" else config.precision
+def precision_of(config: Config, device: torch.device, ranks: Ranks = SINGLE) -> Precision:
+    """fp32, bf16 or fp16; `auto` is the one that the hardware multiplies fastest.
+
+    Of the cards of several processes the oldest decides: with the loss scale of fp16 in only one of them, their
+    gradients would not add up.
+    """
+    if config.precision != "auto":
+        return config.precision
+    order = ("bf16", "fp16", "fp32")  # from the newest cards to the oldest
+    return order[int(ranks.max_(torch.tensor(order.index(best_precision(device)))))]
 
 
 def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_format:

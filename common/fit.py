@@ -121,7 +121,7 @@ class Training:
         self.model = task.model().to(self.device, memory_format=memory_format)
         if task.pretrain and pretrained and (line := task.pretrain(self.model)):
             self.run.log(line)
-        precision = precision_of(config, self.device)
+        precision = precision_of(config, self.device, self.ranks)
         prepare(self.model, config.checkpointing, config.compile, self.run.log, precision)
         self.loss = own_copy(task.loss, self.device)  # folds share no weights
         self.optimizer = build_optimizer(self.model, config, task.lr_scales)

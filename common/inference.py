@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common import checkpoint, metrics
-from common.batch import Tree, concatenated, map_tree, tensors_of
+from common.batch import Tree, concatenated, map_tree, on_device, tensors_of
 from common.config import Config, folds_to_train
 from common.device import device_of, precision_of, prepare_device, workers_of
 from common.engine import memory
@@ -108,7 +108,7 @@ class Predictor:
                 return model(inputs)
 
     def _cut(self, tree: Tree, start: int, step: int) -> Tree:
-        return map_tree(lambda x: x[start : start + step].to(self.device), tree)
+        return map_tree(lambda x: on_device(x[start : start + step], self.device), tree)
 
     def _forward(self, inputs: Tree, truth: Tree, loss: Any) -> tuple[Predictions, Tensor | None]:
         """Mean over models and TTA of one batch's predictions, and its loss on (targets, weights) times its samples.
@@ -228,7 +228,7 @@ def decisions_of(task: Task, predictions: Predictions, tuned: Tuned) -> Tree:
 def decided(task: Task, predictions: Predictions, targets: Tree, tuned: Tuned) -> tuple[Tree, Tree]:
     """Decisions from predictions, and their targets on the same device."""
     device = tensors_of(predictions)[0].device
-    return decisions_of(task, predictions, tuned), map_tree(lambda x: x.to(device), targets)
+    return decisions_of(task, predictions, tuned), map_tree(lambda x: on_device(x, device), targets)
 
 
 def write_oof(folder: Path, predictor: Predictor, rows: np.ndarray) -> None:

@@ -139,7 +139,11 @@ class Scores:
 
 
 def _computable(tensor: Tensor) -> Tensor:
-    """torch stores uint16, uint32 and uint64, as in masks of 16 bits, but neither compares nor multiplies them."""
+    """torch stores uint16, uint32 and uint64, as in masks of 16 bits, but neither compares nor multiplies them.
+
+    Apple's GPUs have no float64, in which the sums are kept.
+    """
+    tensor = tensor.cpu() if tensor.device.type == "mps" else tensor
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 

@@ -194,9 +194,10 @@ def _short(word: str) -> str:
 
 
 def samples(dataset: Any, rows: np.ndarray) -> list[Any]:
-    """The inputs of some rows of a dataset, one by one: for the `images` of `mistakes`."""
+    """The inputs of some rows of a dataset, one by one and on the CPU: for the `images` of `mistakes`."""
     batch = next(in_order(dataset, np.asarray(rows), len(rows), seed=0))
-    return [map_tree(lambda x: x[row], batch.inputs) for row in range(len(batch))]  # noqa: B023
+    inputs = map_tree(lambda x: x.cpu(), batch.inputs)  # a training may have left the dataset on its card
+    return [map_tree(lambda x: x[row], inputs) for row in range(len(batch))]  # noqa: B023
 
 
 def as_image(inputs: Any) -> np.ndarray | None:

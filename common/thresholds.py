@@ -39,5 +39,6 @@ def matching(scores: np.ndarray, rates: np.ndarray) -> np.ndarray:
 def decide(scores: Tensor | np.ndarray, thresholds: Sequence[float]) -> Tensor:
     """bool [n, L]: the labels whose score is above the threshold, or else the one label that comes nearest to it."""
     scores = torch.as_tensor(scores)
+    scores = scores.cpu() if scores.device.type == "mps" else scores  # Apple's GPUs have no float64
     above = scores.double() - torch.as_tensor(thresholds, dtype=torch.float64, device=scores.device)
     return (above > 0).scatter_(1, above.argmax(1, keepdim=True), True)

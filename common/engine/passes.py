@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
-from common.batch import Batch, Tree, concatenated, map_tree, rebuilt, tensors_of
+from common.batch import Batch, Tree, concatenated, map_tree, on_device, rebuilt, tensors_of
 from common.engine import memory
 from common.engine.generators import Generators
 from common.engine.optimizers import laid_out_like
@@ -173,11 +173,7 @@ class Passes:
         return (rebuilt(tree, column) for column in columns)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        if tensor.device == self.device:
-            return tensor
-        if self.device.type == "mps" and tensor.dtype == torch.float64:  # which Apple's GPUs do not have
-            tensor = tensor.float()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor if tensor.device == self.device else on_device(tensor, self.device, non_blocking=True)
 
     def fits_whole(self, batch: Batch) -> bool:
         """Whether the batch is a single micro-batch of a single rank."""

@@ -23,9 +23,10 @@ def best_precision(device: torch.device) -> Precision:
         return "bf16" if capabilities.get("amx_bf16") else "fp32"
     if device.type != "cuda":
         return "fp32"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    generation, _ = torch.cuda.get_device_capability(device)  # torch.cuda.is_bf16_supported asks the current card
+    if torch.version.hip or generation >= 8:
         return "bf16"
-    return "fp16" if torch.cuda.get_device_capability(device)[0] == 7 else "fp32"
+    return "fp16" if generation == 7 else "fp32"
 
 
 def autocast(precision: Precision, device_type: str) -> AbstractContextManager:

@@ -235,6 +235,32 @@ def test_mistakes_of_numbers(tmp_path):
     assert list(page.plots) == ["residuals"]
 
 
+class OnCard(torch.Tensor):
+    """A tensor that numpy cannot read, as one on a card."""
+
+    def __array__(self, *_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_images_that_the_training_has_left_on_the_card_are_shown():
+    class Moved:
+        """A dataset that makes its batches where the loader has moved it to."""
+
+        images = torch.arange(4 * 9 * 9).reshape(4, 1, 9, 9).to(torch.uint8)
+
+        def __len__(self):
+            return 4
+
+        def batch(self, indices, keys):
+            return self.images.as_subclass(OnCard)[torch.from_numpy(indices)], torch.zeros(len(indices))
+
+    shown = [mistakes.as_image(one) for one in mistakes.samples(Moved(), np.array([2, 0]))]
+    np.testing.assert_array_equal(shown, Moved.images[[2, 0], 0])
+
+
 def test_what_has_no_mistakes_to_show_leaves_the_page_alone(tmp_path):
     page = Told(tmp_path)
     with warnings.catch_warnings():
