@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+from io import TextIOWrapper
 
 from common.cli import main
 
@@ -26,7 +27,7 @@ def settle() -> None:
     """Let this process print and draw in any environment, so that neither fails after a long training."""
     os.environ["MPLBACKEND"] = "agg"  # notebooks name their own, which need not be installed here
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by >&-
+        if isinstance(stream, TextIOWrapper):  # not None, closed by >&-, nor a notebook's own, as in %run -m common
             stream.reconfigure(errors="backslashreplace")  # an encoding such as ASCII has no sign for ±
 
 

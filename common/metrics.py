@@ -399,14 +399,16 @@ def _regression(name: str, size: Callable, root: Callable, columnwise: bool, log
 
 
 def quadratic_kappa() -> Metric:
-    """Cohen's kappa of whole numbers [B] with quadratic weights: 1 - E (d - t)^2 / E' (d - t)^2.
+    """Cohen's kappa of whole numbers [B] or [B, 1] with quadratic weights: 1 - E (d - t)^2 / E' (d - t)^2.
 
     E' is the mean over random pairs of rows. The metric is additive, and needs no list of the ratings.
     """
 
     def stats(decisions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         _same_shape("quadratic_kappa", decisions, targets)
-        d, t = decisions.double(), targets.double()
+        if targets.numel() != len(targets):
+            raise UserError(f"quadratic_kappa has targets {list(targets.shape)}: expected one rating for each row, [B]")
+        d, t = decisions.double().flatten(), targets.double().flatten()
         if bool((d != d.round()).logical_and(~d.isnan()).any()):
             raise UserError("quadratic_kappa compares ratings: round the decisions in postprocess")
         known = ~t.isnan()

@@ -45,12 +45,13 @@ def _composed(name: str) -> str:
 def _match(folder: Path, name: str, by_stem: dict[str, list[Path]]) -> Path | None:
     last = name.rpartition("/")[2]
     with_ending = last.lower().endswith(ENDINGS)
-    candidates = by_stem.get(Path(last).stem if with_ending else last, [])
-    full = [_composed(f"/{path if with_ending else path.with_suffix('')}") for path in candidates]
-    candidates = [path for path, own in zip(candidates, full, strict=True) if own.endswith(f"/{name}")]
+    found = {  # by path and as it is compared
+        path: _composed(str(path if with_ending else path.with_suffix("")))
+        for path in by_stem.get(Path(last).stem if with_ending else last, [])
+    }
+    candidates = [path for path, own in found.items() if f"/{own}".endswith(f"/{name}")]
     if len(candidates) > 1:
-        exact = [path for path in candidates if folder / name in (path, path.with_suffix(""))]
-        candidates = exact or candidates
+        candidates = [path for path in candidates if found[path] == _composed(str(folder / name))] or candidates
     if len(candidates) > 1:
         two = " and ".join(str(path.relative_to(folder)) for path in candidates[:2])
         raise UserError(f"{folder} has {two} for the id {name}: remove one of them, or give the ids their endings")

@@ -88,7 +88,7 @@ def start_from(
             f"{FLAG} {weights} is of a deeper network than {name}: {some(between)} would be left out between layers "
             f"that are used: give weights of that very network, or {scratch}"
         )
-    if odd := [source for source in places.values() if not found[source].isfinite().all()]:
+    if odd := [source for source in places.values() if not found[source].float().isfinite().all()]:
         raise UserError(
             f"{FLAG} {weights} has NaN or infinite numbers in {some(odd)}: give weights of a training that did not "
             f"diverge, or {scratch}"

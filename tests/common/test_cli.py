@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from common import cli
 from common import competition as competitions
+from common.__main__ import settle
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +110,14 @@ def test_an_ascii_terminal_and_a_notebooks_backend_do_not_end_a_run():
     kit = Path(cli.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=kit, env=env, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["1 \\xb1 2", "matplotlib"], done.stderr
+
+
+def test_streams_that_cannot_be_set_are_left_alone(monkeypatch):
+    """Those of a notebook, as in `%run -m common train clouds`."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    settle()
 
 
 def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):

@@ -363,3 +363,12 @@ def test_standard_error_is_the_spread_over_other_samples(metric):
     decisions, targets = draw()
     whole = with_error(metric, [(decisions, targets)])
     assert with_error(metric, batches(decisions, targets, 37)) == pytest.approx(whole, rel=1e-12)
+
+
+def test_kappa_of_one_column_and_of_several():
+    """A table's network has outputs [B, 1], and its targets are [n, 1]."""
+    decisions, targets = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2, 1])
+    wanted = metrics.quadratic_kappa().score(decisions, targets)
+    assert metrics.quadratic_kappa().score(decisions[:, None], targets[:, None]) == wanted
+    with pytest.raises(UserError, match="one rating"):
+        metrics.quadratic_kappa().score(decisions.view(2, 2), targets.view(2, 2))

@@ -52,6 +52,11 @@ def test_a_macs_way_of_writing_accents_is_the_same_name(tmp_path):
     found = match_images(folder, [f"{whole}_1", f"{whole}/{whole}_1.jpg", f"{apart}_2", f"{apart}_1"])
     wanted = [folder / apart / f"{apart}_1.jpg", folder / f"{whole}_2.jpg"]
     assert found == [wanted[0], wanted[0], wanted[1], wanted[0]]
+    touched(tmp_path, f"{apart}_1.jpg")  # the one whose whole path is the id
+    assert match_images(folder, [f"{apart}_1", f"{whole}_1.jpg"]) == [folder / f"{apart}_1.jpg"] * 2
+    touched(tmp_path, f"{apart}_3.png", f"{whole}_3.jpg")  # the second would be taken for both ids
+    with pytest.raises(UserError, match="for the id"):
+        match_images(folder, [f"{apart}_3", f"{whole}_3"])
 
 
 @pytest.mark.parametrize("ending", [".bmp", ".webp", ".gif", ".jp2", ".avif", ".ppm"])

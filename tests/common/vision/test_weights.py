@@ -203,6 +203,15 @@ def test_weights_of_a_diverged_training_and_quantised_ones_are_refused(tmp_path,
     assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_read(tmp_path, dtype):
+    found = {name: x.to(dtype) if x.ndim else x for name, x in timms("resnet10t").state_dict().items()}
+    torch.save(found, tmp_path / "w.pth")
+    backbone = timm.create_model("resnet10t", num_classes=0)
+    start_backbone(backbone, "resnet10t", str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.conv1[0].weight, found["conv1.0.weight"].float())
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     for found, own, words in (
         (
