@@ -22,7 +22,7 @@ from common.files import alone_in, expanded, is_foreign, not_written, sha256
 
 DATA = Path("data")
 CACHE = "cache"  # the kit's own folder beside the data
-ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 END = "\0end"  # added as the last line: in a CSV with an unclosed quote it becomes part of a cell
 MADE_BY = ".made-by"  # in demo data: the sha256 of the demo.py that made them
 
@@ -140,7 +140,7 @@ class RawData:
             pass_it = f"or pass DATA={self.path / top}" if self._archive is None else f"or unpack it and pass its {top}"
         packed = [own for own in names if own.lower().startswith(f"{name.lower()}.")]  # train.csv.zip
         if packed := packed or [own for own in names if not deeper and own.lower().endswith(ARCHIVES)]:
-            pass_it = f"or unpack {packed[0]}, pass DATA=/path/to/folder"
+            pass_it = f"or unpack {packed[0]} and pass DATA=/path/to/folder"
         return UserError(
             f"{self.path} has no {name} (found: {', '.join(names[:8]) or 'nothing'}): get the files with "
             f"make data COMP={self.competition}, {pass_it}"

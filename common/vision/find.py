@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, some
-from common.raw import CACHE, files_under
+from common.raw import ARCHIVES, CACHE, files_under
 from common.vision.decode import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 ENDINGS += (".jpe", ".jfif", ".jp2", ".avif", ".ppm", ".pgm")
-PACKED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -90,7 +89,7 @@ def images_of(
 def _no_folder(folder: Path, again: str) -> UserError:
     there = sorted(folder.parent.glob("*"))
     for file in there:
-        if file.is_file() and file.name.startswith(f"{folder.name}.") and file.name.lower().endswith(PACKED):
+        if file.is_file() and file.name.startswith(f"{folder.name}.") and file.name.lower().endswith(ARCHIVES):
             return UserError(f"{folder} is missing, but {file.name} is beside it: unpack it into {folder}, or {again}")
     folders = [one.name for one in there if one.is_dir() and one.name != CACHE]
     beside = f" (beside it: {some(folders)})" if folders else ""

@@ -88,13 +88,18 @@ def start_from(
             f"{FLAG} {weights} is of a deeper network than {name}: {some(between)} would be left out between layers "
             f"that are used: give weights of that very network, or {scratch}"
         )
-    if odd := [source for source in places.values() if not found[source].float().isfinite().all()]:
+    if odd := [source for source in places.values() if not _is_sound(found[source].float())]:
         raise UserError(
             f"{FLAG} {weights} has NaN or infinite numbers in {some(odd)}: give weights of a training that did not "
             f"diverge, or {scratch}"
         )
     network.load_state_dict(own | {key: fitted(found[source], own[key], extra) for key, source in places.items()})
     return f"{name} starts from {weights}" + (f"; not used: {some(unused)}" if unused else "")
+
+
+def _is_sound(values: Tensor) -> bool:
+    """Whether all numbers are finite, or -inf as in the mask of an attention."""
+    return bool((values.isfinite() | (values == -torch.inf)).all())
 
 
 def read(path: Path) -> dict[str, Tensor]:

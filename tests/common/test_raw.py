@@ -271,7 +271,7 @@ def test_an_archive_of_a_kind_that_python_cannot_unpack_is_not_called_damaged(tm
     folder.mkdir()
     (folder / "Train.csv.zip").write_bytes(b"")
     (folder / "notes.txt").write_bytes(b"")
-    with pytest.raises(UserError, match="no train.csv .*or unpack Train.csv.zip, pass DATA=/path/to/folder"):
+    with pytest.raises(UserError, match="no train.csv .*or unpack Train.csv.zip and pass DATA=/path/to/folder"):
         raw.RawData(folder, "toy").read("train.csv")
 
 
