@@ -36,8 +36,15 @@ def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = Tr
     return np.stack(planes, axis=-1)
 
 
-def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, gray: bool) -> np.ndarray:
-    """uint8 [H, W, 3], or [H, W] for `gray`."""
+def full_depth(path: str | PathLike) -> np.ndarray:
+    """The image [H, W] with one channel as in `decode`, but in the depth of the file, such as uint16."""
+    return _decode(path, None, False, gray=True, depth=cv2.IMREAD_ANYDEPTH)
+
+
+def _decode(
+    path: str | PathLike, size: tuple[int, int] | None, upright: bool, gray: bool, depth: int = 0
+) -> np.ndarray:
+    """uint8 [H, W, 3], or [H, W] for `gray`; `depth` is a flag of OpenCV."""
     try:
         with open(path, "rb") as stream:
             data = stream.read()
@@ -45,7 +52,7 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
         raise BadImage(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     if not data:
         raise BadImage(path, "is empty")
-    flags = cv2.IMREAD_ANYCOLOR if gray else cv2.IMREAD_COLOR_RGB
+    flags = depth | (cv2.IMREAD_ANYCOLOR if gray else cv2.IMREAD_COLOR_RGB)
     data = _with_tiff_tag(data, EXTRA_SAMPLES, 0)  # OpenCV would darken a TIFF by its transparency
     if not upright:  # OpenCV ignores the flag for TIFFs
         flags, data = flags | cv2.IMREAD_IGNORE_ORIENTATION, _with_tiff_tag(data, ORIENTATION, 1)
