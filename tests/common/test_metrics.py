@@ -363,3 +363,12 @@ def test_standard_error_is_the_spread_over_other_samples(metric):
     decisions, targets = draw()
     whole = with_error(metric, [(decisions, targets)])
     assert with_error(metric, batches(decisions, targets, 37)) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_log_loss_names_class_numbers_out_of_range(wrong):
+    """It was torch's "index 3 is out of bounds"; on a card it would end in an assert of the device."""
+    with pytest.raises(
+        UserError, match=f"class numbers from .*{wrong}.* for predictions of 3 classes, expected 0 to 2"
+    ):
+        metrics.evaluate([metrics.log_loss()], [(torch.full((3, 3), 1 / 3), torch.tensor([0, 2, wrong]))])
