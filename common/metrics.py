@@ -351,7 +351,13 @@ def log_loss(eps: float = 1e-15) -> Metric:
                 "outputs"
             )
         if _of_classes(decisions, targets):
-            true = decisions.gather(1, targets.long()[:, None])[:, 0].double()
+            classes, targets = decisions.shape[1], targets.long()
+            if ((targets < 0) | (targets >= classes)).any():
+                raise UserError(
+                    f"log_loss has class numbers from {int(targets.min())} to {int(targets.max())} for predictions of "
+                    f"{classes} classes, expected 0 to {classes - 1}: change the dataset's targets or the model"
+                )
+            true = decisions.gather(1, targets[:, None])[:, 0].double()
             total = decisions.sum(1, dtype=torch.float64)
             return _weighted(-(true / total).clamp(eps, 1 - eps).log(), targets, weights)
         _same_shape("log_loss", decisions, targets)

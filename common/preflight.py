@@ -30,6 +30,7 @@ from common.run import RUNS
 from common.submission import faults
 from common.task import Task
 from common.vision.check import image_paths, refuse_unreadable, unreadable
+from common.vision.datasets import refuse_lost_masks
 
 LARGE = 2_000_000  # numbers in a sample from which on one sample is tried out instead of two
 WEIGHTS_OF_A_TRAINING = 5  # copies of the weights in best.pt and last.pt: two of the model, two moments, the average
@@ -101,6 +102,7 @@ def refuse_bad_training_images(task: Task) -> None:
 def _try_out(task: Task, config: Config, world: int) -> None:
     """Pass a few validation rows through model, loss, predictions, decisions and CSV rows; check the disk space."""
     network, post, device = task.network, task.postprocess, device_of(config)
+    refuse_lost_masks(task.data.train)
     if len(task.data.test):
         _rows_of(task.data.test, 1, config)  # resizes the test images now, when a full disk costs nothing
     batch = _first_rows(task, config)

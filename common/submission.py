@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Sample:
             )
         ids: dict[str, int] = {}
         numeric, truths = (set(header[1:]) - set(text) for _ in range(2))
-        filled, blank = set(), set()
+        filled, blank, repeated = set(), set(), set()
         for line, row in rows:
             if len(row) != len(header):
                 raise UserError(f"{where} line {line}: {len(row)} values, expected {len(header)}: {AGAIN}")
@@ -74,12 +75,18 @@ class Sample:
             ids.setdefault(row[0], line)
             for column, cell in zip(header[1:], row[1:], strict=True):
                 (filled if cell else blank).add(column)
+                if cell == column:
+                    repeated.add(column)
                 if cell and not is_number(cell):
                     numeric.discard(column)
                 if cell.lower() not in TRUTHS:
                     truths.discard(column)
         if not ids:
             raise UserError(f"{where} has a header and no rows, expected one for every id: {AGAIN}")
+        if re.search(r"\d", header[0]) and all(name in repeated or is_number(name) for name in header[1:]):
+            raise UserError(  # else the first id would be left out in silence
+                f"{where} line 1: {','.join(header)!r} is a row, expected the names of the columns first: {AGAIN}"
+            )
         return Sample(
             where, tuple(header), tuple(ids), frozenset(numeric & filled), frozenset(blank), frozenset(truths), several
         )

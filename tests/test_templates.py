@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -174,7 +175,7 @@ def test_a_template_trains_on_pseudo_labels(here, kind, flags):
     assert (here / "submissions" / "lynx" / "b-demo.csv").is_file()
 
 
-def test_masks_of_the_template_may_be_files(here):
+def test_masks_of_the_template_may_be_files(here, capsys):
     """The change that the comment in the template's task.py describes works."""
     new.new("lynx", "masks")
     task = here / "competitions" / "lynx" / "task.py"
@@ -192,8 +193,6 @@ def test_masks_of_the_template_may_be_files(here):
     from competitions.lynx import demo  # not at the top: `new` has just made it
 
     def with_files(folder: Path, write=demo.write_demo) -> None:
-        import cv2
-
         from common.vision import rle
 
         write(folder)
@@ -209,6 +208,11 @@ def test_masks_of_the_template_may_be_files(here):
     assert len(rows) == 12 and 0 < result["score"] < 1
     (here / "data" / "demo" / "lynx" / "masks" / "image_007.png").write_bytes(b"")
     assert cli.main(["check", "lynx", "--recipe", "smoke"]) == 1, "masks are images that can be damaged"
+    for file in (here / "data" / "demo" / "lynx" / "masks").iterdir():
+        cv2.imwrite(str(file), np.full((demo.HEIGHT, demo.WIDTH), 3, np.uint8))
+    capsys.readouterr()
+    assert cli.main(["check", "lynx", "--recipe", "smoke"]) == 1
+    assert "the brightest pixel of this mask is 3 in 8 bits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

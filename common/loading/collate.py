@@ -27,6 +27,8 @@ def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: F
         if isinstance(first, dict):
             return {name: collate([sample[name] for sample in samples], shared) for name in first}
         return tuple(collate(list(part), shared) for part in zip(*samples, strict=True))
+    if np.ma.MaskedArray in kinds and any(map(np.ma.is_masked, samples)):  # tensors have no mask
+        raise UserError("a sample holds a masked array: give it values instead, with .filled(0), or .filled(np.nan)")
     if len(kinds) > 1 or not isinstance(first, ARRAYS) or len({sample.dtype for sample in samples}) > 1:
         samples = _of_one_type(samples)
         first = samples[0]

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import BadImage, UserError
+from common.vision.decode import full_depth
 from common.vision.store import ImageStore
+
+MASKS = 30  # mask files that are looked at; usually the first one suffices
 
 
 def channels_first(array: np.ndarray) -> Tensor:
@@ -19,6 +23,31 @@ def channels_first(array: np.ndarray) -> Tensor:
 def binary(mask: np.ndarray) -> Tensor:
     """A uint8 mask [H, W, K] of 0 and 255 (also if blurred by resizing), or of 0 and 1 -> 0 and 1 [K, H, W]."""
     return channels_first(mask if mask.max(initial=0) <= 1 else mask // 128)
+
+
+def refuse_lost_masks(dataset: Any) -> None:
+    """Raise UserError if `binary` takes the dataset's mask files for empty, such as those that hold class numbers.
+
+    At the files' own size, as resizing may darken what is small. One file that is right suffices.
+    """
+    if getattr(dataset, "of_mask", None) is not binary or not isinstance(dataset.masks, ImageStore):
+        return
+    lost = None
+    for path in dataset.masks.paths[:MASKS]:
+        try:
+            pixels = full_depth(path)
+        except BadImage:
+            continue  # the check of all images reports it
+        brightest, bits = int(pixels.max()), 8 * pixels.itemsize
+        if brightest >= 2 ** (bits - 1):
+            return
+        if brightest > (bits == 8):
+            lost = lost or f"{path}: the brightest pixel of this mask is {brightest} in {bits} bits"
+    if lost:
+        raise UserError(
+            f"{lost}, so all of it would count as empty: expected 8 bits of 0 and 255, or of 0 and 1. Save the masks "
+            f"so, with a file for each class"
+        )
 
 
 class ImageDataset:

@@ -9,6 +9,7 @@ import numpy as np
 from common.errors import BadImage
 
 REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+ORIENTATION, EXTRA_SAMPLES = 0x112, 0x152  # tags of a TIFF
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that hold the image's size
 PIXELS = 2**30  # OpenCV decodes no larger images
 TOO_LARGE = "cannot be decoded (its header says 2^30 pixels or more)"
@@ -35,8 +36,15 @@ def decode(image: Image, size: tuple[int, int] | None = None, upright: bool = Tr
     return np.stack(planes, axis=-1)
 
 
-def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, gray: bool) -> np.ndarray:
-    """uint8 [H, W, 3], or [H, W] for `gray`."""
+def full_depth(path: str | PathLike) -> np.ndarray:
+    """The image [H, W] with one channel as in `decode`, but in the depth of the file, such as uint16."""
+    return _decode(path, None, False, gray=True, depth=cv2.IMREAD_ANYDEPTH)
+
+
+def _decode(
+    path: str | PathLike, size: tuple[int, int] | None, upright: bool, gray: bool, depth: int = 0
+) -> np.ndarray:
+    """uint8 [H, W, 3], or [H, W] for `gray`; `depth` is a flag of OpenCV."""
     try:
         with open(path, "rb") as stream:
             data = stream.read()
@@ -44,9 +52,10 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
         raise BadImage(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     if not data:
         raise BadImage(path, "is empty")
-    flags = cv2.IMREAD_ANYCOLOR if gray else cv2.IMREAD_COLOR_RGB
-    if not upright:
-        flags, data = flags | cv2.IMREAD_IGNORE_ORIENTATION, _without_orientation(data)
+    flags = depth | (cv2.IMREAD_ANYCOLOR if gray else cv2.IMREAD_COLOR_RGB)
+    data = _with_tiff_tag(data, EXTRA_SAMPLES, 0)  # OpenCV would darken a TIFF by its transparency
+    if not upright:  # OpenCV ignores the flag for TIFFs
+        flags, data = flags | cv2.IMREAD_IGNORE_ORIENTATION, _with_tiff_tag(data, ORIENTATION, 1)
     reduced = 0
     if size is not None and data[:2] == b"\xff\xd8":
         height, width = jpeg_size(data)
@@ -72,15 +81,16 @@ def _decode(path: str | PathLike, size: tuple[int, int] | None, upright: bool, g
     return pixels.max(2) if gray and pixels.ndim == 3 else pixels
 
 
-def _without_orientation(data: bytes) -> bytes:
-    """Mark a TIFF as upright, because OpenCV ignores the flag for TIFFs. Other files stay as they are."""
+def _with_tiff_tag(data: bytes, tag: int, value: int) -> bytes:
+    """A TIFF with another first value of a tag of 16 bits, if it has the tag; other files stay as they are."""
     order = {b"II*\0": "little", b"MM\0*": "big"}.get(data[:4])
     if order is not None:
         place = int.from_bytes(data[4:8], order)
         entries = int.from_bytes(data[place : place + 2], order)
         for entry in range(place + 2, place + 2 + 12 * entries, 12):
-            if int.from_bytes(data[entry : entry + 2], order) == 0x112:
-                return data[: entry + 8] + (1).to_bytes(2, order) + data[entry + 10 :]
+            found, count = (int.from_bytes(data[entry + at : entry + end], order) for at, end in ((0, 2), (4, 8)))
+            if found == tag and count <= 2:  # more values are elsewhere in the file
+                return data[: entry + 8] + value.to_bytes(2, order) + data[entry + 10 :]
     return data
 
 

@@ -372,3 +372,12 @@ def test_kappa_of_one_column_and_of_several():
     assert metrics.quadratic_kappa().score(decisions[:, None], targets[:, None]) == wanted
     with pytest.raises(UserError, match="one rating"):
         metrics.quadratic_kappa().score(decisions.view(2, 2), targets.view(2, 2))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_log_loss_names_class_numbers_out_of_range(wrong):
+    """It was torch's "index 3 is out of bounds"; on a card it would end in an assert of the device."""
+    with pytest.raises(
+        UserError, match=f"class numbers from .*{wrong}.* for predictions of 3 classes, expected 0 to 2"
+    ):
+        metrics.evaluate([metrics.log_loss()], [(torch.full((3, 3), 1 / 3), torch.tensor([0, 2, wrong]))])

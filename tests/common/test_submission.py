@@ -67,6 +67,21 @@ def test_a_bad_submission_is_refused_and_the_old_one_stays(tmp_path, rows, messa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.csv", "run.json"]
 
 
+@pytest.mark.parametrize(
+    "rows", [["1,0", "2,0"], ["a7,0.3", "a8,0.5"], ["a7.png,1 1", "a8.png,1 1"], ["7,0.1,x", "8,0.2,x"]]
+)
+def test_a_sample_without_its_header_is_refused(rows):
+    """Its first id was taken for the name of a column, and so was neither predicted nor missed."""
+    with pytest.raises(UserError, match=f"the sample line 1: '{re.escape(rows[0])}' is a row, expected the names"):
+        sample_of(*(f"{row}\n" for row in rows))
+
+
+@pytest.mark.parametrize("header", ["id,0,1", "id,cats", "sha256,x", "v2,x,0"])
+def test_names_of_columns_may_be_numbers(header):
+    count = header.count(",")
+    assert sample_of(f"{header}\n", "a" + ",0" * count + "\n", "b" + ",1" * count + "\n").ids == ("a", "b")
+
+
 def test_the_header_must_be_the_samples(tmp_path):
     path = write(tmp_path / "run.csv", [(1, 7), (2, 0), (3, 9)])
     with pytest.raises(UserError, match="header is 'ImageId,Label', expected 'id,Label'"):

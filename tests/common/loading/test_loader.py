@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.loading import orders
+from common.loading.collate import collate
 from common.loading.loader import Loader
 from common.loading.mixing import MixUp
 from tests.common.loading.datasets import ROWS, Batches, Everything, Holey, Numbers, digest
@@ -386,3 +387,11 @@ def test_weights_of_a_dataset_of_batches():
     dataset.weights = np.linspace(0.5, 2, 64)
     batch = next(Loader(dataset, orders.shuffled(64), 7, seed=0).epoch(0))
     np.testing.assert_array_equal(batch.weights, dataset.weights[batch.index])
+
+
+def test_masked_arrays_are_refused_where_values_are_masked():
+    """Geographic files are read so; what lies under the mask was trained on in silence."""
+    whole = np.ma.masked_equal(np.float32([1, 2]), -1)
+    assert torch.equal(collate([whole, whole]), torch.tensor([[1.0, 2.0]] * 2))
+    with pytest.raises(UserError, match="a sample holds a masked array: .*filled"):
+        collate([whole, np.ma.masked_equal(np.float32([1, -1]), -1)])

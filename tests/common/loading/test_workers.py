@@ -299,6 +299,7 @@ def test_workers_end_with_their_trainer_and_hold_no_lock(tmp_path, method, doing
 def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quota, ranks, workers, threads):
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda process: set(range(there)), raising=False)
     monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "OLDER", tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     if quota:
@@ -312,6 +313,18 @@ def test_workers_and_threads_fit_on_the_cores(monkeypatch, tmp_path, there, quot
     assert device.workers_of(given, card) == 5 and device.threads_of(given, workers) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert device.threads_of(config, 0) == 1
+
+
+@pytest.mark.parametrize("quota, count", [("150000", 2), ("400000", 4), ("-1", 16)])
+def test_the_quota_of_older_containers_counts_too(monkeypatch, tmp_path, quota, count):
+    """With cgroups of version 1, where every core of the machine was taken."""
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "OLDER", tmp_path, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (tmp_path / "cpu.cfs_quota_us").write_text(quota + "\n")
+    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores.cores() == count
 
 
 class KilledOnce(Numbers):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
-from common.vision.datasets import ImageDataset, binary
+from common.vision.datasets import ImageDataset, binary, refuse_lost_masks
 from common.vision.store import ImageStore
 
 
@@ -59,6 +60,28 @@ def test_masks_of_files_are_on_where_they_are_not_black(tmp_path, high, size):
     expected = torch.zeros(1, height, width, dtype=torch.uint8)
     expected[0, height // 5 : height * 3 // 5, width * 4 // 15 : width * 2 // 3] = 1
     assert torch.equal(dataset[0][1], expected) and not dataset[1][1].any()
+
+
+@pytest.mark.parametrize("high, bits", [(3, 8), (76, 8), (1, 16), (255, 16), (20_000, 16)])
+def test_masks_that_would_all_be_empty_are_refused(tmp_path, high, bits):
+    """Class numbers and 0 and 1 in 16 bits are no 0 and 255; the network learnt that there is nothing."""
+    names = [(tmp_path / f"{row}.png",) for row in range(3)]
+    for (path,), value in zip(names, (0, high, 1), strict=True):
+        cv2.imwrite(str(path), np.full((200, 300), value, np.uint8 if bits == 8 else np.uint16))
+    dataset = ImageDataset(ImageStore(names), masks=ImageStore(names, (10, 15)), of_mask=binary)
+    with pytest.raises(UserError, match=f"1.png: the brightest pixel of this mask is {high} in {bits} bits"):
+        refuse_lost_masks(dataset)
+
+
+@pytest.mark.parametrize("high, kind", [(0, np.uint8), (1, np.uint8), (255, np.uint8), (65535, np.uint16)])
+def test_masks_of_one_small_thing_are_not_refused(tmp_path, high, kind):
+    """Resized, it is darker than half."""
+    mask = np.zeros((200, 300), kind)
+    mask[5, 5] = high
+    names = [(tmp_path / "broken.png",), (tmp_path / "a.png",)]
+    names[0][0].write_bytes(b"no image")
+    cv2.imwrite(str(names[1][0]), mask)
+    refuse_lost_masks(ImageDataset(ImageStore(names), masks=ImageStore(names, (10, 15)), of_mask=binary))
 
 
 def test_a_row_of_a_store_is_never_written_to(paths, tmp_path):

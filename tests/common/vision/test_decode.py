@@ -67,6 +67,23 @@ def test_tiffs_are_turned_only_where_that_is_asked_for(tmp_path, picture, order,
     assert np.array_equal(decode((tmp_path / "a.tif",))[:, :, 0], upright)
 
 
+@pytest.mark.parametrize("order, mark", [("<", b"II*\0"), (">", b"MM\0*")])
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_the_transparency_of_a_tiff_is_dropped_as_that_of_a_png(tmp_path, picture, order, mark, extra):
+    """OpenCV multiplies the colours of a TIFF by its alpha: a wholly transparent one was black."""
+    facts = {256: WIDTH, 257: HEIGHT, 258: 8, 259: 1, 262: 2, 273: 150, 274: 1, 277: 4, 278: HEIGHT}
+    facts |= {279: HEIGHT * WIDTH * 4, 338: extra}
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, 4 if tag == 279 else 3, 1)
+        + struct.pack(f"{order}{'I' if tag == 279 else 'H2x'}", value)
+        for tag, value in facts.items()
+    )
+    pixels = np.dstack([picture, np.zeros((HEIGHT, WIDTH), np.uint8)]).tobytes()
+    data = mark + struct.pack(f"{order}IH", 8, len(facts)) + entries
+    (tmp_path / "a.tif").write_bytes(data.ljust(150, b"\0") + pixels)
+    assert np.array_equal(decode(tmp_path / "a.tif"), picture)
+
+
 def with_thumbnail(jpeg: bytes) -> bytes:
     """The JPEG with another complete JPEG in its header, as cameras write it."""
     thumbnail = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
