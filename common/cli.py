@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from typing import TextIO
 
 from common import competition as competitions
 from common import config as configs
@@ -310,23 +310,22 @@ def main(argv: list[str]) -> int:
             print(end="", flush=True)
     except OSError as error:
         reason = str(error.strerror or error)
-        if not _takes_lines():
+        if not _takes("\n", sys.stdout):
             told = f"the output cannot be written ({reason}): give it a place and repeat the same command"
         elif error.errno in FULL or reason.startswith(NO_TEMPORARY):
             told = f"{error}: free disk space, or set TMPDIR to a folder on another disk, and repeat the same command"
         else:
             raise
-        with suppress(OSError):  # stderr may go where the output goes
-            print(f"error: {told}", file=sys.stderr, flush=True)
+        _takes(f"error: {told}\n", sys.stderr)  # which may go where the output goes
         return 1
 
 
-def _takes_lines() -> bool:
-    """Whether stdout takes a line; if not, what is left for it goes nowhere, as Python's own flush would fail too."""
+def _takes(words: str, stream: TextIO) -> bool:
+    """Print; whether the stream takes it. If not, the rest goes nowhere: Python's own flush at the end would fail."""
     try:
-        print(flush=True)
+        print(words, end="", file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True
 

@@ -22,8 +22,6 @@ from competitions.inclusive_images.model import TagNet, take_weights
 if TYPE_CHECKING:
     from competitions.inclusive_images.config import TagConfig
 
-COLUMNS = "image_id", "labels"  # of the sample submissions
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -73,13 +71,8 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
             "too; --fold 0 leaves them out"
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
-    sample, again = Sample.read(raw, sample_name), "get them with make data COMP=inclusive_images"
-    if sample.columns != COLUMNS:  # without a header, the first image would be taken for it
-        raise UserError(
-            f"{raw.path}/{sample_name} line 1: the header is {','.join(sample.columns)!r}, expected "
-            f"{','.join(COLUMNS)!r}: mend the file, or get it again with make data COMP=inclusive_images"
-        )
-    test_paths = images_of(test_folder, sample.ids, sample_name, again, lenient=raw.lenient)
+    test_ids, again = Sample.read(raw, sample_name).ids, "get them with make data COMP=inclusive_images"
+    test_paths = images_of(test_folder, test_ids, sample_name, again, lenient=raw.lenient)
     return Rows(
         index,
         ids=[str(image) for own, _, _ in parts for image in own.ids],

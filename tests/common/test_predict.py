@@ -251,13 +251,16 @@ def test_the_runs_of_an_average_name_its_file_as_long_as_a_file_system_takes_it(
 
 @pytest.mark.parametrize(("higher", "decider"), [(True, "two"), (False, "one")])
 def test_the_run_with_the_best_score_decides(higher, decider, capsys):
+    """The order in RUN= does not matter, and a run that trained on all rows has no rules of its own."""
     task = SimpleNamespace(metrics=[SimpleNamespace(higher_is_better=higher)])
     members = [
         Member(SimpleNamespace(name=name, result={"score": score, "tuned": {"of": name}}), task, None)
         for name, score in (("one", 0.1), ("two", 0.7), ("three", 0.4))
     ]
-    assert predict._rules_of(members)[1] == {"of": decider}
-    assert f"decisions by the rules tuned in {decider}" in capsys.readouterr().out
+    members.append(Member(SimpleNamespace(name="none", result={"score": None, "tuned": {}}), task, None))
+    for order in (members, members[::-1]):
+        assert predict._rules_of(order)[1] == {"of": decider}
+        assert f"decisions by the rules tuned in {decider}" in capsys.readouterr().out
 
 
 class Unreadable:

@@ -189,9 +189,10 @@ def test_what_workers_are_sent_is_measured(monkeypatch):
     assert worker.is_large_pickle(worker.Reader(Large(), 0, False), 3)
     assert not worker.is_large_pickle(worker.Reader(Large(), 0, False), 2)
     said = []
-    with Loader(Large(), orders.sequential(8), 4, seed=0, workers=3, start_method="spawn", log=said.append) as loader:
+    monkeypatch.setattr(worker, "LARGE_PICKLE", 100_000)
+    with Loader(Large(), orders.sequential(8), 4, seed=0, workers=2, start_method="spawn", log=said.append) as loader:
         assert len(list(loader.epoch(0))) == 2
-    assert len(said) == 1 and "3 workers get copies of Large" in said[0]
+    assert len(said) == 1 and "2 workers get copies of Large" in said[0]
 
 
 TRAINER = """

@@ -101,21 +101,6 @@ def test_an_unreadable_test_image_is_named_before_the_training(folder, here):
     assert code == 1 and TEST_NAMES[0] in output.strip().splitlines()[-1]
 
 
-def test_averaged_runs_are_decided_by_the_better_ones_rules(folder, here):
-    """The order in RUN= does not matter, and a run that trained on all rows has no rules of its own."""
-    words = ["train", "clouds", "--data", str(folder), *FLAGS, "--epochs", "1"]
-    for name, more in (("one", []), ("two", ["--seed", "1"]), ("none", ["--fold", "none"])):
-        code, output = run(*words, "--run", name, *more)
-        assert code == 0, output
-    best = max(("one", "two"), key=lambda name: json.load(open(f"runs/clouds/{name}/result.json"))["score"])
-    tables = set()
-    for names in ("none,one,two", "two,none,one"):
-        code, output = run("predict", "clouds", "--run", names)
-        assert code == 0 and f"decisions by the rules tuned in {best}" in output, output
-        tables.add(Path(f"submissions/clouds/{names.replace(',', '+')}.csv").read_text())
-    assert len(tables) == 1
-
-
 def test_a_class_that_is_missing_from_folds_is_trained_and_scored_all_the_same(folder, here):
     """Sugar is on one image only: one fold cannot train on it, the other folds cannot validate it."""
     rows = [row if "_Sugar" not in row or row.startswith(NAMES[1]) else row.split(",")[0] + "," for row in train_rows()]

@@ -452,7 +452,7 @@ def test_a_sample_submission_without_its_header_is_refused(raw, tmp_path):
     shutil.copytree(raw.path, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     sample = tmp_path / "data" / "stage_1_sample_submission.csv"
     sample.write_text(sample.read_text().partition("\n")[2])
-    with pytest.raises(UserError, match="line 1: the header is '.*', expected 'image_id,labels'"):
+    with pytest.raises(UserError, match="line 1: .* is a row, expected the names of the columns first"):
         rows.read(SMOKE, RawData(tmp_path / "data", "inclusive_images"), str)
 
 
