@@ -138,9 +138,9 @@ class RawData:
         if deeper := [own for own in names if own.lower().endswith(f"/{name.lower()}")]:
             top = deeper[0][: -len(name) - 1]  # the whole folder was packed or unpacked, not its content
             pass_it = f"or pass DATA={self.path / top}" if self._archive is None else f"or unpack it and pass its {top}"
-        packed = [own for own in names if own.lower().startswith(f"{name.lower()}.")]  # train.csv.zip
-        if packed := packed or [own for own in names if not deeper and own.lower().endswith(ARCHIVES)]:
-            pass_it = f"or unpack {packed[0]} and pass DATA=/path/to/folder"
+        elif packed := [own for own in names if own.lower().endswith(ARCHIVES)]:
+            own = min(packed, key=lambda own: not own.lower().startswith(f"{name.lower()}."))  # first train.csv.zip
+            pass_it = f"or unpack {own} and pass DATA=/path/to/folder"
         return UserError(
             f"{self.path} has no {name} (found: {', '.join(names[:8]) or 'nothing'}): get the files with "
             f"make data COMP={self.competition}, {pass_it}"
