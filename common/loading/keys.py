@@ -10,9 +10,15 @@ so a sample's numbers do not depend on the process that draws them, the order, o
 """
 
 import numpy as np
+import torch
 from scipy.special import ndtri
+from torch import Tensor
 
-WORD = 2**64
+from common.batch import on_device
+from common.loading.transfer import to_device
+
+CPU = torch.device("cpu")
+HALF, WORD = 2**32, 2**64
 VECTOR_LIMIT = 32  # words per sample above which jumping numpy's own generator from sample to sample is faster
 
 # Streams above 2**32 are the library's own; a dataset's numbered streams lie below.
@@ -51,7 +57,8 @@ class Keys:
 
     Row b of every result depends on sample b's key alone, so the numbers are the same for any batching. Every call
     without a `stream` takes the next unused one; number the streams when not every batch makes the same calls.
-    The results are numpy arrays [B, *shape]; `torch.from_numpy` shares their memory.
+    The results are numpy arrays [B, *shape], or tensors for the methods `..._on` a device. A CUDA card draws them
+    itself, so that the host need not: the same bits, except that normal numbers are equal only up to rounding.
     """
 
     def __init__(self, seed: int, epoch: int, index: np.ndarray, draw: np.ndarray | int = 0):
@@ -65,46 +72,78 @@ class Keys:
 
     def words(self, shape: tuple[int, ...] = (), stream: int | None = None) -> np.ndarray:
         """Uniform 64-bit words, uint64 [B, *shape]: the first words of each sample's generator at this stream."""
-        if stream is None:
-            stream, self._unnamed = self._unnamed, self._unnamed + 1
-        count = int(np.prod(shape))
-        if count > VECTOR_LIMIT:
-            keyed, rows = KeyedGenerator(), np.empty((len(self), count), np.uint64)
-            for row, index, draw in zip(rows, self.index.tolist(), self.draw.tolist(), strict=True):
-                row[:] = keyed.jump(self.seed, self.epoch, index, draw, stream).bit_generator.random_raw(count)
-            return rows.reshape(len(self), *shape)
-        blocks = -(-count // 4)
-        counter = np.empty((4, len(self), blocks), np.uint64)
-        counter[0] = np.arange(1, blocks + 1)  # numpy's Philox increments before it draws
-        counter[1], counter[2], counter[3] = self.draw[:, None], self.index[:, None], stream
-        rows = philox(self.seed % WORD, self.epoch, counter).transpose(1, 2, 0).reshape(len(self), 4 * blocks)
-        return rows[:, :count].reshape(len(self), *shape)
+        return self._words(shape, stream, CPU).numpy().view(np.uint64)
 
     def uniform(self, shape: tuple[int, ...] = (), stream: int | None = None) -> np.ndarray:
         """Uniform in [0, 1), float64 [B, *shape]."""
-        return (self.words(shape, stream) >> 11) * 2.0**-53
+        return self.uniform_on(CPU, shape, stream).numpy()
+
+    def uniform_on(self, device: torch.device, shape: tuple[int, ...] = (), stream: int | None = None) -> Tensor:
+        """The numbers of `uniform` as a tensor on the device."""
+        return on_device(self._drawn(shape, stream, device) * 2.0**-53, device)
 
     def normal(self, shape: tuple[int, ...] = (), stream: int | None = None) -> np.ndarray:
         """Standard normal, float64 [B, *shape], by inversion: one word a number, so nothing is ever rejected."""
-        return ndtri(((self.words(shape, stream) >> 11) + 0.5) * 2.0**-53)
+        return self.normal_on(CPU, shape, stream).numpy()
+
+    def normal_on(self, device: torch.device, shape: tuple[int, ...] = (), stream: int | None = None) -> Tensor:
+        """The numbers of `normal` as a tensor on the device."""
+        places = (self._drawn(shape, stream, device) + 0.5) * 2.0**-53
+        drawn = torch.special.ndtri(places) if places.is_cuda else torch.from_numpy(ndtri(places.numpy()))
+        return on_device(drawn, device)
 
     def integers(self, low: int, high: int, shape: tuple[int, ...] = (), stream: int | None = None) -> np.ndarray:
         """Uniform in low..high-1, int64 [B, *shape]; ranges are at most 2**40, where the bias is below 2**-13."""
         return low + (self.uniform(shape, stream) * (high - low)).astype(np.int64)
 
+    def _drawn(self, shape: tuple[int, ...], stream: int | None, device: torch.device) -> Tensor:
+        """Whole numbers of 53 bits, float64 [B, *shape], on a CUDA device or on the CPU."""
+        words = self._words(shape, stream, device if device.type == "cuda" else CPU)
+        return (words >> 11 & 2**53 - 1).double()
 
-def philox(seed: int, epoch: int, counter: np.ndarray) -> np.ndarray:
-    """Philox 4x64-10 of many counters at once: uint64 [4, ...] to uint64 [4, ...]."""
-    multipliers = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], np.uint64).reshape(2, *[1] * (counter.ndim - 1))
-    low_half, high_half = multipliers & 0xFFFFFFFF, multipliers >> 32
+    def _words(self, shape: tuple[int, ...], stream: int | None, device: torch.device) -> Tensor:
+        """Words of 64 bits, int64 [B, *shape]."""
+        if stream is None:
+            stream, self._unnamed = self._unnamed, self._unnamed + 1
+        count = int(np.prod(shape))
+        if count > VECTOR_LIMIT and device.type == "cpu":
+            keyed, rows = KeyedGenerator(), np.empty((len(self), count), np.uint64)
+            for row, index, draw in zip(rows, self.index.tolist(), self.draw.tolist(), strict=True):
+                row[:] = keyed.jump(self.seed, self.epoch, index, draw, stream).bit_generator.random_raw(count)
+            return torch.from_numpy(rows.view(np.int64)).reshape(len(self), *shape)
+        blocks = -(-count // 4)
+        counter = torch.empty((4, len(self), blocks), dtype=torch.int64, device=device)
+        counter[0] = torch.arange(1, blocks + 1, device=device)  # numpy's Philox increments before it draws
+        counter[1:3] = to_device(np.stack([self.draw, self.index]).astype(np.int64), device)[:, :, None]
+        counter[3] = stream
+        rows = philox(self.seed, self.epoch, counter).permute(1, 2, 0).reshape(len(self), 4 * blocks)
+        return rows[:, :count].reshape(len(self), *shape)
+
+
+def philox(seed: int, epoch: int, counter: Tensor) -> Tensor:
+    """Philox 4x64-10 of many counters at once, [4, ...] to [4, ...], on their device.
+
+    The words are unsigned, but int64 here: sums and products wrap to the same bits, and `upper` shifts without a sign.
+    """
+    keys = [[seed + turn * 0x9E3779B97F4A7C15, epoch + turn * 0xBB67AE8584CAA73B] for turn in range(10)]
+    multipliers = [0xD2E7470EE14C6C93, 0xCA5A826395121157]
+    halves = [[word % HALF for word in multipliers], [word // HALF for word in multipliers]]
+    constants = np.array([[word % WORD for word in pair] for pair in [*halves, multipliers, *keys]], np.uint64)
+    constants = to_device(constants.view(np.int64), counter.device).reshape(13, 2, *[1] * (counter.ndim - 1))
+    low_half, high_half, multipliers, *keys = constants
     even, odd = counter[0::2], counter[1::2]  # words 0, 2 and words 1, 3: [2, ...]
-    for turn in range(10):
-        keys = [(seed + turn * 0x9E3779B97F4A7C15) % WORD, (epoch + turn * 0xBB67AE8584CAA73B) % WORD]
-        # The high words of 64 x 64 bit products: numpy has no 128-bit integers, so by halves.
-        a, b = even & 0xFFFFFFFF, even >> 32
-        middle = b * low_half + (a * low_half >> 32)
-        high = b * high_half + (middle >> 32) + (a * high_half + (middle & 0xFFFFFFFF) >> 32)
+
+    def lower(words: Tensor) -> Tensor:
+        return words & HALF - 1
+
+    def upper(words: Tensor) -> Tensor:
+        return words >> 32 & HALF - 1
+
+    for key in keys:
+        # The high words of 64 x 64 bit products, by halves.
+        a, b = lower(even), upper(even)
+        middle = b * low_half + upper(a * low_half)
+        high = b * high_half + upper(middle) + upper(a * high_half + lower(middle))
         low = even * multipliers
-        even = high[::-1] ^ odd ^ np.array(keys, np.uint64).reshape(multipliers.shape)
-        odd = low[::-1]
-    return np.stack([even[0], odd[0], even[1], odd[1]])
+        even, odd = high.flip(0) ^ odd ^ key, low.flip(0)
+    return torch.stack([even[0], odd[0], even[1], odd[1]])

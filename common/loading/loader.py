@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batch import Batch, Tree, map_tree
+from common.batch import Batch, Tree, map_tree, tensors_of
 from common.loading.binding import refuse_generators
 from common.loading.checks import (
     CHECKED_BATCHES,
@@ -40,7 +40,8 @@ from common.loading.stream import Stream, Workers
 from common.loading.transfer import beside, to_card
 from common.loading.worker import CheckKey, PieceKey, Reader, joined
 
-SAMPLES_AT_ONCE = 1024  # small batches are made together on a card, where launching a kernel costs more than its run
+# Small batches are made together on a card, where launching a kernel costs more than its run.
+SAMPLES_AT_ONCE, BYTES_AT_ONCE = 4096, 2**22  # of uint8 inputs: what is computed in between takes some fifty times that
 
 
 def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: Any) -> Iterator[Batch]:
@@ -88,7 +89,7 @@ class Loader:
         if self.in_batches:
             refuse_generators(dataset)
         on_card = self.in_batches and self.device.type != "cpu"
-        self._batches_at_once = max(1, SAMPLES_AT_ONCE // batch_size) if on_card else 1
+        self._samples_at_once = SAMPLES_AT_ONCE if on_card else 0
         self.dataset = dataset.to(self.device) if on_card and hasattr(dataset, "to") else dataset
         self.batches_per_epoch = len(self._bounds(0)) - 1
         self.workers = 0 if self.in_batches else min(workers, len(self._plan(0).index))
@@ -134,16 +135,18 @@ class Loader:
 
     def _with_batch(self, epoch: int, start: int) -> Iterator[Batch]:
         """Batches that the dataset makes itself; on a card several small ones at once."""
-        keys = self._keys(epoch, start)
+        keys, batches = self._keys(epoch, start), 1  # at once; the first one is not kept waiting
         if not self._is_checked:
             for key in islice(self._keys(epoch, start), CHECKED_BATCHES):
                 check_batch(self.dataset, Keys(self.seed, epoch, key.index, key.draw))
             self._is_checked = True
-        while several := list(islice(keys, self._batches_at_once)):
+        while several := list(islice(keys, batches)):
             index, draw = (np.concatenate([getattr(key, name) for key in several]) for name in ("index", "draw"))
             if not len(index):  # an empty shard needs tensors of the right shapes too, for the engine
                 index = draw = np.zeros(1, np.int64)
             made, done = made_of(self.dataset, Keys(self.seed, epoch, index, draw)), 0
+            nbytes = sum(tensor.nbytes for tensor in tensors_of(made)) // len(index)
+            batches = max(1, min(self._samples_at_once, BYTES_AT_ONCE // max(1, nbytes)) // self.batch_size)
             for key in several:
                 rows = slice(done, done + len(key.index))
                 inputs, targets = map_tree(lambda tensor: tensor[rows], made)  # noqa: B023

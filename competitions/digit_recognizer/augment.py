@@ -7,13 +7,11 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.loading.keys import Keys
-from common.loading.transfer import to_device
 
 SIZE = 28  # pixels of a side
 CONTROL_POINTS = 5  # of the elastic field, per side: about one per stroke of a digit
@@ -32,12 +30,13 @@ class Strength:
 
 def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
     """Rotate, scale, shear, shift and bend every image by its own key; uint8 [B, 1, 28, 28] to the same."""
+    device, (x, y) = images.device, _places(images.device)
     # float64 costs nothing for [B] numbers, and keeps the six coefficients exact to float32.
-    draws = keys.uniform((6,), stream=0) * 2 - 1
+    draws = keys.uniform_on(device, (6,), stream=0) * 2 - 1
     turn = draws[:, 0] * math.radians(strength.rotation)
-    stretch_x, stretch_y = np.exp(draws[:, 1] * strength.scale), np.exp(draws[:, 2] * strength.scale)
+    stretch_x, stretch_y = (draws[:, 1:3] * strength.scale).exp().unbind(1)
     shear = draws[:, 3] * strength.shear
-    cos, sin = np.cos(turn), np.sin(turn)
+    cos, sin = turn.cos(), turn.sin()
     coefficients = [
         stretch_x * cos,
         stretch_x * (shear - sin),
@@ -46,12 +45,10 @@ def augment(images: Tensor, keys: Keys, strength: Strength) -> Tensor:
         stretch_y * cos,
         draws[:, 5] * strength.shift,
     ]
-    device, (x, y) = images.device, _places(images.device)
-    xx, xy, x0, yx, yy, y0 = to_device(np.array(coefficients, np.float32), device)[:, :, None, None]
+    xx, xy, x0, yx, yy, y0 = torch.stack(coefficients).float()[:, :, None, None]
     from_x, from_y = xx * x + xy * y + x0, yx * x + yy * y + y0  # [B, 28, 28]
     if strength.elastic:
-        bend = keys.normal((2, CONTROL_POINTS, CONTROL_POINTS), stream=1).astype(np.float32)
-        bend = to_device(bend, device) * strength.elastic
+        bend = keys.normal_on(device, (2, CONTROL_POINTS, CONTROL_POINTS), stream=1).float() * strength.elastic
         bend = F.interpolate(bend, size=(SIZE, SIZE), mode="bicubic", align_corners=True)  # [B, 2, 28, 28]
         from_x, from_y = from_x + bend[:, 0], from_y + bend[:, 1]
     return _sampled(images, from_x, from_y).round_().to(torch.uint8)

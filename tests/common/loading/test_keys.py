@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.loading.keys import KeyedGenerator, Keys, keyed_seed
+from common.loading.keys import CPU, KeyedGenerator, Keys, keyed_seed
 
 numbers = st.integers(0, 2**40)
 
@@ -34,6 +35,17 @@ def test_numbers_do_not_depend_on_the_batching(seed, size, cut, shape):
     whole, parts = Keys(seed, 3, index), [Keys(seed, 3, index[:cut]), Keys(seed, 3, index[cut:])]
     for draw in (Keys.uniform, Keys.normal, lambda keys, shape: keys.integers(-5, 17, shape)):
         np.testing.assert_array_equal(draw(whole, shape), np.concatenate([draw(part, shape) for part in parts]))
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 5, 5)])
+def test_a_card_draws_the_same_numbers(shape, monkeypatch):
+    """The way of the numbers on a card, run on the CPU: never by numpy's own generator, and torch's inverse."""
+    keys = [Keys(-7, 5, np.array([0, 3, 2**40]), 9) for _ in range(2)]
+    uniform, normal = keys[0].uniform(shape), keys[0].normal(shape)
+    monkeypatch.setattr("common.loading.keys.VECTOR_LIMIT", 10**9)
+    monkeypatch.setattr("common.loading.keys.ndtri", lambda x: torch.special.ndtri(torch.from_numpy(x)).numpy())
+    assert torch.equal(keys[1].uniform_on(CPU, shape), torch.from_numpy(uniform))
+    torch.testing.assert_close(keys[1].normal_on(CPU, shape), torch.from_numpy(normal), rtol=1e-13, atol=1e-15)
 
 
 def test_a_state_left_in_the_middle_has_no_influence():

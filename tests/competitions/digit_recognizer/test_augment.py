@@ -39,7 +39,7 @@ def test_batches_made_on_a_card_are_those_of_one_sample_at_a_time(images, streng
     alone = Digits(images, labels, strength)
     order = orders.weighted(np.ones(300), 150)  # some rows are drawn twice, with different random numbers
     loader = Loader(Digits(images, labels, strength).to("cpu"), order, 16, seed=3)
-    loader._batches_at_once = at_once
+    loader._samples_at_once = 16 * at_once
     batches, plan = list(loader.epoch(5)), order(3, 5)
     assert [(batch.number, len(batch)) for batch in batches] == [(n, 16) for n in range(9)] + [(9, 6)]
     assert torch.cat([batch.index for batch in batches]).tolist() == plan.index.tolist()
@@ -54,7 +54,7 @@ def test_the_loader_moves_the_data_to_its_device(images):
     """The meta device, which has shapes but no values, stands in for a GPU."""
     data = Digits(images, strength=FULL)
     loader = Loader(data, orders.sequential(300), 64, seed=0, device="meta")
-    assert data.images.device.type == data.labels.device.type == "meta" and loader._batches_at_once == 16
+    assert data.images.device.type == data.labels.device.type == "meta" and loader._samples_at_once == 4096
     changed, targets = data.batch(np.arange(5), Keys(0, 0, np.arange(5)))
     assert changed.device.type == targets.device.type == "meta" and changed.shape == (5, 1, 28, 28)
 
