@@ -35,8 +35,9 @@ def multiplied(folder: Path) -> None:
     """Repeat the rows of train.csv; if their images are files, then these and the sample submission too."""
     parts = [part for part in sorted(folder.iterdir()) if part.is_dir()]
     rows = len((folder / "train.csv").read_text().splitlines()) - 1
-    images = len({file.stem.rpartition("_")[0] or file.stem for file in parts[0].iterdir()}) if parts else rows
-    copies = range(1, -(-(IMAGES if parts else ROWS) // images))
+    files = [file.stem for part in parts if "train" in part.name for file in part.iterdir()]
+    images = len({stem.rpartition("_")[0] or stem for stem in files})  # of four files each where colours are files
+    copies = range(1, -(-(IMAGES if parts else ROWS) // (images or rows)))
     copies = [str(number) if parts else "" for number in copies]
     for file in (file for part in parts for file in sorted(part.iterdir())):
         for prefix in copies:
@@ -47,15 +48,19 @@ def multiplied(folder: Path) -> None:
         (folder / name).write_text("\n".join([header, *lines, *again]) + "\n")
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    """Seconds of one call, the mean of many in a row, after some that are not counted."""
-    for counted in (6, repeats):
+def seconds_of(work: Callable[[], Any], device: torch.device, least: float = 2.0) -> float:
+    """Seconds of one call, the mean of `least` seconds of them in a row, after some that are not counted."""
+
+    def taken(count: int) -> float:
         started = time.perf_counter()
-        for _ in range(counted):
+        for _ in range(count):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / repeats
+        return (time.perf_counter() - started) / count
+
+    taken(3)
+    return taken(max(3, int(least / taken(3))))
 
 
 def measured(name: str, recipe: str, epochs: int) -> dict[str, Any]:
@@ -67,7 +72,9 @@ def measured(name: str, recipe: str, epochs: int) -> dict[str, Any]:
     multiplied(data)
     config = competition.recipes[recipe]
     config = replace(config, fold="0", epochs=epochs or config.epochs)
-    found = RawData(data, name, is_demo=True)  # so that nothing starts from downloaded weights
+    if hasattr(config, "encoder_weights"):
+        config = replace(config, encoder_weights="none")
+    found = RawData(data, name, is_demo=True)
     task = completed(competition.build(config, found, print), found)
     use_threads(config, needs_workers(task))
     training = Training(task, config, Run(folder, {}), 0, SINGLE)
@@ -93,8 +100,9 @@ def predicted(training: Training) -> dict[str, Any]:
     batch = next(training._loader(epochs=1).epoch(0))
     size = min(predictor.batch_size, len(batch))
     inputs = predictor._cut(batch.inputs, 0, size)
-    alone = size / seconds_of(lambda: predictor._average(inputs), device, 5)
-    rows = np.arange(len(task.data.test))
+    alone = size / seconds_of(lambda: predictor._average(inputs), device)
+    count = len(task.data.test)
+    rows = np.resize(np.arange(count), count if needs_workers(task) else ROWS)
     started = time.perf_counter()
     found = sum(len(index) for index, *_ in predictor.batches(task.data.test, rows))
     whole = found / (time.perf_counter() - started)

@@ -19,6 +19,14 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
+def places_of(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where modules hold the tensors of `named_tensors`, to look them up faster; [] if some are made on demand."""
+    holders = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
+    places = {id(tensor): (holder, name) for holder in holders for name, tensor in holder.items()}
+    found = [places.get(id(tensor)) for tensor in named_tensors(model).values()]
+    return [] if None in found else found
+
+
 class Average:
     """The mean of a model's weights over the steps: an exponential moving average, or the plain mean with decay None.
 
@@ -29,17 +37,20 @@ class Average:
     def __init__(self, model: nn.Module, decay: float | None):
         self.decay, self.updates = decay, 0
         self.tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+        self._places = places_of(model)
+        kinds = [tensor.is_floating_point() or tensor.is_complex() for tensor in self.tensors.values()]
+        self._floating, self._counts = ([i for i, kind in enumerate(kinds) if kind == of] for of in (True, False))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Add the model's current weights to the average; call it once per optimizer step."""
+        """Add the model's present weights to the average; call it once per optimizer step, with the same model."""
         self.updates += 1
         share = 1 / self.updates if self.decay is None else (1 - self.decay) / (1 - self.decay**self.updates)
-        current = named_tensors(model)
-        floating = [name for name, tensor in current.items() if tensor.is_floating_point() or tensor.is_complex()]
-        torch._foreach_lerp_([self.tensors[name] for name in floating], [current[name] for name in floating], share)
-        if counts := list(current.keys() - set(floating)):
-            torch._foreach_copy_([self.tensors[name] for name in counts], [current[name] for name in counts])
+        current = [holder[name] for holder, name in self._places] or list(named_tensors(model).values())
+        means = list(self.tensors.values())
+        torch._foreach_lerp_([means[i] for i in self._floating], [current[i] for i in self._floating], share)
+        if self._counts:
+            torch._foreach_copy_([means[i] for i in self._counts], [current[i] for i in self._counts])
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from common.engine.precision import SMALLEST_FACTOR
 from common.errors import UserError
 
-STEPS_BEHIND = 8  # how many steps the host may be ahead of the card
+# How far the host may be ahead of the card: in steps, and in bytes of their batches, which the card holds until then.
+STEPS_AHEAD, BYTES_AHEAD = 64, 2**28
 
 
 class Place(NamedTuple):
@@ -51,13 +52,13 @@ def judge(place: Place, value: float, norm: float, factor: float | None = None) 
 class Outcomes:
     """Losses and gradient norms of the last steps on a card, which are copied to the host without waiting for them.
 
-    The card itself skips an update that is not finite; the host learns of it up to STEPS_BEHIND steps later.
+    The card itself skips an update that is not finite; the host learns of it up to STEPS_AHEAD steps later.
     """
 
     def __init__(self, device: torch.device, with_factor: bool):
         self.overflow = torch.zeros((), device=device)  # 1 when the last step was not finite
         self._unit = torch.ones((), device=device)
-        rows = torch.zeros(STEPS_BEHIND, 3 if with_factor else 2, dtype=torch.float64)
+        rows = torch.zeros(STEPS_AHEAD, 3 if with_factor else 2, dtype=torch.float64)
         rows = rows.pin_memory() if device.type == "cuda" else rows
         module = torch.get_device_module(device)
         self._stream = partial(module.current_stream, device)  # it need not be the current device
@@ -72,9 +73,9 @@ class Outcomes:
         torch._amp_foreach_non_finite_check_and_unscale_([outcome], self.overflow, self._unit)
         return outcome
 
-    def note(self, place: Place, outcome: Tensor) -> None:
-        """Send the outcome of a step to the host, and judge all steps whose outcome has arrived."""
-        if not self._free:
+    def note(self, place: Place, outcome: Tensor, nbytes: int = 0) -> None:
+        """Send the outcome of a step over `nbytes` to the host, and judge all steps whose outcome has arrived."""
+        while len(self._waiting) >= max(2, min(STEPS_AHEAD, BYTES_AHEAD // max(1, nbytes))):
             self._judge_oldest()
         row, arrived = self._free.popleft()
         row.copy_(outcome, non_blocking=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.batch import Batch, check_rows
+from common.batch import Batch, check_rows, tensors_of
 from common.engine import memory
 from common.engine.checks import check_model, check_optimizer
 from common.engine.finite import Outcomes, Place, judge, total_norm
@@ -136,7 +136,8 @@ class Engine:
     def noted(self, batch: Batch, step_number: int, value: Tensor, norm: float | Tensor, outcome: Any) -> StepReport:
         """The report of a step, which may still be running on the card."""
         if self.outcomes:
-            self.outcomes.note(Place(step_number, batch.epoch, batch.number), outcome)
+            nbytes = sum(tensor.nbytes for tensor in tensors_of((batch.inputs, batch.targets)))
+            self.outcomes.note(Place(step_number, batch.epoch, batch.number), outcome, nbytes)
         return StepReport(value, norm, self.micro_batch)
 
     def settle(self) -> None:

@@ -1,41 +1,35 @@
 """Samples to batches: trees of arrays, tensors and numbers become one tree of tensors [B, ...]."""
 
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from common.batch import Tree
 from common.errors import UserError
 
 NUMBERS = (bool, int, float)
 ARRAYS = (Tensor, np.ndarray, np.generic)
-SMALL_BYTES = 2**20  # of a tensor: below it, a second copy is cheaper than making a tensor of every sample
 
 
-def collate(samples: list[Any], shared: Callable[[int], bool] = lambda nbytes: False) -> Tree:
-    """Stack samples to one tree; dtypes stay. A tensor whose size `shared` accepts goes straight to shared memory."""
+def collate(samples: list[Any]) -> Tree:
+    """Stack samples to one tree; dtypes stay."""
     first, kinds = samples[0], {type(sample) for sample in samples}
     if kinds <= set(NUMBERS):
         return torch.tensor(samples)
     if isinstance(first, (dict, tuple, list)):
         _check_containers(samples)
         if isinstance(first, dict):
-            return {name: collate([sample[name] for sample in samples], shared) for name in first}
-        return tuple(collate(list(part), shared) for part in zip(*samples, strict=True))
+            return {name: collate([sample[name] for sample in samples]) for name in first}
+        return tuple(collate(list(part)) for part in zip(*samples, strict=True))
     if np.ma.MaskedArray in kinds and any(map(np.ma.is_masked, samples)):  # tensors have no mask
         raise UserError("a sample holds a masked array: give it values instead, with .filled(0), or .filled(np.nan)")
     if len(kinds) > 1 or not isinstance(first, ARRAYS) or len({sample.dtype for sample in samples}) > 1:
         samples = _of_one_type(samples)
         first = samples[0]
     _check_alike(samples, [tuple(sample.shape) for sample in samples])
-    nbytes = first.nbytes * len(samples)
-    if nbytes >= SMALL_BYTES and shared(nbytes):  # torch's own collate does so in a worker: one copy less
-        return default_collate(samples if isinstance(first, Tensor) else [as_tensor(sample) for sample in samples])
     return torch.stack(samples) if isinstance(first, Tensor) else as_tensor(np.stack(samples))
 
 
@@ -69,7 +63,7 @@ def _check_containers(samples: list[Any]) -> None:
 
 
 def join(trees: list[Tree], pinned: bool = False) -> Tree:
-    """Concatenate trees of tensors [n, ...]; with `pinned`, several trees go directly to page-locked memory."""
+    """Concatenate trees of tensors [n, ...]; borrowed ones are always copied, with `pinned` to page-locked memory."""
     first = trees[0]
     if isinstance(first, (dict, tuple, list)):
         _check_containers(trees)
@@ -77,7 +71,7 @@ def join(trees: list[Tree], pinned: bool = False) -> Tree:
         return {name: join([tree[name] for tree in trees], pinned) for name in first}
     if isinstance(first, (tuple, list)):
         return tuple(join(list(parts), pinned) for parts in zip(*trees, strict=True))
-    if len(trees) == 1:
+    if len(trees) == 1 and not hasattr(first, "is_borrowed"):
         return first
     _check_alike(trees, [tuple(tensor.shape[1:]) for tensor in trees])
     if not pinned:

@@ -10,13 +10,10 @@ import torch
 
 from common.errors import UserError, first_line
 from common.loading import worker
-from common.loading.worker import Answer, Key, Piece, Reader
+from common.loading.slots import Slots
+from common.loading.worker import Answer, Key, Reader
 
 PIECES_AHEAD = 3  # per worker: two batches ready and one being loaded
-CROWDED = (
-    "shared memory (/dev/shm) is too small for these samples, so they go through slower pipes: give the container "
-    "more (docker run --shm-size 1g), or use --workers 0"
-)
 
 
 class Stream:
@@ -36,16 +33,12 @@ class Stream:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            reason, remedy = first_line(error), "use fewer --workers or a smaller --batch-size"
-            if "Bus error" in reason:
-                remedy = "shared memory is full: use --workers 0, or a container with a larger --shm-size"
             raise UserError(
-                f"a worker process was killed, usually because memory ran out: {remedy} ({reason})"
+                "a worker process was killed, usually because memory ran out: use fewer --workers or a smaller "
+                f"--batch-size ({first_line(error)})"
             ) from error
         if isinstance(answer, UserError):
             raise answer
-        if isinstance(answer, Piece) and answer.crowded:
-            self._log(CROWDED)
         return key, answer
 
 
@@ -94,12 +87,13 @@ class Workers:
                 f"{self._count} workers get copies of {type(self._reader.dataset).__name__}, more than 1 GiB together, "
                 "since processes are not forked here: use fewer --workers, or open large arrays in __setstate__"
             )
+        is_main = threading.current_thread() is threading.main_thread()
         return torch.utils.data.DataLoader(
             self._reader,
             batch_size=None,
             sampler=_Latest(),
             collate_fn=_as_it_is,
-            worker_init_fn=partial(worker.start_worker, threading.current_thread() is threading.main_thread()),
+            worker_init_fn=partial(worker.start_worker, is_main, Slots(self._count)),
             num_workers=self._count,
             prefetch_factor=PIECES_AHEAD,
             persistent_workers=True,

@@ -23,6 +23,8 @@ def to_card(batch: Batch, device: torch.device) -> Batch:
 
     `index` stays on the host: the card does not need it, and reading it back would wait for the card.
     """
+    if all(tensor.device == device for tensor in tensors_of((batch.inputs, batch.targets, batch.weights))):
+        return batch
     nbytes = sum(tensor.nbytes for tensor in tensors_of((batch.inputs, batch.targets)) if not tensor.is_cuda)
     fits = nbytes <= PREFETCH_LIMIT * torch.cuda.get_device_properties(device).total_memory
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from contextlib import nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import get_worker_info
 
-from common.batch import Tree, map_tree, tensors_of
+from common.batch import Tree, map_tree
 from common.errors import BadImage, UserError
 from common.loading.binding import Binding, kept_global_state
 from common.loading.checks import digest
 from common.loading.collate import collate, join
+from common.loading.slots import KNOWN, Slots
 
 PIPE_BYTES = 2**16
-SHARED_MEMORY = "/dev/shm"  # Docker's default has 64 MB
 PR_SET_PDEATHSIG = 1
 LARGE_PICKLE = 2**30  # bytes sent to all workers together when they start
 
@@ -62,7 +61,6 @@ class Piece(NamedTuple):
     targets: Tree
     kept: list[int]
     skipped: list[tuple[int, str]]
-    crowded: bool  # shared memory had no room for it
 
 
 class CheckKey(NamedTuple):
@@ -119,12 +117,10 @@ class Reader(torch.utils.data.Dataset):
                 if not self.skip_bad_images:
                     raise
                 skipped.append((index, str(error)))
-        inputs, targets = collate(samples or [self._any_sample()], has_room)
+        inputs, targets = collate(samples or [self._any_sample()])
         if not samples:  # an empty piece needs tensors of the right shapes too, for the engine
             inputs, targets = map_tree(lambda tensor: tensor[:0].clone(), (inputs, targets))
-        tensors = tensors_of((inputs, targets))
-        crowded = bool(get_worker_info()) and not all(t.is_shared() or has_room(t.nbytes) for t in tensors)
-        return Piece(inputs, targets, kept, skipped, crowded)
+        return Piece(inputs, targets, kept, skipped)
 
     def _load(self, epoch: int, index: int, draw: int = 0) -> tuple[Tree, Tree]:
         generator = self._binding.rekey(epoch, index, draw)
@@ -158,16 +154,17 @@ class Reader(torch.utils.data.Dataset):
         return found
 
 
-def start_worker(tied: bool, worker: int) -> None:
+def start_worker(tied: bool, slots: Slots, worker: int) -> None:
     """Set up a worker process. It uses one thread, since more would only compete with other workers for the cores.
 
     `tied` workers are those started by the main thread: the kernel ends them with the thread that made them.
+    Large tensors are sent in `slots`.
     """
     import cv2
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    ForkingPickler.register(Tensor, _sent)
+    ForkingPickler.register(Tensor, partial(_sent, slots, worker))
     # A worker whose parent was killed may wait for ever at a pipe that other workers keep open.
     if tied and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -184,23 +181,14 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def has_room(nbytes: int) -> bool:
-    """Whether shared memory has room for `nbytes` of every worker at the same time, twice over."""
-    info = get_worker_info()
-    if info is None:
-        return False
-    try:
-        found = os.statvfs(SHARED_MEMORY)
-    except OSError:  # macOS keeps it elsewhere
-        return True
-    return found.f_bavail * found.f_frsize >= 2 * info.num_workers * nbytes
-
-
-def _sent(tensor: Tensor) -> tuple:
-    """Small tensors travel inside the message: in shared memory each costs a file descriptor and 0.5 ms."""
-    if tensor.is_shared() or (tensor.nbytes > PIPE_BYTES and has_room(tensor.nbytes)):
-        return reduce_tensor(tensor)
+def _sent(slots: Slots, worker: int, tensor: Tensor) -> tuple:
+    if tensor.nbytes > PIPE_BYTES and (slot := slots.lend(tensor, worker)) is not None:
+        return _borrowed, (slots.number, slot, tensor.dtype, tensor.shape)
     return _received, (tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def _borrowed(number: int, slot: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return KNOWN[number].borrow(slot, dtype, shape)
 
 
 def _received(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:

@@ -17,17 +17,15 @@ class Blackout(A.DualTransform):
     """
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        masks = data["mask"]  # [H, W, 4]
-        present = np.flatnonzero(masks.any((0, 1)))
-        if not len(present):
-            return {"region": np.zeros(masks.shape[:2], bool)}
-        return {"region": masks[:, :, self.py_random.choice(present.tolist())] > 0}
+        masks = cv2.split(data["mask"])  # of 0 and 1; an order of magnitude faster than numpy on [H, W, 4]
+        present = [mask for mask in masks if cv2.hasNonZero(mask)]
+        return {"kept": 1 - self.py_random.choice(present) if present else np.ones_like(masks[0])}
 
-    def apply(self, img: np.ndarray, region: np.ndarray, **params: Any) -> np.ndarray:
-        return np.where(region[:, :, None], np.uint8(0), img)
+    def apply(self, img: np.ndarray, kept: np.ndarray, **params: Any) -> np.ndarray:
+        return cv2.bitwise_and(img, img, mask=kept)
 
-    def apply_to_mask(self, mask: np.ndarray, region: np.ndarray, **params: Any) -> np.ndarray:
-        return np.where(region[:, :, None], np.uint8(0), mask)
+    def apply_to_mask(self, mask: np.ndarray, kept: np.ndarray, **params: Any) -> np.ndarray:
+        return cv2.bitwise_and(mask, mask, mask=kept)
 
 
 def pipeline(strength: str, blackout: float) -> A.Compose:

@@ -1,8 +1,7 @@
 """Images and masks as samples: decoded at the network's input size, augmented, uint8 until they are on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,19 +38,17 @@ def packed(mask: np.ndarray) -> Tensor:
 
 
 def cloud_images(
-    paths: Sequence[Path],
-    size: tuple[int, int],
+    images: ImageStore,
     runs: Runs | None = None,
     transform: Callable[..., dict[str, Any]] | None = None,
 ) -> ImageDataset:
-    """Samples of `size` (height, width): input uint8 [3, H, W] and a target that depends on its use.
+    """Samples of a store with a size: input uint8 [3, H, W] and a target that depends on its use.
 
     With `transform` (training): uint8 [H, W], one bit per class (see loss.pack).
     With runs but without a transform (validation): {"masks": uint8 [4, 350, 525], "packed": uint8 [H, W]}, the truth
     at the size of the submission and at that of the loss.
     Without runs (test images): an empty tensor.
     """
-    images = ImageStore(paths, size, upright=False)
     if runs is None or transform is None:
-        return ImageDataset(images, None if runs is None else Truth(runs, size))
-    return ImageDataset(images, masks=Masks(runs, size), transform=transform, of_mask=packed)
+        return ImageDataset(images, None if runs is None else Truth(runs, images.size))
+    return ImageDataset(images, masks=Masks(runs, images.size), transform=transform, of_mask=packed)

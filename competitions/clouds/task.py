@@ -18,6 +18,7 @@ from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision import rle
 from common.vision.backbones import probe
+from common.vision.store import ImageStore
 from common.vision.tta import FLIPS, Flip
 from common.vision.weights import start_encoder
 from competitions.clouds import decision, loss, plots, reader, tuning
@@ -39,7 +40,11 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         log("demo: the encoder starts from scratch (--encoder-weights none), as generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)
     files = reader.read(raw, log)
-    valid = cloud_images(files.train_paths, config.size, files.runs)
+    store = partial(
+        ImageStore, size=config.size, cache=raw.cache, limit_gb=config.cache_gb, upright=False, announce=log
+    )
+    images = store(files.train_paths)
+    valid = cloud_images(images, files.runs)
 
     def tune(predictions: dict[str, Any], rows: Any) -> dict[str, Any]:
         return tuning.tune(predictions, lambda i: files.runs.masks(int(rows[i]), reader.SUBMISSION_SIZE), config.seed)
@@ -56,11 +61,11 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     pixels = reader.SUBMISSION_SIZE[0] * reader.SUBMISSION_SIZE[1]
     return Task(
         data=Data(
-            train=cloud_images(files.train_paths, config.size, files.runs, pipeline(config.augment, config.blackout)),
+            train=cloud_images(images, files.runs, pipeline(config.augment, config.blackout)),
             valid=valid,
             ids=files.images,
             folds=multilabel_stratified(files.images, files.runs.present(), config.folds, config.seed),
-            test=cloud_images(files.test_paths, config.size),
+            test=cloud_images(store(files.test_paths)),
             test_ids=files.test_images,
             mix=CutMix(probability=config.cutmix) if config.cutmix else None,
         ),

@@ -108,3 +108,32 @@ def test_no_dropout_before_batchnorm_while_estimating():
     rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(2))
     reestimate_batchnorm(model, [rows])
     torch.testing.assert_close(model[1].running_var, rows.var(0))
+
+
+class OnDemand(nn.Module):
+    """Saves a tensor that no module holds, and replaces its buffer at every call."""
+
+    def __init__(self, saves: bool):
+        super().__init__()
+        self.saves = saves
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, inputs):
+        self.seen = self.seen + inputs
+        return self.seen
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.saves:
+            destination[prefix + "twice"] = self.seen * 2
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_replaced_tensors_and_those_made_on_demand_are_averaged(saves):
+    model = OnDemand(saves)
+    average = Average(model, None)
+    for _ in range(3):
+        model(torch.ones(2))
+        average.update(model)
+    assert torch.equal(average.tensors["seen"], torch.full((2,), 2.0))
+    assert not saves or torch.equal(average.tensors["twice"], torch.full((2,), 4.0))

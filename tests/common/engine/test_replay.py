@@ -179,13 +179,16 @@ def test_the_outcome_is_awaited_on_the_stream_of_its_own_device(monkeypatch):
     assert asked == [engine.device] and recorded == ["its stream"]
 
 
-def test_the_host_is_never_far_ahead():
+@pytest.mark.parametrize("room, most", [(2**30, 64), (8 * 3 * make_batch(8).inputs.nbytes, 24), (1, 2)])
+def test_the_host_is_never_far_ahead(room, most, monkeypatch):
+    """Neither in steps nor in bytes of their batches."""
+    monkeypatch.setattr("common.engine.finite.BYTES_AHEAD", room)
     engine = ahead(make_model(), lambda outputs, targets: cross_entropy(outputs, targets) * float("nan"))
     engine.outcomes._free = deque((row, Late()) for row, _ in engine.outcomes._free)
     with pytest.raises(UserError, match="not finite in step 1 "):
-        for step in range(20):
+        for step in range(99):
             engine.step(make_batch(8), step)
-    assert step == 8
+    assert step == most
 
 
 def test_fp16_scale_follows_the_same_rule_without_waiting():

@@ -16,6 +16,7 @@ from common.config import Config
 from common.errors import UserError
 from common.loading import cores, orders, stream, worker
 from common.loading.loader import Loader
+from common.loading.slots import SLOTS, Slots
 from tests.common.loading.datasets import Numbers, digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
@@ -155,18 +156,36 @@ class Images(Numbers):
         return {"image": image, "half": torch.full((40_000,), index, dtype=torch.bfloat16)}, (index, image[0] > 9)
 
 
-@pytest.mark.parametrize("free, lines", [(10**12, 0), (3 * 10**6, 1), (0, 1)])
-def test_small_shared_memory_is_survived_with_one_line(monkeypatch, free, lines):
+def refuse(*_):
+    raise AssertionError("this costs a millisecond, and memory of /dev/shm")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("slots, nbytes", [(16, 2**26), (1, 2**26), (16, 3 * 320 * 320 * 2)])
+def test_samples_travel_in_slots_or_through_pipes(monkeypatch, method, slots, nbytes):
+    """As many as there are, and as large: a piece of four images has no room in a slot of two."""
     expected = [digest(batch) for batch in Loader(Images(32), orders.shuffled(32), 8, seed=0).epoch(0)]
-    found = os.statvfs("/")
-    small = os.statvfs_result((found[0], 1, *found[2:4], free, *found[5:]))
-    monkeypatch.setattr(worker.os, "statvfs", lambda path: small)
-    said = []
-    with Loader(Images(32), orders.shuffled(32), 8, seed=0, workers=2, log=said.append) as loader:
-        for _ in range(2):
+    monkeypatch.setattr("common.loading.slots.SLOTS", slots)
+    monkeypatch.setattr("common.loading.slots.SLOT_BYTES", nbytes)
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", refuse)
+    with Loader(Images(32), orders.shuffled(32), 8, seed=0, workers=2, start_method=method) as loader:
+        for _ in range(3):
             assert [digest(batch) for batch in loader.epoch(0)] == expected
-    assert len(said) == lines
-    assert all("--shm-size" in line and "--workers 0" in line for line in said)
+            next(loader.epoch(1))  # what is loaded and never asked for leaves its slots too
+        kept = [batch for _ in range(3) for batch in loader.epoch(0)]  # more than there are slots
+        assert [digest(batch) for batch in kept] == 3 * expected
+
+
+def test_a_slot_is_free_once_its_tensor_is_gone():
+    slots = Slots(2)
+    tensor = torch.arange(60_000, dtype=torch.float64).reshape(3, 20_000)[:, ::2]
+    numbers = [slots.lend(tensor, 1) for _ in range(SLOTS)]
+    assert numbers == [*range(SLOTS, 2 * SLOTS)] and slots.lend(tensor, 1) is None
+    borrowed = [slots.borrow(number, tensor.dtype, tensor.shape) for number in numbers]
+    assert all(torch.equal(one, tensor) for one in borrowed) and slots.lend(tensor, 0) == 0
+    del borrowed[3]
+    assert slots.lend(tensor + 1, 1) == numbers[3] and slots.lend(tensor, 1) is None
+    assert all(torch.equal(one, tensor) for one in borrowed)
 
 
 class Unsendable(Numbers):
@@ -203,6 +222,7 @@ from common import device, run
 from common.config import Config
 from common.loading import orders
 from common.loading.loader import Loader
+from common.loading.slots import SLOTS, Slots
 
 class Data:
     def __len__(self):
@@ -349,12 +369,3 @@ def test_a_loader_goes_on_after_a_worker_was_killed(tmp_path):
         with pytest.raises(UserError, match="a worker process was killed"):
             list(loader.epoch(0))
         assert [digest(batch) for batch in loader.epoch(0)] == [digest(batch) for batch in plain.epoch(0)]
-
-
-def test_a_worker_killed_for_want_of_shared_memory_is_told():
-    def broken():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
-        yield
-
-    with pytest.raises(UserError, match="shared memory is full: use --workers 0.*--shm-size"):
-        stream.Stream(broken(), print).receive()

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
 from common.raw import RawData
+from common.vision.store import ImageStore
 from competitions.clouds import reader
 from competitions.clouds.augment import Blackout, pipeline
 from competitions.clouds.dataset import cloud_images
@@ -25,10 +26,14 @@ def files(folder):
     return reader.read(RawData(folder, "clouds"))
 
 
+def at_64x96(paths):
+    return ImageStore(paths, (64, 96), upright=False)
+
+
 @pytest.mark.parametrize("strength", ["none", "light", "strong"])
 @pytest.mark.parametrize("blackout", [0.0, 1.0])
 def test_training_samples(files, strength, blackout):
-    data = cloud_images(files.train_paths, (64, 96), files.runs, pipeline(strength, blackout))
+    data = cloud_images(at_64x96(files.train_paths), files.runs, pipeline(strength, blackout))
     for row in range(len(data)):
         image, target = data[row]
         assert image.dtype == torch.uint8 and image.shape == (3, 64, 96)
@@ -145,22 +150,22 @@ def test_blackout_of_an_empty_image_changes_nothing():
 def test_a_flip_moves_image_and_masks_together(files):
     import albumentations as A
 
-    plain = cloud_images(files.train_paths, (64, 96), files.runs, A.Compose([]))
-    flipped = cloud_images(files.train_paths, (64, 96), files.runs, A.Compose([A.HorizontalFlip(p=1)]))
+    plain = cloud_images(at_64x96(files.train_paths), files.runs, A.Compose([]))
+    flipped = cloud_images(at_64x96(files.train_paths), files.runs, A.Compose([A.HorizontalFlip(p=1)]))
     assert torch.equal(plain[1][0].flip(-1), flipped[1][0])
     assert torch.equal(plain[1][1].flip(-1), flipped[1][1])
 
 
 def test_validation_and_test_samples(files):
-    image, target = cloud_images(files.train_paths, (64, 96), files.runs)[2]
+    image, target = cloud_images(at_64x96(files.train_paths), files.runs)[2]
     assert (target["masks"].numpy() == files.runs.masks(2, (350, 525))).all()
     assert target["masks"].dtype == torch.uint8
-    test = cloud_images(files.test_paths, (64, 96))
+    test = cloud_images(at_64x96(files.test_paths))
     assert len(test) == 2 and test[0][0].shape == (3, 64, 96)
 
 
 def batches(files, **settings):
-    data = cloud_images(files.train_paths, (64, 96), files.runs, pipeline("strong", 0.5))
+    data = cloud_images(at_64x96(files.train_paths), files.runs, pipeline("strong", 0.5))
     with Loader(data, orders.shuffled(np.arange(len(data))), 4, seed=5, **settings) as loader:
         return [(batch.inputs, batch.targets) for epoch in range(2) for batch in loader.epoch(epoch)]
 
@@ -186,7 +191,7 @@ def test_odd_images_become_three_channels_of_the_working_size(files, kind):
         path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
     else:
         cv2.imwrite(str(path), cv2.resize(pixels, (1000, 500) if kind == "larger" else (90, 300)))
-    image, _ = cloud_images(files.train_paths, (64, 96), files.runs, pipeline("none", 0))[0]
+    image, _ = cloud_images(at_64x96(files.train_paths), files.runs, pipeline("none", 0))[0]
     assert image.shape == (3, 64, 96) and image.dtype == torch.uint8 and image.float().std() > 5
 
 
@@ -194,5 +199,5 @@ def test_an_unreadable_image_is_named(files):
     path = files.train_paths[0]
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(UserError, match=path.name):
-        cloud_images(files.train_paths, (64, 96), files.runs)[0]
+        cloud_images(at_64x96(files.train_paths), files.runs)[0]
     assert path.name == sorted(NAMES)[0]
