@@ -115,6 +115,7 @@ def gpu(found: dict[str, Any]) -> list[str]:
     for row in (row for row in found.get("steps", ()) if "ratio" in row):
         line = steps.setdefault((row["network"], row["data"]), {"network": row["network"], "data on the": row["data"]})
         line[row["loop"]] = row["ratio"]
+        line |= {name: row[name] for name in ("commit",) if name in row}  # of an older row
     others = [[row for row in found.get(part, ()) if "skipped" not in row] for part in ("memory", "trainings")]
     tables = [figures.table(rows) for rows in ([*steps.values()], *others) if rows]
     return [line for table in tables for line in (*table, "")][:-1] + _source(found, "gpu")

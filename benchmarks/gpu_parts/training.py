@@ -81,12 +81,12 @@ def measured(name: str, recipe: str, epochs: int) -> dict[str, Any]:
     for _ in range(config.epochs):
         training._epoch()
     state, device = training.state, training.device
-    row = {"images/s": state.history[-1]["samples_per_second"], "peak GiB": peak_memory(device)}
-    row["seconds"] = state.seconds
+    row = {"images/s": round(state.history[-1]["samples_per_second"]), "peak GiB": peak_memory(device)}
+    row["seconds"] = round(state.seconds, 1)
     batch = next(training.loader.epoch(config.epochs))
     training._train(True)
     # Adding up the losses is part of an epoch.
-    row["ready images/s"] = len(batch) / seconds_of(lambda: training._step(batch), device)
+    row["ready images/s"] = round(len(batch) / seconds_of(lambda: training._step(batch), device))
     training._collect()
     row["of ready"] = row["images/s"] / row["ready images/s"]
     training.loader.close()
@@ -106,7 +106,7 @@ def predicted(training: Training) -> dict[str, Any]:
     started = time.perf_counter()
     found = sum(len(index) for index, *_ in predictor.batches(task.data.test, rows))
     whole = found / (time.perf_counter() - started)
-    return {"predicted/s": whole, "ready predicted/s": alone, "of ready predicted": whole / alone}
+    return {"predicted/s": round(whole), "ready predicted/s": round(alone), "of ready predicted": whole / alone}
 
 
 if __name__ == "__main__":
