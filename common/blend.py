@@ -27,7 +27,7 @@ from common.config import Config
 from common.defaults import completed
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import expanded, number_in
 from common.inference import decisions_of
 from common.loading import folds
@@ -236,7 +236,9 @@ def _members(competition: Competition, named: str | None) -> list[Run]:
             raise UserError(f"no run of {name} holds out every fold: make train COMP={name} FOLD=all")
         lead = runs.load(name, best[0])
         found = [lead, *(run for run in there if run.name != lead.name and not _unlike(lead, run))]
-        print(f"blending {', '.join(run.name for run in found)}")
+        out = [f"{run.name} (other {unlike})" for run in there if (unlike := _unlike(lead, run))]
+        left_out = f"; not comparable with {lead.name}: {some(out)}" * bool(out)
+        print(f"blending {', '.join(run.name for run in found)}{left_out}")
     for run in found:
         if unlike := _unlike(found[0], run):
             raise UserError(f"runs {found[0].name} and {run.name} have different {unlike}: blend runs with the same")

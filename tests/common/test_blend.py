@@ -239,6 +239,17 @@ def test_ids_that_the_code_names_otherwise_now_are_refused(monkeypatch):
     assert not Path("runs/toy/refused").exists()
 
 
+def test_runs_that_are_left_out_are_named(request, capsys):
+    folder = Path(shutil.copytree("runs/toy/weak", "runs/toy/folds"))
+    (folder / "run.json").write_text(
+        json.dumps(json.loads((folder / "run.json").read_text()) | {"folds_fingerprint": "x"})
+    )
+    request.addfinalizer(partial(shutil.rmtree, folder.absolute()))
+    blended("without-folds", run=None, by="mean")
+    told = capsys.readouterr().out
+    assert "; not comparable with " in told and ": folds (other folds)" in told
+
+
 def test_what_does_not_go_together_is_refused(request):
     for name, change in (("folds", "folds_fingerprint"), ("rows", "data_fingerprint"), ("unpredicted", "")):
         folder = Path(shutil.copytree("runs/toy/weak", f"runs/toy/{name}"))
