@@ -33,6 +33,7 @@ from common.inference import decisions_of
 from common.loading import folds
 from common.loading.loader import in_order
 from common.metrics import Metric, without_ones
+from common.mistakes import names_or_numbers
 from common.page import finish_page
 from common.predict import Member, write_submission
 from common.predictions import (
@@ -394,7 +395,7 @@ def _report(member: Member, result: dict[str, Any], chosen: Blend) -> None:
     page.table(["member", weight, "alone", "the blend without it", "costs"], rows)
     if by_class:
         page.heading("Weights of every class")
-        classes = task.names or [str(label) for label in range(chosen.weights.shape[1])]
+        classes = names_or_numbers(task.names, chosen.weights.shape[1])
         page.table(["class", *names], zip(classes, *weights.values(), strict=True))
     page.heading("Correlation of the predictions")
     page.table(["", *names], [(name, *row) for name, row in zip(names, chosen.correlation.tolist(), strict=True)])

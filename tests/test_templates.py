@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import competitions
-from common import cli, competition, config, new
+from common import cli, competition, config, new, raw
 from common.config import folds_to_train
 from common.files import read_json
 from tests import test_competitions
@@ -350,3 +350,11 @@ def test_a_competition_may_get_another_name(here, capsys):
         file.write_text(file.read_text().replace("lynx", "wolf"))
     assert cli.main(["predict", "wolf"]) == 0, capsys.readouterr().err
     assert [folder.name for folder in (here / "data" / "demo").iterdir()] == ["wolf"]
+
+
+@pytest.mark.parametrize(("kind", "names"), [("images", ("ring",)), ("table", ("price",))])
+def test_the_report_has_the_names_of_the_columns(here, kind, names):
+    new.new("lynx", kind)
+    found = competition.load("lynx")
+    task = found.build(found.recipes["smoke"], raw.find("lynx", None, found.write_demo, print), print)
+    assert task.names == names

@@ -131,6 +131,14 @@ def test_every_class_on_its_own():
     assert "Weights of every class" in Path("runs/toy/classes/report.html").read_text()
 
 
+def test_names_that_do_not_fit_are_numbers_as_in_the_report_of_a_run(monkeypatch):
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), names=("only one",)))
+    blended("few-names", by="nnls", per_class=True)
+    page = Path("runs/toy/few-names/report.html").read_text()
+    assert "Weights of every class" in page and "only one" not in page
+
+
 def labelled(metric):
     """The toy's build with its classes as labels of 0 and 1."""
     whole = toy.build
