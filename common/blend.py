@@ -27,12 +27,13 @@ from common.config import Config
 from common.defaults import completed
 from common.device import use_threads
 from common.ensemble import PLAIN, RANKS, Blend, Choose, Fitted, Space, power
-from common.errors import UserError
+from common.errors import UserError, some
 from common.files import expanded, number_in
 from common.inference import decisions_of
 from common.loading import folds
 from common.loading.loader import in_order
 from common.metrics import Metric, without_ones
+from common.mistakes import names_or_numbers
 from common.page import finish_page
 from common.predict import Member, write_submission
 from common.predictions import (
@@ -236,7 +237,9 @@ def _members(competition: Competition, named: str | None) -> list[Run]:
             raise UserError(f"no run of {name} holds out every fold: make train COMP={name} FOLD=all")
         lead = runs.load(name, best[0])
         found = [lead, *(run for run in there if run.name != lead.name and not _unlike(lead, run))]
-        print(f"blending {', '.join(run.name for run in found)}")
+        out = [f"{run.name} (other {unlike})" for run in there if (unlike := _unlike(lead, run))]
+        left_out = f"; not comparable with {lead.name}: {some(out)}" * bool(out)
+        print(f"blending {', '.join(run.name for run in found)}{left_out}")
     for run in found:
         if unlike := _unlike(found[0], run):
             raise UserError(f"runs {found[0].name} and {run.name} have different {unlike}: blend runs with the same")
@@ -392,7 +395,7 @@ def _report(member: Member, result: dict[str, Any], chosen: Blend) -> None:
     page.table(["member", weight, "alone", "the blend without it", "costs"], rows)
     if by_class:
         page.heading("Weights of every class")
-        classes = task.names or [str(label) for label in range(chosen.weights.shape[1])]
+        classes = names_or_numbers(task.names, chosen.weights.shape[1])
         page.table(["class", *names], zip(classes, *weights.values(), strict=True))
     page.heading("Correlation of the predictions")
     page.table(["", *names], [(name, *row) for name, row in zip(names, chosen.correlation.tolist(), strict=True)])

@@ -13,7 +13,7 @@ from common import config as configs
 from common import raw
 from common.config import Config
 from common.errors import UserError, did_you_mean
-from common.flags import Parser, add_flags
+from common.flags import Joined, Parser, add_flags
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
 
 SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make passes FORCE=1 as --force=1
@@ -104,7 +104,8 @@ def tune(name: str, argv: list[str]) -> None:
     """search for settings with Optuna: every trial is a run; the same command resumes it (takes train's flags too)"""
     competition = competitions.load(name)
     own = own_parser("tune", name)
-    own.add_argument("--search", metavar="SPACE", help="such as lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd")
+    what = "such as lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd"
+    own.add_argument("--search", metavar="SPACE", action=Joined, help=what)
     own.add_argument("--trials", type=int, default=30, help="number of trials, with those of earlier commands [30]")
     parser = verb_parser("tune", name, tune.__doc__, own=own)
     own.add_argument("--recipe")
@@ -134,8 +135,10 @@ def blend(name: str, argv: list[str]) -> None:
         "[hill]")  # fmt: skip
     parser.add_argument("--space", default="plain", help="what is averaged: plain, rank or power:P [plain]")
     parser.add_argument("--per-class", action="store_true", help="separate weights for every class")
-    parser.add_argument("--oof", metavar="FILE[,FILE]", help="CSV of an id and out-of-fold predictions made elsewhere")
-    parser.add_argument("--test", metavar="FILE[,FILE]", help="the predictions of test rows that belong to --oof")
+    what = "CSV of an id and out-of-fold predictions made elsewhere"
+    parser.add_argument("--oof", metavar="FILE[,FILE]", action=Joined, help=what)
+    what = "the predictions of test rows that belong to --oof"
+    parser.add_argument("--test", metavar="FILE[,FILE]", action=Joined, help=what)
     parser.add_argument("--name", metavar="NAME", help="name of the new run [next number and blend]")
     given = parser.parse_args(argv)
     from common import blend as blending

@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,8 @@ class Competition:
         return getattr(self.config, "VERBS", {})
 
     def build(self, config: Config, raw: "RawData", log: Callable[[str], Any]) -> "Task":
-        task = importlib.import_module(f"competitions.{self.name}.task").build(config, raw, log)
+        with _told_of_modules(self.name):
+            task = importlib.import_module(f"competitions.{self.name}.task").build(config, raw, log)
         if task is None:
             raise UserError(
                 f"build() of competitions/{self.name}/task.py returns nothing: end it with `return Task(...)`"
@@ -51,7 +53,8 @@ class Competition:
         return task
 
     def write_demo(self, folder: Path) -> None:
-        importlib.import_module(f"competitions.{self.name}.demo").write_demo(folder)
+        with _told_of_modules(self.name):
+            importlib.import_module(f"competitions.{self.name}.demo").write_demo(folder)
 
 
 def names() -> list[str]:
@@ -60,7 +63,28 @@ def names() -> list[str]:
 
 def load(name: str) -> Competition:
     """The competition of that name; does not import torch."""
-    return Competition(name, importlib.import_module(f"competitions.{name}.config"))
+    with _told_of_modules(name):
+        return Competition(name, importlib.import_module(f"competitions.{name}.config"))
+
+
+@contextmanager
+def _told_of_modules(name: str) -> Iterator[None]:
+    """Inside the block, a module that the competition's code imports and that is missing is raised as UserError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        parts, code = (error.name or "").split("."), f"competitions/{name}"
+        if parts[0] == "competitions" and len(parts) > 1 and not (COMPETITIONS / parts[1]).is_dir():
+            old = parts[1]
+            remedy = (
+                f"if its folder had that name, write {name} there too, grep -n {old} {code}/*.py, and rename "
+                f"data/{old}, runs/{old} and submissions/{old}"
+            )
+        elif parts[0] in ("competitions", "common"):
+            remedy = "correct the import, or write that file"
+        else:
+            remedy = "correct the import, or add its package to requirements.txt: make installs it"
+        raise UserError(f"the code of {code} imports {error.name}, which is not there: {remedy}") from error
 
 
 def known(name: str, verb: str) -> str:

@@ -60,6 +60,13 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
+class Joined(argparse.Action):
+    """A flag of values separated by commas that may be given again: "--oof a --oof b" is "--oof a,b"."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, ",".join(filter(None, (getattr(namespace, self.dest), values))))
+
+
 def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
     """Give `parser` a flag for every field of the config's class; the help shows `config`'s values as the defaults."""
     for item in fields(config):

@@ -59,7 +59,7 @@ def mistakes(
 def _classes(page, scores, truth, ids, names, images) -> None:
     """Add the confusion matrix, the quality of every class and the worst mistakes, from scores [m, C], truth [m]."""
     count = scores.shape[1]
-    names, found = _names(names, count), scores.argmax(1)
+    names, found = names_or_numbers(names, count), scores.argmax(1)
     confusion = np.zeros((count, count), np.int64)
     np.add.at(confusion, (truth, found), 1)
     page.heading("Classes")
@@ -97,7 +97,7 @@ def _classes(page, scores, truth, ids, names, images) -> None:
 
 def _labels(page, scores, truth, ids, names, images) -> None:
     """Add the quality of the labels and the rows with the highest log loss, from scores and truth [m, L]."""
-    names, counts = _names(names, scores.shape[1]), truth.sum(0)
+    names, counts = names_or_numbers(names, scores.shape[1]), truth.sum(0)
     frequent = np.argsort(-counts, kind="stable")[:LABELS_SCORED]
     rows = []
     for label in frequent[counts[frequent] > 0]:
@@ -123,7 +123,7 @@ def _labels(page, scores, truth, ids, names, images) -> None:
 def _numbers(page, found, truth, ids, names, images) -> None:
     """Add the residuals of numbers [m] or [m, T], column by column, and the rows that are furthest off."""
     found, truth = (values.reshape(len(values), -1) for values in (found, truth))
-    names, residuals = _names(names, found.shape[1]), found - truth
+    names, residuals = names_or_numbers(names, found.shape[1]), found - truth
     page.heading("Residuals")
     rows = [
         (name, r.mean(), np.abs(r).mean(), np.sqrt(np.square(r).mean()), 1 - r.var() / t.var() if t.var() else "")
@@ -144,7 +144,7 @@ def _numbers(page, found, truth, ids, names, images) -> None:
     _gallery(page, "worst", "The rows that are furthest off", header, worst, told, images)
 
 
-def _names(names: Sequence[str], count: int) -> list[str]:
+def names_or_numbers(names: Sequence[str], count: int) -> list[str]:
     return [str(name) for name in names] if len(names) == count else [str(number) for number in range(count)]
 
 

@@ -164,7 +164,8 @@ def all_runs(competition: str) -> list[Run]:
 
 
 def _read(path: Path) -> Run:
-    return Run(path, read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint", "created"))
+    facts = read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint", "created")
+    return Run(path, facts | {"competition": path.parent.name})  # whose folders may have been renamed since
 
 
 def folder_of(competition: str, name: str) -> Path:

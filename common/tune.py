@@ -8,6 +8,7 @@ The search is kept in runs/<competition>/tune.db, so the same command resumes it
 import argparse
 import hashlib
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -44,10 +45,10 @@ Space = dict[str, BaseDistribution]
 def space_of(search: str, config: Config) -> Space:
     """ "lr=1e-4:1e-2:log,dropout=0:0.5,optimizer=adamw|sgd" as distributions; raises UserError for invalid values.
 
-    low:high is a range of the setting's type, :log samples it on a logarithmic scale, a|b are choices.
+    low:high is a range of the setting's type, :log samples it on a logarithmic scale, a|b are choices, also of tuples.
     """
     hints, found = get_type_hints(type(config)), {}
-    for part in search.split(","):
+    for part in re.split(r",(?=[\s\w-]*=)", search):  # other commas are in values: size=256,256|384,384
         name, _, text = part.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
         if name not in vars(config):

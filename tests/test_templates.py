@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import competitions
-from common import cli, competition, config, new
+from common import cli, competition, config, new, raw
 from common.config import folds_to_train
 from common.files import read_json
 from tests import test_competitions
@@ -311,3 +311,50 @@ def test_a_mistake_in_the_page_is_one_line_before_the_training(here, capsys, kin
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: ") and all(word in told for word in words), told
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("task.py", "import xgb_of_nobody", ["imports xgb_of_nobody", "to requirements.txt"]),
+        (
+            "task.py",
+            "from competitions.lynx.mytools import x",
+            ["imports competitions.lynx.mytools", "write that file"],
+        ),
+        ("config.py", "import common.lossses", ["imports common.lossses", "correct the import"]),
+        ("demo.py", "import xgb_of_nobody.trees", ["imports xgb_of_nobody", "to requirements.txt"]),
+    ],
+)
+def test_a_module_that_is_missing_is_one_line(here, capsys, file, line, words):
+    new.new("lynx", "table")
+    code = here / "competitions" / "lynx" / file
+    code.write_text(f"{line}\n{code.read_text()}")
+    assert cli.main(["train", "lynx", "--recipe", "smoke"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and all(word in told for word in words), told
+
+
+def test_a_competition_may_get_another_name(here, capsys):
+    """Its imports are asked for, and its finished runs go on under the new name, with the data of that name."""
+    new.new("lynx", "table")
+    trained("lynx")
+    for folder in ("competitions", "data/demo", "runs"):
+        (here / folder / "lynx").rename(here / folder / "wolf")
+    for name in [name for name in sys.modules if name.startswith("competitions.lynx")]:
+        del sys.modules[name]  # as in the next process
+    assert cli.main(["predict", "wolf"]) == 1
+    told = capsys.readouterr().err
+    assert "imports competitions.lynx" in told and "grep -n lynx competitions/wolf/*.py" in told, told
+    for file in (here / "competitions" / "wolf").iterdir():
+        file.write_text(file.read_text().replace("lynx", "wolf"))
+    assert cli.main(["predict", "wolf"]) == 0, capsys.readouterr().err
+    assert [folder.name for folder in (here / "data" / "demo").iterdir()] == ["wolf"]
+
+
+@pytest.mark.parametrize(("kind", "names"), [("images", ("ring",)), ("table", ("price",))])
+def test_the_report_has_the_names_of_the_columns(here, kind, names):
+    new.new("lynx", kind)
+    found = competition.load("lynx")
+    task = found.build(found.recipes["smoke"], raw.find("lynx", None, found.write_demo, print), print)
+    assert task.names == names

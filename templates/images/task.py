@@ -66,4 +66,5 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         # until then `tuned` is {}: apply=lambda predictions, tuned: predictions > tuned.get("threshold", 0.5)
         postprocess=Postprocess(predict=lambda outputs: outputs.sigmoid()),
         metrics=(roc_auc(),),  # CHANGE: from common.metrics, or your own Metric; the first one is the score
+        names=LABELS,  # for the report; CHANGE: for one of C classes, their C names
     )

@@ -46,7 +46,7 @@ def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     )
     score = (rmse(),)  # CHANGE: from common.metrics, or your own Metric; the first one is the score
     # CHANGE: if the CSV wants True or False, apply=lambda values, tuned: values > 0.5; with .int() for 0 or 1
-    task = partial(Task, data, score, postprocess=Postprocess())
+    task = partial(Task, data, score, postprocess=Postprocess(), names=TARGETS)
     if config.model == "boosting":
         return task(fit_predict=partial(boosting, config, train, targets, test))
     return task(network=Network(partial(network, config, rows, targets), loss=MSE()))

@@ -131,6 +131,14 @@ def test_every_class_on_its_own():
     assert "Weights of every class" in Path("runs/toy/classes/report.html").read_text()
 
 
+def test_names_that_do_not_fit_are_numbers_as_in_the_report_of_a_run(monkeypatch):
+    whole = toy.build
+    monkeypatch.setattr(toy, "build", lambda *given: toy.changed(whole(*given), names=("only one",)))
+    blended("few-names", by="nnls", per_class=True)
+    page = Path("runs/toy/few-names/report.html").read_text()
+    assert "Weights of every class" in page and "only one" not in page
+
+
 def labelled(metric):
     """The toy's build with its classes as labels of 0 and 1."""
     whole = toy.build
@@ -237,6 +245,17 @@ def test_ids_that_the_code_names_otherwise_now_are_refused(monkeypatch):
     with pytest.raises(UserError, match="competitions/toy now makes other folds or ids than one was trained with"):
         blended("refused")
     assert not Path("runs/toy/refused").exists()
+
+
+def test_runs_that_are_left_out_are_named(request, capsys):
+    folder = Path(shutil.copytree("runs/toy/weak", "runs/toy/folds"))
+    (folder / "run.json").write_text(
+        json.dumps(json.loads((folder / "run.json").read_text()) | {"folds_fingerprint": "x"})
+    )
+    request.addfinalizer(partial(shutil.rmtree, folder.absolute()))
+    blended("without-folds", run=None, by="mean")
+    told = capsys.readouterr().out
+    assert "; not comparable with " in told and ": folds (other folds)" in told
 
 
 def test_what_does_not_go_together_is_refused(request):

@@ -32,7 +32,10 @@ def _here(tmp_path, monkeypatch):
             ["COMP=clouds has no backtest: only kdd_air_quality has", "make backtest COMP=kdd_air_quality"],
         ),
         (["predict"], ["COMP= is missing", "make predict COMP=clouds"]),
-        (["submit", "digits"], ["COMP=digits is not", "Did you mean digit_recognizer?", "make submit COMP="]),
+        (
+            ["submit", "digit_recogniser"],
+            ["COMP=digit_recogniser is not", "Did you mean digit_recognizer?", "COMP=digit_recognizer"],
+        ),
         (["train", "clouds", "--recipe", "smal"], ["RECIPE=smal", "small", "Did you mean small?"]),
         (["train", "clouds", "--recipe"], ["python -m common train clouds --help"]),
         (["train", "digit_recognizer", "--epoch", "1"], ["unknown flag --epoch", "Did you mean --epochs?"]),
@@ -174,3 +177,13 @@ def test_demo_data_take_the_recipe_that_is_made_for_them(tmp_path):
         assert cli.default_recipe(name, recipes, []) == "default"
     with_demo = [name for name in competitions.names() if "demo" in competitions.load(name).recipes]
     assert {"clouds", "inclusive_images", "kdd_air_quality"} <= set(with_demo)
+
+
+def test_lists_of_a_flag_that_is_given_twice_are_joined(monkeypatch):
+    """argparse would take the last one and drop the others in silence."""
+    seen = {}
+    monkeypatch.setattr("common.tune.tune", lambda *given: seen.update(search=given[3]))
+    monkeypatch.setattr("common.blend.blend", lambda competition, given: seen.update(oof=given.oof, test=given.test))
+    assert cli.main(["tune", "clouds", "--search", "lr=1e-4:1e-2", "--search=epochs=1:3,swa=0:0.5"]) == 0
+    assert cli.main(["blend", "clouds", "--oof", "a.csv", "--oof", "b.csv", "--test=c.csv"]) == 0
+    assert seen == {"search": "lr=1e-4:1e-2,epochs=1:3,swa=0:0.5", "oof": "a.csv,b.csv", "test": "c.csv"}

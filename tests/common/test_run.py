@@ -218,3 +218,9 @@ def test_the_commit_says_when_the_code_differs_from_it(tmp_path):
     assert runs.commit() == head[:12]
     (tmp_path / "code.py").write_text("2")
     assert runs.commit() == head[:12] + "+changes"
+
+
+def test_a_run_belongs_to_the_competition_whose_folder_it_is_in():
+    open_run("mine")
+    Path("runs/toy").rename("runs/renamed")
+    assert runs.load("renamed", "mine").provenance["competition"] == "renamed"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from common import tune
+from common import competition, tune
 from common.config import with_flags
 from common.errors import UserError
 from common.files import locked
@@ -84,6 +84,8 @@ def test_spaces_have_the_types_of_the_settings():
         "tta": optuna.distributions.CategoricalDistribution(["true", "false"]),
         "clip_norm": optuna.distributions.FloatDistribution(0, 1),
     }
+    sizes = tune.space_of("size=64,64|96,64, lr=0.1:1", competition.load("clouds").recipes["default"])
+    assert sizes["size"].choices == ("64,64", "96,64") and "lr" in sizes, "a comma may be in a value"
     flags = tune.flags_of({"lr": 0.00123456789, "rows": 31, "clip_norm": 0.5, "tta": "false"})
     assert flags == ["--lr=0.00123457", "--rows=31", "--clip-norm=0.5", "--tta=false"]
     parser = Parser()
@@ -104,6 +106,8 @@ def test_spaces_have_the_types_of_the_settings():
         ("optimizer=adamw|adamm", "did you mean adam"),
         ("optimizer=adam:adamw", "choices"),
         ("epochs=1:x", "--epochs x"),
+        ("epochs=1,2", "--epochs 1,2"),
+        ("lr=0.1:1,epochs", "--lr 1,epochs"),
     ],
 )
 def test_a_space_that_no_flag_takes_is_refused_before_anything_starts(space, words):

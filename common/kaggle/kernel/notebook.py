@@ -1,5 +1,6 @@
 """The training notebook, and what it shares with the prediction notebook: the archive of code and the wheels."""
 
+import ast
 import hashlib
 import os
 import re
@@ -121,7 +122,10 @@ if status == 0:
 
 
 def code(competition: str, root: Path = ROOT) -> dict[str, Path]:
-    """The files that a notebook of the competition needs: code and other files, by their paths in the checkout."""
+    """The files that a notebook of the competition needs: code and other files, by their paths in the checkout.
+
+    Raises UserError for an import of a module of the checkout that is not among them: Kaggle would not find it.
+    """
     others = re.compile(rf"competitions/(?!{competition}/)[^/]+/")
     files = {}
     for name in PACKED:
@@ -132,7 +136,30 @@ def code(competition: str, root: Path = ROOT) -> dict[str, Path]:
             foreign = hidden or others.match(own) or (file.is_symlink() and file != path)  # links may lead anywhere
             if file.is_file() and not foreign:
                 files[own] = file
+    home = f"competitions/{competition}/"
+    for own in [own for own in files if own.startswith(home) and own.endswith(".py")]:
+        for module in _imported(files[own]):
+            path = "/".join(module.split(".")[: 2 if module.startswith("competitions.") else 1])
+            is_here = any((root / path).glob("**/*.py")) or (root / f"{path}.py").is_file()
+            if is_here and not any(f"{name}/".startswith((f"{path}.py/", f"{path}/")) for name in files):
+                raise UserError(
+                    f"{own} imports {module}, but only common/ and {home} are uploaded to Kaggle: copy what it needs "
+                    f"into {home} and import it from there"
+                )
     return files
+
+
+def _imported(file: Path) -> set[str]:
+    """The modules that a Python file imports by their full names; none for notes that are no Python."""
+    found, tree = set(), ast.Module([], [])
+    with suppress(SyntaxError, ValueError):
+        tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{one.name}" for one in node.names}
+    return found
 
 
 def refuse_what_stays(competition: Competition, config: Config, internet: bool) -> None:

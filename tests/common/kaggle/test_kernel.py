@@ -441,6 +441,23 @@ def test_the_code_is_packed_to_the_same_bytes(tmp_path):
         assert not [name for name in packed.namelist() if "__pycache__" in name or "/." in name]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["from competitions.other.task import x", "from competitions import other", "import shared.nets", "import mine"],
+)
+def test_what_the_code_imports_and_is_not_packed_is_refused(tmp_path, line):
+    for name in ("competitions/toy/task.py", "competitions/toy/tools.py", "competitions/other/task.py", "mine.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("import numpy, competitions.toy.tools\nfrom . import tools\n")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "nets.py").touch()
+    (tmp_path / "competitions/toy/tools.py").write_text("!ls")  # imported by nothing here
+    assert set(code("toy", tmp_path)) == {"competitions/toy/task.py", "competitions/toy/tools.py"}
+    (tmp_path / "competitions/toy/task.py").write_text(f"def build():\n    {line}\n")
+    with pytest.raises(UserError, match="competitions/toy/task.py imports .*copy what it needs into competitions/toy/"):
+        code("toy", tmp_path)
+
+
 def test_what_lies_beside_the_code_of_a_competition_is_packed_too(tmp_path):
     home = tmp_path / "competitions/toy/lib"
     (home / ".hidden").mkdir(parents=True)
