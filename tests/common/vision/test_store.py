@@ -115,6 +115,25 @@ def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monk
     assert not list(cache.glob("*.part"))
 
 
+def test_a_store_that_only_another_user_may_read_is_made_again(paths, cache, monkeypatch):
+    """As in a shared folder, under a umask of 077; it ended in a traceback."""
+    whole, load = ImageStore(paths, (32, 32), cache)[1].copy(), np.load
+    (file,) = cache.iterdir()
+    theirs = file.stat().st_ino
+
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(
+        np, "load", lambda path, **mode: (forbidden if path.stat().st_ino == theirs else load)(path, **mode)
+    )
+    with monkeypatch.context() as sticky:
+        sticky.setattr(os, "replace", forbidden)
+        with pytest.raises(UserError, match=r"Permission denied\): make it writable for you, or .*--cache-gb 0"):
+            ImageStore(paths, (32, 32), cache)[1]
+    assert np.array_equal(ImageStore(paths, (32, 32), cache)[1], whole) and list(cache.iterdir()) == [file]
+
+
 def test_several_processes_resize_once(paths, cache, monkeypatch):
     decoded = counted(monkeypatch)
     with ThreadPoolExecutor() as pool:  # each open of the lock file excludes the others, as if in another process
