@@ -63,7 +63,8 @@ class ImageStore:
         """
         again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
         paths = images_of(raw.folder() / folder, ids, table, again, lenient=raw.lenient)
-        return cls([(path,) for path in paths] if gray else paths, cache=raw.cache, **settings)
+        cache = raw.cache if settings.get("limit_gb", True) else None
+        return cls([(path,) for path in paths] if gray else paths, cache=cache, **settings)
 
     @property
     def paths(self) -> list[Path]:

@@ -178,6 +178,8 @@ def test_spawned_workers_read_the_same(paths, cache):
 
 def test_images_of_the_ids_of_a_table(paths, tmp_path):
     raw = RawData(tmp_path, "cats")
+    direct = ImageStore.of(raw, "images", ["4"], "train.csv", size=(30, 40), limit_gb=0.0)
+    assert direct[0].shape == (30, 40, 3) and not (tmp_path / "cache").exists(), "the disk may be read-only"
     images = ImageStore.of(raw, "images", ["4", "1.png"], "train.csv", size=(30, 40))
     assert images.paths == [paths[4], paths[1]] and np.array_equal(images[1], decode(paths[1], (30, 40)))
     assert list((tmp_path / "cache").glob("images-*.npy"))
