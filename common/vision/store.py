@@ -98,7 +98,7 @@ class ImageStore:
             older = f" (images kept there at other sizes take {kept / GIGABYTE:.1f} GB: delete them)" * (kept > 0)
             remedy = "make it writable for you" if error.errno in FORBIDDEN else f"free disk space{older}"
             raise UserError(
-                f"{self._file} cannot be written ({error.strerror or error}): {remedy}, or train with --cache-gb 0"
+                f"{self._file} cannot be written ({error.strerror or error}): {remedy}, or add --cache-gb 0"
             ) from error
         return np.load(self._file, mmap_mode="r")
 
