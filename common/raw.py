@@ -233,7 +233,10 @@ class RawData:
                     return folder
             except OSError:
                 continue
-        raise UserError(f"neither {beside} nor {DATA / CACHE} can be written: free disk space, or make them writable")
+        raise UserError(
+            f"neither {beside} nor {DATA / CACHE} can be written: free disk space, or make them writable; for a folder "
+            f"of images, --cache-gb 0 needs neither"
+        )
 
 
 def find(competition: str, given: str | None, write_demo: Callable[[Path], None], announce=print) -> RawData:

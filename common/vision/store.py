@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import BadImage, UserError
-from common.files import NOT_NPY, alone_in
+from common.files import FORBIDDEN, NOT_NPY, alone_in
 from common.progress import progress
 from common.raw import RawData
 from common.vision.decode import Image, decode
@@ -63,7 +63,8 @@ class ImageStore:
         """
         again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
         paths = images_of(raw.folder() / folder, ids, table, again, lenient=raw.lenient)
-        return cls([(path,) for path in paths] if gray else paths, cache=raw.cache, **settings)
+        cache = raw.cache if settings.get("limit_gb", True) else None
+        return cls([(path,) for path in paths] if gray else paths, cache=cache, **settings)
 
     @property
     def paths(self) -> list[Path]:
@@ -95,15 +96,15 @@ class ImageStore:
         except OSError as error:
             kept = sum(file.stat().st_size for file in self._file.parent.glob("images-*.npy"))
             older = f" (images kept there at other sizes take {kept / GIGABYTE:.1f} GB: delete them)" * (kept > 0)
+            remedy = "make it writable for you" if error.errno in FORBIDDEN else f"free disk space{older}"
             raise UserError(
-                f"{self._file} cannot be written ({error.strerror or error}): free disk space{older}, or train with "
-                f"--cache-gb 0"
+                f"{self._file} cannot be written ({error.strerror or error}): {remedy}, or add --cache-gb 0"
             ) from error
         return np.load(self._file, mmap_mode="r")
 
     def _found(self) -> np.ndarray | None:
-        """The rows of the file; None if it is missing or incomplete, as after an interrupted copy."""
-        with suppress(FileNotFoundError, *NOT_NPY):
+        """The rows of the file; None if it is missing, cut short by a broken copy, or only others' to read."""
+        with suppress(FileNotFoundError, PermissionError, *NOT_NPY):
             return np.load(self._file, mmap_mode="r")
         return None
 

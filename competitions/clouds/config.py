@@ -26,7 +26,11 @@ class CloudConfig(Config):
         (384, 576), "height and width of the network's input, up to 1400,2100", "pixels", at_least(64)
     )
     cache_gb: float = flag(
-        20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
+        20.0,
+        "resized images are kept in one file up to this size; 0 decodes every time",
+        "GB",
+        at_least(0),
+        predicts=True,
     )
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
     decoder_width: float = flag(1.0, "channels of the decoder", "times the default", between(0.1, 4))

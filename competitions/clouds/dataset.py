@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,18 +12,19 @@ from torch import Tensor
 from common.vision.datasets import ImageDataset
 from common.vision.store import ImageStore
 from competitions.clouds.loss import pack
-from competitions.clouds.reader import SUBMISSION_SIZE, Runs
+from competitions.clouds.reader import CLASSES, SUBMISSION_SIZE, Runs
 
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a row at `size` for the augmentation: uint8 [H, W, 4] of 0 and 1."""
+    """The masks of a row at `size` for the augmentation: uint8 [H, W, 4] of 0 and 1, row by row in memory."""
 
     runs: Runs
     size: tuple[int, int]
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return np.stack([mask.view(np.uint8) for mask in self.runs.masks(row, self.size)], axis=-1)
+        columns = [self.runs.mask(row, label, self.size).T.view(np.uint8) for label in range(len(CLASSES))]
+        return cv2.transpose(cv2.merge(columns))  # numpy's stack would keep the columns, and albumentations copy it
 
 
 class Truth(Masks):

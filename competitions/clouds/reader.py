@@ -37,9 +37,13 @@ class Runs:
         cell = image * len(CLASSES) + label
         return self.runs[self.starts[cell] : self.starts[cell + 1]].astype(np.int64)
 
+    def mask(self, image: int, label: int, size: tuple[int, int]) -> np.ndarray:
+        """The mask of a class in an image, bool [height, width], at any size; in memory it lies column by column."""
+        return rle.decode_to_size(self.of(image, label), *self.size, *size)
+
     def masks(self, image: int, size: tuple[int, int]) -> np.ndarray:
         """The masks of an image, bool [4, height, width], at any size."""
-        return np.stack([rle.decode_to_size(self.of(image, label), *self.size, *size) for label in range(len(CLASSES))])
+        return np.stack([self.mask(image, label, size) for label in range(len(CLASSES))])
 
     def present(self) -> np.ndarray:
         """Which classes each image has, bool [n, 4]."""

@@ -50,7 +50,11 @@ class TagConfig(Config):
         1.0, "images are kept this much larger than --size, so that crops keep their detail", "times", at_least(1)
     )
     cache_gb: float = flag(
-        20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
+        20.0,
+        "resized images are kept in one file up to this size; 0 decodes every time",
+        "GB",
+        at_least(0),
+        predicts=True,
     )
     backbone: str = flag("resnet50", "model of timm")
     encoder_weights: str = flag(

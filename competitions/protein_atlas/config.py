@@ -22,7 +22,11 @@ class ProteinConfig(Config):
 
     size: tuple[int, int] = flag((256, 256), "height and width of the network's input", "pixels", at_least(32))
     cache_gb: float = flag(
-        20.0, "resized images are kept in one file up to this size; 0 decodes every time", "GB", at_least(0)
+        20.0,
+        "resized images are kept in one file up to this size; 0 decodes every time",
+        "GB",
+        at_least(0),
+        predicts=True,
     )
     backbone: str = flag("resnet34", "model of timm")
     encoder_weights: str = flag(

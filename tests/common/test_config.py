@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from common import competition
 from common.config import Config, add_prediction_flags, differences, with_flags
 from common.errors import UserError
 from common.flags import Parser, add_flags, flag, from_values, to_json
@@ -92,6 +93,16 @@ def test_predictions_have_the_flags_that_shaped_no_weights():
     for name in ("--size", "--lr"):
         with pytest.raises(UserError, match=f"unknown flag {name}"):
             parser.parse_args([name, "1"])
+
+
+@pytest.mark.parametrize("name", ["clouds", "inclusive_images", "protein_atlas"])
+def test_a_resumed_run_and_a_prediction_take_the_flag_that_a_full_disk_needs(name):
+    """The error of a store of images that does not fit says --cache-gb 0."""
+    config = competition.load(name).recipes["default"]
+    parser = Parser(prog="kit", allow_abbrev=False)
+    add_prediction_flags(parser, type(config))
+    other = with_flags(config, parser.parse_args(["--cache-gb", "0"]))
+    assert other.cache_gb == 0 and not differences(config, other)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,25 @@ def test_a_disk_too_small_is_named_before_anything_is_written(paths, cache, monk
     assert not list(cache.glob("*.part"))
 
 
+def test_a_store_that_only_another_user_may_read_is_made_again(paths, cache, monkeypatch):
+    """As in a shared folder, under a umask of 077; it ended in a traceback."""
+    whole, load = ImageStore(paths, (32, 32), cache)[1].copy(), np.load
+    (file,) = cache.iterdir()
+    theirs = file.stat().st_ino
+
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(
+        np, "load", lambda path, **mode: (forbidden if path.stat().st_ino == theirs else load)(path, **mode)
+    )
+    with monkeypatch.context() as sticky:
+        sticky.setattr(os, "replace", forbidden)
+        with pytest.raises(UserError, match=r"Permission denied\): make it writable for you, or .*--cache-gb 0"):
+            ImageStore(paths, (32, 32), cache)[1]
+    assert np.array_equal(ImageStore(paths, (32, 32), cache)[1], whole) and list(cache.iterdir()) == [file]
+
+
 def test_several_processes_resize_once(paths, cache, monkeypatch):
     decoded = counted(monkeypatch)
     with ThreadPoolExecutor() as pool:  # each open of the lock file excludes the others, as if in another process
@@ -159,6 +178,8 @@ def test_spawned_workers_read_the_same(paths, cache):
 
 def test_images_of_the_ids_of_a_table(paths, tmp_path):
     raw = RawData(tmp_path, "cats")
+    direct = ImageStore.of(raw, "images", ["4"], "train.csv", size=(30, 40), limit_gb=0.0)
+    assert direct[0].shape == (30, 40, 3) and not (tmp_path / "cache").exists(), "the disk may be read-only"
     images = ImageStore.of(raw, "images", ["4", "1.png"], "train.csv", size=(30, 40))
     assert images.paths == [paths[4], paths[1]] and np.array_equal(images[1], decode(paths[1], (30, 40)))
     assert list((tmp_path / "cache").glob("images-*.npy"))

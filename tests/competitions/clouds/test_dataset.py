@@ -15,7 +15,7 @@ from common.raw import RawData
 from common.vision.store import ImageStore
 from competitions.clouds import reader
 from competitions.clouds.augment import Blackout, pipeline
-from competitions.clouds.dataset import cloud_images
+from competitions.clouds.dataset import Masks, cloud_images
 from competitions.clouds.loss import pack, unpack
 
 from .conftest import NAMES
@@ -119,6 +119,14 @@ def test_packing_masks_loses_nothing():
     packed = pack(masks)
     assert packed.shape == (7, 9) and packed.max() < 16
     assert (unpack(torch.from_numpy(packed)[None])[0].permute(1, 2, 0).numpy() == masks).all()
+
+
+@pytest.mark.parametrize("size", [(64, 97), (1400, 2100)])
+def test_masks_lie_row_by_row_as_albumentations_needs_them(files, size):
+    """Otherwise it copies them, which at full size takes as long as a third of the augmentation."""
+    masks = Masks(files.runs, size)[1]
+    assert masks.flags.c_contiguous and masks.dtype == np.uint8
+    assert (masks.transpose(2, 0, 1) == files.runs.masks(1, size)).all()
 
 
 def test_blackout_takes_one_class_and_what_it_covers():

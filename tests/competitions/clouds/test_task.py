@@ -55,6 +55,15 @@ def here(tmp_path_factory, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
+def test_data_and_their_cache_may_be_read_only(folder, here):
+    """Folders that cannot be made stand for those of a read-only disk. With --cache-gb 0 nothing needs them."""
+    (folder / "cache").touch()
+    Path("data").touch()
+    with pytest.raises(UserError, match=r"neither .*/cache nor data/cache can be written: .*--cache-gb 0"):
+        build(folder)
+    assert build(folder, cache_gb=0.0).data.train[0][0].shape == (3, 64, 96)
+
+
 def test_from_files_to_a_checked_csv_and_pictures(folder, page, here, tmp_path):
     order = ["Sugar", "Gravel", "Fish", "Flower"]
     write_rows(folder, "sample_submission.csv", [f"{name}_{label},1 1" for name in TEST_NAMES for label in order])
