@@ -110,8 +110,7 @@ class Config:
 
 # Fields that change where and how fast a run computes but not what it computes: a resumed run may differ in them.
 MACHINE_FIELDS = frozenset(
-    {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph", "track"}
-    | {"cache_gb"}  # of competitions with images
+    {"micro_batch", "workers", "save_every", "bad_images", "checkpointing", "keep_memory", "graph", "track", "cache_gb"}
 )
 # Fields for any task: rows and machine. All other fields of `Config` are for networks only.
 ANY_TASK_FIELDS = frozenset(

@@ -45,6 +45,12 @@ def flag(
     return field(default=default, metadata=facts)
 
 
+def cache_flag() -> Any:
+    """The flag `cache_gb` of competitions whose images are kept resized (common.vision.store)."""
+    what = "resized images are kept in one file up to this size; 0 decodes every time"
+    return flag(20.0, what, "GB", at_least(0), predicts=True)
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError, and suggests the nearest flag for an unknown one."""
 

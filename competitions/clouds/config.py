@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.config import Config, at_least, between, flag
+from common.flags import cache_flag
 from common.kaggle.source import Source
 
 SOURCE = Source(
@@ -25,13 +26,7 @@ class CloudConfig(Config):
     size: tuple[int, int] = flag(
         (384, 576), "height and width of the network's input, up to 1400,2100", "pixels", at_least(64)
     )
-    cache_gb: float = flag(
-        20.0,
-        "resized images are kept in one file up to this size; 0 decodes every time",
-        "GB",
-        at_least(0),
-        predicts=True,
-    )
+    cache_gb: float = cache_flag()
     architecture: Architecture = flag("unet", "decoder of segmentation-models-pytorch")
     decoder_width: float = flag(1.0, "channels of the decoder", "times the default", between(0.1, 4))
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a timm name")

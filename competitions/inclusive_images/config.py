@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.config import Config, at_least, between, flag
+from common.flags import cache_flag
 from common.kaggle.source import Images, Source
 
 SOURCE = Source(
@@ -49,13 +50,7 @@ class TagConfig(Config):
     detail: float = flag(
         1.0, "images are kept this much larger than --size, so that crops keep their detail", "times", at_least(1)
     )
-    cache_gb: float = flag(
-        20.0,
-        "resized images are kept in one file up to this size; 0 decodes every time",
-        "GB",
-        at_least(0),
-        predicts=True,
-    )
+    cache_gb: float = cache_flag()
     backbone: str = flag("resnet50", "model of timm")
     encoder_weights: str = flag(
         "none",

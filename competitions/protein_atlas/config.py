@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.config import Config, at_least, between, flag
+from common.flags import cache_flag
 from common.kaggle.source import Source
 
 SOURCE = Source(
@@ -21,13 +22,7 @@ class ProteinConfig(Config):
     """The settings of protein_atlas: the network, its input size, its losses, and the choice of thresholds."""
 
     size: tuple[int, int] = flag((256, 256), "height and width of the network's input", "pixels", at_least(32))
-    cache_gb: float = flag(
-        20.0,
-        "resized images are kept in one file up to this size; 0 decodes every time",
-        "GB",
-        at_least(0),
-        predicts=True,
-    )
+    cache_gb: float = cache_flag()
     backbone: str = flag("resnet34", "model of timm")
     encoder_weights: str = flag(
         "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"

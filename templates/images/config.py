@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from common.config import Config, at_least, between, flag
+from common.flags import cache_flag
 from common.kaggle.source import Source
 
 SOURCE = Source(  # CHANGE: for make data, submit, board and kernel
@@ -17,9 +18,7 @@ class MyConfig(Config):
     """Each field is a flag: make train COMP=my_competition ARGS="--size 384,384". Common flags: common/config.py."""
 
     size: tuple[int, int] = flag((256, 256), "height and width of the images in the network", "pixels", at_least(32))
-    cache_gb: float = flag(
-        20.0, "resized images are kept in one file up to this size; 0: never", "GB", at_least(0), predicts=True
-    )
+    cache_gb: float = cache_flag()
     backbone: str = flag("convnext_nano", "model of timm")
     encoder_weights: str = flag(
         "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"
