@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLOTS, SLOT_BYTES = 16, 2**26  # of a worker, of a slot; only what has been used takes memory
+SLOTS, SLOT_BYTES = 16, 2**28  # of a worker, of a slot; only what has been used takes memory
 KNOWN: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()  # in the process that borrows
 _numbers = itertools.count()
 
