@@ -9,13 +9,14 @@ import mmap
 import os
 import tempfile
 import weakref
+from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SLOTS, SLOT_BYTES = 16, 2**26  # of a worker, of a slot; only what has been used takes memory
+SLOTS, SLOT_BYTES = 16, 2**28  # of a worker, of a slot; only what has been used takes memory
 KNOWN: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()  # in the process that borrows
 _numbers = itertools.count()
 
@@ -26,50 +27,58 @@ class Slots:
     def __init__(self, workers: int):
         self.number = next(_numbers)
         KNOWN[self.number] = self
-        self._each, self._nbytes = SLOTS, SLOT_BYTES
-        size = workers * SLOTS * (SLOT_BYTES + 1)
-        self._open(_file(size), size)
+        self._each, self._nbytes, self._flags = SLOTS, SLOT_BYTES, workers * SLOTS * SLOT_BYTES
+        self._open(_file(), self._flags + workers * SLOTS)  # a byte for every slot: 1 while it is in use
 
     def _open(self, file: int, size: int) -> None:
         self._file, self._size = file, size
         weakref.finalize(self, os.close, file)
-        self._memory = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
-        self._taken = self._memory[-size // (self._nbytes + 1) :]  # 1 for every slot in use
+        try:
+            os.ftruncate(file, size)
+            self._memory = mmap.mmap(file, size)
+        except OSError:  # limits of virtual memory or of files (ulimit -v, -f): everything goes through pipes
+            self._memory, self._each = b"", 0
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.number, self._each, self._nbytes, DupFd(self._file), self._size
+        return self.number, self._each, self._nbytes, self._flags, DupFd(self._file), self._size
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.number, self._each, self._nbytes, file, size = state
+        self.number, self._each, self._nbytes, self._flags, file, size = state
         self._open(file.detach(), size)
 
     def lend(self, tensor: Tensor, worker: int) -> int | None:
         """Copy the tensor to a free slot of the worker; None if it has none, or is too large."""
-        own = range(worker * self._each, (worker + 1) * self._each)
-        slot = next((slot for slot in own if not self._taken[slot]), None)
-        if slot is None or tensor.nbytes > self._nbytes:
+        first = self._flags + worker * self._each
+        free = self._memory.find(b"\0", first, first + self._each)
+        if free < 0 or tensor.nbytes > self._nbytes:
             return None
-        self._taken[slot] = 1
+        slot = free - self._flags
         self._of(slot, tensor.dtype, tensor.shape).copy_(tensor)
+        self._memory[free] = 1
         return slot
 
     def borrow(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """The tensor in a slot. It is no copy: nothing that shares its memory may outlive it."""
         tensor = self._of(slot, dtype, shape)
         tensor.is_borrowed = True
-        weakref.finalize(tensor, self._taken[slot].zero_)
+        weakref.finalize(tensor, _free, self._memory, self._flags + slot, os.getpid())
         return tensor
 
     def _of(self, slot: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        return self._memory[slot * self._nbytes :][: shape.numel() * dtype.itemsize].view(dtype).reshape(shape)
+        # Made anew: one that was made in inference mode could not be written to outside it.
+        place, nbytes = slot * self._nbytes, shape.numel() * dtype.itemsize
+        content = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=place)
+        return content.view(dtype).reshape(shape)
 
 
-def _file(size: int) -> int:
+def _free(memory: mmap.mmap, flag: int, borrower: int) -> None:
+    if os.getpid() == borrower:  # a forked process deletes copies of the borrower's tensors
+        memory[flag] = 0
+
+
+def _file() -> int:
     """The descriptor of a file in memory without a name, so that nothing is left behind, however the processes end."""
-    if hasattr(os, "memfd_create"):
-        file = os.memfd_create("samples")
-    else:  # macOS
-        with tempfile.TemporaryFile() as stream:
-            file = os.dup(stream.fileno())
-    os.ftruncate(file, size)
-    return file
+    with suppress(AttributeError, OSError):  # macOS has no such files, and some containers refuse them
+        return os.memfd_create("samples")
+    with tempfile.TemporaryFile() as stream:
+        return os.dup(stream.fileno())

@@ -92,7 +92,7 @@ class Workers:
             self._reader,
             batch_size=None,
             sampler=_Latest(),
-            collate_fn=_as_it_is,
+            collate_fn=worker.Sealed,
             worker_init_fn=partial(worker.start_worker, is_main, Slots(self._count)),
             num_workers=self._count,
             prefetch_factor=PIECES_AHEAD,
@@ -110,7 +110,3 @@ class _Latest:
 
     def __iter__(self) -> Iterator[Key]:
         return self.keys
-
-
-def _as_it_is(answer: Any) -> Any:
-    return answer

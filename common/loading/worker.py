@@ -181,6 +181,19 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Sealed:
+    """An answer that has its pickle already; the queue delivers the answer itself.
+
+    The queue pickles in a thread of its own, whose errors are lost: the main process would wait for ever.
+    """
+
+    def __init__(self, answer: tuple[Key, Answer | UserError]):
+        self._content = bytes(ForkingPickler.dumps(answer))
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (self._content,)
+
+
 def _sent(slots: Slots, worker: int, tensor: Tensor) -> tuple:
     if tensor.nbytes > PIPE_BYTES and (slot := slots.lend(tensor, worker)) is not None:
         return _borrowed, (slots.number, slot, tensor.dtype, tensor.shape)

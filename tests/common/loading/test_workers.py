@@ -188,10 +188,46 @@ def test_a_slot_is_free_once_its_tensor_is_gone():
     assert all(torch.equal(one, tensor) for one in borrowed)
 
 
+def test_a_copy_in_another_process_frees_no_slot(monkeypatch):
+    slots, tensor = Slots(1), torch.zeros(3)
+    borrowed = slots.borrow(slots.lend(tensor, 0), tensor.dtype, tensor.shape)
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: -1)
+        del borrowed
+    assert slots.lend(tensor, 0) == 1
+
+
+def test_slots_of_inference_mode_on_macos_are_written_to_outside_it(monkeypatch):
+    monkeypatch.delattr("os.memfd_create", raising=False)
+    with torch.inference_mode():
+        slots = Slots(1)
+    tensor = torch.arange(5.0, requires_grad=True)
+    assert torch.equal(slots.borrow(slots.lend(tensor, 0), tensor.dtype, tensor.shape), tensor)
+
+
+def test_where_slots_have_no_room_nothing_is_lent(monkeypatch):
+    def limited(*_):
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", limited)
+    assert Slots(2).lend(torch.zeros(3), 1) is None
+
+
 class Unsendable(Numbers):
     def __init__(self):
         super().__init__()
         self.change = lambda sample: sample
+
+    def sample(self, index, rng):
+        return {self.change: 0.0}, 1
+
+
+def test_an_answer_that_has_no_pickle_is_told():
+    with (
+        Loader(Unsendable(), orders.sequential(8), 4, seed=0, workers=1, start_method="fork") as loader,
+        pytest.raises(Exception, match="lambda"),
+    ):
+        next(loader.epoch(0))
 
 
 class Large(Numbers):
@@ -222,7 +258,6 @@ from common import device, run
 from common.config import Config
 from common.loading import orders
 from common.loading.loader import Loader
-from common.loading.slots import SLOTS, Slots
 
 class Data:
     def __len__(self):
