@@ -44,7 +44,8 @@ def train(
         track.check(config)
         found = raw.find(competition.name, data, competition.write_demo, announce=say)
         task = completed(competition.build(config, found, say), found)
-        _refuse_unused(competition, task, config, recipe)
+        if task.fit_predict:
+            refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
         if task.fit_predict and ranks.world > 1:  # the notebook on Kaggle starts one process for every card
             if not ranks.is_writer:
                 return
@@ -97,12 +98,6 @@ def _open_together(
         raise
     ranks.broadcast(run.name)
     return run
-
-
-def _refuse_unused(competition: Competition, task: Task, config: Config, recipe: str) -> None:
-    """Raise UserError for a flag of networks if the task has no network."""
-    if task.fit_predict:
-        refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
 
 
 def provenance_of(competition: Competition, task: Task, recipe: str, found: RawData) -> dict[str, Any]:
@@ -164,7 +159,8 @@ def check(competition: Competition, config: Config, recipe: str, data: str | Non
     task = completed(competition.build(config, found, print), found)
     paths = image_paths(task.data.train), image_paths(task.data.test)
     check_folder(*paths, competition.name)
-    _refuse_unused(competition, task, config, recipe)
+    if task.fit_predict:
+        refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
     check_before(task, competition, every_image=False)  # all were read just now
     try_out(task, config)
     count = sum(map(len, paths))

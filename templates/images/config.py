@@ -20,9 +20,7 @@ class MyConfig(Config):
     size: tuple[int, int] = flag((256, 256), "height and width of the images in the network", "pixels", at_least(32))
     cache_gb: float = cache_flag()
     backbone: str = flag("convnext_nano", "model of timm")
-    encoder_weights: str = flag(
-        "imagenet", "where the backbone starts: imagenet, none, or a file of weights", names="weights"
-    )
+    encoder_weights: str = flag("imagenet", "its start: imagenet, none, or a file of weights", names="weights")
     dropout: float = flag(0.2, "dropout rate of the last features", rule=between(0, 1))
 
 

@@ -20,9 +20,7 @@ class MyConfig(Config):
     size: tuple[int, int] = flag((256, 256), "height and width of the network's input", "pixels", at_least(32))
     cache_gb: float = cache_flag()
     encoder: str = flag("resnet34", "encoder of segmentation-models-pytorch, or tu- and a model of timm")
-    encoder_weights: str = flag(
-        "imagenet", "where the encoder starts: imagenet, none, or a file of weights", names="weights"
-    )
+    encoder_weights: str = flag("imagenet", "its start: imagenet, none, or a file of weights", names="weights")
     threshold: float = flag(0.5, "probability from which a pixel is set", rule=between(0, 1), predicts=True)
 
 
