@@ -138,7 +138,7 @@ class Training:
             seed=config.seed,
             ranks=self.ranks,
             log=self.run.log,
-            graph=config.graph,
+            graph=config.graph and not config.checkpointing,  # it reads the generator, which a capture forbids
         )
         self.average = Average(self.model, config.ema or None) if config.ema or config.swa else None
 
@@ -255,7 +255,7 @@ class Training:
     def _predictor(self, tta: tuple[TTA, ...] = AS_IS) -> Predictor:
         self._train(False)
         batch_size = min(self.config.batch_size, self.engine.micro_batch)
-        return Predictor([self.model], self.task, tta, self.config, batch_size, self.device)
+        return Predictor([self.model], self.task, tta, self.config, batch_size, self.device, self.engine.replay)
 
     def _remember_best(self, value: float) -> None:
         """Count the validations since the best one; write the best one's weights, except with --keep last."""

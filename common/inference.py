@@ -17,6 +17,7 @@ from common.device import device_of, precision_of, prepare_device, workers_of
 from common.engine import memory
 from common.engine.precision import autocast, to_float32
 from common.engine.ranks import SINGLE, Ranks
+from common.engine.replay import Replay
 from common.errors import UserError
 from common.files import read_cell, read_json, read_table, write_csv, write_npy
 from common.fold import FACTS
@@ -40,8 +41,10 @@ class Predictor:
         config: Config,
         batch_size: int,
         device: torch.device,
+        replay: Replay | None = None,
     ):
         self.models, self.task, self.tta, self.config = models, task, tta, config
+        self.replay = replay  # of a training, whose graph gives way where memory is short
         self.device, self.batch_size = device, batch_size
         self.fitting = self.batch_size  # samples at once that should fit into memory
         self.heads: dict[nn.Module, list[nn.Module]] = {}  # the last layers of every model
@@ -82,6 +85,8 @@ class Predictor:
             step = min(self.fitting, size - start)
             part, fits = memory.attempt(lambda: self._forward(*self._cut((inputs, truth), start, step), loss))  # noqa: B023
             if not fits:
+                if self.replay and self.replay.make_room():
+                    continue
                 if step == 1:
                     raise UserError(
                         "out of memory while a single sample is predicted: try --precision bf16 on a card that has "

@@ -179,6 +179,11 @@ class Passes:
         """Whether the batch is a single micro-batch of a single rank."""
         return self.ranks.world == 1 and len(batch) <= self.micro_batch
 
+    def takes_one_pass(self, batch: Batch) -> bool:
+        """Whether a single rank goes over the batch once: it fits whole, or the loss adds up over micro-batches."""
+        adds_up = self.ranks.world == 1 and (self.kind == "per_sample" or bool(self.single_sum))
+        return adds_up or self.fits_whole(batch)
+
     # The way to the gradient for each kind of loss.
 
     def _per_sample(self, batch: Batch) -> Tensor:

@@ -1,8 +1,9 @@
 """Steps of one shape replayed from a CUDA graph: the host launches one graph instead of hundreds of kernels.
 
-The graph holds forward, loss, backward, clipping and the fused update of a batch that fits whole. Two eager steps are
-recorded first, to find operations that cannot be replayed. If there are some, or if the first step of the graph
-differs from the eager step from the same weights, the training stays eager and the log has a line with the reason.
+The graph holds forward, loss, backward, clipping and the fused update of a batch, whole or in micro-batches that take
+one pass. Two eager steps are recorded first, to find operations that cannot be replayed. If there are some, or if the
+first step of the graph differs from the eager step from the same weights, the training stays eager and the log has a
+line with the reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from common.errors import first_line
 if TYPE_CHECKING:
     from common.engine.step import Engine, StepReport
 
+MOST_OPERATIONS = 20_000  # of a step in many micro-batches: each takes memory in the graph, and time in its capture
 TOLERANCE = 0.02  # of the length of a step, plus the noise of eager steps; a wrong mask, rate or batch exceeds it
 
 
@@ -68,7 +70,7 @@ class Replay:
 
     def step(self, batch: Batch, step_number: int) -> "StepReport":
         engine = self._engine
-        if self._refused or not engine.passes.fits_whole(batch):
+        if self._refused or not self._can_replay(batch):
             return engine.eager_step(batch, step_number)
         key = self._key_of(batch)
         if self._graph is not None:
@@ -81,6 +83,11 @@ class Replay:
         if len(self._seen) < 2:
             return self._watched(batch, step_number)
         return self._captured(batch, step_number)
+
+    def _can_replay(self, batch: Batch) -> bool:
+        """Not in micro-batches that were found by running out of memory: they leave no room for a graph."""
+        engine = self._engine
+        return engine.passes.fits_whole(batch) or (engine.asked != "auto" and engine.passes.takes_one_pass(batch))
 
     def forget(self) -> None:
         """Drop the graph, and make a new one when batches of one shape follow each other again."""
@@ -118,6 +125,8 @@ class Replay:
             self.give_up(watch.why)
         elif len(self._seen) == 2 and self._seen[0] != self._seen[1]:
             self.give_up("two steps of the same shape run different operations")
+        elif len(watch.seen) > MOST_OPERATIONS:
+            self.give_up(f"{len(watch.seen)} operations are too many for one")
         return report
 
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
@@ -125,10 +134,11 @@ class Replay:
         engine, state = self._engine, self._written()
         fitting = engine.micro_batch, engine.limited
         start, fits = memory.attempt(partial(_copies, state))
-        report, whole = engine.eager_step(batch, step_number), engine.passes.fits_whole(batch)
-        if whole and not (torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+        report = engine.eager_step(batch, step_number)
+        same = engine.micro_batch == fitting[0]
+        if same and not (torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
             return report  # fp16 may begin with too large a factor: try again with the next step
-        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits and whole else (None, False)
+        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits and same else (None, False)
         if not fits:
             self._give_up_for_room(fitting)
             return report
@@ -136,7 +146,7 @@ class Replay:
         _put_back(state, start)
         noises = _distances([*state, engine.eager_step(batch, step_number)[:2]], once)
         _put_back(state, start)
-        if not engine.passes.fits_whole(batch):
+        if engine.micro_batch != fitting[0]:
             self._give_up_for_room(fitting)
         elif why := self._failed_capture(batch):
             self.give_up(why)
@@ -157,12 +167,12 @@ class Replay:
         """
         engine, device = self._engine, self._engine.device
         given = (batch.inputs, batch.targets, batch.weights)
-        inputs, targets, weights = map_tree(lambda x: torch.zeros_like(x, device=device), given)
-        self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
-        self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
-        graph = self._make(device)
         memory.release()  # an old autograd graph in a cycle keeps gradients on its own stream, outside the capture
         try:
+            inputs, targets, weights = map_tree(lambda x: torch.zeros_like(x, device=device), given)
+            self._batch = replace(batch, inputs=inputs, targets=targets, weights=weights)
+            self._rates = [torch.zeros((), device=device) for _ in engine.optimizer.param_groups]
+            graph = self._make(device)
             graph.capture(self._work)
             self._graph = graph
         except Exception as error:  # of any kind: the same step has just worked without a capture
@@ -227,7 +237,7 @@ class Replay:
             {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
             for group in engine.optimizer.param_groups
         ]
-        return shapes, weights, settings, engine.model.training, id(engine.optimizer.state)
+        return shapes, weights, settings, engine.micro_batch, engine.model.training, id(engine.optimizer.state)
 
 
 class Watch(TorchDispatchMode):

@@ -59,6 +59,19 @@ def test_a_batch_that_does_not_fit_is_predicted_in_parts(monkeypatch):
         predictor([Small(0)])._average(rows)[0]
 
 
+def test_the_graph_of_a_training_gives_way_to_its_validation(monkeypatch):
+    monkeypatch.setattr(inference.memory, "release", lambda: None)
+    model, rows = Small(3), torch.arange(14.0).reshape(7, 2)
+
+    def make_room():
+        there, model.limit = model.limit < 7, 7
+        return there
+
+    tried = predictor([model])
+    tried.replay = SimpleNamespace(make_room=make_room)
+    assert torch.equal(tried._average(rows)[0], rows) and model.sizes == [7] and tried.fitting == 8
+
+
 def test_the_loss_of_validation_weighs_rows_as_the_training_does():
     task = toy.made()
     rows = np.arange(40)
