@@ -146,6 +146,8 @@ def test_images_are_resized_once_up_to_a_limit(raw, monkeypatch, capsys):
     monkeypatch.undo()
     capsys.readouterr()
     assert torch.equal(built(raw, cache_gb=0.0).data.valid[0][0], expected)
+    assert "decoded at every use" not in capsys.readouterr().out, "that was asked for"
+    assert torch.equal(built(raw, cache_gb=1e-4).data.valid[0][0], expected)
     said = capsys.readouterr().out
     assert "240 images are decoded at every use" in said and "40 images are decoded at every use" in said
     built(raw)
