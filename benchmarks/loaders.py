@@ -16,7 +16,6 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from benchmarks.tools.arguments import existing
 from benchmarks.tools.turns import least_seconds
 from common.loading import orders
 from common.loading.loader import Loader
-from common.loading.worker import start_worker
 
 
 def drain(items: Iterable) -> None:
@@ -82,6 +80,11 @@ class Augmented:
         return changed["image"], changed["mask"]
 
 
+def one_thread(worker: int) -> None:
+    """As in the kit's workers; torch's own operations have one thread in every worker."""
+    cv2.setNumThreads(0)
+
+
 def overhead(data: Path | None) -> list[dict]:
     """Overhead per sample: this kit's Loader and torch's DataLoader with the same dataset, batches and workers."""
     rows = []
@@ -96,7 +99,7 @@ def overhead(data: Path | None) -> list[dict]:
                 shuffle=True,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                worker_init_fn=partial(start_worker, True),
+                worker_init_fn=one_thread,
             )
             with Loader(dataset, orders.shuffled(len(dataset)), size, seed=0, workers=workers) as loader:
                 epochs = iter(range(1000))
