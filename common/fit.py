@@ -163,6 +163,8 @@ class Training:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
             self._epoch()
         self.loader.close()
+        if self.engine.replay:
+            self.engine.replay.forget()  # no step is left: its memory goes to BatchNorm's statistics and predictions
         with self._averaged():
             self._keep()
         self.ranks.barrier()  # all processes wait for fold.json, which marks the fold as finished

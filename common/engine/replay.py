@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from common.engine.step import Engine, StepReport
 
 MOST_OPERATIONS = 20_000  # of a step in many micro-batches: each takes memory in the graph, and time in its capture
+NO_ROOM = "no memory is left to compare it with a normal step"
 TOLERANCE = 0.02  # of the length of a step, plus the noise of eager steps; a wrong mask, rate or batch exceeds it
 
 
@@ -66,6 +67,7 @@ class Replay:
         self._key: tuple | None = None  # of the last steps, and of the graph (see _key_of)
         self._graph = None
         self._seen: list[list] = []  # the operations of the recorded steps
+        self._copies: list[list[list[Tensor]]] = []  # of a step's numbers, while the graph is made and compared
         self._refused = False
 
     def step(self, batch: Batch, step_number: int) -> "StepReport":
@@ -85,13 +87,22 @@ class Replay:
         return self._captured(batch, step_number)
 
     def _can_replay(self, batch: Batch) -> bool:
-        """Not in micro-batches that were found by running out of memory: they leave no room for a graph."""
+        """Whole, or in the micro-batches that were asked for.
+
+        Not in those found by running out of memory, nor for a batch that stays on the host because it is large: a graph
+        holds the whole batch on the card.
+        """
         engine = self._engine
-        return engine.passes.fits_whole(batch) or (engine.asked != "auto" and engine.passes.takes_one_pass(batch))
+        if engine.passes.fits_whole(batch):
+            return True
+        given = tensors_of((batch.inputs, batch.targets, batch.weights))
+        on_card = all(tensor.device == engine.device for tensor in given)
+        return engine.micro_batch == engine.asked and on_card and engine.passes.takes_one_pass(batch)
 
     def forget(self) -> None:
         """Drop the graph, and make a new one when batches of one shape follow each other again."""
         self._key, self._graph, self._results, self._batch = None, None, None, None
+        self._copies = []
 
     def give_up(self, why: str) -> None:
         """Drop the graph, log the reason and stay eager."""
@@ -99,16 +110,11 @@ class Replay:
         self._refused = True
         self._engine.log(f"steps are not replayed as a CUDA graph: {why}")
 
-    def _give_up_for_room(self, fitting: tuple[int, bool]) -> None:
-        """Stay eager, in the micro-batch that fitted before the copies for the comparison took memory."""
-        self._engine.micro_batch, self._engine.limited = fitting
-        self.give_up("no memory is left to compare it with a normal step")
-
     def make_room(self) -> bool:
-        """Free the memory of the graph; return whether there was one."""
-        if self._graph is None:
+        """Free the memory of the graph, or of copies for its comparison; return whether there was any."""
+        if self._graph is None and not self._copies:
             return False
-        self.give_up("it leaves too little memory for the rest")
+        self.give_up("it leaves too little memory for the rest" if self._graph else NO_ROOM)
         memory.release()
         return True
 
@@ -130,35 +136,61 @@ class Replay:
         return report
 
     def _captured(self, batch: Batch, step_number: int) -> "StepReport":
-        """Take the step twice eagerly and once from the new graph, always from the same weights, and compare."""
+        """Take the step twice eagerly and once from the new graph, always from the same weights, and compare.
+
+        An eager step that does not fit beside the copies drops them (`make_room`): it is then the only one.
+        """
         engine, state = self._engine, self._written()
-        fitting = engine.micro_batch, engine.limited
-        start, fits = memory.attempt(partial(_copies, state))
+        if not self._copied(state):
+            self.give_up(NO_ROOM)
+            return engine.eager_step(batch, step_number)
         report = engine.eager_step(batch, step_number)
-        same = engine.micro_batch == fitting[0]
-        if same and not (torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+        if not self._refused and not (torch.isfinite(report.loss) and torch.isfinite(report.gradient_norm)):
+            self._copies = []
             return report  # fp16 may begin with too large a factor: try again with the next step
-        once, fits = memory.attempt(partial(_copies, [*state, report[:2]])) if fits and same else (None, False)
-        if not fits:
-            self._give_up_for_room(fitting)
+        if not self._refused and not self._copied([*state, report[:2]]):
+            self.give_up(NO_ROOM)
+        if self._refused:
             return report
-        sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
+        _put_back(state, self._copies[0])
+        again = engine.eager_step(batch, step_number)
+        bounds, fits = (None, True) if self._refused else memory.attempt(partial(self._bounds, state, again))
+        if not fits:
+            self.give_up(NO_ROOM)
+        if self._refused:
+            return again
+        start, once = self._copies
         _put_back(state, start)
-        noises = _distances([*state, engine.eager_step(batch, step_number)[:2]], once)
-        _put_back(state, start)
-        if engine.micro_batch != fitting[0]:
-            self._give_up_for_room(fitting)
-        elif why := self._failed_capture(batch):
+        if why := self._failed_capture(batch):
             self.give_up(why)
         else:
-            value, norm, outcome = self._launched(batch, step_number)
-            found = _distances([*state, [value, norm]], once)
-            if all(far <= TOLERANCE * size + 4 * noise for far, size, noise in zip(found, sizes, noises, strict=True)):
-                return engine.noted(batch, step_number, value, norm, outcome)
-            self.give_up(f"its step {step_number + 1} differs from the same step without it")
+            found, fits = memory.attempt(partial(self._first_launch, batch, step_number, state))
+            if fits and all(far <= bound for far, bound in zip(found[1], bounds, strict=True)):
+                self._copies = []
+                return engine.noted(batch, step_number, *found[0])
+            self.give_up(f"its step {step_number + 1} differs from the same step without it" if fits else NO_ROOM)
         _put_back(state, once)
+        del start, once
         memory.release()
         return report
+
+    def _bounds(self, state: list[list[Tensor]], again: "StepReport") -> list[float]:
+        """How far the graph's step may be from the eager one, which has just been repeated, for each group."""
+        start, once = self._copies
+        sizes = _distances(once, [*start, [torch.zeros_like(number) for number in once[-1]]])
+        noises = _distances([*state, again[:2]], once)
+        return [TOLERANCE * size + 4 * noise for size, noise in zip(sizes, noises, strict=True)]
+
+    def _first_launch(self, batch: Batch, step_number: int, state: list[list[Tensor]]) -> tuple[tuple, list[float]]:
+        """Value, norm and outcome of the graph's step, and its distances from the eager one."""
+        value, norm, outcome = self._launched(batch, step_number)
+        return (value, norm, outcome), _distances([*state, [value, norm]], self._copies[1])
+
+    def _copied(self, groups: list[Sequence[Tensor]]) -> bool:
+        """Keep copies of the tensors, if there is memory for them."""
+        copies, fits = memory.attempt(partial(_copies, groups))
+        self._copies += [copies] if fits else []
+        return fits
 
     def _failed_capture(self, batch: Batch) -> str:
         """Capture a step; return why that failed, or an empty text.

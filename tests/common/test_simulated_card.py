@@ -1,5 +1,6 @@
 """Whole runs on a simulated card: every tensor on the right device, the results of the CPU, no step that waits."""
 
+import gc
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,8 +13,9 @@ import torch
 from common import competition
 from common.defaults import completed
 from common.engine.ranks import SINGLE
+from common.engine.replay import Replay
 from common.fit import Training, fit
-from common.inference import decisions_of, predictor_of
+from common.inference import Predictor, decisions_of, predictor_of
 from common.loading.transfer import to_device
 from common.raw import RawData
 from common.report import Report
@@ -96,10 +98,16 @@ def test_the_stand_in_refuses_what_a_card_refuses_and_counts_what_waits():
                 mistake()
 
 
-@pytest.mark.parametrize("limit", [0.1, 0.0], ids=["batches that fit", "batches copied in parts"])
-def test_a_whole_run_is_that_of_the_cpu(limit, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "limit, changes, replayed",
+    [(0.1, {"clip_norm": 1.0}, []), (0.0, {"batch_size": 10}, [4, 5, 6, 7, 8, 9, 10, 11])],
+    ids=["three batches and a rest", "replayed batches that stay on the host"],
+)
+def test_a_whole_run_is_that_of_the_cpu(limit, changes, replayed, monkeypatch, capsys):
     monkeypatch.setattr("common.loading.transfer.PREFETCH_LIMIT", limit)
-    settings = {"fold": "all", "folds": 2, "epochs": 2, "clip_norm": 1.0}
+    settings = {"fold": "all", "folds": 2, "epochs": 2, **changes}
+    launched, launch = [], Replay._launched
+    monkeypatch.setattr(Replay, "_launched", lambda replay, *of: launched.append(of[-1]) or launch(replay, *of))
     alone = toy_train("cpu", **settings)
     with simulated_card():
         run = toy_train("card", **settings)
@@ -107,7 +115,48 @@ def test_a_whole_run_is_that_of_the_cpu(limit, monkeypatch, capsys):
         predict_again("--run", "card")
         predict_again("--run", "card,cpu")
     same_results(alone, run)
-    assert "not replayed" not in capsys.readouterr().out
+    assert "not replayed" not in capsys.readouterr().out and launched == 2 * replayed
+
+
+class Killed(Exception):
+    pass
+
+
+def test_micro_batches_that_were_asked_for_are_those_of_the_cpu(monkeypatch, capsys):
+    """Replayed; the first validation has no room beside the graph, and the run is stopped inside the second epoch."""
+    settings = {"epochs": 2, "batch_size": 12, "micro_batch": 5, "save_every": 0}
+    alone = toy_train("cpu", **settings)
+    launched, beside = [], []
+    launch, forward, step = Replay._launched, Predictor._forward, Training._step
+
+    def counted(replay, batch, step_number):
+        launched.append(step_number)
+        return launch(replay, batch, step_number)
+
+    def short_of_memory(predictor, *given):
+        beside.extend([predictor.replay._graph is not None] if predictor.replay else [])
+        if beside == [True]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(predictor, *given)
+
+    def stopping(training, batch):
+        if training.state.step == 8 and not Path("stopped").exists():
+            Path("stopped").touch()
+            raise Killed
+        step(training, batch)
+
+    monkeypatch.setattr(Replay, "_launched", counted)
+    monkeypatch.setattr(Predictor, "_forward", short_of_memory)
+    monkeypatch.setattr(Training, "_step", stopping)
+    with simulated_card():
+        with pytest.raises(Killed):
+            toy_train("card", **settings)
+        gc.collect()  # the stopped run, with its lock: engine and graph refer to each other
+        run = toy_train("card", **settings)
+    same_results(alone, run)
+    assert launched == [3, 4, 5, 11, 12]
+    assert capsys.readouterr().out.count("not replayed as a CUDA graph: it leaves too little memory") == 1
+    assert beside[:2] == [True, False] and beside.count(True) > 1 and not beside[-1], "the last predictions have room"
 
 
 def test_swa_and_pseudo_labels_are_those_of_the_cpu(monkeypatch):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common.engine.average import Average
 from common.engine.optimizers import allocate_state
-from common.engine.replay import CudaGraph, Replay, Watch
+from common.engine.replay import CudaGraph, Replay, Watch, _copies, _distances, _put_back
 from common.engine.schedule import set_learning_rate
 from common.engine.step import WATCH_EVERY, Engine
 from common.errors import UserError
@@ -44,6 +45,43 @@ class Again:
 
     def capture(self, work):
         self.replay = work
+
+
+class Recorded(TorchDispatchMode):
+    """A stand-in that repeats the captured kernels on the same memory, and no line of Python, as a CUDA graph does."""
+
+    def __init__(self, device, engine):
+        super().__init__()
+        self.written, self.kernels = engine.replay._written, []
+
+    def capture(self, work):
+        state = self.written()
+        kept = _copies(state)
+        with self:
+            work()
+        _put_back(state, kept)  # a capture computes nothing
+
+    def __torch_dispatch__(self, operation, types, inputs=(), named=None):
+        inputs, named = tree_map(held, (inputs, named or {}))
+        found = operation(*inputs, **named)
+        given = {x.data_ptr(): x for x in tree_leaves((inputs, named)) if torch.is_tensor(x)}
+        own = [x for x in tree_leaves(found) if torch.is_tensor(x)]
+        owned = {x.untyped_storage().data_ptr() for x in given.values()}
+        if operation._schema.is_mutable or any(x.untyped_storage().data_ptr() not in owned for x in own):
+            self.kernels.append((operation, inputs, named, tree_map(held, found)))  # all but views
+        return found
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, inputs, named, found in self.kernels:
+            for kept, new in zip(tree_leaves(found), tree_leaves(operation(*inputs, **named)), strict=True):
+                if torch.is_tensor(new) and new.data_ptr() != kept.data_ptr():
+                    kept.copy_(new)
+
+
+def held(value):
+    """The same memory as another tensor, which autograd knows nothing of."""
+    return value.detach() if torch.is_tensor(value) else value
 
 
 def ahead(model, loss, optimizer=torch.optim.AdamW, graph=None, log=silent, **settings) -> Engine:
@@ -217,13 +255,14 @@ def test_replayed_steps_are_the_eager_ones(name, optimizer, micro_batch):
 
     Micro-batches are replayed if one pass over them is enough: in a second one dropout would draw other masks.
     """
-    found, Again.made = [], 0
-    for graph in (None, Again):
+    found = []
+    for graph in (False, True):
         torch.manual_seed(3)
         model = make_model(nn.BatchNorm1d(48), nn.Dropout(0.2))
         loss = LOSSES[name]() if name in LOSSES else SHIPPED[name]
         settings = {"clip_norm": 0.5, "seed": 4, "micro_batch": micro_batch}
-        engine, values = ahead(model, loss, optimizer, graph=graph, **settings), []
+        engine, values = ahead(model, loss, optimizer, **settings), []
+        engine.replay = Replay(engine, partial(Recorded, engine=engine)) if graph else None
         for step in range(9):
             batch = make_batch(5 if step == 6 else 12, weighted=True, seed=step)
             if name in ("bce", "soft F1", "RMSE"):
@@ -234,9 +273,25 @@ def test_replayed_steps_are_the_eager_ones(name, optimizer, micro_batch):
         engine.settle()
         found.append([*state_of(model, engine), *values])
     replayed = micro_batch == "auto" or name == "RMSE" or engine.passes.kind == "per_sample"
-    assert Again.made == replayed == (engine.replay._graph is not None)
+    assert replayed == (engine.replay._graph is not None)
     for eager, other in zip(*found, strict=True):
         assert torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_are_cast_again_in_every_replay(precision):
+    """Autocast keeps the weights that it has cast, but only until the end of a forward pass."""
+    found = []
+    for graph in (False, True):
+        engine = ahead(make_model().float(), cross_entropy, precision=precision, micro_batch=5)
+        engine.replay = Replay(engine, partial(Recorded, engine=engine)) if graph else None
+        for step in range(8):
+            batch = make_batch(13, seed=step)
+            engine.step(replace(batch, inputs=batch.inputs.float()), step)
+        found.append(state_of(engine.model, engine))
+    assert engine.replay._graph is not None
+    for eager, replayed in zip(*found, strict=True):
+        assert torch.equal(eager, replayed)
 
 
 def refusal(model, loss, steps=6, first=0, **settings) -> tuple[str, Engine]:
@@ -490,34 +545,65 @@ def test_memory_that_is_short_takes_the_graph_first():
     assert calls == [7, 7] and engine.replay._graph is None and engine.micro_batch == 12
 
 
+@pytest.mark.parametrize("micro_batch", ["auto", 1])
 @pytest.mark.parametrize("at", [1, 2])
-def test_copies_for_the_comparison_do_not_halve_the_micro_batch(monkeypatch, at):
-    """`at`: which of the two eager steps of the comparison runs out of memory."""
-    small, made, found = SmallMemory(100), [], []
-
-    def copies(groups):
-        made.append(1)
-        small.limit = 6 if len(made) == at else 100
-        return [[tensor.clone() for tensor in group] for group in groups]
-
+def test_copies_for_the_comparison_give_way_to_the_step(at, micro_batch):
+    """`at`: which of the two eager steps of the comparison has no room, not even for one sample, beside the copies."""
+    small, found = SmallMemory(0), []
     for graph in (None, Again):
-        model = make_model(small)
-        engine, said = ahead(model, cross_entropy, graph=graph), []
-        monkeypatch.setattr("common.engine.replay._copies", copies)
-        engine.log = said.append
-        for step in range(6):
-            engine.step(make_batch(12), step)
-            small.limit = 100
-        found.append(state_of(model, engine))
-    assert len([line for line in said if "no memory is left to compare" in line]) == 1 and len(made) == at
-    assert engine.micro_batch == 12 and not engine.limited, "only the copies took the room"
+        model, said = make_model(small), []
+        engine = ahead(model, cross_entropy, graph=graph, micro_batch=micro_batch, log=said.append)
+
+        def check(rows, engine=engine):
+            if engine.replay and len(engine.replay._copies) == at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        small.check = check
+        reports = [engine.step(make_batch(12, seed=step), step) for step in range(6)]
+        found.append([*state_of(model, engine), *(number for report in reports for number in report[:2])])
+    assert len([line for line in said if "no memory is left to compare" in line]) == 1 and not engine.replay._copies
+    assert engine.micro_batch == (12 if micro_batch == "auto" else 1), "only the copies took the room"
     for eager, dropped in zip(*found, strict=True):
-        torch.testing.assert_close(dropped, eager, rtol=1e-9, atol=1e-12)
+        assert torch.equal(dropped, eager)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_comparison_without_room_is_left_out(monkeypatch, at):
+    """`at`: which of its distances do not fit into memory; the last ones are those of the graph's step."""
+    found, calls = [], []
+
+    def full(*groups):
+        calls.append(1)
+        if len(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return _distances(*groups)
+
+    monkeypatch.setattr("common.engine.replay._distances", full)
+    for graph in (None, Again):
+        model, said = make_model(), []
+        engine = ahead(model, cross_entropy, graph=graph, log=said.append)
+        for step in range(6):
+            engine.step(make_batch(12, seed=step), step)
+        found.append(state_of(model, engine))
+    assert len([line for line in said if "no memory is left to compare" in line]) == 1 and len(calls) == at
+    for eager, dropped in zip(*found, strict=True):
+        assert torch.equal(dropped, eager)
 
 
 def test_micro_batches_that_memory_has_cut_stay_eager():
-    told, engine = refusal(make_model(SmallMemory(5)), cross_entropy)
-    assert not told and engine.replay._graph is None and engine.micro_batch < 12
+    for asked in ("auto", 8):
+        told, engine = refusal(make_model(SmallMemory(5)), cross_entropy, micro_batch=asked)
+        assert not told and engine.replay._graph is None and engine.micro_batch == 3
+
+
+def test_a_batch_that_is_too_large_for_the_card_stays_on_the_host():
+    """It is copied in micro-batches, so a graph, which holds the batch that it replays, would take its memory."""
+    engine, made = ahead(make_model(), cross_entropy, graph=Again, micro_batch=5), Again.made
+    for step in range(6):
+        batch = make_batch(12, seed=step)
+        engine.device = torch.device("meta")  # not that of the batch
+        engine.step(batch, step)
+    assert Again.made == made
 
 
 def test_other_modes_stay_eager():
