@@ -163,6 +163,5 @@ def check(competition: Competition, config: Config, recipe: str, data: str | Non
         refuse_unused(config, competition.recipes[recipe], competition.recipes["default"], task.uses)
     check_before(task, competition, every_image=False)  # all were read just now
     try_out(task, config)
-    count = sum(map(len, paths))
-    images = f"{count} images" if count else "the tables (no image files)"
+    images = f"{count} images" if (count := sum(map(len, paths))) else "the tables (no image files)"
     print(f"{competition.name} is in order: {images} of {found.path} can be read")

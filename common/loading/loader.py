@@ -40,8 +40,7 @@ from common.loading.stream import Stream, Workers
 from common.loading.transfer import beside, to_card
 from common.loading.worker import CheckKey, PieceKey, Reader, joined
 
-# Small batches are made together on a card, where launching a kernel costs more than its run.
-SAMPLES_AT_ONCE, BYTES_AT_ONCE = 4096, 2**22  # of uint8 inputs: what is computed in between takes some fifty times that
+SAMPLES_AT_ONCE, BYTES_AT_ONCE = 4096, 2**22  # made together on a card, where launching a kernel outlasts its run
 
 
 def in_order(dataset: Any, rows: Rows, batch_size: int, seed: int, **settings: Any) -> Iterator[Batch]:
