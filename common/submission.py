@@ -12,7 +12,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, some
+from common.errors import UserError, quoted, some
 from common.files import (
     NUMBER,
     NUMBER_OR_NONE,
@@ -188,16 +188,16 @@ def is_number(cell: str) -> bool:
 def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | None:
     """What is wrong with the id `name` in the place of `expected` (None: past the end); adds it to the `seen` ones."""
     if name is None:
-        return f"id {expected} is missing"
+        return f"id {quoted(expected)} is missing"
     twice = name in seen
     seen.add(name)
     if name == expected:
         return None
     if twice:
-        return f"id {name} appears twice"
+        return f"id {quoted(name)} appears twice"
     if expected is None:
-        return f"id {name} is not in the sample submission"
-    return f"id {name}, expected {expected} (same ids in the same order as the sample)"
+        return f"id {quoted(name)} is not in the sample submission"
+    return f"id {quoted(name)}, expected {quoted(expected)} (same ids in the same order as the sample)"
 
 
 def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | None) -> Iterable[str]:

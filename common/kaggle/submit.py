@@ -88,7 +88,9 @@ class Candidate:
     def facts(self, competition: str, name: str) -> list[dict]:
         """The content of the JSON file `name` of each of its runs that still exist."""
         files = [runs.RUNS / competition / run / name for run in filter(None, self.run.split(","))]
-        return [{"run": file.parent.name, **read_json(file, rules=runs.RULES[name])} for file in files if file.is_file()]
+        return [
+            {"run": file.parent.name, **read_json(file, rules=runs.RULES[name])} for file in files if file.is_file()
+        ]
 
 
 def choose(competition: str, source: Source, run: str | None, file: str | None) -> Candidate:
