@@ -214,7 +214,7 @@ def remove_drafts(folder: Path) -> None:
 
 
 def read_json(path: Path, *keys: str, rules: Rules = NO_RULES, again: str = "") -> dict[str, Any]:
-    """The JSON object in `path`; raises UserError when it is damaged, lacks one of `keys`, or breaks one of the `rules`.
+    """The JSON object in `path`; raises UserError when it is damaged, lacks one of `keys` or breaks one of the `rules`.
 
     `again` is passed to `not_read`.
     """
