@@ -132,7 +132,7 @@ class Run:
 
     def check_outputs(self, outputs: str) -> None:
         """Raises UserError when the models were trained for other outputs: these are known by their order alone."""
-        trained = self.provenance["outputs"]
+        trained = self.provenance.get("outputs")
         if trained != outputs:
             raise UserError(
                 f"run {self.name} was trained to predict {trained}, but the data have {outputs}: give it the data of "
