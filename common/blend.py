@@ -72,7 +72,7 @@ class Kept:
     @staticmethod
     def of_run(run: Run, kind: str) -> "Kept":
         """The "oof" or "test" predictions that a run keeps; without any raises UserError with the remedy."""
-        again = f"delete {run.path / 'result.json'} and repeat its command, {run.provenance['command']}"
+        again = f"delete {run.path / 'result.json'} and repeat its command, {run.provenance.get('command', '')}"
         if run.is_blend:
             again = "blend its runs again"
         elif kind == "test" and any(run.path.glob("fold-*/model.pt")):

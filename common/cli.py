@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -303,8 +304,8 @@ def _run(argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
     """Run one verb; returns the exit status. A UserError is printed as one line on stderr, without a traceback.
 
-    So are an output that takes no more, such as a log on a full disk or a pipe into `head`, and a disk that is full for
-    a library: torch wants a temporary directory.
+    So are an output that takes no more, such as a log on a full disk, and a disk that is full for a library: torch
+    wants a temporary directory. A reader that has read enough, such as `head`, ends it without a word.
     """
     try:
         try:
@@ -314,6 +315,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         reason = str(error.strerror or error)
         if not _takes("\n", sys.stdout):
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE  # as a shell reports programs that the signal ends
             told = f"the output cannot be written ({reason}): give it a place and repeat the same command"
         elif error.errno in FULL or reason.startswith(NO_TEMPORARY):
             told = f"{error}: free disk space, or set TMPDIR to a folder on another disk, and repeat the same command"

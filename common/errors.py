@@ -14,7 +14,12 @@ class UserError(Exception):
 
 def some(names: Sequence[str], shown: int = 3, by: str = ", ") -> str:
     """The first few names joined, and how many more there are."""
-    return by.join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+    return by.join(map(quoted, names[:shown])) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
+def quoted(name: str) -> str:
+    """The name, in quotes if it is empty or has spaces at its ends, which would not be seen."""
+    return name if name and name == name.strip() else repr(name)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -30,6 +30,18 @@ NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")  # ndarray.tofile's err
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # start of a cell that a spreadsheet would compute, quoted or not
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is too few for the run lengths of a ragged mask
+
+# Rules for values of a JSON object: whether a value is allowed, and what is expected in words.
+Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
+NO_RULES: Rules = {}
+TEXT = lambda value: isinstance(value, str), "a text"
+TRUTH = lambda value: isinstance(value, bool), "true or false"
+COUNT = lambda value: value is None or isinstance(value, int), "a whole number"
+NUMBER_OR_NONE = lambda value: value is None or isinstance(value, (int, float)), "a number"
+NUMBERS = lambda value: isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()), "numbers"
+OBJECT = lambda value: isinstance(value, dict), "an object"
+TEXTS = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"
+OBJECTS = lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value), "a list of objects"
 
 
 def not_written(path: Path, error: OSError) -> UserError:
@@ -201,8 +213,8 @@ def remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
-    """The JSON object in `path`; raises UserError when it is damaged or lacks one of `keys`.
+def read_json(path: Path, *keys: str, rules: Rules = NO_RULES, again: str = "") -> dict[str, Any]:
+    """The JSON object in `path`; raises UserError when it is damaged, lacks one of `keys` or breaks one of the `rules`.
 
     `again` is passed to `not_read`.
     """
@@ -212,9 +224,17 @@ def read_json(path: Path, *keys: str, again: str = "") -> dict[str, Any]:
             raise ValueError(f"expected an object, found a {type(found).__name__}")
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it has no {', '.join(missing)}")
+        check_rules(found, rules)
     except (ValueError, RecursionError, OSError) as error:
         raise not_read(path, error, again) from error
     return found
+
+
+def check_rules(found: Mapping[str, Any], rules: Rules) -> None:
+    """Raises ValueError for the first value that breaks its rule; keys may be absent."""
+    for key, (holds, expected) in rules.items():
+        if key in found and not holds(found[key]):
+            raise ValueError(f"{key} is {str(found[key])[:60]!r}, expected {expected}")
 
 
 def write_text(path: Path, text: str) -> None:

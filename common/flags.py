@@ -139,6 +139,9 @@ def from_values(config_class: type[ConfigType], values: dict[str, Any]) -> Confi
         raise UserError(f"the run has settings that this version no longer has ({', '.join(gone)}): train it again")
     hints = get_type_hints(config_class)
     try:
+        for name, value in values.items():
+            if value is None and type(None) not in get_args(hints[name]):
+                raise refused(name, "null", _type_text(hints[name]))
         return config_class(**{name: _as_flag(name, hints[name], value) for name, value in values.items()})
     except UserError as error:
         raise UserError(f"config.json of the run: {error}") from error

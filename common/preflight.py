@@ -23,6 +23,7 @@ from common.fold import OWN_COLUMNS, fold_label, order_of, rows_of_fold
 from common.inference import decisions_of
 from common.loading import orders
 from common.loading.loader import in_order
+from common.loading.mixing import mix_pairs
 from common.losses.protocol import batch_value, own_copy
 from common.metrics import check_direction, evaluate
 from common.predictions import Predictions, check_names, leaves, pack_all, part_of
@@ -108,6 +109,8 @@ def _try_out(task: Task, config: Config, world: int) -> None:
     batch = _first_rows(task, config)
     if not batch:
         return  # unreadable images: the training reports them
+    if task.data.mix and (own := _rows_of(task.data.train, 2, config)):
+        mix_pairs(task.data.mix, own, np.arange(len(own)), config.seed)  # raises for what it cannot blend
     batch = batch.to(device)
     model = network.model().to(device)
     if network.pretrain:

@@ -12,7 +12,7 @@ dataset are the training rows, with the same random keys as without test rows; t
 MixUp or CutMix may pair one of each, and blend their weights like their targets.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,7 @@ class Pseudo:
     task: Task
     config: Config
     provenance: dict[str, Any]
+    _made: dict[int | None, Predictions] = field(default_factory=dict)  # labels of a fold that was checked
 
     def check(self) -> list[Run]:
         """The earlier runs; raises UserError when one cannot label every fold of this training without leaks."""
@@ -75,6 +76,13 @@ class Pseudo:
         for run in found:
             self._check_run(run, told)
         return found
+
+    def check_rows(self) -> None:
+        """Raises UserError when --pseudo-min leaves no row for the first fold, before there is a run."""
+        if self.config.pseudo_min:
+            fold = folds_to_train(self.config)[0]
+            self._made[fold] = self._mean(fold)
+            choose(self._made[fold], self.config.pseudo_min)
 
     def _check_run(self, run: Run, told: str) -> None:
         if run.is_blend:
@@ -136,10 +144,7 @@ class Pseudo:
         """Predictions of all test rows, tensors [m, ...]: read from the fold's folder, or made now and kept there."""
         file = run.fold_folder(fold) / PSEUDO_LABELS
         if not file.is_file():
-            made = [self._predicted(member, fold) for member in self.members]
-            forms = [{name: list(values.shape) for name, values in leaves(one).items()} for one in made]
-            if any(form != forms[0] for form in forms):
-                raise UserError(f"--pseudo {self.config.pseudo}: the runs predict {forms}: expected equal shapes")
+            labels = self._made.pop(fold) if fold in self._made else self._mean(fold)
             for member in self.members:
                 if fold is not None and member.task.network and member.config.keep == "best":
                     run.log(
@@ -147,8 +152,16 @@ class Pseudo:
                         f"leak a little of it (with --keep last nothing)"
                     )
             file.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(file, {"labels": mean_of(made)})
+            checkpoint.save(file, {"labels": labels})
         return checkpoint.load(file, "labels")["labels"]
+
+    def _mean(self, fold: int | None) -> Predictions:
+        """The mean over the earlier runs of their predictions of all test rows, tensors [m, ...]."""
+        made = [self._predicted(member, fold) for member in self.members]
+        forms = [{name: list(values.shape) for name, values in leaves(one).items()} for one in made]
+        if any(form != forms[0] for form in forms):
+            raise UserError(f"--pseudo {self.config.pseudo}: the runs predict {forms}: expected equal shapes")
+        return mean_of(made)
 
     def _predicted(self, member: Member, fold: int | None) -> Predictions:
         """Predictions of all test rows, tensors [m, ...], by the models of an earlier run that never saw the fold."""

@@ -17,7 +17,21 @@ from typing import Any
 from common import config as configs
 from common.config import Config
 from common.errors import UserError
-from common.files import locked, make_folder, not_written, read_json, write_json, write_text
+from common.files import (
+    COUNT,
+    NUMBER_OR_NONE,
+    NUMBERS,
+    OBJECT,
+    OBJECTS,
+    TEXT,
+    TRUTH,
+    locked,
+    make_folder,
+    not_written,
+    read_json,
+    write_json,
+    write_text,
+)
 from common.flags import from_values, to_json
 from common.progress import say
 
@@ -25,6 +39,15 @@ RUNS = Path("runs")
 LONGEST_NAME = 100  # bytes of a run's name: any file system takes it, with the suffixes of files named after it
 CHANGED = ("data", "data_fingerprint", "code", "commit", "pseudo")  # facts with which RESUME=1 goes on
 FORMAT = 2  # version of a run's files; other versions of the kit have others
+FACTS = ("recipe", "data", "data_fingerprint", "folds_fingerprint", "created")  # texts that every run.json has
+RULES = {  # of the files of a run, for hands and disks that have changed them
+    "run.json": dict.fromkeys((*FACTS, "outputs", "command", "commit"), TEXT)
+    | {"demo": TRUTH, "code": OBJECT, "pseudo": OBJECT, "before": OBJECTS},
+    "result.json": {"monitor": TEXT, "finished": TEXT, "tuned": OBJECT, "folds": OBJECTS, "micro_batch": COUNT}
+    | {"rows": (lambda value: isinstance(value, int), "a whole number")}
+    | dict.fromkeys(("score", "mean", "std", "training_seconds"), NUMBER_OR_NONE)
+    | dict.fromkeys(("metrics", "errors", "fold_scores"), NUMBERS),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +91,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The content of result.json (score, metrics, tuned ...), or None until the run is trained."""
         file = self.path / "result.json"
-        return read_json(file, "score") if file.is_file() else None
+        return read_json(file, "score", "monitor", rules=RULES["result.json"]) if file.is_file() else None
 
     @property
     def report(self) -> Path:
@@ -109,7 +132,7 @@ class Run:
 
     def check_outputs(self, outputs: str) -> None:
         """Raises UserError when the models were trained for other outputs: these are known by their order alone."""
-        trained = self.provenance["outputs"]
+        trained = self.provenance.get("outputs")
         if trained != outputs:
             raise UserError(
                 f"run {self.name} was trained to predict {trained}, but the data have {outputs}: give it the data of "
@@ -130,7 +153,7 @@ def load(competition: str, name: str) -> Run:
     """An existing run; raises UserError listing the runs there are."""
     path = folder_of(competition, name)
     if not (path / "run.json").is_file():
-        names = ", ".join(run.name for run in all_runs(competition)) or "none yet"
+        names = ", ".join(run.name for run in all_runs(competition, {})) or "none yet"
         raise UserError(
             f"RUN={name}: there is no such run of {competition} (runs: {names}). "
             f"Train one: make train COMP={competition}"
@@ -157,14 +180,27 @@ def finished(competition: str, names: str | None) -> list[Run]:
     return found
 
 
-def all_runs(competition: str) -> list[Run]:
-    """Every run of a competition that this version can read, oldest first by the time in run.json: files get copied."""
-    found = [_read(file.parent) for file in (RUNS / competition).glob("*/run.json")]
+def all_runs(competition: str, broken: dict[str, UserError] | None = None) -> list[Run]:
+    """Every run of a competition of this version, oldest first by the time in run.json: files get copied.
+
+    Raises UserError for a damaged run.json or, if `broken` is given, adds the error to it by the run's name.
+    """
+    found = []
+    for file in (RUNS / competition).glob("*/run.json"):
+        try:
+            found.append(_read(file.parent))
+        except UserError as error:
+            if broken is None:
+                raise
+            broken[file.parent.name] = error
     return sorted((run for run in found if run.is_readable), key=lambda run: (run.provenance["created"], run.name))
 
 
 def _read(path: Path) -> Run:
-    facts = read_json(path / "run.json", "competition", "demo", "data", "data_fingerprint", "created")
+    file = path / "run.json"
+    facts = read_json(file)
+    if facts.get("format") == FORMAT:
+        facts = read_json(file, "demo", *FACTS, rules=RULES[file.name])
     return Run(path, facts | {"competition": path.parent.name})  # whose folders may have been renamed since
 
 

@@ -16,7 +16,7 @@ from common import run as runs
 from common.competition import Competition
 from common.config import MACHINE_FIELDS, Config
 from common.errors import UserError
-from common.files import not_read, number_in, read_json, read_table, write_csv
+from common.files import TEXTS, not_read, number_in, read_json, read_table, write_csv
 from common.flags import to_json
 from common.kaggle import ledger
 from common.report import Report, subplots, with_error
@@ -52,10 +52,22 @@ class Line:
 COLUMNS = [field.name for field in fields(Line)]
 
 
-def lines(competition: str, recipes: Mapping[str, Config], higher_is_better: bool) -> list[Line]:
-    """A line for every run: the best score first, then those without one, the newest first."""
-    boards = _boards(competition)
-    found = [_line(run, recipes, boards.get(run.name, {})) for run in reversed(runs.all_runs(competition))]
+def lines(
+    competition: str, recipes: Mapping[str, Config], higher_is_better: bool, broken: dict[str, UserError] | None = None
+) -> list[Line]:
+    """A line for every run: the best score first, then those without one, the newest first.
+
+    Raises UserError for a run with a damaged file or, if `broken` is given, adds the error to it by the run's name.
+    """
+    boards, found = _boards(competition), []
+    for run in reversed(runs.all_runs(competition, broken)):
+        try:
+            found.append(_line(run, recipes, boards.get(run.name, {})))
+        except UserError as error:
+            if broken is None:
+                raise
+            broken[run.name] = error
+    found += [Line(name, "damaged") for name in sorted(broken or ())]
     sign = -1 if higher_is_better else 1
     return sorted(found, key=lambda line: (line.score is None, sign * (line.score or 0.0)))
 
@@ -106,7 +118,7 @@ def _settings(run: Run, recipes: Mapping[str, Config]) -> str:
     """The recipe, and the settings in which the run differs from it, except those of the machine."""
     recipe = run.provenance["recipe"]
     if run.is_blend:
-        told = read_json(run.path / "blend.json", "by", "space", "members")
+        told = read_json(run.path / "blend.json", "by", "space", "members", rules={"members": TEXTS})
         return f"blend: {told['by']}, {told['space']}, {', '.join(told['members'])}"
     if recipe not in recipes:
         return f"{recipe} (recipe no longer exists)"
@@ -185,8 +197,11 @@ def best_run(competition: str, names: Iterable[str], higher_is_better: bool) -> 
     different splits cannot be compared.
     """
     sign = 1 if higher_is_better else -1
-    there = {run.name: run for run in runs.all_runs(competition)}
-    found = [one for name in dict.fromkeys(names) if name in there and (one := _scored(there[name]))]
+    broken: dict[str, UserError] = {}
+    there, names = {run.name: run for run in runs.all_runs(competition, broken)}, dict.fromkeys(names)
+    for name in broken.keys() & names:
+        raise broken[name]
+    found = [one for name in names if name in there and (one := _scored(there[name]))]
     if not found:
         return None
     most = max((one.rows for one in found if not one.complete), default=0)  # all folds of a part of the data are fewer
@@ -231,20 +246,26 @@ def _common_folds(one: _Scored, other: _Scored) -> list[str]:
 
 
 def show(competition: Competition) -> None:
-    """`make runs`: the table on the terminal, as runs/<competition>/runs.csv and as the page runs.html."""
-    name = competition.name
-    found = lines(name, competition.recipes, competition.source.higher_is_better)
+    """`make runs`: the table on the terminal, as runs/<competition>/runs.csv and as the page runs.html.
+
+    Raises UserError at the end if there are damaged runs, which have a line without figures.
+    """
+    name, broken = competition.name, {}
+    found = lines(name, competition.recipes, competition.source.higher_is_better, broken)
     if not found:
         raise UserError(f"there are no runs of {name} yet: make train COMP={name}")
     home = runs.RUNS / name
     table = [["" if cell is None else cell for cell in astuple(line)] for line in found]
     write_csv(home / "runs.csv", COLUMNS, table)
-    real = [run.name for run in runs.all_runs(name) if not run.provenance["demo"]]
-    best = best_run(name, real or [line.run for line in found], competition.source.higher_is_better)
+    whole = [run for run in runs.all_runs(name, {}) if run.name not in broken]
+    real = [run for run in whole if not run.provenance["demo"]]
+    best = best_run(name, [run.name for run in real or whole], competition.source.higher_is_better)
     print(_as_text(found))
     page = _page(name, found, table, best)
     print(best[1] if best else "no run has a score")
     print(f"runs: {page} and {home / 'runs.csv'}")
+    if broken:
+        raise UserError("; ".join(map(str, broken.values())))
 
 
 def _as_text(found: list[Line]) -> str:

@@ -12,14 +12,32 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, some
-from common.files import NUMBER, number_in, replacing, sha256, write_json
+from common.errors import UserError, quoted, some
+from common.files import (
+    NUMBER,
+    NUMBER_OR_NONE,
+    TEXT,
+    TEXTS,
+    TRUTH,
+    check_rules,
+    not_read,
+    number_in,
+    replacing,
+    sha256,
+    write_json,
+)
 from common.raw import RawData
 
 SUBMISSIONS = Path("submissions")
 TRUTHS = ("true", "false")
 OFFENDERS = 5  # most faults that an error lists
 AGAIN = "mend the file, or get it again with make data"
+RULES = dict.fromkeys(("run", "recipe", "monitor", "commit", "created", "sha256"), TEXT) | {  # of the sidecar
+    "score": NUMBER_OR_NONE,
+    "demo": TRUTH,
+    "text_columns": TEXTS,
+    "several_rows": TRUTH,
+}
 Validator = Callable[[Sequence[str]], str | None]
 
 
@@ -144,12 +162,22 @@ class Sample:
 
 
 def sidecar(path: Path) -> dict[str, Any]:
-    """The JSON that the kit wrote beside a submission; {} where there is none, or one that the kit did not write."""
+    """The JSON that the kit wrote beside a submission; {} where there is none, or one that the kit did not write.
+
+    Raises UserError where it has values that the kit does not write.
+    """
+    file = path.with_suffix(".json")
     try:
-        provenance = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        provenance = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return provenance if isinstance(provenance, dict) and "sha256" in provenance else {}
+    if not isinstance(provenance, dict) or "sha256" not in provenance:
+        return {}
+    try:
+        check_rules(provenance, RULES)
+    except ValueError as error:
+        raise not_read(file, error, "delete it and write the submission again with make predict") from error
+    return provenance
 
 
 def is_number(cell: str) -> bool:
@@ -160,16 +188,16 @@ def is_number(cell: str) -> bool:
 def _misplaced(name: str | None, expected: str | None, seen: set[str]) -> str | None:
     """What is wrong with the id `name` in the place of `expected` (None: past the end); adds it to the `seen` ones."""
     if name is None:
-        return f"id {expected} is missing"
+        return f"id {quoted(expected)} is missing"
     twice = name in seen
     seen.add(name)
     if name == expected:
         return None
     if twice:
-        return f"id {name} appears twice"
+        return f"id {quoted(name)} appears twice"
     if expected is None:
-        return f"id {name} is not in the sample submission"
-    return f"id {name}, expected {expected} (same ids in the same order as the sample)"
+        return f"id {quoted(name)} is not in the sample submission"
+    return f"id {quoted(name)}, expected {quoted(expected)} (same ids in the same order as the sample)"
 
 
 def faults(rows: Iterable[Sequence[str]], sample: Sample, valid: Validator | None) -> Iterable[str]:

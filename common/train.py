@@ -80,6 +80,8 @@ def _check_new(task: Task, config: Config, pseudo: Pseudo | None, world: int) ->
     if config.bad_images == "raise":
         refuse_bad_training_images(task)
     try_out(task, config, world)
+    if pseudo:
+        pseudo.check_rows()
 
 
 def _open_together(

@@ -39,6 +39,7 @@ SECONDS = 0.5  # between two looks at a trial's curve
 GRACE = 60.0  # seconds that a stopped trial has to end by itself
 UNPRUNED = 5  # trials that must end before others are compared with them
 FAILURES = 3  # failed trials in a row after which the search ends
+ROWS = ("fold", "folds", "seed")  # settings that choose the rows of the score
 Space = dict[str, BaseDistribution]
 
 
@@ -53,6 +54,11 @@ def space_of(search: str, config: Config) -> Space:
         name = name.strip().lstrip("-").replace("-", "_")
         if name not in vars(config):
             raise UserError(f"--search {part}: no such setting.{did_you_mean(name, vars(config))}")
+        if name in ROWS:
+            raise UserError(
+                f"--search {part}: trials with another {name} are scored on other rows, so the best would be that with "
+                f"the easiest rows: leave {name} out, and give --fold all to score every trial on all of them"
+            )
         if name in found:
             raise UserError(f"--search {part}: {name} appears twice, expected each setting once")
         values = text.split("|") if "|" in text else text.removesuffix(":log").split(":")

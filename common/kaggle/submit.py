@@ -43,7 +43,7 @@ def submit(
     candidate = choose(competition, source, run, file)
     rows = check(candidate, competition, module, data)
     facts = candidate.provenance
-    score = "" if candidate.score is None else f"{facts['monitor']} {candidate.score:.5f}"
+    score = "" if candidate.score is None else f"{facts.get('monitor', 'score')} {candidate.score:.5f}"
     commit = f"commit {facts['commit']}" if facts.get("commit") else ""
     described = (candidate.run or candidate.path.name, f"recipe {facts.get('recipe', '-')}", score, commit)
     row = candidate.row(facts.get("commit", ""), message or ", ".join(filter(None, described)))
@@ -88,7 +88,9 @@ class Candidate:
     def facts(self, competition: str, name: str) -> list[dict]:
         """The content of the JSON file `name` of each of its runs that still exist."""
         files = [runs.RUNS / competition / run / name for run in filter(None, self.run.split(","))]
-        return [{"run": file.parent.name, **read_json(file)} for file in files if file.is_file()]
+        return [
+            {"run": file.parent.name, **read_json(file, rules=runs.RULES[name])} for file in files if file.is_file()
+        ]
 
 
 def choose(competition: str, source: Source, run: str | None, file: str | None) -> Candidate:
@@ -127,7 +129,11 @@ def choose(competition: str, source: Source, run: str | None, file: str | None) 
 def _written(competition: str) -> list[Candidate]:
     """The submissions that the kit wrote, oldest first."""
     paths = (file.with_suffix(".csv") for file in (SUBMISSIONS / competition).glob("*.json"))
-    found = [Candidate(path, facts) for path in paths if path.is_file() and (facts := submission.sidecar(path))]
+    found = [Candidate(path, submission.sidecar(path)) for path in paths if path.is_file()]
+    for candidate in found:
+        if not candidate.provenance:
+            print(f"{candidate.path} is passed over: {candidate.path.stem}.json beside it is damaged, or not the kit's")
+    found = [candidate for candidate in found if candidate.provenance]
     return sorted(found, key=lambda one: (one.provenance.get("created", ""), one.path.stat().st_mtime_ns))
 
 

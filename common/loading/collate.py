@@ -30,7 +30,7 @@ def collate(samples: list[Any]) -> Tree:
         samples = _of_one_type(samples)
         first = samples[0]
     _check_alike(samples, [tuple(sample.shape) for sample in samples])
-    return torch.stack(samples) if isinstance(first, Tensor) else as_tensor(np.stack(samples))
+    return torch.stack(samples).detach() if isinstance(first, Tensor) else as_tensor(np.stack(samples))
 
 
 def _of_one_type(samples: list[Any]) -> list[Tensor]:

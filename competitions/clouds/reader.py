@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common import tables
-from common.errors import BadImage, UserError, some
+from common.errors import BadImage, UserError, quoted, some
 from common.raw import RawData
 from common.vision import rle
 from common.vision.decode import decode
@@ -70,7 +70,7 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     for name, cells in (("train.csv", train), ("sample_submission.csv", sample)):
         for image, of_classes in cells.items():
             if missing := [label for label in CLASSES if label not in of_classes]:
-                raise UserError(f"{raw.path}/{name}: {image} has no row for {', '.join(missing)}: {AGAIN}")
+                raise UserError(f"{raw.path}/{name}: {quoted(image)} has no row for {', '.join(missing)}: {AGAIN}")
     masks = [_mask(raw, image, label, *train[image][label]) for image in images for label in CLASSES]
     runs = Runs(np.concatenate(masks).astype(np.int32), np.cumsum([0, *map(len, masks)]))
     size = _size_of(runs, train_paths, f"{raw.path}/train.csv")

@@ -78,7 +78,9 @@ class LabelTable:
 
 def read_index(raw: RawData) -> LabelIndex:
     """Read classes-trainable.csv, and the names of class-descriptions.csv if that file is there."""
-    codes = tables.read(raw, CLASSES, {"label_code": str}, id="label_code")["label_code"]
+    codes = tables.read(raw, CLASSES, {"label_code": str}, id="label_code", lines=True)["label_code"]
+    for line, code in codes[codes.str.contains(r"\s")].items():  # no label would fit it, nor a submission hold it
+        raise UserError(f"{raw.path}/{CLASSES} line {line}: {code!r}, expected a code without spaces: {AGAIN}")
     names = {}
     if raw.exists(DESCRIPTIONS):
         columns = {"label_code": str, "description": text(blank=True)}

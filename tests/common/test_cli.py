@@ -132,15 +132,26 @@ def test_ctrl_c_is_130_and_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def helped(stdout, both):
+    command = [sys.executable, "-m", "common", "--help"]
+    return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=stdout if both else subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize("both", [False, True])
-def test_an_output_that_takes_no_more_is_one_line(both):
-    """As with `| head`, or a log on a full disk; stderr may go to the same place."""
+def test_a_reader_that_has_read_enough_is_no_error(both):
+    """As with `| head`; stderr may go to the same place."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
-        stderr = pipe if both else subprocess.PIPE
-        command = [sys.executable, "-m", "common", "--help"]
-        ended = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=stderr, text=True)
+        ended = helped(pipe, both)
+    assert ended.returncode == 141 and not ended.stderr
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_output_that_takes_no_more_is_one_line(both):
+    """As with a log on a full disk; stderr may go to the same place."""
+    with open("/dev/full", "w") as full:
+        ended = helped(full, both)
     assert ended.returncode == 1
     assert both or (ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1), ended.stderr
 

@@ -163,6 +163,8 @@ def test_values_that_a_hand_wrote_into_a_runs_config_have_the_types_of_the_flags
     assert (config.batch_size, config.lr, config.fold, config.tta) == (16, 3e-4, "0", False)
     with pytest.raises(UserError, match="config.json of the run: --batch-size many: expected int"):
         from_values(Example, kept | {"batch_size": "many"})
+    with pytest.raises(UserError, match="config.json of the run: --lr null: expected float"):
+        from_values(Example, kept | {"lr": None})
 
 
 def test_a_flag_newer_than_the_run_has_its_default_and_one_that_is_gone_is_refused():

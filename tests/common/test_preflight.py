@@ -15,6 +15,7 @@ from common.config import Config
 from common.errors import UserError
 from common.inference import Predictor, decisions_of, heads_of, in_float32
 from common.loading import orders
+from common.loading.mixing import CutMix
 from common.metrics import Metric
 from common.preflight import try_out
 from common.task import TTA
@@ -41,6 +42,7 @@ class Heavy(toy.ToyRows):
         ),
         ({"test": toy.ToyRows(torch.zeros(3, 16), torch.zeros(3)), "test_ids": ["t0", "t1", "t2"]}, "id t3 is missing"),
         ({"test_ids": ["t0"]}, "30 test rows have 1 ids"),
+        ({"mix": CutMix(classes=3)}, "CutMix needs images"),
         ({"test": None}, "0 test rows have 30 ids"),
         ({"lr_scales": {"head": 0.1}}, "lr_scales names 'head', which has no trainable parameter"),
         ({"train": Heavy(torch.zeros(120, 16), torch.zeros(120))}, "weights have 80 rows and train has 120"),

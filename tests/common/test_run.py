@@ -15,6 +15,7 @@ from common.config import Config
 from common.errors import UserError
 
 PROVENANCE = {"competition": "toy", "recipe": "fast", "demo": True, "data": "/data", "data_fingerprint": "f"}
+PROVENANCE["folds_fingerprint"] = "f"
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def open_run(name=None, config=Config(), **provenance):  # noqa: B008
 def test_an_unfinished_run_goes_on_and_a_finished_one_is_followed_by_the_next():
     first = open_run()
     assert first.name == "001-fast-demo" and open_run().name == first.name
-    first.write_result({"score": 1.0})
+    first.write_result({"score": 1.0, "monitor": "accuracy"})
     assert open_run().name == first.name, "not predicted yet"
     first.finish()
     second = open_run()
@@ -63,7 +64,7 @@ def test_a_run_goes_on_with_the_same_code_and_data_only(capsys):
     assert insisting.name == second.name
     with pytest.raises(UserError, match="code of common/ changed since.*RESUME=1"):
         open_run(first.name, **changed)
-    first.write_result({"score": 1.0})
+    first.write_result({"score": 1.0, "monitor": "accuracy"})
     with pytest.raises(UserError, match="started differently .data: .*: repeat its own command"):
         runs.open_run("toy", first.name, Config(), PROVENANCE | changed, insist=True)
     first.fold_folder(0).mkdir()
@@ -88,7 +89,7 @@ def test_what_a_run_goes_on_with_is_in_its_file_and_needs_no_second_insisting():
 
 def test_what_was_trained_on_demo_data_predicts_no_real_data():
     run = open_run()
-    run.write_result({"score": 1.0})
+    run.write_result({"score": 1.0, "monitor": "accuracy"})
     run.fold_folder(0).mkdir()
     (run.fold_folder(0) / "model.pt").write_bytes(b"")
     assert open_run().name == run.name
@@ -172,7 +173,7 @@ def test_a_name_that_is_no_folder_is_refused_at_once(tmp_path):
 
 def test_what_another_process_has_made_meanwhile_is_not_made_again():
     def other():
-        open_run("mine", Config(lr=0.25)).write_result({"score": 1.0})
+        open_run("mine", Config(lr=0.25)).write_result({"score": 1.0, "monitor": "accuracy"})
 
     with pytest.raises(UserError, match="another process has just made runs/toy/mine"):
         runs.open_run("toy", "mine", Config(), PROVENANCE, before_new=other)

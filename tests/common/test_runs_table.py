@@ -135,6 +135,38 @@ def test_cells_that_are_no_number_are_one_line_or_no_score():
         runs_table.lines("toy", toy.RECIPES, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("result.json", {"monitor": ["x"]}, "monitor is .* expected a text"),
+        ("result.json", {"errors": "0.01"}, "errors is '0.01', expected numbers"),
+        ("result.json", {"fold_scores": {"0": "0.8"}}, "fold_scores is .*, expected numbers"),
+        ("result.json", {"rows": None}, "rows is 'None', expected a whole number"),
+        ("result.json", {"folds": [1]}, "folds is .*, expected a list of objects"),
+        ("result.json", None, "Expecting value"),
+        ("run.json", {"created": 7}, "created is '7', expected a text"),
+        ("run.json", {"folds_fingerprint": []}, "folds_fingerprint is .*, expected a text"),
+        ("run.json", None, "Expecting value"),
+        ("config.json", None, "Expecting value"),
+        ("metrics.csv", None, "'1O'"),
+    ],
+)
+def test_a_damaged_run_is_named_and_hides_no_other(capsys, name, change, told):
+    made("good", 0.8, ALL, fold="all", created="1")
+    file = made("bad", 0.9, ALL, fold="all", created="2") / name
+    if name == "metrics.csv":
+        file.write_text("fold,epoch,samples_per_second\n1,1,1O\n")
+    else:  # None: emptied by a full disk
+        file.write_text("" if change is None else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=f"runs/toy/bad/{name} cannot be read .*{told}.*: restore a complete copy, or"):
+        runs_table.show(toy.TOY)
+    shown = capsys.readouterr().out
+    assert "good: CV 0.80000" in shown and "damaged" in shown and "runs: runs/toy/runs.html" in shown
+    if name != "metrics.csv":  # which the choice does not need
+        with pytest.raises(UserError, match=f"runs/toy/bad/{name} cannot be read"):
+            runs_table.best_run("toy", ["good", "bad"], True)
+
+
 def test_runs_of_the_kit_show_up_on_the_terminal_in_the_csv_and_on_the_page(capsys):
     toy_train("one", fold="all", epochs=1)
     toy_train("two", epochs=1, lr=0.01)

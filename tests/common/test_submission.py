@@ -263,6 +263,7 @@ SEVERAL = sample_of("id,runs", "a,1 1", "b,1 1", "b,", "c,1 1", several=True)
         (["a 1 2", "b 3 1", "b 5 2", "b 9 1", "c "], None),
         (["a 1 2", "b ", "c 1 1", "c 4 4"], None),
         (["a 1 2", "a 3 3", "c 1 1"], "line 4: id c, expected b"),
+        (["\ta 1 2", "a 3 3", "c 1 1"], "line 2: id '.ta', expected a"),
         (["a 1 2", "b 3 3"], "line 4: id c is missing"),
         (["a 1 2", "b 3 3", "a 4 4", "c 1 1"], "line 4: id a appears twice"),
         (["a 1 2", "b 3 3", "c 4 4", "d 1 1"], "line 5: id d is not in the sample"),

@@ -90,6 +90,31 @@ def sent(kaggle) -> list[str]:
 # Files that are chosen or refused; no request is sent to Kaggle.
 
 
+@pytest.mark.parametrize("change", [{"run": ["a"]}, {"demo": "no"}, {"score": "0.9"}, {"text_columns": None}])
+def test_a_sidecar_with_other_values_than_the_kit_writes_is_named(module, kaggle, change):
+    written()
+    sidecar = HOME / "001-best.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | change))
+    with pytest.raises(UserError, match=f"001-best.json cannot be read .{list(change)[0]} is .*make predict"):
+        submit(module)
+    sidecar.write_text("")  # by a full disk
+    with pytest.raises(UserError, match="holds nothing: train"):
+        submit(module)
+    assert not sent(kaggle)
+
+
+def test_a_run_whose_files_have_other_values_than_the_kit_writes_is_named(module, kaggle):
+    written()
+    for name, key in (("result.json", "finished"), ("run.json", "data")):
+        file = Path("runs/toy/001-best") / name
+        before = file.read_text()
+        file.write_text(json.dumps(json.loads(before) | {key: [1]}))
+        with pytest.raises(UserError, match=f"{name} cannot be read .{key} is .*expected a text"):
+            submit(module, run="001-best")
+        file.write_text(before)
+    assert not sent(kaggle)
+
+
 def choice(module, **options):
     return submits.choose("toy", module.source, options.get("run"), options.get("file")).path.stem
 

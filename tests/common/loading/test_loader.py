@@ -283,6 +283,13 @@ def test_types_that_meet_in_a_batch_become_one_for_any_workers(first, others, dt
     assert found[0].dtype == found[1].dtype == dtype and torch.equal(*found)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_keep_no_graph_for_any_workers(workers):
+    dataset = Given(lambda index: torch.ones(2, requires_grad=True) * index)
+    with Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader:
+        assert not next(loader.epoch(0)).inputs.requires_grad
+
+
 @pytest.mark.parametrize(
     "first, last, told",
     [

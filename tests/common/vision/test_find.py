@@ -93,6 +93,12 @@ def test_files_that_no_id_names_are_told_beside_missing_ones(tmp_path):
         images_of(folder, ["1", "b", "002"], "train.csv", "get it")
 
 
+def test_spaces_around_an_id_are_seen(tmp_path):
+    folder = touched(tmp_path / "train", "a.jpg")
+    with pytest.raises(UserError, match="names 'a.jpg ', b, not in"):
+        images_of(folder, ["a.jpg ", "b"], "train.csv", "get it")
+
+
 def test_a_folder_that_is_still_packed_is_to_be_unpacked(tmp_path):
     touched(tmp_path, "train.csv", "train.tar.gz", "test.csv", "train_2.zip")
     with pytest.raises(UserError, match="train is missing, but train.tar.gz is beside it: unpack it into .*or get it"):

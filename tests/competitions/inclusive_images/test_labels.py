@@ -96,6 +96,7 @@ def test_tuning_labels_without_header(tmp_path):
         ),
         ("classes-trainable.csv", "code\n/m/a\n", "expected label_code"),
         ("classes-trainable.csv", "label_code\n", "has no rows"),
+        ("classes-trainable.csv", "label_code\n/m/b\n/m/a \n", "line 3: '/m/a ', expected a code without spaces"),
         ("classes-trainable.csv", "label_code\n/m/b\n/m/a\n/m/b\n", "line 4: label_code '/m/b' appears twice"),
         ("tuning_labels.csv", "t1,/m/a\nt1,/m/b\n", "'t1' appears twice"),
         ("tuning_labels.csv", "t1\n", "line 1"),
