@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.batch import Tree, tensors_of
 from common.errors import UserError
-from common.loading.binding import kept_global_state
+from common.loading.binding import kept_global_state, refuse_generators
 from common.loading.collate import as_tensors, join
 from common.loading.keys import Keys
 
@@ -33,7 +33,7 @@ def weights_of(dataset: Any) -> Tensor | np.ndarray | None:
 
 
 def check_dataset(dataset: Any, batch_size: int) -> None:
-    """Raise UserError for what cannot be loaded by rows, and for weights that are not one for every row."""
+    """Raise UserError for what cannot be loaded by rows, weights that are not one for every row, and own generators."""
     ways = ("batch", "sample", "__getitem__")
     by_row = hasattr(dataset, "__len__") and any(hasattr(dataset, way) for way in ways)
     if not by_row or isinstance(dataset, torch.utils.data.IterableDataset):
@@ -48,6 +48,8 @@ def check_dataset(dataset: Any, batch_size: int) -> None:
             f"the weights of {type(dataset).__name__} are an array {list(weights.shape)}: expected a number for each "
             f"of its {len(dataset)} rows"
         )
+    if hasattr(dataset, "batch"):
+        refuse_generators(dataset)
 
 
 def digest(sample: Any) -> bytes:

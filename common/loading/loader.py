@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from common.batch import Batch, Tree, map_tree, tensors_of
-from common.loading.binding import refuse_generators
 from common.loading.checks import (
     CHECKED_BATCHES,
     CHECKED_SAMPLES,
@@ -85,8 +84,6 @@ class Loader:
         self._skipped: dict[int, str] = {}
         self._planned: tuple[int, Plan] | None = None
         self._is_checked = False
-        if self.in_batches:
-            refuse_generators(dataset)
         on_card = self.in_batches and self.device.type != "cpu"
         self._samples_at_once = SAMPLES_AT_ONCE if on_card else 0
         self.dataset = dataset.to(self.device) if on_card and hasattr(dataset, "to") else dataset
