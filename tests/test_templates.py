@@ -346,7 +346,7 @@ def test_a_competition_may_get_another_name(here, capsys):
     assert cli.main(["predict", "wolf"]) == 1
     told = capsys.readouterr().err
     assert "imports competitions.lynx" in told and "grep -n lynx competitions/wolf/*.py" in told, told
-    for file in (here / "competitions" / "wolf").iterdir():
+    for file in (here / "competitions" / "wolf").glob("*.py"):
         file.write_text(file.read_text().replace("lynx", "wolf"))
     assert cli.main(["predict", "wolf"]) == 0, capsys.readouterr().err
     assert [folder.name for folder in (here / "data" / "demo").iterdir()] == ["wolf"]

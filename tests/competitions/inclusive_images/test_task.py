@@ -508,7 +508,7 @@ def test_plots(raw, tmp_path):
     np.save(tmp_path / "oof.npy", rng.random((len(held), 23)).astype(np.float16))
     (tmp_path / "oof_ids.txt").write_text("".join(f"{files.ids[row]}\n" for row in held))
     tuned = {"rule": {"kind": "expected", "level": 1.0}, "score": 0.3}
-    result = {"score": 0.3, "metrics": {"f2": 0.31}, "tuned": tuned, "training_seconds": 1.0}
+    result = {"score": 0.3, "monitor": "f2", "metrics": {"f2": 0.31}, "tuned": tuned, "training_seconds": 1.0}
     run.write_result(result)
     page = Report(tmp_path, "test")
     plots.report(run, page, files, embedding, built(raw).postprocess.apply)
