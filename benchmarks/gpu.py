@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.engine_parts.peers import versions
+from benchmarks.gpu_parts.timing import seconds_of
 from benchmarks.tools import figures
 from common.batch import Batch
 from common.device import prepare_device
@@ -209,25 +210,6 @@ CONTESTANTS = {
 }
 
 
-def seconds_of(step: Step, inputs: Tensor, targets: Tensor, least: float = 0.3) -> float:
-    """Seconds per step: the median of three runs of about `least` seconds, after six warm-up steps."""
-    for _ in range(6):
-        step(inputs, targets)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    step(inputs, targets)
-    torch.cuda.synchronize()
-    count = max(2, min(200, int(least / (time.perf_counter() - started))))
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for _ in range(count):
-            step(inputs, targets)
-        torch.cuda.synchronize()
-        taken.append((time.perf_counter() - started) / count)
-    return sorted(taken)[1]
-
-
 def steps_part(clock: Clock) -> list[dict]:
     """Time of a step and its ratio to the hand-written loop, with data on the card and in pinned host memory."""
     rows = []
@@ -243,7 +225,7 @@ def steps_part(clock: Clock) -> list[dict]:
                     data = network.data()
                     inputs, targets = (x.to(CARD) for x in data) if where == "card" else data
                     torch.cuda.reset_peak_memory_stats()
-                    seconds = seconds_of(make(network, model), inputs, targets)
+                    seconds = seconds_of(partial(make(network, model), inputs, targets))
                     peak = torch.cuda.max_memory_allocated() / GIB
                     return {"ms": seconds * 1e3, "images/s": network.batch / seconds, "peak GiB": peak}
 

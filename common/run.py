@@ -199,7 +199,7 @@ def all_runs(competition: str, broken: dict[str, UserError] | None = None) -> li
 def _read(path: Path) -> Run:
     file = path / "run.json"
     facts = read_json(file)
-    if facts.get("format") == FORMAT:
+    if facts.get("format") == FORMAT:  # else the message about another version is all that it is good for
         facts = read_json(file, "demo", *FACTS, rules=RULES[file.name])
     return Run(path, facts | {"competition": path.parent.name})  # whose folders may have been renamed since
 

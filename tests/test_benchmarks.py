@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks import clouds, embedding, engine, gpu, kdd, loaders
 from benchmarks.engine_parts.peers import Work
+from benchmarks.gpu_parts import training
 from benchmarks.tools import arguments, figures, turns
 from common.losses import CrossEntropy, SoftFBeta, batch_value
 
@@ -104,9 +105,34 @@ def test_every_contestant_of_the_card_makes_the_same_step(no_card, make):
     assert not torch.equal(weights[0], no_card.make().weight)
 
 
+@pytest.mark.parametrize("colours", [("",), ("_red", "_blue")])
+def test_the_trainings_of_a_card_have_enough_rows(tmp_path, monkeypatch, colours):
+    """Images of one file or several are copied with their rows; without image files only train.csv grows."""
+    monkeypatch.setattr(training, "IMAGES", 5)
+    monkeypatch.setattr(training, "ROWS", 5)
+    for name in ("train.csv", "sample_submission.csv"):
+        (tmp_path / name).write_text("id,label\na,1\nb,2\n")
+    training.multiplied(tmp_path)
+    assert (tmp_path / "train.csv").read_text().split() == ["id,label", *["a,1", "b,2"] * 3]
+    assert (tmp_path / "sample_submission.csv").read_text().split() == ["id,label", "a,1", "b,2"]
+    (tmp_path / "train.csv").write_text("id,label\na,1\nb,2\n")
+    for part in ("test_images", "train_images"):
+        (tmp_path / part).mkdir()
+        for name in "ab" if part[1] == "r" else "a":
+            for colour in colours:
+                (tmp_path / part / f"{name}{colour}.png").touch()
+    training.multiplied(tmp_path)
+    lines = ["a,1", "b,2", "1a,1", "1b,2", "2a,1", "2b,2"]
+    for name in ("train.csv", "sample_submission.csv"):
+        assert (tmp_path / name).read_text().split() == ["id,label", *lines]
+    there = sorted(file.name for file in (tmp_path / "train_images").iterdir())
+    assert there == sorted(f"{line.split(',')[0]}{colour}.png" for line in lines for colour in colours)
+    assert len(list((tmp_path / "test_images").iterdir())) == 3 * len(colours)
+
+
 def test_the_figures_of_a_card_have_their_ratios_and_reasons(no_card, monkeypatch):
     clock = gpu.Clock(float("inf"))
-    monkeypatch.setattr(gpu, "seconds_of", lambda step, inputs, targets: 2e-3 if step(inputs, targets) is None else 0)
+    monkeypatch.setattr(gpu, "seconds_of", lambda step: 2e-3 if step() is None else 0)
     monkeypatch.setattr(gpu, "CONTESTANTS", {"hand-written loop": gpu.by_hand, "this kit": gpu.kit, "none": missing})
     rows = gpu.steps_part(clock)
     assert len(rows) == 6 and [row.get("ratio") for row in rows] == [1.0, 1.0, None] * 2

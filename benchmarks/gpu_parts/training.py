@@ -10,15 +10,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
+from benchmarks.gpu_parts.timing import seconds_of
 from common import competition as competitions
+from common.batch import map_tree
 from common.defaults import completed
 from common.device import peak_memory, use_threads
 from common.engine.ranks import SINGLE
@@ -48,21 +49,6 @@ def multiplied(folder: Path) -> None:
         (folder / name).write_text("\n".join([header, *lines, *again]) + "\n")
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device, least: float = 2.0) -> float:
-    """Seconds of one call, the mean of `least` seconds of them in a row, after some that are not counted."""
-
-    def taken(count: int) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - started) / count
-
-    taken(3)
-    return taken(max(3, int(least / taken(3))))
-
-
 def measured(name: str, recipe: str, epochs: int) -> dict[str, Any]:
     competition = competitions.load(name)
     data, folder = Path("data").resolve(), Path("run")
@@ -85,8 +71,7 @@ def measured(name: str, recipe: str, epochs: int) -> dict[str, Any]:
     row["seconds"] = round(state.seconds, 1)
     batch = next(training.loader.epoch(config.epochs))
     training._train(True)
-    # Adding up the losses is part of an epoch.
-    row["ready images/s"] = round(len(batch) / seconds_of(lambda: training._step(batch), device))
+    row["ready images/s"] = round(len(batch) / seconds_of(lambda: training._step(batch)))
     training._collect()
     row["of ready"] = row["images/s"] / row["ready images/s"]
     training.loader.close()
@@ -95,17 +80,18 @@ def measured(name: str, recipe: str, epochs: int) -> dict[str, Any]:
 
 def predicted(training: Training) -> dict[str, Any]:
     """Test images per second, with loading, TTA and copying to the host, and those of the model and TTA alone."""
-    task, device = training.task, training.device
+    task = training.task
     predictor = training._predictor(tta_of(task, training.config))
     batch = next(training._loader(epochs=1).epoch(0))
     size = min(predictor.batch_size, len(batch))
     inputs = predictor._cut(batch.inputs, 0, size)
-    alone = size / seconds_of(lambda: predictor._average(inputs), device)
+    alone = size / seconds_of(lambda: predictor._average(inputs))
     count = len(task.data.test)
     rows = np.resize(np.arange(count), count if needs_workers(task) else ROWS)
     started = time.perf_counter()
-    found = sum(len(index) for index, *_ in predictor.batches(task.data.test, rows))
-    whole = found / (time.perf_counter() - started)
+    for _, predictions, *_ in predictor.batches(task.data.test, rows):
+        map_tree(Tensor.cpu, predictions)
+    whole = len(rows) / (time.perf_counter() - started)
     return {"predicted/s": round(whole), "ready predicted/s": round(alone), "of ready predicted": whole / alone}
 
 

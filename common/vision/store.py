@@ -63,8 +63,12 @@ class ImageStore:
         """
         again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
         paths = images_of(raw.folder() / folder, ids, table, again, lenient=raw.lenient)
-        cache = raw.cache if settings.get("limit_gb", True) else None
-        return cls([(path,) for path in paths] if gray else paths, cache=cache, **settings)
+        return cls.beside(raw, [(path,) for path in paths] if gray else paths, **settings)
+
+    @classmethod
+    def beside(cls, raw: RawData, images: Sequence[Image], limit_gb: float = 20.0, **settings: Any) -> "ImageStore":
+        """The images, resized into the cache of the data. With a limit of 0 no folder must be writable."""
+        return cls(images, cache=raw.cache if limit_gb else None, limit_gb=limit_gb, **settings)
 
     @property
     def paths(self) -> list[Path]:

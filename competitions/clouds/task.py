@@ -40,8 +40,8 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
         log("demo: the encoder starts from scratch (--encoder-weights none), as generated clouds need no ImageNet")
         config = replace(config, encoder_weights="none", encoder_lr=1.0)
     files = reader.read(raw, log)
-    cache = raw.cache if config.cache_gb else None
-    store = partial(ImageStore, size=config.size, cache=cache, limit_gb=config.cache_gb, upright=False, announce=log)
+    settings = {"size": config.size, "limit_gb": config.cache_gb, "upright": False, "announce": log}
+    store = partial(ImageStore.beside, raw, **settings)
     images = store(files.train_paths)
     valid = cloud_images(images, files.runs)
 

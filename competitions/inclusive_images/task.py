@@ -41,8 +41,7 @@ def build(config: TagConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     prior = np.argsort(-files.counts, kind="stable")[:3]  # the most frequent labels, for images that get no other one
     decide = partial(decision.apply, default=default, prior=prior, clusters=clusters)
     kept = tuple(round(side * config.detail) for side in config.size)
-    cache = raw.cache if config.cache_gb else None
-    store = partial(ImageStore, size=kept, cache=cache, limit_gb=config.cache_gb, announce=log)
+    store = partial(ImageStore.beside, raw, size=kept, limit_gb=config.cache_gb, announce=log)
     images, test = store(files.paths), store(files.test_paths)
     vectors = embedding.vectors if config.embedding else None
     weights = orders.by_rarity(files.labels) if config.sampling == "weighted" else None

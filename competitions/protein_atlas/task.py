@@ -50,8 +50,8 @@ def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Tas
     if config.alternate and config.then == "none":
         raise UserError("--alternate true --then none: expected a second loss to take turns with, such as --then bce")
     ids, labels, paths = _train(raw)
-    cache = raw.cache if config.cache_gb else None
-    train, test = (ImageStore(of, config.size, cache, config.cache_gb, announce=log) for of in (paths, _test(raw)))
+    store = partial(ImageStore.beside, raw, size=config.size, limit_gb=config.cache_gb, announce=log)
+    train, test = store(paths), store(_test(raw))
     targets, there = torch.from_numpy(labels).float(), np.flatnonzero(labels.any(0)).tolist()
     metric = f_beta(1, "macro").on(lambda found, truth: (found[:, there], truth[:, there]))
     weights = orders.by_rarity(labels) if config.sampling == "weighted" else None
