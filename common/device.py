@@ -52,7 +52,7 @@ def prepare_device(device: torch.device, channels_last: bool) -> torch.memory_fo
     """Set torch up to train or predict on `device`; returns the memory format for the models.
 
     On a CUDA card: TF32 for the operations left in float32, and always channels_last, the layout that tensor cores work
-    in. cuDNN chooses its convolutions by rule: trying all of them took 5 s at the start, did not make a U-Net's steps
+    in. cuDNN chooses its convolutions by rule: trying all of them took 4 s at the start, did not make a U-Net's steps
     faster and those of digits by 3 %, and may choose others in the next run. A CPU keeps torch's defaults.
     Frees what an earlier fold has left: its engine and the CUDA graph refer to each other.
     """

@@ -118,7 +118,7 @@ def test_the_trainings_of_a_card_have_enough_rows(tmp_path, monkeypatch, colours
     (tmp_path / "train.csv").write_text("id,label\na,1\nb,2\n")
     for part in ("test_images", "train_images"):
         (tmp_path / part).mkdir()
-        for name in "ab" if part[1] == "r" else "a":
+        for name in "ab" if part.startswith("train") else "a":
             for colour in colours:
                 (tmp_path / part / f"{name}{colour}.png").touch()
     training.multiplied(tmp_path)
