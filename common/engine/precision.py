@@ -20,7 +20,7 @@ def best_precision(device: torch.device) -> Precision:
     """The hardware's fastest precision: bf16 where that is native, fp16 on Volta and Turing (T4), else fp32."""
     if device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 lacks it
-        return "bf16" if capabilities.get("amx_bf16") else "fp32"
+        return "bf16" if any(map(capabilities.get, ("avx512_bf16", "amx_bf16"))) else "fp32"
     if device.type != "cuda":
         return "fp32"
     generation, _ = torch.cuda.get_device_capability(device)  # torch.cuda.is_bf16_supported asks the current card

@@ -30,6 +30,12 @@ def test_precision_is_that_of_the_card_itself(number):
     assert precision_of(Config(), torch.device("cuda", number)) == CARDS[number][0]
 
 
+@pytest.mark.parametrize("name, precision", [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx512_f", "fp32")])
+def test_a_processor_that_multiplies_bf16_computes_in_it(monkeypatch, name, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, name: True}, raising=False)
+    assert precision_of(Config(), torch.device("cpu")) == precision
+
+
 def test_the_oldest_card_decides_for_all_processes(monkeypatch):
     sent = []
     others = torch.tensor([0, 1, 0, 0])  # bf16, fp16, bf16, bf16
