@@ -62,7 +62,7 @@ class Passes:
     def __init__(
         self, model: nn.Module, loss: Any, parameters: list[Tensor], precision: Precision, seed: int, ranks: Ranks
     ):
-        self.model, self.parameters, self.ranks = model, parameters, ranks
+        self.parameters, self.ranks = parameters, ranks
         self.device = next(model.parameters()).device
         self.forward = forward_in(precision, model, self.device.type)
         self.scale = LossScale(precision, self.device)

@@ -29,7 +29,7 @@ def collate(samples: list[Any]) -> Tree:
     if len(kinds) > 1 or not isinstance(first, ARRAYS) or len({sample.dtype for sample in samples}) > 1:
         samples = _of_one_type(samples)
         first = samples[0]
-    _check_alike(samples, [tuple(sample.shape) for sample in samples])
+    _check_alike([tuple(sample.shape) for sample in samples])
     return torch.stack(samples).detach() if isinstance(first, Tensor) else as_tensor(np.stack(samples))
 
 
@@ -73,14 +73,14 @@ def join(trees: list[Tree], pinned: bool = False) -> Tree:
         return tuple(join(list(parts), pinned) for parts in zip(*trees, strict=True))
     if len(trees) == 1 and not hasattr(first, "is_borrowed"):
         return first
-    _check_alike(trees, [tuple(tensor.shape[1:]) for tensor in trees])
+    _check_alike([tuple(tensor.shape[1:]) for tensor in trees])
     if not pinned:
         return torch.cat(trees)
     whole = torch.empty((sum(map(len, trees)), *first.shape[1:]), dtype=_common_type(trees), pin_memory=True)
     return torch.cat(trees, out=whole)
 
 
-def _check_alike(parts: list[Any], shapes: list[tuple[int, ...]]) -> None:
+def _check_alike(shapes: list[tuple[int, ...]]) -> None:
     if len(set(shapes)) > 1:
         raise UserError(f"the samples of a batch have the shapes {sorted(set(shapes))}: resize or crop them to one")
 

@@ -78,7 +78,7 @@ class Loader:
         check_dataset(dataset, batch_size)
         self.order, self.batch_size, self.seed = order, batch_size, seed
         self.epochs = math.inf if epochs is None else epochs
-        self.rank, self.world, self.mix, self.log = rank, world, mix, log
+        self.rank, self.world, self.mix = rank, world, mix
         self.device = torch.device(device or "cpu")
         self.in_batches = hasattr(dataset, "batch")
         self._skipped: dict[int, str] = {}

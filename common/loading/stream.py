@@ -22,8 +22,8 @@ class Stream:
     `position` is the (epoch, batch) that comes next, None in the middle of an epoch.
     """
 
-    def __init__(self, answers: Iterator[tuple[Key, Answer | UserError]], log: Callable[[str], Any]):
-        self._answers, self._log = answers, log
+    def __init__(self, answers: Iterator[tuple[Key, Answer | UserError]]):
+        self._answers = answers
         self.position: tuple[int, int] | None = None
 
     def receive(self) -> tuple[Key, Answer]:
@@ -58,14 +58,14 @@ class Workers:
         joining each worker would time out.
         """
         if not self._count:
-            return Stream(map(self._reader.__getitem__, keys), self._log)
+            return Stream(map(self._reader.__getitem__, keys))
         iterator = self._iterator()
         if iterator is not None and not all(process.is_alive() for process in iterator._workers):
             self.close()  # one was killed in an earlier epoch
         if self._torch_loader is None:
             self._torch_loader = self._started()
         self._torch_loader.sampler.keys = keys
-        self.stream = Stream(iter(self._torch_loader), self._log)
+        self.stream = Stream(iter(self._torch_loader))
         return self.stream
 
     def close(self) -> None:
