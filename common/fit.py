@@ -272,7 +272,7 @@ class Training:
         state, label = self.state, self._label()
         state.history.append(row)
         state.epoch, state.batch, state.samples, state.loss_sum, state.norm_sum = state.epoch + 1, 0, 0, 0.0, 0.0
-        skipped = self.ranks.union(dict(self.loader.skipped))
+        skipped = self.ranks.union(self.loader.skipped)
         if self.ranks.is_writer:  # before the checkpoint: an epoch that it has as done is never written again
             write_metrics(self.folder, state.history)
             write_skipped(self.run, self.folder, self.task, skipped)

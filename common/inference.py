@@ -74,7 +74,7 @@ class Predictor:
                 predictions, value = self._average(batch.inputs, truth, loss)
                 yield batch.index.cpu().numpy(), predictions, batch.targets, value
         finally:
-            self.skipped |= dict(loader.skipped)
+            self.skipped |= loader.skipped
             loader.close()
 
     @torch.inference_mode()

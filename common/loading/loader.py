@@ -81,7 +81,7 @@ class Loader:
         self.rank, self.world, self.mix = rank, world, mix
         self.device = torch.device(device or "cpu")
         self.in_batches = hasattr(dataset, "batch")
-        self._skipped: dict[int, str] = {}
+        self.skipped: dict[int, str] = {}  # rows that were left out so far, and why
         self._planned: tuple[int, Plan] | None = None
         self._is_checked = False
         on_card = self.in_batches and self.device.type != "cpu"
@@ -90,11 +90,6 @@ class Loader:
         self.batches_per_epoch = len(self._bounds(0)) - 1
         self.workers = 0 if self.in_batches else min(workers, len(self._plan(0).index))
         self._workers = Workers(Reader(dataset, seed, bad_images == "skip"), self.workers, start_method, log)
-
-    @property
-    def skipped(self) -> list[tuple[int, str]]:
-        """The samples that were left out so far, sorted: their row and the reason."""
-        return sorted(self._skipped.items())
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; those before it are not loaded."""
@@ -171,7 +166,7 @@ class Loader:
             if key.following:
                 continue
             inputs, targets, index, place, skipped = joined(parts, self.device.type == "cuda")
-            self._skipped |= skipped
+            self.skipped |= skipped
             batch, parts = self._finished(key, inputs, targets, index, place, key.total - len(skipped)), []
             stream.position = (epoch + 1, 0) if key.is_last else None
             if len(batch) or self.world > 1:  # with several ranks the engine needs empty shards too
