@@ -40,10 +40,7 @@ class MixUp:
                     "blend in the model, or give the loader images alone"
                 )
         targets = map_tree(lambda tensor: _as_amounts(tensor, self.classes), targets)
-        return (
-            map_tree(lambda tensor: _blend(tensor, partner, part), inputs),
-            map_tree(lambda tensor: _blend(tensor, partner, part), targets),
-        )
+        return map_tree(lambda tensor: _blend(tensor, partner, part), (inputs, targets))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class TableDataset:
 
     def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tree, Tree]:
         rows = torch.as_tensor(indices)
-        return map_tree(lambda x: x[rows], self.inputs), map_tree(lambda x: x[rows], self.targets)
+        return map_tree(lambda x: x[rows], (self.inputs, self.targets))
 
 
 class ToUnits(nn.Module):
