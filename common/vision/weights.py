@@ -21,7 +21,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError, some
+from common.errors import UserError, first_line, some
 from common.files import expanded
 from common.raw import files_under
 from common.vision.backbones import Extra
@@ -241,11 +241,10 @@ def _published(fetch: Callable[[], nn.Module], name: str, scratch: str) -> nn.Mo
     except MemoryError:
         raise
     except Exception as error:  # each generation of the hub's library fails with errors of another network library
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{FLAG} imagenet: the weights of {name} are not cached and cannot be fetched ({reason[0][:120]}): connect "
-            f"to the network, set HF_HOME to a folder that has them, give a file with {FLAG} PATH, or train from "
-            f"scratch with {scratch}"
+            f"{FLAG} imagenet: the weights of {name} are not cached and cannot be fetched "
+            f"({first_line(error)[:120]}): connect to the network, set HF_HOME to a folder that has them, give a file "
+            f"with {FLAG} PATH, or train from scratch with {scratch}"
         ) from error
 
 
