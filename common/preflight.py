@@ -54,7 +54,7 @@ def check_before(task: Task, competition: Competition, every_image: bool = True)
     if as_many or task.submission.rows is a_row_each:  # else several rows of the CSV belong to one test row
         task.sample.check_ids(task.data.test_ids)
     paths = image_paths(task.data.test) if every_image else []
-    refuse_unreadable(unreadable(paths), len(paths), "test images")
+    refuse_unreadable(unreadable(paths), len(paths))
     if task.check:
         task.check()
 

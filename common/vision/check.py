@@ -34,13 +34,13 @@ def _is_image(item: Any) -> bool:
     return isinstance(item, (str, PathLike)) and str(item).lower().endswith(ENDINGS)
 
 
-def refuse_unreadable(bad: Sequence[BadImage], total: int, what: str) -> None:
-    """Raises UserError if some of the `total` images that the submission needs are `bad`; `what` names the images."""
+def refuse_unreadable(bad: Sequence[BadImage], total: int) -> None:
+    """Raises UserError if some of the `total` test images are `bad`."""
     if bad:
         named = "; ".join(f"{error.path} {error.reason}" for error in bad[:NAMED])
         raise UserError(
-            f"{len(bad)} of {total} {what} cannot be read ({named}), and a submission needs every one: replace the "
-            f"files and repeat the same command; make check, with the same COMP= and DATA=, lists them all"
+            f"{len(bad)} of {total} test images cannot be read ({named}), and a submission needs every one: replace "
+            f"the files and repeat the same command; make check, with the same COMP= and DATA=, lists them all"
         )
 
 
@@ -107,13 +107,10 @@ def _problem(row: int, path: str | PathLike) -> BadImage | None:
     return BadImage(path, f"is damaged, part of it is grey ({serious[0]})", row) if serious else None
 
 
-def check_folder(
-    train: Sequence[str | PathLike], test: Sequence[str | PathLike], competition: str, show: bool = True
-) -> None:
+def check_folder(train: Sequence[str | PathLike], test: Sequence[str | PathLike], competition: str) -> None:
     """`make check`: raises UserError naming every image that cannot be read."""
     paths = [*train, *test]
-    bad = find_bad(paths, show)
-    if bad:
+    if bad := find_bad(paths):
         named = "; ".join(f"{error.path} {error.reason}" for error in bad)
         left_out = ", or train without them: --bad-images skip" if bad[-1].row < len(train) else ""
         raise UserError(
