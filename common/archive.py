@@ -1,6 +1,5 @@
 """Unpack untrusted archives: no file lands outside the folder, no archive fills the disk or stays half unpacked."""
 
-import errno
 import hashlib
 import lzma
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError
-from common.files import is_foreign, sha256
+from common.files import FULL, is_foreign, sha256
 
 CHUNK_BYTES = 1 << 17  # larger chunks do not fit the processor's cache, and take half as long again
 # deflate cannot pack tighter than 1 to 1032; real competition files stay below 1 to 50
@@ -87,8 +86,7 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
                 entries |= _unpack_one(holder, folder, _place(holder, PurePosixPath(name)), budget, shown=name)
                 holder.unlink()
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some disk space" if full else "use a folder that can hold these files"
+        remedy = "free some disk space" if error.errno in FULL else "use a folder that can hold these files"
         raise UserError(
             f"{folder}: {archive.name} could not be unpacked ({error.strerror or error}): {remedy}, then repeat the "
             "same command"

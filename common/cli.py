@@ -1,7 +1,6 @@
 """The command line: `python -m common VERB COMPETITION [--flags]`. Each verb imports what it needs when it runs."""
 
 import argparse
-import errno
 import math
 import os
 import signal
@@ -14,11 +13,11 @@ from common import config as configs
 from common import raw
 from common.config import Config
 from common.errors import UserError, did_you_mean
+from common.files import FULL
 from common.flags import Joined, Parser, add_flags
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
 
 SWITCH = {"nargs": "?", "const": "1", "default": "0", "choices": ("0", "1")}  # make passes FORCE=1 as --force=1
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_TEMPORARY = "No usable temporary directory"  # how tempfile's error begins
 NO_BF16 = ("NvidiaTeslaT4", "NvidiaTeslaP100")  # Kaggle's cards where half precision is fp16
 

@@ -20,9 +20,10 @@ from common.errors import UserError, first_line
 if TYPE_CHECKING:  # make's own checks run before anything is installed
     import numpy as np
 
-# Errors of the disk or its permissions; any other OSError during a write comes from the code that makes the content.
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+# Errors of the disk or its permissions; any other OSError during a write comes from the code that makes the content.
+WRITE_ERRORS = FULL | FORBIDDEN | {errno.EIO}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of file systems without locks
 NO_ROOM = 2**20  # bytes
 NOT_NPY = ValueError, EOFError, SyntaxError, tokenize.TokenError  # what numpy raises for a damaged .npy file
