@@ -70,10 +70,6 @@ class Keys:
     def __len__(self) -> int:
         return len(self.index)
 
-    def words(self, shape: tuple[int, ...] = (), stream: int | None = None) -> np.ndarray:
-        """Uniform 64-bit words, uint64 [B, *shape]: the first words of each sample's generator at this stream."""
-        return self._words(shape, stream, CPU).numpy().view(np.uint64)
-
     def uniform(self, shape: tuple[int, ...] = (), stream: int | None = None) -> np.ndarray:
         """Uniform in [0, 1), float64 [B, *shape]."""
         return self.uniform_on(CPU, shape, stream).numpy()
@@ -102,7 +98,7 @@ class Keys:
         return (words >> 11 & 2**53 - 1).double()
 
     def _words(self, shape: tuple[int, ...], stream: int | None, device: torch.device) -> Tensor:
-        """Words of 64 bits, int64 [B, *shape]."""
+        """Words of 64 bits, int64 [B, *shape]: the first ones of each sample's generator at this stream."""
         if stream is None:
             stream, self._unnamed = self._unnamed, self._unnamed + 1
         count = int(np.prod(shape))

@@ -77,8 +77,8 @@ def test_every_part_of_the_key_changes_the_numbers_and_unnamed_calls_are_fresh()
 
 
 def test_counters_of_numpy_are_those_of_python():
-    found = Keys(np.int64(3), np.int64(1), np.arange(4)).words((2,), stream=0)
-    assert np.array_equal(found, Keys(3, 1, np.arange(4)).words((2,), stream=0))
+    found = Keys(np.int64(3), np.int64(1), np.arange(4)).uniform((2,), stream=0)
+    assert np.array_equal(found, Keys(3, 1, np.arange(4)).uniform((2,), stream=0))
     assert KeyedGenerator().jump(np.int64(3), np.int64(1), 5).random() == KeyedGenerator().jump(3, 1, 5).random()
 
 
