@@ -144,7 +144,7 @@ def divisor(total: Tensor) -> Tensor:
     return torch.where(total != 0, total, torch.ones_like(total))
 
 
-def check_per_sample(values: Tensor, batch: int, loss: Loss = None) -> Tensor:
+def check_per_sample(values: Tensor, batch: int, loss: Loss) -> Tensor:
     """Return `values` if there is one per sample. Otherwise raise UserError, which shows how to declare the loss."""
     columns = columns_of(loss)
     if values.shape == ((batch,) if columns == 1 else (batch, columns)):
@@ -175,4 +175,4 @@ def batch_value(loss: Loss, outputs: Tree, targets: Tree, weights: Tensor | None
 
 
 def _name(loss: Loss) -> str:
-    return getattr(loss, "__name__", type(loss).__name__) if loss is not None else "function"
+    return getattr(loss, "__name__", type(loss).__name__)
