@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.batch import Tree, map_tree, tensors_of
+from common.batch import Tree, tensors_of
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class Average:
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, inputs: Iterable[Tree]) -> None:
-    """Compute BatchNorm's running statistics again, for the model's present weights, from batches of inputs.
+    """Compute BatchNorm's running statistics again, for the model's present weights, from batches on its device.
 
     It runs forward passes only, and weights each batch by its size. All modules but BatchNorm are in evaluation mode,
     because BatchNorm's inputs have no dropout at prediction time either.
@@ -90,13 +90,13 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[Tree]) -> None:
     for module in norms:
         module.reset_running_stats()
         module.train()
-    device, seen = next(model.parameters()).device, 0
+    seen = 0
     for batch in inputs:
         size = len(tensors_of(batch)[0])
         seen += size
         for module in norms:
             module.momentum = size / seen
-        model(map_tree(lambda x: x.to(device, non_blocking=True), batch))
+        model(batch)
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     for module, training in was_training.items():
