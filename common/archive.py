@@ -71,7 +71,7 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
     """Unpack into `folder`, which may hold other files; archives inside are replaced by their contents."""
     budget = _Budget(archive)
     try:
-        entries = _unpack_one(archive, folder, PurePosixPath(), budget)
+        entries = _unpack_one(archive, folder, PurePosixPath(), budget, archive.name)
         for depth in range(DEEPEST_NESTING + 1):
             nested = [name for name in entries if name.lower().endswith(".zip") and zipfile.is_zipfile(folder / name)]
             if not nested:
@@ -83,7 +83,7 @@ def unpack_into(archive: Path, folder: Path) -> dict[str, Entry]:
                 holder = folder / f".{secrets.token_hex(8)}"  # its content may have the archive's own name
                 (folder / name).rename(holder)
                 del entries[name]
-                entries |= _unpack_one(holder, folder, _place(holder, PurePosixPath(name)), budget, shown=name)
+                entries |= _unpack_one(holder, folder, _place(holder, PurePosixPath(name)), budget, name)
                 holder.unlink()
     except OSError as error:
         remedy = "free some disk space" if error.errno in FULL else "use a folder that can hold these files"
@@ -155,11 +155,8 @@ class _Budget:
             )
 
 
-def _unpack_one(
-    archive: Path, folder: Path, place: PurePosixPath, budget: _Budget, shown: str = ""
-) -> dict[str, Entry]:
+def _unpack_one(archive: Path, folder: Path, place: PurePosixPath, budget: _Budget, shown: str) -> dict[str, Entry]:
     """Unpack one archive, but none nested in it, with several threads; verifies every checksum."""
-    shown = shown or archive.name
     folder.mkdir(parents=True, exist_ok=True)
     with opened(archive, shown) as stream:
         members = _safe_files(stream, shown)
