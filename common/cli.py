@@ -92,7 +92,7 @@ def predict(name: str, argv: list[str]) -> None:
         help="fill rows of unreadable images with the sample submission's values, and list them",
     )
     parser.add_argument(
-        "--budget", type=seconds, metavar="SECONDS", help="time limit; rows left then get --fallback values"
+        "--budget", type=number, metavar="SECONDS", help="time limit; rows left then get --fallback values"
     )
     given = parser.parse_args(argv)
     from common import predict as predicting
@@ -183,7 +183,7 @@ def submit(name: str, argv: list[str]) -> None:
     parser.add_argument("--file", metavar="CSV", help="file to send [chosen by the run]")
     parser.add_argument("--msg", metavar="TEXT", dest="message", help="message [run, recipe, score and commit]")
     parser.add_argument(
-        "--wait", metavar="SECONDS", type=seconds, default=900.0, help="longest wait for the score [900]"
+        "--wait", metavar="SECONDS", type=number, default=900.0, help="longest wait for the score [900]"
     )
     parser.add_argument("--force", **SWITCH, help="send a file that was sent before")
     given = vars(parser.parse_args(argv))
@@ -205,10 +205,10 @@ def kernel(name: str, argv: list[str]) -> None:
     competition, own = competitions.load(name), own_parser("kernel", name)
     own.add_argument("--fetch", action="store_true", help="push nothing: follow and fetch the notebook pushed last")
     own.add_argument("--accelerator", default=ACCELERATOR, metavar="NAME", help=f"Kaggle's GPU [{ACCELERATOR}]")
-    own.add_argument("--hours", type=seconds, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
+    own.add_argument("--hours", type=number, default=SESSION_HOURS, help=f"length of a session [{SESSION_HOURS}]")
     own.add_argument("--internet", choices=("on", "off"), default="on", help="internet in the notebook [on]")
     own.add_argument(
-        "--wait", metavar="SECONDS", type=seconds, default=43200.0, help="follow it at most so long [43200]"
+        "--wait", metavar="SECONDS", type=number, default=43200.0, help="follow it at most so long [43200]"
     )
     parser = verb_parser("kernel", name, kernel.__doc__, own=own)
     parser.add_argument("--run", metavar="NAME", help="name of the run [next number and recipe]")
@@ -258,7 +258,7 @@ def count(text: str) -> int:
     return value
 
 
-def seconds(text: str) -> float:
+def number(text: str) -> float:
     if not 0 <= (value := float(text)) < math.inf:
         raise ValueError
     return value
@@ -266,7 +266,7 @@ def seconds(text: str) -> float:
 
 def duration(text: str) -> float:
     """9h, 30m or 45s in seconds."""
-    if text[-1:] not in ("h", "m", "s") or not (value := seconds(text[:-1])):
+    if text[-1:] not in ("h", "m", "s") or not (value := number(text[:-1])):
         raise ValueError
     return value * {"h": 3600, "m": 60, "s": 1}[text[-1]]
 
