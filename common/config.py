@@ -83,7 +83,7 @@ class Config:
     tta: bool = flag(True, "average the test-time augmentations (TTA) of the competition")
     # The machine: these change speed and memory only (low precisions round).
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 where the hardware has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "auto is bf16 or fp16 where they are faster")
     workers: int | Literal["auto"] = flag(
         "auto",
         "processes that read and augment files; auto: all cores but one for a GPU, a quarter of them for a CPU, none "

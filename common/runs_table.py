@@ -33,7 +33,7 @@ class Line:
     """A run in the table; None where it has no such figure."""
 
     run: str
-    state: str  # finished, "not submitted", stopped or training
+    state: str  # finished, "not submitted", stopped, training or damaged
     score: float | None = None
     error: float | None = None  # standard error of the score
     mean: float | None = None  # over folds

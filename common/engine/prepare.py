@@ -31,7 +31,7 @@ def prepare(
     log: Callable[[str], Any] = print,
     precision: Precision = "fp32",
 ) -> None:
-    """Apply --checkpointing and --compile to the model in place; its parameters keep their names."""
+    """Apply --checkpointing, --compile and `train_depthwise_in_float32` in place; parameters keep their names."""
     if precision == "bf16" and not compiled and next(model.parameters()).device.type == "cpu":
         train_depthwise_in_float32(model)
     if checkpointing:
