@@ -12,7 +12,7 @@ from common import competition as competitions
 from common import config as configs
 from common import raw
 from common.config import Config
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, of_killed_worker
 from common.files import FULL
 from common.flags import Joined, Parser, add_flags
 from common.kaggle.kernel.notebook import ACCELERATOR, SESSION_HOURS, refuse_what_stays
@@ -346,6 +346,9 @@ def _status(argv: list[str]) -> int:
         _run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        print(f"error: {of_killed_worker(error)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("common", "competitions"):

@@ -28,6 +28,19 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
+def of_killed_worker(error: RuntimeError) -> UserError:
+    """The UserError for torch's error about a killed worker process; raises any other error again.
+
+    torch raises it in the main thread as soon as the process has ended, whatever that thread is doing.
+    """
+    if not str(error).startswith("DataLoader worker"):
+        raise error
+    return UserError(
+        "a worker process was killed, usually because memory ran out: use fewer --workers or a smaller --batch-size "
+        f"({first_line(error)})"
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A suggestion that ends an error about an unknown `word`: the nearest known word, "" if none is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)

@@ -46,7 +46,15 @@ def _of_one_type(samples: list[Any]) -> list[Tensor]:
 
 
 def _common_type(tensors: list[Tensor]) -> torch.dtype:
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    """The type that holds the numbers of all; raises UserError for uint16 beside another, where torch finds none."""
+    try:
+        return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    except RuntimeError as error:
+        found = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        raise UserError(
+            f"the samples of a batch have the types {' and '.join(found)}, which have none in common: convert them to "
+            "one, as with .astype(np.int32)"
+        ) from error
 
 
 def _check_containers(samples: list[Any]) -> None:
@@ -74,9 +82,10 @@ def join(trees: list[Tree], pinned: bool = False) -> Tree:
     if len(trees) == 1 and not hasattr(first, "is_borrowed"):
         return first
     _check_alike([tuple(tensor.shape[1:]) for tensor in trees])
+    dtype = _common_type(trees)
     if not pinned:
         return torch.cat(trees)
-    whole = torch.empty((sum(map(len, trees)), *first.shape[1:]), dtype=_common_type(trees), pin_memory=True)
+    whole = torch.empty((sum(map(len, trees)), *first.shape[1:]), dtype=dtype, pin_memory=True)
     return torch.cat(trees, out=whole)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, first_line
+from common.errors import UserError, of_killed_worker
 from common.loading import worker
 from common.loading.slots import Slots
 from common.loading.worker import Answer, Key, Reader
@@ -31,12 +31,7 @@ class Stream:
         try:
             key, answer = next(self._answers)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(
-                "a worker process was killed, usually because memory ran out: use fewer --workers or a smaller "
-                f"--batch-size ({first_line(error)})"
-            ) from error
+            raise of_killed_worker(error) from error
         if isinstance(answer, UserError):
             raise answer
         return key, answer

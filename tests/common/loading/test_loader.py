@@ -312,6 +312,16 @@ def test_what_a_batch_cannot_hold_is_said_in_one_line(first, last, told, workers
         list(loader.epoch(0))
 
 
+@pytest.mark.parametrize("workers", [0, 2, 4])  # 4: a worker for every row, so the types meet where pieces are joined
+def test_types_that_have_none_in_common_are_said_in_one_line(workers):
+    dataset = Given(lambda index: np.zeros(2, np.uint16 if index == 3 else np.uint8))
+    with (
+        Loader(dataset, orders.sequential(4), 4, seed=0, workers=workers, start_method="fork") as loader,
+        pytest.raises(UserError, match="the types uint16 and uint8, which have none in common"),
+    ):
+        list(loader.epoch(0))
+
+
 class Dying(Numbers):
     def sample(self, index, rng):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,8 @@
 """Worker processes: which worker loads which rows and when, how workers end, and how samples are sent."""
 
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import device, run
+from common import cli, device, run
 from common.config import Config
 from common.errors import UserError
 from common.loading import cores, orders, stream, worker
@@ -254,7 +256,7 @@ TRAINER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from common import device, run
+from common import cli, device, run
 from common.config import Config
 from common.loading import orders
 from common.loading.loader import Loader
@@ -404,3 +406,15 @@ def test_a_loader_goes_on_after_a_worker_was_killed(tmp_path):
         with pytest.raises(UserError, match="a worker process was killed"):
             list(loader.epoch(0))
         assert [digest(batch) for batch in loader.epoch(0)] == [digest(batch) for batch in plain.epoch(0)]
+
+
+def test_a_worker_killed_while_the_network_computes_is_one_line(monkeypatch, capsys):
+    def computing(competition, argv):
+        with Loader(Numbers(24), orders.sequential(24), 8, seed=0, workers=2, start_method="fork") as loader:
+            for _ in loader.epoch(0):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(LIMIT)
+
+    monkeypatch.setitem(cli.VERBS, "train", computing)
+    assert cli.main(["train", "clouds"]) == 1
+    assert re.fullmatch(r"error: a worker process was killed, .* use fewer --workers .*\n", capsys.readouterr().err)
