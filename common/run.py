@@ -91,7 +91,17 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The content of result.json (score, metrics, tuned ...), or None until the run is trained."""
         file = self.path / "result.json"
-        return read_json(file, "score", "monitor", rules=RULES["result.json"]) if file.is_file() else None
+        if not file.is_file():
+            return None
+        return read_json(file, "score", "monitor", rules=RULES["result.json"], again=self.again("oof"))
+
+    def again(self, kind: str) -> str:
+        """How to get its "oof" or "test" predictions, or its result, once more: in words, without another training."""
+        if self.is_blend:
+            return f"delete {self.path} and blend its runs again"
+        if kind == "test" and any(self.path.glob("fold-*/model.pt")):
+            return f"make predict COMP={self.provenance['competition']} RUN={self.name}"
+        return f"delete {self.path / 'result.json'} and repeat its command, {self.provenance.get('command', '')}"
 
     @property
     def report(self) -> Path:

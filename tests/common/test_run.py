@@ -144,6 +144,16 @@ def test_a_damaged_file_of_a_run_is_named():
             use()
 
 
+def test_a_damaged_result_costs_no_training():
+    run = open_run("mine")
+    (run.path / "result.json").write_text('{"half')
+    with pytest.raises(UserError, match=r"or delete runs/toy/mine/result.json and repeat its command"):
+        runs.finished("toy", "mine")
+    (run.path / "blend.json").write_text("{}")
+    with pytest.raises(UserError, match=r"or delete runs/toy/mine and blend its runs again"):
+        runs.finished("toy", "mine")
+
+
 def test_folders_that_cannot_be_made_are_named(monkeypatch):
     def forbidden(*given, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
