@@ -243,7 +243,10 @@ def open_run(
     if name is None:
         candidates = (run for run in reversed(all_runs(competition)) if not (run.is_finished or run.is_blend))
     else:
-        is_there = (folder_of(competition, name) / "run.json").is_file()
+        path = folder_of(competition, name)
+        is_there = (path / "run.json").is_file()
+        if not is_there and any(path.glob("fold-*")):  # of which settings, nobody knows
+            raise UserError(f"{path} has models but no run.json: restore it, name another RUN=, or delete {path}")
         candidates = [load(competition, name)] if is_there else []
     for run in candidates:
         settings, changes = _obstacles(run, config, provenance)
