@@ -72,15 +72,12 @@ class Kept:
     @staticmethod
     def of_run(run: Run, kind: str) -> "Kept":
         """The "oof" or "test" predictions that a run keeps; without any raises UserError with the remedy."""
-        again = f"delete {run.path / 'result.json'} and repeat its command, {run.provenance.get('command', '')}"
-        if run.is_blend:
-            again = "blend its runs again"
-        elif kind == "test" and any(run.path.glob("fold-*/model.pt")):
-            again = f"make predict COMP={run.provenance['competition']} RUN={run.name}"
+        again = run.again(kind)
         values = read_predictions(run.path, kind, again)
         if values is None:
             what = "predictions of test rows" if kind == "test" else "out-of-fold predictions"
-            remedy = again if kind == "test" else "leave it out, or train it with --fold all"
+            had = kind == "test" or run.result["rows"]  # else nothing was held out
+            remedy = again if had else "leave it out, or train it with --fold all"
             raise UserError(f"{run.path} has no {what}: {remedy}")
         names = read_ids(run.path, kind, again)
         return Kept(run.name, str(run.path), values, names, np.arange(len(names)))

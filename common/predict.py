@@ -131,9 +131,11 @@ def _by_row(batches: Batches) -> Iterator[tuple[int, Predictions]]:
 
 
 def _kept_batches(member: Member, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Predictions]]:
-    kept = read_predictions(member.run.path, "test")
-    if kept is None or not keeps_test_rows(member.run, member.task):
-        raise no_other_data(member.run)
+    run, again = member.run, member.run.again("test")
+    if (kept := read_predictions(run.path, "test", again)) is None:
+        raise UserError(f"{run.path} has no predictions of test rows: {again}")
+    if not keeps_test_rows(run, member.task):
+        raise no_other_data(run)
     for start in range(0, len(rows), member.config.batch_size):
         part = slice(start, start + member.config.batch_size)
         yield rows[part], unpack(part_of(kept, part))
@@ -141,7 +143,7 @@ def _kept_batches(member: Member, rows: np.ndarray) -> Iterator[tuple[np.ndarray
 
 def keeps_test_rows(run: Run, task: Task) -> bool:
     """Whether the run has kept predictions of the task's test rows, in their order."""
-    return read_ids(run.path, "test") == [str(name) for name in task.data.test_ids]
+    return read_ids(run.path, "test", run.again("test")) == [str(name) for name in task.data.test_ids]
 
 
 def no_other_data(run: Run) -> UserError:

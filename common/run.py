@@ -91,7 +91,17 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The content of result.json (score, metrics, tuned ...), or None until the run is trained."""
         file = self.path / "result.json"
-        return read_json(file, "score", "monitor", rules=RULES["result.json"]) if file.is_file() else None
+        if not file.is_file():
+            return None
+        return read_json(file, "score", "monitor", rules=RULES["result.json"], again=self.again("oof"))
+
+    def again(self, kind: str) -> str:
+        """How to get its "oof" or "test" predictions, or its result, once more: in words, without another training."""
+        if self.is_blend:
+            return f"delete {self.path} and blend its runs again"
+        if kind == "test" and any(self.path.glob("fold-*/model.pt")):
+            return f"make predict COMP={self.provenance['competition']} RUN={self.name}"
+        return f"delete {self.path / 'result.json'} and repeat its command, {self.provenance.get('command', '')}"
 
     @property
     def report(self) -> Path:
@@ -233,7 +243,10 @@ def open_run(
     if name is None:
         candidates = (run for run in reversed(all_runs(competition)) if not (run.is_finished or run.is_blend))
     else:
-        is_there = (folder_of(competition, name) / "run.json").is_file()
+        path = folder_of(competition, name)
+        is_there = (path / "run.json").is_file()
+        if not is_there and any(path.glob("fold-*")):  # of which settings, nobody knows
+            raise UserError(f"{path} has models but no run.json: restore it, name another RUN=, or delete {path}")
         candidates = [load(competition, name)] if is_there else []
     for run in candidates:
         settings, changes = _obstacles(run, config, provenance)

@@ -293,7 +293,21 @@ def test_damaged_predictions_cost_no_training(request):
         remedy = "make predict COMP=toy RUN=" if name.startswith("test") else "delete runs/toy/cut/result.json and"
         with pytest.raises(UserError, match=f"cut/{name} cannot be read .* or {remedy}"):
             blended("refused", "one,cut")
+        if name.endswith("npy"):
+            (folder / name).unlink()
+            with pytest.raises(UserError, match=f"cut has no .*: {remedy}"):
+                blended("refused", "one,cut")
         (folder / name).write_bytes(content)
+
+
+def test_a_blend_that_has_lost_a_file_is_blended_again():
+    blended("lost")
+    for damage in (Path("runs/toy/lost/test.npy").unlink, partial(Path("runs/toy/lost/result.json").write_text, "{")):
+        damage()
+        with pytest.raises(UserError, match="delete runs/toy/lost and blend its runs again"):
+            predict_again("--run", "lost")
+    shutil.rmtree("runs/toy/lost")
+    blended("lost")
 
 
 def test_a_stopped_blend_is_begun_anew_by_its_command_and_never_trained(monkeypatch):

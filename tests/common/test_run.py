@@ -144,6 +144,24 @@ def test_a_damaged_file_of_a_run_is_named():
             use()
 
 
+def test_models_of_unknown_settings_are_not_taken_for_those_of_a_new_run():
+    run = open_run("mine")
+    run.fold_folder(0).mkdir()
+    (run.path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"runs/toy/mine has models but no run.json: restore it"):
+        open_run("mine", lr=0.5)
+
+
+def test_a_damaged_result_costs_no_training():
+    run = open_run("mine")
+    (run.path / "result.json").write_text('{"half')
+    with pytest.raises(UserError, match=r"or delete runs/toy/mine/result.json and repeat its command"):
+        runs.finished("toy", "mine")
+    (run.path / "blend.json").write_text("{}")
+    with pytest.raises(UserError, match=r"or delete runs/toy/mine and blend its runs again"):
+        runs.finished("toy", "mine")
+
+
 def test_folders_that_cannot_be_made_are_named(monkeypatch):
     def forbidden(*given, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
