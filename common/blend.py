@@ -239,7 +239,11 @@ def _members(competition: Competition, named: str | None) -> list[Run]:
         print(f"blending {', '.join(run.name for run in found)}{left_out}")
     for run in found:
         if unlike := _unlike(found[0], run):
-            raise UserError(f"runs {found[0].name} and {run.name} have different {unlike}: blend runs with the same")
+            seeds = f", by --folds and --seed, or make predict COMP={name} RUN={named}, which averages any runs"
+            raise UserError(
+                f"runs {found[0].name} and {run.name} have different {unlike}: blend runs with the same"
+                f"{seeds * (unlike == 'folds')}"
+            )
     return found
 
 

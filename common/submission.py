@@ -61,7 +61,8 @@ class Sample:
         if not raw.exists(name) and (others := raw.matching("*submission*.csv")):
             raise UserError(
                 f"{raw.path} has no {name}, but {some(others)}: name it in build(), Sample.read(raw, {others[0]!r}) "
-                f"and Task(submission=Submission(sample={others[0]!r}))"
+                f"and Task(submission=Submission(sample={others[0]!r})), and for make submit in config.py, "
+                f"SOURCE = Source(sample_submission={others[0]!r}, ...)"
             )
         return Sample.of(raw.uncounted().rows(name), f"{raw.path}/{name}", text, several)
 

@@ -133,22 +133,28 @@ def encode(mask: np.ndarray) -> str:
 class RunMasks:
     """The masks of n images for an ImageDataset: row -> uint8 of 0 and 1 [H, W, K] at `size` (height, width).
 
-    `cells` [n][K] are run lengths in masks of the size `full`; `ids` [n] and `table` name them in messages. Raises
-    UserError for the first cell that is invalid in a mask of that size.
+    `cells` [n][K] are run lengths in masks of the size `full`, in any order, as those of several things in one cell;
+    `ids` [n] and `table` name them in messages. Raises UserError for the first cell that is invalid in such a mask.
     """
 
     def __init__(
         self, cells: Sequence[Sequence[str]], full: tuple[int, int], size: tuple[int, int], ids: Sequence, table: str
     ):
         self.full, self.size = full, size
+        self.runs = []
         for name, of_image in zip(ids, cells, strict=True):
-            for cell in of_image:
-                if fault := problem_of_text(cell, full[0] * full[1]):
-                    raise UserError(
-                        f"{table}: the mask of {name}: {fault}, in an image of {full[0]}x{full[1]} (height x width): "
-                        f"mend the cell, or the size that the task gives"
-                    )
-        self.runs = [[parse(cell) for cell in of_image] for of_image in cells]
+            try:
+                found = [parse(cell) for cell in of_image]
+                found = [runs[runs[:, 0].argsort(kind="stable")] for runs in found]
+                fault = next(filter(None, (problem(runs, full[0] * full[1]) for runs in found)), None)
+            except ValueError as error:
+                fault = str(error)
+            if fault:
+                raise UserError(
+                    f"{table}: the mask of {name}: {fault}, in an image of {full[0]}x{full[1]} (height x width): "
+                    f"mend the cell, or the size that the task gives"
+                )
+            self.runs.append(found)
 
     def __getitem__(self, row: int) -> np.ndarray:
         masks = [decode_to_size(runs, *self.full, *self.size) for runs in self.runs[row]]

@@ -33,6 +33,7 @@ FULL = (96, 128)  # CHANGE: height and width of the masks in train.csv and in th
 def build(config: MyConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
     """Read the files and fill in the Task; raises UserError for anything wrong in them."""
     table = tables.read(raw, "train.csv", {ID: str, RUNS: tables.text(blank=True)}, id=ID)
+    # CHANGE: for a row per thing, no id=ID, table = table.groupby(ID, sort=False)[RUNS].agg(" ".join).reset_index()
     ids = table[ID].tolist()
     # CHANGE: the image folders; an id is a file's name, with or without its extension.
     stored = partial(ImageStore.of, raw, size=config.size, limit_gb=config.cache_gb, upright=False, announce=log)

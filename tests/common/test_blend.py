@@ -266,7 +266,7 @@ def test_what_does_not_go_together_is_refused(request):
     for file in Path("runs/toy/unpredicted").glob("test*"):
         file.unlink()
     cases = [
-        ({"run": "one,folds"}, "different folds"),
+        ({"run": "one,folds"}, "different folds: .* by --folds and --seed, or make predict COMP=toy"),
         ({"run": "one,rows"}, "different data"),
         ({"run": "one,unpredicted"}, "make predict COMP=toy RUN=unpredicted"),
         ({"run": "single,other"}, "single, other hold out no common rows: blend runs trained with --fold all"),

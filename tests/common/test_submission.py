@@ -329,3 +329,10 @@ def test_a_disk_that_became_read_only_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", read_only)
     with pytest.raises(UserError, match="run.csv could not be written .Read-only.*Make it writable for you"):
         files.write_text(tmp_path / "run.csv", "x")
+
+
+def test_a_sample_of_another_name_is_named_wherever_it_is_asked_for(tmp_path):
+    """Also in SOURCE: make submit compares with the file that it names."""
+    (tmp_path / "sample_submission_v2.csv").write_text("id,label\n1,0\n")
+    with pytest.raises(UserError, match=r"Submission\(sample=.*make submit in config.py, .*sample_submission='sample_"):
+        submission.Sample.read(RawData(tmp_path, "toy"))

@@ -255,3 +255,11 @@ def test_files_of_one_channel_each_are_stacked(tmp_path, depth):
     paths[3].unlink()
     with pytest.raises(BadImage, match="x_yellow.png cannot be opened"):
         decode(paths)
+
+
+def test_a_tiff_of_other_channels_is_read_without_a_warning(tmp_path, capfd):
+    """Near infrared beside red, green and blue: a training would print a line of OpenCV for every image."""
+    file = tmp_path / "planet.tif"
+    cv2.imwrite(str(file), np.full((8, 8, 4), 257, np.uint16))
+    assert (decode(file) == 1).all()
+    assert capfd.readouterr().err == ""

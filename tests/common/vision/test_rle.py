@@ -160,6 +160,16 @@ def test_run_masks_are_decoded_at_the_working_size():
     assert (full[0] == np.stack(first, -1)).all()
 
 
+def test_run_masks_take_the_runs_of_several_things_in_any_order():
+    first, second = (np.zeros((30, 40), bool) for _ in range(2))
+    first[2:9, 20:30], second[4:20, 3:9] = True, True
+    cell = f"{rle.encode(first)} {rle.encode(second)}"
+    masks = rle.RunMasks([[cell]], (30, 40), (30, 40), ["a"], "train.csv")
+    assert (masks[0][:, :, 0] == (first | second)).all()
+    with pytest.raises(UserError, match="the mask of a: run 3 2 overlaps the run 2 2"):
+        rle.RunMasks([["3 2 2 2"]], (30, 40), (30, 40), ["a"], "train.csv")
+
+
 @pytest.mark.parametrize("cell", ["1199 5", "1 2 3", "1 x", "0 3"])
 def test_run_masks_name_the_row_whose_cell_is_no_mask(cell):
     with pytest.raises(UserError, match="train.csv: the mask of b: .*in an image of 30x40"):
