@@ -66,6 +66,10 @@ def _check_ids(name: str, ids: Sequence[str]) -> None:
 
 
 def a_row_each(ids: Sequence[str], decisions: Tensor | np.ndarray) -> Iterable[Sequence[Any]]:
-    """id and decision [B], or id and the decisions [B, columns], as rows of the CSV."""
+    """id and decision [B], or id and the decisions [B, columns], as rows of the CSV.
+
+    A whole number has no point: rounded ratings are floats to torch, and Kaggle may refuse 2.0 for a class.
+    """
     for name, values in zip(ids, decisions.tolist(), strict=True):
-        yield (name, *values) if isinstance(values, list) else (name, values)
+        cells = values if isinstance(values, list) else [values]
+        yield (name, *(int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in cells))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from common import files, submission
+from common.defaults import a_row_each
 from common.errors import UserError
 from common.raw import RawData
 
@@ -336,3 +337,14 @@ def test_a_sample_of_another_name_is_named_wherever_it_is_asked_for(tmp_path):
     (tmp_path / "sample_submission_v2.csv").write_text("id,label\n1,0\n")
     with pytest.raises(UserError, match=r"Submission\(sample=.*make submit in config.py, .*sample_submission='sample_"):
         submission.Sample.read(RawData(tmp_path, "toy"))
+
+
+def test_whole_numbers_have_no_point_and_all_others_keep_every_digit():
+    decisions = np.float64([[2.0, 0.1 + 0.2], [-0.0, 1e-300], [np.nan, np.inf], [2.0**60, -3.0]])
+    assert [list(map(str, row)) for row in a_row_each("abcd", decisions)] == [
+        ["a", "2", "0.30000000000000004"],
+        ["b", "0", "1e-300"],
+        ["c", "nan", "inf"],
+        ["d", str(2**60), "-3"],
+    ]
+    assert list(a_row_each("ab", np.float32([1, 0.5]))) == [("a", 1), ("b", 0.5)]
