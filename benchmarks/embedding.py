@@ -12,6 +12,7 @@ runs are not trained again. --epochs sets the length of each run. Further flags 
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from scipy.sparse.linalg import eigsh
 from benchmarks.tools.arguments import existing, positive
 from benchmarks.tools.turns import in_turns
 from common import run as runs
+from common.files import read_table
 from common.raw import RawData
 from competitions.inclusive_images import labels as reader
 from competitions.inclusive_images.config import RECIPES
@@ -196,7 +198,7 @@ def quality(folder: Path, seeds: tuple[int, ...]) -> None:
                     add(f"{name}, {dim}, {way}", hits(scores))
     print(f"hits@10 of {len(hidden):,} hidden labels, {len(seeds)} splits")
     for name, values in table.items():
-        print(f"  {name:92} {np.mean(values):.4f}  ({', '.join(f'{value:.4f}' for value in values)})")
+        print(f"  {name:92} {both(values)}")
 
 
 def training(data: Path, seeds: tuple[int, ...], epochs: int, recipes: tuple[str, ...], more: list[str]) -> None:
@@ -209,14 +211,10 @@ def training(data: Path, seeds: tuple[int, ...], epochs: int, recipes: tuple[str
             words += ["--seed", str(seed), "--epochs", str(epochs), *more]
             subprocess.run([sys.executable, "-m", "common", *words], check=True)
             run = runs.load("inclusive_images", name)
-            lines = (run.path / "metrics.csv").read_text().splitlines()
-            header = lines[0].split(",")
-            history = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
+            history = read_table(run.path / "metrics.csv")
             scored = [(int(row["epoch"]), float(row["precision_at_5"])) for row in history if row.get("precision_at_5")]
             found.setdefault(recipe, []).append(run.result | {"scored": scored})
-    goal = (
-        max(value for run in found.get("small-bce", []) for _, value in run["scored"]) if "small-bce" in found else 2.0
-    )
+    goal = max((value for run in found.get("small-bce", ()) for _, value in run["scored"]), default=math.inf)
     print(f"{data.name}, {epochs} epochs, seeds {list(seeds)}; {runs.machine()}")
     print("| recipe | mean F2 | F2, rule chosen elsewhere | precision@5 | epochs to BCE's best precision@5 | minutes |")
     print("|---|---|---|---|---|---|")
@@ -224,7 +222,7 @@ def training(data: Path, seeds: tuple[int, ...], epochs: int, recipes: tuple[str
         reached = [next((epoch for epoch, value in run["scored"] if value >= goal), None) for run in results]
         cells = [
             both([run["metrics"][run["monitor"]] for run in results]),
-            both([run["learnt"]["score"] for run in results]),
+            both([run["score"] for run in results]),
             both([run["metrics"]["precision_at_5"] for run in results]),
             ", ".join("not" if epoch is None else str(epoch) for epoch in reached),
             f"{np.mean([run['training_seconds'] for run in results]) / 60:.1f}",

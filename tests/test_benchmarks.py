@@ -328,7 +328,16 @@ def test_another_failure_is_raised_with_what_the_process_said(monkeypatch):
         clouds.peak(1, 1, False, (64, 96), "typo")
 
 
-# The solvers of the label vectors.
+# The label vectors.
+
+
+def test_the_table_of_trainings_has_what_a_run_keeps(monkeypatch, tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("fold,epoch,precision_at_5\n0,1,\n0,2,0.5\n")
+    result = {"monitor": "f2", "metrics": {"f2": 0.6, "precision_at_5": 0.5}, "score": 0.4, "training_seconds": 90}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(embedding.runs, "load", lambda *_: SimpleNamespace(path=tmp_path, result=result))
+    embedding.training(tmp_path, (0,), 2, ("small-bce",), [])
+    assert "| small-bce | 0.6000 (0.6000) | 0.4000 (0.4000) | 0.5000 (0.5000) | 2 | 1.5 |" in capsys.readouterr().out
 
 
 def test_all_solvers_find_the_same_subspace(monkeypatch):
