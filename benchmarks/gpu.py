@@ -10,7 +10,6 @@ until the card has finished the last one.
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import subprocess
@@ -38,25 +37,12 @@ from common.engine.optimizers import allocate_state
 from common.engine.precision import autocast, best_precision
 from common.engine.prepare import enable_checkpointing
 from common.engine.step import Engine
+from common.errors import first_line
 from common.losses import BCEDice, CrossEntropy
 
 GIB = 2**30
 ROOT = Path(__file__).parents[1]
 CARD = torch.device("cuda", 0)
-
-
-class Missing(Exception):
-    """A missing package, or a training that failed."""
-
-
-def package(name: str) -> Any:
-    if importlib.util.find_spec(name) is None:
-        raise Missing(f"{name} is not installed")
-    return importlib.import_module(name)
-
-
-def silent(message: str) -> None:
-    """Discard a line of the engine's log."""
 
 
 @dataclass
@@ -107,15 +93,21 @@ def digits() -> nn.Module:
 
 
 def resnet50() -> nn.Module:
-    return package("timm").create_model("resnet50", num_classes=10)
+    import timm
+
+    return timm.create_model("resnet50", num_classes=10)
 
 
 def unet() -> nn.Module:
-    return package("segmentation_models_pytorch").Unet("resnet34", encoder_weights=None, classes=4)
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet34", encoder_weights=None, classes=4)
 
 
 def nasnet() -> nn.Module:
-    return package("timm").create_model("nasnetalarge", in_chans=4, num_classes=10)
+    import timm
+
+    return timm.create_model("nasnetalarge", in_chans=4, num_classes=10)
 
 
 NETWORKS = {
@@ -156,7 +148,7 @@ def kit(network: Network, model: nn.Module, graph: bool = False) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     allocate_state(optimizer)
     size, count, index = network.batch // network.cuts, iter(range(10**9)), torch.arange(network.batch)
-    settings = {"micro_batch": size, "precision": best_precision(CARD), "graph": graph, "log": silent}
+    settings = {"micro_batch": size, "precision": best_precision(CARD), "graph": graph, "log": lambda line: None}
     engine = Engine(model, network.losses()[1], optimizer, **settings)
     return lambda inputs, targets: engine.step(Batch(inputs, targets, index), next(count)) and None
 
@@ -166,9 +158,10 @@ def kit_with_graph(network: Network, model: nn.Module) -> Step:
 
 
 def fabric(network: Network, model: nn.Module) -> Step:
-    lightning = package("lightning.fabric") if importlib.util.find_spec("lightning") else package("lightning_fabric")
+    from lightning.fabric import Fabric
+
     precision = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[best_precision(CARD)]
-    runner = lightning.Fabric(accelerator="cuda", devices=1, precision=precision)
+    runner = Fabric(accelerator="cuda", devices=1, precision=precision)
     model, optimizer = runner.setup(model, torch.optim.AdamW(model.parameters(), fused=True))
     loss = network.losses()[0]
 
@@ -185,8 +178,10 @@ def fabric(network: Network, model: nn.Module) -> Step:
 
 
 def accelerate(network: Network, model: nn.Module) -> Step:
+    from accelerate import Accelerator
+
     precision = {"fp32": "no"}.get(best_precision(CARD), best_precision(CARD))
-    runner = package("accelerate").Accelerator(mixed_precision=precision, gradient_accumulation_steps=network.cuts)
+    runner = Accelerator(mixed_precision=precision, gradient_accumulation_steps=network.cuts)
     model, optimizer = runner.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
     loss = network.losses()[0]
 
@@ -320,7 +315,7 @@ def trained(competition: str, recipe: str, epochs: int, clock: Clock) -> dict:
         environment, limit = os.environ | {"PYTHONPATH": _import_path()}, min(75.0, clock.left())
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
     if done.returncode:
-        raise Missing((done.stderr.strip().splitlines() or ["no message"])[-1][:200])
+        return {"skipped": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -335,17 +330,17 @@ def tried(work: Callable[[], dict], clock: Clock, seconds: float) -> dict:
         return {"skipped": "no time left"}
     try:
         found, fits = memory.attempt(work)
-    except (Missing, ImportError) as error:
-        found, fits = {"skipped": str(error)}, True
+        return found if fits else {"skipped": "does not fit on this card"}
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
     except subprocess.TimeoutExpired:
-        found, fits = {"skipped": "took too long"}, True
+        return {"skipped": "took too long"}
     except Exception as error:  # a peer that fails with this torch must not stop the other measurements
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-        found, fits = {"skipped": reason}, True
-    with suppress(RuntimeError):  # after some errors of CUDA every call fails
-        gc.collect()
-        torch.cuda.empty_cache()
-    return found if fits else {"skipped": "does not fit on this card"}
+        return {"skipped": f"{type(error).__name__}: {first_line(error)}"}
+    finally:
+        with suppress(RuntimeError):  # after some errors of CUDA every call fails
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 PARTS = {"steps": steps_part, "memory": memory_part, "trainings": trainings_part}
