@@ -16,6 +16,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,15 +264,13 @@ BATCH = 8
 class Peer:
     """A loader to compare: `epochs` returns each epoch's (index [B], numbers [B, 4]), resumed after `start` batches."""
 
-    def __init__(
-        self, seed: Callable[[int], Any], init: Callable[[int], Any] | None = None, stateful: type | None = None
-    ):
+    def __init__(self, seed: Callable[[], Any], init: Callable[[int], Any] | None = None, stateful: type | None = None):
         self.seed, self.init, self.stateful = seed, init, stateful
 
     def epochs(
         self, dataset: Flips, workers: int, count: int = 1, rank: int = 0, world: int = 1, start: int = 0
     ) -> list:
-        self.seed(rank)
+        self.seed()
         generator = torch.Generator().manual_seed(0)
         sampler = (
             DistributedSampler(dataset, world, rank, seed=0)
@@ -306,7 +306,7 @@ class Peer:
             for _ in range(start):
                 next(batches)
             state = loader.state_dict()
-            self.seed(rank)
+            self.seed()
             generator.manual_seed(0)
             loader = make()
             loader.load_state_dict(state)
@@ -362,24 +362,21 @@ def versions() -> str:
 def peers() -> dict[str, Any]:
     """The loaders by name; None for a missing package."""
 
-    def seed_all(rank: int) -> None:
+    def seed_all() -> None:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
 
-    found: dict[str, Any] = {"torch DataLoader": Peer(seed_all)}
-    try:
-        stateful = importlib.import_module("torchdata.stateful_dataloader").StatefulDataLoader
-        found["torchdata StatefulDataLoader"] = Peer(seed_all, stateful=stateful)
-    except ImportError:
-        found["torchdata StatefulDataLoader"] = None
-    try:
-        seed = importlib.import_module("lightning.fabric.utilities.seed")
-        found["Lightning seed_everything(workers=True)"] = Peer(
-            lambda rank: seed.seed_everything(0, workers=True, verbose=False), seed.pl_worker_init_function
-        )
-    except ImportError:
-        found["Lightning seed_everything(workers=True)"] = None
+    torchdata, lightning = "torchdata StatefulDataLoader", "Lightning seed_everything(workers=True)"
+    found: dict[str, Any] = {"torch DataLoader": Peer(seed_all), torchdata: None, lightning: None}
+    with suppress(ImportError):
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        found[torchdata] = Peer(seed_all, stateful=StatefulDataLoader)
+    with suppress(ImportError):
+        from lightning.fabric.utilities.seed import pl_worker_init_function, seed_everything
+
+        found[lightning] = Peer(partial(seed_everything, 0, workers=True, verbose=False), pl_worker_init_function)
     return found | {"this kit's Loader": Ours()}
 
 
