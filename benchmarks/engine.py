@@ -39,10 +39,6 @@ PROCESSES = Path("/proc")  # Linux only
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "100000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 
 
-def silent(message: str) -> None:
-    """Discard a line of the engine's log."""
-
-
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
 
@@ -93,7 +89,8 @@ def naive_soft_f1(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def ours(work: Work) -> None:
-    engine = Engine(work.model, work.exact_loss, work.optimizer(work.model), micro_batch=work.micro_batch, log=silent)
+    settings = {"micro_batch": work.micro_batch, "log": lambda line: None}
+    engine = Engine(work.model, work.exact_loss, work.optimizer(work.model), **settings)
     for number, batch in enumerate(work.batches):
         work.tick()
         engine.step(batch, number)
@@ -265,7 +262,7 @@ def train_once(case: str) -> None:
     layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     optimizer, (batch,) = torch.optim.AdamW(model.parameters()), batches_of((3, 128, 128), [64])
-    engine = Engine(model, CrossEntropy(), optimizer, micro_batch=4, log=silent)
+    engine = Engine(model, CrossEntropy(), optimizer, micro_batch=4, log=lambda line: None)
     with open(PROCESSES / "self/clear_refs", "w") as switch:
         switch.write("5")  # resets VmHWM, which holds the peak of the imports
     before = resident("VmRSS")
@@ -290,12 +287,6 @@ def resident(which: str) -> float:
 PARTS = {"time": time_part, "passes": passes_part, "error": error_part, "memory": memory_part}
 
 
-def part(name: str) -> str:
-    if name not in PARTS:
-        raise argparse.ArgumentTypeError(f"there is no part {name}, only {', '.join(PARTS)}")
-    return name
-
-
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -304,9 +295,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", type=part, metavar="part", help=f"{', '.join(PARTS)} [all of them]")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} [all of them]")
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     given = parser.parse_args(arguments)
+    if wrong := [name for name in given.parts if name not in PARTS]:
+        parser.error(f"there is no part {wrong[0]}, only {', '.join(PARTS)}")
     if not os.environ.keys() >= STEADY_ALLOCATOR.keys():  # glibc reads them when a process starts
         again = [sys.executable, "-m", "benchmarks.engine", *arguments]
         os.execve(sys.executable, again, os.environ | STEADY_ALLOCATOR)
