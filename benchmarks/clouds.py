@@ -7,7 +7,6 @@ make bench BENCH=clouds ARGS="--data path/to/clouds"           real images and m
 
 import argparse
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from benchmarks.tools.turns import least_seconds
 from common import submission
 from common.batch import Batch
 from common.defaults import completed
+from common.device import peak_memory
 from common.engine import memory
 from common.engine.optimizers import allocate_state, build_optimizer
 from common.engine.precision import autocast
@@ -198,10 +198,7 @@ def step(batch: int, micro: int, checkpointing: bool, size: tuple[int, int], enc
     done = engine.step(Batch(inputs, pixels, torch.arange(batch), total=batch), 0)
     if done.micro_batch < micro:  # the engine recovered with smaller ones; here that counts as out of memory
         raise MemoryError(f"micro-batches of {micro} did not fit, the engine went on with {done.micro_batch}")
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(peak_memory(device))
 
 
 def main() -> None:
