@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.tools.arguments import positive
 from benchmarks.tools.turns import in_turns
+from common.kaggle.client import KAGGLE
 
 ROOT = Path(__file__).parents[1]
 OURS = """
@@ -35,15 +36,13 @@ def serve(megabytes: int, port) -> None:
     """Serve a competition of incompressible images and one tenth text, in a process separate from the clients."""
     import random
 
-    from tests.common.kaggle.server import Kaggle, archive
+    from tests.common.kaggle.server import Kaggle
 
     draw = random.Random(0)
     files = {f"train_images/{n:04}.jpg": draw.randbytes(1_000_000) for n in range(megabytes * 9 // 10)}
     lines = b"".join(b"%d,%d %d\n" % (n, draw.randrange(10**6), draw.randrange(10)) for n in range(100_000))
     files["train.csv"] = lines * max(1, megabytes * 200_000 // len(lines))
     server = Kaggle(files)
-    server.listing = {name: len(content) for name, content in files.items()}
-    server.archive = archive(files)
     port.send((server.port, len(server.archive)))
     port.recv()
 
@@ -70,8 +69,7 @@ def main() -> None:
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
             "http_proxy": f"http://127.0.0.1:{port}",
         }
-        program = str(Path(sys.executable).with_name("kaggle"))
-        download = [program, "competitions", "download", SLUG, "-p", "raw", "-q"]
+        download = [*KAGGLE, "competitions", "download", SLUG, "-p", "raw", "-q"]
         unzips = {"Python's zipfile": [sys.executable, "-m", "zipfile", "-e", f"raw/{SLUG}.zip", "raw/out"]}
         if shutil.which("unzip"):
             unzips["unzip"] = ["unzip", "-q", f"raw/{SLUG}.zip", "-d", "raw/out"]
