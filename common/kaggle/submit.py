@@ -207,25 +207,23 @@ def deliver(
     with go_on_with(f"make board COMP={competition}"):  # from here on it may have arrived
         try:
             answer = site.told(what, "competitions", "submit", source.slug, *arguments, message)
-            failure = None
-            if "Successfully submitted" not in answer.text:
+            if "Successfully submitted" not in answer.text:  # the program exits 0 when the upload fails
                 said = "; ".join(line for line in answer.out.splitlines() if line.strip())[:300] or "no reason given"
-                failure = Transient(
+                raise Transient(
                     f"{what}: the upload failed ({said}): repeat the same command; if it fails again, upload {name} at "
                     f"{source.page}/submit"
                 )
+            failure = None
+        except Transient as error:  # the connection may break after the upload: ask for the list
+            is_listed = until(
+                lambda: row.listed(ledger.submissions(site)[0]), f"looking for {name}", LISTED_TRIES * poll, poll
+            )
+            failure = None if is_listed else UserError(f"{error}. It did not arrive: Kaggle does not list it")
         except UserError as error:
             failure = error
-        # The program exits 0 when the upload fails, and the connection may break after the upload: ask for the list.
-        if isinstance(failure, Transient):
-            look = lambda: row.listed(ledger.submissions(site)[0])  # noqa: E731
-            if until(look, f"looking for {name}", LISTED_TRIES * poll, poll):
-                failure = None
         if failure is None:
             return _follow(site, row, wait, poll)
     ledger.put(competition, row, remove=True)
-    if isinstance(failure, Transient):
-        raise UserError(f"{failure}. It did not arrive: Kaggle does not list it") from failure
     raise failure
 
 
