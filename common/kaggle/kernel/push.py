@@ -220,10 +220,8 @@ class Notebook:
             "kernel_type": "notebook",
             "is_private": "true",
             "enable_gpu": "true",
-            "enable_tpu": "false",
             "dataset_sources": [f"{self.reference}-code"],
             "competition_sources": [site.source.slug],
-            "model_sources": [],
         }
         write_json(home / "kernel-metadata.json", facts | metadata)
         what = f"pushing the notebook {self.reference}"
