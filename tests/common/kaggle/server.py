@@ -146,10 +146,6 @@ class Kaggle(ThreadingHTTPServer):
         size, page = body.get("pageSize", 20), body.get("page", 1)
         return {"submissions": rows[size * (page - 1) : size * page], "nextPageToken": ""}
 
-    def GetLeaderboard(self, body: dict) -> dict:
-        rows = [{"teamId": n, "teamName": f"team {n}", "score": str(s)} for n, s in enumerate(self.leaderboard)]
-        return {"submissions": rows, "nextPageToken": ""}
-
     def DownloadLeaderboard(self, body: dict) -> Reply:
         lines = ["Rank,TeamId,TeamName,LastSubmissionDate,Score,SubmissionCount,TeamMemberUserNames"]
         lines += [f"{n + 1},{n},team {n},2026-01-01,{s},1,x" for n, s in enumerate(self.leaderboard)]
@@ -195,14 +191,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(urlsplit(self.path).path.rsplit("/", 1)[-1], body)
 
     def do_PUT(self) -> None:
-        name = "PUT"
-        if self.server.on.get(name) == DROP:  # before the body is read
-            self.server.asked.append((name, {}, dict(self.headers)))
+        if self.server.on.get("PUT") == DROP:  # before the body is read
+            self.server.asked.append(("PUT", {}, dict(self.headers)))
             self.close_connection = True
             self.connection.shutdown(2)
             return
         self.server.uploads.append(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        self.answer(name, {})
+        self.answer("PUT", {})
 
     def do_GET(self) -> None:
         self.answer("GET", {"path": urlsplit(self.path).path})
@@ -217,10 +212,9 @@ class Handler(BaseHTTPRequestHandler):
         fault = server.on.get(name)
         if isinstance(fault, list):
             fault = fault.pop(0) if len(fault) > 1 else fault[0]
-        reply = fault if fault is not None else {"GET": self.storage, "PUT": Reply}.get(name) or getattr(server, name)
-        if name == "PUT" and fault is None:
-            reply = Reply(200)
-        if callable(reply) and not isinstance(reply, Reply):
+        usual = {"GET": self.storage, "PUT": lambda _: Reply()}
+        reply = fault if fault is not None else usual.get(name) or getattr(server, name)
+        if callable(reply):
             reply = reply(body)
         if reply is None:  # `storage` has already sent the answer
             return
