@@ -16,7 +16,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """The `SOURCE` of a competition's config.py: what `make data`, `submit`, `board` and `kernel` need to know."""
+    """The `SOURCE` of a competition's config.py: what `make data`, `submit`, `board`, `kernel` and `notebook` need."""
 
     slug: str  # the competition's name on Kaggle; "" when it is not there
     expected: tuple[str, ...]  # files that complete data must have: names, or patterns like "train_images/*.jpg"

@@ -1,1 +1,1 @@
-"""`make kernel`: train on Kaggle's own machines."""
+"""`make kernel` and `make notebook`: train and predict on Kaggle's own machines."""
