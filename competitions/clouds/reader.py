@@ -148,9 +148,7 @@ def _paths(raw: RawData, folder: str, images: list[str], table: str) -> list[Pat
 
     A lenient prediction (see RawData) accepts both.
     """
-    place = raw.folder() / folder
-    again = "get the files with make data COMP=clouds, or pass DATA=/path/to/folder"
-    paths = images_of(place, images, table, again, lenient=raw.lenient)
+    paths, place = images_of(raw, folder, images, table), raw.folder() / folder
     if raw.lenient:
         return paths
     if without_row := sorted({file.name for file in find_images(place)} - {path.name for path in paths}):

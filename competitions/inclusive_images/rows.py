@@ -46,7 +46,6 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     """Read the label files and find the images; announces what is left out, raises UserError without a test image."""
     folder = raw.folder()
     index = reader.read_index(raw)
-    test_folder = folder / f"stage_{config.stage}_{'test_' if config.stage == '1' else ''}images"
     train = reader.read_train(raw, index)
     announce(f"{reader.TRAIN}: {train.counts}")
     fitted = train.matrix
@@ -71,8 +70,8 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
             "too; --fold 0 leaves them out"
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
-    test_ids, again = Sample.read(raw, sample_name).ids, "get them with make data COMP=inclusive_images"
-    test_paths = images_of(test_folder, test_ids, sample_name, again, lenient=raw.lenient)
+    test_folder = f"stage_{config.stage}_{'test_' if config.stage == '1' else ''}images"
+    test_paths = images_of(raw, test_folder, Sample.read(raw, sample_name).ids, sample_name)
     return Rows(
         index,
         ids=[str(image) for own, _, _ in parts for image in own.ids],

@@ -108,10 +108,7 @@ def _test(raw: RawData) -> list[tuple[Path, ...]]:
 
 
 def _files(raw: RawData, folder: str, table: pd.DataFrame, name: str) -> list[tuple[Path, ...]]:
-    again = "get the files with make data COMP=protein_atlas"
-    return channels_of(
-        raw.folder() / folder, table["Id"].tolist(), COLOURS, name, again, table.index.tolist(), raw.lenient
-    )
+    return channels_of(raw, folder, table["Id"].tolist(), COLOURS, name, table.index.tolist())
 
 
 def _fault(values: Sequence[str]) -> str | None:
