@@ -416,6 +416,6 @@ def test_check_reads_the_files(here, capsys):
     assert "is in order" in capsys.readouterr().out
 
 
-def test_131_series_make_2304_rows():
-    lines = ["test_id,PM2.5,PM10,O3", *(f"{name}#{hour},0,0,0" for name in Network().stations for hour in range(48))]
-    assert len(list(table.csv_rows(table.asked_by(lines, "all"), np.ones((48, 131)), Network()))) == 2304
+def test_131_series_make_2304_rows(tmp_path):
+    asked = table.asked(RawData(tmp_path, "kdd_air_quality"))
+    assert len(list(table.csv_rows(asked, np.ones((48, 131)), Network()))) == 2304
