@@ -1,6 +1,5 @@
 """Read the competition's files in Kaggle's layout: the images, their masks, and the rows to submit."""
 
-import difflib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import tables
-from common.errors import BadImage, UserError, quoted, some
+from common.errors import BadImage, UserError, did_you_mean, quoted, some
 from common.raw import RawData
 from common.vision import rle
 from common.vision.decode import decode
@@ -90,11 +89,9 @@ def _cells(raw: RawData, name: str) -> dict[str, dict[str, tuple[int, str]]]:
     for line, key, cell in table.itertuples():
         image, _, label = key.rpartition("_")
         if label not in CLASSES or not image:
-            near = difflib.get_close_matches(label, CLASSES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(
-                f"{raw.path}/{name} line {line}: {key!r} names no class{hint}; expected IMAGE.jpg_CLASS "
-                f"with one of {', '.join(CLASSES)}: {raw.mend}"
+                f"{raw.path}/{name} line {line}: {key!r} names no class.{did_you_mean(label, CLASSES)} "
+                f"Expected IMAGE.jpg_CLASS with one of {', '.join(CLASSES)}: {raw.mend}"
             )
         found.setdefault(image, {})[label] = line, cell
     return found
