@@ -76,7 +76,7 @@ def test_the_run_holds_its_scores_and_its_page(here):
     parts = pd.read_csv(home / "breakdown.csv")
     assert set(parts["by"]) == {"city", "pollutant", "station type", "station", "hour band", "hour ahead"}
     page = (home / "report.html").read_text()
-    assert page.count("<img") == 4 and "http" not in page
+    assert page.count("<img") == 4 and "://" not in page
     assert not (home / "unfinished").exists()
 
 
