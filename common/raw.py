@@ -69,6 +69,13 @@ class RawData:
     def _again(self) -> str:
         return f"download it again with make data COMP={self.competition}"
 
+    @property
+    def mend(self) -> str:
+        """What to do about a fault in a table, to end an error with."""
+        if self.is_demo:
+            return f"mend competitions/{self.competition}/demo.py"
+        return f"mend the file, or get it again with make data COMP={self.competition}"
+
     def uncounted(self) -> "RawData":
         """The same files, but reading them does not change `opened_fingerprint`.
 
@@ -170,8 +177,7 @@ class RawData:
         except UnicodeDecodeError as error:
             line = contents.count(b"\n", 0, error.start) + 1
             raise UserError(
-                f"{self.path}/{name} line {line}: byte {contents[error.start]:#04x} is not UTF-8 text: mend the "
-                f"file, or get it again with make data COMP={self.competition}"
+                f"{self.path}/{name} line {line}: byte {contents[error.start]:#04x} is not UTF-8 text: {self.mend}"
             ) from error
 
     def rows(self, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -185,10 +191,7 @@ class RawData:
             if row == [END]:
                 return
             if row and row[-1].endswith(END):
-                raise UserError(
-                    f"{self.path}/{name} line {line}: a quote opens here and is not closed: mend the file, or get "
-                    f"it again with make data COMP={self.competition}"
-                )
+                raise UserError(f"{self.path}/{name} line {line}: a quote opens here and is not closed: {self.mend}")
             if row:
                 yield reader.line_num, row
             line = reader.line_num + 1

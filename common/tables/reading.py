@@ -55,7 +55,7 @@ def read(
     found = list(parts(raw, name, columns, others=others, header=header, blank_lines=blank_lines))
     file = _File(raw, name)
     if not found:
-        raise UserError(f"{file.where} has no rows: {file.again}")
+        raise UserError(f"{file.where} has no rows: {raw.mend}")
     table = pd.concat(found) if len(found) > 1 else found[0]
     for column in found[0].columns[found[0].dtypes == "category"]:  # pd.concat makes texts of them
         table[column] = union_categoricals([part[column] for part in found], sort_categories=True)
@@ -64,7 +64,7 @@ def read(
         value = table[id][line]
         first = table.index[np.argmax(table[id] == value)]
         raise UserError(
-            f"{file.where} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {file.again}"
+            f"{file.where} line {line}: {id} {_cut(value)!r} appears twice, first in line {first}: {raw.mend}"
         )
     return table if lines else table.reset_index(drop=True)
 
@@ -104,7 +104,7 @@ def _blocks(file: "_File", stream: BinaryIO, at_once: int) -> Iterator[bytes]:
         try:
             return stream.read(size)
         except (*DAMAGED, OSError) as error:
-            raise UserError(f"{file.where} is damaged ({error}): {file.again}") from error
+            raise UserError(f"{file.where} is damaged ({error}): {file.raw.mend}") from error
 
     rest, line, ended = taken(4), 1, False
     if rest.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -141,12 +141,6 @@ class _File:
     def where(self) -> str:
         return f"{self.raw.path}/{self.name}"
 
-    @property
-    def again(self) -> str:
-        if self.raw.is_demo:
-            return f"mend competitions/{self.raw.competition}/demo.py"
-        return f"mend the file, or get it again with make data COMP={self.raw.competition}"
-
     def decoded(self, block: bytes, encoding: str, line: int) -> str:
         """The text of a block that begins in `line`."""
         try:
@@ -155,13 +149,15 @@ class _File:
             at = line + block.count(b"\n", 0, error.start)
             byte = block[error.start]
             raise UserError(f"{self.where} line {at}: byte {byte:#04x} is not {encoding.upper()} text: save the file "
-                            f"as UTF-8, {self.again}") from error  # fmt: skip
+                            f"as UTF-8, {self.raw.mend}") from error  # fmt: skip
 
     def header(self, head: bytes) -> list[str]:
         """The names of the columns; raises UserError for missing, repeated or unexpected ones."""
         found = next(csv.reader([head.decode()]), [])
         if not any(found):
-            raise UserError(f"{self.where} is empty or begins with a blank line; expected {self._header}: {self.again}")
+            raise UserError(
+                f"{self.where} is empty or begins with a blank line; expected {self._header}: {self.raw.mend}"
+            )
         is_strict, count = self.others == "refuse", len(self.columns)
         missing = [name for name in self.columns if name not in found]
         extra = [name for name in found if name not in self.columns] if is_strict else []
@@ -183,7 +179,7 @@ class _File:
         if told:
             build = "name the file's columns in task.py, or " * bool(missing)
             raise UserError(
-                f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {build}{self.again}"
+                f"{self.where} has the columns {_some(found)}; expected {self._header} ({told}): {build}{self.raw.mend}"
             )
         return found
 
@@ -228,7 +224,7 @@ class _File:
                 blank_line = blank_line or start
             else:
                 if blank_line and not self.blank_lines:  # those at the end of the file are no rows
-                    raise UserError(f"{self.where} line {blank_line} is blank: {self.again}")
+                    raise UserError(f"{self.where} line {blank_line} is blank: {self.raw.mend}")
                 lines.append(start)
                 cells.append(len(row))
                 all_end_blank = all_end_blank and not row[-1]
@@ -236,7 +232,7 @@ class _File:
         spare = int(all_end_blank and set(cells) == {expected + 1})
         for row_line, count in zip(lines, cells, strict=True):
             if count != expected + spare:
-                raise UserError(f"{self.where} line {row_line} has {count} cells, expected {expected}: {self.again}")
+                raise UserError(f"{self.where} line {row_line} has {count} cells, expected {expected}: {self.raw.mend}")
         return np.array(lines, int), spare
 
     def _parsed(
@@ -257,14 +253,14 @@ class _File:
         except (ValueError, OverflowError) as error:
             if "EOF inside string" in str(error):  # the cell takes the rest of the file, so its row is the last
                 raise UserError(
-                    f"{self.where} line {lines[-1]}: a quote opens here and is not closed: {self.again}"
+                    f"{self.where} line {lines[-1]}: a quote opens here and is not closed: {self.raw.mend}"
                 ) from error
-            raise UserError(f"{self.where} cannot be read ({str(error).strip()}): {self.again}") from error
+            raise UserError(f"{self.where} cannot be read ({str(error).strip()}): {self.raw.mend}") from error
         if faults:
             row, place, cell = min(faults)
             raise UserError(
                 f"{self.where} line {lines[row]}, column {names[place]}: {_cut(cell)!r}, expected {typed[place]}: "
-                f"{self.again}"
+                f"{self.raw.mend}"
             )
         return frame
 

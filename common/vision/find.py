@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, some
-from common.raw import ARCHIVES, CACHE, files_under
+from common.raw import ARCHIVES, CACHE, RawData, files_under
 from common.vision.decode import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
@@ -58,22 +58,19 @@ def _match(folder: Path, name: str, by_stem: dict[str, list[Path]]) -> Path | No
 
 
 def images_of(
-    folder: Path,
-    ids: Sequence[Any],
-    table: str,
-    again: str,
-    lines: Sequence[int] | None = None,
-    lenient: bool = False,
+    raw: RawData, folder: str, ids: Sequence[Any], table: str, lines: Sequence[int] | None = None
 ) -> list[Path]:
-    """`match_images` where every id needs its file; raises UserError naming missing ids, `table` and the fix `again`.
+    """`match_images` in a folder of the data, where every id needs its file; raises UserError naming missing ids.
 
-    `lines` are the lines of the ids in the table, to name the first missing one. With `lenient` (that of RawData) a
+    `table` is the file of the ids, and `lines` are theirs in it, to name the first missing one. If `raw` is lenient, a
     missing file gets the path where it should be, so that its row is left out later, like that of a damaged file.
     """
+    folder = raw.folder() / folder
+    again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
     if not folder.is_dir():
         raise _no_folder(folder, again)
     paths = match_images(folder, ids)
-    if lenient:
+    if raw.lenient:
         return [path or folder / str(name) for name, path in zip(ids, paths, strict=True)]
     if missing := [str(name) for name, path in zip(ids, paths, strict=True) if path is None]:
         line = "" if lines is None else f" line {lines[paths.index(None)]}"
@@ -97,17 +94,11 @@ def _no_folder(folder: Path, again: str) -> UserError:
 
 
 def channels_of(
-    folder: Path,
-    ids: Sequence[Any],
-    channels: Sequence[str],
-    table: str,
-    again: str,
-    lines: Sequence[int],
-    lenient: bool = False,
+    raw: RawData, folder: str, ids: Sequence[Any], channels: Sequence[str], table: str, lines: Sequence[int]
 ) -> list[tuple[Path, ...]]:
     """The files <id>_<channel> of every id, in the order of `channels`; otherwise like `images_of`."""
     names = [f"{name}_{channel}" for name in ids for channel in channels]
-    paths = iter(images_of(folder, names, table, again, [line for line in lines for _ in channels], lenient))
+    paths = iter(images_of(raw, folder, names, table, [line for line in lines for _ in channels]))
     return list(zip(*[paths] * len(channels), strict=True))
 
 

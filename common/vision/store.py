@@ -61,8 +61,7 @@ class ImageStore:
 
         Raises UserError naming the ids that have no file, or two; `table` is the file of the ids in this message.
         """
-        again = f"get the files with make data COMP={raw.competition}, or pass DATA=/path/to/folder-or-zip"
-        paths = images_of(raw.folder() / folder, ids, table, again, lenient=raw.lenient)
+        paths = images_of(raw, folder, ids, table)
         return cls.beside(raw, [(path,) for path in paths] if gray else paths, **settings)
 
     @classmethod

@@ -40,17 +40,14 @@ def packed(mask: np.ndarray) -> Tensor:
 
 
 def cloud_images(
-    images: ImageStore,
-    runs: Runs | None = None,
-    transform: Callable[..., dict[str, Any]] | None = None,
+    images: ImageStore, runs: Runs, transform: Callable[..., dict[str, Any]] | None = None
 ) -> ImageDataset:
     """Samples of a store with a size: input uint8 [3, H, W] and a target that depends on its use.
 
     With `transform` (training): uint8 [H, W], one bit per class (see loss.pack).
-    With runs but without a transform (validation): {"masks": uint8 [4, 350, 525], "packed": uint8 [H, W]}, the truth
-    at the size of the submission and at that of the loss.
-    Without runs (test images): an empty tensor.
+    Without (validation): {"masks": uint8 [4, 350, 525], "packed": uint8 [H, W]}, the truth at the size of the
+    submission and at that of the loss.
     """
-    if runs is None or transform is None:
-        return ImageDataset(images, None if runs is None else Truth(runs, images.size))
+    if transform is None:
+        return ImageDataset(images, Truth(runs, images.size))
     return ImageDataset(images, masks=Masks(runs, images.size), transform=transform, of_mask=packed)

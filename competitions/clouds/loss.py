@@ -1,6 +1,6 @@
 """The loss that the flags describe, and the packed masks that it takes: one byte per pixel, a bit per class."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +8,8 @@ from torch import Tensor
 
 from common.losses import BCE, BCEDice, Dice, LovaszHinge, Weighted
 from common.losses.combine import Combined
+from competitions.clouds.config import CloudConfig
 from competitions.clouds.reader import CLASSES
-
-if TYPE_CHECKING:
-    from competitions.clouds.config import CloudConfig
 
 
 def pack(masks: np.ndarray) -> np.ndarray:
@@ -51,7 +49,7 @@ def _targets(packed: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     return {"pixels": masks, "classes": masks.amax((2, 3))}
 
 
-def build(config: "CloudConfig") -> OfPackedMasks:
+def build(config: CloudConfig) -> OfPackedMasks:
     """The weighted sum of both heads' losses; parts with weight 0 are not computed."""
     pixels = [
         (BCE(), config.bce),

@@ -1,6 +1,5 @@
 """Read the competition's files in Kaggle's layout: the images, their masks, and the rows to submit."""
 
-import difflib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import tables
-from common.errors import BadImage, UserError, quoted, some
+from common.errors import BadImage, UserError, did_you_mean, quoted, some
 from common.raw import RawData
 from common.vision import rle
 from common.vision.decode import decode
@@ -19,7 +18,6 @@ CLASSES = ("Fish", "Flower", "Gravel", "Sugar")
 MASK_SIZE = (1400, 2100)  # height and width that the runs of train.csv refer to, even if the images were resized
 SUBMISSION_SIZE = (350, 525)  # height and width that the runs of a submission refer to
 CERTAIN = 50  # equal distances between neighbouring columns that are enough to tell the height of the masks
-AGAIN = "mend the file, or get it again with make data COMP=clouds"
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ def read(raw: RawData, announce: Callable[[str], None] = print) -> CloudFiles:
     for name, cells in (("train.csv", train), ("sample_submission.csv", sample)):
         for image, of_classes in cells.items():
             if missing := [label for label in CLASSES if label not in of_classes]:
-                raise UserError(f"{raw.path}/{name}: {quoted(image)} has no row for {', '.join(missing)}: {AGAIN}")
+                raise UserError(f"{raw.path}/{name}: {quoted(image)} has no row for {', '.join(missing)}: {raw.mend}")
     masks = [_mask(raw, image, label, *train[image][label]) for image in images for label in CLASSES]
     runs = Runs(np.concatenate(masks).astype(np.int32), np.cumsum([0, *map(len, masks)]))
-    size = _size_of(runs, train_paths, f"{raw.path}/train.csv")
+    size = _size_of(raw, runs, train_paths)
     if size != MASK_SIZE:
         runs = replace(runs, size=size)
         announce(
@@ -91,11 +89,9 @@ def _cells(raw: RawData, name: str) -> dict[str, dict[str, tuple[int, str]]]:
     for line, key, cell in table.itertuples():
         image, _, label = key.rpartition("_")
         if label not in CLASSES or not image:
-            near = difflib.get_close_matches(label, CLASSES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(
-                f"{raw.path}/{name} line {line}: {key!r} names no class{hint}; expected IMAGE.jpg_CLASS "
-                f"with one of {', '.join(CLASSES)}: {AGAIN}"
+                f"{raw.path}/{name} line {line}: {key!r} names no class.{did_you_mean(label, CLASSES)} "
+                f"Expected IMAGE.jpg_CLASS with one of {', '.join(CLASSES)}: {raw.mend}"
             )
         found.setdefault(image, {})[label] = line, cell
     return found
@@ -105,11 +101,11 @@ def _mask(raw: RawData, image: str, label: str, line: int, cell: str) -> np.ndar
     """The runs of a cell of train.csv, int64 [n, 2]; raises UserError for invalid ones."""
     cell = "" if cell.lower() == "nan" else cell
     if fault := rle.problem_of_text(cell, MASK_SIZE[0] * MASK_SIZE[1]):
-        raise UserError(f"{raw.path}/train.csv line {line} ({image}, {label}): {fault}: {AGAIN}")
+        raise UserError(f"{raw.path}/train.csv line {line} ({image}, {label}): {fault}: {raw.mend}")
     return rle.parse(cell)
 
 
-def _size_of(runs: Runs, paths: list[Path], name: str) -> tuple[int, int]:
+def _size_of(raw: RawData, runs: Runs, paths: list[Path]) -> tuple[int, int]:
     """The size that runs refer to: MASK_SIZE, unless the masks were encoded again for resized images.
 
     The starts of runs in neighbouring columns mostly differ by the height of the mask. If that is not 1400, and no run
@@ -130,9 +126,9 @@ def _size_of(runs: Runs, paths: list[Path], name: str) -> tuple[int, int]:
     if ends.max() > height * 2 * MASK_SIZE[1]:
         return MASK_SIZE
     raise UserError(
-        f"{name}: columns of the run lengths are {height} pixels apart, so masks are that high, but the images are "
-        f"{stored[0]}x{stored[1]}: expected run lengths for {MASK_SIZE[0]}x{MASK_SIZE[1]}, or for the size of "
-        f"the images: {AGAIN}"
+        f"{raw.path}/train.csv: columns of the run lengths are {height} pixels apart, so masks are that high, but the "
+        f"images are {stored[0]}x{stored[1]}: expected run lengths for {MASK_SIZE[0]}x{MASK_SIZE[1]}, or for the size "
+        f"of the images: {raw.mend}"
     )
 
 
@@ -149,9 +145,7 @@ def _paths(raw: RawData, folder: str, images: list[str], table: str) -> list[Pat
 
     A lenient prediction (see RawData) accepts both.
     """
-    place = raw.folder() / folder
-    again = "get the files with make data COMP=clouds, or pass DATA=/path/to/folder"
-    paths = images_of(place, images, table, again, lenient=raw.lenient)
+    paths, place = images_of(raw, folder, images, table), raw.folder() / folder
     if raw.lenient:
         return paths
     if without_row := sorted({file.name for file in find_images(place)} - {path.name for path in paths}):

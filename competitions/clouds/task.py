@@ -18,6 +18,7 @@ from common.raw import RawData
 from common.task import TTA, Data, Network, Postprocess, Submission, Task
 from common.vision import rle
 from common.vision.backbones import probe
+from common.vision.datasets import ImageDataset
 from common.vision.store import ImageStore
 from common.vision.tta import FLIPS, Flip
 from common.vision.weights import start_encoder
@@ -64,7 +65,7 @@ def build(config: CloudConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
             valid=valid,
             ids=files.images,
             folds=multilabel_stratified(files.images, files.runs.present(), config.folds, config.seed),
-            test=cloud_images(store(files.test_paths)),
+            test=ImageDataset(store(files.test_paths)),
             test_ids=files.test_images,
             mix=CutMix(probability=config.cutmix) if config.cutmix else None,
         ),

@@ -15,7 +15,6 @@ from common.tables import number, text
 
 CLASSES, DESCRIPTIONS = "classes-trainable.csv", "class-descriptions.csv"
 TRAIN, TUNING = "train_human_labels.csv", "tuning_labels.csv"
-AGAIN = "mend the file, or get it again with make data COMP=inclusive_images"
 
 
 class LabelIndex:
@@ -80,7 +79,7 @@ def read_index(raw: RawData) -> LabelIndex:
     """Read classes-trainable.csv, and the names of class-descriptions.csv if that file is there."""
     codes = tables.read(raw, CLASSES, {"label_code": str}, id="label_code", lines=True)["label_code"]
     for line, code in codes[codes.str.contains(r"\s")].items():  # no label would fit it, nor a submission hold it
-        raise UserError(f"{raw.path}/{CLASSES} line {line}: {code!r}, expected a code without spaces: {AGAIN}")
+        raise UserError(f"{raw.path}/{CLASSES} line {line}: {code!r}, expected a code without spaces: {raw.mend}")
     names = {}
     if raw.exists(DESCRIPTIONS):
         columns = {"label_code": str, "description": text(blank=True)}
@@ -112,13 +111,13 @@ def read_train(raw: RawData, index: LabelIndex) -> LabelTable:
         images.append(number_of[image.codes.to_numpy()[kept]])
         labels.append(column[kept])
     if not numbers:
-        raise UserError(f"{raw.path}/{TRAIN} has no rows: {AGAIN}")
+        raise UserError(f"{raw.path}/{TRAIN} has no rows: {raw.mend}")
     table = _table(np.array(list(numbers)), np.concatenate(images), np.concatenate(labels), len(index), counts)
     if not len(table):
         some = ", ".join(list(counts.untrainable)[:3]) or "none"
         raise UserError(
             f"{raw.path}/{TRAIN}: no row has a trainable label of confidence above 0 (codes found: {some}): "
-            f"the file and {CLASSES} must belong to one competition; {AGAIN}"
+            f"the file and {CLASSES} must belong to one competition; {raw.mend}"
         )
     return table
 

@@ -1,7 +1,7 @@
 """The inclusive_images part of a run's report: the label vectors, and precision and recall by label frequency."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +10,8 @@ from matplotlib.figure import Figure
 from common.predictions import read_predictions, row_numbers, unpack
 from common.report import Report, subplots
 from common.run import Run
-
-if TYPE_CHECKING:
-    from competitions.inclusive_images.label_embedding import LabelEmbedding
-    from competitions.inclusive_images.rows import Rows
+from competitions.inclusive_images.label_embedding import LabelEmbedding
+from competitions.inclusive_images.rows import Rows
 
 HEAT_LABELS, MAP_LABELS = 40, 150  # number of the most frequent labels in each plot
 BANDS = 4  # groups of labels by frequency
@@ -21,9 +19,7 @@ SHOWN_ROWS = 20_000  # held-out images, evenly spaced, used for tables and curve
 CHUNK = 256  # images per call of `decide`
 
 
-def report(
-    run: Run, page: Report, files: "Rows", embedding: "LabelEmbedding | None", decide: Callable[..., Any]
-) -> None:
+def report(run: Run, page: Report, files: Rows, embedding: LabelEmbedding | None, decide: Callable[..., Any]) -> None:
     """Add the label vectors and the scores by label frequency to the run's report."""
     if embedding is not None:
         names = files.index.names
@@ -40,7 +36,7 @@ def report(
         _held_out(page, run, scores, files, decide)
 
 
-def _held_out(page: Report, run: Run, scores: np.ndarray, files: "Rows", decide: Callable[..., Any]) -> None:
+def _held_out(page: Report, run: Run, scores: np.ndarray, files: Rows, decide: Callable[..., Any]) -> None:
     result, rows = run.result, row_numbers(run.path, "oof", files.ids)
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SHOWN_ROWS)).astype(int))
     scores, truth = scores[shown], files.labels[rows[shown]]
@@ -87,7 +83,7 @@ def curves(scores: np.ndarray, truth: Any, bands: dict[str, np.ndarray]) -> Figu
     return figure
 
 
-def similarities(embedding: "LabelEmbedding", labels: list[int], names: tuple[str, ...]) -> Figure:
+def similarities(embedding: LabelEmbedding, labels: list[int], names: tuple[str, ...]) -> Figure:
     """Cosines of `labels` as a heat map, the labels ordered so that similar ones are neighbours."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
@@ -105,7 +101,7 @@ def similarities(embedding: "LabelEmbedding", labels: list[int], names: tuple[st
     return figure
 
 
-def vector_map(embedding: "LabelEmbedding", labels: list[int], names: tuple[str, ...]) -> Figure:
+def vector_map(embedding: LabelEmbedding, labels: list[int], names: tuple[str, ...]) -> Figure:
     """The labels on a map: t-SNE on cosine distances, or for up to 10 labels the first two components."""
     vectors = embedding.units(labels)
     if len(labels) > 10:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -15,12 +14,10 @@ from common.raw import RawData
 from common.submission import Sample
 from common.vision.find import images_of, match_images
 from competitions.inclusive_images import labels as reader
+from competitions.inclusive_images.config import TagConfig
 from competitions.inclusive_images.label_embedding import LabelEmbedding
 from competitions.inclusive_images.labels import LabelIndex, LabelTable
 from competitions.inclusive_images.model import TagNet, take_weights
-
-if TYPE_CHECKING:
-    from competitions.inclusive_images.config import TagConfig
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,10 @@ class Rows:
         return np.asarray(self.fitted.sum(axis=0, dtype=np.int64)).ravel()
 
 
-def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> Rows:
+def read(config: TagConfig, raw: RawData, announce: Callable[[str], None]) -> Rows:
     """Read the label files and find the images; announces what is left out, raises UserError without a test image."""
     folder = raw.folder()
     index = reader.read_index(raw)
-    test_folder = folder / f"stage_{config.stage}_{'test_' if config.stage == '1' else ''}images"
     train = reader.read_train(raw, index)
     announce(f"{reader.TRAIN}: {train.counts}")
     fitted = train.matrix
@@ -71,8 +67,8 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
             "too; --fold 0 leaves them out"
         )
     sample_name = f"stage_{config.stage}_sample_submission.csv"
-    test_ids, again = Sample.read(raw, sample_name).ids, "get them with make data COMP=inclusive_images"
-    test_paths = images_of(test_folder, test_ids, sample_name, again, lenient=raw.lenient)
+    test_folder = f"stage_{config.stage}_{'test_' if config.stage == '1' else ''}images"
+    test_paths = images_of(raw, test_folder, Sample.read(raw, sample_name).ids, sample_name)
     return Rows(
         index,
         ids=[str(image) for own, _, _ in parts for image in own.ids],
@@ -85,14 +81,14 @@ def read(config: "TagConfig", raw: RawData, announce: Callable[[str], None]) -> 
     )
 
 
-def embed(config: "TagConfig", rows: Rows) -> LabelEmbedding:
+def embed(config: TagConfig, rows: Rows) -> LabelEmbedding:
     """The label vectors of `rows.fitted`."""
     return LabelEmbedding.fit(
         rows.fitted, config.embedding_dim, config.embedding_kind, smoothing=config.smoothing, seed=config.seed
     )
 
 
-def start_from(config: "TagConfig", rows: Rows, model: TagNet) -> None:
+def start_from(config: TagConfig, rows: Rows, model: TagNet) -> None:
     """Load the weights of the run --start-from into `model`.
 
     Raises UserError if that run has other labels, or if it or a run that it started from was trained on images that

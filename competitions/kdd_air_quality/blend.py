@@ -103,7 +103,6 @@ def equal(names: Sequence[str], groups: Sequence[str]) -> Weights:
 
 def apply(fitted: Weights, forecasts: dict[str, np.ndarray], groups: tuple[str, ...]) -> np.ndarray:
     """The blended forecast [days, 48, S] in ug/m3."""
-    names = list(forecasts)
-    table = np.array([[fitted["weights"][group][name] for group in groups] for name in names])  # [models, S]
-    table = table / table.sum(axis=0)
-    return fitted["level"] * np.exp(sum(table[n] * log_of(forecasts[name]) for n, name in enumerate(names)))
+    weights = np.array([[fitted["weights"][group][name] for group in groups] for name in forecasts])  # [models, S]
+    weighted = zip(weights / weights.sum(axis=0), forecasts.values(), strict=True)
+    return fitted["level"] * np.exp(sum(own * log_of(values) for own, values in weighted))

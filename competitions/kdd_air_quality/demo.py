@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 from scipy.signal import lfilter
 
+from common.files import write_csv
 from competitions.kdd_air_quality.stations import FULL_NAME
-from competitions.kdd_air_quality.table import lines_for
+from competitions.kdd_air_quality.table import COLUMNS, rows_for
 
 BEIJING = ("dongsi_aq", "aotizhongxin_aq", "fangshan_aq", "dingling_aq", "qianmen_aq")
 LONDON = ("CD1", "BL0", "MY7")
@@ -44,7 +45,7 @@ def write_demo(folder: Path) -> None:
         frame = table[~table["time"].isin(history)].rename(columns=columns).reset_index(drop=True)
         frame["station_id"] = frame["station_id"].map(short)
         frame.set_index(frame.index + 1).to_csv(folder / f"{city}_aq_2018.csv", index_label="id")
-    (folder / "sample_submission.csv").write_text("\n".join(lines_for((*BEIJING, *LONDON))) + "\n")
+    write_csv(folder / "sample_submission.csv", COLUMNS, rows_for((*BEIJING, *LONDON)))
 
 
 def _city(

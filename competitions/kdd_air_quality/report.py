@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from common.files import write_text
-from common.report import Report
+from common.report import Report, subplots
 from common.run import Run
 from competitions.kdd_air_quality import metric, table
 from competitions.kdd_air_quality.origins import HOUR, first_hour, last_scored_day
@@ -67,8 +67,7 @@ def draw(page: Report, observations: Observations, days: np.ndarray, forecasts: 
     page.figure(_forecasts(days, truth, grids, network.stations), "forecasts", caption)
     errors = {name: metric.errors(truth, values, network.stations) for name, values in grids.items()}
     if next(iter(errors.values()))[1].any():
-        figure = _figure(10, 4)
-        axes = figure.subplots()
+        figure, axes = subplots(10, 4)
         for name, found in errors.items():
             axes.plot(np.arange(48), metric.mean_over(*found, (0, 2, 3)), label=name)
         axes.set(xlabel="hours ahead", ylabel="SMAPE", xticks=range(0, 49, 6))
@@ -83,20 +82,13 @@ def draw(page: Report, observations: Observations, days: np.ndarray, forecasts: 
     page.figure(figure, "missing", "Share of missing values of the scored pollutants by station and month")
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # pyplot would look for a display
-
-    return Figure(figsize=(width, height))
-
-
 def _forecasts(days: np.ndarray, truth: np.ndarray, grids: dict[str, np.ndarray], names: tuple[str, ...]) -> Any:
     """Plots with a row per station and a column per pollutant: the models' forecasts as lines, the truth in black."""
     shown = np.flatnonzero(np.isfinite(truth[:, :24]).any(axis=(1, 2, 3)))[-SHOWN_DAYS:]
     shown = shown if len(shown) else np.arange(len(days))[-SHOWN_DAYS:]
     hours = (first_hour(days[shown])[:, None] + np.arange(24) * HOUR).ravel()
     stations = [name for name in SHOWN_STATIONS if name in names] or list(names[:2])
-    figure = _figure(14, 3 * len(stations))
-    axes = figure.subplots(len(stations), len(POLLUTANTS), squeeze=False)
+    figure, axes = subplots(14, 3 * len(stations), len(stations), len(POLLUTANTS), squeeze=False)
     for row, station in enumerate(stations):
         for column, pollutant in enumerate(POLLUTANTS):
             axis, place = axes[row, column], np.s_[shown, :24, names.index(station), column]
@@ -108,14 +100,12 @@ def _forecasts(days: np.ndarray, truth: np.ndarray, grids: dict[str, np.ndarray]
             axis.plot(hours, truth[place].ravel(), color="black", label="truth", linewidth=1.5)
             axis.set_title(f"{station} {pollutant}", fontsize=9)
             axis.tick_params(labelsize=7, axis="x", rotation=20)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=7, fontsize=9)  # hides no line
-    figure.subplots_adjust(hspace=0.5)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=9)
     return figure
 
 
 def _heat(values: np.ndarray, rows: tuple[str, ...], columns: np.ndarray, label: str, top: float) -> Any:
-    figure = _figure(12, 10)
-    axes = figure.subplots()
+    figure, axes = subplots(12, 10)
     image = axes.imshow(values, aspect="auto", vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     step = max(len(columns) // 12, 1)

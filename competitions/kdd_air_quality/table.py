@@ -1,7 +1,5 @@
 """The submission's table: a row of forecasts for each id of the sample submission, in its order."""
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,26 +25,14 @@ class Asked:
 
 
 def asked(raw: RawData) -> Asked:
-    """The sample submission of the data; without one, the official 2,304 ids with full station names."""
+    """The sample submission of the data; without one, the official 2,304 ids with full station names.
+
+    Raises UserError, before the training, if no valid CSV could match it.
+    """
     exact = "sample_submission.csv"
     found = [exact] if raw.exists(exact) else raw.matching("*sample_submission*.csv")
-    if not found:
-        return asked_by(lines_for(STATIONS), "the official ids")
-    return asked_by(io.StringIO(raw.text(found[0]), newline=""), f"{raw.path}/{found[0]}")
-
-
-def lines_for(stations: Iterable[str]) -> list[str]:
-    """The lines of a sample submission with these stations."""
-    rows = [
-        f"{name}#{hour},0,0,{'0' * (city_of(name) == 'Beijing')}" for name in stations for hour in range(HORIZON_HOURS)
-    ]
-    return [",".join(COLUMNS), *rows]
-
-
-def asked_by(lines: Iterable[str], where: str) -> Asked:
-    """The sample submission from its lines; raises UserError, before the training, if no valid CSV could match it."""
-    reader = csv.reader(lines)
-    rows = [(reader.line_num, row) for row in reader if row]
+    where = f"{raw.path}/{found[0]}" if found else "the official ids"
+    rows = list(raw.rows(found[0]) if found else enumerate([COLUMNS, *rows_for(STATIONS)], 1))
     sample = Sample.of(rows, where)
     if sample.columns != COLUMNS:
         raise UserError(f"{where} starts with {','.join(sample.columns)!r}: expected {','.join(COLUMNS)}")
@@ -59,6 +45,13 @@ def asked_by(lines: Iterable[str], where: str) -> Asked:
             f"the file, or remove it to use the official ids"
         )
     return result
+
+
+def rows_for(stations: Iterable[str]) -> Iterator[list[str]]:
+    """The rows of a sample submission with these stations."""
+    for name in stations:
+        for hour in range(HORIZON_HOURS):
+            yield [f"{name}#{hour}", "0", "0", "0" * (city_of(name) == "Beijing")]
 
 
 def parse_id(text: str) -> tuple[str, int]:

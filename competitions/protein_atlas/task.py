@@ -40,7 +40,6 @@ CHOICES: dict[str, thresholds.Choose] = {
     "matching": lambda scores, truth: thresholds.matching(scores, truth.mean(0)),
     "half": lambda scores, truth: np.full(LABELS, thresholds.UNKNOWN),
 }
-AGAIN = "mend the file, or get it again with make data COMP=protein_atlas"
 
 
 def build(config: ProteinConfig, raw: RawData, log: Callable[[str], Any]) -> Task:
@@ -98,7 +97,7 @@ def _train(raw: RawData) -> tuple[list[str], np.ndarray, list[tuple[Path, ...]]]
     labels = np.zeros((len(table), LABELS), np.uint8)
     for row, (line, _, cell) in enumerate(table.itertuples()):
         if problem := _fault([cell]):
-            raise UserError(f"{raw.path}/train.csv line {line}: Target {cell!r}: {problem}: {AGAIN}")
+            raise UserError(f"{raw.path}/train.csv line {line}: Target {cell!r}: {problem}: {raw.mend}")
         labels[row, [int(label) for label in cell.split()]] = 1
     return table["Id"].tolist(), labels, _files(raw, "train", table, "train.csv")
 
@@ -109,10 +108,7 @@ def _test(raw: RawData) -> list[tuple[Path, ...]]:
 
 
 def _files(raw: RawData, folder: str, table: pd.DataFrame, name: str) -> list[tuple[Path, ...]]:
-    again = "get the files with make data COMP=protein_atlas"
-    return channels_of(
-        raw.folder() / folder, table["Id"].tolist(), COLOURS, name, again, table.index.tolist(), raw.lenient
-    )
+    return channels_of(raw, folder, table["Id"].tolist(), COLOURS, name, table.index.tolist())
 
 
 def _fault(values: Sequence[str]) -> str | None:

@@ -1,13 +1,21 @@
 """Finding image files by their ids: subfolders, links, hidden files, equal names in two folders."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.raw import RawData
 from common.vision.check import unreadable
 from common.vision.decode import decode
 from common.vision.find import find_images, fingerprint, images_of, match_images
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return RawData(tmp_path, "cats")
 
 
 def touched(folder, *names):
@@ -77,34 +85,34 @@ def test_two_files_of_one_name_are_an_error_unless_the_id_says_which(tmp_path):
     assert relative(folder, match_images(folder, ["x.png", "x.jpg"])) == ["x.png", "x.jpg"]
 
 
-def test_missing_images_are_named(tmp_path):
+def test_missing_images_are_named(raw, tmp_path):
     folder = touched(tmp_path / "train", "a.jpg")
-    with pytest.raises(UserError, match="train.csv names b, c, d and 2 more, not in .*train .5 of 6 images.*or get it"):
-        images_of(folder, [*"abcdef"], "train.csv", "get it")
-    with pytest.raises(UserError, match="other is missing .beside it: train.: name the folder in build.., or get it"):
-        images_of(tmp_path / "other", ["a"], "train.csv", "get it")
-    found = images_of(folder, [*"ab"], "train.csv", "get it", lenient=True)
+    with pytest.raises(UserError, match="train.csv names b, c, d and 2 more, not in .*train .5 of 6 images.*or get"):
+        images_of(raw, "train", [*"abcdef"], "train.csv")
+    with pytest.raises(UserError, match="other is missing .beside it: train.: name the folder in build.., or get"):
+        images_of(raw, "other", ["a"], "train.csv")
+    found = images_of(replace(raw, lenient=True), "train", [*"ab"], "train.csv")
     assert relative(folder, found) == ["a.jpg", "b"], "whoever decodes it is told"
 
 
-def test_files_that_no_id_names_are_told_beside_missing_ones(tmp_path):
-    folder = touched(tmp_path / "train", "001.jpg", "002.jpg", "c.heic")
+def test_files_that_no_id_names_are_told_beside_missing_ones(raw, tmp_path):
+    touched(tmp_path / "train", "001.jpg", "002.jpg", "c.heic")
     with pytest.raises(UserError, match="names 1, b, not in .*train .2 of 3 images., which holds 001.jpg, c.heic that"):
-        images_of(folder, ["1", "b", "002"], "train.csv", "get it")
+        images_of(raw, "train", ["1", "b", "002"], "train.csv")
 
 
-def test_spaces_around_an_id_are_seen(tmp_path):
-    folder = touched(tmp_path / "train", "a.jpg")
+def test_spaces_around_an_id_are_seen(raw, tmp_path):
+    touched(tmp_path / "train", "a.jpg")
     with pytest.raises(UserError, match="names 'a.jpg ', b, not in"):
-        images_of(folder, ["a.jpg ", "b"], "train.csv", "get it")
+        images_of(raw, "train", ["a.jpg ", "b"], "train.csv")
 
 
-def test_a_folder_that_is_still_packed_is_to_be_unpacked(tmp_path):
+def test_a_folder_that_is_still_packed_is_to_be_unpacked(raw, tmp_path):
     touched(tmp_path, "train.csv", "train.tar.gz", "test.csv", "train_2.zip")
-    with pytest.raises(UserError, match="train is missing, but train.tar.gz is beside it: unpack it into .*or get it"):
-        images_of(tmp_path / "train", ["a"], "train.csv", "get it")
+    with pytest.raises(UserError, match="train is missing, but train.tar.gz is beside it: unpack it into .*or get"):
+        images_of(raw, "train", ["a"], "train.csv")
     with pytest.raises(UserError, match="test is missing: name the folder"):
-        images_of(tmp_path / "test", ["a"], "test.csv", "get it")
+        images_of(raw, "test", ["a"], "test.csv")
 
 
 def test_the_fingerprint_is_of_names_and_sizes_and_the_cache_key_of_the_place_too(tmp_path):

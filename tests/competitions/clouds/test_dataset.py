@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.loading import orders
 from common.loading.loader import Loader
 from common.raw import RawData
+from common.vision.datasets import ImageDataset
 from common.vision.store import ImageStore
 from competitions.clouds import reader
 from competitions.clouds.augment import Blackout, pipeline
@@ -168,7 +169,7 @@ def test_validation_and_test_samples(files):
     image, target = cloud_images(at_64x96(files.train_paths), files.runs)[2]
     assert (target["masks"].numpy() == files.runs.masks(2, (350, 525))).all()
     assert target["masks"].dtype == torch.uint8
-    test = cloud_images(at_64x96(files.test_paths))
+    test = ImageDataset(at_64x96(files.test_paths))
     assert len(test) == 2 and test[0][0].shape == (3, 64, 96)
 
 

@@ -114,7 +114,7 @@ def sample_row(row):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (changed(2, "_Gravel", "_Gravle"), ["train.csv line 4", "Gravle", "did you mean Gravel", "Fish, Flower"]),
+        (changed(2, "_Gravel", "_Gravle"), ["train.csv line 4", "Gravle", "Did you mean Gravel?", "Fish, Flower"]),
         (changed(2, "_Gravel", ""), ["train.csv line 4", "names no class"]),
         (changed(3, "_Sugar", "_Gravel"), ["train.csv line 5", "Gravel", "twice"]),
         (cell("1 2 3"), ["train.csv line 7", "Flower", "3 numbers, expected pairs"]),

@@ -76,7 +76,7 @@ def test_the_run_holds_its_scores_and_its_page(here):
     parts = pd.read_csv(home / "breakdown.csv")
     assert set(parts["by"]) == {"city", "pollutant", "station type", "station", "hour band", "hour ahead"}
     page = (home / "report.html").read_text()
-    assert page.count("<img") == 4 and "http" not in page
+    assert page.count("<img") == 4 and "://" not in page
     assert not (home / "unfinished").exists()
 
 
@@ -416,6 +416,6 @@ def test_check_reads_the_files(here, capsys):
     assert "is in order" in capsys.readouterr().out
 
 
-def test_131_series_make_2304_rows():
-    lines = ["test_id,PM2.5,PM10,O3", *(f"{name}#{hour},0,0,0" for name in Network().stations for hour in range(48))]
-    assert len(list(table.csv_rows(table.asked_by(lines, "all"), np.ones((48, 131)), Network()))) == 2304
+def test_131_series_make_2304_rows(tmp_path):
+    asked = table.asked(RawData(tmp_path, "kdd_air_quality"))
+    assert len(list(table.csv_rows(asked, np.ones((48, 131)), Network()))) == 2304

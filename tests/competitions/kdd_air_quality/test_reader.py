@@ -445,11 +445,16 @@ def test_an_origin_after_the_last_hour_is_padded_with_missing_hours(files):
     assert str(known.end) == "2018-04-02T00" and np.isnan(known.values[-24:]).all()
 
 
+def sample_of(folder, lines):
+    (folder / "sample_submission.csv").write_text("\n".join([*lines, ""]))
+    return table.asked(RawData(folder, "kdd_air_quality"))
+
+
 class TestTable:
-    def test_both_spellings_keep_their_ids_and_order(self, real_data):
+    def test_both_spellings_keep_their_ids_and_order(self, real_data, tmp_path):
         for name in ("sample_submission.csv", "sample_submission_short_ids.csv"):
             lines = (real_data / "kdd_cup_2018" / name).read_text().splitlines()
-            asked = table.asked_by(lines, name)
+            asked = sample_of(tmp_path, lines)
             assert asked.network == Network()
             forecast = np.arange(48 * 131, dtype=float).reshape(48, 131)
             rows = list(table.csv_rows(asked, forecast, Network()))
@@ -473,9 +478,9 @@ class TestTable:
         if name != "Sample_Submission.csv":
             assert table.asked(RawData(tmp_path, "kdd_air_quality")).sample.ids == ("BL0#0",)
 
-    def test_ids_are_joined_by_name_not_by_place(self):
+    def test_ids_are_joined_by_name_not_by_place(self, tmp_path):
         lines = ["test_id,PM2.5,PM10,O3", "CD1#1,0,0,", "dongsi_aq#0,0,0,0"]
-        asked = table.asked_by(lines, "sample.csv")
+        asked = sample_of(tmp_path, lines)
         assert asked.network.stations == ("dongsi_aq", "CD1"), "the order of the series is not the sample's"
         forecast = np.arange(48 * 5, dtype=float).reshape(48, 5)  # dongsi PM2.5, PM10, O3, CD1 PM2.5, PM10
         assert list(table.csv_rows(asked, forecast, asked.network)) == [
@@ -484,9 +489,9 @@ class TestTable:
         ]
 
     @pytest.mark.parametrize("line", ["nowhere_aq#1,0,0,0", "CD1#48,0,0,0", "CD1,0,0,0"])
-    def test_other_ids_are_refused(self, line):
+    def test_other_ids_are_refused(self, tmp_path, line):
         with pytest.raises(UserError, match="expected a station"):
-            table.asked_by(["test_id,PM2.5,PM10,O3", line], "sample.csv")
+            sample_of(tmp_path, ["test_id,PM2.5,PM10,O3", line])
 
     @pytest.mark.parametrize(
         "lines, fault",
@@ -501,15 +506,15 @@ class TestTable:
             (["CD1#0,0,0,none"], "O3 is 'none', expected a number"),
         ],
     )
-    def test_what_no_submission_could_follow_is_refused(self, lines, fault):
+    def test_what_no_submission_could_follow_is_refused(self, tmp_path, lines, fault):
         with pytest.raises(UserError) as caught:
-            table.asked_by(["test_id,PM2.5,PM10,O3", *lines], "sample.csv")
+            sample_of(tmp_path, ["test_id,PM2.5,PM10,O3", *lines])
         assert fault in str(caught.value)
 
     @pytest.mark.parametrize("header", ["", "id,PM2.5,PM10,O3", "test_id,PM2.5,PM10,O3 "])
-    def test_other_headers_are_refused(self, header):
+    def test_other_headers_are_refused(self, tmp_path, header):
         with pytest.raises(UserError, match="expected test_id,PM2.5,PM10,O3|line 2: the header is 'CD1#0,0,0,'"):
-            table.asked_by([header, "CD1#0,0,0,"], "sample.csv")
+            sample_of(tmp_path, [header, "CD1#0,0,0,"])
 
     @pytest.mark.parametrize(
         "values, fault",
