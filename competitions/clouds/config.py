@@ -55,23 +55,22 @@ SMALL = replace(
     DEFAULT,
     fold="all",
     folds=4,
-    epochs=52,
-    size=(160, 240),
+    epochs=44,
+    size=(224, 336),
     architecture="fpn",
-    encoder="resnet18",
+    decoder_width=0.5,
+    encoder="tu-ese_vovnet19b_slim",
     encoder_weights="none",
     encoder_lr=1.0,
     augment="strong",
     cutmix=0.5,
     ema=0.995,
     channels_last=True,
-    evaluate_every=26,
+    evaluate_every=22,
 )
 PRETRAINED = replace(
     SMALL,
     epochs=20,
-    size=(224, 336),
-    decoder_width=0.5,
     encoder="tu-tf_efficientnet_lite0",
     encoder_weights="imagenet",
     encoder_lr=0.3,
@@ -79,6 +78,7 @@ PRETRAINED = replace(
     ema=0.99,
     evaluate_every=10,
 )
+DEMO = replace(SMALL, fold="0", encoder="resnet18", decoder_width=1.0)
 FULL = replace(
     DEFAULT,
     epochs=15,
@@ -115,19 +115,7 @@ RECIPES: dict[str, CloudConfig] = {
     # make train COMP=clouds RECIPE=best: five folds of a larger encoder, a day on one GPU
     "best": BEST,
     # make train COMP=clouds without data: a laptop's CPU, generated images
-    "demo": replace(
-        SMALL,
-        fold="0",
-        epochs=30,
-        batch_size=6,
-        size=(96, 144),
-        lr=2e-3,
-        ema=0.97,
-        cutmix=0.0,
-        evaluate_every=3,
-    ),
+    "demo": replace(DEMO, epochs=30, batch_size=6, size=(96, 144), lr=2e-3, ema=0.97, cutmix=0.0, evaluate_every=3),
     # make train COMP=clouds RECIPE=smoke: seconds on the demo data, to check that everything works
-    "smoke": replace(
-        SMALL, fold="0", folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False
-    ),
+    "smoke": replace(DEMO, folds=3, epochs=1, size=(64, 96), augment="light", precision="fp32", channels_last=False),
 }
