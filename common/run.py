@@ -245,7 +245,7 @@ def open_run(
     else:
         path = folder_of(competition, name)
         is_there = (path / "run.json").is_file()
-        if not is_there and any(path.glob("fold-*")):  # of which settings, nobody knows
+        if not is_there and any(file.suffix != ".part" for file in path.glob("fold-*/*")):  # of unknown settings
             raise UserError(f"{path} has models but no run.json: restore it, name another RUN=, or delete {path}")
         candidates = [load(competition, name)] if is_there else []
     for run in candidates:

@@ -147,6 +147,7 @@ def test_a_damaged_file_of_a_run_is_named():
 def test_models_of_unknown_settings_are_not_taken_for_those_of_a_new_run():
     run = open_run("mine")
     run.fold_folder(0).mkdir()
+    (run.fold_folder(0) / "model.pt").write_bytes(b"weights")
     (run.path / "run.json").unlink()
     with pytest.raises(UserError, match=r"runs/toy/mine has models but no run.json: restore it"):
         open_run("mine", lr=0.5)
