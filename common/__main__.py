@@ -26,6 +26,7 @@ def leave(status: int) -> None:
 def settle() -> None:
     """Let this process print and draw in any environment, so that neither fails after a long training."""
     os.environ["MPLBACKEND"] = "agg"  # notebooks name their own, which need not be installed here
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # it warns of every TIFF with a channel that it does not know
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not None, closed by >&-, nor a notebook's own, as in %run -m common
             stream.reconfigure(errors="backslashreplace")  # an encoding such as ASCII has no sign for ±

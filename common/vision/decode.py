@@ -56,8 +56,6 @@ def _decode(
     data = _with_tiff_tag(data, EXTRA_SAMPLES, 0)  # OpenCV would darken a TIFF by its transparency
     if not upright:  # OpenCV ignores the flag for TIFFs
         flags, data = flags | cv2.IMREAD_IGNORE_ORIENTATION, _with_tiff_tag(data, ORIENTATION, 1)
-    # OpenCV warns of every TIFF with a tag or a channel that it does not know, as those of satellites have.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
     reduced = 0
     if size is not None and data[:2] == b"\xff\xd8":
         height, width = jpeg_size(data)

@@ -117,7 +117,8 @@ def test_an_ascii_terminal_and_a_notebooks_backend_do_not_end_a_run():
 
 def test_streams_that_cannot_be_set_are_left_alone(monkeypatch):
     """Those of a notebook, as in `%run -m common train clouds`."""
-    monkeypatch.setenv("MPLBACKEND", "agg")
+    for name in ("MPLBACKEND", "OPENCV_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", None)
     settle()
